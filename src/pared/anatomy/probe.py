@@ -1,0 +1,186 @@
+"""One pass of a few tokens through the real model: who reads what, and whether the blocks are a plain chain."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from pared.anatomy.structure import Anatomy
+from pared.errors import ParedError
+
+PROBE_TOKENS = 8
+
+
+class StopForwardError(Exception):
+    """Ends a forward pass once what was wanted has been seen; the head is never run."""
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """How the model called a block.
+
+    Attributes:
+        args: positional arguments after the hidden states, or all but them.
+        kwargs: keyword arguments.
+        hidden: the hidden states ``(batch, tokens, width)``.
+        by_name: the keyword the hidden states came by, or None if they were the first positional argument.
+        returns: entries of the tuple the block returned (hidden states first), 0 if it returned the hidden states.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    hidden: torch.Tensor
+    by_name: str | None
+    returns: int = 0
+
+    @classmethod
+    def seen(cls, args: tuple[Any, ...], kwargs: dict[str, Any], block: str) -> "BlockCall":
+        """Take a call apart.
+
+        Raises:
+            ParedError: no hidden states among the arguments.
+        """
+        if args and isinstance(args[0], torch.Tensor):
+            return cls(args[1:], dict(kwargs), args[0], None)
+        if isinstance(kwargs.get("hidden_states"), torch.Tensor):
+            rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+            return cls(args, rest, kwargs["hidden_states"], "hidden_states")
+        raise ParedError(f"block {block}: called without hidden states; found arguments {sorted(kwargs)}")
+
+    def run(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """Call a block the same way on other hidden states and return the hidden states it makes."""
+        if self.by_name is None:
+            return hidden_of(block(hidden, *self.args, **self.kwargs))
+        return hidden_of(block(*self.args, **{self.by_name: hidden}, **self.kwargs))
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Return every tensor among the other arguments, nested ones included."""
+        return list(_tensors((self.args, self.kwargs)))
+
+
+def hidden_of(output: Any) -> torch.Tensor:
+    """Return the hidden states of what a block returned."""
+    return output[0] if isinstance(output, (tuple, list)) else output
+
+
+def run_model(model: PreTrainedModel, tokens: torch.Tensor) -> None:
+    """Run the model on ``tokens (batch, length)`` without a cache until a hook stops it."""
+    ids = tokens.to(model.get_input_embeddings().weight.device)
+    try:
+        with torch.no_grad():
+            model(input_ids=ids, **({"use_cache": False} if hasattr(model.config, "use_cache") else {}))
+    except StopForwardError:
+        pass
+
+
+@contextmanager
+def hooks(handles: Iterator[Any]) -> Iterator[None]:
+    """Keep hooks for the length of a ``with`` block, whatever happens inside."""
+    with ExitStack() as stack:
+        for handle in handles:
+            stack.callback(handle.remove)
+        yield
+
+
+def probe(model: PreTrainedModel, anatomy: Anatomy) -> tuple[Anatomy, list[BlockCall]]:
+    """Run a few tokens through the model and record which sites read the same tensor.
+
+    Returns:
+        The anatomy with ``reads`` and ``idle`` filled in, and how each block was called.
+
+    Raises:
+        ParedError: the blocks are not a chain, each run once on the output of the one before.
+    """
+    watch = _Watch(anatomy)
+    blocks = anatomy.blocks(model)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    tokens = torch.arange(PROBE_TOKENS).remainder(vocabulary).unsqueeze(0)
+
+    def handles() -> Iterator[Any]:
+        for index, block in enumerate(blocks):
+            yield block.register_forward_pre_hook(watch.enter(index), with_kwargs=True)
+            yield block.register_forward_hook(watch.leave(index, last=index == len(blocks) - 1))
+        for site in anatomy.sites:
+            yield model.get_submodule(site.name).register_forward_pre_hook(watch.read(site.name))
+
+    with hooks(handles()):
+        run_model(model, tokens)
+    watch.require_chain(len(blocks))
+    return watch.result(), watch.calls
+
+
+class _Watch:
+    """What the hooks of the probe pass write down."""
+
+    def __init__(self, anatomy: Anatomy) -> None:
+        self.anatomy = anatomy
+        self.calls: list[BlockCall] = []
+        self.order: list[int] = []
+        self.previous: torch.Tensor | None = None
+        self.readers: dict[str, list[str]] = {}  # site -> first reader of the tensor, once for every call
+        self.alive: dict[tuple[int, ...], tuple[torch.Tensor, str]] = {}  # holds tensors: no address is used twice
+
+    def enter(self, index: int) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            name = self.anatomy.block_name(index)
+            call = BlockCall.seen(args, kwargs, name)
+            before = self.previous
+            if before is not None and not (call.hidden is before or torch.equal(call.hidden, before)):
+                raise ParedError(
+                    f"block {name} does not read the output of the block before it; blocks with other wiring between "
+                    "them are not supported"
+                )
+            self.order.append(index)
+            self.calls.append(call)
+            self.alive.clear()
+
+        return hook
+
+    def leave(self, index: int, last: bool) -> Any:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            self.previous = hidden_of(output)
+            entries = len(output) if isinstance(output, (tuple, list)) else 0
+            self.calls[-1] = replace(self.calls[-1], returns=entries)
+            if last:
+                raise StopForwardError
+
+        return hook
+
+    def read(self, name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0]
+            key = (x.untyped_storage().data_ptr(), x.storage_offset(), x.numel(), x.shape[-1], x._version)
+            _, first = self.alive.setdefault(key, (x, name))
+            self.readers.setdefault(name, []).append(first)
+
+        return hook
+
+    def require_chain(self, blocks: int) -> None:
+        if self.order != list(range(blocks)):
+            raise ParedError(
+                f"the {blocks} blocks of {self.anatomy.blocks_path} ran in the order {self.order[:8]}..., not once "
+                "each from first to last; this architecture is not supported"
+            )
+
+    def result(self) -> Anatomy:
+        sites = []
+        for site in self.anatomy.sites:
+            seen = self.readers.get(site.name, [])
+            once = len(seen) == 1 and len(self.readers.get(seen[0], [])) == 1
+            sites.append(replace(site, reads=seen[0] if once else site.name, idle=not seen))
+        return replace(self.anatomy, sites=tuple(sites))
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)

@@ -1,0 +1,173 @@
+"""Where the weights are: blocks and sites found by structure, never by a list of architecture names."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from pared.anatomy.linear import LINEAR_TYPES, bias_of, weight_of
+from pared.errors import ParedError
+from pared.names import match
+from pared.plan import Uncovered
+
+# For the report only: what a layer is usually called, from what its module is called.
+KINDS = {
+    "q_proj": "q", "query": "q", "k_proj": "k", "key": "k", "v_proj": "v", "value": "v",
+    "o_proj": "o", "out_proj": "o", "dense": "dense", "gate_proj": "gate", "up_proj": "up", "down_proj": "down",
+    "gate_up_proj": "gate_up", "qkv_proj": "qkv", "query_key_value": "qkv", "c_attn": "qkv", "c_fc": "fc1",
+    "fc1": "fc1", "fc2": "fc2", "dense_h_to_4h": "fc1", "dense_4h_to_h": "fc2",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Site:
+    """One weight a method can be applied to.
+
+    Attributes:
+        name: full module name, ``model.layers.0.self_attn.q_proj``.
+        block: index of the block it lies in.
+        kind: what such a layer is usually called (q, k, v, o, gate, up, down ...); for the report only.
+        out_features: rows of the weight seen as ``(out, in)``.
+        in_features: its columns.
+        has_bias: whether there is a bias.
+        reads: sites with equal ``reads`` see the same input tensor; known after the probe pass.
+        idle: the probe pass never ran it, so nothing can be said about its inputs.
+    """
+
+    name: str
+    block: int
+    kind: str
+    out_features: int
+    in_features: int
+    has_bias: bool
+    reads: str
+    idle: bool = False
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The blocks and sites of a model, and what inside the blocks is not a site.
+
+    Attributes:
+        blocks_path: name of the list of blocks, ``model.layers``.
+        sites: in the model's order.
+        uncovered: weights (2-D and more) inside the blocks that are no site.
+        other_stacks: names of further block lists that were left alone (a vision tower, an encoder).
+        model_parameters: of the whole model, tied ones counted once.
+    """
+
+    blocks_path: str
+    sites: tuple[Site, ...]
+    uncovered: tuple[Uncovered, ...]
+    other_stacks: tuple[str, ...]
+    model_parameters: int
+
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        """Return the blocks themselves, in order."""
+        stack = model.get_submodule(self.blocks_path)
+        assert isinstance(stack, nn.ModuleList)
+        return list(stack)
+
+    def block_name(self, block: int) -> str:
+        """Return the full name of a block."""
+        return f"{self.blocks_path}.{block}"
+
+    def sites_of(self, block: int) -> list[Site]:
+        """Return the sites of one block."""
+        return [site for site in self.sites if site.block == block]
+
+    def path_in_block(self, site: Site) -> str:
+        """Return a site's name relative to its block."""
+        return site.name.removeprefix(self.block_name(site.block) + ".")
+
+    def without(self, patterns: Iterable[str]) -> "Anatomy":
+        """Return this anatomy with the matching sites left alone and listed as not covered.
+
+        Raises:
+            ParedError: a pattern matches nothing, or nothing is left.
+        """
+        skipped = match(patterns, [site.name for site in self.sites])
+        kept = tuple(site for site in self.sites if site.name not in skipped)
+        if not kept:
+            raise ParedError("skip: the patterns leave no site to compress; remove some")
+        left = tuple(
+            Uncovered(
+                name=site.name,
+                shape=(site.out_features, site.in_features),
+                parameters=site.out_features * site.in_features,
+                reason="skipped by the recipe",
+            )
+            for site in self.sites
+            if site.name in skipped
+        )
+        return replace(self, sites=kept, uncovered=(*self.uncovered, *left))
+
+
+def find_anatomy(model: nn.Module) -> Anatomy:
+    """Find the blocks of a model and the linear layers in them.
+
+    The blocks are the module list with the most parameters that lies in no other. The model may be on the meta
+    device.
+
+    Raises:
+        ParedError: there is no such list, or no linear layer in it; says what was found instead.
+    """
+    stacks = sorted(_stacks(model), key=lambda item: _count(item[1]), reverse=True)
+    if not stacks:
+        raise ParedError(f"{type(model).__name__}: no list of blocks found; nothing could be compressed")
+    path, blocks = stacks[0]
+    sites = tuple(_sites(path, blocks))
+    uncovered = tuple(_uncovered(path, blocks, {site.name for site in sites}))
+    if not sites:
+        found = ", ".join(f"{weight.name} {weight.shape}" for weight in uncovered[:3])
+        raise ParedError(
+            f"{type(model).__name__}: no linear layer inside the {len(blocks)} blocks of {path}; "
+            f"the weights there are {found or 'none'}; this architecture is not supported"
+        )
+    return Anatomy(
+        blocks_path=path,
+        sites=sites,
+        uncovered=uncovered,
+        other_stacks=tuple(name for name, _ in stacks[1:]),
+        model_parameters=_count(model),
+    )
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _stacks(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
+    """Yield the outermost module lists that hold weights."""
+    outer: list[str] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{path}.") for path in outer)
+        if isinstance(module, nn.ModuleList) and not inside and any(p.ndim >= 2 for p in module.parameters()):
+            outer.append(name)
+            yield name, module
+
+
+def _sites(path: str, blocks: nn.ModuleList) -> Iterator[Site]:
+    for block, root in enumerate(blocks):
+        for name, module in root.named_modules():
+            if isinstance(module, LINEAR_TYPES):
+                full = f"{path}.{block}.{name}"
+                out_features, in_features = weight_of(module).shape
+                leaf = name.rpartition(".")[2]
+                yield Site(
+                    name=full,
+                    block=block,
+                    kind=KINDS.get(leaf, leaf),
+                    out_features=out_features,
+                    in_features=in_features,
+                    has_bias=bias_of(module) is not None,
+                    reads=full,
+                )
+
+
+def _uncovered(path: str, blocks: nn.ModuleList, sites: set[str]) -> Iterator[Uncovered]:
+    for name, parameter in blocks.named_parameters(prefix=path):
+        owner = name.rpartition(".")[0]
+        if parameter.ndim >= 2 and owner not in sites:
+            what = "a 3-D stack of expert weights" if parameter.ndim == 3 else "not the weight of a linear layer"
+            yield Uncovered(name=name, shape=tuple(parameter.shape), parameters=parameter.numel(), reason=what)

@@ -1,0 +1,40 @@
+"""The Python API: what ``import pared`` gives a notebook."""
+
+from typing import Literal
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pared.evaluation import Perplexity
+from pared.evaluation import perplexity as measure
+from pared.sources.texts import find_text
+from pared.sources.windows import cut
+
+
+def perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str = "embedded",
+    length: int = 1024,
+    windows: int | None = 20,
+    bos: Literal["none", "text", "window"] = "none",
+) -> Perplexity:
+    """Measure the perplexity of a loaded model on a named text.
+
+    The whole split is joined and tokenised once, cut into windows that do not overlap, and the nats of every
+    predicted token are summed.
+
+    Args:
+        model: a causal language model, dense or compressed.
+        tokenizer: of the model.
+        text: a text by name; ``embedded`` means its evaluation part.
+        length: tokens in a window.
+        windows: how many from the start; None means all.
+        bos: where a beginning-of-sequence token is put.
+
+    Raises:
+        ParedError: the text is unknown or too short, or the model's loss is not a number.
+
+    Example:
+        >>> pared.perplexity(model, tokenizer, "wikitext2:test", windows=20).value  # doctest: +SKIP
+    """
+    return measure(model, tokenizer, cut(find_text(text, evaluation=True), tokenizer, length, windows), bos)

@@ -1,0 +1,133 @@
+"""What the first block reads and what every block is called with, without running a single block."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from pared.anatomy.probe import BlockCall, StopForwardError, run_model
+from pared.anatomy.structure import Anatomy
+from pared.errors import ParedError
+
+
+@dataclass
+class BlockInputs:
+    """The inputs of the first block and the calls of all blocks, one entry a batch.
+
+    Attributes:
+        hidden: hidden states ``(batch, tokens, width)`` of every batch; the walk overwrites them block by block.
+        calls: for every batch, how each block is called; equal tensors are held once.
+    """
+
+    hidden: list[torch.Tensor]
+    calls: list[list[BlockCall]]
+
+
+def capture(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    tokens: torch.Tensor,
+    batch: int,
+    probed: list[BlockCall],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> BlockInputs:
+    """Run everything before and between the blocks on ``tokens (windows, length)``, but no block.
+
+    Every block is replaced by a stub that writes down how it was called and hands its input on. Masks, position
+    embeddings and whatever else a block is given are therefore those of the real call, on any architecture.
+
+    Args:
+        model: the model; unchanged afterwards.
+        anatomy: of the model.
+        tokens: the calibration windows.
+        batch: windows in one forward pass.
+        probed: the calls of the probe pass, in which the blocks really ran.
+        dtype: what the blocks will compute in.
+        device: where they will.
+
+    Raises:
+        ParedError: a block's arguments depend on what an earlier block computed, which a walk cannot reproduce.
+    """
+    with _stubbed(model, anatomy, probed) as recorded:
+        probe_tokens = torch.arange(probed[0].hidden.shape[1]).remainder(model.get_input_embeddings().weight.shape[0])
+        run_model(model, probe_tokens.unsqueeze(0))
+        _require_same_arguments(anatomy, probed, recorded)
+        inputs = BlockInputs([], [])
+        for part in tokens.split(batch):
+            recorded.clear()
+            run_model(model, part)
+            inputs.hidden.append(recorded[0].hidden.to(device, dtype))
+            first = inputs.calls[0] if inputs.calls else None
+            calls = [_adapted(call, dtype, device) for call in recorded]
+            inputs.calls.append([_share(call, first[index]) for index, call in enumerate(calls)] if first else calls)
+    return inputs
+
+
+@contextmanager
+def _stubbed(model: PreTrainedModel, anatomy: Anatomy, probed: list[BlockCall]) -> Iterator[list[BlockCall]]:
+    recorded: list[BlockCall] = []
+    blocks = anatomy.blocks(model)
+
+    def stub(index: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            call = BlockCall.seen(args, kwargs, anatomy.block_name(index))
+            recorded.append(call)
+            if index == len(blocks) - 1:
+                raise StopForwardError
+            entries = probed[index].returns
+            return (call.hidden, *[None] * (entries - 1)) if entries else call.hidden
+
+        return forward
+
+    own = [block.__dict__.get("forward") for block in blocks]  # accelerate's hooks put one there
+    try:
+        for index, block in enumerate(blocks):
+            block.forward = stub(index)  # type: ignore[method-assign]
+        yield recorded
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            del block.forward
+            if forward is not None:
+                block.forward = forward
+
+
+def _require_same_arguments(anatomy: Anatomy, probed: list[BlockCall], stubbed: list[BlockCall]) -> None:
+    for index, (real, stub) in enumerate(zip(probed, stubbed, strict=True)):
+        real_tensors, stub_tensors = real.tensors(), stub.tensors()
+        same = len(real_tensors) == len(stub_tensors) and all(
+            a.shape == b.shape and torch.equal(a, b) for a, b in zip(real_tensors, stub_tensors, strict=True)
+        )
+        if not same:
+            raise ParedError(
+                f"block {anatomy.block_name(index)} is given values that an earlier block computed "
+                f"(arguments {sorted(real.kwargs)}); such models cannot be walked block by block yet"
+            )
+
+
+def _adapted(call: BlockCall, dtype: torch.dtype, device: torch.device) -> BlockCall:
+    def adapt(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            if not value.is_floating_point():
+                return value.to(device)
+            limits = torch.finfo(dtype)  # a mask of float32's lowest value must not become -inf in a half dtype
+            return value.clamp(limits.min, limits.max).to(device, dtype)
+        if isinstance(value, dict):
+            return {name: adapt(item) for name, item in value.items()}
+        if type(value) in (tuple, list):
+            return type(value)(adapt(item) for item in value)
+        return value
+
+    return replace(call, args=adapt(call.args), kwargs=adapt(call.kwargs), hidden=call.hidden.new_empty(0))
+
+
+def _share(call: BlockCall, first: BlockCall) -> BlockCall:
+    """Return the first batch's call if the arguments are equal, so that equal tensors are held once."""
+    ours, theirs = call.tensors(), first.tensors()
+    equal = len(ours) == len(theirs) and all(
+        a.shape == b.shape and torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)
+    )
+    return first if equal else call

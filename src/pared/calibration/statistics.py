@@ -1,0 +1,71 @@
+"""Statistics of what a site reads: small accumulators with ``update`` and ``merge``."""
+
+from typing import Protocol
+
+import torch
+
+from pared.calibration.precision import exact_products
+
+PANEL = 512  # columns of one panel of a Gram; only panels on and above the diagonal are multiplied
+
+
+class Statistic(Protocol):
+    """One accumulator for the tensor that a group of sites reads."""
+
+    tokens: int
+
+    def update(self, x: torch.Tensor) -> None:
+        """Take in one batch of inputs ``(..., in)``."""
+
+    def merge(self, other: "Statistic") -> None:
+        """Take in what another accumulator of the same kind has seen."""
+
+    def finite(self) -> bool:
+        """Whether everything seen so far was a finite number."""
+
+
+class Gram:
+    """The input Gram ``G = Σ xᵀx`` over tokens, ``(in, in)``, not normalised.
+
+    One batch is multiplied in float32 (exactly, for half-precision inputs, with float32 accumulation) and added to a
+    float64 total. Only the upper panels are computed; ``value`` mirrors them.
+
+    Attributes:
+        tokens: how many tokens were seen.
+        dtype: what the inputs came in, for the manifest.
+    """
+
+    def __init__(self, features: int, device: torch.device) -> None:
+        self.tokens = 0
+        self.dtype: torch.dtype | None = None
+        self._upper_NN = torch.zeros(features, features, dtype=torch.float64, device=device)
+
+    def update(self, x: torch.Tensor) -> None:
+        """Add one batch of inputs ``(..., in)``."""
+        x_TN = x.reshape(-1, x.shape[-1]).float()
+        self.tokens += x_TN.shape[0]
+        self.dtype = x.dtype
+        width = x_TN.shape[1]
+        with exact_products(x.dtype):
+            for start in range(0, width, PANEL):
+                stop = min(start + PANEL, width)
+                self._upper_NN[start:stop, start:] += x_TN[:, start:stop].T @ x_TN[:, start:]
+
+    def merge(self, other: Statistic) -> None:
+        """Add what another Gram has seen."""
+        assert isinstance(other, Gram)
+        self._upper_NN += other._upper_NN.to(self._upper_NN.device)
+        self.tokens += other.tokens
+
+    @property
+    def value(self) -> torch.Tensor:
+        """The Gram ``(in, in)``, float64, symmetric."""
+        upper_NN = self._upper_NN.triu()
+        return upper_NN + upper_NN.triu(1).T
+
+    def finite(self) -> bool:
+        """Whether everything seen so far was a finite number: a sum of squares keeps every NaN and infinity."""
+        return bool(self._upper_NN.diagonal().isfinite().all())
+
+
+STATISTICS: dict[str, type[Gram]] = {"gram": Gram}

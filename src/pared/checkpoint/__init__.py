@@ -1,0 +1,24 @@
+"""The format on disk: saving, loading through transformers, and the check after a save."""
+
+from pared.checkpoint.export import export_dense, make_dense
+from pared.checkpoint.load import is_compressed, load, read_config
+from pared.checkpoint.manifest import Manifest
+from pared.checkpoint.save import mark, save
+from pared.checkpoint.staging import staged
+from pared.checkpoint.verify import compare, require_tensors, take_fingerprint, verify
+
+__all__ = [
+    "Manifest",
+    "compare",
+    "export_dense",
+    "is_compressed",
+    "load",
+    "make_dense",
+    "mark",
+    "read_config",
+    "require_tensors",
+    "save",
+    "staged",
+    "take_fingerprint",
+    "verify",
+]

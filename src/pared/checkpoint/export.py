@@ -1,0 +1,67 @@
+"""From any model to a plain dense folder that needs nothing of pared."""
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from pared.anatomy import bias_of, weight_of
+from pared.checkpoint.load import load
+from pared.checkpoint.loader import MODULE_TYPES, PortableMixin
+from pared.checkpoint.save import save
+from pared.checkpoint.staging import require_free, staged
+from pared.checkpoint.verify import require_tensors
+from pared.sources.models import find_model
+
+
+def export_dense(name: str, out: Path, dtype: str = "auto", overwrite: bool = False) -> int:
+    """Write any model that has a name as a plain dense folder, compressed modules multiplied out.
+
+    Args:
+        name: of a model, dense or compressed.
+        out: the folder to make.
+        dtype: to store; ``auto`` keeps what is stored.
+        overwrite: whether a folder there may be replaced.
+
+    Returns:
+        The bytes of the weights.
+
+    Raises:
+        ParedError: not a model, the output is taken, or the disk is full.
+    """
+    require_free(out, overwrite)
+    source = find_model(name)
+    model = make_dense(load(name, dtype))
+    with staged(out, overwrite, needed=sum(p.numel() * p.itemsize for p in model.parameters())) as staging:
+        save(model, source.tokenizer(), staging)
+        return require_tensors(staging)
+
+
+@torch.no_grad()
+def make_dense(model: PreTrainedModel) -> PreTrainedModel:
+    """Multiply every compressed module out into the linear layer it stands for, in place."""
+    kinds = tuple(cls for cls, _ in MODULE_TYPES.values())
+    compressed = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    _forget_compression(model)
+    with torch.device("meta"):
+        skeleton = type(model)._from_config(model.config)  # knows which modules are Linear and which Conv1D
+    for name, module in compressed.items():
+        dense = skeleton.get_submodule(name).to_empty(device=module.weight.device).to(module.weight.dtype)
+        weight_of(dense).copy_(module.weight)
+        if (bias := bias_of(dense)) is not None:
+            bias.copy_(module.bias)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, dense.train(module.training))
+    return model
+
+
+def _forget_compression(model: PreTrainedModel) -> None:
+    for owner, attributes in (
+        (model.config, ("quantization_config", "auto_map")),
+        (model, ("hf_quantizer", "quantization_method", "is_quantized")),
+    ):
+        for attribute in attributes:
+            if attribute in owner.__dict__:
+                delattr(owner, attribute)
+    if isinstance(model, PortableMixin):
+        model.__class__ = type(model).__bases__[1]

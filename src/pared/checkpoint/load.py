@@ -1,0 +1,48 @@
+"""From a name or a folder to a model, dense or compressed alike."""
+
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedModel
+
+from pared.checkpoint.loader import QUANT_METHOD, ParedConfig
+from pared.errors import ParedError
+from pared.sources.models import find_model
+
+
+def load(name: str, dtype: str = "auto") -> PreTrainedModel:
+    """Load a model, dense or compressed, in evaluation mode on the CPU.
+
+    Args:
+        name: a folder that pared made, or any name of a model that pared knows.
+        dtype: ``auto`` keeps what is stored.
+
+    Raises:
+        ParedError: not a model, truncated, or of a newer format version.
+    """
+    read_config(name)
+    return find_model(name).load(dtype)
+
+
+def read_config(name: str) -> PretrainedConfig:
+    """Read a model's configuration and check that its format can be read.
+
+    Raises:
+        ParedError: not a model, or of a newer format version.
+    """
+    config = find_model(name).config()
+    if is_compressed(config):
+        try:
+            ParedConfig(**_fields(config))
+        except (ValueError, TypeError) as error:
+            raise ParedError(f"model {name!r}: {error}") from None
+    return config
+
+
+def is_compressed(config: PretrainedConfig) -> bool:
+    """Whether a configuration says that pared made the weights."""
+    return _fields(config).get("quant_method") == QUANT_METHOD
+
+
+def _fields(config: PretrainedConfig) -> dict[str, Any]:
+    stored = getattr(config, "quantization_config", None) or {}
+    return stored if isinstance(stored, dict) else stored.to_dict()

@@ -1,0 +1,178 @@
+"""How a compressed folder becomes a model again: the transformers quantizer and the format's map.
+
+This file and the files of ``modules/`` are also what every saved folder carries as ``modeling_pared.py``, for machines
+without the package (``trust_remote_code=True``). So it may use torch, transformers and ``modules/`` only.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from pared.modules.low_rank import LowRankLinear
+
+QUANT_METHOD = "pared"
+FORMAT_VERSION = 1
+LOADER_NAME = "modeling_pared"
+
+# kind in the map -> (module class, the keys its entry has beside `kind`)
+MODULE_TYPES: dict[str, tuple[type[nn.Module], frozenset[str]]] = {
+    "low_rank": (LowRankLinear, frozenset({"in_features", "out_features", "rank", "bias"})),
+}
+
+
+class ParedConfig(QuantizationConfigMixin):
+    """The map of a compressed checkpoint: ``quantization_config`` in ``config.json``.
+
+    Args:
+        format_version: of the folder's layout.
+        modules: for every changed module, by full name, its kind, shape and exact rank.
+        quant_method: always ``pared``.
+
+    Raises:
+        ValueError: written by a newer version, or a key this version does not know.
+    """
+
+    def __init__(
+        self,
+        format_version: int = FORMAT_VERSION,
+        modules: dict[str, dict[str, Any]] | None = None,
+        quant_method: str = QUANT_METHOD,
+        **unknown: object,
+    ) -> None:
+        if format_version > FORMAT_VERSION or unknown:
+            raise ValueError(
+                f"checkpoint of pared format version {format_version}"
+                f"{f' with unknown keys {sorted(unknown)}' if unknown else ''}; this loader reads version "
+                f"{FORMAT_VERSION}: update pared"
+            )
+        self.quant_method = quant_method
+        self.format_version = format_version
+        self.modules = modules or {}
+
+
+class ParedQuantizer(HfQuantizer):
+    """Puts the modules of the map in place before transformers loads the weights."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: object) -> None:
+        install_empty(model, self.quantization_config.modules)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: object) -> None:
+        # The weights are plain floating point numbers: half(), float(), Trainer and PEFT treat them as such.
+        model.is_quantized = False
+        make_portable(model)
+
+    def is_serializable(self) -> bool:
+        """Return true: a loaded model can be saved again."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """True: factors are ordinary parameters."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """True: they can be trained without adapters too."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """True: nothing here breaks a graph."""
+        return True
+
+
+def install_empty(model: nn.Module, entries: dict[str, dict[str, Any]]) -> None:
+    """Replace modules by the empty ones of the map, in place.
+
+    Args:
+        model: the model, or its base without head: names are looked up with and without the base's prefix.
+        entries: the ``modules`` of the map.
+
+    Raises:
+        ValueError: a name is not in the model, an entry is malformed, or a shape does not fit.
+    """
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    for name, entry in entries.items():
+        cls, keys = MODULE_TYPES.get(entry.get("kind", ""), (None, frozenset()))
+        if cls is None or entry.keys() - {"kind"} != keys:
+            raise ValueError(f"map entry {name}: unknown or malformed {entry}; known kinds: {sorted(MODULE_TYPES)}")
+        for path in (name, name.removeprefix(prefix), prefix + name):
+            if (old := _submodule(model, path)) is not None:
+                break
+        else:
+            raise ValueError(f"map entry {name}: {type(model).__name__} has no such module")
+        shape = sorted(old.weight.shape)
+        if shape != sorted((entry["out_features"], entry["in_features"])):
+            raise ValueError(f"map entry {name}: shape {shape} in the model, {entry} in the map")
+        parent, _, leaf = path.rpartition(".")
+        arguments = {key: entry[key] for key in keys}
+        new = cls(**arguments, device=old.weight.device, dtype=old.weight.dtype)
+        setattr(model.get_submodule(parent), leaf, new.train(old.training))
+
+
+def _submodule(model: nn.Module, path: str) -> Any:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+class PortableMixin:
+    """Saves the loader with the model, so that the folder loads on machines without the package."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Save as transformers does, and write the loader beside it."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{LOADER_NAME}.py").write_text(loader_source(), encoding="utf-8")
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+
+_portable: dict[type, type] = {}
+
+
+def portable_class(cls: type) -> type:
+    """Return the subclass of a transformers model class, of the same name, that saves the loader with itself."""
+    if issubclass(cls, PortableMixin):
+        return cls
+    if cls not in _portable:
+        _portable[cls] = type(cls.__name__, (PortableMixin, cls), {"__module__": __name__, "__doc__": cls.__doc__})
+    return _portable[cls]
+
+
+def make_portable(model: PreTrainedModel) -> None:
+    """Make a model save the loader with itself, in place."""
+    model.__class__ = portable_class(type(model))
+
+
+def __getattr__(name: str) -> Any:
+    """Return the portable twin of a transformers class: what ``auto_map`` names, and what pickle looks up."""
+    if name.startswith("_") or not isinstance(cls := getattr(transformers, name, None), type):
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    return portable_class(cls)
+
+
+def loader_source() -> str:
+    """Return the text of ``modeling_pared.py``: this very file where it is one, else put together from its parts."""
+    if __name__.rpartition(".")[2] == LOADER_NAME:
+        return Path(__file__).read_text(encoding="utf-8")
+    owners = [cls.__module__ for cls, _ in MODULE_TYPES.values()] + [__name__]
+    parts = [Path(str(sys.modules[owner].__file__)).read_text(encoding="utf-8") for owner in dict.fromkeys(owners)]
+    return "\n\n".join(
+        "\n".join(line for line in part.splitlines() if not line.startswith("from pared")) for part in parts
+    )
+
+
+if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:  # the package and a folder's own copy may meet in one process
+    register_quantization_config(QUANT_METHOD)(ParedConfig)
+    register_quantizer(QUANT_METHOD)(ParedQuantizer)

@@ -1,0 +1,116 @@
+"""``pared.json``: everything that is needed to understand and repeat a compression."""
+
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pared.errors import ParedError
+from pared.plan import Plan
+from pared.recipe import Recipe
+
+MANIFEST = "pared.json"
+
+
+class Fingerprint(BaseModel):
+    """What the model answered in memory before it was saved.
+
+    Attributes:
+        tokens: input ids of one sequence.
+        outputs: a sample of the outputs at the last token.
+        positions: which outputs were sampled.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    tokens: list[int]
+    positions: list[int]
+    outputs: list[float]
+
+
+class Manifest(BaseModel):
+    """The record of one compression; what the report and the model card are made of.
+
+    Attributes:
+        format_version: of the folder.
+        model: what was compressed, and where it came from.
+        recipe: what was asked for.
+        plan: what was decided.
+        damping: sites whose Gram was rank-deficient, with the relative damping used.
+        calibration: what was calibrated on, with the digest of the tokens.
+        evaluation: what perplexity was measured on; none if it was not.
+        perplexity_before: of the dense model.
+        perplexity_after: of the compressed model, reloaded from disk.
+        seconds: by stage.
+        peak_memory_bytes: the process's highest resident memory (CUDA: highest allocated memory).
+        bytes_before: of the dense weights in the saved dtype.
+        bytes_on_disk: of the saved weights.
+        fingerprint: for the self-check.
+        self_check: largest difference of the reloaded model from the fingerprint, relative to its largest output.
+        versions: of the software.
+        machine: where it ran.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    format_version: int
+    model: dict[str, str]
+    recipe: Recipe
+    plan: Plan
+    damping: dict[str, float] = {}
+    calibration: dict[str, Any] | None = None
+    evaluation: dict[str, Any] | None = None
+    perplexity_before: float | None = None
+    perplexity_after: float | None = None
+    seconds: dict[str, float] = {}
+    peak_memory_bytes: int = 0
+    bytes_before: int = 0
+    bytes_on_disk: int = 0
+    fingerprint: Fingerprint
+    self_check: float | None = None
+    versions: dict[str, str]
+    machine: dict[str, str]
+
+    def write(self, folder: Path) -> None:
+        """Write ``pared.json``."""
+        (folder / MANIFEST).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """Read ``pared.json``.
+
+        Raises:
+            ParedError: there is none, or it is not one.
+        """
+        path = folder / MANIFEST
+        try:
+            return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise ParedError(
+                f"{folder} has no {MANIFEST}: not a folder that pared made (or saved again since)"
+            ) from None
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ParedError(f"{path}: unreadable ({error})") from None
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            raise ParedError(f"{path}: {where}: {first['msg']}; written by another version of pared?") from None
+
+
+def versions() -> dict[str, str]:
+    """Return the versions a result depends on."""
+    return {
+        "pared": version("pared"),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def machine() -> dict[str, str]:
+    """Return what this machine is, as far as results depend on it."""
+    gpu = {"cuda": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    return {"platform": platform.platform(), "threads": str(torch.get_num_threads()), **gpu}

@@ -1,0 +1,113 @@
+"""The self-check: what is on disk, loaded anew, must answer what the model in memory answered."""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+
+from pared.checkpoint.loader import MODULE_TYPES
+from pared.checkpoint.manifest import Fingerprint, Manifest
+from pared.errors import ParedError
+
+TOKENS, SAMPLES = 16, 64
+# Largest difference, relative to the largest output, that another machine or kernel may make.
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+
+
+def take_fingerprint(model: PreTrainedModel) -> Fingerprint:
+    """Run a fixed sequence through the model and sample its outputs at the last token."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    tokens = [(7 + 37 * index) % vocabulary for index in range(TOKENS)]
+    outputs = _outputs(model, tokens)
+    step = max(1, len(outputs) // SAMPLES)
+    positions = list(range(0, len(outputs), step))[:SAMPLES]
+    return Fingerprint(tokens=tokens, positions=positions, outputs=outputs[positions].tolist())
+
+
+def compare(model: PreTrainedModel, fingerprint: Fingerprint) -> float:
+    """Return the largest difference of a model's outputs from a fingerprint, relative to the largest output.
+
+    Raises:
+        ParedError: the difference is more than kernels can make: the folder does not hold the model that was saved.
+    """
+    outputs = _outputs(model, fingerprint.tokens)
+    if max(fingerprint.positions) >= len(outputs):
+        raise ParedError(
+            f"self-check failed: {len(outputs)} outputs, expected at least {max(fingerprint.positions) + 1}"
+        )
+    expected = torch.tensor(fingerprint.outputs)
+    scale = float(expected.abs().max().clamp(min=1e-6))
+    difference = float((outputs[fingerprint.positions] - expected).abs().max()) / scale
+    allowed = TOLERANCE.get(model.dtype, 5e-2)
+    if not difference <= allowed:
+        raise ParedError(
+            f"self-check failed: the loaded model's outputs differ from the saved model's by {difference:.3g} of the "
+            f"largest output (allowed {allowed:g}); the folder is damaged or was loaded without pared"
+        )
+    return difference
+
+
+def require_tensors(folder: Path) -> int:
+    """Check that every tensor of the map is in the folder's files with its shape; return the bytes of the weights.
+
+    Raises:
+        ParedError: a file is missing or truncated, or a tensor is missing or misshapen; names it.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ParedError(f"{folder} has no .safetensors file")
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                    shapes[name] = tuple(tensors.get_slice(name).get_shape())
+        except (SafetensorError, OSError) as error:
+            raise ParedError(f"{file}: unreadable or truncated ({error}); fetch or make it again") from None
+    for name, entry in _map_of(folder).items():
+        for factor, shape in {
+            "down": (entry["rank"], entry["in_features"]),
+            "up": (entry["out_features"], entry["rank"]),
+        }.items():
+            tensor = f"{name}.{factor}.weight"
+            if shapes.get(tensor) != shape:
+                raise ParedError(f"{folder}: {tensor} is {shapes.get(tensor, 'missing')}, the map says {shape}")
+    return sum(file.stat().st_size for file in files)
+
+
+def verify(folder: Path) -> float:
+    """Check a folder: manifest, files, map, and the answers of the model loaded from it.
+
+    Returns:
+        The largest difference from the recorded outputs, relative to the largest output; 0.0 where nothing differs.
+
+    Raises:
+        ParedError: anything is missing, damaged or different.
+    """
+    from pared.checkpoint.load import load
+
+    manifest = Manifest.read(folder)
+    require_tensors(folder)
+    return compare(load(str(folder)), manifest.fingerprint)
+
+
+def _map_of(folder: Path) -> dict[str, dict[str, int]]:
+    from pared.checkpoint.load import read_config
+
+    entries = read_config(str(folder)).quantization_config["modules"]
+    for name, entry in entries.items():
+        if entry.get("kind") not in MODULE_TYPES:
+            raise ParedError(f"{folder}: map entry {name} has unknown kind {entry.get('kind')!r}")
+    return entries
+
+
+@torch.no_grad()
+def _outputs(model: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
+    """Return the first output at the last token as float32 on the CPU: logits for a model with a head."""
+    ids = torch.tensor([tokens], device=model.get_input_embeddings().weight.device)
+    was_training = model.training
+    output = model.eval()(input_ids=ids)
+    model.train(was_training)
+    first = output[0]
+    return (first[0, -1] if first.ndim == 3 else first[0]).float().cpu()

@@ -1,0 +1,148 @@
+"""A whole job: a model by name, compressed, checked by reloading, evaluated, in a folder that appears whole."""
+
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from pared.checkpoint import Manifest, compare, load, require_tensors, save, staged, take_fingerprint
+from pared.checkpoint.loader import FORMAT_VERSION
+from pared.checkpoint.manifest import machine, versions
+from pared.checkpoint.staging import require_free, require_space
+from pared.engine.compress import compress, method_of, plan_of
+from pared.engine.progress import Progress, Silent, Stopwatch, peak_memory_bytes
+from pared.errors import ParedError
+from pared.evaluation import perplexity
+from pared.recipe import Recipe
+from pared.report.card import model_card
+from pared.sources.models import ModelSource, find_model, require_dense
+from pared.sources.texts import find_text, held_out
+from pared.sources.windows import Windows, cut
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished job: the folder and its manifest."""
+
+    folder: Path
+    manifest: Manifest
+
+
+def run(recipe: Recipe, overwrite: bool = False, progress: Progress | None = None) -> Outcome:
+    """Carry out a recipe from model name to folder.
+
+    What can be refused is refused before the first weight is read. The folder is made beside its place, reloaded,
+    compared with the model in memory, evaluated, and only then renamed.
+
+    Args:
+        recipe: with ``model`` and ``out``.
+        overwrite: whether an output folder that is there may be replaced.
+        progress: who watches; nobody by default.
+
+    Raises:
+        ParedError: anything wrong; nothing was written or overwritten.
+    """
+    progress = progress or Silent()
+    watch = Stopwatch()
+    source, out = _checked(recipe, overwrite)
+    with watch("load"):
+        tokenizer = source.tokenizer()
+        windows = _evaluation_windows(recipe, source, tokenizer, progress)
+        planned = plan_of(source.skeleton(), recipe, source.weight_bytes(recipe.dtype))
+        require_space(out, planned.after.bytes_on_disk)
+        model = source.load(recipe.dtype)
+    before = _measure(model, tokenizer, windows, recipe, "before", watch, progress)
+    compressed = compress(model, tokenizer, recipe, progress)
+    with staged(out, overwrite, needed=compressed.plan.after.bytes_on_disk) as staging:
+        with watch("save"):
+            fingerprint = take_fingerprint(model)
+            save(model, tokenizer, staging)
+            bytes_on_disk = require_tensors(staging)
+        # The reloaded model is measured, not the one in memory; there is room for only one of them.
+        compressed.model = model = None  # type: ignore[assignment]
+        gc.collect()
+        with watch("verify"):
+            model = load(str(staging))
+            difference = compare(model, fingerprint)
+        after = _measure(model, tokenizer, windows, recipe, "after", watch, progress)
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            model={"name": source.name, "origin": source.origin, "architecture": type(model).__name__},
+            recipe=recipe,
+            plan=compressed.plan,
+            damping=compressed.damping,
+            calibration=compressed.calibration,
+            evaluation=None if windows is None or recipe.evaluation is None
+            else {**windows.describe(), "bos": recipe.evaluation.bos},
+            perplexity_before=before,
+            perplexity_after=after,
+            seconds={**watch.seconds, **compressed.seconds},
+            peak_memory_bytes=peak_memory_bytes(),
+            bytes_before=compressed.plan.before.bytes_on_disk,
+            bytes_on_disk=bytes_on_disk,
+            fingerprint=fingerprint,
+            self_check=difference,
+            versions=versions(),
+            machine=machine(),
+        )  # fmt: skip
+        manifest.write(staging)
+        (staging / "README.md").write_text(model_card(manifest, out.name), encoding="utf-8")
+    return Outcome(out, manifest)
+
+
+def _checked(recipe: Recipe, overwrite: bool) -> tuple[ModelSource, Path]:
+    """Refuse whatever can be refused without reading weights."""
+    if recipe.model is None:
+        raise ParedError("the recipe names no model; set 'model' to embedded:smollm2-135m, a folder or a Hub id")
+    if recipe.out is None:
+        raise ParedError("the recipe names no output folder; set 'out'")
+    method = method_of(recipe)
+    out = Path(recipe.out).expanduser()
+    require_free(out, overwrite)
+    if method.needs:
+        find_text(recipe.calibration.text)
+    source = find_model(recipe.model)
+    require_dense(source.config(), recipe.model)
+    return source, out
+
+
+def _evaluation_windows(
+    recipe: Recipe, source: ModelSource, tokenizer: PreTrainedTokenizerBase, progress: Progress
+) -> Windows | None:
+    asked = recipe.evaluation
+    if asked is None:
+        return None
+    config = source.config()
+    if not set(config.architectures or []) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
+        progress.note("no perplexity: this architecture is not a causal language model")
+        return None
+    name = held_out(recipe.calibration.text) if asked.text == "auto" else asked.text
+    if name is None:
+        progress.note(
+            f"no perplexity: {recipe.calibration.text!r} has no known held-out part; name a text to evaluate on"
+        )
+        return None
+    windows = cut(find_text(name, evaluation=True), tokenizer, asked.length, asked.windows)
+    if windows.stand_in:
+        progress.note(f"the text {name!r} ({windows.origin}) only stands in for a real corpus")
+    return windows
+
+
+def _measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    windows: Windows | None,
+    recipe: Recipe,
+    when: str,
+    watch: Stopwatch,
+    progress: Progress,
+) -> float | None:
+    if windows is None or recipe.evaluation is None:
+        return None
+    with (
+        watch(f"perplexity {when}"),
+        progress.stage(f"perplexity {when}", len(windows.tokens), "window") as advance,
+    ):
+        return perplexity(model, tokenizer, windows, recipe.evaluation.bos, advance).value

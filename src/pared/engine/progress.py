@@ -1,0 +1,58 @@
+"""What the road tells whoever watches: stages with a length, and the time each took."""
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+import torch
+
+Advance = Callable[[], None]
+
+
+class Progress(Protocol):
+    """Somebody who watches stages go by."""
+
+    def stage(self, name: str, total: int, unit: str) -> AbstractContextManager[Advance]:
+        """Open a stage of ``total`` steps; the function it gives marks one of them as done."""
+
+    def note(self, message: str) -> None:
+        """Say something that a user should read once."""
+
+
+class Silent:
+    """Watches and says nothing."""
+
+    @contextmanager
+    def stage(self, name: str, total: int, unit: str) -> Iterator[Advance]:
+        """Open a stage."""
+        yield lambda: None
+
+    def note(self, message: str) -> None:
+        """Say nothing."""
+
+
+class Stopwatch:
+    """Seconds by stage, summed over visits."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Time what happens inside."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+def peak_memory_bytes() -> int:
+    """Return the highest resident memory of this process so far; with CUDA, the highest allocated memory."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

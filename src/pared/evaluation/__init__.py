@@ -1,0 +1,5 @@
+"""What a model is worth, dense or compressed."""
+
+from pared.evaluation.perplexity import Perplexity, perplexity
+
+__all__ = ["Perplexity", "perplexity"]

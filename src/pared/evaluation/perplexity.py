@@ -1,0 +1,103 @@
+"""Perplexity by the standard protocol: windows that do not overlap, nats summed over every predicted token."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch.nn import functional
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pared.errors import ParedError
+from pared.sources.windows import Windows
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """A perplexity and what it was measured on.
+
+    Attributes:
+        value: ``exp(nats / predicted)``.
+        nats: summed negative log-likelihood.
+        predicted: number of predicted tokens; the first token of a window is never predicted.
+        windows: description of the windows, with the digest of their tokens.
+    """
+
+    value: float
+    nats: float
+    predicted: int
+    windows: dict[str, object]
+
+
+def text_before(
+    windows: Windows, tokenizer: PreTrainedTokenizerBase, bos: Literal["none", "text", "window"]
+) -> int | None:
+    """Return the id of the token that is put before every window or the text, None for neither.
+
+    Raises:
+        ParedError: one is asked for and the tokenizer has none.
+    """
+    if bos == "none":
+        return None
+    if tokenizer.bos_token_id is None:
+        raise ParedError(
+            f"bos {bos!r} for text {windows.text!r}: this tokenizer has no beginning-of-sequence token; use 'none'"
+        )
+    return int(tokenizer.bos_token_id)
+
+
+def with_bos(
+    windows: Windows, tokenizer: PreTrainedTokenizerBase, bos: Literal["none", "text", "window"]
+) -> torch.Tensor:
+    """Return the tokens ``(windows, length)``, a beginning-of-sequence token taking the place of the last token.
+
+    ``window`` puts one before every window, ``text`` only before the first.
+    """
+    token = text_before(windows, tokenizer, bos)
+    if token is None:
+        return windows.tokens
+    tokens = windows.tokens.clone()
+    rows = slice(None) if bos == "window" else slice(0, 1)
+    tokens[rows, 1:] = windows.tokens[rows, :-1]
+    tokens[rows, 0] = token
+    return tokens
+
+
+@torch.no_grad()
+def perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    windows: Windows,
+    bos: Literal["none", "text", "window"] = "none",
+    on_window: Callable[[], None] = lambda: None,
+) -> Perplexity:
+    """Measure perplexity, each window on its own.
+
+    Args:
+        model: a causal language model, dense or compressed; unchanged.
+        tokenizer: of the model.
+        windows: the text, cut.
+        bos: where a beginning-of-sequence token is put.
+        on_window: called after every window.
+
+    Raises:
+        ParedError: the model gives a loss that is not a number; names the window.
+    """
+    tokens = with_bos(windows, tokenizer, bos)
+    device = model.get_input_embeddings().weight.device
+    was_training = model.training
+    model.eval()
+    nats, predicted = 0.0, 0
+    for number, window_T in enumerate(tokens):
+        ids_1T = window_T.unsqueeze(0).to(device)
+        logits_TV = model(input_ids=ids_1T, use_cache=False).logits[0, :-1].float()
+        loss = float(functional.cross_entropy(logits_TV, ids_1T[0, 1:], reduction="sum"))
+        if not math.isfinite(loss):
+            raise ParedError(f"window {number} of text {windows.text!r}: the loss is {loss}; the model is broken")
+        nats += loss
+        predicted += len(window_T) - 1
+        on_window()
+    model.train(was_training)
+    mean = nats / predicted
+    return Perplexity(math.exp(mean) if mean < 700 else math.inf, nats, predicted, {**windows.describe(), "bos": bos})

@@ -1,0 +1,33 @@
+"""Matching of names: the one helper behind every pattern and every 'did you mean'."""
+
+import difflib
+import fnmatch
+from collections.abc import Iterable
+
+from pared.errors import ParedError
+
+
+def did_you_mean(found: str, valid: Iterable[str]) -> str:
+    """Return the tail of an error message: the nearest valid name, then all of them."""
+    valid = sorted(valid)
+    near = difflib.get_close_matches(found, valid, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{hint}Valid: {', '.join(valid)}"
+
+
+def match(patterns: Iterable[str], names: Iterable[str]) -> set[str]:
+    """Return the names that fit any of the shell-style patterns (``*.0.*``, ``*q_proj``).
+
+    Raises:
+        ParedError: a pattern matches nothing; a skip that skips nothing is a mistake.
+    """
+    names = list(names)
+    matched: set[str] = set()
+    for pattern in patterns:
+        hits = set(fnmatch.filter(names, pattern))
+        if not hits:
+            raise ParedError(
+                f"pattern {pattern!r} matches none of the {len(names)} sites; {did_you_mean(pattern, names[:12])}"
+            )
+        matched |= hits
+    return matched

@@ -1,0 +1,131 @@
+"""The decision for every site, as data, and what it costs.
+
+A plan is the only thing allocation produces and the only thing solvers, format, report and a dry run read.
+"""
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Dense(_Data):
+    """The weight stays as it is; ``reason`` says why."""
+
+    kind: Literal["dense"] = "dense"
+    reason: str
+
+    def parameters(self, out_features: int, in_features: int) -> int:
+        """Stored weight parameters of a site of this shape."""
+        return out_features * in_features
+
+
+class LowRank(_Data):
+    """Two factors, ``up (out, rank)`` and ``down (rank, in)``, stand in for the weight."""
+
+    kind: Literal["low_rank"] = "low_rank"
+    rank: Annotated[int, Field(ge=1)]
+
+    def parameters(self, out_features: int, in_features: int) -> int:
+        """Stored weight parameters of a site of this shape."""
+        return self.rank * (out_features + in_features)
+
+
+Decision = Annotated[Dense | LowRank, Field(discriminator="kind")]
+
+
+def rank_for(keep: float, out_features: int, in_features: int) -> int:
+    """Return ``floor(keep · m · n / (m + n))``, the largest rank whose factors fit the budget; may be 0."""
+    # A budget computed as a ratio can land a hair under the integer it stands for (0.8·…/… = 229.99999).
+    return math.floor(keep * out_features * in_features / (out_features + in_features) + 1e-9)
+
+
+class SitePlan(_Data):
+    """One site, its shape ``(out, in)`` and what is decided for it."""
+
+    name: str
+    kind: str
+    block: int
+    out_features: int
+    in_features: int
+    decision: Decision
+
+    @property
+    def before(self) -> int:
+        """Weight parameters of the dense site."""
+        return self.out_features * self.in_features
+
+    @property
+    def after(self) -> int:
+        """Weight parameters after the decision."""
+        return self.decision.parameters(self.out_features, self.in_features)
+
+
+class Uncovered(_Data):
+    """A weight inside the blocks that no method is applied to, and why."""
+
+    name: str
+    shape: tuple[int, ...]
+    parameters: int
+    reason: str
+
+
+class Sizes(_Data):
+    """The three sizes that are always told side by side."""
+
+    covered_parameters: int
+    model_parameters: int
+    bytes_on_disk: int
+
+
+class Plan(_Data):
+    """Every site's decision, what is not covered, and the sizes before and after.
+
+    Attributes:
+        keep: the fraction of covered parameters that was asked to stay.
+        sites: the covered sites, in the model's order.
+        uncovered: weights inside the blocks that were left alone.
+        model_parameters: parameters of the whole dense model; tied ones counted once.
+        bytes_per_parameter: of the dtype the model is saved in.
+    """
+
+    keep: float
+    sites: tuple[SitePlan, ...]
+    uncovered: tuple[Uncovered, ...] = ()
+    model_parameters: int
+    bytes_per_parameter: int
+
+    @property
+    def before(self) -> Sizes:
+        """Sizes of the dense model; bytes are those of the weights alone."""
+        return self._sizes(sum(site.before for site in self.sites), 0)
+
+    @property
+    def after(self) -> Sizes:
+        """Sizes after every decision; bytes are those of the weights alone."""
+        removed = sum(site.before - site.after for site in self.sites)
+        return self._sizes(sum(site.after for site in self.sites), removed)
+
+    @property
+    def achieved_keep(self) -> float:
+        """Fraction of covered parameters that really stays."""
+        return self.after.covered_parameters / self.before.covered_parameters
+
+    @property
+    def uncovered_share(self) -> float:
+        """Share of the weights inside the blocks that no method is applied to."""
+        left = sum(weight.parameters for weight in self.uncovered)
+        return left / max(left + self.before.covered_parameters, 1)
+
+    @property
+    def shortfall(self) -> int:
+        """Parameters above the budget because sites had to stay dense; 0 when the budget is met."""
+        return max(0, self.after.covered_parameters - math.floor(self.keep * self.before.covered_parameters))
+
+    def _sizes(self, covered: int, removed: int) -> Sizes:
+        whole = self.model_parameters - removed
+        return Sizes(covered_parameters=covered, model_parameters=whole, bytes_on_disk=whole * self.bytes_per_parameter)

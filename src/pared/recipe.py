@@ -1,0 +1,135 @@
+"""What the user asked for: one versioned file that can express all of a compression."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from pared.errors import ParedError
+from pared.names import did_you_mean
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Calibration(_Strict):
+    """The text the statistics are collected on.
+
+    Attributes:
+        text: a text by name (``embedded``, ``wikitext2:train``, ``c4:train``, ``alpaca``, ``file:PATH``,
+            ``NAME:SPLIT:FIELD`` of the datasets library).
+        samples: number of token windows.
+        length: tokens in a window.
+        seed: seed of the random offsets.
+        sampling: ``consecutive`` windows from the start, or windows at ``random-offset`` tokens.
+        dtype: what the blocks compute in; ``auto`` measures whether bfloat16 is faster on this machine.
+            Statistics are accumulated in float32 or better whatever this says.
+        batch: windows in one forward pass.
+    """
+
+    text: str = "embedded"
+    samples: Annotated[int, Field(ge=1)] = 256
+    length: Annotated[int, Field(ge=2)] = 2048
+    seed: int = 0
+    sampling: Literal["consecutive", "random-offset"] = "consecutive"
+    dtype: DType = "auto"
+    batch: Annotated[int, Field(ge=1)] = 4
+
+
+class Evaluation(_Strict):
+    """The text perplexity is measured on, before and after.
+
+    Attributes:
+        text: a text by name; ``auto`` takes the held-out part of a calibration text that has one.
+        length: tokens in a window.
+        windows: how many windows from the start; none means all.
+        bos: where a beginning-of-sequence token is put: nowhere, before the text, before every window.
+    """
+
+    text: str = "auto"
+    length: Annotated[int, Field(ge=2)] = 1024
+    windows: Annotated[int, Field(ge=1)] | None = 20
+    bos: Literal["none", "text", "window"] = "none"
+
+
+class Recipe(_Strict):
+    """A whole compression: model in, method, budget, data, folder out.
+
+    Attributes:
+        version: version of this file's layout.
+        model: ``embedded:smollm2-135m``, a Hub id, a local folder, or a ``.gguf`` file. Unused by
+            :func:`pared.compress`, which is given the model itself.
+        method: a name that ``pared methods`` lists.
+        keep: fraction of the parameters of the covered sites that stays; 0.8 removes 20%.
+        skip: shell-style patterns of site names that are left alone and not counted in the budget.
+        allocation: how the budget is spread over the sites.
+        calibration: what the statistics are collected on.
+        evaluation: what perplexity is measured on; none measures nothing.
+        dtype: what the model is loaded and saved in; ``auto`` keeps what the checkpoint has.
+        device: where the blocks run, as torch names it.
+        out: the folder to write.
+    """
+
+    version: Literal[1] = 1
+    model: str | None = None
+    method: str = "svd-llm"
+    keep: Annotated[float, Field(gt=0, le=1)] = 0.8
+    skip: tuple[str, ...] = ()
+    allocation: str = "uniform"
+    calibration: Calibration = Calibration()
+    evaluation: Evaluation | None = Evaluation()
+    dtype: DType = "auto"
+    device: str = "cpu"
+    out: str | None = None
+
+    @field_validator("keep", mode="before")
+    @classmethod
+    def _no_percentages(cls, value: object) -> object:
+        if isinstance(value, (int, float)) and not 0 < value <= 1:
+            raise ValueError(f"keep is the fraction that stays, in (0, 1], so that 0.8 removes 20%; got {value}")
+        return value
+
+    @classmethod
+    def of(cls, fields: dict[str, Any], origin: str = "recipe") -> "Recipe":
+        """Build a recipe from plain data.
+
+        Raises:
+            ParedError: an unknown key (quoted, with the nearest valid one) or a value out of range.
+        """
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            raise ParedError(f"{origin}: {_explain(error)}") from None
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Recipe":
+        """Read a recipe from a YAML (or JSON) file.
+
+        Raises:
+            ParedError: the file is missing, not YAML, or not a recipe.
+        """
+        try:
+            fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ParedError(f"recipe {path}: {error.strerror or error}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ParedError(f"recipe {path}: not readable as YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(fields, dict):
+            raise ParedError(f"recipe {path}: expected a mapping of keys, found {type(fields).__name__}")
+        return cls.of(fields, origin=f"recipe {path}")
+
+
+def _explain(error: ValidationError) -> str:
+    """Tell pydantic's first complaint in one line, with the nearest valid key for an unknown one."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        section: type[BaseModel] = Recipe
+        for part in first["loc"][:-1]:
+            section = {"calibration": Calibration, "evaluation": Evaluation}[str(part)]
+        return f"unknown key {where!r}; {did_you_mean(str(first['loc'][-1]), section.model_fields)}"
+    return f"{where}: {first['msg'].removeprefix('Value error, ')}; found {first['input']!r}"

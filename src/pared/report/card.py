@@ -1,0 +1,102 @@
+"""The model card that lies in every folder: what this is, how it was made, how to load it."""
+
+import json
+
+import yaml
+
+from pared.checkpoint.manifest import Manifest
+from pared.report.table import comparison
+
+LOADING = """\
+With the package (`pip install pared`):
+
+```python
+import pared  # teaches transformers the format
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+```
+
+Without it, with the loader that lies in this folder:
+
+```python
+model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)
+```
+
+With neither, transformers only warns about an unknown quantisation type and fills the factorised layers with random
+numbers. `pared verify {folder}` tells whether a copy answers as the original did.
+"""
+
+
+def model_card(manifest: Manifest, folder: str) -> str:
+    """Return the text of ``README.md``, YAML header included.
+
+    Args:
+        manifest: of the compression.
+        folder: what the loading examples call the folder.
+    """
+    recipe = manifest.recipe
+    header = {
+        "library_name": "transformers",
+        "tags": ["pared", "low-rank", recipe.method],
+        **_base_model(manifest),
+    }
+    table = "\n".join(f"| {row.what} | {row.before} | {row.after} | {row.share} |" for row in comparison(manifest))
+    shown = recipe.model_dump(mode="json", exclude={"out"}, exclude_none=True)
+    return "\n".join(
+        [
+            "---",
+            yaml.safe_dump(header, sort_keys=False).rstrip(),
+            "---",
+            "",
+            f"# {manifest.model['name']}, {1 - manifest.plan.achieved_keep:.0%} smaller in its block weights",
+            "",
+            f"Made from `{manifest.model['name']}` ({manifest.model['origin']}) by "
+            f"[pared](https://pypi.org/project/pared/) {manifest.versions['pared']} with the method `{recipe.method}`.",
+            "",
+            "| | before | after | |",
+            "|---|---:|---:|---:|",
+            table,
+            "",
+            _measured_on(manifest),
+            "",
+            "## Load",
+            "",
+            LOADING.format(folder=folder),
+            "## Recipe",
+            "",
+            "```yaml",
+            yaml.safe_dump(shown, sort_keys=False).rstrip(),
+            "```",
+            "",
+            "The exact ranks, data digests, versions and timings are in `pared.json`.",
+            "",
+        ]
+    )
+
+
+def _base_model(manifest: Manifest) -> dict[str, str]:
+    name = manifest.model["name"]
+    return {"base_model": name} if name.count("/") == 1 and manifest.model["origin"] == "Hugging Face Hub" else {}
+
+
+def _measured_on(manifest: Manifest) -> str:
+    lines = []
+    if manifest.evaluation and manifest.perplexity_after is not None:
+        on = manifest.evaluation
+        lines.append(f"Perplexity: {on['windows']} windows of {on['length']} tokens of {on['text']} ({on['origin']}).")
+    if manifest.calibration:
+        on = manifest.calibration
+        lines.append(
+            f"Calibrated on {on['windows']} windows of {on['length']} tokens of {on['text']} ({on['origin']})."
+        )
+    if (manifest.evaluation or {}).get("stand_in") or (manifest.calibration or {}).get("stand_in"):
+        lines.append("This text only stands in for a real corpus; do not compare the figures with published ones.")
+    if manifest.plan.uncovered:
+        lines.append(
+            f"Not covered: {len(manifest.plan.uncovered)} weights inside the blocks "
+            f"({manifest.plan.uncovered_share:.1%} of their parameters): "
+            f"{json.dumps([weight.name for weight in manifest.plan.uncovered[:5]])}."
+        )
+    return " ".join(lines)

@@ -1,0 +1,38 @@
+"""The rows a compression is told in: always the three sizes side by side."""
+
+from typing import NamedTuple
+
+from pared.checkpoint.manifest import Manifest
+from pared.plan import Plan
+
+
+class Row(NamedTuple):
+    """One line of a comparison: what, before, after, and after as a fraction of before where that means something."""
+
+    what: str
+    before: str
+    after: str
+    share: str
+
+
+def sizes(plan: Plan, bytes_before: int, bytes_after: int) -> list[Row]:
+    """Return the three sizes: covered parameters, whole-model parameters, bytes of weights on disk."""
+    before, after = plan.before, plan.after
+    return [
+        _row("covered parameters", before.covered_parameters, after.covered_parameters),
+        _row("whole-model parameters", before.model_parameters, after.model_parameters),
+        _row("bytes on disk", bytes_before, bytes_after),
+    ]
+
+
+def comparison(manifest: Manifest) -> list[Row]:
+    """Return the rows of a finished compression."""
+    rows = sizes(manifest.plan, manifest.bytes_before, manifest.bytes_on_disk)
+    before, after = manifest.perplexity_before, manifest.perplexity_after
+    if before is not None and after is not None:
+        rows.append(Row("perplexity", f"{before:,.2f}", f"{after:,.2f}", f"x{after / before:.3g}"))
+    return rows
+
+
+def _row(what: str, before: int, after: int) -> Row:
+    return Row(what, f"{before:,}", f"{after:,}", f"{after / before:.1%}")

@@ -1,0 +1,215 @@
+"""Texts by name: the embedded one, well-known corpora, the user's files, anything the datasets library has."""
+
+import gzip
+import importlib.util
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pared.errors import ParedError
+from pared.names import did_you_mean
+
+EMBEDDED_SHARE = 0.8  # of pydoc_data.topics is for calibration, the rest for evaluation
+BLANK_LINES = "\n\n"
+
+
+@dataclass(frozen=True)
+class Text:
+    """A named text: its documents, how they are joined, and where they really came from.
+
+    Attributes:
+        name: what the user called it.
+        documents: the rows, in order.
+        origin: the file, package or Hub data set they were read from, for the manifest.
+        stand_in: true for the embedded text, which only stands in for a real corpus.
+    """
+
+    name: str
+    documents: tuple[str, ...]
+    origin: str
+    stand_in: bool = False
+
+    @property
+    def joined(self) -> str:
+        """The documents joined by blank lines, as the papers' perplexity protocols do."""
+        return BLANK_LINES.join(self.documents)
+
+
+@dataclass(frozen=True)
+class _Corpus:
+    """A well-known corpus: its file under ``PARED_DATA`` and its place on the Hub."""
+
+    file: str
+    hub: tuple[str, str | None, str, str]  # repository, configuration, split, field
+    hub_file: str | None = None
+
+
+_WIKITEXT = "Salesforce/wikitext"
+CORPORA = {
+    "wikitext2:train": _Corpus("lm/wikitext2_raw_train_part.txt", (_WIKITEXT, "wikitext-2-raw-v1", "train", "text")),
+    "wikitext2:validation": _Corpus(
+        "lm/wikitext2_raw_valid.txt", (_WIKITEXT, "wikitext-2-raw-v1", "validation", "text")
+    ),
+    "wikitext2:test": _Corpus("lm/wikitext2_raw_test.txt", (_WIKITEXT, "wikitext-2-raw-v1", "test", "text")),
+    "c4:train": _Corpus(
+        "lm/c4_truncated_1480.jsonl",
+        ("allenai/c4", None, "train", "text"),
+        "en/c4-train.00000-of-01024.json.gz",
+    ),
+    "c4:validation": _Corpus(
+        "lm/c4_demo_300.jsonl",
+        ("allenai/c4", None, "train", "text"),
+        "en/c4-validation.00000-of-00008.json.gz",
+    ),
+    "alpaca": _Corpus("instruct/alpaca_random_9k.jsonl.gz", ("tatsu-lab/alpaca", None, "train", "text")),
+}
+HELD_OUT = {
+    "embedded": "embedded:eval",
+    "wikitext2:train": "wikitext2:test",
+    "wikitext2:validation": "wikitext2:test",
+    "c4:train": "c4:validation",
+}
+
+
+def held_out(name: str) -> str | None:
+    """Return the name of the text that calibration on ``name`` never sees; None if none is known."""
+    return HELD_OUT.get(name)
+
+
+def find_text(name: str, evaluation: bool = False) -> Text:
+    """Find a text by name.
+
+    Args:
+        name: ``embedded``, ``wikitext2:train|validation|test``, ``c4:train|validation``, ``alpaca``,
+            ``file:PATH`` (.txt, .jsonl with a ``text`` field, .gz of both) or ``NAME:SPLIT:FIELD`` of the
+            datasets library (``NAME[CONFIG]:SPLIT:FIELD`` with a configuration).
+        evaluation: ``embedded`` has two parts; true takes the one that is never calibrated on.
+
+    Raises:
+        ParedError: nothing of that name, unreadable, or empty.
+    """
+    if name == "embedded" or name.startswith("embedded:"):
+        text = _embedded("embedded:eval" if name == "embedded" and evaluation else name)
+    elif name.startswith("file:"):
+        path = Path(name.removeprefix("file:")).expanduser()
+        text = Text(name, tuple(read_documents(path)), str(path))
+    elif name in CORPORA:
+        text = _corpus(name)
+    elif name.count(":") == 2:
+        dataset, split, field = name.split(":")
+        repository, _, config = dataset.removesuffix("]").partition("[")
+        text = Text(name, _from_hub(repository, config or None, split, field, None), f"Hub data set {dataset}")
+    else:
+        raise ParedError(
+            f"unknown text {name!r}; {did_you_mean(name, ['embedded', *CORPORA])}, file:PATH, NAME:SPLIT:FIELD"
+        )
+    if not text.joined.strip():
+        raise ParedError(f"text {name!r} ({text.origin}) is empty")
+    return text
+
+
+def read_documents(path: Path) -> list[str]:
+    """Read a .txt file as one document, or a .jsonl file as one document a row; both may be gzipped.
+
+    Raises:
+        ParedError: missing, not UTF-8, not JSON, or a row without ``text``; names the file and the row.
+    """
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        content = raw.decode("utf-8")
+    except OSError as error:
+        raise ParedError(f"text file {path}: {error.strerror or error}") from None
+    except (UnicodeDecodeError, EOFError) as error:
+        raise ParedError(f"text file {path}: not readable ({error})") from None
+    if ".jsonl" not in path.suffixes:
+        return [content]
+    return [_row_text(path, number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
+
+
+def _row_text(path: Path, number: int, line: str) -> str:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ParedError(f"{path}, row {number}: not JSON ({error})") from None
+    if isinstance(row, dict) and isinstance(row.get("text"), str):
+        return row["text"]
+    if isinstance(row, dict) and {"instruction", "input", "output"} <= row.keys():
+        return alpaca_text(row)
+    found = sorted(row) if isinstance(row, dict) else type(row).__name__
+    raise ParedError(f"{path}, row {number}: expected an object with a 'text' field, found {found}")
+
+
+def alpaca_text(row: dict[str, str]) -> str:
+    """Return the ``text`` field of the Alpaca data: the instruction prompt followed by its answer."""
+    context = "paired with an input that provides further context" if row["input"] else ""
+    task = f"Below is an instruction that describes a task{', ' + context if context else ''}."
+    middle = f"\n\n### Input:\n{row['input']}" if row["input"] else ""
+    return (
+        f"{task} Write a response that appropriately completes the request.\n\n"
+        f"### Instruction:\n{row['instruction']}{middle}\n\n### Response:\n{row['output']}"
+    )
+
+
+def wikitext_rows(content: str) -> tuple[str, ...]:
+    """Return the rows of the WikiText data set from its file: a line of one blank is the empty row."""
+    lines = content.split("\n")
+    if lines and lines[-1] == "":
+        lines.pop()
+    return tuple("" if line == " " else line + "\n" for line in lines)
+
+
+def _embedded(name: str) -> Text:
+    from pydoc_data import topics
+
+    part = name.partition(":")[2] or "calibration"
+    if part not in ("calibration", "eval"):
+        raise ParedError(f"unknown text {name!r}; {did_you_mean(part, ['embedded:calibration', 'embedded:eval'])}")
+    documents = [topics.topics[key] for key in sorted(topics.topics)]
+    # Whole topics on either side of the cut: no document is half calibrated on, half evaluated on.
+    cut, seen, total = 0, 0, sum(map(len, documents))
+    while seen < EMBEDDED_SHARE * total:
+        seen += len(documents[cut])
+        cut += 1
+    kept = documents[:cut] if part == "calibration" else documents[cut:]
+    return Text(name, tuple(kept), "pydoc_data.topics of the Python standard library", stand_in=True)
+
+
+def _corpus(name: str) -> Text:
+    corpus = CORPORA[name]
+    folder = os.environ.get("PARED_DATA")
+    if not folder:
+        return Text(name, _from_hub(*corpus.hub, corpus.hub_file), f"Hub data set {corpus.hub[0]}")
+    path = Path(folder) / corpus.file
+    if not path.is_file():
+        raise ParedError(f"text {name!r}: PARED_DATA names {folder}, which has no {corpus.file}; fix or unset it")
+    documents = read_documents(path)
+    rows = wikitext_rows(documents[0]) if name.startswith("wikitext2") else tuple(documents)
+    return Text(name, rows, str(path))
+
+
+def _from_hub(repository: str, config: str | None, split: str, field: str, data_file: str | None) -> tuple[str, ...]:
+    if importlib.util.find_spec("datasets") is None:
+        raise ParedError(
+            f"{repository} is read from the Hub and needs the package datasets; install it with: "
+            "pip install datasets, or name a folder of local copies in PARED_DATA"
+        )
+    import datasets
+
+    try:
+        rows: Iterable[dict[str, object]] = datasets.load_dataset(
+            repository, config, split=split, data_files={split: data_file} if data_file else None
+        )
+        first = next(iter(rows))
+    except StopIteration:
+        raise ParedError(f"Hub data set {repository}, split {split!r}, has no rows") from None
+    except Exception as error:  # datasets and huggingface_hub raise many kinds
+        raise ParedError(
+            f"Hub data set {repository}, split {split!r}: cannot be read "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:160]}); "
+            "offline, name a folder of local copies in PARED_DATA or use file:PATH"
+        ) from None
+    if field not in first:
+        raise ParedError(f"Hub data set {repository} has no field {field!r}; {did_you_mean(field, first)}")
+    return tuple(str(row[field]) for row in rows)
