@@ -128,8 +128,7 @@ def _explain(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        section: type[BaseModel] = Recipe
-        for part in first["loc"][:-1]:
-            section = {"calibration": Calibration, "evaluation": Evaluation}[str(part)]
+        sections: dict[str, type[BaseModel]] = {"calibration": Calibration, "evaluation": Evaluation}
+        section = sections[str(first["loc"][0])] if len(first["loc"]) > 1 else Recipe
         return f"unknown key {where!r}; {did_you_mean(str(first['loc'][-1]), section.model_fields)}"
     return f"{where}: {first['msg'].removeprefix('Value error, ')}; found {first['input']!r}"

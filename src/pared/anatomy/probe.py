@@ -103,7 +103,7 @@ def probe(model: PreTrainedModel, anatomy: Anatomy) -> tuple[Anatomy, list[Block
     def handles() -> Iterator[Any]:
         for index, block in enumerate(blocks):
             yield block.register_forward_pre_hook(watch.enter(index), with_kwargs=True)
-            yield block.register_forward_hook(watch.leave(index, last=index == len(blocks) - 1))
+            yield block.register_forward_hook(watch.leave(last=index == len(blocks) - 1))
         for site in anatomy.sites:
             yield model.get_submodule(site.name).register_forward_pre_hook(watch.read(site.name))
 
@@ -140,7 +140,7 @@ class _Watch:
 
         return hook
 
-    def leave(self, index: int, last: bool) -> Any:
+    def leave(self, last: bool) -> Any:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             self.previous = hidden_of(output)
             entries = len(output) if isinstance(output, (tuple, list)) else 0
@@ -152,9 +152,10 @@ class _Watch:
 
     def read(self, name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0]
-            key = (x.untyped_storage().data_ptr(), x.storage_offset(), x.numel(), x.shape[-1], x._version)
-            _, first = self.alive.setdefault(key, (x, name))
+            seen: torch.Tensor = args[0]
+            storage = seen.untyped_storage().data_ptr()
+            key = (storage, int(seen.storage_offset()), seen.numel(), seen.shape[-1], seen._version)
+            _, first = self.alive.setdefault(key, (seen, name))
             self.readers.setdefault(name, []).append(first)
 
         return hook

@@ -57,7 +57,7 @@ def capture(
         run_model(model, probe_tokens.unsqueeze(0))
         _require_same_arguments(anatomy, probed, recorded)
         inputs = BlockInputs([], [])
-        for part in tokens.split(batch):
+        for part in torch.split(tokens, batch):
             recorded.clear()
             run_model(model, part)
             inputs.hidden.append(recorded[0].hidden.to(device, dtype))
@@ -86,7 +86,7 @@ def _stubbed(model: PreTrainedModel, anatomy: Anatomy, probed: list[BlockCall]) 
     own = [block.__dict__.get("forward") for block in blocks]  # accelerate's hooks put one there
     try:
         for index, block in enumerate(blocks):
-            block.forward = stub(index)  # type: ignore[method-assign]
+            block.forward = stub(index)
         yield recorded
     finally:
         for block, forward in zip(blocks, own, strict=True):

@@ -1,14 +1,15 @@
 """From any model to a plain dense folder that needs nothing of pared."""
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from transformers import PreTrainedModel
 
 from pared.anatomy import bias_of, weight_of
 from pared.checkpoint.load import load
-from pared.checkpoint.loader import MODULE_TYPES, PortableMixin
-from pared.checkpoint.save import save
+from pared.checkpoint.loader import PortableMixin
+from pared.checkpoint.save import module_map, save
 from pared.checkpoint.staging import require_free, staged
 from pared.checkpoint.verify import require_tensors
 from pared.sources.models import find_model
@@ -40,16 +41,16 @@ def export_dense(name: str, out: Path, dtype: str = "auto", overwrite: bool = Fa
 @torch.no_grad()
 def make_dense(model: PreTrainedModel) -> PreTrainedModel:
     """Multiply every compressed module out into the linear layer it stands for, in place."""
-    kinds = tuple(cls for cls, _ in MODULE_TYPES.values())
-    compressed = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    compressed = {name: model.get_submodule(name) for name in module_map(model)}
     _forget_compression(model)
     with torch.device("meta"):
         skeleton = type(model)._from_config(model.config)  # knows which modules are Linear and which Conv1D
     for name, module in compressed.items():
-        dense = skeleton.get_submodule(name).to_empty(device=module.weight.device).to(module.weight.dtype)
-        weight_of(dense).copy_(module.weight)
-        if (bias := bias_of(dense)) is not None:
-            bias.copy_(module.bias)
+        weight, bias = cast("torch.Tensor", module.weight), cast("torch.Tensor | None", module.bias)
+        dense = skeleton.get_submodule(name).to_empty(device=weight.device).to(weight.dtype)
+        weight_of(dense).copy_(weight)
+        if bias is not None and (place := bias_of(dense)) is not None:
+            place.copy_(bias)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, dense.train(module.training))
     return model

@@ -1,7 +1,7 @@
 """Drives the road: from a model and a recipe to a compressed model and a folder."""
 
 from pared.engine.compress import Compressed, compress, method_of, plan_of
-from pared.engine.job import Outcome, run
+from pared.engine.job import Outcome, reusable, run
 from pared.engine.progress import Progress, Silent
 
-__all__ = ["Compressed", "Outcome", "Progress", "Silent", "compress", "method_of", "plan_of", "run"]
+__all__ = ["Compressed", "Outcome", "Progress", "Silent", "compress", "method_of", "plan_of", "reusable", "run"]

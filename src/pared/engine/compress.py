@@ -181,7 +181,7 @@ def _solve(
     linear = model.get_submodule(site.name)
     try:
         decomposition = method.decompose(weight_of(linear).detach(), _values(statistics))
-    except (ValueError, torch.linalg.LinAlgError) as error:
+    except (ValueError, RuntimeError) as error:
         raise ParedError(f"site {site.name}: {error}; blocks before {site.block} are already compressed") from error
     if decomposition.damping:
         damping[site.name] = decomposition.damping

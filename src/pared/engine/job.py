@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from pared.checkpoint import Manifest, compare, load, require_tensors, save, staged, take_fingerprint
+from pared.checkpoint import Manifest, compare, load, require_tensors, save, staged, take_fingerprint, verify
 from pared.checkpoint.loader import FORMAT_VERSION
 from pared.checkpoint.manifest import machine, versions
 from pared.checkpoint.staging import require_free, require_space
@@ -61,7 +61,7 @@ def run(recipe: Recipe, overwrite: bool = False, progress: Progress | None = Non
             save(model, tokenizer, staging)
             bytes_on_disk = require_tensors(staging)
         # The reloaded model is measured, not the one in memory; there is room for only one of them.
-        compressed.model = model = None  # type: ignore[assignment]
+        compressed.model = model = None
         gc.collect()
         with watch("verify"):
             model = load(str(staging))
@@ -146,3 +146,16 @@ def _measure(
         progress.stage(f"perplexity {when}", len(windows.tokens), "window") as advance,
     ):
         return perplexity(model, tokenizer, windows, recipe.evaluation.bos, advance).value
+
+
+def reusable(recipe: Recipe) -> Outcome | None:
+    """Return the outcome in a recipe's output folder if this very recipe and these versions made it and it is whole."""
+    folder = Path(recipe.out or "").expanduser()
+    try:
+        manifest = Manifest.read(folder)
+        if manifest.recipe != recipe or manifest.versions != versions():
+            return None
+        verify(folder)
+    except ParedError:
+        return None
+    return Outcome(folder, manifest)

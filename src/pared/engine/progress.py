@@ -26,7 +26,7 @@ class Silent:
     """Watches and says nothing."""
 
     @contextmanager
-    def stage(self, name: str, total: int, unit: str) -> Iterator[Advance]:
+    def stage(self, name: str, total: int, unit: str) -> Iterator[Advance]:  # noqa: ARG002 - the protocol's
         """Open a stage."""
         yield lambda: None
 
@@ -52,7 +52,7 @@ class Stopwatch:
 
 def peak_memory_bytes() -> int:
     """Return the highest resident memory of this process so far; with CUDA, the highest allocated memory."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -1,5 +1,6 @@
 """What a model is worth, dense or compressed."""
 
+from pared.evaluation.generation import greedy
 from pared.evaluation.perplexity import Perplexity, perplexity
 
-__all__ = ["Perplexity", "perplexity"]
+__all__ = ["Perplexity", "greedy", "perplexity"]

@@ -1,0 +1,81 @@
+"""``pared compress``: a model in, a smaller folder out."""
+
+from pared.checkpoint import Manifest
+from pared.cli import options
+from pared.cli.console import ConsoleProgress, JsonFile, errors, out, print_rows, quiet_libraries, write_json
+from pared.engine import run
+from pared.report import comparison
+
+
+def compress(
+    model: options.Model = None,
+    recipe: options.RecipeFile = None,
+    method: options.Method = None,
+    keep: options.Keep = None,
+    skip: options.Skip = None,
+    allocation: options.Allocation = None,
+    data: options.Data = None,
+    samples: options.Samples = None,
+    length: options.Length = None,
+    seed: options.Seed = None,
+    sampling: options.Sampling = None,
+    calibration_dtype: options.CalibrationDtype = None,
+    eval_text: options.Eval = None,
+    eval_length: options.EvalLength = None,
+    eval_windows: options.EvalWindows = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    out: options.Out = None,
+    overwrite: options.Overwrite = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Compress a model and write it as an ordinary Hugging Face folder, checked by reloading."""
+    with errors():
+        quiet_libraries()
+        asked = options.recipe_of(
+            recipe,
+            {
+                "model": model,
+                "method": method,
+                "keep": keep,
+                "skip": skip,
+                "allocation": allocation,
+                "calibration.text": data,
+                "calibration.samples": samples,
+                "calibration.length": length,
+                "calibration.seed": seed,
+                "calibration.sampling": sampling,
+                "calibration.dtype": calibration_dtype,
+                "evaluation.text": eval_text,
+                "evaluation.length": eval_length,
+                "evaluation.windows": eval_windows,
+                "dtype": dtype,
+                "device": device,
+                "out": out,
+            },
+        )
+        outcome = run(asked, overwrite, ConsoleProgress())
+        print_manifest(outcome.manifest, str(outcome.folder))
+        write_json(json_file, {"folder": str(outcome.folder), **outcome.manifest.model_dump(mode="json")})
+
+
+def print_manifest(manifest: Manifest, folder: str) -> None:
+    """Print the table of a finished compression and where it lies."""
+    recipe = manifest.recipe
+    print_rows(f"{manifest.model['name']}  {recipe.method}  keep {recipe.keep:g}", comparison(manifest))
+    if manifest.perplexity_after is not None and manifest.evaluation:
+        on = manifest.evaluation
+        stand_in = "; only a stand-in for a real corpus" if on["stand_in"] else ""
+        out.print(
+            f"perplexity on {on['text']}: {on['windows']} windows of {on['length']} tokens{stand_in}", markup=False
+        )
+    seconds = "  ".join(f"{stage} {value:.1f}" for stage, value in manifest.seconds.items())
+    total = sum(manifest.seconds.values())
+    out.print(f"seconds: {total:.1f}  ({seconds})", markup=False)
+    out.print(f"peak memory: {manifest.peak_memory_bytes / 2**20:,.0f} MiB", markup=False)
+    if manifest.damping:
+        out.print(
+            f"rank-deficient statistics: {len(manifest.damping)} sites were damped (see pared.json)", markup=False
+        )
+    out.print(f"self-check: reloaded, largest relative difference {manifest.self_check:.2g}", markup=False)
+    out.print(f"folder: {folder}", markup=False)

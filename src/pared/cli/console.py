@@ -1,0 +1,117 @@
+"""What every command shares: printing, progress, JSON files, and one clear line for an error."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+
+from pared.errors import ParedError
+from pared.report.table import Row
+
+out = Console(soft_wrap=True, highlight=False)
+err = Console(stderr=True, soft_wrap=True, highlight=False)
+
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file as JSON.")]
+LOG_EVERY_SECONDS = 10.0
+
+
+class ConsoleProgress:
+    """Bars with rate and remaining time on a terminal, plain lines now and then in a log."""
+
+    @contextmanager
+    def stage(self, name: str, total: int, unit: str) -> Iterator[Callable[[], None]]:
+        """Open a stage of ``total`` steps."""
+        with (_bar if err.is_terminal else _lines)(name, total, unit) as advance:
+            yield advance
+
+    def note(self, message: str) -> None:
+        """Print a note."""
+        err.print(f"note: {message}", markup=False)
+
+
+@contextmanager
+def _bar(name: str, total: int, unit: str) -> Iterator[Callable[[], None]]:
+    rate = TextColumn("{task.fields[rate]}")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn(),
+               TimeElapsedColumn())  # fmt: skip
+    with RichProgress(*columns, console=err) as bar:
+        task = bar.add_task(name, total=total, rate="")
+        start, done = time.perf_counter(), 0
+
+        def advance() -> None:
+            nonlocal done
+            done += 1
+            bar.update(task, advance=1, rate=f"{done / (time.perf_counter() - start):.2f} {unit}/s")
+
+        yield advance
+
+
+@contextmanager
+def _lines(name: str, total: int, unit: str) -> Iterator[Callable[[], None]]:
+    start = told = time.perf_counter()
+    done = 0
+
+    def advance() -> None:
+        nonlocal done, told
+        done += 1
+        now = time.perf_counter()
+        if now - told >= LOG_EVERY_SECONDS and done < total:
+            told, rate = now, done / (now - start)
+            err.print(f"{name}: {done}/{total} {unit}, {rate:.2f}/s, {(total - done) / rate:.0f} s left", markup=False)
+
+    yield advance
+    err.print(f"{name}: {done}/{total} {unit} in {time.perf_counter() - start:.1f} s", markup=False)
+
+
+@contextmanager
+def errors() -> Iterator[None]:
+    """Turn what a user did wrong into one line and exit code 2, and Ctrl-C into 130."""
+    try:
+        yield
+    except ParedError as error:
+        err.print(f"error: {error}", markup=False, style="red")
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        err.print("interrupted; nothing was left behind", markup=False)
+        raise SystemExit(130) from None
+
+
+def print_rows(title: str, rows: list[Row]) -> None:
+    """Print a comparison of before and after."""
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for column in ("", "before", "after", ""):
+        table.add_column(column, justify="left" if column == "" and not table.columns else "right")
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
+
+
+def write_json(path: Path | None, result: dict[str, Any]) -> None:
+    """Write a result where ``--json`` says; whole or not at all."""
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise ParedError(f"--json {path}: {error.strerror or error}") from None
+
+
+def quiet_libraries() -> None:
+    """Keep the progress bars of other libraries out of the output."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    if not sys.flags.dev_mode:
+        transformers.utils.logging.set_verbosity_error()

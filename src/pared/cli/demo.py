@@ -1,0 +1,42 @@
+"""``pared demo``: the main job on what is embedded, with a sentence from before and after."""
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pared.checkpoint import load
+from pared.cli.compress import print_manifest
+from pared.cli.console import ConsoleProgress, errors, out, quiet_libraries
+from pared.engine import reusable, run
+from pared.evaluation import greedy
+from pared.recipe import Recipe
+from pared.sources.models import cache_folder, find_model
+
+PROMPT = "The most important thing about a good tool is"
+TOKENS = 40
+
+
+def demo(
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="The folder to make. [default: in the user's cache]")
+    ] = None,
+) -> None:
+    """Compress the embedded model on the embedded text; a second run reuses what the first one made."""
+    with errors():
+        quiet_libraries()
+        place = folder or cache_folder() / "demo"
+        shipped = Recipe.load(Path(str(files("pared.recipes") / "demo.yaml")))
+        recipe = shipped.model_copy(update={"out": str(place)})
+        outcome = reusable(recipe)
+        if outcome is None:
+            outcome = run(recipe, overwrite=True, progress=ConsoleProgress())
+        else:
+            out.print(f"reusing {place} of an earlier run", markup=False)
+        print_manifest(outcome.manifest, str(place))
+        assert recipe.model is not None
+        tokenizer = find_model(recipe.model).tokenizer()
+        for when, name in (("before", recipe.model), ("after", str(place))):
+            text = greedy(load(name), tokenizer, PROMPT, TOKENS)
+            out.print(f"\n{when}: {PROMPT}{text}", markup=False)

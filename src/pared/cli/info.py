@@ -1,0 +1,31 @@
+"""``pared info``: what is in a folder."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pared.checkpoint import Manifest
+from pared.cli.compress import print_manifest
+from pared.cli.console import JsonFile, errors, out, quiet_libraries, write_json
+from pared.plan import Dense, SitePlan
+
+
+def info(folder: Annotated[Path, typer.Argument(help="A folder that pared made.")], json_file: JsonFile = None) -> None:
+    """Print how a folder was made, its sizes and its ranks."""
+    with errors():
+        quiet_libraries()
+        manifest = Manifest.read(folder)
+        print_manifest(manifest, str(folder))
+        for told, count in sorted(Counter(map(_describe, manifest.plan.sites)).items()):
+            out.print(f"{count:5} x {told}", markup=False)
+        versions = "  ".join(f"{name} {number}" for name, number in manifest.versions.items())
+        out.print(f"made with {versions}", markup=False)
+        write_json(json_file, manifest.model_dump(mode="json"))
+
+
+def _describe(site: SitePlan) -> str:
+    choice = site.decision
+    told = f"dense ({choice.reason})" if isinstance(choice, Dense) else f"rank {choice.rank}"
+    return f"{site.kind} {site.out_features} x {site.in_features}: {told}"

@@ -1,0 +1,16 @@
+"""``pared methods``: what can be asked for."""
+
+from rich.table import Table
+
+from pared.cli.console import out
+from pared.lowrank import METHODS
+
+
+def methods() -> None:
+    """List the methods, where each comes from and what it needs."""
+    table = Table(header_style="bold")
+    for column in ("method", "what it minimises", "needs", "paper"):
+        table.add_column(column)
+    for method in METHODS.values():
+        table.add_row(method.name, method.summary, ", ".join(sorted(method.needs)) or "no data", method.paper)
+    out.print(table)

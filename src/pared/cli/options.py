@@ -1,0 +1,78 @@
+"""The options of a compression, and the recipe they make with or without a file."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pared.errors import ParedError
+from pared.recipe import Recipe
+
+Model = Annotated[
+    str | None,
+    typer.Argument(help="embedded:smollm2-135m, a Hub id, a local folder, or a .gguf file.", show_default=False),
+]
+RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="YAML file; options given here win over it.")]
+Method = Annotated[str | None, typer.Option(help="A name that `pared methods` lists. [default: svd-llm]")]
+Keep = Annotated[
+    float | None,
+    typer.Option(help="Fraction of the parameters of the covered sites that stays: 0.8 removes 20%. [default: 0.8]"),
+]
+Skip = Annotated[
+    list[str] | None, typer.Option(help="Pattern of site names to leave alone, not counted in the budget; repeatable.")
+]
+Allocation = Annotated[str | None, typer.Option(help="How the budget is spread. [default: uniform]")]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="Calibration text: embedded, wikitext2:train, c4:train, alpaca, file:PATH, NAME:SPLIT:FIELD. "
+        "[default: embedded]"
+    ),
+]
+Samples = Annotated[int | None, typer.Option(help="Calibration windows. [default: 256]")]
+Length = Annotated[int | None, typer.Option(help="Tokens in a calibration window. [default: 2048]")]
+Seed = Annotated[int | None, typer.Option(help="Seed of random offsets. [default: 0]")]
+Sampling = Annotated[str | None, typer.Option(help="consecutive or random-offset. [default: consecutive]")]
+CalibrationDtype = Annotated[
+    str | None, typer.Option(help="What blocks compute in while calibrating: auto, float32, bfloat16, float16.")
+]
+Eval = Annotated[
+    str | None,
+    typer.Option(
+        "--eval", help="Text to measure perplexity on, before and after; auto takes the held-out part of "
+        "the calibration text; none measures nothing. [default: auto]"
+    ),
+]  # fmt: skip
+EvalLength = Annotated[int | None, typer.Option(help="Tokens in an evaluation window. [default: 1024]")]
+EvalWindows = Annotated[int | None, typer.Option(help="Evaluation windows. [default: 20]")]
+Dtype = Annotated[str | None, typer.Option(help="What the model is loaded and saved in. [default: auto]")]
+Device = Annotated[str | None, typer.Option(help="Where the blocks run while calibrating. [default: cpu]")]
+Out = Annotated[Path | None, typer.Option(help="The folder to make.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it is there.")]
+
+
+def recipe_of(file: Path | None, given: dict[str, Any]) -> Recipe:
+    """Return the recipe of a file with the options that were given laid over it.
+
+    Args:
+        file: a recipe file, or none.
+        given: options by dotted recipe key (``calibration.samples``); None for those not given.
+
+    Raises:
+        ParedError: the file or an option is wrong.
+    """
+    fields: dict[str, Any] = Recipe.load(file).model_dump(exclude_unset=True) if file else {}
+    if given.get("evaluation.text") == "none":
+        if any(given.get(f"evaluation.{key}") is not None for key in ("length", "windows")):
+            raise ParedError("--eval none measures nothing; --eval-length and --eval-windows have no meaning with it")
+        given = {key: value for key, value in given.items() if not key.startswith("evaluation.")}
+        fields["evaluation"] = None
+    for key, value in given.items():
+        if value is None or value == []:
+            continue
+        section, _, leaf = key.rpartition(".")
+        target = fields
+        if section:
+            target = fields[section] = dict(fields.get(section) or {})
+        target[leaf] = str(value) if isinstance(value, Path) else value
+    return Recipe.of(fields, origin=f"recipe {file} with options" if file else "options")

@@ -1,0 +1,53 @@
+"""``pared plan``: every site's decision and the three sizes, from shapes alone."""
+
+from rich.table import Table
+
+from pared.cli import options
+from pared.cli.console import JsonFile, errors, out, print_rows, quiet_libraries, write_json
+from pared.engine import plan_of
+from pared.errors import ParedError
+from pared.plan import Dense
+from pared.report.table import sizes
+from pared.sources.models import find_model, require_dense
+
+
+def plan(
+    model: options.Model = None,
+    recipe: options.RecipeFile = None,
+    method: options.Method = None,
+    keep: options.Keep = None,
+    skip: options.Skip = None,
+    allocation: options.Allocation = None,
+    dtype: options.Dtype = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Print what `pared compress` would do, without reading a single weight."""
+    with errors():
+        quiet_libraries()
+        asked = options.recipe_of(
+            recipe,
+            {
+                "model": model, "method": method, "keep": keep, "skip": skip, "allocation": allocation, "dtype": dtype
+            },
+        )  # fmt: skip
+        if asked.model is None:
+            raise ParedError("name a model: embedded:smollm2-135m, a folder or a Hub id")
+        source = find_model(asked.model)
+        require_dense(source.config(), asked.model)
+        decided = plan_of(source.skeleton(), asked, source.weight_bytes(asked.dtype))
+        table = Table(header_style="bold")
+        for column, justify in (("site", "left"), ("out x in", "right"), ("decision", "left"), ("parameters", "right")):
+            table.add_column(column, justify=justify)  # type: ignore[arg-type]
+        for site in decided.sites:
+            choice = site.decision
+            told = f"dense: {choice.reason}" if isinstance(choice, Dense) else f"rank {choice.rank}"
+            table.add_row(site.name, f"{site.out_features} x {site.in_features}", told, f"{site.after:,}")
+        for weight in decided.uncovered:
+            shape = " x ".join(map(str, weight.shape))
+            table.add_row(weight.name, shape, f"not covered: {weight.reason}", f"{weight.parameters:,}", style="dim")
+        out.print(table)
+        rows = sizes(decided, decided.before.bytes_on_disk, decided.after.bytes_on_disk)
+        print_rows(f"{asked.model}  {asked.method}  keep {asked.keep:g}", rows)
+        if decided.shortfall:
+            out.print(f"the budget is missed by {decided.shortfall:,} parameters", markup=False)
+        write_json(json_file, decided.model_dump(mode="json"))
