@@ -90,7 +90,7 @@ class Recipe(_Strict):
     @classmethod
     def _no_percentages(cls, value: object) -> object:
         if isinstance(value, (int, float)) and not 0 < value <= 1:
-            raise ValueError(f"keep is the fraction that stays, in (0, 1], so that 0.8 removes 20%; got {value}")
+            raise ValueError(f"keep is the fraction that stays, in (0, 1], so that 0.8 removes 20%; found {value}")
         return value
 
     @classmethod
@@ -131,4 +131,6 @@ def _explain(error: ValidationError) -> str:
         sections: dict[str, type[BaseModel]] = {"calibration": Calibration, "evaluation": Evaluation}
         section = sections[str(first["loc"][0])] if len(first["loc"]) > 1 else Recipe
         return f"unknown key {where!r}; {did_you_mean(str(first['loc'][-1]), section.model_fields)}"
-    return f"{where}: {first['msg'].removeprefix('Value error, ')}; found {first['input']!r}"
+    if first["type"] == "value_error":  # ours: says what was found
+        return str(first["ctx"]["error"])
+    return f"{where}: {first['msg']}; found {first['input']!r}"

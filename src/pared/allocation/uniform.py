@@ -1,5 +1,6 @@
 """Uniform allocation: every site keeps the same fraction of its parameters."""
 
+import math
 from collections.abc import Sequence
 
 from pared.anatomy.structure import Site
@@ -41,10 +42,10 @@ def uniform(sites: Sequence[Site], keep: float) -> dict[str, Decision]:
         rank = rank_for(share, site.out_features, site.in_features) if share > 0 else 0
         if rank < 1:
             if dense_cost == 0:
-                least = (site.out_features + site.in_features) / (site.out_features * site.in_features)
+                least = max(1 / s.out_features + 1 / s.in_features for s in rest)
                 raise ParedError(
                     f"keep {keep:g} leaves no rank for {site.name} {site.out_features} x {site.in_features}; "
-                    f"the least is {least:.4g}"
+                    f"the least keep that leaves one everywhere is {math.ceil(least * 1e4) / 1e4:g}"
                 )
             rank = 1
         decisions[site.name] = LowRank(rank=rank)

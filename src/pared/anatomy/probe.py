@@ -155,8 +155,8 @@ class _Watch:
             seen: torch.Tensor = args[0]
             storage = seen.untyped_storage().data_ptr()
             key = (storage, int(seen.storage_offset()), seen.numel(), seen.shape[-1], seen._version)
-            _, first = self.alive.setdefault(key, (seen, name))
-            self.readers.setdefault(name, []).append(first)
+            first = self.alive.setdefault(key, (seen, name))
+            self.readers.setdefault(name, []).append(first[1])
 
         return hook
 

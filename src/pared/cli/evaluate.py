@@ -41,8 +41,8 @@ def evaluate(
             result = measure(loaded, tokenizer, pieces, asked.bos, advance)
         stand_in = "; a stand-in" if pieces.stand_in else ""
         out.print(
-            f"perplexity {result.value:.4f} on {perplexity}{stand_in}: {len(pieces.tokens)} windows of {length} tokens, "
-            f"{result.predicted:,} predicted, bos {bos}, {loaded.dtype}",
+            f"perplexity {result.value:.4f} on {perplexity}{stand_in}: {len(pieces.tokens)} windows of {length} "
+            f"tokens, {result.predicted:,} predicted, bos {bos}, {loaded.dtype}",
             markup=False,
         )
         write_json(

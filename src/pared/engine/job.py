@@ -94,11 +94,11 @@ def run(recipe: Recipe, overwrite: bool = False, progress: Progress | None = Non
 
 def _checked(recipe: Recipe, overwrite: bool) -> tuple[ModelSource, Path]:
     """Refuse whatever can be refused without reading weights."""
+    method = method_of(recipe)
     if recipe.model is None:
         raise ParedError("the recipe names no model; set 'model' to embedded:smollm2-135m, a folder or a Hub id")
     if recipe.out is None:
         raise ParedError("the recipe names no output folder; set 'out'")
-    method = method_of(recipe)
     out = Path(recipe.out).expanduser()
     require_free(out, overwrite)
     if method.needs:
