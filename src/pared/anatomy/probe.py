@@ -121,6 +121,7 @@ class _Watch:
         self.calls: list[BlockCall] = []
         self.order: list[int] = []
         self.previous: torch.Tensor | None = None
+        self.version = 0
         self.readers: dict[str, list[str]] = {}  # site -> first reader of the tensor, once for every call
         self.alive: dict[tuple[int, ...], tuple[torch.Tensor, str]] = {}  # holds tensors: no address is used twice
 
@@ -129,7 +130,9 @@ class _Watch:
             name = self.anatomy.block_name(index)
             call = BlockCall.seen(args, kwargs, name)
             before = self.previous
-            if before is not None and not (call.hidden is before or torch.equal(call.hidden, before)):
+            if before is not None and not (
+                before._version == self.version and (call.hidden is before or torch.equal(call.hidden, before))
+            ):
                 raise ParedError(
                     f"block {name} does not read the output of the block before it; blocks with other wiring between "
                     "them are not supported"
@@ -143,6 +146,7 @@ class _Watch:
     def leave(self, last: bool) -> Any:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             self.previous = hidden_of(output)
+            self.version = self.previous._version  # moves when it is changed in place
             entries = len(output) if isinstance(output, (tuple, list)) else 0
             self.calls[-1] = replace(self.calls[-1], returns=entries)
             if last:

@@ -54,7 +54,10 @@ def capture(
     """
     with _stubbed(model, anatomy, probed) as recorded:
         probe_tokens = torch.arange(probed[0].hidden.shape[1]).remainder(model.get_input_embeddings().weight.shape[0])
-        run_model(model, probe_tokens.unsqueeze(0))
+        try:
+            run_model(model, probe_tokens.unsqueeze(0))
+        except Exception as error:  # these tokens went through the probe pass: only a block's own result was missing
+            raise _fed_by_another(anatomy, len(recorded), probed) from error
         _require_same_arguments(anatomy, probed, recorded)
         inputs = BlockInputs([], [])
         for part in torch.split(tokens, batch):
@@ -102,10 +105,14 @@ def _require_same_arguments(anatomy: Anatomy, probed: list[BlockCall], stubbed: 
             a.shape == b.shape and torch.equal(a, b) for a, b in zip(real_tensors, stub_tensors, strict=True)
         )
         if not same:
-            raise ParedError(
-                f"block {anatomy.block_name(index)} is given values that an earlier block computed "
-                f"(arguments {sorted(real.kwargs)}); such models cannot be walked block by block yet"
-            )
+            raise _fed_by_another(anatomy, index, probed)
+
+
+def _fed_by_another(anatomy: Anatomy, index: int, probed: list[BlockCall]) -> ParedError:
+    return ParedError(
+        f"block {anatomy.block_name(index)} is given values that an earlier block computed "
+        f"(arguments {sorted(probed[index].kwargs)}); such models cannot be walked block by block yet"
+    )
 
 
 def _adapted(call: BlockCall, dtype: torch.dtype, device: torch.device) -> BlockCall:

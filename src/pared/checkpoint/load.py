@@ -38,6 +38,16 @@ def read_config(name: str) -> PretrainedConfig:
     return config
 
 
+def read_map(name: str) -> dict[str, dict[str, Any]]:
+    """Return the map of a folder: the entry of every changed module, none for a dense model.
+
+    Raises:
+        ParedError: not a model, or of a newer format version.
+    """
+    config = read_config(name)
+    return _fields(config).get("modules", {}) if is_compressed(config) else {}
+
+
 def is_compressed(config: PretrainedConfig) -> bool:
     """Whether a configuration says that pared made the weights."""
     return _fields(config).get("quant_method") == QUANT_METHOD

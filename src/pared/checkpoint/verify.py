@@ -6,7 +6,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from pared.checkpoint.loader import MODULE_TYPES
+from pared.checkpoint.load import load, read_map
 from pared.checkpoint.manifest import Fingerprint, Manifest
 from pared.errors import ParedError
 
@@ -65,7 +65,7 @@ def require_tensors(folder: Path) -> int:
                     shapes[name] = tuple(tensors.get_slice(name).get_shape())
         except (SafetensorError, OSError) as error:
             raise ParedError(f"{file}: unreadable or truncated ({error}); fetch or make it again") from None
-    for name, entry in _map_of(folder).items():
+    for name, entry in read_map(str(folder)).items():
         for factor, shape in {
             "down": (entry["rank"], entry["in_features"]),
             "up": (entry["out_features"], entry["rank"]),
@@ -85,21 +85,9 @@ def verify(folder: Path) -> float:
     Raises:
         ParedError: anything is missing, damaged or different.
     """
-    from pared.checkpoint.load import load
-
     manifest = Manifest.read(folder)
     require_tensors(folder)
     return compare(load(str(folder)), manifest.fingerprint)
-
-
-def _map_of(folder: Path) -> dict[str, dict[str, int]]:
-    from pared.checkpoint.load import read_config
-
-    entries = read_config(str(folder)).quantization_config["modules"]
-    for name, entry in entries.items():
-        if entry.get("kind") not in MODULE_TYPES:
-            raise ParedError(f"{folder}: map entry {name} has unknown kind {entry.get('kind')!r}")
-    return entries
 
 
 @torch.no_grad()

@@ -102,7 +102,7 @@ def compress(
     model.eval()
     with watch("probe"):
         anatomy = find_anatomy(model).without(recipe.skip)
-        _require_finite_weights(model, anatomy)
+        require_finite_weights(model, anatomy)
         anatomy, calls = probe(model, anatomy)
         plan = make_plan(anatomy, recipe.allocation, recipe.keep, model.dtype.itemsize)
     _tell(plan, progress)
@@ -214,7 +214,8 @@ def _windows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Windows:
     return cut(find_text(asked.text), tokenizer, asked.length, asked.samples, asked.sampling, asked.seed)
 
 
-def _require_finite_weights(model: PreTrainedModel, anatomy: Anatomy) -> None:
+def require_finite_weights(model: PreTrainedModel, anatomy: Anatomy) -> None:
+    """Refuse a model whose sites hold anything but finite floating point numbers in memory; names the site."""
     for site in anatomy.sites:
         weight = weight_of(model.get_submodule(site.name))
         if weight.is_meta:

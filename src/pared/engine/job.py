@@ -7,11 +7,12 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from pared.anatomy import find_anatomy
 from pared.checkpoint import Manifest, compare, load, require_tensors, save, staged, take_fingerprint, verify
 from pared.checkpoint.loader import FORMAT_VERSION
 from pared.checkpoint.manifest import machine, versions
 from pared.checkpoint.staging import require_free, require_space
-from pared.engine.compress import compress, method_of, plan_of
+from pared.engine.compress import compress, method_of, plan_of, require_finite_weights
 from pared.engine.progress import Progress, Silent, Stopwatch, peak_memory_bytes
 from pared.errors import ParedError
 from pared.evaluation import perplexity
@@ -53,6 +54,7 @@ def run(recipe: Recipe, overwrite: bool = False, progress: Progress | None = Non
         planned = plan_of(source.skeleton(), recipe, source.weight_bytes(recipe.dtype))
         require_space(out, planned.after.bytes_on_disk)
         model = source.load(recipe.dtype)
+        require_finite_weights(model, find_anatomy(model))  # before perplexity, which could only say "nan"
     before = _measure(model, tokenizer, windows, recipe, "before", watch, progress)
     compressed = compress(model, tokenizer, recipe, progress)
     with staged(out, overwrite, needed=compressed.plan.after.bytes_on_disk) as staging:

@@ -1,0 +1,57 @@
+"""What every test shares: one thread, no network, a cache of its own."""
+
+import os
+import tempfile
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["PARED_CACHE"] = tempfile.mkdtemp(prefix="pared-tests-cache-")
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="pared-tests-modules-")
+
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+import pared
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _folders_of_the_session() -> Iterator[None]:
+    yield
+    shutil.rmtree(os.environ["PARED_CACHE"], ignore_errors=True)
+    shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer of the vocabulary of the tiny models."""
+    from tiny_tokenizer import tiny_tokenizer
+
+    return tiny_tokenizer(64)
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of 1,000 random words of that tokenizer."""
+    words = random.Random(0)
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(" ".join(f"w{words.randrange(64)}" for _ in range(1000)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def calibration(text_file: Path) -> pared.Calibration:
+    """Few, short float32 windows of that text, in batches of uneven size."""
+    return pared.Calibration(text=f"file:{text_file}", samples=7, length=16, batch=3, dtype="float32")

@@ -1,0 +1,53 @@
+"""The embedded real model, compressed once for the whole tier."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from real_model import MODEL, ROOT, Corpus
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import pared
+from pared.engine import Outcome
+from pared.sources.models import find_model
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.real)
+
+
+@pytest.fixture(scope="session")
+def corpus() -> Iterator[Corpus]:
+    patch = pytest.MonkeyPatch()
+    patch.delenv("PARED_CACHE", raising=False)  # the converted model is kept between runs
+    torch.set_num_threads(os.cpu_count() or 1)
+    beside = ROOT.parent / "shared" / "data"
+    folder = os.environ.get("PARED_DATA") or (str(beside) if beside.is_dir() else None)
+    if folder:
+        patch.setenv("PARED_DATA", folder)
+    yield Corpus("wikitext2:train", "wikitext2:test") if folder else Corpus("embedded", "embedded")
+    torch.set_num_threads(1)
+    patch.undo()
+
+
+@pytest.fixture(scope="session")
+def dense(corpus: Corpus) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    source = find_model(MODEL)
+    return source.load(), source.tokenizer()
+
+
+@pytest.fixture(scope="session")
+def compressed(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    recipe = pared.Recipe(
+        model=MODEL,
+        method="svd-llm",
+        keep=0.8,
+        calibration=pared.Calibration(text=corpus.calibration, samples=64, length=1024),
+        evaluation=pared.Evaluation(text=corpus.evaluation, length=1024, windows=20),
+        out=str(tmp_path_factory.mktemp("real") / "smol"),
+    )
+    return pared.run(recipe)

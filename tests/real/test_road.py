@@ -1,0 +1,86 @@
+"""The main road on a real model: what a newcomer types first must hold."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from real_model import MODEL, ROOT, Corpus
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+import pared
+from pared.engine import Outcome
+
+Dense = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+
+def test_dense_perplexity_equals_the_independent_computation(compressed: Outcome, corpus: Corpus) -> None:
+    before = compressed.manifest.perplexity_before
+    if corpus.evaluation == "wikitext2:test":
+        assert before == pytest.approx(23.48, abs=0.05)
+    else:
+        assert before is not None
+        assert 2 < before < 100
+
+
+def test_svd_llm_keeps_the_language_at_keep_08(compressed: Outcome, corpus: Corpus) -> None:
+    before, after = compressed.manifest.perplexity_before, compressed.manifest.perplexity_after
+    assert before is not None
+    assert after is not None
+    if corpus.evaluation == "wikitext2:test":
+        assert 45 < after < 75
+    else:
+        assert before < after < 10 * before
+
+
+def test_the_three_sizes_are_those_of_the_files(compressed: Outcome) -> None:
+    manifest = compressed.manifest
+    assert manifest.plan.before.covered_parameters == 106_168_320
+    assert 0.79 < manifest.plan.achieved_keep <= 0.8
+    assert manifest.plan.shortfall == 0
+    assert 0 <= manifest.bytes_on_disk - manifest.plan.after.bytes_on_disk < 200_000  # headers of safetensors
+    assert manifest.self_check == 0.0
+
+
+def test_plain_svd_destroys_the_model(dense: Dense, corpus: Corpus) -> None:
+    _, tokenizer = dense
+    model = AutoModelForCausalLM.from_pretrained(pared.sources.models.find_model(MODEL).location)
+    pared.compress(model, tokenizer, pared.Recipe(method="svd", keep=0.8))
+    assert pared.perplexity(model, tokenizer, corpus.evaluation, windows=2).value > 10_000
+
+
+def test_lm_eval_loads_the_folder_and_scores_as_the_model_does(compressed: Outcome, dense: Dense) -> None:
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    harness = HFLM(pretrained=str(compressed.folder), device="cpu", batch_size=1, dtype="float32")
+    pair = ("The capital of France is", " Paris")
+    request = Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=0)
+    score, _ = harness.loglikelihood([request], disable_tqdm=True)[0]
+
+    _, tokenizer = dense
+    model = pared.load(str(compressed.folder))
+    context, whole = (tokenizer(part)["input_ids"] for part in (pair[0], "".join(pair)))
+    with torch.no_grad():
+        logs = model(torch.tensor([whole])).logits[0].log_softmax(-1)
+    ours = sum(float(logs[i - 1, whole[i]]) for i in range(len(context), len(whole)))
+    assert score == pytest.approx(ours, abs=1e-3)
+
+
+def test_bfloat16_load_answers_nearly_the_same(compressed: Outcome) -> None:
+    ids = torch.arange(100, 132).unsqueeze(0)
+    with torch.no_grad():
+        whole = pared.load(str(compressed.folder))(ids).logits.softmax(-1)
+        half = pared.load(str(compressed.folder), dtype="bfloat16")
+        assert half.dtype == torch.bfloat16
+        assert float((half(ids).logits.float().softmax(-1) - whole).abs().max()) < 0.1
+
+
+def test_the_example_of_the_readme_runs(tmp_path: Path, corpus: Corpus) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert blocks
+    done = subprocess.run([sys.executable, "-c", blocks[0]], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "perplexity" in done.stdout.lower()

@@ -1,0 +1,14 @@
+"""A tokenizer that needs no download: one word, one token."""
+
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+
+def tiny_tokenizer(vocab_size: int = 64) -> PreTrainedTokenizerFast:
+    """Split at blanks; the words are ``w0`` to ``w<vocab_size - 1>``, everything else is ``w0``."""
+    words = {f"w{index}": index for index in range(vocab_size)}
+    core = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="w0", pad_token="w0", bos_token="w1", eos_token="w2"
+    )
