@@ -19,6 +19,7 @@ import pared
 from pared.anatomy import find_anatomy, probe
 from pared.calibration import capture, choose_dtype, walk
 from pared.engine import run
+from pared.lowrank.methods import nothing
 from pared.recipe import Recipe
 from pared.sources.models import find_model
 from pared.sources.texts import find_text
@@ -41,7 +42,7 @@ def bare_seconds(recipe: Recipe) -> float:
     inputs = capture(model, anatomy, windows.tokens, asked.batch, calls, dtype, device)
     blocks = [block.to(dtype) for block in anatomy.blocks(model)]
     start = time.perf_counter()
-    for _ in walk(blocks, anatomy, inputs, frozenset(), dtype, device):
+    for _ in walk(blocks, anatomy, inputs, nothing, dtype, device):
         pass
     return time.perf_counter() - start
 
@@ -144,9 +145,7 @@ def main() -> None:
             bare = bare_seconds(recipe)
             whole, seconds = whole_seconds(recipe)
             append(LINES, {"what": "pair", **about, "bare": bare, "whole": whole, "seconds": seconds})
-            print(
-                f"pair {number + 1}/{asked.pairs}: bare {bare:.1f} s, whole {whole:.1f} s, {whole / bare:.2f} x {seconds}"
-            )
+            print(f"pair {number + 1}/{asked.pairs}: bare {bare:.1f} s, whole {whole:.1f} s, {whole / bare:.2f} x")
         append(LINES, {"what": "memory", **about, **peak_memory(recipe)})
     PAGE.write_text(render(read(LINES)), encoding="utf-8")
     print(PAGE.read_text(encoding="utf-8"))

@@ -89,7 +89,7 @@ class Recipe(_Strict):
     @field_validator("keep", mode="before")
     @classmethod
     def _no_percentages(cls, value: object) -> object:
-        if isinstance(value, (int, float)) and not 0 < value <= 1:
+        if isinstance(value, bool) or (isinstance(value, (int, float)) and not 0 < value <= 1):
             raise ValueError(f"keep is the fraction that stays, in (0, 1], so that 0.8 removes 20%; found {value}")
         return value
 
@@ -116,7 +116,7 @@ class Recipe(_Strict):
             fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise ParedError(f"recipe {path}: {error.strerror or error}") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError) as error:  # not UTF-8, or a date or number that cannot be
             raise ParedError(f"recipe {path}: not readable as YAML: {' '.join(str(error).split())}") from None
         if not isinstance(fields, dict):
             raise ParedError(f"recipe {path}: expected a mapping of keys, found {type(fields).__name__}")

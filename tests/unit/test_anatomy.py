@@ -291,7 +291,7 @@ def test_blocks_that_do_not_run_once_each_in_order_are_refused(order: tuple[int,
     "wiring",
     [
         pytest.param(Wiring(lambda _, hidden, extra: (hidden, extra)), id="handed on"),
-        pytest.param(Wiring(lambda _, hidden, extra: (hidden, hidden.mean())), id="from the hidden states"),
+        pytest.param(Wiring(lambda _, hidden, __: (hidden, hidden.mean())), id="from the hidden states"),
         pytest.param(Wiring(lambda _, hidden, extra: (hidden, extra * 0.5)), id="computed with"),
     ],
 )

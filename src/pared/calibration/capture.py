@@ -120,8 +120,9 @@ def _adapted(call: BlockCall, dtype: torch.dtype, device: torch.device) -> Block
         if isinstance(value, torch.Tensor):
             if not value.is_floating_point():
                 return value.to(device)
-            limits = torch.finfo(dtype)  # a mask of float32's lowest value must not become -inf in a half dtype
-            return value.clamp(limits.min, limits.max).to(device, dtype)
+            # A mask of float32's lowest value must not become -inf in a half dtype.
+            limit = min(torch.finfo(dtype).max, torch.finfo(value.dtype).max)
+            return value.clamp(-limit, limit).to(device, dtype)
         if isinstance(value, dict):
             return {name: adapt(item) for name, item in value.items()}
         if type(value) in (tuple, list):

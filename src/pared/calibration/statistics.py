@@ -1,21 +1,22 @@
-"""Statistics of what a site reads: small accumulators with ``update`` and ``merge``."""
+"""Statistics of what a site reads and puts out: small accumulators with ``update`` and ``merge``."""
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 
 from pared.calibration.precision import exact_products
 
-PANEL = 512  # columns of one panel of a Gram; only panels on and above the diagonal are multiplied
+PANEL = 256  # columns of one panel of a Gram; only panels on and above the diagonal are multiplied
 
 
 class Statistic(Protocol):
-    """One accumulator for the tensor that a group of sites reads."""
+    """One accumulator for a tensor that sites read, or that one site puts out."""
 
     tokens: int
 
     def update(self, x: torch.Tensor) -> None:
-        """Take in one batch of inputs ``(..., in)``."""
+        """Take in one batch ``(..., features)``."""
 
     def merge(self, other: "Statistic") -> None:
         """Take in what another accumulator of the same kind has seen."""
@@ -25,7 +26,7 @@ class Statistic(Protocol):
 
 
 class Gram:
-    """The input Gram ``G = Σ xᵀx`` over tokens, ``(in, in)``, not normalised.
+    """The Gram ``G = Σ xᵀx`` over tokens, ``(features, features)``, not normalised.
 
     One batch is multiplied in float32 (exactly, for half-precision inputs, with float32 accumulation) and added to a
     float64 total. Only the upper panels are computed; ``value`` mirrors them.
@@ -41,7 +42,7 @@ class Gram:
         self._upper_NN = torch.zeros(features, features, dtype=torch.float64, device=device)
 
     def update(self, x: torch.Tensor) -> None:
-        """Add one batch of inputs ``(..., in)``."""
+        """Add one batch ``(..., features)``."""
         x_TN = x.reshape(-1, x.shape[-1]).float()
         self.tokens += x_TN.shape[0]
         self.dtype = x.dtype
@@ -59,7 +60,7 @@ class Gram:
 
     @property
     def value(self) -> torch.Tensor:
-        """The Gram ``(in, in)``, float64, symmetric."""
+        """The Gram ``(features, features)``, float64, symmetric."""
         upper_NN = self._upper_NN.triu()
         return upper_NN + upper_NN.triu(1).T
 
@@ -68,4 +69,21 @@ class Gram:
         return bool(self._upper_NN.diagonal().isfinite().all())
 
 
-STATISTICS: dict[str, type[Gram]] = {"gram": Gram}
+@dataclass(frozen=True)
+class StatisticKind:
+    """A statistic by name: its accumulator, and which end of a site it watches.
+
+    Attributes:
+        accumulator: made from the number of features and the device.
+        of: ``input`` is collected once for all sites that read one tensor; ``output`` is a site's own output without
+            its bias.
+    """
+
+    accumulator: type[Gram]
+    of: Literal["input", "output"]
+
+
+STATISTICS = {
+    "gram": StatisticKind(Gram, "input"),
+    "output_gram": StatisticKind(Gram, "output"),
+}

@@ -1,20 +1,22 @@
 """The pass: blocks one after the other on captured inputs, statistics handed on as each block is done."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from pared.anatomy.linear import bias_of, weight_of
 from pared.anatomy.probe import hooks
-from pared.anatomy.structure import Anatomy
+from pared.anatomy.structure import Anatomy, Site
 from pared.calibration.capture import BlockInputs
 from pared.calibration.statistics import STATISTICS, Statistic
 from pared.errors import ParedError
 
 StatisticsOfSite = dict[str, Statistic]
+Shapes = Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ def walk(
     blocks: list[nn.Module],
     anatomy: Anatomy,
     inputs: BlockInputs,
-    needs: frozenset[str],
+    needs: Callable[[Shapes], frozenset[str]],
     dtype: torch.dtype,
     device: torch.device,
     on_batch: Callable[[], None] = lambda: None,
@@ -43,7 +45,7 @@ def walk(
         blocks: the blocks, in order.
         anatomy: after the probe pass.
         inputs: captured inputs; overwritten.
-        needs: names of the statistics to collect.
+        needs: names of the statistics to collect, from the shapes ``(out, in)`` of the sites that read one tensor.
         dtype: what the blocks compute in.
         device: where.
         on_batch: called after every batch of every block.
@@ -57,9 +59,7 @@ def walk(
         with hooks(_tap(worker, anatomy, index, statistics)):
             _run_block(worker, index, inputs, on_batch)
         _require_finite(anatomy, index, statistics, inputs)
-        yield WalkedBlock(
-            index, {site.name: statistics[site.reads] for site in anatomy.sites_of(index) if not site.idle}
-        )
+        yield WalkedBlock(index, statistics)
 
 
 @torch.no_grad()
@@ -77,34 +77,62 @@ def _worker(block: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Mo
 
 
 def _accumulators(
-    anatomy: Anatomy, index: int, needs: frozenset[str], device: torch.device
+    anatomy: Anatomy, index: int, needs: Callable[[Shapes], frozenset[str]], device: torch.device
 ) -> dict[str, StatisticsOfSite]:
-    groups = {site.reads: site.in_features for site in anatomy.sites_of(index) if not site.idle}
-    return {
-        reads: {name: STATISTICS[name](features, device) for name in sorted(needs)}
-        for reads, features in groups.items()
-    }
+    """Make the accumulators of a block; sites that read one tensor are given the same one for its input."""
+    readers: dict[str, list[Site]] = {}
+    for site in anatomy.sites_of(index):
+        if not site.idle:
+            readers.setdefault(site.reads, []).append(site)
+    statistics: dict[str, StatisticsOfSite] = {}
+    for sites in readers.values():
+        kinds = {name: STATISTICS[name] for name in sorted(needs([(s.out_features, s.in_features) for s in sites]))}
+        shared = {
+            name: kind.accumulator(sites[0].in_features, device) for name, kind in kinds.items() if kind.of == "input"
+        }
+        for site in sites:
+            own = {
+                name: kind.accumulator(site.out_features, device) for name, kind in kinds.items() if kind.of == "output"
+            }
+            statistics[site.name] = {**shared, **own}
+    return statistics
 
 
 def _tap(worker: nn.Module, anatomy: Anatomy, index: int, statistics: dict[str, StatisticsOfSite]) -> Iterator[Any]:
-    """Hook one site of every group that reads the same tensor."""
+    """Hook the outputs of every site, and the input of one site of every group that reads the same tensor."""
     for site in anatomy.sites_of(index):
-        if site.name in statistics:
+        for name, statistic in statistics.get(site.name, {}).items():
+            module = worker.get_submodule(anatomy.path_in_block(site))
+            if STATISTICS[name].of == "output":
+                yield module.register_forward_hook(_output_hook(statistic))
+            elif site.reads == site.name:
+                yield module.register_forward_pre_hook(_input_hook(statistic))
 
-            def hook(_: nn.Module, args: tuple[Any, ...], reads: str = site.name) -> None:
-                for accumulator in statistics[reads].values():
-                    accumulator.update(args[0])
 
-            yield worker.get_submodule(anatomy.path_in_block(site)).register_forward_pre_hook(hook)
+def _input_hook(statistic: Statistic) -> Callable[..., None]:
+    def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        statistic.update(args[0])
+
+    return hook
+
+
+def _output_hook(statistic: Statistic) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        # Taking a large bias off a rounded output would leave little but the rounding: multiply again without it.
+        statistic.update(output if bias_of(module) is None else args[0] @ weight_of(module).T)
+
+    return hook
 
 
 def _require_finite(anatomy: Anatomy, index: int, statistics: dict[str, StatisticsOfSite], inputs: BlockInputs) -> None:
     for site in anatomy.sites_of(index):
-        if not all(accumulator.finite() for accumulator in statistics.get(site.name, {}).values()):
-            raise ParedError(
-                f"site {site.name} reads NaN or infinity; check the weights before it, or calibrate in float32"
-            )
-    if not all(bool(hidden.isfinite().all()) for hidden in inputs.hidden):
+        for name, statistic in statistics.get(site.name, {}).items():
+            if not statistic.finite():
+                what = "reads" if STATISTICS[name].of == "input" else "puts out"
+                raise ParedError(
+                    f"site {site.name} {what} NaN or infinity; check the weights before it, or calibrate in float32"
+                )
+    if not all(bool(hidden.sum(dtype=torch.float32).isfinite()) for hidden in inputs.hidden):
         raise ParedError(
             f"block {anatomy.block_name(index)} puts out NaN or infinity; check its weights, or calibrate in float32"
         )

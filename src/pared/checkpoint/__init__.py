@@ -3,7 +3,7 @@
 from pared.checkpoint.export import export_dense, make_dense
 from pared.checkpoint.load import is_compressed, load, read_config
 from pared.checkpoint.manifest import Manifest
-from pared.checkpoint.save import mark, save
+from pared.checkpoint.save import mark, module_map, save
 from pared.checkpoint.staging import staged
 from pared.checkpoint.verify import compare, require_tensors, take_fingerprint, verify
 
@@ -15,6 +15,7 @@ __all__ = [
     "load",
     "make_dense",
     "mark",
+    "module_map",
     "read_config",
     "require_tensors",
     "save",

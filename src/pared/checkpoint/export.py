@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from pared.anatomy import bias_of, weight_of
 from pared.checkpoint.load import load
-from pared.checkpoint.loader import PortableMixin
+from pared.checkpoint.loader import is_portable
 from pared.checkpoint.save import module_map, save
 from pared.checkpoint.staging import require_free, staged
 from pared.checkpoint.verify import require_tensors
@@ -64,5 +64,5 @@ def _forget_compression(model: PreTrainedModel) -> None:
         for attribute in attributes:
             if attribute in owner.__dict__:
                 delattr(owner, attribute)
-    if isinstance(model, PortableMixin):
+    if is_portable(type(model)):
         model.__class__ = type(model).__bases__[1]

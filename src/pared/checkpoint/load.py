@@ -45,7 +45,7 @@ def read_map(name: str) -> dict[str, dict[str, Any]]:
         ParedError: not a model, or of a newer format version.
     """
     config = read_config(name)
-    return _fields(config).get("modules", {}) if is_compressed(config) else {}
+    return _fields(config).get("modules") or {} if is_compressed(config) else {}
 
 
 def is_compressed(config: PretrainedConfig) -> bool:

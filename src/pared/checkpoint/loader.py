@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pared.modules.low_rank import LowRankLinear
@@ -21,6 +22,7 @@ from pared.modules.low_rank import LowRankLinear
 QUANT_METHOD = "pared"
 FORMAT_VERSION = 1
 LOADER_NAME = "modeling_pared"
+IS_COPY = __name__.rpartition(".")[2] == LOADER_NAME
 
 # kind in the map -> (module class, the keys its entry has beside `kind`)
 MODULE_TYPES: dict[str, tuple[type[nn.Module], frozenset[str]]] = {
@@ -37,7 +39,7 @@ class ParedConfig(QuantizationConfigMixin):
         quant_method: always ``pared``.
 
     Raises:
-        ValueError: written by a newer version, or a key this version does not know.
+        ValueError: written by a newer version, a key this version does not know, or a malformed map.
     """
 
     def __init__(
@@ -55,7 +57,18 @@ class ParedConfig(QuantizationConfigMixin):
             )
         self.quant_method = quant_method
         self.format_version = format_version
-        self.modules = modules or {}
+        self.modules = _checked(modules or {})
+
+
+def _checked(modules: Any) -> dict[str, dict[str, Any]]:
+    """Return the map if every entry of it has a known kind and exactly that kind's keys."""
+    if not isinstance(modules, dict):
+        raise ValueError(f"the map of modules is {type(modules).__name__}, expected an entry by module name")
+    for name, entry in modules.items():
+        kind = entry.get("kind") if isinstance(entry, dict) else None
+        if kind not in MODULE_TYPES or entry.keys() - {"kind"} != MODULE_TYPES[kind][1]:
+            raise ValueError(f"map entry {name}: unknown or malformed {entry}; known kinds: {sorted(MODULE_TYPES)}")
+    return modules
 
 
 class ParedQuantizer(HfQuantizer):
@@ -99,13 +112,10 @@ def install_empty(model: nn.Module, entries: dict[str, dict[str, Any]]) -> None:
         entries: the ``modules`` of the map.
 
     Raises:
-        ValueError: a name is not in the model, an entry is malformed, or a shape does not fit.
+        ValueError: a name is not in the model, or a shape does not fit.
     """
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     for name, entry in entries.items():
-        cls, keys = MODULE_TYPES.get(entry.get("kind", ""), (None, frozenset()))
-        if cls is None or entry.keys() - {"kind"} != keys:
-            raise ValueError(f"map entry {name}: unknown or malformed {entry}; known kinds: {sorted(MODULE_TYPES)}")
         for path in (name, name.removeprefix(prefix), prefix + name):
             if (old := _submodule(model, path)) is not None:
                 break
@@ -115,9 +125,16 @@ def install_empty(model: nn.Module, entries: dict[str, dict[str, Any]]) -> None:
         if shape != sorted((entry["out_features"], entry["in_features"])):
             raise ValueError(f"map entry {name}: shape {shape} in the model, {entry} in the map")
         parent, _, leaf = path.rpartition(".")
-        arguments = {key: entry[key] for key in keys}
-        new = cls(**arguments, device=old.weight.device, dtype=old.weight.dtype)
+        new = empty_module(entry, device=old.weight.device, dtype=old.weight.dtype)
         setattr(model.get_submodule(parent), leaf, new.train(old.training))
+
+
+def empty_module(
+    entry: dict[str, Any], device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> nn.Module:
+    """Return the module that a map entry describes, its weights not yet set."""
+    arguments = {key: value for key, value in entry.items() if key != "kind"}
+    return MODULE_TYPES[entry["kind"]][0](**arguments, device=device, dtype=dtype)
 
 
 def _submodule(model: nn.Module, path: str) -> Any:
@@ -141,9 +158,14 @@ class PortableMixin:
 _portable: dict[type, type] = {}
 
 
+def is_portable(cls: type) -> bool:
+    """Whether a model class saves the loader with itself, be it by this module or by a folder's own copy of it."""
+    return any(base.__name__ == PortableMixin.__name__ for base in cls.__mro__)
+
+
 def portable_class(cls: type) -> type:
     """Return the subclass of a transformers model class, of the same name, that saves the loader with itself."""
-    if issubclass(cls, PortableMixin):
+    if is_portable(cls):
         return cls
     if cls not in _portable:
         _portable[cls] = type(cls.__name__, (PortableMixin, cls), {"__module__": __name__, "__doc__": cls.__doc__})
@@ -164,7 +186,7 @@ def __getattr__(name: str) -> Any:
 
 def loader_source() -> str:
     """Return the text of ``modeling_pared.py``: this very file where it is one, else put together from its parts."""
-    if __name__.rpartition(".")[2] == LOADER_NAME:
+    if IS_COPY:
         return Path(__file__).read_text(encoding="utf-8")
     owners = [cls.__module__ for cls, _ in MODULE_TYPES.values()] + [__name__]
     parts = [Path(str(sys.modules[owner].__file__)).read_text(encoding="utf-8") for owner in dict.fromkeys(owners)]
@@ -173,6 +195,10 @@ def loader_source() -> str:
     )
 
 
-if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:  # the package and a folder's own copy may meet in one process
+# The package and folders' own copies may meet in one process, in any order: the package takes over, a copy gives way.
+if not IS_COPY:
+    AUTO_QUANTIZATION_CONFIG_MAPPING.pop(QUANT_METHOD, None)
+    AUTO_QUANTIZER_MAPPING.pop(QUANT_METHOD, None)
+if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
     register_quantization_config(QUANT_METHOD)(ParedConfig)
     register_quantizer(QUANT_METHOD)(ParedQuantizer)

@@ -1,11 +1,14 @@
 """An output folder appears whole or not at all: it is made beside its place and renamed."""
 
 import errno
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from pared.errors import ParedError
 
@@ -16,8 +19,12 @@ def require_free(out: Path, overwrite: bool) -> None:
     """Check that an output folder may be written.
 
     Raises:
-        ParedError: it is there already and ``overwrite`` was not asked for, or it is a file.
+        ParedError: it is there already and ``overwrite`` was not asked for, it is a file, or nothing can be written
+            where it would lie.
     """
+    place = next(folder for folder in out.absolute().parents if folder.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise ParedError(f"output {out}: {place} is not a folder that can be written to; name another place")
     if out.exists() and not out.is_dir():
         raise ParedError(f"output {out} is a file; name a folder")
     if out.is_dir() and any(out.iterdir()) and not overwrite:
@@ -60,10 +67,10 @@ def staged(out: Path, overwrite: bool = False, needed: int = 0) -> Iterator[Path
         staging.chmod(0o755)
         yield staging
         _swap(staging, out)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error):
             raise ParedError(f"the disk filled up while writing {out}; the partial folder was removed") from None
-        raise
+        raise ParedError(f"writing {out} failed ({error}); the partial folder was removed") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -73,11 +80,12 @@ def _swap(staging: Path, out: Path) -> None:
         staging.rename(out)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{out.name}.replaced-", dir=out.parent))
-    out.rename(old / out.name)
     try:
+        out.rename(old / out.name)
         staging.rename(out)
-    except OSError:
-        (old / out.name).rename(out)
+    except BaseException:  # Ctrl-C too: what is in `old` is about to be removed
+        if not out.exists():
+            (old / out.name).rename(out)
         raise
     finally:
         shutil.rmtree(old, ignore_errors=True)

@@ -7,6 +7,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from pared.checkpoint.load import load, read_map
+from pared.checkpoint.loader import empty_module
 from pared.checkpoint.manifest import Fingerprint, Manifest
 from pared.errors import ParedError
 
@@ -66,11 +67,8 @@ def require_tensors(folder: Path) -> int:
         except (SafetensorError, OSError) as error:
             raise ParedError(f"{file}: unreadable or truncated ({error}); fetch or make it again") from None
     for name, entry in read_map(str(folder)).items():
-        for factor, shape in {
-            "down": (entry["rank"], entry["in_features"]),
-            "up": (entry["out_features"], entry["rank"]),
-        }.items():
-            tensor = f"{name}.{factor}.weight"
+        for part, expected in empty_module(entry, device="meta").state_dict().items():
+            tensor, shape = f"{name}.{part}", tuple(expected.shape)
             if shapes.get(tensor) != shape:
                 raise ParedError(f"{folder}: {tensor} is {shapes.get(tensor, 'missing')}, the map says {shape}")
     return sum(file.stat().st_size for file in files)

@@ -12,5 +12,5 @@ def methods() -> None:
     for column in ("method", "what it minimises", "needs", "paper"):
         table.add_column(column)
     for method in METHODS.values():
-        table.add_row(method.name, method.summary, ", ".join(sorted(method.needs)) or "no data", method.paper)
+        table.add_row(method.name, method.summary, "calibration text" if method.calibrated else "no data", method.paper)
     out.print(table)

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pared.allocation import make_plan
 from pared.anatomy import Anatomy, bias_of, find_anatomy, probe, weight_of
 from pared.anatomy.probe import BlockCall
-from pared.calibration import STATISTICS, Gram, WalkedBlock, capture, choose_dtype, walk
+from pared.calibration import Gram, WalkedBlock, capture, choose_dtype, walk
 from pared.calibration.walk import StatisticsOfSite
-from pared.checkpoint import mark
+from pared.checkpoint import mark, module_map
 from pared.engine.progress import Progress, Silent, Stopwatch
 from pared.errors import ParedError
 from pared.lowrank import METHODS, Factors, LowRankMethod
@@ -93,13 +93,32 @@ def compress(
         ParedError: anything in the model, the recipe or the text that does not work; nothing is changed unless the
             message says so.
     """
-    progress = progress or Silent()
-    watch = Stopwatch()
+    name = model.config.name_or_path or type(model).__name__
     method = method_of(recipe)
-    require_dense(model.config, model.config.name_or_path or type(model).__name__)
-    device = torch.device(recipe.device)
+    require_dense(model.config, name)
+    if module_map(model):
+        raise ParedError(f"model {name!r} is compressed in part; load the dense model again")
     was_training = model.training
     model.eval()
+    try:
+        return _compress(model, tokenizer, recipe, method, progress or Silent())
+    except ParedError as error:
+        if module_map(model):
+            raise ParedError(f"{error}; the blocks before it are compressed already: load the model again") from error
+        raise
+    finally:
+        model.train(was_training)
+
+
+def _compress(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    method: LowRankMethod,
+    progress: Progress,
+) -> Compressed:
+    watch = Stopwatch()
+    device = torch.device(recipe.device)
     with watch("probe"):
         anatomy = find_anatomy(model).without(recipe.skip)
         require_finite_weights(model, anatomy)
@@ -109,7 +128,7 @@ def compress(
 
     result = Compressed(model, recipe, plan)
     windows = None
-    if method.needs:
+    if method.calibrated:
         with watch("text"):
             windows = _windows(recipe, tokenizer)
         result.calibration = {
@@ -126,7 +145,6 @@ def compress(
                 decisions[site.name] = decided
     result.plan = plan.model_copy(update={"sites": tuple(decisions[site.name] for site in plan.sites)})
     mark(model)
-    model.train(was_training)
     result.seconds = watch.seconds
     return result
 
@@ -182,7 +200,7 @@ def _solve(
     try:
         decomposition = method.decompose(weight_of(linear).detach(), _values(statistics))
     except (ValueError, RuntimeError) as error:
-        raise ParedError(f"site {site.name}: {error}; blocks before {site.block} are already compressed") from error
+        raise ParedError(f"site {site.name}: {error}") from error
     if decomposition.damping:
         damping[site.name] = decomposition.damping
     install(model, site.name, decomposition.factors(site.decision.rank))
@@ -239,6 +257,3 @@ def _tell(plan: Plan, progress: Progress) -> None:
         progress.note(f"{len(dense)} sites stay dense, the first is {dense[0].name}")
     if plan.shortfall:
         progress.note(f"the budget is missed by {plan.shortfall:,} parameters: too many sites must stay dense")
-
-
-assert set().union(*(method.needs for method in METHODS.values())) <= STATISTICS.keys()

@@ -103,7 +103,7 @@ def _checked(recipe: Recipe, overwrite: bool) -> tuple[ModelSource, Path]:
         raise ParedError("the recipe names no output folder; set 'out'")
     out = Path(recipe.out).expanduser()
     require_free(out, overwrite)
-    if method.needs:
+    if method.calibrated:
         find_text(recipe.calibration.text)
     source = find_model(recipe.model)
     require_dense(source.config(), recipe.model)

@@ -87,17 +87,19 @@ def perplexity(
     tokens = with_bos(windows, tokenizer, bos)
     device = model.get_input_embeddings().weight.device
     was_training = model.training
-    model.eval()
     nats, predicted = 0.0, 0
-    for number, window_T in enumerate(tokens):
-        ids_1T = window_T.unsqueeze(0).to(device)
-        logits_TV = model(input_ids=ids_1T, use_cache=False).logits[0, :-1].float()
-        loss = float(functional.cross_entropy(logits_TV, ids_1T[0, 1:], reduction="sum"))
-        if not math.isfinite(loss):
-            raise ParedError(f"window {number} of text {windows.text!r}: the loss is {loss}; the model is broken")
-        nats += loss
-        predicted += len(window_T) - 1
-        on_window()
-    model.train(was_training)
+    try:
+        model.eval()
+        for number, window_T in enumerate(tokens):
+            ids_1T = window_T.unsqueeze(0).to(device)
+            logits_TV = model(input_ids=ids_1T, use_cache=False).logits[0, :-1].float()
+            loss = float(functional.cross_entropy(logits_TV, ids_1T[0, 1:], reduction="sum"))
+            if not math.isfinite(loss):
+                raise ParedError(f"window {number} of text {windows.text!r}: the loss is {loss}; the model is broken")
+            nats += loss
+            predicted += len(window_T) - 1
+            on_window()
+    finally:
+        model.train(was_training)
     mean = nats / predicted
     return Perplexity(math.exp(mean) if mean < 700 else math.inf, nats, predicted, {**windows.describe(), "bos": bos})

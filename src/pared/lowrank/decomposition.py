@@ -46,7 +46,7 @@ class Decomposition:
         """Return the factors of one rank, float64; ``up`` has orthonormal columns."""
         s_R = self.singular_values_R
         U_OK = self.U_OR[:, :rank]
-        if s_R[rank - 1] < WEAK * s_R[0]:
+        if s_R[rank - 1] <= WEAK * s_R[0]:
             U_OK = torch.linalg.qr(U_OK).Q  # same span, orthonormal again
         return Factors(down=U_OK.T @ self.W_ON, up=U_OK)
 

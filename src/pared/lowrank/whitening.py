@@ -16,17 +16,18 @@ log = logging.getLogger(__name__)
 
 DAMPINGS = (0.0, 1e-8, 1e-6, 1e-4, 1e-2)
 LEAST_PIVOT = 1e-13  # smallest ratio of squared Cholesky pivots of a Gram that counts as full rank
+OUTPUT_DAMPING = 1e-5  # of a rank-deficient output Gram: above the rounding of its float32 products
 
 
 def decompose(W_ON: torch.Tensor, gram_NN: torch.Tensor) -> Decomposition:
-    """Decompose a weight by what its outputs are on the calibration data.
+    """Decompose a weight by what its outputs are on the calibration data, from the Gram of its inputs.
 
     Args:
         W_ON: the weight ``(out, in)``, any floating dtype; computed in float64.
         gram_NN: the input Gram ``Σ xᵀx`` ``(in, in)``, any scale; may be rank-deficient.
 
     Raises:
-        ValueError: no damping makes the Gram positive definite.
+        ValueError: the Gram is zero, not finite, or not positive semi-definite.
     """
     W_ON = W_ON.double()
     L_NN, gram_NN, damping = cholesky_factor(gram_NN.double())
@@ -36,6 +37,30 @@ def decompose(W_ON: torch.Tensor, gram_NN: torch.Tensor) -> Decomposition:
     return from_root(W_ON, W_ON @ L_NN, damping)
 
 
+def decompose_by_outputs(W_ON: torch.Tensor, output_gram_OO: torch.Tensor) -> Decomposition:
+    """Decompose a weight from the Gram of its outputs, ``C = Σ yᵀy = W G Wᵀ`` (Swift-SVD's statistic).
+
+    The same decomposition as :func:`decompose`, and cheaper to collect where out is smaller than in. A rank-deficient
+    ``C`` is damped with a little of ``W Wᵀ``, what inputs of equal energy in every direction would give.
+
+    Args:
+        W_ON: the weight ``(out, in)``, any floating dtype; computed in float64.
+        output_gram_OO: of the outputs without bias ``(out, out)``, any scale; may be rank-deficient.
+
+    Raises:
+        ValueError: the Gram is zero or not finite.
+    """
+    W_ON, C_OO = W_ON.double(), output_gram_OO.double()
+    if not bool(W_ON.any()):  # a zero weight puts out zeros, whatever it reads
+        return from_output_gram(W_ON, torch.zeros_like(C_OO))
+    mean = _mean_diagonal(C_OO)
+    if _cholesky(C_OO) is not None:
+        return from_output_gram(W_ON, C_OO)
+    damping, free_OO = OUTPUT_DAMPING, W_ON @ W_ON.T
+    log.info("output Gram of %d features is rank-deficient: relative damping %g", C_OO.shape[0], damping)
+    return from_output_gram(W_ON, C_OO + damping * mean / _mean_diagonal(free_OO) * free_OO, damping)
+
+
 def cholesky_factor(gram_NN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Return ``L`` with ``L Lᵀ = G + λ·mean(diag G)·I``, the damped Gram, and the least λ of a ladder that works.
 
@@ -43,18 +68,29 @@ def cholesky_factor(gram_NN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, 
     equal, tiny weight, so that what is free to choose follows the weight itself; it is logged.
 
     Raises:
-        ValueError: the Gram is not positive semi-definite, or all zero.
+        ValueError: the Gram is zero, not finite, or not positive semi-definite.
     """
-    mean = float(gram_NN.diagonal().mean())
-    if not (mean > 0 and math.isfinite(mean)):
-        raise ValueError(f"the mean of the Gram's diagonal is {mean}; expected a positive number")
+    mean = _mean_diagonal(gram_NN)
     for damping in DAMPINGS:
         damped_NN = gram_NN.clone()
         damped_NN.diagonal().add_(damping * mean)
-        L_NN, failed = torch.linalg.cholesky_ex(damped_NN)
-        pivots_N = L_NN.diagonal()
-        if not int(failed) and (pivots_N.min() / pivots_N.max()).square() > LEAST_PIVOT:
+        if (L_NN := _cholesky(damped_NN)) is not None:
             if damping:
                 log.info("Gram of %d features is rank-deficient: relative damping %g", gram_NN.shape[0], damping)
             return L_NN, damped_NN, damping
     raise ValueError(f"the Gram is not positive semi-definite, even with damping {DAMPINGS[-1]}")
+
+
+def _cholesky(gram_NN: torch.Tensor) -> torch.Tensor | None:
+    """Return the Cholesky factor of a Gram of full rank, None for any other."""
+    L_NN, failed = torch.linalg.cholesky_ex(gram_NN)
+    pivots_N = L_NN.diagonal()
+    full_rank = not int(failed) and (pivots_N.min() / pivots_N.max()).square() > LEAST_PIVOT
+    return L_NN if full_rank else None
+
+
+def _mean_diagonal(gram_NN: torch.Tensor) -> float:
+    mean = float(gram_NN.diagonal().mean())
+    if not (mean > 0 and math.isfinite(mean)):
+        raise ValueError(f"the mean of the Gram's diagonal is {mean}; expected a positive number")
+    return mean

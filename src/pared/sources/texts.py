@@ -4,6 +4,7 @@ import gzip
 import importlib.util
 import json
 import os
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,11 +122,12 @@ def read_documents(path: Path) -> list[str]:
         content = raw.decode("utf-8")
     except OSError as error:
         raise ParedError(f"text file {path}: {error.strerror or error}") from None
-    except (UnicodeDecodeError, EOFError) as error:
+    except (UnicodeDecodeError, EOFError, zlib.error) as error:
         raise ParedError(f"text file {path}: not readable ({error})") from None
     if ".jsonl" not in path.suffixes:
         return [content]
-    return [_row_text(path, number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
+    # Not splitlines: JSON strings may hold U+2028, U+0085 and the other characters it also splits at.
+    return [_row_text(path, number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
 
 
 def _row_text(path: Path, number: int, line: str) -> str:
@@ -165,7 +167,7 @@ def _embedded(name: str) -> Text:
 
     part = name.partition(":")[2] or "calibration"
     if part not in ("calibration", "eval"):
-        raise ParedError(f"unknown text {name!r}; {did_you_mean(part, ['embedded:calibration', 'embedded:eval'])}")
+        raise ParedError(f"unknown text {name!r}; {did_you_mean(name, ['embedded:calibration', 'embedded:eval'])}")
     documents = [topics.topics[key] for key in sorted(topics.topics)]
     # Whole topics on either side of the cut: no document is half calibrated on, half evaluated on.
     cut, seen, total = 0, 0, sum(map(len, documents))

@@ -65,8 +65,13 @@ def cut(
         seed: of the random offsets.
 
     Raises:
-        ParedError: the text is shorter than one window.
+        ParedError: the text is shorter than one window, or a window predicts nothing.
     """
+    if length < 2 or (windows is not None and windows < 1):
+        raise ParedError(
+            f"text {text.name!r}: cannot cut {windows} windows of {length} tokens; "
+            "expected at least 1 window of at least 2 tokens"
+        )
     ids = torch.tensor(tokenizer(text.joined, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
     if len(ids) < length:
         raise ParedError(

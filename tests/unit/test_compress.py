@@ -1,0 +1,220 @@
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from tiny_models import FAMILIES, TINY_MODELS, VOCAB
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.pytorch_utils import Conv1D
+
+import pared
+from pared import ParedError, Recipe
+from pared.anatomy import bias_of, find_anatomy, weight_of
+from pared.engine.compress import install
+from pared.lowrank import METHODS
+from pared.modules import LowRankLinear
+from pared.sources.texts import find_text
+from pared.sources.windows import cut
+
+TOKENS = torch.randint(0, VOCAB, (2, 16), generator=torch.Generator().manual_seed(1))
+Compress = Callable[..., pared.Compressed]
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    return model(input_ids=TOKENS).logits
+
+
+@pytest.fixture
+def compress(tokenizer: PreTrainedTokenizerFast, calibration: pared.Calibration) -> Compress:
+    def with_recipe(model: PreTrainedModel, **fields: object) -> pared.Compressed:
+        return pared.compress(model, tokenizer, Recipe.model_validate({"calibration": calibration, **fields}))
+
+    return with_recipe
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_planned_site_is_replaced_within_the_budget(family: str, method: str, compress: Compress) -> None:
+    model = TINY_MODELS[family]()
+    dense = copy.deepcopy(model)
+    result = compress(model, method=method, keep=0.6)
+    assert result.model is model
+    replaced = {name for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+    assert replaced == {site.name for site in result.plan.sites if site.decision.kind == "low_rank"}
+    stayed = {site.name for site in result.plan.sites} - replaced
+    assert all(name.endswith("shared_expert_gate") for name in stayed)
+    for site in result.plan.sites:
+        if site.name not in replaced:
+            continue
+        module, before = model.get_submodule(site.name), dense.get_submodule(site.name)
+        assert (module.out_features, module.in_features) == tuple(weight_of(before).shape)
+        assert module.rank == site.decision.rank < min(module.out_features, module.in_features)
+        bias = bias_of(before)
+        assert (module.bias is None) == (bias is None)
+        assert bias is None or torch.equal(module.bias, bias)
+    assert 0.4 < result.plan.achieved_keep <= 0.6
+    assert sum(p.numel() for p in model.parameters()) == result.plan.after.model_parameters
+    assert logits(model).isfinite().all()
+    assert not torch.equal(logits(model), logits(dense))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_not_a_site_is_left_alone(family: str, compress: Compress) -> None:
+    model = TINY_MODELS[family]()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    result = compress(model, keep=0.6)
+    sites = {f"{site.name}.weight" for site in result.plan.sites if site.decision.kind == "low_rank"}
+    after = model.state_dict()
+    for name in before.keys() & after.keys():
+        assert torch.equal(after[name], before[name]), name
+    assert {name for name in before.keys() - after.keys() if not name.endswith("bias")} == sites
+
+
+@pytest.mark.parametrize(("method", "statistic"), [("svd", "none"), ("svd-llm", "gram"), ("svd-llm", "output_gram")])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_rank_reproduces_the_model(family: str, method: str, statistic: str) -> None:
+    model = TINY_MODELS[family]()
+    before = logits(model)
+    for site in find_anatomy(model).sites:
+        W = weight_of(model.get_submodule(site.name)).detach()
+        x = torch.randn(100, site.in_features, dtype=torch.float64)
+        statistics = {"gram": x.T @ x, "output_gram": W.double() @ x.T @ x @ W.double().T}
+        decomposition = METHODS[method].decompose(W, {k: v for k, v in statistics.items() if k == statistic})
+        install(model, site.name, decomposition.factors(min(W.shape)))
+    assert not any(isinstance(module, Conv1D) for module in model.modules())
+    torch.testing.assert_close(logits(model), before, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_conv1d_and_linear_twins_are_compressed_alike(method: str, compress: Compress) -> None:
+    conv = TINY_MODELS["gpt2"]()
+    twin = copy.deepcopy(conv)
+    for name, module in list(twin.named_modules()):
+        if isinstance(module, Conv1D):
+            linear = nn.Linear(module.nx, module.nf)
+            linear.weight.data, linear.bias.data = module.weight.data.T.contiguous(), module.bias.data
+            parent, _, leaf = name.rpartition(".")
+            setattr(twin.get_submodule(parent), leaf, linear)
+    torch.testing.assert_close(logits(conv), logits(twin), atol=1e-5, rtol=1e-5)
+    plans = [compress(model, method=method, keep=0.6).plan for model in (conv, twin)]
+    assert plans[0] == plans[1]
+    torch.testing.assert_close(logits(conv), logits(twin), atol=1e-4, rtol=1e-4)
+
+
+def test_whitening_loses_less_of_a_layers_outputs_than_plain_svd(
+    compress: Compress, calibration: pared.Calibration, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    errors = {}
+    tokens = cut(find_text(calibration.text), tokenizer, calibration.length, calibration.samples).tokens
+    for method in METHODS:
+        model = TINY_MODELS["llama"]()
+        dense = copy.deepcopy(model)
+        name, seen = "model.layers.0.mlp.down_proj", []
+        dense.get_submodule(name).register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+        with torch.no_grad():
+            dense(input_ids=tokens)
+            compress(model, method=method, keep=0.5)
+            errors[method] = (model.get_submodule(name)(seen[0]) - dense.get_submodule(name)(seen[0])).norm()
+    assert errors["svd-llm"] < errors["svd"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models_stay_half_precision(dtype: torch.dtype, compress: Compress) -> None:
+    model = TINY_MODELS["llama"]().to(dtype)
+    compress(model, keep=0.6)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert logits(model).isfinite().all()
+
+
+def test_keeping_everything_changes_nothing(compress: Compress) -> None:
+    model = TINY_MODELS["llama"]()
+    before = logits(model)
+    result = compress(model, method="svd", keep=1.0)
+    assert result.plan.achieved_keep == 1
+    assert torch.equal(logits(model), before)
+
+
+def test_skipped_sites_keep_their_weights(compress: Compress) -> None:
+    model = TINY_MODELS["llama"]()
+    compress(model, keep=0.6, skip=["*.1.*", "*o_proj"])
+    left = [name for name, module in model.named_modules() if isinstance(module, LowRankLinear)]
+    assert len(left) == 2 * 6
+    assert not [name for name in left if ".1." in name or name.endswith("o_proj")]
+
+
+def test_a_layer_that_never_runs_stays_dense_and_the_others_pay_for_it(compress: Compress) -> None:
+    model = TINY_MODELS["llama"]()
+    model.model.layers[1].spare = nn.Linear(32, 32)
+    plan = compress(model, keep=0.6).plan
+    spare = next(site for site in plan.sites if site.name.endswith("spare"))
+    assert spare.decision.kind == "dense"
+    assert "never ran" in spare.decision.reason
+    assert plan.achieved_keep <= 0.6
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_training_mode_is_as_before(training: bool, compress: Compress) -> None:
+    model = TINY_MODELS["llama"]().train(training)
+    compress(model, keep=0.6)
+    assert {module.training for module in model.modules()} == {training}
+
+
+def test_a_refused_model_is_still_in_training_mode(compress: Compress) -> None:
+    model = TINY_MODELS["llama"]().train()
+    with pytest.raises(ParedError, match="leaves no rank"):
+        compress(model, keep=0.01)
+    assert model.training
+
+
+def test_a_compressed_model_is_refused(compress: Compress) -> None:
+    model = TINY_MODELS["llama"]()
+    compress(model, keep=0.6)
+    with pytest.raises(ParedError, match="'LlamaForCausalLM' is already compressed by pared"):
+        compress(model, keep=0.6)
+
+
+def test_a_model_compressed_in_part_says_so_and_is_refused_afterwards(compress: Compress) -> None:
+    model = TINY_MODELS["llama"]()
+    model.model.layers[1].input_layernorm.weight.data[0] = float("nan")
+    with pytest.raises(ParedError, match=r"layers\.1\.self_attn\.q_proj reads NaN.*before it are compressed already"):
+        compress(model, keep=0.6)
+    with pytest.raises(ParedError, match="'LlamaForCausalLM' is compressed in part; load the dense model again"):
+        compress(model, keep=0.6)
+
+
+def test_a_quantised_model_is_refused(compress: Compress) -> None:
+    model = TINY_MODELS["llama"]()
+    model.config.quantization_config = {"quant_method": "gptq"}
+    with pytest.raises(ParedError, match=r"is quantised \(gptq\)"):
+        compress(model, keep=0.6)
+
+
+def test_an_offloaded_model_is_refused_by_its_site(compress: Compress) -> None:
+    model = TINY_MODELS["llama"]().to("meta")
+    with pytest.raises(ParedError, match=r"layers\.0\.self_attn\.q_proj is on the meta device"):
+        compress(model, keep=0.6)
+
+
+def test_an_unknown_method_is_refused_with_the_nearest(compress: Compress) -> None:
+    with pytest.raises(ParedError, match="unknown method 'svdllm'; did you mean 'svd-llm'"):
+        compress(TINY_MODELS["llama"](), method="svdllm")
+
+
+def test_plain_svd_reads_no_text(compress: Compress) -> None:
+    result = compress(TINY_MODELS["llama"](), method="svd", calibration={"text": "file:/nowhere.txt"}, keep=0.6)
+    assert result.calibration is None
+
+
+def test_calibration_is_recorded_with_the_digest_of_its_tokens(compress: Compress) -> None:
+    first, second = (compress(TINY_MODELS["llama"](), keep=0.6).calibration for _ in range(2))
+    assert first == second
+    assert first is not None
+    assert (first["windows"], first["length"], first["dtype"]) == (7, 16, "torch.float32")
+    assert len(str(first["digest"])) == 64
+
+
+def test_the_same_recipe_gives_the_same_model(compress: Compress) -> None:
+    first, second = (compress(TINY_MODELS["qwen2"](), keep=0.6).model for _ in range(2))
+    assert torch.equal(logits(first), logits(second))
