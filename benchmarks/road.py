@@ -58,15 +58,14 @@ def whole_seconds(recipe: Recipe) -> tuple[float, dict[str, float]]:
 def peak_memory(recipe: Recipe) -> dict[str, float]:
     """Return the peak resident bytes of a fresh process that compresses, and of one that only imports and loads."""
     code = (
-        "import resource, sys, torch; torch.set_num_threads(1); import pared; from pared.engine import run; "
-        "from pared.sources.models import find_model; recipe = pared.Recipe.of(__import__('json').loads(sys.argv[1])); "
-        "imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; "
-        "run(recipe); print(imported, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        "import json, sys, torch; torch.set_num_threads(1); import pared; "
+        "from pared.engine.progress import peak_memory_bytes as peak; import transformers.models.llama.modeling_llama; "
+        "recipe = pared.Recipe.of(json.loads(sys.argv[1])); imported = peak(); pared.run(recipe); print(imported, peak())"
     )
     with tempfile.TemporaryDirectory() as folder:
         asked = recipe.model_copy(update={"out": f"{folder}/out", "evaluation": None}).model_dump_json()
         told = subprocess.run([sys.executable, "-c", code, asked], capture_output=True, text=True, check=True).stdout
-    imported, peak = (int(word) * 1024 for word in told.split()[-2:])
+    imported, peak = (int(word) for word in told.split()[-2:])
     model = find_model(str(recipe.model)).load()
     return {"imported": imported, "peak": peak, "model": sum(p.numel() * p.itemsize for p in model.parameters())}
 

@@ -223,7 +223,7 @@ def test_applying_a_cut_twice_changes_nothing(shape: tuple[int, int]):
     W_ON, _, G_NN = example(shape)
     once = cut(whitening.decompose(W_ON, G_NN), 7)
     assert largest(cut(whitening.decompose(once, G_NN), 7) - once) < 1e-8
-    down, up = whitening.decompose(W_ON, G_NN).factors(7)
+    up = whitening.decompose(W_ON, G_NN).factors(7).up
     assert largest(up @ (up.T @ once) - once) < 1e-10
 
 
@@ -287,9 +287,28 @@ def test_rank_deficient_gram_gives_finite_factors(
         assert ours <= optimum * (1 + 1e-6) + 1e-6 * whole * (rank >= tokens)
 
 
+@pytest.mark.parametrize("shape", [(5, 8), (12, 8)], ids=["wide", "tall"])
+def test_gram_of_full_rank_by_rounding_alone_is_damped(shape: tuple[int, int]):
+    G_NN = torch.diag(torch.tensor([1.0] * 7 + [1e-16], dtype=torch.float64))
+    assert int(torch.linalg.cholesky_ex(G_NN).info) == 0  # the trap: Cholesky itself sees nothing wrong
+    assert whitening.decompose(draw(*shape), G_NN).damping > 0
+
+
 def test_full_rank_gram_is_not_damped():
     W_ON, _, G_NN = example((24, 40))
     assert whitening.decompose(W_ON, G_NN).damping == 0
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_damping_is_relative_to_the_scale_of_the_gram(scale: float):
+    W_ON, X_TN, G_NN = example((24, 32), tokens=10)
+    C_OO = outputs_of(X_TN, W_ON)
+    for ours, scaled in (
+        (whitening.decompose(W_ON, G_NN), whitening.decompose(W_ON, scale * G_NN)),
+        (whitening.decompose_by_outputs(W_ON, C_OO), whitening.decompose_by_outputs(W_ON, scale * C_OO)),
+    ):
+        assert scaled.damping == ours.damping > 0
+        assert scaled.loss(16) == pytest.approx(math.sqrt(scale) * ours.loss(16), rel=1e-4)
 
 
 def test_loss_of_a_rank_deficient_gram_is_never_understated():

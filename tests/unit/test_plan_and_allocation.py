@@ -1,6 +1,7 @@
 """Plans are data that add up, and the uniform allocation never spends more than it was given."""
 
 import random
+from itertools import pairwise
 
 import pytest
 from pydantic import ValidationError
@@ -116,7 +117,7 @@ def test_uniform_gives_equal_shapes_equal_ranks():
 def test_larger_keep_never_gives_a_smaller_rank():
     sites = [site("a", 48, 96), site("b", 64, 64)]
     by_keep = [ranks(planned(*sites, keep=keep / 100)) for keep in range(5, 100)]
-    assert all(low <= high for a, b in zip(by_keep, by_keep[1:], strict=False) for low, high in zip(a, b, strict=True))
+    assert all(low <= high for a, b in pairwise(by_keep) for low, high in zip(a, b, strict=True))
 
 
 def test_no_site_is_made_larger_than_it_was():

@@ -84,7 +84,7 @@ def test_keep_outside_0_to_1_says_what_keep_means(keep: float):
 
 @pytest.mark.parametrize("keep", ["80%", "20", "-1", None, [0.8]])
 def test_keep_that_is_no_fraction_is_refused(keep: object):
-    with pytest.raises(ParedError, match="keep: .*found"):
+    with pytest.raises(ParedError, match=r"keep: .*found"):
         Recipe.of({"keep": keep})
 
 
@@ -215,5 +215,5 @@ def test_wrong_option_says_that_it_came_from_the_options(write: Any):
     with pytest.raises(ParedError, match=r"^options: keep is the fraction"):
         recipe_of(None, {"keep": 80})
     path = write("keep: 0.8\n")
-    with pytest.raises(ParedError, match="with options: calibration.samples: "):
+    with pytest.raises(ParedError, match=r"with options: calibration\.samples: "):
         recipe_of(path, {"calibration.samples": 0})

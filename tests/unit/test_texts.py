@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_tokenizer import tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from pared.errors import ParedError
 from pared.sources.texts import CORPORA, HELD_OUT, Text, alpaca_text, find_text, held_out, wikitext_rows
 from pared.sources.windows import cut, digest_of
 
 TOKENIZER = tiny_tokenizer(64)
+SPECIAL = [("w1", 1), ("w2", 2)]
 
 
 def words(count: int, start: int = 0) -> str:
@@ -274,8 +276,10 @@ def test_none_takes_every_whole_window_and_drops_the_rest():
 
 
 def test_no_special_tokens_are_put_in():
-    found = cut(numbers(20), TOKENIZER, 20, 1)
-    assert found.tokens.tolist() == [list(range(20))]
+    tokenizer = tiny_tokenizer(64)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="w1 $A w2", special_tokens=SPECIAL)
+    assert tokenizer(words(3))["input_ids"] == [1, 0, 1, 2, 2]
+    assert cut(numbers(20), tokenizer, 20, 1).tokens.tolist() == [list(range(20))]
 
 
 def test_documents_are_tokenised_as_one_text():
