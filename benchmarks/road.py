@@ -58,9 +58,10 @@ def whole_seconds(recipe: Recipe) -> tuple[float, dict[str, float]]:
 def peak_memory(recipe: Recipe) -> dict[str, float]:
     """Return the peak resident bytes of a fresh process that compresses, and of one that only imports and loads."""
     code = (
-        "import json, sys, torch; torch.set_num_threads(1); import pared; "
-        "from pared.engine.progress import peak_memory_bytes as peak; import transformers.models.llama.modeling_llama; "
-        "recipe = pared.Recipe.of(json.loads(sys.argv[1])); imported = peak(); pared.run(recipe); print(imported, peak())"
+        "import json, sys, torch, transformers.models.llama.modeling_llama; torch.set_num_threads(1); import pared; "
+        "from pared.engine.progress import peak_memory_bytes as peak; "
+        "recipe = pared.Recipe.of(json.loads(sys.argv[1])); imported = peak(); pared.run(recipe); "
+        "print(imported, peak())"
     )
     with tempfile.TemporaryDirectory() as folder:
         asked = recipe.model_copy(update={"out": f"{folder}/out", "evaluation": None}).model_dump_json()

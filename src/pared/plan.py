@@ -6,7 +6,7 @@ A plan is the only thing allocation produces and the only thing solvers, format,
 import math
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class _Data(BaseModel):
@@ -53,6 +53,14 @@ class SitePlan(_Data):
     out_features: int
     in_features: int
     decision: Decision
+
+    @model_validator(mode="after")
+    def _rank_exists(self) -> "SitePlan":
+        most = min(self.out_features, self.in_features)
+        if isinstance(self.decision, LowRank) and self.decision.rank > most:
+            raise ValueError(f"{self.name}: rank {self.decision.rank}, but a {self.out_features} x {self.in_features} "
+                             f"weight has at most {most}")  # fmt: skip
+        return self
 
     @property
     def before(self) -> int:

@@ -68,7 +68,7 @@ class Recipe(_Strict):
         skip: shell-style patterns of site names that are left alone and not counted in the budget.
         allocation: how the budget is spread over the sites.
         calibration: what the statistics are collected on.
-        evaluation: what perplexity is measured on; none measures nothing.
+        evaluation: what perplexity is measured on; ``null`` measures nothing.
         dtype: what the model is loaded and saved in; ``auto`` keeps what the checkpoint has.
         device: where the blocks run, as torch names it.
         out: the folder to write.

@@ -191,3 +191,8 @@ def test_unknown_allocation_suggests_the_nearest():
     anatomy = Anatomy("layers", (site("a", 40, 60),), (), (), 2400)
     with pytest.raises(ParedError, match="unknown allocation 'unifrom'; did you mean 'uniform'"):
         make_plan(anatomy, "unifrom", 0.5, 4)
+
+
+def test_a_rank_above_what_the_weight_has_is_refused():
+    with pytest.raises(ValueError, match="rank 5, but a 4 x 9 weight has at most 4"):
+        SitePlan(name="q", kind="q", block=0, out_features=4, in_features=9, decision=LowRank(rank=5))

@@ -84,10 +84,10 @@ def test_line_separators_inside_a_json_string_do_not_end_the_row(tmp_path: Path,
     ("row", "told"),
     [
         ('{"text": "cut of', "not JSON"),
-        ('{"txet": "a"}', r"expected an object with a 'text' field, found \['txet'\]"),
-        ('{"text": 5}', "expected an object with a 'text' field"),
-        ('["text"]', "expected an object with a 'text' field, found list"),
-        ('"text"', "expected an object with a 'text' field, found str"),
+        ('{"txet": "a"}', r"expected an object whose 'text' field is a string, found \['txet'\]"),
+        ('{"text": 5}', "expected an object whose 'text' field is a string"),
+        ('["text"]', "expected an object whose 'text' field is a string, found list"),
+        ('"text"', "expected an object whose 'text' field is a string, found str"),
     ],
 )
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
@@ -113,8 +113,10 @@ def test_missing_file_names_it(tmp_path: Path):
 
 
 def test_folder_is_not_a_text(tmp_path: Path):
+    folder = tmp_path / "words.txt"
+    folder.mkdir()
     with pytest.raises(ParedError, match="Is a directory"):
-        find_text(f"file:{tmp_path}")
+        find_text(f"file:{folder}")
 
 
 GZIP_HEADER = gzip.compress(b"")[:10]
@@ -356,3 +358,15 @@ def test_windows_say_what_they_are():
 
 def test_embedded_windows_are_marked_as_a_stand_in():
     assert cut(find_text("embedded:eval"), TOKENIZER, 16, 2).describe()["stand_in"] is True
+
+
+@pytest.mark.parametrize("name", ["table.csv", "rows.json", "words", "archive.zip", "rows.json.gz"])
+def test_a_file_of_another_kind_is_refused_and_not_read_as_plain_text(tmp_path: Path, name: str):
+    with pytest.raises(ParedError, match=r"expected \.txt or \.jsonl"):
+        find_text(f"file:{store(tmp_path / name, 'a b c')}")
+
+
+def test_a_byte_order_mark_is_not_part_of_the_text(tmp_path: Path):
+    path = tmp_path / "a.txt"
+    path.write_text("words", encoding="utf-8-sig")
+    assert find_text(f"file:{path}").joined == "words"

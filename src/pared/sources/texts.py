@@ -115,16 +115,22 @@ def read_documents(path: Path) -> list[str]:
     """Read a .txt file as one document, or a .jsonl file as one document a row; both may be gzipped.
 
     Raises:
-        ParedError: missing, not UTF-8, not JSON, or a row without ``text``; names the file and the row.
+        ParedError: another kind of file, missing, not UTF-8, not JSON, or a row without ``text``; names the file and
+            the row.
     """
+    kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    if kind not in (".txt", ".jsonl"):
+        raise ParedError(
+            f"text file {path}: expected .txt or .jsonl (or .gz of both), found {path.suffix or 'no suffix'}"
+        )
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        content = raw.decode("utf-8")
+        content = raw.decode("utf-8-sig")
     except OSError as error:
         raise ParedError(f"text file {path}: {error.strerror or error}") from None
     except (UnicodeDecodeError, EOFError, zlib.error) as error:
         raise ParedError(f"text file {path}: not readable ({error})") from None
-    if ".jsonl" not in path.suffixes:
+    if kind == ".txt":
         return [content]
     # Not splitlines: JSON strings may hold U+2028, U+0085 and the other characters it also splits at.
     return [_row_text(path, number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
@@ -140,7 +146,7 @@ def _row_text(path: Path, number: int, line: str) -> str:
     if isinstance(row, dict) and {"instruction", "input", "output"} <= row.keys():
         return alpaca_text(row)
     found = sorted(row) if isinstance(row, dict) else type(row).__name__
-    raise ParedError(f"{path}, row {number}: expected an object with a 'text' field, found {found}")
+    raise ParedError(f"{path}, row {number}: expected an object whose 'text' field is a string, found {found}")
 
 
 def alpaca_text(row: dict[str, str]) -> str:
