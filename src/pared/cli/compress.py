@@ -62,7 +62,7 @@ def compress(
 def print_manifest(manifest: Manifest, folder: str) -> None:
     """Print the table of a finished compression and where it lies."""
     recipe = manifest.recipe
-    print_rows(f"{manifest.model['name']}  {recipe.method}  keep {recipe.keep:g}", comparison(manifest))
+    print_rows(manifest.model["name"], comparison(manifest))
     if manifest.perplexity_after is not None and manifest.evaluation:
         on = manifest.evaluation
         stand_in = "; only a stand-in for a real corpus" if on["stand_in"] else ""
@@ -70,9 +70,7 @@ def print_manifest(manifest: Manifest, folder: str) -> None:
             f"perplexity on {on['text']}: {on['windows']} windows of {on['length']} tokens{stand_in}", markup=False
         )
     seconds = "  ".join(f"{stage} {value:.1f}" for stage, value in manifest.seconds.items())
-    total = sum(manifest.seconds.values())
-    out.print(f"seconds: {total:.1f}  ({seconds})", markup=False)
-    out.print(f"peak memory: {manifest.peak_memory_bytes / 2**20:,.0f} MiB", markup=False)
+    out.print(f"seconds by stage: {seconds}", markup=False)
     if manifest.damping:
         out.print(
             f"rank-deficient statistics: {len(manifest.damping)} sites were damped (see pared.json)", markup=False

@@ -43,8 +43,9 @@ def _options(
     _: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Say more, such as which statistics were damped.")] = False,
 ) -> None:
-    logging.basicConfig(format="%(levelname)s: %(message)s")
+    logging.basicConfig(format="note: %(message)s")
     logging.getLogger("pared").setLevel(logging.INFO if verbose else logging.WARNING)
+    logging.getLogger("pared.sources").setLevel(logging.INFO)
 
 
 def main() -> None:

