@@ -42,7 +42,7 @@ def bare_seconds(recipe: Recipe) -> float:
     inputs = capture(model, anatomy, windows.tokens, asked.batch, calls, dtype, device)
     blocks = [block.to(dtype) for block in anatomy.blocks(model)]
     start = time.perf_counter()
-    for _ in walk(blocks, anatomy, inputs, nothing, dtype, device):
+    for _ in walk(blocks, anatomy, inputs, nothing):
         pass
     return time.perf_counter() - start
 
@@ -56,7 +56,7 @@ def whole_seconds(recipe: Recipe) -> tuple[float, dict[str, float]]:
 
 
 def peak_memory(recipe: Recipe) -> dict[str, float]:
-    """Return the peak resident bytes of a fresh process that compresses, and of one that only imports and loads."""
+    """Return the peak resident bytes of a fresh process, after the imports and after the whole job, and the model's."""
     code = (
         "import json, sys, torch, transformers.models.llama.modeling_llama; torch.set_num_threads(1); import pared; "
         "from pared.engine.progress import peak_memory_bytes as peak; "
@@ -68,7 +68,7 @@ def peak_memory(recipe: Recipe) -> dict[str, float]:
         told = subprocess.run([sys.executable, "-c", code, asked], capture_output=True, text=True, check=True).stdout
     imported, peak = (int(word) for word in told.split()[-2:])
     model = find_model(str(recipe.model)).load()
-    return {"imported": imported, "peak": peak, "model": sum(p.numel() * p.itemsize for p in model.parameters())}
+    return {"imported": imported, "peak": peak, "model_bytes": sum(p.numel() * p.itemsize for p in model.parameters())}
 
 
 def render(lines: list[dict[str, Any]]) -> str:
@@ -104,10 +104,10 @@ def render(lines: list[dict[str, Any]]) -> str:
         "",
     ]
     if memory:
-        over = (memory["peak"] - memory["imported"]) / memory["model"]
+        over = (memory["peak"] - memory["imported"]) / memory["model_bytes"]
         text += [
             f"Peak memory: {memory['peak'] / 2**20:,.0f} MiB resident, of which {memory['imported'] / 2**20:,.0f} MiB "
-            f"after the imports; the model's weights are {memory['model'] / 2**20:,.0f} MiB. "
+            f"after the imports; the model's weights are {memory['model_bytes'] / 2**20:,.0f} MiB. "
             f"**Above the imports, {over:.2f} x the model.**",
             "",
         ]

@@ -6,9 +6,8 @@ Importing this package teaches transformers to load the folders it makes.
 from importlib.metadata import version
 
 from pared.api import perplexity
-from pared.checkpoint import load, verify
-from pared.engine import Compressed, compress
-from pared.engine import run as run
+from pared.checkpoint import load, load_tokenizer, verify
+from pared.engine import Compressed, compress, run
 from pared.errors import ParedError
 from pared.plan import Plan
 from pared.recipe import Calibration, Evaluation, Recipe
@@ -23,6 +22,7 @@ __all__ = [
     "Recipe",
     "compress",
     "load",
+    "load_tokenizer",
     "perplexity",
     "run",
     "verify",

@@ -32,12 +32,12 @@ class Calibration(_Strict):
     """
 
     text: str = "embedded"
-    samples: Annotated[int, Field(ge=1)] = 256
-    length: Annotated[int, Field(ge=2)] = 2048
-    seed: int = 0
+    samples: Annotated[int, Field(ge=1, strict=True)] = 256
+    length: Annotated[int, Field(ge=2, strict=True)] = 2048
+    seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 0
     sampling: Literal["consecutive", "random-offset"] = "consecutive"
     dtype: DType = "auto"
-    batch: Annotated[int, Field(ge=1)] = 4
+    batch: Annotated[int, Field(ge=1, strict=True)] = 4
 
 
 class Evaluation(_Strict):
@@ -51,8 +51,8 @@ class Evaluation(_Strict):
     """
 
     text: str = "auto"
-    length: Annotated[int, Field(ge=2)] = 1024
-    windows: Annotated[int, Field(ge=1)] | None = 20
+    length: Annotated[int, Field(ge=2, strict=True)] = 1024
+    windows: Annotated[int, Field(ge=1, strict=True)] | None = 20
     bos: Literal["none", "text", "window"] = "none"
 
 

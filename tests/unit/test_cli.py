@@ -208,7 +208,10 @@ def test_existing_folder_is_kept_unless_overwrite_is_said(dense: Path, text: Pat
     out.mkdir()
     (out / "mine.txt").write_text("precious")
     refused(compress(dense, text, out), str(out), "--overwrite")
+    refused(compress(dense, text, out, "--overwrite"), str(out), "not a model")
+    refused(pared("demo", "--out", out), str(out))
     assert (out / "mine.txt").read_text() == "precious"
+    (out / "config.json").write_text("{}")
     code, _, err = compress(dense, text, out, "--overwrite")
     assert code == 0, err
     assert left_over(tmp_path) == ["out"]
@@ -253,3 +256,78 @@ def test_methods_and_version_are_listed() -> None:
     code, told, _ = pared("--version")
     assert code == 0
     assert told.startswith("pared ")
+
+
+def test_the_model_itself_is_never_the_output(dense: Path, text: Path) -> None:
+    """Regression: --overwrite with the input as the output deleted the dense model."""
+    before = left_over(dense)
+    refused(compress(dense, text, dense, "--overwrite"), "the model itself")
+    assert left_over(dense) == before
+
+
+def test_devices_and_dtypes_that_are_not_there_are_refused_before_any_work(
+    dense: Path, text: Path, compressed: Path, tmp_path: Path
+) -> None:
+    """Regression: devices ended in a traceback after the work, unknown dtypes were taken for float32."""
+    for device in ("foo", "meta", "cuda:99"):
+        refused(compress(dense, text, tmp_path / "out", "--device", device), device, "use cpu")
+    refused(pared("eval", dense, "--perplexity", f"file:{text}", "--length", 32, "--device", "foo"), "foo")
+    refused(pared("export", compressed, "--out", tmp_path / "out", "--dtype", "fp16x"), "fp16x", "float16")
+    assert left_over(tmp_path) == []
+
+
+def test_windows_longer_than_the_model_has_positions_are_refused(dense: Path, text: Path, tmp_path: Path) -> None:
+    """Regression: GPT-2 and BERT ended in an IndexError at the default length."""
+    refused(compress(dense, text, tmp_path / "out", "--length", 500), "500", "128 positions")
+    refused(compress(dense, text, tmp_path / "out", "--eval-length", 500), "500", "128 positions")
+
+
+def test_a_tokenizer_of_another_model_is_refused(dense: Path, tmp_path: Path) -> None:
+    model = tmp_path / "other"
+    shutil.copytree(dense, model)
+    tiny_tokenizer(2 * WORDS).save_pretrained(model)
+    words = tmp_path / "words.txt"
+    words.write_text("w100 " * 200)
+    refused(compress(model, words, tmp_path / "out"), "token 100", "knows 64", "another")
+
+
+def test_nan_in_an_activation_names_where_it_arises(dense: Path, text: Path, tmp_path: Path) -> None:
+    """Regression: perplexity, measured first, could only say that the loss is nan."""
+    broken = tmp_path / "broken"
+    shutil.copytree(dense, broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.1.post_attention_layernorm.weight"][0] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    refused(compress(broken, text, tmp_path / "out"), "model.layers.1.post_attention_layernorm", "NaN")
+    refused(compress(broken, text, tmp_path / "out", "--method", "svd"), "model.layers.1.post_attention_layernorm")
+
+
+def test_perplexity_of_an_encoder_is_refused(text: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "encoder"
+    TINY_MODELS["bert"]().save_pretrained(folder)
+    tiny_tokenizer(WORDS).save_pretrained(folder)
+    refused(pared("eval", folder, "--perplexity", f"file:{text}", "--length", 32), "not a causal language model")
+
+
+def test_damaged_manifests_are_refused(compressed: Path, tmp_path: Path) -> None:
+    manifest = json.loads((compressed / "pared.json").read_text())
+    empty = {"tokens": [], "positions": [], "outputs": []}
+    wrong = {
+        "not JSON": ("{", "pared.json"),
+        "newer": (json.dumps({**manifest, "format_version": 99}), "update pared"),
+        "empty fingerprint": (
+            json.dumps({**manifest, "fingerprint": empty}),
+            "fingerprint",
+        ),
+    }
+    for name, (content, told) in wrong.items():
+        folder = tmp_path / name
+        shutil.copytree(compressed, folder)
+        (folder / "pared.json").write_text(content)
+        for command in ("verify", "info"):
+            refused(pared(command, folder), told)
+
+
+def test_a_json_file_that_cannot_be_written_is_refused_before_the_work(dense: Path, text: Path, tmp_path: Path) -> None:
+    refused(compress(dense, text, tmp_path / "out", "--json", tmp_path / "no" / "result.json"), "result.json")
+    assert left_over(tmp_path) == []

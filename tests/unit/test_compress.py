@@ -1,5 +1,7 @@
 import copy
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 import pared
 from pared import ParedError, Recipe
 from pared.anatomy import bias_of, find_anatomy, weight_of
-from pared.engine.compress import install
+from pared.engine.install import install
 from pared.lowrank import METHODS
 from pared.modules import LowRankLinear
 from pared.sources.texts import find_text
@@ -171,7 +173,7 @@ def test_a_refused_model_is_still_in_training_mode(compress: Compress) -> None:
 def test_a_compressed_model_is_refused(compress: Compress) -> None:
     model = TINY_MODELS["llama"]()
     compress(model, keep=0.6)
-    with pytest.raises(ParedError, match="'LlamaForCausalLM' is already compressed by pared"):
+    with pytest.raises(ParedError, match="'LlamaForCausalLM' is compressed already"):
         compress(model, keep=0.6)
 
 
@@ -180,7 +182,7 @@ def test_a_model_compressed_in_part_says_so_and_is_refused_afterwards(compress: 
     model.model.layers[1].input_layernorm.weight.data[0] = float("nan")
     with pytest.raises(ParedError, match=r"layers\.1\.self_attn\.q_proj reads NaN.*before it are compressed already"):
         compress(model, keep=0.6)
-    with pytest.raises(ParedError, match="'LlamaForCausalLM' is compressed in part; load the dense model again"):
+    with pytest.raises(ParedError, match="is compressed already, at least in part; load the dense model"):
         compress(model, keep=0.6)
 
 
@@ -218,3 +220,51 @@ def test_calibration_is_recorded_with_the_digest_of_its_tokens(compress: Compres
 def test_the_same_recipe_gives_the_same_model(compress: Compress) -> None:
     first, second = (compress(TINY_MODELS["qwen2"](), keep=0.6).model for _ in range(2))
     assert torch.equal(logits(first), logits(second))
+
+
+def test_a_model_saved_after_an_interruption_loads_again(
+    tokenizer: PreTrainedTokenizerFast, calibration: pared.Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: the map was written at the end only, so the factors of such a folder loaded as random numbers."""
+    seen: list[str] = []
+
+    def interrupted(model: Any, name: str, factors: Any) -> None:
+        if len(seen) == 5:
+            raise KeyboardInterrupt
+        seen.append(name)
+        install(model, name, factors)
+
+    monkeypatch.setattr("pared.engine.compression.install", interrupted)
+    model = TINY_MODELS["llama"]()
+    with pytest.raises(KeyboardInterrupt):
+        pared.compress(model, tokenizer, pared.Recipe(keep=0.7, calibration=calibration))
+    model.save_pretrained(tmp_path / "half")
+    ids = torch.arange(12).unsqueeze(0)
+    with torch.no_grad():
+        assert torch.equal(pared.load(tmp_path / "half")(ids).logits, model(ids).logits)
+
+
+def test_adapters_and_tied_layers_are_refused(
+    tokenizer: PreTrainedTokenizerFast, calibration: pared.Calibration
+) -> None:
+    recipe = pared.Recipe(keep=0.7, calibration=calibration)
+    adapted = TINY_MODELS["llama"]()
+    adapted.peft_config = {}  # what PEFT leaves on a model it wraps
+    with pytest.raises(ParedError, match="merge them first"):
+        pared.compress(adapted, tokenizer, recipe)
+    tied = TINY_MODELS["llama"]()
+    tied.model.layers[1].mlp.up_proj.weight = tied.model.layers[0].mlp.up_proj.weight
+    with pytest.raises(ParedError, match=r"layers\.0\.mlp\.up_proj and .*layers\.1\.mlp\.up_proj are tied"):
+        pared.compress(tied, tokenizer, recipe)
+
+
+def test_the_manifest_tells_the_dtype_that_was_used(
+    tokenizer: PreTrainedTokenizerFast, calibration: pared.Calibration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: the fastest dtype was measured twice, and the two measurements could differ."""
+    chosen = iter([torch.bfloat16, torch.float32])
+    monkeypatch.setattr("pared.engine.compression.choose_dtype", lambda *_: next(chosen))
+    result = pared.compress(TINY_MODELS["llama"](), tokenizer, pared.Recipe(keep=0.7, calibration=calibration))
+    assert result.calibration is not None
+    assert result.calibration["dtype"] == "torch.bfloat16"
+    assert next(chosen) == torch.float32  # asked once

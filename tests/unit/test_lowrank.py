@@ -368,13 +368,12 @@ def test_weight_of_lower_rank_than_asked_gives_orthonormal_factors(shape: tuple[
 @pytest.mark.parametrize(
     ("gram", "told"),
     [
-        (torch.zeros(8, 8), "diagonal is 0.0; expected a positive number"),
         (torch.full((8, 8), math.nan), "diagonal is nan; expected a positive number"),
         (torch.eye(8) * math.inf, "diagonal is (inf|nan); expected a positive number"),
         (-torch.eye(8), "diagonal is -1.0; expected a positive number"),
         (torch.eye(8) - 3 * torch.ones(8, 8).triu(1) - 3 * torch.ones(8, 8).tril(-1), "not positive semi-definite"),
     ],
-    ids=["zero", "nan", "infinite", "negative", "indefinite"],
+    ids=["nan", "infinite", "negative", "indefinite"],
 )
 @pytest.mark.parametrize("out_features", [4, 12])
 def test_gram_that_cannot_be_one_is_a_value_error(gram: torch.Tensor, told: str, out_features: int):
@@ -451,7 +450,7 @@ def test_zero_weight_is_approximated_from_its_output_gram_too():
     assert largest(up.T @ up - torch.eye(2)) < 1e-12
 
 
-@pytest.mark.parametrize("bad", [0.0, math.nan, math.inf])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_output_gram_that_cannot_be_one_is_a_value_error(bad: float):
     with pytest.raises(ValueError, match=r"diagonal is .*; expected a positive number"):
         whitening.decompose_by_outputs(draw(6, 8), torch.full((6, 6), bad))
@@ -557,3 +556,16 @@ def test_a_weight_with_dead_rows_is_decomposed_by_its_outputs():
     Y_TO = X_TN @ W_ON.T
     down, up = whitening.decompose_by_outputs(W_ON, Y_TO.T @ Y_TO).factors(5)
     assert torch.allclose(up @ down, W_ON, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(4, 9), (9, 4)])
+def test_dead_inputs_leave_the_plain_svd_and_not_an_error(shape: tuple[int, int]):
+    """A layer behind a dead activation once ended a whole compression."""
+    W_ON = draw(*shape)
+    by_gram = whitening.decompose(W_ON, torch.zeros(shape[1], shape[1]))
+    by_output_gram = whitening.decompose_by_outputs(W_ON, torch.zeros(shape[0], shape[0]))
+    plain = svd.decompose(W_ON).factors(2)
+    for decomposition in (by_gram, by_output_gram):
+        down, up = decomposition.factors(2)
+        assert largest(up @ down - plain.up @ plain.down) < 1e-9
+        assert decomposition.damping == 1.0

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_tokenizer import tiny_tokenizer
 from torch import nn
+from transformers import PretrainedConfig
 
 import pared
 from pared.errors import ParedError
@@ -24,6 +25,7 @@ class Bigram(nn.Module):
     def __init__(self, logits_VV: torch.Tensor) -> None:
         super().__init__()
         self.logits = nn.Embedding.from_pretrained(logits_VV)
+        self.config = PretrainedConfig(vocab_size=VOCAB, max_position_embeddings=64)
         self.seen: list[list[int]] = []
         self.was_training: list[bool] = []
 
@@ -35,6 +37,9 @@ class Bigram(nn.Module):
         self.seen.extend(input_ids.tolist())
         self.was_training.append(self.training)
         return SimpleNamespace(logits=self.logits(input_ids))
+
+
+Bigram.__name__ = "LlamaForCausalLM"  # perplexity asks for a causal language model, by the name of its class
 
 
 def windows_of(rows: list[list[int]]) -> Windows:

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 import pared
 from pared import ParedError, Recipe
-from pared.checkpoint import Manifest, staged
-from pared.checkpoint.staging import RESERVE
+from pared.checkpoint import Manifest
+from pared.staging import RESERVE, staged
 
 # What the safetensors of this environment says on a full disk; it is not an OSError.
 RUST_SAYS = "Error while serializing: I/O error: No space left on device (os error 28)"
@@ -27,7 +27,7 @@ def contents(place: Path) -> dict[str, str]:
 
 def break_off(out: Path, error: BaseException) -> None:
     with staged(out, overwrite=True) as staging:
-        (staging / "weights").write_text("half")
+        (staging / "config.json").write_text("half")
         raise error
 
 
@@ -36,38 +36,38 @@ def out(tmp_path: Path) -> Path:
     """An output folder that is there already."""
     folder = tmp_path / "out"
     folder.mkdir()
-    (folder / "weights").write_text("old")
+    (folder / "config.json").write_text("old")
     return folder
 
 
 def test_the_folder_appears_whole(tmp_path: Path) -> None:
     with staged(tmp_path / "deep" / "out") as staging:
-        (staging / "weights").write_text("new")
+        (staging / "config.json").write_text("new")
         assert not (tmp_path / "deep" / "out").exists()
-    assert contents(tmp_path) == {"deep/out/weights": "new"}
+    assert contents(tmp_path) == {"deep/out/config.json": "new"}
     assert (tmp_path / "deep" / "out").stat().st_mode & 0o777 == 0o755
 
 
 def test_overwrite_replaces_the_whole_folder(out: Path, tmp_path: Path) -> None:
     (out / "left over").write_text("old")
     with staged(out, overwrite=True) as staging:
-        (staging / "weights").write_text("new")
-        assert contents(out) == {"weights": "old", "left over": "old"}
-    assert contents(tmp_path) == {"out/weights": "new"}
+        (staging / "config.json").write_text("new")
+        assert contents(out) == {"config.json": "old", "left over": "old"}
+    assert contents(tmp_path) == {"out/config.json": "new"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_an_empty_folder_is_free(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with staged(tmp_path / "out") as staging:
-        (staging / "weights").write_text("new")
-    assert contents(tmp_path) == {"out/weights": "new"}
+        (staging / "config.json").write_text("new")
+    assert contents(tmp_path) == {"out/config.json": "new"}
 
 
 def test_a_folder_that_is_there_is_refused_unasked(out: Path, tmp_path: Path) -> None:
     with pytest.raises(ParedError, match=r"out is there already; name another or pass --overwrite"), staged(out):
         pytest.fail("the body ran")
-    assert contents(tmp_path) == {"out/weights": "old"}
+    assert contents(tmp_path) == {"out/config.json": "old"}
 
 
 @pytest.mark.parametrize("overwrite", [True, False])
@@ -100,7 +100,7 @@ def test_an_error_inside_leaves_nothing_and_touches_nothing(tmp_path: Path, erro
     out = tmp_path / "out"
     if there:
         out.mkdir()
-        (out / "weights").write_text("old")
+        (out / "config.json").write_text("old")
     before = contents(tmp_path)
     with pytest.raises(type(error)):
         break_off(out, error)
@@ -132,8 +132,8 @@ def test_an_interrupted_replacement_puts_the_old_folder_back(
 
     monkeypatch.setattr(Path, "rename", interrupted)
     with pytest.raises(told), staged(out, overwrite=True) as staging:
-        (staging / "weights").write_text("new")
-    assert contents(out) == {"weights": "old"}
+        (staging / "config.json").write_text("new")
+    assert contents(out) == {"config.json": "old"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -141,7 +141,7 @@ def test_an_interrupted_replacement_puts_the_old_folder_back(
 def test_a_disk_that_fills_up_is_told_in_one_line(out: Path, tmp_path: Path, error: Exception) -> None:
     with pytest.raises(ParedError, match=r"disk filled up while writing .*out"):
         break_off(out, error)
-    assert contents(tmp_path) == {"out/weights": "old"}
+    assert contents(tmp_path) == {"out/config.json": "old"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -237,3 +237,45 @@ def test_a_job_whose_folder_does_not_answer_alike_leaves_nothing(
     with pytest.raises(ParedError, match="self-check failed"):
         pared.run(job)
     assert list((tmp_path / "jobs").iterdir()) == []
+
+
+def test_a_folder_that_is_no_model_is_never_replaced(tmp_path: Path) -> None:
+    """Regression: --overwrite deleted whatever it was pointed at."""
+    (tmp_path / "documents").mkdir()
+    (tmp_path / "documents" / "thesis.txt").write_text("precious")
+    with pytest.raises(ParedError, match="not a model"), staged(tmp_path / "documents", overwrite=True):
+        pytest.fail("the body ran")
+    assert contents(tmp_path) == {"documents/thesis.txt": "precious"}
+
+
+def test_a_folder_that_appeared_meanwhile_is_kept(tmp_path: Path) -> None:
+    """Regression: the later of two jobs with one output deleted what the earlier had made."""
+    faster = tmp_path / "faster"
+    faster.mkdir()
+    (faster / "config.json").write_text("early")
+    with pytest.raises(ParedError, match="there already"), staged(tmp_path / "out"):
+        shutil.copytree(faster, tmp_path / "out")
+    assert contents(tmp_path / "out") == {"config.json": "early"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["faster", "out"]
+
+
+def test_the_folder_one_works_in_and_links_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "link").symlink_to(tmp_path / "here")
+    for place in (Path("."), tmp_path, Path("/"), tmp_path / "link", tmp_path / ("x" * 300)):
+        with pytest.raises(ParedError, match=r"^output "), staged(place, overwrite=True):
+            pytest.fail("the body ran")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "link"]
+
+
+def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
+    """Regression: SIGKILL left half a model beside the output for ever."""
+    dead = 2**22 + 1  # above the largest process id of Linux
+    (tmp_path / f".out.staging-{dead}-abc").mkdir()
+    (tmp_path / f".out.staging-{os.getpid()}-abc").mkdir()
+    (tmp_path / f".other.staging-{dead}-abc").mkdir()
+    with staged(tmp_path / "out"):
+        pass
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == [f".other.staging-{dead}-abc", f".out.staging-{os.getpid()}-abc", "out"]

@@ -39,7 +39,7 @@ def walked(
 ) -> tuple[Anatomy, BlockInputs, list[WalkedBlock]]:
     anatomy, calls = probe(model, find_anatomy(model))
     inputs = capture(model, anatomy, tokens(), batch, calls, dtype, CPU)
-    return anatomy, inputs, list(walk(anatomy.blocks(model), anatomy, inputs, needs, dtype, CPU, on_batch))
+    return anatomy, inputs, list(walk(anatomy.blocks(model), anatomy, inputs, needs, on_batch))
 
 
 def statistics_of(steps: list[WalkedBlock], name: str) -> dict[str, Any]:
@@ -217,7 +217,7 @@ def test_a_block_may_be_replaced_as_soon_as_it_was_walked() -> None:
     anatomy, calls = probe(model, find_anatomy(model))
     inputs = capture(model, anatomy, tokens(), BATCH, calls, torch.float32, CPU)
     expected, _, _ = really_run(model, anatomy)
-    for step in walk(anatomy.blocks(model), anatomy, inputs, only_gram, torch.float32, CPU):
+    for step in walk(anatomy.blocks(model), anatomy, inputs, only_gram):
         for parameter in anatomy.blocks(model)[step.index].parameters():
             parameter.data = torch.zeros(0)
     torch.testing.assert_close(torch.cat(inputs.hidden), expected, atol=1e-5, rtol=1e-5)

@@ -41,7 +41,7 @@ def uniform(sites: Sequence[Site], keep: float) -> dict[str, Decision]:
     for site in rest:
         rank = rank_for(share, site.out_features, site.in_features) if share > 0 else 0
         if rank < 1:
-            if dense_cost == 0:
+            if rank_for(keep, site.out_features, site.in_features) < 1:
                 least = max(1 / s.out_features + 1 / s.in_features for s in rest)
                 raise ParedError(
                     f"keep {keep:g} leaves no rank for {site.name} {site.out_features} x {site.in_features}; "

@@ -75,6 +75,11 @@ def run_model(model: PreTrainedModel, tokens: torch.Tensor) -> None:
             model(input_ids=ids, **({"use_cache": False} if hasattr(model.config, "use_cache") else {}))
     except StopForwardError:
         pass
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+        raise ParedError(
+            f"{type(model).__name__} cannot be run on token ids alone ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:160]}); this architecture is not supported"
+        ) from error
 
 
 @contextmanager

@@ -117,6 +117,7 @@ def find_anatomy(model: nn.Module) -> Anatomy:
         raise ParedError(f"{type(model).__name__}: no list of blocks found; nothing could be compressed")
     path, blocks = stacks[0]
     sites = tuple(_sites(path, blocks))
+    _require_own_weights(model, sites)
     uncovered = tuple(_uncovered(path, blocks, {site.name for site in sites}))
     if not sites:
         found = ", ".join(f"{weight.name} {weight.shape}" for weight in uncovered[:3])
@@ -131,6 +132,15 @@ def find_anatomy(model: nn.Module) -> Anatomy:
         other_stacks=tuple(name for name, _ in stacks[1:]),
         model_parameters=_count(model),
     )
+
+
+def _require_own_weights(model: nn.Module, sites: tuple[Site, ...]) -> None:
+    owners: dict[int, str] = {}
+    for site in sites:
+        parameter = model.get_submodule(site.name).weight
+        other = owners.setdefault(id(parameter), site.name)
+        if other != site.name:
+            raise ParedError(f"sites {other} and {site.name} are tied to one weight; tied layers are not supported")
 
 
 def _count(module: nn.Module) -> int:

@@ -20,10 +20,14 @@ class BlockInputs:
     Attributes:
         hidden: hidden states ``(batch, tokens, width)`` of every batch; the walk overwrites them block by block.
         calls: for every batch, how each block is called; equal tensors are held once.
+        dtype: what the blocks compute in.
+        device: where they do.
     """
 
     hidden: list[torch.Tensor]
     calls: list[list[BlockCall]]
+    dtype: torch.dtype
+    device: torch.device
 
 
 def capture(
@@ -59,13 +63,14 @@ def capture(
         except Exception as error:  # these tokens went through the probe pass: only a block's own result was missing
             raise _fed_by_another(anatomy, len(recorded), probed) from error
         _require_same_arguments(anatomy, probed, recorded)
-        inputs = BlockInputs([], [])
+        inputs = BlockInputs([], [], dtype, device)
         for part in torch.split(tokens, batch):
             recorded.clear()
             run_model(model, part)
             inputs.hidden.append(recorded[0].hidden.to(device, dtype))
             first = inputs.calls[0] if inputs.calls else None
-            calls = [_adapted(call, dtype, device) for call in recorded]
+            adapted: dict[int, torch.Tensor] = {}  # blocks are given the same masks and tables: one copy of each
+            calls = [_adapted(call, dtype, device, adapted) for call in recorded]
             inputs.calls.append([_share(call, first[index]) for index, call in enumerate(calls)] if first else calls)
     return inputs
 
@@ -115,14 +120,19 @@ def _fed_by_another(anatomy: Anatomy, index: int, probed: list[BlockCall]) -> Pa
     )
 
 
-def _adapted(call: BlockCall, dtype: torch.dtype, device: torch.device) -> BlockCall:
+def _adapted(call: BlockCall, dtype: torch.dtype, device: torch.device, adapted: dict[int, torch.Tensor]) -> BlockCall:
+    def adapt_tensor(value: torch.Tensor) -> torch.Tensor:
+        if not value.is_floating_point():
+            return value.to(device)
+        # A mask of float32's lowest value must not become -inf in a half dtype.
+        limit = min(torch.finfo(dtype).max, torch.finfo(value.dtype).max)
+        return value.clamp(-limit, limit).to(device, dtype)
+
     def adapt(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            if not value.is_floating_point():
-                return value.to(device)
-            # A mask of float32's lowest value must not become -inf in a half dtype.
-            limit = min(torch.finfo(dtype).max, torch.finfo(value.dtype).max)
-            return value.clamp(-limit, limit).to(device, dtype)
+            if id(value) not in adapted:
+                adapted[id(value)] = adapt_tensor(value)
+            return adapted[id(value)]
         if isinstance(value, dict):
             return {name: adapt(item) for name, item in value.items()}
         if type(value) in (tuple, list):

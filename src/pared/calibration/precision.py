@@ -6,7 +6,8 @@ from contextlib import contextmanager
 
 import torch
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from pared.hardware import dtype_of
+
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -16,8 +17,8 @@ def choose_dtype(asked: str, model_dtype: torch.dtype, device: torch.device) -> 
     ``auto`` keeps a half-precision model as it is; a float32 model runs in bfloat16 where this machine multiplies
     matrices clearly faster in it (measured, a few milliseconds), and in float32 elsewhere.
     """
-    if asked != "auto":
-        return DTYPES[asked]
+    if (chosen := dtype_of(asked)) is not None:
+        return chosen
     if model_dtype in HALF:
         return model_dtype
     return torch.bfloat16 if _seconds(torch.float32, device) > 1.3 * _seconds(torch.bfloat16, device) else model_dtype

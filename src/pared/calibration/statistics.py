@@ -15,6 +15,10 @@ class Statistic(Protocol):
 
     tokens: int
 
+    @property
+    def value(self) -> torch.Tensor:
+        """The statistic over everything seen so far."""
+
     def update(self, x: torch.Tensor) -> None:
         """Take in one batch ``(..., features)``."""
 

@@ -32,8 +32,6 @@ def walk(
     anatomy: Anatomy,
     inputs: BlockInputs,
     needs: Callable[[Shapes], frozenset[str]],
-    dtype: torch.dtype,
-    device: torch.device,
     on_batch: Callable[[], None] = lambda: None,
 ) -> Iterator[WalkedBlock]:
     """Run every block once over all batches and yield its statistics before the next block starts.
@@ -46,16 +44,14 @@ def walk(
         anatomy: after the probe pass.
         inputs: captured inputs; overwritten.
         needs: names of the statistics to collect, from the shapes ``(out, in)`` of the sites that read one tensor.
-        dtype: what the blocks compute in.
-        device: where.
         on_batch: called after every batch of every block.
 
     Raises:
         ParedError: an activation is NaN or infinite; names the site.
     """
     for index, block in enumerate(blocks):
-        worker = _worker(block, dtype, device)
-        statistics = _accumulators(anatomy, index, needs, device)
+        worker = _worker(block, inputs.dtype, inputs.device)
+        statistics = _accumulators(anatomy, index, needs, inputs.device)
         with hooks(_tap(worker, anatomy, index, statistics)):
             _run_block(worker, index, inputs, on_batch)
         _require_finite(anatomy, index, statistics, inputs)

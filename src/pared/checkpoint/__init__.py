@@ -1,10 +1,9 @@
 """The format on disk: saving, loading through transformers, and the check after a save."""
 
 from pared.checkpoint.export import export_dense, make_dense
-from pared.checkpoint.load import is_compressed, load, read_config
+from pared.checkpoint.load import is_compressed, load, load_tokenizer, read_config
 from pared.checkpoint.manifest import Manifest
 from pared.checkpoint.save import mark, module_map, save
-from pared.checkpoint.staging import staged
 from pared.checkpoint.verify import compare, require_tensors, take_fingerprint, verify
 
 __all__ = [
@@ -13,13 +12,13 @@ __all__ = [
     "export_dense",
     "is_compressed",
     "load",
+    "load_tokenizer",
     "make_dense",
     "mark",
     "module_map",
     "read_config",
     "require_tensors",
     "save",
-    "staged",
     "take_fingerprint",
     "verify",
 ]

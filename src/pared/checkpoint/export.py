@@ -10,9 +10,10 @@ from pared.anatomy import bias_of, weight_of
 from pared.checkpoint.load import load
 from pared.checkpoint.loader import is_portable
 from pared.checkpoint.save import module_map, save
-from pared.checkpoint.staging import require_free, staged
 from pared.checkpoint.verify import require_tensors
+from pared.modules import replace_module
 from pared.sources.models import find_model
+from pared.staging import require_free, staged
 
 
 def export_dense(name: str, out: Path, dtype: str = "auto", overwrite: bool = False) -> int:
@@ -51,8 +52,7 @@ def make_dense(model: PreTrainedModel) -> PreTrainedModel:
         weight_of(dense).copy_(weight)
         if bias is not None and (place := bias_of(dense)) is not None:
             place.copy_(bias)
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, dense.train(module.training))
+        replace_module(model, name, dense)
     return model
 
 

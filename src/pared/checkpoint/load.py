@@ -1,26 +1,37 @@
 """From a name or a folder to a model, dense or compressed alike."""
 
+from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig, PreTrainedModel
+import torch
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.checkpoint.loader import QUANT_METHOD, ParedConfig
 from pared.errors import ParedError
 from pared.sources.models import find_model
 
 
-def load(name: str, dtype: str = "auto") -> PreTrainedModel:
+def load(name: str | Path, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
     """Load a model, dense or compressed, in evaluation mode on the CPU.
 
     Args:
         name: a folder that pared made, or any name of a model that pared knows.
-        dtype: ``auto`` keeps what is stored.
+        dtype: ``auto`` keeps what is stored; else ``float32``, ``bfloat16`` or ``float16``.
 
     Raises:
         ParedError: not a model, truncated, or of a newer format version.
     """
-    read_config(name)
-    return find_model(name).load(dtype)
+    read_config(str(name))
+    return find_model(str(name)).load(dtype)
+
+
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of any named model.
+
+    Raises:
+        ParedError: there is none.
+    """
+    return find_model(str(name)).tokenizer()
 
 
 def read_config(name: str) -> PretrainedConfig:

@@ -18,6 +18,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pared.modules.low_rank import LowRankLinear
+from pared.modules.replace import replace_module
 
 QUANT_METHOD = "pared"
 FORMAT_VERSION = 1
@@ -25,7 +26,7 @@ LOADER_NAME = "modeling_pared"
 IS_COPY = __name__.rpartition(".")[2] == LOADER_NAME
 
 # kind in the map -> (module class, the keys its entry has beside `kind`)
-MODULE_TYPES: dict[str, tuple[type[nn.Module], frozenset[str]]] = {
+MODULE_TYPES: dict[str, tuple[type[LowRankLinear], frozenset[str]]] = {
     "low_rank": (LowRankLinear, frozenset({"in_features", "out_features", "rank", "bias"})),
 }
 
@@ -124,9 +125,7 @@ def install_empty(model: nn.Module, entries: dict[str, dict[str, Any]]) -> None:
         shape = sorted(old.weight.shape)
         if shape != sorted((entry["out_features"], entry["in_features"])):
             raise ValueError(f"map entry {name}: shape {shape} in the model, {entry} in the map")
-        parent, _, leaf = path.rpartition(".")
-        new = empty_module(entry, device=old.weight.device, dtype=old.weight.dtype)
-        setattr(model.get_submodule(parent), leaf, new.train(old.training))
+        replace_module(model, path, empty_module(entry, device=old.weight.device, dtype=old.weight.dtype))
 
 
 def empty_module(
@@ -188,7 +187,7 @@ def loader_source() -> str:
     """Return the text of ``modeling_pared.py``: this very file where it is one, else put together from its parts."""
     if IS_COPY:
         return Path(__file__).read_text(encoding="utf-8")
-    owners = [cls.__module__ for cls, _ in MODULE_TYPES.values()] + [__name__]
+    owners = [replace_module.__module__, *(cls.__module__ for cls, _ in MODULE_TYPES.values()), __name__]
     parts = [Path(str(sys.modules[owner].__file__)).read_text(encoding="utf-8") for owner in dict.fromkeys(owners)]
     return "\n\n".join(
         "\n".join(line for line in part.splitlines() if not line.startswith("from pared")) for part in parts

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 import transformers
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from pared.checkpoint.loader import FORMAT_VERSION
 from pared.errors import ParedError
 from pared.plan import Plan
 from pared.recipe import Recipe
@@ -30,6 +31,12 @@ class Fingerprint(BaseModel):
     tokens: list[int]
     positions: list[int]
     outputs: list[float]
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Fingerprint":
+        if not self.tokens or not self.outputs or len(self.positions) != len(self.outputs):
+            raise ValueError("expected tokens, and one output for every position")
+        return self
 
 
 class Manifest(BaseModel):
@@ -70,7 +77,7 @@ class Manifest(BaseModel):
     bytes_before: int = 0
     bytes_on_disk: int = 0
     fingerprint: Fingerprint
-    self_check: float | None = None
+    self_check: float
     versions: dict[str, str]
     machine: dict[str, str]
 
@@ -87,7 +94,11 @@ class Manifest(BaseModel):
         """
         path = folder / MANIFEST
         try:
-            return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(fields, dict) and fields.get("format_version", 0) > FORMAT_VERSION:
+                raise ParedError(f"{path}: format version {fields['format_version']}, this pared reads "
+                                 f"{FORMAT_VERSION}: update pared")  # fmt: skip
+            return cls.model_validate(fields)
         except FileNotFoundError:
             raise ParedError(
                 f"{folder} has no {MANIFEST}: not a folder that pared made (or saved again since)"

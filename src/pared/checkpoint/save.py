@@ -26,10 +26,9 @@ def module_map(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Return the entry of every module that stands where a linear layer stood, from the modules themselves."""
     entries: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules():
-        for kind, (cls, keys) in MODULE_TYPES.items():
+        for kind, (cls, _) in MODULE_TYPES.items():
             if isinstance(module, cls):
-                values = {key: getattr(module, key) for key in sorted(keys)}
-                entries[name] = {"kind": kind, **values, "bias": values["bias"] is not None}
+                entries[name] = {"kind": kind, **module.entry()}
     return entries
 
 

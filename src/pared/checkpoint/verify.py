@@ -74,7 +74,7 @@ def require_tensors(folder: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def verify(folder: Path) -> float:
+def verify(folder: str | Path) -> float:
     """Check a folder: manifest, files, map, and the answers of the model loaded from it.
 
     Returns:
@@ -83,6 +83,7 @@ def verify(folder: Path) -> float:
     Raises:
         ParedError: anything is missing, damaged or different.
     """
+    folder = Path(folder)
     manifest = Manifest.read(folder)
     require_tensors(folder)
     return compare(load(str(folder)), manifest.fingerprint)
@@ -91,6 +92,8 @@ def verify(folder: Path) -> float:
 @torch.no_grad()
 def _outputs(model: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
     """Return the first output at the last token as float32 on the CPU: logits for a model with a head."""
+    if max(tokens) >= model.get_input_embeddings().weight.shape[0]:
+        raise ParedError("the fingerprint in pared.json has tokens this model does not know; it is of another model")
     ids = torch.tensor([tokens], device=model.get_input_embeddings().weight.device)
     was_training = model.training
     output = model.eval()(input_ids=ids)

@@ -61,7 +61,6 @@ def compress(
 
 def print_manifest(manifest: Manifest, folder: str) -> None:
     """Print the table of a finished compression and where it lies."""
-    recipe = manifest.recipe
     print_rows(manifest.model["name"], comparison(manifest))
     if manifest.perplexity_after is not None and manifest.evaluation:
         on = manifest.evaluation
@@ -71,6 +70,8 @@ def print_manifest(manifest: Manifest, folder: str) -> None:
         )
     seconds = "  ".join(f"{stage} {value:.1f}" for stage, value in manifest.seconds.items())
     out.print(f"seconds by stage: {seconds}", markup=False)
+    if manifest.plan.shortfall:
+        out.print(f"the budget is missed by {manifest.plan.shortfall:,} parameters", markup=False)
     if manifest.damping:
         out.print(
             f"rank-deficient statistics: {len(manifest.damping)} sites were damped (see pared.json)", markup=False

@@ -20,7 +20,7 @@ from pared.report.table import Row
 out = Console(soft_wrap=True, highlight=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file as JSON.")]
+
 LOG_EVERY_SECONDS = 10.0
 
 
@@ -83,6 +83,19 @@ def errors() -> Iterator[None]:
     except KeyboardInterrupt:
         err.print("interrupted; nothing was left behind", markup=False)
         raise SystemExit(130) from None
+
+
+def _writable(path: Path | None) -> Path | None:
+    """Refuse a file that could not be written before the work it would tell of is done."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        with errors():
+            raise ParedError(f"--json {path}: not a file in a folder that is there")
+    return path
+
+
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", help="Also write the result to this file as JSON.", callback=_writable)
+]
 
 
 def print_rows(title: str, rows: list[Row]) -> None:

@@ -8,11 +8,12 @@ import typer
 
 from pared.checkpoint import load
 from pared.cli.compress import print_manifest
-from pared.cli.console import ConsoleProgress, errors, out, quiet_libraries
+from pared.cli.console import ConsoleProgress, JsonFile, errors, out, quiet_libraries, write_json
 from pared.engine import reusable, run
 from pared.evaluation import greedy
 from pared.recipe import Recipe
-from pared.sources.models import cache_folder, find_model
+from pared.sources.gguf import cache_folder
+from pared.sources.models import find_model
 
 PROMPT = "The most important thing about a good tool is"
 TOKENS = 40
@@ -22,6 +23,7 @@ def demo(
     folder: Annotated[
         Path | None, typer.Option("--out", help="The folder to make. [default: in the user's cache]")
     ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Compress the embedded model on the embedded text; a second run reuses what the first one made."""
     with errors():
@@ -31,10 +33,11 @@ def demo(
         recipe = shipped.model_copy(update={"out": str(place)})
         outcome = reusable(recipe)
         if outcome is None:
-            outcome = run(recipe, overwrite=True, progress=ConsoleProgress())
+            outcome = run(recipe, overwrite=folder is None, progress=ConsoleProgress())
         else:
             out.print(f"reusing {place} of an earlier run", markup=False)
         print_manifest(outcome.manifest, str(place))
+        write_json(json_file, {"folder": str(place), **outcome.manifest.model_dump(mode="json")})
         assert recipe.model is not None
         tokenizer = find_model(recipe.model).tokenizer()
         for when, name in (("before", recipe.model), ("after", str(place))):

@@ -8,6 +8,7 @@ from pared.checkpoint import load
 from pared.cli.console import ConsoleProgress, JsonFile, errors, out, quiet_libraries, write_json
 from pared.errors import ParedError
 from pared.evaluation import perplexity as measure
+from pared.hardware import device_of
 from pared.recipe import Recipe
 from pared.sources.models import find_model
 from pared.sources.texts import find_text
@@ -34,9 +35,10 @@ def evaluate(
             origin="options",
         ).evaluation
         assert asked is not None
+        place = device_of(device)
         tokenizer = find_model(model).tokenizer()
         pieces = cut(find_text(perplexity, evaluation=True), tokenizer, asked.length, asked.windows)
-        loaded = load(model, dtype).to(device)
+        loaded = load(model, dtype).to(place)
         with ConsoleProgress().stage(f"perplexity on {perplexity}", len(pieces.tokens), "window") as advance:
             result = measure(loaded, tokenizer, pieces, asked.bos, advance)
         stand_in = "; a stand-in" if pieces.stand_in else ""

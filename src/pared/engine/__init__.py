@@ -1,6 +1,6 @@
 """Drives the road: from a model and a recipe to a compressed model and a folder."""
 
-from pared.engine.compress import Compressed, compress, method_of, plan_of
+from pared.engine.compression import Compressed, compress, method_of, plan_of
 from pared.engine.job import Outcome, reusable, run
 from pared.engine.progress import Progress, Silent
 

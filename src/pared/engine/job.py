@@ -5,22 +5,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from pared.anatomy import find_anatomy
-from pared.checkpoint import Manifest, compare, load, require_tensors, save, staged, take_fingerprint, verify
+from pared.checkpoint import Manifest, compare, load, require_tensors, save, take_fingerprint, verify
 from pared.checkpoint.loader import FORMAT_VERSION
 from pared.checkpoint.manifest import machine, versions
-from pared.checkpoint.staging import require_free, require_space
-from pared.engine.compress import compress, method_of, plan_of, require_finite_weights
+from pared.engine.compression import calibration_windows, compress, method_of, plan_of
+from pared.engine.install import require_finite_weights
 from pared.engine.progress import Progress, Silent, Stopwatch, peak_memory_bytes
 from pared.errors import ParedError
 from pared.evaluation import perplexity
+from pared.hardware import device_of
 from pared.recipe import Recipe
 from pared.report.card import model_card
-from pared.sources.models import ModelSource, find_model, require_dense
+from pared.sources.models import ModelSource, find_model, is_causal, require_dense
 from pared.sources.texts import find_text, held_out
-from pared.sources.windows import Windows, cut
+from pared.sources.windows import Windows, cut, require_fits
+from pared.staging import require_free, require_space, staged
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,13 @@ def run(recipe: Recipe, overwrite: bool = False, progress: Progress | None = Non
     with watch("load"):
         tokenizer = source.tokenizer()
         windows = _evaluation_windows(recipe, source, tokenizer, progress)
+        calibration = _calibration_windows(recipe, source, tokenizer)
         planned = plan_of(source.skeleton(), recipe, source.weight_bytes(recipe.dtype))
         require_space(out, planned.after.bytes_on_disk)
-        model = source.load(recipe.dtype)
+        model = source.load(recipe.dtype).to(recipe.device)
         require_finite_weights(model, find_anatomy(model))  # before perplexity, which could only say "nan"
     before = _measure(model, tokenizer, windows, recipe, "before", watch, progress)
-    compressed = compress(model, tokenizer, recipe, progress)
+    compressed = compress(model, tokenizer, recipe, progress, calibration)
     with staged(out, overwrite, needed=compressed.plan.after.bytes_on_disk) as staging:
         with watch("save"):
             fingerprint = take_fingerprint(model)
@@ -66,7 +68,7 @@ def run(recipe: Recipe, overwrite: bool = False, progress: Progress | None = Non
         compressed.model = model = None
         gc.collect()
         with watch("verify"):
-            model = load(str(staging))
+            model = load(staging).to(recipe.device)
             difference = compare(model, fingerprint)
         after = _measure(model, tokenizer, windows, recipe, "after", watch, progress)
         manifest = Manifest(
@@ -96,18 +98,27 @@ def run(recipe: Recipe, overwrite: bool = False, progress: Progress | None = Non
 
 def _checked(recipe: Recipe, overwrite: bool) -> tuple[ModelSource, Path]:
     """Refuse whatever can be refused without reading weights."""
-    method = method_of(recipe)
+    method_of(recipe)
+    device_of(recipe.device)
     if recipe.model is None:
         raise ParedError("the recipe names no model; set 'model' to embedded:smollm2-135m, a folder or a Hub id")
     if recipe.out is None:
         raise ParedError("the recipe names no output folder; set 'out'")
     out = Path(recipe.out).expanduser()
     require_free(out, overwrite)
-    if method.calibrated:
-        find_text(recipe.calibration.text)
     source = find_model(recipe.model)
+    if Path(source.location).absolute() == out.absolute():
+        raise ParedError(f"output {out} is the model itself; name another folder")
     require_dense(source.config(), recipe.model)
     return source, out
+
+
+def _calibration_windows(recipe: Recipe, source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> Windows | None:
+    if not method_of(recipe).calibrated:
+        return None
+    windows = calibration_windows(recipe, tokenizer)
+    require_fits(source.config(), windows)
+    return windows
 
 
 def _evaluation_windows(
@@ -116,8 +127,7 @@ def _evaluation_windows(
     asked = recipe.evaluation
     if asked is None:
         return None
-    config = source.config()
-    if not set(config.architectures or []) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
+    if not is_causal(source.config().architectures or []):
         progress.note("no perplexity: this architecture is not a causal language model")
         return None
     name = held_out(recipe.calibration.text) if asked.text == "auto" else asked.text
@@ -127,6 +137,7 @@ def _evaluation_windows(
         )
         return None
     windows = cut(find_text(name, evaluation=True), tokenizer, asked.length, asked.windows)
+    require_fits(source.config(), windows)
     if windows.stand_in:
         progress.note(f"the text {name!r} ({windows.origin}) only stands in for a real corpus")
     return windows

@@ -1,6 +1,5 @@
 """What the road tells whoever watches: stages with a length, and the time each took."""
 
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -59,5 +58,7 @@ def peak_memory_bytes() -> int:
     if status.exists():  # getrusage would also tell what the parent held when it started this process
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
+    import resource  # not on Windows
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.errors import ParedError
-from pared.sources.windows import Windows
+from pared.sources.models import is_causal
+from pared.sources.windows import Windows, require_fits
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Perplexity:
     windows: dict[str, object]
 
 
-def text_before(
+def bos_token(
     windows: Windows, tokenizer: PreTrainedTokenizerBase, bos: Literal["none", "text", "window"]
 ) -> int | None:
     """Return the id of the token that is put before every window or the text, None for neither.
@@ -54,7 +56,7 @@ def with_bos(
 
     ``window`` puts one before every window, ``text`` only before the first.
     """
-    token = text_before(windows, tokenizer, bos)
+    token = bos_token(windows, tokenizer, bos)
     if token is None:
         return windows.tokens
     tokens = windows.tokens.clone()
@@ -84,6 +86,10 @@ def perplexity(
     Raises:
         ParedError: the model gives a loss that is not a number; names the window.
     """
+    architecture = type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
+    if not is_causal([architecture]):
+        raise ParedError(f"{architecture} is not a causal language model; perplexity is defined for those only")
+    require_fits(model.config, windows)
     tokens = with_bos(windows, tokenizer, bos)
     device = model.get_input_embeddings().weight.device
     was_training = model.training
@@ -95,7 +101,9 @@ def perplexity(
             logits_TV = model(input_ids=ids_1T, use_cache=False).logits[0, :-1].float()
             loss = float(functional.cross_entropy(logits_TV, ids_1T[0, 1:], reduction="sum"))
             if not math.isfinite(loss):
-                raise ParedError(f"window {number} of text {windows.text!r}: the loss is {loss}; the model is broken")
+                raise ParedError(
+                    f"window {number} of text {windows.text!r}: the loss is {loss}; {first_non_finite(model, ids_1T)}"
+                )
             nats += loss
             predicted += len(window_T) - 1
             on_window()
@@ -103,3 +111,24 @@ def perplexity(
         model.train(was_training)
     mean = nats / predicted
     return Perplexity(math.exp(mean) if mean < 700 else math.inf, nats, predicted, {**windows.describe(), "bos": bos})
+
+
+def first_non_finite(model: PreTrainedModel, ids_1T: torch.Tensor) -> str:
+    """Run a window again and say which module first puts out NaN or infinity."""
+    found: list[str] = []
+
+    def hook(name: str) -> Callable[..., None]:
+        def look(_: nn.Module, __: object, output: object) -> None:
+            first = output[0] if isinstance(output, (tuple, list)) and output else output
+            if not found and isinstance(first, torch.Tensor) and not bool(first.isfinite().all()):
+                found.append(name)
+
+        return look
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules() if name]
+    try:
+        model(input_ids=ids_1T, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return f"{found[0]} is the first to put out NaN or infinity" if found else "the logits overflow"

@@ -7,9 +7,11 @@ formed, and only ``U`` is needed, from whichever of two symmetric eigenproblems 
 
 import logging
 import math
+from dataclasses import replace
 
 import torch
 
+from pared.lowrank import svd
 from pared.lowrank.decomposition import Decomposition, from_output_gram, from_root
 
 log = logging.getLogger(__name__)
@@ -27,9 +29,11 @@ def decompose(W_ON: torch.Tensor, gram_NN: torch.Tensor) -> Decomposition:
         gram_NN: the input Gram ``Σ xᵀx`` ``(in, in)``, any scale; may be rank-deficient.
 
     Raises:
-        ValueError: the Gram is zero, not finite, or not positive semi-definite.
+        ValueError: the Gram is not finite, or not positive semi-definite.
     """
     W_ON = W_ON.double()
+    if not bool(gram_NN.any()):
+        return _unseen(W_ON)
     L_NN, gram_NN, damping = cholesky_factor(gram_NN.double())
     out_features, in_features = W_ON.shape
     if out_features <= in_features:
@@ -48,11 +52,11 @@ def decompose_by_outputs(W_ON: torch.Tensor, output_gram_OO: torch.Tensor) -> De
         output_gram_OO: of the outputs without bias ``(out, out)``, any scale; may be rank-deficient.
 
     Raises:
-        ValueError: the Gram is zero or not finite.
+        ValueError: the Gram is not finite.
     """
     W_ON, C_OO = W_ON.double(), output_gram_OO.double()
-    if not bool(W_ON.any()):  # a zero weight puts out zeros, whatever it reads
-        return from_output_gram(W_ON, torch.zeros_like(C_OO))
+    if not bool(C_OO.any()):
+        return _unseen(W_ON)
     mean = _mean_diagonal(C_OO)
     if _cholesky(C_OO) is not None:
         return from_output_gram(W_ON, C_OO)
@@ -79,6 +83,12 @@ def cholesky_factor(gram_NN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, 
                 log.info("Gram of %d features is rank-deficient: relative damping %g", gram_NN.shape[0], damping)
             return L_NN, damped_NN, damping
     raise ValueError(f"the Gram is not positive semi-definite, even with damping {DAMPINGS[-1]}")
+
+
+def _unseen(W_ON: torch.Tensor) -> Decomposition:
+    """Decompose a weight whose data says nothing (dead inputs, a zero weight): by the weight alone."""
+    log.info("a Gram of %d x %d weights is zero: plain SVD", *W_ON.shape)
+    return replace(svd.decompose(W_ON), damping=1.0)
 
 
 def _cholesky(gram_NN: torch.Tensor) -> torch.Tensor | None:

@@ -1,5 +1,6 @@
 """What stands where a linear layer stood."""
 
 from pared.modules.low_rank import LowRankLinear
+from pared.modules.replace import replace_module
 
-__all__ = ["LowRankLinear"]
+__all__ = ["LowRankLinear", "replace_module"]

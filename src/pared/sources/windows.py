@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from pared.errors import ParedError
 from pared.sources.texts import Text
@@ -96,6 +96,24 @@ def cut(
         count = min(windows or available, available)
         tokens = ids[: count * length].view(count, length)
     return Windows(tokens, digest_of(tokens), text.name, text.origin, text.stand_in)
+
+
+def require_fits(config: PretrainedConfig, windows: Windows) -> None:
+    """Check that a model can take these windows.
+
+    Raises:
+        ParedError: they are longer than the model has positions, or hold tokens it does not know.
+    """
+    text_config = config.get_text_config()
+    positions, length = getattr(text_config, "max_position_embeddings", None), windows.tokens.shape[1]
+    if isinstance(positions, int) and length > positions > 0:
+        raise ParedError(f"windows of {length} tokens, but this model has {positions} positions; use a smaller length")
+    vocabulary, largest = getattr(text_config, "vocab_size", None), int(windows.tokens.max())
+    if isinstance(vocabulary, int) and largest >= vocabulary:
+        raise ParedError(
+            f"text {windows.text!r} has token {largest}, but this model knows {vocabulary}; the tokenizer is another "
+            "model's"
+        )
 
 
 def digest_of(tokens: torch.Tensor) -> str:

@@ -1,29 +1,27 @@
 """One model, compressed in place: probe, plan, walk, solve, install."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.allocation import make_plan
-from pared.anatomy import Anatomy, bias_of, find_anatomy, probe, weight_of
-from pared.anatomy.probe import BlockCall
-from pared.calibration import Gram, WalkedBlock, capture, choose_dtype, walk
+from pared.anatomy import Anatomy, find_anatomy, probe, weight_of
+from pared.calibration import BlockInputs, WalkedBlock, capture, choose_dtype, walk
 from pared.calibration.walk import StatisticsOfSite
 from pared.checkpoint import mark, module_map
+from pared.engine.install import install, require_finite_weights
 from pared.engine.progress import Progress, Silent, Stopwatch
 from pared.errors import ParedError
-from pared.lowrank import METHODS, Factors, LowRankMethod
-from pared.modules import LowRankLinear
+from pared.hardware import device_of
+from pared.lowrank import METHODS, LowRankMethod
 from pared.names import did_you_mean
 from pared.plan import Dense, LowRank, Plan, SitePlan
 from pared.recipe import Recipe
 from pared.sources.models import require_dense
 from pared.sources.texts import find_text
-from pared.sources.windows import Windows, cut
+from pared.sources.windows import Windows, cut, require_fits
 
 
 @dataclass
@@ -41,7 +39,7 @@ class Compressed:
 
     model: PreTrainedModel
     recipe: Recipe
-    plan: Plan
+    plan: Plan = field(init=False)
     damping: dict[str, float] = field(default_factory=dict)
     calibration: dict[str, object] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -74,17 +72,20 @@ def compress(
     tokenizer: PreTrainedTokenizerBase,
     recipe: Recipe,
     progress: Progress | None = None,
+    windows: Windows | None = None,
 ) -> Compressed:
     """Compress a loaded model, in place, block by block.
 
-    Finished blocks replace dense ones as the walk goes, so memory stays near that of the model plus one block. If it
-    is interrupted midway the model still works, with some blocks compressed: reload it to start again.
+    Finished blocks replace dense ones as the walk goes; beside the model there is one block in the computing dtype,
+    the hidden states of the calibration windows, and the statistics of that block. If it is interrupted midway the
+    model still works and can be saved, with some blocks compressed: reload it to start again.
 
     Args:
         model: a dense causal language model or encoder in a floating point dtype, its weights in memory.
         tokenizer: of the model.
         recipe: method, budget and calibration; ``model``, ``out`` and ``evaluation`` are not read.
         progress: who watches; nobody by default.
+        windows: calibration tokens already cut, in place of the recipe's text.
 
     Returns:
         The same model, and the record.
@@ -93,21 +94,29 @@ def compress(
         ParedError: anything in the model, the recipe or the text that does not work; nothing is changed unless the
             message says so.
     """
-    name = model.config.name_or_path or type(model).__name__
     method = method_of(recipe)
-    require_dense(model.config, name)
-    if module_map(model):
-        raise ParedError(f"model {name!r} is compressed in part; load the dense model again")
+    _require_compressible(model)
     was_training = model.training
     model.eval()
     try:
-        return _compress(model, tokenizer, recipe, method, progress or Silent())
+        return _compress(model, tokenizer, recipe, method, progress or Silent(), windows)
     except ParedError as error:
         if module_map(model):
             raise ParedError(f"{error}; the blocks before it are compressed already: load the model again") from error
         raise
     finally:
+        if module_map(model):
+            mark(model)  # also after Ctrl-C: what is saved then must load again
         model.train(was_training)
+
+
+def _require_compressible(model: PreTrainedModel) -> None:
+    name = model.config.name_or_path or type(model).__name__
+    if hasattr(model, "peft_config"):
+        raise ParedError(f"model {name!r} carries PEFT adapters; merge them first (merge_and_unload)")
+    if module_map(model):
+        raise ParedError(f"model {name!r} is compressed already, at least in part; load the dense model again")
+    require_dense(model.config, name)
 
 
 def _compress(
@@ -116,66 +125,54 @@ def _compress(
     recipe: Recipe,
     method: LowRankMethod,
     progress: Progress,
+    windows: Windows | None,
 ) -> Compressed:
     watch = Stopwatch()
-    device = torch.device(recipe.device)
+    result = Compressed(model, recipe)
+    inputs = None
     with watch("probe"):
         anatomy = find_anatomy(model).without(recipe.skip)
         require_finite_weights(model, anatomy)
         anatomy, calls = probe(model, anatomy)
         plan = make_plan(anatomy, recipe.allocation, recipe.keep, model.dtype.itemsize)
-    _tell(plan, progress)
-
-    result = Compressed(model, recipe, plan)
-    windows = None
     if method.calibrated:
         with watch("text"):
-            windows = _windows(recipe, tokenizer)
-        result.calibration = {
-            **windows.describe(),
-            "dtype": str(choose_dtype(recipe.calibration.dtype, model.dtype, device)),
-        }
+            windows = windows or calibration_windows(recipe, tokenizer)
+            require_fits(model.config, windows)
+        with watch("capture"):
+            device = device_of(recipe.device)
+            dtype = choose_dtype(recipe.calibration.dtype, model.dtype, device)
+            inputs = capture(model, anatomy, windows.tokens, recipe.calibration.batch, calls, dtype, device)
+        result.calibration = {**windows.describe(), "dtype": str(dtype)}
     decisions = {site.name: site for site in plan.sites}
-    for walked in _walk(model, anatomy, calls, windows, method, recipe, device, watch, progress):
+    for walked in _walked(anatomy.blocks(model), anatomy, inputs, method, watch, progress):
         with watch("solve"):
             for site in anatomy.sites_of(walked.index):
-                decided = _solve(
-                    model, decisions[site.name], walked.statistics.get(site.name, {}), method, result.damping
-                )
-                decisions[site.name] = decided
+                statistics = walked.statistics.get(site.name, {})
+                decisions[site.name] = _solve(model, decisions[site.name], statistics, method, result.damping)
     result.plan = plan.model_copy(update={"sites": tuple(decisions[site.name] for site in plan.sites)})
-    mark(model)
+    _tell(result.plan, progress)
     result.seconds = watch.seconds
     return result
 
 
-def _walk(
-    model: PreTrainedModel,
+def _walked(
+    blocks: list[nn.Module],
     anatomy: Anatomy,
-    calls: list[BlockCall],
-    windows: Windows | None,
+    inputs: BlockInputs | None,
     method: LowRankMethod,
-    recipe: Recipe,
-    device: torch.device,
     watch: Stopwatch,
     progress: Progress,
 ) -> Iterator[WalkedBlock]:
     """Yield every block with the statistics the method needs; without running anything if it needs none."""
-    blocks = anatomy.blocks(model)
-    if windows is None:
+    if inputs is None:
         with progress.stage("solve", len(blocks), "block") as advance:
             for index in range(len(blocks)):
                 yield WalkedBlock(index, {})
                 advance()
         return
-    dtype = choose_dtype(recipe.calibration.dtype, model.dtype, device)
-    with watch("capture"):
-        inputs = capture(model, anatomy, windows.tokens, recipe.calibration.batch, calls, dtype, device)
-    with ExitStack() as stack:
-        advance = stack.enter_context(
-            progress.stage(f"calibrate and solve ({dtype})", len(blocks) * len(inputs.calls), "batch")
-        )
-        steps = walk(blocks, anatomy, inputs, method.needs, dtype, device, advance)
+    with progress.stage(f"calibrate and solve ({inputs.dtype})", len(blocks) * len(inputs.calls), "batch") as advance:
+        steps = walk(blocks, anatomy, inputs, method.needs, advance)
         while True:
             with watch("walk"):
                 walked = next(steps, None)
@@ -198,7 +195,9 @@ def _solve(
         return site.model_copy(update={"decision": Dense(reason="no calibration token reached it")})
     linear = model.get_submodule(site.name)
     try:
-        decomposition = method.decompose(weight_of(linear).detach(), _values(statistics))
+        values = {name: statistic.value for name, statistic in statistics.items()}
+        weight = weight_of(linear).detach()
+        decomposition = method.decompose(weight.to(next(iter(values.values()), weight).device), values)
     except (ValueError, RuntimeError) as error:
         raise ParedError(f"site {site.name}: {error}") from error
     if decomposition.damping:
@@ -207,41 +206,14 @@ def _solve(
     return site
 
 
-def _values(statistics: StatisticsOfSite) -> Mapping[str, torch.Tensor]:
-    return {name: statistic.value for name, statistic in statistics.items() if isinstance(statistic, Gram)}
+def calibration_windows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Windows:
+    """Cut a recipe's calibration text.
 
-
-def install(model: nn.Module, name: str, factors: Factors) -> None:
-    """Put a ``LowRankLinear`` of these factors where a linear layer stands, with its bias, dtype and device."""
-    old = model.get_submodule(name)
-    weight, bias = weight_of(old), bias_of(old)
-    out_features, in_features = weight.shape
-    rank = factors.down.shape[0]
-    new = LowRankLinear(in_features, out_features, rank, bias is not None, device=weight.device, dtype=weight.dtype)
-    with torch.no_grad():
-        new.down.weight.copy_(factors.down)
-        new.up.weight.copy_(factors.up)
-        if bias is not None:
-            new.up.bias.copy_(bias)
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, new.train(old.training))
-
-
-def _windows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Windows:
+    Raises:
+        ParedError: the text is unknown, or shorter than one window.
+    """
     asked = recipe.calibration
     return cut(find_text(asked.text), tokenizer, asked.length, asked.samples, asked.sampling, asked.seed)
-
-
-def require_finite_weights(model: PreTrainedModel, anatomy: Anatomy) -> None:
-    """Refuse a model whose sites hold anything but finite floating point numbers in memory; names the site."""
-    for site in anatomy.sites:
-        weight = weight_of(model.get_submodule(site.name))
-        if weight.is_meta:
-            raise ParedError(f"site {site.name} is on the meta device (offloaded); load the model without offloading")
-        if not weight.is_floating_point():
-            raise ParedError(f"site {site.name} holds {weight.dtype}; pared needs floating point weights")
-        if not bool(weight.isfinite().all()):
-            raise ParedError(f"site {site.name} has NaN or infinity in its weight; the checkpoint is damaged")
 
 
 def _tell(plan: Plan, progress: Progress) -> None:
