@@ -12,11 +12,10 @@ import os
 import time
 from typing import Any
 
-from record import RESULTS, append, read, table
-
 import pared
 from pared.lowrank import METHODS
 from pared.sources import find_text
+from record import RESULTS, append, read, table
 
 LINES = RESULTS / "low_rank.jsonl"
 PAGE = RESULTS / "low_rank.md"

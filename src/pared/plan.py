@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+INDEX_BYTES = 4  # of an int32
+
 
 class _Data(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -25,14 +27,27 @@ class Dense(_Data):
 
 
 class LowRank(_Data):
-    """Two factors, ``up (out, rank)`` and ``down (rank, in)``, stand in for the weight."""
+    """Two factors, ``up (out, rank)`` and ``down (rank, in)``, stand in for the weight.
+
+    Attributes:
+        rank: of the weight.
+        pivoted: stored without loss as ``rank`` of its rows and the others' coefficients, ``rank²`` parameters fewer.
+    """
 
     kind: Literal["low_rank"] = "low_rank"
     rank: Annotated[int, Field(ge=1)]
+    pivoted: bool = False
 
     def parameters(self, out_features: int, in_features: int) -> int:
-        """Stored weight parameters of a site of this shape."""
-        return self.rank * (out_features + in_features)
+        """Stored weight parameters of a site of this shape; the indices of pivoted storage are not parameters."""
+        return self.rank * (out_features + in_features) - (self.rank**2 if self.pivoted else 0)
+
+    def __str__(self) -> str:
+        return f"rank {self.rank}, pivoted" if self.pivoted else f"rank {self.rank}"
+
+    def index_bytes(self, out_features: int) -> int:
+        """Bytes stored beside the parameters: where each output lies, if pivoted."""
+        return INDEX_BYTES * out_features if self.pivoted else 0
 
 
 Decision = Annotated[Dense | LowRank, Field(discriminator="kind")]
@@ -42,6 +57,25 @@ def rank_for(keep: float, out_features: int, in_features: int) -> int:
     """Return ``floor(keep · m · n / (m + n))``, the largest rank whose factors fit the budget; may be 0."""
     # A budget computed as a ratio can land a hair under the integer it stands for (0.8·…/… = 229.99999).
     return math.floor(keep * out_features * in_features / (out_features + in_features) + 1e-9)
+
+
+def pivoted_rank_for(budget: int, out_features: int, in_features: int) -> int:
+    """Return the largest rank whose pivoted storage fits a budget of numbers; may be 0.
+
+    ``k (m + n) - k² + k <= q``, the k indices counted as numbers too (PIFA, arXiv 2501.19090):
+    ``k = int((m + n + 1 - sqrt((m + n + 1)² - 4 q)) / 2)``, in integers.
+
+    Args:
+        budget: numbers that may be stored.
+        out_features: rows m of the weight.
+        in_features: columns n of the weight.
+    """
+    width, most = out_features + in_features + 1, min(out_features, in_features)
+    budget = min(budget, most * (width - most))
+    rank = (width - math.isqrt(width**2 - 4 * budget)) // 2
+    if rank * (width - rank) > budget:  # the root was rounded down
+        rank -= 1
+    return rank
 
 
 class SitePlan(_Data):
@@ -71,6 +105,11 @@ class SitePlan(_Data):
     def after(self) -> int:
         """Weight parameters after the decision."""
         return self.decision.parameters(self.out_features, self.in_features)
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes the decision stores beside parameters."""
+        return self.decision.index_bytes(self.out_features) if isinstance(self.decision, LowRank) else 0
 
 
 class Uncovered(_Data):
@@ -116,7 +155,9 @@ class Plan(_Data):
     def after(self) -> Sizes:
         """Sizes after every decision; bytes are those of the weights alone."""
         removed = sum(site.before - site.after for site in self.sites)
-        return self._sizes(sum(site.after for site in self.sites), removed)
+        sizes = self._sizes(sum(site.after for site in self.sites), removed)
+        indices = sum(site.index_bytes for site in self.sites)
+        return sizes.model_copy(update={"bytes_on_disk": sizes.bytes_on_disk + indices})
 
     @property
     def achieved_keep(self) -> float:

@@ -66,7 +66,8 @@ class Recipe(_Strict):
         method: a name that ``pared methods`` lists.
         keep: fraction of the parameters of the covered sites that stays; 0.8 removes 20%.
         skip: shell-style patterns of site names that are left alone and not counted in the budget.
-        allocation: how the budget is spread over the sites.
+        allocation: how the budget is spread over the sites; ``auto`` is what the method's paper does.
+        options: of the method, by the names that ``pared methods`` lists.
         calibration: what the statistics are collected on.
         evaluation: what perplexity is measured on; ``null`` measures nothing.
         dtype: what the model is loaded and saved in; ``auto`` keeps what the checkpoint has.
@@ -79,7 +80,8 @@ class Recipe(_Strict):
     method: str = "svd-llm"
     keep: Annotated[float, Field(gt=0, le=1)] = 0.8
     skip: tuple[str, ...] = ()
-    allocation: str = "uniform"
+    allocation: str = "auto"
+    options: dict[str, bool | int | float | str] = {}
     calibration: Calibration = Calibration()
     evaluation: Evaluation | None = Evaluation()
     dtype: DType = "auto"

@@ -1,17 +1,69 @@
 """How much each site may keep: from sites and a budget to decisions; one file per allocator."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
+import torch
+
+from pared.allocation.budget import Spectra
+from pared.allocation.effective_rank import effective_rank
+from pared.allocation.loss import loss
+from pared.allocation.svd_llm_v2 import svd_llm_v2
 from pared.allocation.uniform import uniform
 from pared.anatomy.structure import Anatomy, Site
 from pared.errors import ParedError
 from pared.names import did_you_mean
 from pared.plan import Decision, Plan, SitePlan
 
-ALLOCATORS: dict[str, Callable[[Sequence[Site], float], dict[str, Decision]]] = {"uniform": uniform}
+
+@dataclass(frozen=True)
+class Allocator:
+    """A way to spread a budget.
+
+    Attributes:
+        name: what a recipe calls it.
+        summary: what it does, in a line.
+        by_spectrum: whether it needs every site's decomposition first; if not, shapes are enough.
+        allocate: from sites, the fraction to keep, and the spectra to decisions.
+    """
+
+    name: str
+    summary: str
+    by_spectrum: bool
+    allocate: Callable[[Sequence[Site], float, Spectra], dict[str, Decision]]
 
 
-def make_plan(anatomy: Anatomy, allocation: str, keep: float, bytes_per_parameter: int) -> Plan:
+ALLOCATORS = {
+    allocator.name: allocator
+    for allocator in (
+        Allocator("uniform", "the same fraction of every site", False, lambda sites, keep, _: uniform(sites, keep)),
+        Allocator("loss", "the least sum of losses over all sites, dense ones included", True, loss),
+        Allocator(
+            "effective-rank", "D-Rank: by effective rank, with a share of q and k moved to v", True, effective_rank
+        ),
+        Allocator("svd-llm-v2", "within a kind, less is taken where uniform ranks lose more", True, svd_llm_v2),
+    )
+}
+
+
+def allocator_of(name: str) -> Allocator:
+    """Return the allocator of a name.
+
+    Raises:
+        ParedError: there is none.
+    """
+    if name not in ALLOCATORS:
+        raise ParedError(f"unknown allocation {name!r}; {did_you_mean(name, ALLOCATORS)}")
+    return ALLOCATORS[name]
+
+
+def make_plan(
+    anatomy: Anatomy,
+    allocation: str,
+    keep: float,
+    bytes_per_parameter: int,
+    spectra: Mapping[str, torch.Tensor] | None = None,
+) -> Plan:
     """Decide every site.
 
     Args:
@@ -19,13 +71,12 @@ def make_plan(anatomy: Anatomy, allocation: str, keep: float, bytes_per_paramete
         allocation: name of the allocator.
         keep: fraction of the covered parameters that stays.
         bytes_per_parameter: of the dtype the model is saved in.
+        spectra: for an allocator that needs them, what leaving out each direction of every site costs.
 
     Raises:
         ParedError: unknown allocator, or the budget leaves a site without a rank.
     """
-    if allocation not in ALLOCATORS:
-        raise ParedError(f"unknown allocation {allocation!r}; {did_you_mean(allocation, ALLOCATORS)}")
-    decisions = ALLOCATORS[allocation](anatomy.sites, keep)
+    decisions = allocator_of(allocation).allocate(anatomy.sites, keep, spectra or {})
     return Plan(
         keep=keep,
         sites=tuple(
@@ -45,4 +96,4 @@ def make_plan(anatomy: Anatomy, allocation: str, keep: float, bytes_per_paramete
     )
 
 
-__all__ = ["ALLOCATORS", "make_plan", "uniform"]
+__all__ = ["ALLOCATORS", "Allocator", "allocator_of", "make_plan", "uniform"]

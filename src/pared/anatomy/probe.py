@@ -1,7 +1,7 @@
 """One pass of a few tokens through the real model: who reads what, and whether the blocks are a plain chain."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -57,6 +57,10 @@ class BlockCall:
             return hidden_of(block(hidden, *self.args, **self.kwargs))
         return hidden_of(block(*self.args, **{self.by_name: hidden}, **self.kwargs))
 
+    def answer(self, hidden: torch.Tensor) -> Any:
+        """Return hidden states in the form the block returns its own; whatever else it returns is None."""
+        return (hidden, *[None] * (self.returns - 1)) if self.returns else hidden
+
     def tensors(self) -> list[torch.Tensor]:
         """Return every tensor among the other arguments, nested ones included."""
         return list(_tensors((self.args, self.kwargs)))
@@ -67,14 +71,22 @@ def hidden_of(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
+@torch.no_grad()
 def run_model(model: PreTrainedModel, tokens: torch.Tensor) -> None:
     """Run the model on ``tokens (batch, length)`` without a cache until a hook stops it."""
+    with suppress(StopForwardError):
+        call_model(model, tokens)
+
+
+def call_model(model: PreTrainedModel, tokens: torch.Tensor) -> Any:
+    """Return what the model puts out for ``tokens (batch, length)``, without a cache.
+
+    Raises:
+        ParedError: it needs more than token ids.
+    """
     ids = tokens.to(model.get_input_embeddings().weight.device)
     try:
-        with torch.no_grad():
-            model(input_ids=ids, **({"use_cache": False} if hasattr(model.config, "use_cache") else {}))
-    except StopForwardError:
-        pass
+        return model(input_ids=ids, **({"use_cache": False} if hasattr(model.config, "use_cache") else {}))
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
         raise ParedError(
             f"{type(model).__name__} cannot be run on token ids alone ({type(error).__name__}: "

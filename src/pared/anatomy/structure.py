@@ -80,6 +80,11 @@ class Anatomy:
         """Return a site's name relative to its block."""
         return site.name.removeprefix(self.block_name(site.block) + ".")
 
+    def with_idle(self, names: Iterable[str]) -> "Anatomy":
+        """Return this anatomy with these sites idle too."""
+        idle = set(names)
+        return replace(self, sites=tuple(replace(s, idle=True) if s.name in idle else s for s in self.sites))
+
     def without(self, patterns: Iterable[str]) -> "Anatomy":
         """Return this anatomy with the matching sites left alone and listed as not covered.
 

@@ -1,17 +1,39 @@
 """What the data says about the weights: one pass over the blocks, statistics as small accumulators."""
 
+from pared.calibration.backward import backward
 from pared.calibration.capture import BlockInputs, capture
+from pared.calibration.gradient_statistics import (
+    GRADIENT_STATISTICS,
+    Fisher,
+    GradientStatistic,
+    OfInput,
+    OutputGradient,
+    gradient_accumulators,
+)
+from pared.calibration.labels import Given, Labels, NextToken, Sampled, choose_labels
 from pared.calibration.precision import choose_dtype
 from pared.calibration.statistics import STATISTICS, Gram, Statistic
 from pared.calibration.walk import WalkedBlock, walk
 
 __all__ = [
+    "GRADIENT_STATISTICS",
     "STATISTICS",
     "BlockInputs",
+    "Fisher",
+    "Given",
+    "GradientStatistic",
     "Gram",
+    "Labels",
+    "NextToken",
+    "OfInput",
+    "OutputGradient",
+    "Sampled",
     "Statistic",
     "WalkedBlock",
+    "backward",
     "capture",
     "choose_dtype",
+    "choose_labels",
+    "gradient_accumulators",
     "walk",
 ]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from pared.anatomy.probe import BlockCall, StopForwardError, run_model
@@ -82,20 +83,26 @@ def _stubbed(model: PreTrainedModel, anatomy: Anatomy, probed: list[BlockCall]) 
 
     def stub(index: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            call = BlockCall.seen(args, kwargs, anatomy.block_name(index))
+            call = replace(BlockCall.seen(args, kwargs, anatomy.block_name(index)), returns=probed[index].returns)
             recorded.append(call)
             if index == len(blocks) - 1:
                 raise StopForwardError
-            entries = probed[index].returns
-            return (call.hidden, *[None] * (entries - 1)) if entries else call.hidden
+            return call.answer(call.hidden)
 
         return forward
 
+    with replaced_forwards(blocks, stub):
+        yield recorded
+
+
+@contextmanager
+def replaced_forwards(blocks: list[nn.Module], stub: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
+    """Let every block run ``stub(its index)`` for the length of a ``with`` block."""
     own = [block.__dict__.get("forward") for block in blocks]  # accelerate's hooks put one there
     try:
         for index, block in enumerate(blocks):
             block.forward = stub(index)
-        yield recorded
+        yield
     finally:
         for block, forward in zip(blocks, own, strict=True):
             del block.forward

@@ -1,5 +1,6 @@
 """Statistics of what a site reads and puts out: small accumulators with ``update`` and ``merge``."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -73,6 +74,48 @@ class Gram:
         return bool(self._upper_NN.diagonal().isfinite().all())
 
 
+class MeanGram(Gram):
+    """The Gram per token, ``E[xᵀx]``: losses weighted by it do not depend on how much text there was."""
+
+    @property
+    def value(self) -> torch.Tensor:
+        """The Gram over the number of tokens ``(features, features)``."""
+        return super().value / max(self.tokens, 1)
+
+
+class Magnitude:
+    """The mean magnitude of every feature over tokens, ``(features,)`` float64 (ASVD).
+
+    Attributes:
+        tokens: how many tokens were seen.
+    """
+
+    def __init__(self, features: int, device: torch.device) -> None:
+        self.tokens = 0
+        self._sum_N = torch.zeros(features, dtype=torch.float64, device=device)
+
+    def update(self, x: torch.Tensor) -> None:
+        """Add one batch ``(..., features)``."""
+        x_TN = x.reshape(-1, x.shape[-1])
+        self.tokens += x_TN.shape[0]
+        self._sum_N += x_TN.abs().sum(0, dtype=torch.float32)
+
+    def merge(self, other: Statistic) -> None:
+        """Add what another one has seen."""
+        assert isinstance(other, Magnitude)
+        self._sum_N += other._sum_N.to(self._sum_N.device)
+        self.tokens += other.tokens
+
+    @property
+    def value(self) -> torch.Tensor:
+        """The mean over tokens ``(features,)``."""
+        return self._sum_N / max(self.tokens, 1)
+
+    def finite(self) -> bool:
+        """Whether everything seen so far was a finite number."""
+        return bool(self._sum_N.isfinite().all())
+
+
 @dataclass(frozen=True)
 class StatisticKind:
     """A statistic by name: its accumulator, and which end of a site it watches.
@@ -83,11 +126,13 @@ class StatisticKind:
             its bias.
     """
 
-    accumulator: type[Gram]
+    accumulator: Callable[[int, torch.device], Statistic]
     of: Literal["input", "output"]
 
 
 STATISTICS = {
     "gram": StatisticKind(Gram, "input"),
+    "mean_gram": StatisticKind(MeanGram, "input"),
+    "magnitude": StatisticKind(Magnitude, "input"),
     "output_gram": StatisticKind(Gram, "output"),
 }

@@ -50,7 +50,7 @@ def walk(
         ParedError: an activation is NaN or infinite; names the site.
     """
     for index, block in enumerate(blocks):
-        worker = _worker(block, inputs.dtype, inputs.device)
+        worker = worker_of(block, inputs.dtype, inputs.device)
         statistics = _accumulators(anatomy, index, needs, inputs.device)
         with hooks(_tap(worker, anatomy, index, statistics)):
             _run_block(worker, index, inputs, on_batch)
@@ -65,7 +65,7 @@ def _run_block(worker: nn.Module, index: int, inputs: BlockInputs, on_batch: Cal
         on_batch()
 
 
-def _worker(block: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def worker_of(block: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """Return the block itself if it already computes in this dtype and place, else a copy that does."""
     if all(p.dtype == dtype and p.device == device for p in block.parameters()):
         return block
@@ -128,7 +128,13 @@ def _require_finite(anatomy: Anatomy, index: int, statistics: dict[str, Statisti
                 raise ParedError(
                     f"site {site.name} {what} NaN or infinity; check the weights before it, or calibrate in float32"
                 )
-    if not all(bool(hidden.sum(dtype=torch.float32).isfinite()) for hidden in inputs.hidden):
+    for hidden in inputs.hidden:
+        require_finite_hidden(anatomy, index, hidden)
+
+
+def require_finite_hidden(anatomy: Anatomy, index: int, hidden: torch.Tensor) -> None:
+    """Raise a ParedError that names the block if the hidden states it puts out are NaN or infinite."""
+    if not hidden.sum(dtype=torch.float32).isfinite():
         raise ParedError(
             f"block {anatomy.block_name(index)} puts out NaN or infinity; check its weights, or calibrate in float32"
         )

@@ -1,5 +1,6 @@
 """The format on disk: saving, loading through transformers, and the check after a save."""
 
+from pared.checkpoint.convert import convert
 from pared.checkpoint.export import export_dense, make_dense
 from pared.checkpoint.load import is_compressed, load, load_tokenizer, read_config
 from pared.checkpoint.manifest import Manifest
@@ -9,6 +10,7 @@ from pared.checkpoint.verify import compare, require_tensors, take_fingerprint, 
 __all__ = [
     "Manifest",
     "compare",
+    "convert",
     "export_dense",
     "is_compressed",
     "load",

@@ -18,6 +18,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pared.modules.low_rank import LowRankLinear
+from pared.modules.pivoted import PivotedLinear
 from pared.modules.replace import replace_module
 
 QUANT_METHOD = "pared"
@@ -26,8 +27,9 @@ LOADER_NAME = "modeling_pared"
 IS_COPY = __name__.rpartition(".")[2] == LOADER_NAME
 
 # kind in the map -> (module class, the keys its entry has beside `kind`)
-MODULE_TYPES: dict[str, tuple[type[LowRankLinear], frozenset[str]]] = {
+MODULE_TYPES: dict[str, tuple[type[LowRankLinear | PivotedLinear], frozenset[str]]] = {
     "low_rank": (LowRankLinear, frozenset({"in_features", "out_features", "rank", "bias"})),
+    "pivoted": (PivotedLinear, frozenset({"in_features", "out_features", "rank", "bias"})),
 }
 
 

@@ -58,6 +58,8 @@ class Manifest(BaseModel):
         bytes_on_disk: of the saved weights.
         fingerprint: for the self-check.
         self_check: largest difference of the reloaded model from the fingerprint, relative to its largest output.
+        converted: how `pared convert` stored the weights anew, if it did; everything measured but ``bytes_on_disk`` and
+            ``self_check`` is from before.
         versions: of the software.
         machine: where it ran.
     """
@@ -78,6 +80,7 @@ class Manifest(BaseModel):
     bytes_on_disk: int = 0
     fingerprint: Fingerprint
     self_check: float
+    converted: str | None = None
     versions: dict[str, str]
     machine: dict[str, str]
 

@@ -59,11 +59,14 @@ def require_tensors(folder: Path) -> int:
     if not files:
         raise ParedError(f"{folder} has no .safetensors file")
     shapes: dict[str, tuple[int, ...]] = {}
+    orders: dict[str, torch.Tensor] = {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - not a mapping
                     shapes[name] = tuple(tensors.get_slice(name).get_shape())
+                    if name.endswith(".order"):
+                        orders[name] = tensors.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise ParedError(f"{file}: unreadable or truncated ({error}); fetch or make it again") from None
     for name, entry in read_map(str(folder)).items():
@@ -71,7 +74,14 @@ def require_tensors(folder: Path) -> int:
             tensor, shape = f"{name}.{part}", tuple(expected.shape)
             if shapes.get(tensor) != shape:
                 raise ParedError(f"{folder}: {tensor} is {shapes.get(tensor, 'missing')}, the map says {shape}")
+            if part == "order" and not _is_order(orders[tensor]):
+                raise ParedError(f"{folder}: {tensor} is no order of {shape[0]} outputs; the folder is damaged")
     return sum(file.stat().st_size for file in files)
+
+
+def _is_order(order: torch.Tensor) -> bool:
+    """Whether integers name every place exactly once."""
+    return not order.is_floating_point() and torch.equal(order.sort().values.long(), torch.arange(len(order)))
 
 
 def verify(folder: str | Path) -> float:

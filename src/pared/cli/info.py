@@ -27,5 +27,5 @@ def info(folder: Annotated[Path, typer.Argument(help="A folder that pared made."
 
 def _describe(site: SitePlan) -> str:
     choice = site.decision
-    told = f"dense ({choice.reason})" if isinstance(choice, Dense) else f"rank {choice.rank}"
+    told = f"dense ({choice.reason})" if isinstance(choice, Dense) else str(choice)
     return f"{site.kind} {site.out_features} x {site.in_features}: {told}"

@@ -8,6 +8,7 @@ import typer
 
 from pared import __version__
 from pared.cli.compress import compress
+from pared.cli.convert import convert
 from pared.cli.demo import demo
 from pared.cli.evaluate import evaluate
 from pared.cli.export import export
@@ -29,6 +30,7 @@ app.command()(verify)
 app.command()(info)
 app.command()(methods)
 app.command()(export)
+app.command()(convert)
 app.command()(demo)
 
 

@@ -2,6 +2,7 @@
 
 from rich.table import Table
 
+from pared.allocation import ALLOCATORS
 from pared.cli.console import out
 from pared.lowrank import METHODS
 
@@ -9,8 +10,12 @@ from pared.lowrank import METHODS
 def methods() -> None:
     """List the methods, where each comes from and what it needs."""
     table = Table(header_style="bold")
-    for column in ("method", "what it minimises", "needs", "paper"):
+    for column in ("method", "what it minimises", "needs", "options", "allocation", "paper"):
         table.add_column(column)
     for method in METHODS.values():
-        table.add_row(method.name, method.summary, "calibration text" if method.calibrated else "no data", method.paper)
+        options = "\n".join(f"{name}={value}" for name, value in method.options.items())
+        needs = "calibration text" if method.calibrated else "no data"
+        table.add_row(method.name, method.summary, needs, options, method.allocation, method.paper)
     out.print(table)
+    for allocator in ALLOCATORS.values():
+        out.print(f"allocation {allocator.name}: {allocator.summary}", markup=False)

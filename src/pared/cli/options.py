@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import yaml
 
 from pared.errors import ParedError
 from pared.recipe import Recipe
@@ -21,7 +22,11 @@ Keep = Annotated[
 Skip = Annotated[
     list[str] | None, typer.Option(help="Pattern of site names to leave alone, not counted in the budget; repeatable.")
 ]
-Allocation = Annotated[str | None, typer.Option(help="How the budget is spread. [default: uniform]")]
+Allocation = Annotated[str | None, typer.Option(help="How the budget is spread. [default: the method's own]")]
+MethodOptions = Annotated[
+    list[str] | None,
+    typer.Option("--option", help="Option of the method, NAME=VALUE; repeatable."),
+]
 Data = Annotated[
     str | None,
     typer.Option(
@@ -49,6 +54,18 @@ Dtype = Annotated[str | None, typer.Option(help="What the model is loaded and sa
 Device = Annotated[str | None, typer.Option(help="Where the blocks run while calibrating. [default: cpu]")]
 Out = Annotated[Path | None, typer.Option(help="The folder to make.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it is there.")]
+
+
+def named_values(pairs: list[str] | None) -> dict[str, Any] | None:
+    """Return ``NAME=VALUE`` pairs as a mapping, values read as YAML does.
+
+    Raises:
+        ParedError: a pair without an equals sign.
+    """
+    for pair in pairs or []:
+        if "=" not in pair:
+            raise ParedError(f"--option {pair!r}: expected NAME=VALUE")
+    return {name: yaml.safe_load(value) for name, _, value in (pair.partition("=") for pair in pairs or [])} or None
 
 
 def recipe_of(file: Path | None, given: dict[str, Any]) -> Recipe:

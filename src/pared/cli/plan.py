@@ -2,9 +2,10 @@
 
 from rich.table import Table
 
+from pared.allocation import allocator_of
 from pared.cli import options
 from pared.cli.console import JsonFile, errors, out, print_rows, quiet_libraries, write_json
-from pared.engine import plan_of
+from pared.engine import allocation_of, plan_of
 from pared.errors import ParedError
 from pared.plan import Dense
 from pared.report.table import sizes
@@ -18,6 +19,7 @@ def plan(
     keep: options.Keep = None,
     skip: options.Skip = None,
     allocation: options.Allocation = None,
+    option: options.MethodOptions = None,
     dtype: options.Dtype = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -27,7 +29,8 @@ def plan(
         asked = options.recipe_of(
             recipe,
             {
-                "model": model, "method": method, "keep": keep, "skip": skip, "allocation": allocation, "dtype": dtype
+                "model": model, "method": method, "keep": keep, "skip": skip, "allocation": allocation,
+                "options": options.named_values(option), "dtype": dtype
             },
         )  # fmt: skip
         if asked.model is None:
@@ -40,7 +43,7 @@ def plan(
             table.add_column(column, justify=justify)  # type: ignore[arg-type]
         for site in decided.sites:
             choice = site.decision
-            told = f"dense: {choice.reason}" if isinstance(choice, Dense) else f"rank {choice.rank}"
+            told = f"dense: {choice.reason}" if isinstance(choice, Dense) else str(choice)
             table.add_row(site.name, f"{site.out_features} x {site.in_features}", told, f"{site.after:,}")
         for weight in decided.uncovered:
             shape = " x ".join(map(str, weight.shape))
@@ -48,6 +51,11 @@ def plan(
         out.print(table)
         rows = sizes(decided, decided.before.bytes_on_disk, decided.after.bytes_on_disk)
         print_rows(f"{asked.model}  {asked.method}  keep {asked.keep:g}", rows)
+        if allocator_of(allocation_of(asked)).by_spectrum:
+            out.print(
+                f"allocation {allocation_of(asked)} decides the ranks from the data; these are uniform ones",
+                markup=False,
+            )
         if decided.shortfall:
             out.print(f"the budget is missed by {decided.shortfall:,} parameters", markup=False)
         write_json(json_file, decided.model_dump(mode="json"))

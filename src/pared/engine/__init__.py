@@ -1,7 +1,18 @@
 """Drives the road: from a model and a recipe to a compressed model and a folder."""
 
-from pared.engine.compression import Compressed, compress, method_of, plan_of
+from pared.engine.compression import Compressed, allocation_of, compress, method_of, plan_of
 from pared.engine.job import Outcome, reusable, run
 from pared.engine.progress import Progress, Silent
 
-__all__ = ["Compressed", "Outcome", "Progress", "Silent", "compress", "method_of", "plan_of", "reusable", "run"]
+__all__ = [
+    "Compressed",
+    "Outcome",
+    "Progress",
+    "Silent",
+    "allocation_of",
+    "compress",
+    "method_of",
+    "plan_of",
+    "reusable",
+    "run",
+]

@@ -7,21 +7,35 @@ from transformers import PreTrainedModel
 from pared.anatomy import Anatomy, bias_of, weight_of
 from pared.errors import ParedError
 from pared.lowrank import Factors
-from pared.modules import LowRankLinear, replace_module
+from pared.lowrank.pivot import pivot
+from pared.modules import LowRankLinear, PivotedLinear, replace_module
 
 
 @torch.no_grad()
-def install(model: nn.Module, name: str, factors: Factors) -> None:
-    """Put a ``LowRankLinear`` of these factors where a linear layer stands, with its bias, dtype and device."""
+def install(model: nn.Module, name: str, factors: Factors, pivoted: bool = False) -> None:
+    """Put these factors where a linear layer stands, with its bias, dtype and device.
+
+    Args:
+        model: the whole model.
+        name: of the linear layer.
+        factors: what takes its place.
+        pivoted: as a ``PivotedLinear``, ``rank²`` parameters fewer, rather than a ``LowRankLinear``.
+    """
     old = model.get_submodule(name)
     weight, bias = weight_of(old), bias_of(old)
     out_features, in_features = weight.shape
     rank = factors.down.shape[0]
-    new = LowRankLinear(in_features, out_features, rank, bias is not None, device=weight.device, dtype=weight.dtype)
-    new.down.weight.copy_(factors.down)
-    new.up.weight.copy_(factors.up)
-    if bias is not None:
-        new.up.bias.copy_(bias)
+    shape = (in_features, out_features, rank, bias is not None, weight.device, weight.dtype)
+    new: LowRankLinear | PivotedLinear
+    if pivoted:
+        new, stored = PivotedLinear(*shape), pivot(factors)
+        new.set_weight(stored.pivots_K, stored.W_KN, stored.C_RK)
+    else:
+        new = LowRankLinear(*shape)
+        new.down.weight.copy_(factors.down)
+        new.up.weight.copy_(factors.up)
+    if bias is not None and new.bias is not None:
+        new.bias.copy_(bias)
     replace_module(model, name, new)
 
 

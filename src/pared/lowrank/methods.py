@@ -1,11 +1,12 @@
 """The low-rank methods, one declaration each: which statistics it needs and how one weight is decomposed."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from pared.lowrank import svd, whitening
+from pared.lowrank import asvd, fwsvd, loss_optimal, svd, whitening
 from pared.lowrank.decomposition import Decomposition
 
 
@@ -18,18 +19,39 @@ class LowRankMethod:
         paper: where it comes from.
         summary: what it minimises, in a line.
         needs: names of the statistics it reads, from the shapes ``(out, in)`` of the sites that read one tensor.
-        decompose: from a weight ``(out, in)`` and those statistics by name to a decomposition.
+        rule: from a weight ``(out, in)``, those statistics by name and the options to a decomposition.
+        gradients: names of the statistics it reads of a backward pass, from its options. A method that has any has the
+            option ``loss``: that of labels ``sampled`` from the model's own predictions, or of the text's ``labels``.
+        options: names and default values; a recipe may set others of the same type.
+        allocation: the allocator its paper uses.
     """
 
     name: str
     paper: str
     summary: str
     needs: Callable[[Sequence[tuple[int, int]]], frozenset[str]]
-    decompose: Callable[[torch.Tensor, Mapping[str, torch.Tensor]], Decomposition]
+    rule: Callable[[torch.Tensor, Mapping[str, torch.Tensor], Mapping[str, Any]], Decomposition]
+    gradients: Callable[[Mapping[str, Any]], frozenset[str]] = lambda _: frozenset()
+    options: Mapping[str, bool | int | float | str] = field(default_factory=dict)
+    allocation: str = "uniform"
+
+    def decompose(
+        self,
+        W_ON: torch.Tensor,
+        statistics: Mapping[str, torch.Tensor],
+        options: Mapping[str, object] | None = None,
+    ) -> Decomposition:
+        """Decompose one weight ``(out, in)``, with the default of every option that is not given."""
+        return self.rule(W_ON, statistics, {**self.options, **(options or {})})
 
     @property
     def calibrated(self) -> bool:
         """Whether it needs data at all."""
+        return self.walked or bool(self.gradients(self.options))
+
+    @property
+    def walked(self) -> bool:
+        """Whether it needs statistics of the forward pass."""
         return bool(self.needs([(1, 1)]))
 
 
@@ -45,7 +67,52 @@ def either_gram(shapes: Sequence[tuple[int, int]]) -> frozenset[str]:
     return frozenset({"gram" if of_input <= of_outputs else "output_gram"})
 
 
-def _whitened(W_ON: torch.Tensor, statistics: Mapping[str, torch.Tensor]) -> Decomposition:
+def magnitude(_: Sequence[tuple[int, int]]) -> frozenset[str]:
+    """Need the mean magnitude of every input feature."""
+    return frozenset({"magnitude"})
+
+
+def mean_gram(_: Sequence[tuple[int, int]]) -> frozenset[str]:
+    """Need the Gram of the input per token."""
+    return frozenset({"mean_gram"})
+
+
+WEIGHTINGS = ("none", "scalar", "diagonal", "full")
+LOSSES = ("sampled", "labels")
+
+
+def _one_of(options: Mapping[str, Any], name: str, valid: Sequence[str]) -> str:
+    if options[name] not in valid:
+        raise ValueError(f"option {name}: expected one of {', '.join(valid)}, found {options[name]!r}")
+    return str(options[name])
+
+
+def _fisher(options: Mapping[str, Any]) -> frozenset[str]:
+    _one_of(options, "loss", LOSSES)
+    return frozenset({"fisher" if options["per_example"] else "fisher_batched"})
+
+
+def _fisher_weighted(
+    W_ON: torch.Tensor, statistics: Mapping[str, torch.Tensor], options: Mapping[str, Any]
+) -> Decomposition:
+    (name,) = _fisher(options)
+    return fwsvd.decompose(W_ON, statistics[name], options["fisher_power"])
+
+
+def _output_gradient(options: Mapping[str, Any]) -> frozenset[str]:
+    _one_of(options, "loss", LOSSES)
+    weighting = _one_of(options, "output_weighting", WEIGHTINGS)
+    return frozenset() if weighting == "none" else frozenset({f"output_gradient_{weighting}"})
+
+
+def _loss_optimal(
+    W_ON: torch.Tensor, statistics: Mapping[str, torch.Tensor], options: Mapping[str, Any]
+) -> Decomposition:
+    weighting = [statistics[name] for name in _output_gradient(options)]
+    return loss_optimal.decompose(W_ON, statistics["mean_gram"], weighting[0] if weighting else W_ON.new_ones(()))
+
+
+def _whitened(W_ON: torch.Tensor, statistics: Mapping[str, torch.Tensor], _: Mapping[str, Any]) -> Decomposition:
     if "gram" in statistics:
         return whitening.decompose(W_ON, statistics["gram"])
     return whitening.decompose_by_outputs(W_ON, statistics["output_gram"])
@@ -59,14 +126,49 @@ METHODS = {
             paper="Eckart and Young, 1936",
             summary="least error of the weight itself; needs no data",
             needs=nothing,
-            decompose=lambda W_ON, _: svd.decompose(W_ON),
+            rule=lambda W_ON, _, __: svd.decompose(W_ON),
+        ),
+        LowRankMethod(
+            name="fwsvd",
+            paper="Hsu et al., ICLR 2022 (arXiv 2207.00112)",
+            summary="least error of the weight, input features weighted by the Fisher information of the task loss",
+            needs=nothing,
+            rule=_fisher_weighted,
+            gradients=_fisher,
+            options={"per_example": True, "fisher_power": 0.5, "loss": "labels"},
+        ),
+        LowRankMethod(
+            name="asvd",
+            paper="Yuan et al., 2023 (arXiv 2312.05821), exact SVD",
+            summary="least error of the weight, input channels scaled by their mean magnitude to the power alpha",
+            needs=magnitude,
+            rule=lambda W_ON, statistics, options: asvd.decompose(W_ON, statistics["magnitude"], options["alpha"]),
+            options={"alpha": 0.5},
         ),
         LowRankMethod(
             name="svd-llm",
             paper="Wang et al., ICLR 2025 (arXiv 2403.07378), whitening",
             summary="least error of the layer's output on the calibration data",
             needs=either_gram,
-            decompose=_whitened,
+            rule=_whitened,
+        ),
+        LowRankMethod(
+            name="svd-llm-v2",
+            paper="Wang et al., NAACL 2025 (arXiv 2503.12340)",
+            summary="svd-llm with more kept, within a kind of layer, where uniform ranks lose more",
+            needs=either_gram,
+            rule=_whitened,
+            allocation="svd-llm-v2",
+        ),
+        LowRankMethod(
+            name="loss-optimal",
+            paper="ours; K-FAC (Martens and Grosse, 2015) on both sides",
+            summary="least expected increase of the loss, inputs and output gradients weighted, one global budget",
+            needs=mean_gram,
+            rule=_loss_optimal,
+            gradients=_output_gradient,
+            options={"output_weighting": "full", "loss": "sampled"},
+            allocation="loss",
         ),
     )
 }

@@ -2,7 +2,7 @@
 
 import torch
 
-from pared.lowrank.decomposition import Decomposition, from_output_gram, from_root
+from pared.lowrank.decomposition import Decomposition, from_input_scale
 
 
 def decompose(W_ON: torch.Tensor) -> Decomposition:
@@ -12,5 +12,4 @@ def decompose(W_ON: torch.Tensor) -> Decomposition:
         W_ON: the weight ``(out, in)``, any floating dtype; computed in float64.
     """
     W_ON = W_ON.double()
-    out_features, in_features = W_ON.shape
-    return from_output_gram(W_ON, W_ON @ W_ON.T) if out_features <= in_features else from_root(W_ON, W_ON)
+    return from_input_scale(W_ON, W_ON.new_ones(W_ON.shape[1]))

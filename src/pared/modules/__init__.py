@@ -1,6 +1,7 @@
 """What stands where a linear layer stood."""
 
 from pared.modules.low_rank import LowRankLinear
+from pared.modules.pivoted import PivotedLinear
 from pared.modules.replace import replace_module
 
-__all__ = ["LowRankLinear", "replace_module"]
+__all__ = ["LowRankLinear", "PivotedLinear", "replace_module"]

@@ -93,6 +93,9 @@ def _measured_on(manifest: Manifest) -> str:
         )
     if (manifest.evaluation or {}).get("stand_in") or (manifest.calibration or {}).get("stand_in"):
         lines.append("This text only stands in for a real corpus; do not compare the figures with published ones.")
+    if manifest.converted:
+        lines.append(f"Stored anew as {manifest.converted} by `pared convert`, up to rounding the same weights; what "
+                     "was measured was measured before.")  # fmt: skip
     if manifest.plan.shortfall:
         lines.append(f"The budget was missed by {manifest.plan.shortfall:,} parameters.")
     if manifest.plan.uncovered:

@@ -1,0 +1,201 @@
+"""The backward pass: the gradient of a loss at every site, with the graph of one block alive at a time."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from pared.anatomy.probe import BlockCall, call_model, hooks
+from pared.anatomy.structure import Anatomy, Site
+from pared.calibration.capture import BlockInputs, replaced_forwards
+from pared.calibration.gradient_statistics import GradientStatistic, OfInput
+from pared.calibration.labels import Labels, logit_gradient
+from pared.calibration.walk import require_finite_hidden, worker_of
+from pared.errors import ParedError
+
+Wants = Mapping[str, Mapping[str, GradientStatistic]]
+
+
+def backward(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    inputs: BlockInputs,
+    tokens: torch.Tensor,
+    wants: Wants,
+    labels: Labels,
+    on_batch: Callable[[], None] = lambda: None,
+) -> None:
+    """Fill accumulators with the gradient of the summed cross entropy at the outputs of the sites.
+
+    Every batch goes forward through the blocks, which leaves the input of each; through the model's own code around
+    them, window by window, for the loss; and back, block by block, each recomputed from its input. Weights are given
+    no gradient. Memory: the blocks in the computing dtype if the model is stored in another, the inputs of all blocks
+    for one batch, the graph of one block, the logits of one window.
+
+    Args:
+        model: unchanged afterwards, also its ``requires_grad`` and ``training`` flags.
+        anatomy: after the probe pass.
+        inputs: captured inputs of ``tokens``; not changed, so this goes before a walk, which overwrites them.
+        tokens: the windows ``(windows, length)``.
+        wants: accumulators by site name and statistic name, updated in place. One that no token of a batch reached
+            (an expert) keeps its count.
+        labels: where the labels come from.
+        on_batch: called after every block of every batch went back.
+
+    Raises:
+        ParedError: a gradient is NaN or infinite (names the site), the model has no head that predicts classes, the
+            labels do not fit, or examples cannot be told apart where a statistic needs that.
+    """
+    if unknown := sorted(wants.keys() - {site.name for site in anatomy.sites}):
+        raise ParedError(f"gradients are wanted of {unknown[0]}, which is not a site of {type(model).__name__}")
+    window = 0
+    with _frozen(model):
+        workers = [worker_of(block, inputs.dtype, inputs.device) for block in anatomy.blocks(model)]
+        parts = torch.split(tokens, [len(hidden) for hidden in inputs.hidden])
+        for hidden, calls, part in zip(inputs.hidden, inputs.calls, parts, strict=True):
+            trail = _forward(workers, anatomy, calls, hidden)
+            gradient = _through_head(model, anatomy, calls, trail.pop(), part, window, labels)
+            for index in reversed(range(len(workers))):
+                gradient = _back(workers[index], anatomy, index, calls[index], trail.pop(), gradient, wants)
+                on_batch()
+            window += len(part)
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Ask for no gradient of a weight and for no dropout; put every flag back afterwards."""
+    asked = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.requires_grad_(False).eval()
+        yield
+    finally:
+        for parameter, requires_grad in asked:
+            parameter.requires_grad_(requires_grad)
+        for module, training in modes:
+            module.training = training
+
+
+@torch.no_grad()
+def _forward(
+    workers: list[nn.Module], anatomy: Anatomy, calls: list[BlockCall], hidden: torch.Tensor
+) -> list[torch.Tensor]:
+    """Return what every block reads, and what the last one puts out."""
+    trail = [hidden]
+    for index, (worker, call) in enumerate(zip(workers, calls, strict=True)):
+        trail.append(call.run(worker, trail[-1].clone()))  # a block may change its input in place
+        require_finite_hidden(anatomy, index, trail[-1])
+    return trail
+
+
+def _through_head(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    calls: list[BlockCall],
+    hidden_BTH: torch.Tensor,
+    tokens_BT: torch.Tensor,
+    window: int,
+    labels: Labels,
+) -> torch.Tensor:
+    """Return the gradient of the loss with respect to the last block's output, one window at a time."""
+    blocks = anatomy.blocks(model)
+    leaf = hidden_BTH[:0]
+
+    def stub(index: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            own = BlockCall.seen(args, kwargs, anatomy.block_name(index)).hidden
+            return calls[index].answer(leaf.to(own) if index == len(blocks) - 1 else own)
+
+        return forward
+
+    gradients: list[torch.Tensor] = []
+    with torch.enable_grad(), replaced_forwards(blocks, stub):
+        for offset, tokens_T in enumerate(tokens_BT):
+            leaf = hidden_BTH[offset : offset + 1].detach().requires_grad_()
+            logits = getattr(call_model(model, tokens_T.unsqueeze(0)), "logits", None)
+            if logits is None:
+                raise ParedError(
+                    f"{type(model).__name__} puts out no logits; gradients need a language-model or classification head"
+                )
+            gradient = logit_gradient(logits, window + offset, tokens_T, labels)
+            gradients += torch.autograd.grad(logits, leaf, gradient)
+    return torch.cat(gradients)
+
+
+def _back(
+    worker: nn.Module,
+    anatomy: Anatomy,
+    index: int,
+    call: BlockCall,
+    hidden: torch.Tensor,
+    gradient: torch.Tensor,
+    wants: Wants,
+) -> torch.Tensor:
+    """Recompute a block, send a gradient of its output back to its input, and tell the sites on the way."""
+    taps = [_Tap(site, wants[site.name], hidden) for site in anatomy.sites_of(index) if site.name in wants]
+    leaf = hidden.detach().requires_grad_()
+    with torch.enable_grad(), hooks(_hooked(worker, anatomy, taps)):
+        output = call.run(worker, leaf.clone())  # a leaf must not be changed in place
+        (gradient,) = torch.autograd.grad(output, leaf, gradient)
+    for tap in reversed(taps):  # the one nearest to the loss is where it began
+        tap.require_finite()
+    return gradient
+
+
+def _hooked(worker: nn.Module, anatomy: Anatomy, taps: list["_Tap"]) -> Iterator[Any]:
+    for tap in taps:
+        yield worker.get_submodule(anatomy.path_in_block(tap.site)).register_forward_hook(tap.read)
+
+
+class _Tap:
+    """Hands the accumulators of one site what it reads and the gradient of what it puts out."""
+
+    def __init__(self, site: Site, wanted: Mapping[str, GradientStatistic], hidden_BTH: torch.Tensor) -> None:
+        self.site = site
+        # What is collected of an input is shared by the sites that read it; only the first of them updates it.
+        first = site.reads == site.name
+        self.statistics = [statistic for statistic in wanted.values() if first or not isinstance(statistic, OfInput)]
+        self.by_example = any(statistic.by_example for statistic in self.statistics)
+        self.examples, self.length = hidden_BTH.shape[:2]
+        self.calls = 0
+
+    def read(self, _: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        """Keep what the site reads until the gradient of its output comes by; a forward hook."""
+        x = args[0].detach()
+        version = x._version
+        examples = self._examples(x.numel() // x.shape[-1])
+
+        def receive(g: torch.Tensor) -> None:
+            if x._version != version:
+                raise ParedError(f"site {self.site.name}: its input is changed in place after it was read")
+            x_BTN, g_BTO = (tensor.reshape(examples, -1, tensor.shape[-1]) for tensor in (x, g.detach()))
+            for statistic in self.statistics:
+                statistic.update(x_BTN, g_BTO)
+
+        if output.requires_grad:
+            output.register_hook(receive)  # type: ignore[no-untyped-call]
+
+    def _examples(self, rows: int) -> int:
+        """Return the examples that rows, which may be flattened, belong to; 1 if some are missing (routed tokens)."""
+        self.calls += 1
+        if self.by_example and self.calls > 1:
+            raise ParedError(f"site {self.site.name} runs more than once in a pass; it has no gradient by example")
+        if rows == self.examples * self.length:
+            return self.examples
+        if self.by_example and self.examples > 1:
+            raise ParedError(
+                f"site {self.site.name} reads {rows} rows of {self.examples} windows of {self.length} tokens, so its "
+                "examples cannot be told apart; use a calibration batch of 1, or the batched Fisher"
+            )
+        return 1
+
+    def require_finite(self) -> None:
+        """Raise a ParedError if a gradient, or an input, was NaN or infinite."""
+        if not all(statistic.finite() for statistic in self.statistics):
+            raise ParedError(
+                f"site {self.site.name}: its input or the gradient of its output is NaN or infinite; check the weights "
+                "around it, or calibrate in float32"
+            )

@@ -1,0 +1,225 @@
+"""Statistics of a backward pass: what the loss feels at the output of a site, and through its weight.
+
+Legend: B examples, T tokens of each, N inputs and O outputs of the site; ``x_BTN`` is what the site reads, ``g_BTO``
+the gradient of the summed loss with respect to what it puts out.
+"""
+
+from collections.abc import Callable, Collection
+from typing import Literal, Protocol
+
+import torch
+
+from pared.anatomy.structure import Anatomy, Site
+from pared.calibration.precision import exact_products
+from pared.calibration.statistics import STATISTICS, Gram, Statistic, StatisticKind
+
+Form = Literal["scalar", "diagonal", "full"]
+
+
+class GradientStatistic(Protocol):
+    """One accumulator for what a site reads and the gradient of what it puts out."""
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens were seen."""
+
+    @property
+    def by_example(self) -> bool:
+        """Whether the examples of a batch must be told apart."""
+
+    @property
+    def value(self) -> torch.Tensor:
+        """The statistic over everything seen so far."""
+
+    def update(self, x_BTN: torch.Tensor, g_BTO: torch.Tensor) -> None:
+        """Take in one batch."""
+
+    def merge(self, other: "GradientStatistic") -> None:
+        """Take in what another accumulator of the same kind has seen."""
+
+    def finite(self) -> bool:
+        """Whether everything seen so far was a finite number."""
+
+
+class Energy:
+    """The energy ``Σ x²`` of every feature over tokens, ``(features,)``, float64, not normalised.
+
+    Attributes:
+        tokens: how many tokens were seen.
+    """
+
+    def __init__(self, features: int, device: torch.device) -> None:
+        self.tokens = 0
+        self.value = torch.zeros(features, dtype=torch.float64, device=device)
+
+    def update(self, x: torch.Tensor) -> None:
+        """Add one batch ``(..., features)``, summed in float32."""
+        x_TN = x.reshape(-1, x.shape[-1]).float()
+        self.tokens += x_TN.shape[0]
+        self.value += x_TN.square().sum(dim=0)
+
+    def merge(self, other: Statistic) -> None:
+        """Add what another has seen."""
+        assert isinstance(other, Energy)
+        self.value += other.value.to(self.value.device)
+        self.tokens += other.tokens
+
+    def finite(self) -> bool:
+        """Whether everything seen so far was a finite number."""
+        return bool(self.value.isfinite().all())
+
+
+class OutputGradient:
+    """The output-gradient Gram ``E[gᵀg]`` per token, whole or in part: the output factor of K-FAC.
+
+    With labels sampled from the model's own predictions it is the ``B`` of ``E[ΔL] ≈ ½ tr(B D A Dᵀ)`` for a change
+    ``D`` of the weight, ``A = E[xᵀx]`` (Martens and Grosse, 2015).
+
+    Attributes:
+        form: ``full`` is ``(O, O)``; ``diagonal`` its diagonal ``(O,)``; ``scalar`` the mean of that, 0-d.
+        by_example: False.
+    """
+
+    by_example = False
+
+    def __init__(self, features: int, device: torch.device, form: Form) -> None:
+        self.form = form
+        self._sum: Statistic = Gram(features, device) if form == "full" else Energy(features, device)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens were seen."""
+        return self._sum.tokens
+
+    @property
+    def value(self) -> torch.Tensor:
+        """The Gram, its diagonal or the mean of that, per token; float64; zero before the first token."""
+        per_token = self._sum.value / max(self.tokens, 1)
+        return per_token.mean() if self.form == "scalar" else per_token
+
+    def update(self, x_BTN: torch.Tensor, g_BTO: torch.Tensor) -> None:  # noqa: ARG002 - the protocol's
+        """Add one batch."""
+        self._sum.update(g_BTO)
+
+    def merge(self, other: GradientStatistic) -> None:
+        """Add what another of the same form has seen."""
+        assert isinstance(other, OutputGradient)
+        assert other.form == self.form
+        self._sum.merge(other._sum)
+
+    def finite(self) -> bool:
+        """Whether every gradient so far was a finite number."""
+        return self._sum.finite()
+
+
+class Fisher:
+    """FWSVD's importance of every input feature (Hsu et al., ICLR 2022, arXiv 2207.00112), ``(N,)``, float64.
+
+    The empirical Fisher is the squared gradient of the weight, summed over examples; its sum over outputs,
+    ``I_i = Σ_b Σ_o (dL_b / dW_oi)²`` for torch's ``W (O, N)``, is one number for every input. Not normalised: a
+    factor common to all of them changes nothing. Memory: one ``(O, N)`` gradient at a time.
+
+    Attributes:
+        tokens: how many tokens were seen.
+        batched: square the gradient of a whole batch instead of each example's; cheaper, on another scale.
+        value: the importance.
+    """
+
+    def __init__(self, in_features: int, device: torch.device, batched: bool = False) -> None:
+        self.tokens = 0
+        self.batched = batched
+        self.value = torch.zeros(in_features, dtype=torch.float64, device=device)
+
+    @property
+    def by_example(self) -> bool:
+        """Whether the examples of a batch must be told apart."""
+        return not self.batched
+
+    def update(self, x_BTN: torch.Tensor, g_BTO: torch.Tensor) -> None:
+        """Add one batch; products of half-precision values are exact and summed in float32."""
+        if self.batched:
+            x_BTN, g_BTO = x_BTN.reshape(1, -1, x_BTN.shape[-1]), g_BTO.reshape(1, -1, g_BTO.shape[-1])
+        with exact_products(torch.promote_types(x_BTN.dtype, g_BTO.dtype)):
+            for x_TN, g_TO in zip(x_BTN.float(), g_BTO.float(), strict=True):
+                dW_ON = g_TO.T @ x_TN
+                self.value += dW_ON.square().sum(dim=0)
+                self.tokens += x_TN.shape[0]
+
+    def merge(self, other: GradientStatistic) -> None:
+        """Add what another of the same kind has seen."""
+        assert isinstance(other, Fisher)
+        assert other.batched == self.batched
+        self.value += other.value.to(self.value.device)
+        self.tokens += other.tokens
+
+    def finite(self) -> bool:
+        """Whether every gradient so far was a finite number."""
+        return bool(self.value.isfinite().all())
+
+
+class OfInput:
+    """A statistic of what a site reads, collected beside those of gradients: it spares a method the walk.
+
+    Attributes:
+        by_example: False.
+    """
+
+    by_example = False
+
+    def __init__(self, statistic: Statistic) -> None:
+        self._statistic = statistic
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens were seen."""
+        return self._statistic.tokens
+
+    @property
+    def value(self) -> torch.Tensor:
+        """What a walk would have collected."""
+        return self._statistic.value
+
+    def update(self, x_BTN: torch.Tensor, g_BTO: torch.Tensor) -> None:  # noqa: ARG002 - the protocol's
+        """Add one batch."""
+        self._statistic.update(x_BTN)
+
+    def merge(self, other: GradientStatistic) -> None:
+        """Add what another of the same kind has seen."""
+        assert isinstance(other, OfInput)
+        self._statistic.merge(other._statistic)
+
+    def finite(self) -> bool:
+        """Whether every input so far was a finite number."""
+        return self._statistic.finite()
+
+
+def _of_input(kind: StatisticKind) -> Callable[[int, int, torch.device], GradientStatistic]:
+    return lambda _, in_features, device: OfInput(kind.accumulator(in_features, device))
+
+
+# name -> accumulator of a site, from its (out, in) and the device.
+GRADIENT_STATISTICS: dict[str, Callable[[int, int, torch.device], GradientStatistic]] = {
+    **{name: _of_input(kind) for name, kind in STATISTICS.items() if kind.of == "input"},
+    "fisher": lambda _, in_features, device: Fisher(in_features, device),
+    "fisher_batched": lambda _, in_features, device: Fisher(in_features, device, batched=True),
+    "output_gradient_scalar": lambda out_features, _, device: OutputGradient(out_features, device, "scalar"),
+    "output_gradient_diagonal": lambda out_features, _, device: OutputGradient(out_features, device, "diagonal"),
+    "output_gradient_full": lambda out_features, _, device: OutputGradient(out_features, device, "full"),
+}
+
+
+def gradient_accumulators(
+    anatomy: Anatomy, names: Collection[str], device: torch.device
+) -> dict[str, dict[str, GradientStatistic]]:
+    """Make empty accumulators of these statistics for every site the probe pass reached.
+
+    Sites that read one tensor share what is collected of it. The Grams and full output gradients of the whole model
+    are held at once; every other statistic is a vector.
+    """
+    shared: dict[tuple[str, str], GradientStatistic] = {}
+
+    def make(site: Site, name: str) -> GradientStatistic:
+        made = GRADIENT_STATISTICS[name](site.out_features, site.in_features, device)
+        return shared.setdefault((site.reads, name), made) if isinstance(made, OfInput) else made
+
+    return {site.name: {name: make(site, name) for name in names} for site in anatomy.sites if not site.idle}

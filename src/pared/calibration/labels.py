@@ -1,0 +1,130 @@
+"""Where the labels of a loss come from, and the gradient of that loss with respect to the logits.
+
+The loss is the cross entropy, summed. Legend: R rows of logits (the tokens of a window, or one for a whole window),
+C classes or tokens of the vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from pared.errors import ParedError
+
+NONE = -100  # the label of a row that has none; transformers' own
+
+
+class Labels(Protocol):
+    """A source of labels."""
+
+    def __call__(self, window: int, tokens_T: torch.Tensor, p_RC: torch.Tensor) -> torch.Tensor:
+        """Return the labels ``(R,)`` of one window from its number, its tokens and the probabilities predicted."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Labels drawn from the model's own predictions: the true Fisher, which needs none from outside.
+
+    The labels of a window depend on the seed and the number of the window alone, not on the batch it is in.
+    """
+
+    seed: int
+
+    def __call__(self, window: int, tokens_T: torch.Tensor, p_RC: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
+        """Draw one label for every row: the first whose cumulative probability exceeds a uniform number.
+
+        ``torch.multinomial`` draws a number for every class, which takes longer than a large part of the model.
+        """
+        generator = torch.Generator().manual_seed(1_000_003 * self.seed + window)
+        uniform_R1 = torch.rand(len(p_RC), 1, generator=generator).to(p_RC.device)
+        cumulative_RC = p_RC.cumsum(dim=-1)
+        return torch.searchsorted(cumulative_RC, uniform_R1 * cumulative_RC[:, -1:], right=True).squeeze(1)
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """The next token of the text: the loss of a causal language model. The last token has no label."""
+
+    def __call__(self, window: int, tokens_T: torch.Tensor, p_RC: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
+        """Shift the tokens by one."""
+        return torch.cat([tokens_T[1:], tokens_T.new_full((1,), NONE)])
+
+
+@dataclass(frozen=True)
+class Given:
+    """Labels from a data set.
+
+    Attributes:
+        labels: one class a window ``(windows,)`` or a token ``(windows, length)``; -100 where there is none.
+    """
+
+    labels: torch.Tensor
+
+    def __call__(self, window: int, tokens_T: torch.Tensor, p_RC: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
+        """Look the labels up."""
+        if window >= len(self.labels):
+            raise ParedError(f"labels: window {window} has none; {len(self.labels)} were given")
+        return self.labels[window].reshape(-1)
+
+
+def choose_labels(
+    model: PreTrainedModel, loss: Literal["sampled", "labels"], seed: int, given: torch.Tensor | None = None
+) -> Labels:
+    """Return the labels for a model's loss.
+
+    Args:
+        model: a causal language model, or an encoder with a classification or token-classification head.
+        loss: ``sampled`` from the model's predictions, or the ``labels`` given, for a language model the next token.
+        seed: for sampling.
+        given: ``(windows,)`` or ``(windows, length)``, -100 where there is none.
+
+    Raises:
+        ParedError: the head does not predict classes, or labels are needed and none were given.
+    """
+    problem = getattr(model.config, "problem_type", None)
+    if problem in ("regression", "multi_label_classification"):
+        raise ParedError(f"{type(model).__name__}: gradients of a {problem} head are not supported")
+    if loss == "sampled":
+        return Sampled(seed)
+    if given is not None:
+        return Given(given)
+    if not model.can_generate():
+        raise ParedError(
+            f"{type(model).__name__} is no causal language model, so the text holds no labels: give labels, or use "
+            "labels sampled from its predictions"
+        )
+    return NextToken()
+
+
+def logit_gradient(logits: torch.Tensor, window: int, tokens_T: torch.Tensor, labels: Labels) -> torch.Tensor:
+    """Return the gradient of the summed cross entropy, ``softmax(z) - onehot(y)``, zero where there is no label.
+
+    Taken in closed form, so that beside the logits there is one float32 tensor of their size.
+
+    Args:
+        logits: of one window, ``(1, T, C)`` or ``(1, C)``.
+        window: its number.
+        tokens_T: its tokens.
+        labels: where the labels come from.
+
+    Raises:
+        ParedError: NaN in the logits, a single class, or labels that do not fit them.
+    """
+    classes = logits.shape[-1]
+    if classes < 2:
+        raise ParedError("the head puts out one logit, a regression; only classes have labels")
+    p_RC = logits.detach().reshape(-1, classes).softmax(dim=-1, dtype=torch.float32)
+    if not p_RC.sum().isfinite():
+        raise ParedError("the head puts out NaN or infinity; check its weights, or load the model in float32")
+    labels_R = labels(window, tokens_T, p_RC).to(p_RC.device)
+    if len(labels_R) != len(p_RC):
+        raise ParedError(f"labels: window {window} has {len(labels_R)}, the head predicts {len(p_RC)}")
+    has_R = labels_R != NONE
+    outside = labels_R[has_R & ((labels_R < 0) | (labels_R >= classes))]
+    if len(outside):
+        raise ParedError(f"labels: window {window} has label {int(outside[0])}, the head has {classes} classes")
+    rows = has_R.nonzero().squeeze(1)
+    p_RC[rows, labels_R[rows]] -= 1
+    p_RC[~has_R] = 0
+    return p_RC.reshape(logits.shape).to(logits.dtype)

@@ -1,0 +1,123 @@
+"""The same weights stored in another way: two factors, or pivots and coefficients."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pared.checkpoint.load import load, load_tokenizer
+from pared.checkpoint.manifest import Manifest
+from pared.checkpoint.save import mark, save
+from pared.checkpoint.verify import compare, require_tensors
+from pared.errors import ParedError
+from pared.lowrank import Factors
+from pared.lowrank.pivot import pivot, unpivot
+from pared.modules import LowRankLinear, PivotedLinear, replace_module
+from pared.plan import LowRank, Plan
+from pared.staging import require_free, staged
+
+
+def convert(
+    folder: str | Path,
+    out: Path,
+    pivoted: bool,
+    overwrite: bool = False,
+    card: Callable[[Manifest, str], str] | None = None,
+) -> Manifest:
+    """Write a compressed folder anew with every low-rank module stored pivoted, or as two factors again.
+
+    The weights stay what they were up to rounding: the new folder is loaded and must give the answers that were
+    recorded when the model was compressed. Recipe, perplexities and seconds in its manifest are those of that time.
+
+    Args:
+        folder: that pared made.
+        out: the folder to make.
+        pivoted: pivots and coefficients if true, two factors if false.
+        overwrite: whether a model folder at ``out`` may be replaced.
+        card: writes the text of ``README.md`` from the manifest and the folder's name; none is written without.
+
+    Returns:
+        The manifest of the new folder.
+
+    Raises:
+        ParedError: not a folder that pared made, damaged, nothing in it to convert, the output is taken, or the new
+            folder does not answer as the old one; nothing was written.
+    """
+    folder = Path(folder)
+    require_free(out, overwrite)
+    if folder.absolute().resolve() == out.absolute().resolve():
+        raise ParedError(f"output {out} is the folder itself; name another")
+    manifest = Manifest.read(folder)
+    require_tensors(folder)
+    model = load(folder)
+    names = [name for name, module in model.named_modules() if type(module) is _other(pivoted)]
+    if not names:
+        form, other = ("pivoted", "two factors") if pivoted else ("two factors", "pivoted")
+        raise ParedError(f"{folder} has nothing to convert: no module is stored as {other}, all there is is {form}")
+    for name in names:
+        try:
+            _restore(model, name)
+        except (ValueError, RuntimeError) as error:
+            raise ParedError(f"{folder}: {name}: {error}") from error
+    mark(model)
+    plan = _replanned(manifest.plan, set(names), pivoted)
+    with staged(out, overwrite, needed=plan.after.bytes_on_disk) as staging:
+        save(model, load_tokenizer(folder), staging)
+        bytes_on_disk = require_tensors(staging)
+        del model
+        difference = compare(load(staging), manifest.fingerprint)
+        form = "pivots and coefficients" if pivoted else "two factors"
+        update = {"plan": plan, "bytes_on_disk": bytes_on_disk, "self_check": difference, "converted": form}
+        manifest = manifest.model_copy(update=update)
+        manifest.write(staging)
+        if card is not None:
+            (staging / "README.md").write_text(card(manifest, out.name), encoding="utf-8")
+    return manifest
+
+
+def _other(pivoted: bool) -> type[nn.Module]:
+    """Return the module class that a conversion replaces."""
+    return LowRankLinear if pivoted else PivotedLinear
+
+
+@torch.no_grad()
+def _restore(model: nn.Module, name: str) -> None:
+    """Replace one module by its counterpart, in place."""
+    old = model.get_submodule(name)
+    assert isinstance(old, (LowRankLinear, PivotedLinear))
+    weight, bias = old.down.weight, old.bias
+    shape = (old.in_features, old.out_features, old.rank, bias is not None, weight.device, weight.dtype)
+    new: LowRankLinear | PivotedLinear
+    if isinstance(old, LowRankLinear):
+        new = PivotedLinear(*shape)
+        stored = pivot(Factors(down=old.down.weight, up=old.up.weight))
+        new.set_weight(stored.pivots_K, stored.W_KN, stored.C_RK)
+    else:
+        new = LowRankLinear(*shape)
+        coefficients = weight.new_empty(0, old.rank) if old.up is None else old.up.weight
+        factors = unpivot(old.pivots, weight, coefficients)
+        new.down.weight.copy_(factors.down)
+        new.up.weight.copy_(factors.up)
+    if bias is not None and new.bias is not None:
+        new.bias.copy_(bias)
+    replace_module(model, name, new)
+
+
+def _replanned(plan: Plan, names: set[str], pivoted: bool) -> Plan:
+    """Return the plan with the storage of these sites changed.
+
+    Raises:
+        ParedError: a module is not a low-rank site of the plan.
+    """
+    sites = []
+    for site in plan.sites:
+        if site.name in names and isinstance(site.decision, LowRank):
+            names = names - {site.name}
+            decision = site.decision.model_copy(update={"pivoted": pivoted})
+            sites.append(site.model_copy(update={"decision": decision}))
+        else:
+            sites.append(site)
+    if names:
+        raise ParedError(f"{sorted(names)[0]} is stored with a low rank but the plan in pared.json says otherwise")
+    return plan.model_copy(update={"sites": tuple(sites)})

@@ -1,0 +1,58 @@
+"""Decompositions on disk, until the plan is known: memory stays that of one site."""
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from pared.lowrank import Decomposition
+
+
+class DecompositionStore:
+    """Keeps every site's decomposition in a temporary folder and its spectrum in memory.
+
+    Directions are kept in float32, which is what weights are stored in at best; the weight itself is not kept, as it
+    is still in the model. A context manager: the folder is gone at its end.
+
+    Attributes:
+        spectra: for every site, what leaving out each direction costs, float64.
+    """
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="pared-decompositions-")
+        self._numbers: dict[str, int] = {}
+        self._damping: dict[str, float] = {}
+        self.spectra: dict[str, torch.Tensor] = {}
+
+    def __enter__(self) -> "DecompositionStore":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._folder.cleanup()
+
+    def put(self, name: str, found: Decomposition) -> None:
+        """Keep the decomposition of a site."""
+        self._numbers[name] = len(self._numbers)
+        self._damping[name] = found.damping
+        self.spectra[name] = found.singular_values_R.cpu()
+        tensors = {"U_OR": found.U_OR.float().contiguous()}
+        if found.L_OO is not None:
+            tensors["L_OO"] = found.L_OO.contiguous()
+        save_file(tensors, self._file(name))
+
+    def get(self, name: str, W_ON: torch.Tensor) -> Decomposition:
+        """Return the decomposition of a site.
+
+        Args:
+            name: of the site.
+            W_ON: its weight, as it was when it was decomposed.
+        """
+        tensors = load_file(self._file(name), device=str(W_ON.device))
+        s_R = self.spectra[name].to(W_ON.device)
+        found = Decomposition(W_ON.double(), tensors["U_OR"].double(), s_R, self._damping[name])
+        return replace(found, L_OO=tensors.get("L_OO"))
+
+    def _file(self, name: str) -> Path:
+        return Path(self._folder.name) / f"{self._numbers[name]}.safetensors"

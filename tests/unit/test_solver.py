@@ -1,0 +1,103 @@
+"""Two-phase compression: decompositions kept until the plan is known, and the options of a method."""
+
+import pytest
+import torch
+from tiny_models import TINY_MODELS
+from transformers import PreTrainedTokenizerFast
+
+import pared
+from pared import ParedError, Recipe
+from pared.allocation import ALLOCATORS
+from pared.engine.store import DecompositionStore
+from pared.lowrank import METHODS, loss_optimal
+from pared.modules import LowRankLinear
+from pared.plan import LowRank
+
+TOKENS = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(1))
+
+
+def draw(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("form", ["none", "diagonal", "full"])
+def test_a_stored_decomposition_gives_the_same_factors(form: str) -> None:
+    W_ON, A_NN, B_OO = draw(6, 9), draw(9, 9).square() + 9 * torch.eye(9), draw(6, 6).square() + 6 * torch.eye(6)
+    A_NN, B_OO = A_NN @ A_NN.T, B_OO @ B_OO.T
+    if form == "none":
+        found = METHODS["svd-llm"].decompose(W_ON, {"gram": A_NN})
+    else:
+        found = loss_optimal.decompose(W_ON, A_NN, B_OO if form == "full" else B_OO.diagonal())
+    with DecompositionStore() as store:
+        store.put("a", found)
+        again = store.get("a", W_ON)
+        assert torch.equal(store.spectra["a"], found.singular_values_R)
+    ours, theirs = again.factors(3), found.factors(3)
+    assert torch.allclose(ours.up @ ours.down, theirs.up @ theirs.down, atol=1e-5)
+
+
+@pytest.mark.parametrize("allocation", sorted(ALLOCATORS))
+@pytest.mark.parametrize("method", ["svd", "asvd", "svd-llm", "svd-llm-v2"])
+def test_any_allocation_goes_with_any_method(
+    method: str, allocation: str, tokenizer: PreTrainedTokenizerFast, calibration: pared.Calibration
+) -> None:
+    model = TINY_MODELS["llama"]()
+    recipe = Recipe(method=method, allocation=allocation, keep=0.6, calibration=calibration)
+    result = pared.compress(model, tokenizer, recipe)
+    assert result.plan.achieved_keep <= 0.6
+    assert result.plan.shortfall == 0
+    for site in result.plan.sites:
+        module = model.get_submodule(site.name)
+        assert isinstance(module, LowRankLinear) == isinstance(site.decision, LowRank)
+        if isinstance(site.decision, LowRank):
+            assert module.rank == site.decision.rank
+    with torch.no_grad():
+        assert bool(model(TOKENS).logits.isfinite().all())
+
+
+def test_two_phases_give_what_one_gives_at_the_same_ranks(
+    tokenizer: PreTrainedTokenizerFast, calibration: pared.Calibration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dataclasses import replace
+
+    late = replace(ALLOCATORS["uniform"], by_spectrum=True)
+    logits = []
+    for allocator in (ALLOCATORS["uniform"], late):
+        monkeypatch.setitem(ALLOCATORS, "uniform", allocator)
+        model = TINY_MODELS["gpt2"]()
+        pared.compress(model, tokenizer, Recipe(keep=0.6, calibration=calibration))
+        with torch.no_grad():
+            logits.append(model(TOKENS).logits)
+    assert torch.allclose(logits[0], logits[1], atol=1e-4)
+
+
+def test_a_method_brings_its_papers_allocation_unless_another_is_asked_for(
+    tokenizer: PreTrainedTokenizerFast, calibration: pared.Calibration
+) -> None:
+    def ranks(**fields: object) -> list[int]:
+        recipe = Recipe.model_validate({"keep": 0.6, "calibration": calibration, **fields})
+        plan = pared.compress(TINY_MODELS["llama"](), tokenizer, recipe).plan
+        return [site.decision.rank for site in plan.sites if isinstance(site.decision, LowRank)]
+
+    assert ranks(method="svd-llm-v2") == ranks(method="svd-llm", allocation="svd-llm-v2")
+    assert ranks(method="svd-llm-v2", allocation="uniform") == ranks(method="svd-llm")
+    assert ranks(method="svd-llm-v2") != ranks(method="svd-llm")
+
+
+def test_options_reach_the_method_and_unknown_ones_are_refused(
+    tokenizer: PreTrainedTokenizerFast, calibration: pared.Calibration
+) -> None:
+    def weight(**fields: object) -> torch.Tensor:
+        model = TINY_MODELS["llama"]()
+        pared.compress(model, tokenizer, Recipe.model_validate({"keep": 0.6, "calibration": calibration, **fields}))
+        return model.model.layers[0].mlp.up_proj.weight.detach()
+
+    plain, alpha_0 = weight(method="svd"), weight(method="asvd", options={"alpha": 0})
+    assert torch.allclose(plain, alpha_0, atol=1e-5)
+    assert not torch.allclose(plain, weight(method="asvd"), atol=1e-3)
+    with pytest.raises(ParedError, match="no option 'alhpa'; did you mean 'alpha'"):
+        weight(method="asvd", options={"alhpa": 0.5})
+    with pytest.raises(ParedError, match="expected a float, found 'half'"):
+        weight(method="asvd", options={"alpha": "half"})
+    with pytest.raises(ParedError, match="svd has no option 'alpha'; it has none"):
+        weight(method="svd", options={"alpha": 0.5})
