@@ -84,6 +84,8 @@ def staged(out: Path, overwrite: bool = False, needed: int = 0) -> Iterator[Path
         staging = _beside(out)
         staging.chmod(0o755)
         yield staging
+        for file in staging.rglob("*"):  # safetensors writes files that only their owner can read
+            file.chmod(0o755 if file.is_dir() else 0o644)
         require_free(out, overwrite)  # another job may have been faster
         _swap(staging, out)
     except (OSError, SafetensorError) as error:

@@ -11,6 +11,8 @@ from tiny_models import TINY_MODELS
 from tiny_tokenizer import tiny_tokenizer
 from typer.testing import CliRunner
 
+from pared.checkpoint import Manifest
+from pared.cli.compress import print_manifest
 from pared.cli.main import app
 
 WORDS = 64
@@ -331,3 +333,28 @@ def test_damaged_manifests_are_refused(compressed: Path, tmp_path: Path) -> None
 def test_a_json_file_that_cannot_be_written_is_refused_before_the_work(dense: Path, text: Path, tmp_path: Path) -> None:
     refused(compress(dense, text, tmp_path / "out", "--json", tmp_path / "no" / "result.json"), "result.json")
     assert left_over(tmp_path) == []
+
+
+def test_a_ruined_model_is_called_that(compressed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Regression: a perplexity of 10^8 was reported without a word."""
+    manifest = Manifest.read(compressed)
+    print_manifest(manifest, "folder")
+    assert "ruined" not in capsys.readouterr().out
+    print_manifest(manifest.model_copy(update={"perplexity_after": 1e8}), "folder")
+    assert "the model is ruined" in capsys.readouterr().out
+
+
+def test_saved_files_can_be_read_by_others(compressed: Path) -> None:
+    """Regression: safetensors wrote weights that only their owner could read."""
+    assert {path.stat().st_mode & 0o777 for path in compressed.rglob("*") if path.is_file()} == {0o644}
+
+
+def test_the_card_tells_how_much_smaller_the_whole_model_is(dense: Path, text: Path, tmp_path: Path) -> None:
+    """Regression: with sites skipped the title told the share of the other sites as that of the block weights."""
+    code, _, err = compress(dense, text, tmp_path / "out", "--skip", "*down_proj", "--keep", "0.5")
+    assert code == 0, err
+    sizes = Manifest.read(tmp_path / "out").plan
+    smaller = 1 - sizes.after.model_parameters / sizes.before.model_parameters
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"{smaller:.0%} smaller\n" in card
+    assert "skipped by the recipe" in card

@@ -96,6 +96,8 @@ class Manifest(BaseModel):
             ParedError: there is none, or it is not one.
         """
         path = folder / MANIFEST
+        if not folder.is_dir():
+            raise ParedError(f"{folder}: no such folder")
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
             if isinstance(fields, dict) and fields.get("format_version", 0) > FORMAT_VERSION:

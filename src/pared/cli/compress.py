@@ -6,6 +6,8 @@ from pared.cli.console import ConsoleProgress, JsonFile, errors, out, print_rows
 from pared.engine import run
 from pared.report import comparison
 
+RUINED = 100  # times the perplexity of the dense model
+
 
 def compress(
     model: options.Model = None,
@@ -70,6 +72,8 @@ def print_manifest(manifest: Manifest, folder: str) -> None:
         out.print(
             f"perplexity on {on['text']}: {on['windows']} windows of {on['length']} tokens{stand_in}", markup=False
         )
+        if manifest.perplexity_before and manifest.perplexity_after > RUINED * manifest.perplexity_before:
+            out.print("the model is ruined: try another method, a larger keep or more samples", markup=False)
     seconds = "  ".join(f"{stage} {value:.1f}" for stage, value in manifest.seconds.items())
     out.print(f"seconds by stage: {seconds}", markup=False)
     if manifest.plan.shortfall:

@@ -31,11 +31,17 @@ def demo(
         place = folder or cache_folder() / "demo"
         shipped = Recipe.load(Path(str(files("pared.recipes") / "demo.yaml")))
         recipe = shipped.model_copy(update={"out": str(place)})
+        given = recipe.calibration
+        out.print(
+            f"pared compress {recipe.model} --method {recipe.method} --keep {recipe.keep:g} --data {given.text} "
+            f"--samples {given.samples} --length {given.length} --out {place}",
+            markup=False,
+        )
         outcome = reusable(recipe)
         if outcome is None:
             outcome = run(recipe, overwrite=folder is None, progress=ConsoleProgress())
         else:
-            out.print(f"reusing {place} of an earlier run", markup=False)
+            out.print(f"reusing {place} of an earlier run; remove it to run anew", markup=False)
         print_manifest(outcome.manifest, str(place))
         write_json(json_file, {"folder": str(place), **outcome.manifest.model_dump(mode="json")})
         assert recipe.model is not None
@@ -43,3 +49,6 @@ def demo(
         for when, name in (("before", recipe.model), ("after", str(place))):
             text = greedy(load(name), tokenizer, PROMPT, TOKENS)
             out.print(f"\n{when}: {PROMPT}{text}", markup=False)
+        out.print(
+            "\nWithout any training a small model loses much at this size; docs/results has the figures.", markup=False
+        )

@@ -22,6 +22,7 @@ app = typer.Typer(
     help="Make language models smaller and hand them back as ordinary Hugging Face checkpoints.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # "[default: ...]" is text here, not a style
 )
 app.command()(compress)
 app.command()(plan)

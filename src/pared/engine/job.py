@@ -51,8 +51,10 @@ def run(recipe: Recipe, overwrite: bool = False, progress: Progress | None = Non
     source, out = _checked(recipe, overwrite)
     with watch("load"):
         tokenizer = source.tokenizer()
-        windows = _evaluation_windows(recipe, source, tokenizer, progress)
         calibration = _calibration_windows(recipe, source, tokenizer)
+        windows = _evaluation_windows(recipe, source, tokenizer, progress)
+        if "dequantised" in source.origin:
+            progress.note(f"{source.name} is {source.origin}; sizes are compared with the dequantised weights")
         planned = plan_of(source.skeleton(), recipe, source.weight_bytes(recipe.dtype))
         require_space(out, planned.after.bytes_on_disk)
         model = source.load(recipe.dtype).to(recipe.device)
@@ -101,9 +103,9 @@ def _checked(recipe: Recipe, overwrite: bool) -> tuple[ModelSource, Path]:
     method_of(recipe)
     device_of(recipe.device)
     if recipe.model is None:
-        raise ParedError("the recipe names no model; set 'model' to embedded:smollm2-135m, a folder or a Hub id")
+        raise ParedError("no model is named; give embedded:smollm2-135m, a folder, a .gguf file or a Hub id")
     if recipe.out is None:
-        raise ParedError("the recipe names no output folder; set 'out'")
+        raise ParedError("no output folder is named; give --out DIR, or 'out' in the recipe")
     out = Path(recipe.out).expanduser()
     require_free(out, overwrite)
     source = find_model(recipe.model)
@@ -133,7 +135,8 @@ def _evaluation_windows(
     name = held_out(recipe.calibration.text) if asked.text == "auto" else asked.text
     if name is None:
         progress.note(
-            f"no perplexity: {recipe.calibration.text!r} has no known held-out part; name a text to evaluate on"
+            f"no perplexity: {recipe.calibration.text!r} has no known held-out part; name another text to measure "
+            "it on (--eval TEXT)"
         )
         return None
     windows = cut(find_text(name, evaluation=True), tokenizer, asked.length, asked.windows)

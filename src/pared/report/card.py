@@ -1,14 +1,12 @@
 """The model card that lies in every folder: what this is, how it was made, how to load it."""
 
-import json
-
 import yaml
 
 from pared.checkpoint.manifest import Manifest
 from pared.report.table import comparison
 
 LOADING = """\
-With the package (`pip install pared`):
+With the package `pared`:
 
 ```python
 import pared  # teaches transformers the format
@@ -50,10 +48,10 @@ def model_card(manifest: Manifest, folder: str) -> str:
             yaml.safe_dump(header, sort_keys=False).rstrip(),
             "---",
             "",
-            f"# {manifest.model['name']}, {1 - manifest.plan.achieved_keep:.0%} smaller in its block weights",
+            f"# {manifest.model['name']}, {_smaller(manifest):.0%} smaller",
             "",
             f"Made from `{manifest.model['name']}` ({manifest.model['origin']}) by "
-            f"[pared](https://pypi.org/project/pared/) {manifest.versions['pared']} with the method `{recipe.method}`.",
+            f"pared {manifest.versions['pared']} with the method `{recipe.method}`.",
             "",
             "| | before | after | |",
             "|---|---:|---:|---:|",
@@ -74,6 +72,11 @@ def model_card(manifest: Manifest, folder: str) -> str:
             "",
         ]
     )
+
+
+def _smaller(manifest: Manifest) -> float:
+    """Return the fraction of the whole model's parameters that is gone."""
+    return 1 - manifest.plan.after.model_parameters / manifest.plan.before.model_parameters
 
 
 def _base_model(manifest: Manifest) -> dict[str, str]:
@@ -101,7 +104,7 @@ def _measured_on(manifest: Manifest) -> str:
     if manifest.plan.uncovered:
         lines.append(
             f"Not covered: {len(manifest.plan.uncovered)} weights inside the blocks "
-            f"({manifest.plan.uncovered_share:.1%} of their parameters): "
-            f"{json.dumps([weight.name for weight in manifest.plan.uncovered[:5]])}."
+            f"({manifest.plan.uncovered_share:.1%} of their parameters), the first is "
+            f"`{manifest.plan.uncovered[0].name}` ({manifest.plan.uncovered[0].reason}); `pared.json` lists them."
         )
     return " ".join(lines)
