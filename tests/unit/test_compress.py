@@ -231,11 +231,11 @@ def test_a_model_saved_after_an_interruption_loads_again(
     """Regression: the map was written at the end only, so the factors of such a folder loaded as random numbers."""
     seen: list[str] = []
 
-    def interrupted(model: Any, name: str, factors: Any) -> None:
+    def interrupted(model: Any, name: str, factors: Any, pivoted: bool) -> None:
         if len(seen) == 5:
             raise KeyboardInterrupt
         seen.append(name)
-        install(model, name, factors)
+        install(model, name, factors, pivoted)
 
     monkeypatch.setattr("pared.engine.solver.install", interrupted)
     model = TINY_MODELS["llama"]()

@@ -211,7 +211,7 @@ def test_nothing_to_convert_is_told(two: Path, pivoted: Path, tmp_path: Path) ->
     refused(command("convert", two, "--no-pivot", "--out", tmp_path / "out"), "nothing to convert", "two factors")
     refused(command("convert", pivoted, "--pivot", "--out", tmp_path / "out"), "nothing to convert", "pivoted")
     refused(command("convert", two.parent / "dense", "--out", tmp_path / "out"), "no pared.json")
-    refused(command("convert", tmp_path / "nowhere", "--out", tmp_path / "out"), "no pared.json")
+    refused(command("convert", tmp_path / "nowhere", "--out", tmp_path / "out"), "no such folder")
     assert left_over(tmp_path) == []
 
 

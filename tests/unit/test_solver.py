@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 import pared
 from pared import ParedError, Recipe
-from pared.allocation import ALLOCATORS
+from pared.allocation import ALLOCATORS, make_plan
 from pared.engine.store import DecompositionStore
 from pared.lowrank import METHODS, loss_optimal
 from pared.modules import LowRankLinear
@@ -101,3 +101,27 @@ def test_options_reach_the_method_and_unknown_ones_are_refused(
         weight(method="asvd", options={"alpha": "half"})
     with pytest.raises(ParedError, match="svd has no option 'alpha'; it has none"):
         weight(method="svd", options={"alpha": 0.5})
+
+
+def test_a_pivoted_decision_is_installed_pivoted() -> None:
+    """Regression: the plan counted pivoted parameters and the engine installed two factors."""
+    from pared.anatomy import find_anatomy
+    from pared.engine.solver import Solver
+    from pared.modules import PivotedLinear
+
+    model = TINY_MODELS["llama"]()
+    anatomy = find_anatomy(model)
+    plan = pared.Plan.model_validate(make_plan(anatomy, "uniform", 0.6, 4).model_dump())
+    pivoted = [
+        site.model_copy(update={"decision": LowRank(rank=site.decision.rank, pivoted=True)})
+        for site in plan.sites
+        if isinstance(site.decision, LowRank)
+    ]
+    plan = plan.model_copy(update={"sites": tuple(pivoted)})
+    before = sum(p.numel() for p in model.parameters())
+    assert plan.model_parameters == before
+    with Solver(model, METHODS["svd"], {}, plan) as solver:
+        for site in anatomy.sites:
+            solver.take(site, {})
+    assert all(isinstance(model.get_submodule(site.name), PivotedLinear) for site in plan.sites)
+    assert sum(p.numel() for p in model.parameters()) == plan.after.model_parameters

@@ -35,7 +35,7 @@ class Solver:
             plan: the ranks; none if they depend on the spectra, which ``spectra`` then collects.
         """
         self._model, self._method, self._options = model, method, options
-        self._ranks = None if plan is None else _ranks(plan)
+        self._planned = None if plan is None else _planned(plan)
         self._stack = ExitStack()
         self._store = self._stack.enter_context(DecompositionStore())
         self.damping: dict[str, float] = {}
@@ -58,7 +58,7 @@ class Solver:
         Raises:
             ParedError: its statistics or its weight do not allow it; names the site.
         """
-        if site.idle or (self._ranks is not None and site.name not in self._ranks):
+        if site.idle or (self._planned is not None and site.name not in self._planned):
             return
         if any(statistic.tokens == 0 for statistic in statistics.values()):
             self.unreached.add(site.name)
@@ -71,22 +71,22 @@ class Solver:
             raise ParedError(f"site {site.name}: {error}") from error
         if found.damping:
             self.damping[site.name] = found.damping
-        if self._ranks is None:
+        if self._planned is None:
             self._store.put(site.name, found)
         else:
-            self._install(site.name, found, self._ranks[site.name])
+            self._install(site.name, found, self._planned[site.name])
 
     def finish(self, plan: Plan) -> None:
         """Put the factors of every site that was kept in place."""
-        for name, rank in _ranks(plan).items():
+        for name, decision in _planned(plan).items():
             if name in self._store.spectra:
-                self._install(name, self._store.get(name, self._weight(name)), rank)
+                self._install(name, self._store.get(name, self._weight(name)), decision)
 
     def _weight(self, name: str) -> torch.Tensor:
         return weight_of(self._model.get_submodule(name)).detach()
 
-    def _install(self, name: str, found: Decomposition, rank: int) -> None:
-        install(self._model, name, found.factors(rank))
+    def _install(self, name: str, found: Decomposition, decision: LowRank) -> None:
+        install(self._model, name, found.factors(decision.rank), decision.pivoted)
 
 
 def without(plan: Plan, unreached: set[str]) -> Plan:
@@ -96,5 +96,5 @@ def without(plan: Plan, unreached: set[str]) -> Plan:
     return plan.model_copy(update={"sites": tuple(sites)})
 
 
-def _ranks(plan: Plan) -> dict[str, int]:
-    return {site.name: site.decision.rank for site in plan.sites if isinstance(site.decision, LowRank)}
+def _planned(plan: Plan) -> dict[str, LowRank]:
+    return {site.name: site.decision for site in plan.sites if isinstance(site.decision, LowRank)}
