@@ -24,6 +24,19 @@ def tails(singular_values_R: torch.Tensor) -> torch.Tensor:
     return torch.cat([squares_R.flip(0).cumsum(0).flip(0), squares_R.new_zeros(1)])
 
 
+def require_one_rank_each(budget: int, least: int, sites: int) -> None:
+    """Check that a budget buys one rank for every site.
+
+    Raises:
+        ParedError: it does not; says what one rank each costs.
+    """
+    if budget < least:
+        raise ParedError(
+            f"the budget of {budget:,} parameters does not buy one rank for each of {sites} sites "
+            f"({least:,}); keep more"
+        )
+
+
 def within_budget(sites: Sequence[Site], ideal: Mapping[str, float], budget: int) -> dict[str, Decision]:
     """Turn ideal ranks into whole ones that cost no more than a budget, and spend what rounding leaves.
 
@@ -42,9 +55,7 @@ def within_budget(sites: Sequence[Site], ideal: Mapping[str, float], budget: int
     step = {site.name: site.out_features + site.in_features for site in sites}
     limit = {site.name: max(1, most_rank(site)) for site in sites}
     least = sum(step.values())
-    if budget < least:
-        raise ParedError(f"the budget of {budget:,} parameters does not buy one rank for each of {len(sites)} sites "
-                         f"({least:,}); keep more")  # fmt: skip
+    require_one_rank_each(budget, least, len(sites))
 
     def ranks(factor: float) -> dict[str, int]:
         return {name: min(limit[name], max(1, math.floor(factor * ideal[name] + 1e-9))) for name in step}

@@ -4,9 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from pared.allocation.budget import Spectra, most_rank, set_aside, tails
+from pared.allocation.budget import Spectra, most_rank, require_one_rank_each, set_aside, tails
 from pared.anatomy.structure import Site
-from pared.errors import ParedError
 from pared.plan import Decision, Dense, LowRank
 
 STEPS = 200  # of the bisection; the multiplier is then known to the last bit
@@ -30,9 +29,7 @@ def loss(sites: Sequence[Site], keep: float, spectra: Spectra) -> dict[str, Deci
     """
     open_sites, decisions, budget = set_aside(sites, keep)
     tables = {site.name: _candidates(site, spectra[site.name]) for site in open_sites}
-    if budget < (least := sum(int(costs[0]) for costs, _ in tables.values())):
-        raise ParedError(f"the budget of {budget:,} parameters does not buy one rank for each of {len(tables)} sites "
-                         f"({least:,}); keep more")  # fmt: skip
+    require_one_rank_each(budget, sum(int(costs[0]) for costs, _ in tables.values()), len(tables))
 
     def choose(t: float) -> dict[str, int]:
         return {name: int((losses + t * costs).argmin()) for name, (costs, losses) in tables.items()}
