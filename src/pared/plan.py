@@ -31,7 +31,8 @@ class LowRank(_Data):
 
     Attributes:
         rank: of the weight.
-        pivoted: stored without loss as ``rank`` of its rows and the others' coefficients, ``rank²`` parameters fewer.
+        pivoted: stored as ``rank`` of its columns and the others' coefficients, without loss, ``rank²`` parameters
+            fewer.
     """
 
     kind: Literal["low_rank"] = "low_rank"
@@ -45,12 +46,42 @@ class LowRank(_Data):
     def __str__(self) -> str:
         return f"rank {self.rank}, pivoted" if self.pivoted else f"rank {self.rank}"
 
-    def index_bytes(self, out_features: int) -> int:
-        """Bytes stored beside the parameters: where each output lies, if pivoted."""
-        return INDEX_BYTES * out_features if self.pivoted else 0
+    def index_bytes(self, in_features: int) -> int:
+        """Bytes stored beside the parameters: the order of the inputs, if pivoted."""
+        return INDEX_BYTES * in_features if self.pivoted else 0
 
 
-Decision = Annotated[Dense | LowRank, Field(discriminator="kind")]
+class Shared(_Data):
+    """One basis, ``down (rank, in)``, for the same weight of several blocks; every site has its own ``up (out, rank)``.
+
+    Attributes:
+        rank: of the sites' weights stacked to one.
+        owner: name of the site that the stored basis belongs to, the first of the group.
+        pivoted: the basis is stored by its pivots, ``rank²`` parameters fewer.
+    """
+
+    kind: Literal["shared"] = "shared"
+    rank: Annotated[int, Field(ge=1)]
+    owner: str
+    pivoted: bool = False
+
+    def parameters(self, out_features: int, in_features: int) -> int:  # noqa: ARG002 - as every decision
+        """Stored weight parameters of one site without the basis, which is the owner's."""
+        return self.rank * out_features
+
+    def index_bytes(self, in_features: int) -> int:
+        """Bytes stored beside the parameters: every site's copy of the order of the inputs, if pivoted."""
+        return INDEX_BYTES * in_features if self.pivoted else 0
+
+    def basis_parameters(self, in_features: int) -> int:
+        """Stored parameters of the basis."""
+        return self.rank * (in_features - (self.rank if self.pivoted else 0))
+
+    def __str__(self) -> str:
+        return f"rank {self.rank}{', pivoted' if self.pivoted else ''}, basis of {self.owner}"
+
+
+Decision = Annotated[Dense | LowRank | Shared, Field(discriminator="kind")]
 
 
 def rank_for(keep: float, out_features: int, in_features: int) -> int:
@@ -91,7 +122,9 @@ class SitePlan(_Data):
     @model_validator(mode="after")
     def _rank_exists(self) -> "SitePlan":
         most = min(self.out_features, self.in_features)
-        if isinstance(self.decision, LowRank) and self.decision.rank > most:
+        if isinstance(self.decision, Shared):
+            most = self.in_features  # the group has more rows than this site
+        if not isinstance(self.decision, Dense) and self.decision.rank > most:
             raise ValueError(f"{self.name}: rank {self.decision.rank}, but a {self.out_features} x {self.in_features} "
                              f"weight has at most {most}")  # fmt: skip
         return self
@@ -103,13 +136,16 @@ class SitePlan(_Data):
 
     @property
     def after(self) -> int:
-        """Weight parameters after the decision."""
-        return self.decision.parameters(self.out_features, self.in_features)
+        """Weight parameters after the decision; a shared basis counts with its owner."""
+        own = self.decision.parameters(self.out_features, self.in_features)
+        if isinstance(self.decision, Shared) and self.decision.owner == self.name:
+            own += self.decision.basis_parameters(self.in_features)
+        return own
 
     @property
     def index_bytes(self) -> int:
         """Bytes the decision stores beside parameters."""
-        return self.decision.index_bytes(self.out_features) if isinstance(self.decision, LowRank) else 0
+        return 0 if isinstance(self.decision, Dense) else self.decision.index_bytes(self.in_features)
 
 
 class Uncovered(_Data):

@@ -6,15 +6,15 @@ import math
 import pytest
 import torch
 
-from pared.allocation import ALLOCATORS, make_plan
-from pared.allocation.budget import most_rank, tails
+from pared.allocation import ALLOCATORS, Budget, Evidence, Unit, make_plan
+from pared.allocation.budget import tails
 from pared.allocation.effective_rank import entropy_rank
 from pared.allocation.svd_llm_v2 import removal_ratios
 from pared.anatomy.structure import Anatomy, Site
 from pared.errors import ParedError
 from pared.plan import Dense, LowRank, Plan
 
-BY_SPECTRUM = sorted(name for name, allocator in ALLOCATORS.items() if allocator.by_spectrum)
+BY_SPECTRUM = sorted(name for name, allocator in ALLOCATORS.items() if allocator.needs == {"spectra"})
 
 
 def site(name: str, out_features: int, in_features: int, kind: str = "fc", block: int = 0, idle: bool = False) -> Site:
@@ -27,7 +27,7 @@ def spectrum(size: int, decay: float, scale: float = 10.0) -> torch.Tensor:
 
 def plan(sites: list[Site], allocation: str, keep: float, spectra: dict[str, torch.Tensor]) -> Plan:
     anatomy = Anatomy("layers", tuple(sites), (), (), 10**6)
-    return make_plan(anatomy, allocation, keep, 4, spectra)
+    return make_plan(anatomy, allocation, Budget(keep), 4, evidence=Evidence(spectra))
 
 
 def total_loss(plan: Plan, spectra: dict[str, torch.Tensor]) -> float:
@@ -69,7 +69,7 @@ def test_idle_sites_and_sites_that_cannot_shrink_stay_dense_and_the_others_pay(a
 
 @pytest.mark.parametrize("allocation", BY_SPECTRUM)
 def test_a_budget_below_one_rank_each_is_refused(allocation: str):
-    with pytest.raises(ParedError, match="does not buy one rank for each of 15 sites"):
+    with pytest.raises(ParedError, match="does not buy one rank for each of 15 weights"):
         plan(SITES, allocation, 0.01, SPECTRA)
 
 
@@ -80,7 +80,7 @@ def test_loss_equals_brute_force_on_three_matrices():
     for s in sites:
         dense = s.out_features * s.in_features
         step = s.out_features + s.in_features
-        ranks = [(k * step, float(tails(spectra[s.name])[k])) for k in range(1, most_rank(s) + 1)]
+        ranks = [(k * step, float(tails(spectra[s.name])[k])) for k in range(1, Budget(0.5).most_rank(Unit((s,))) + 1)]
         options.append([*ranks, (dense, 0.0)])
     reached = 0
     for keep in (0.5, 0.6, 0.7, 0.8, 0.9, 1.0):

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 from pydantic import ValidationError
 
-from pared.allocation import make_plan, uniform
+from pared.allocation import Budget, Evidence, Unit, make_plan, uniform
 from pared.anatomy.structure import Anatomy, Site
 from pared.errors import ParedError
 from pared.plan import Dense, LowRank, Plan, SitePlan, Uncovered
@@ -19,7 +19,7 @@ def site(name: str, out_features: int, in_features: int, idle: bool = False) -> 
 def planned(*sites: Site, keep: float, uncovered: tuple[Uncovered, ...] = (), elsewhere: int = 1000) -> Plan:
     weights = sum(one.out_features * one.in_features for one in sites) + sum(one.parameters for one in uncovered)
     anatomy = Anatomy("model.layers", tuple(sites), uncovered, (), weights + elsewhere)
-    return make_plan(anatomy, "uniform", keep, bytes_per_parameter=2)
+    return make_plan(anatomy, "uniform", Budget(keep), bytes_per_parameter=2)
 
 
 def ranks(plan: Plan) -> list[int | None]:
@@ -151,7 +151,7 @@ def test_model_of_idle_sites_only_is_all_shortfall():
 def test_single_row_or_column_stays_dense_and_is_paid_for(shape: tuple[int, int]):
     plan = planned(site("router", *shape), site("b", 60, 60), keep=0.5)
     assert isinstance(plan.sites[0].decision, Dense)
-    assert "single row or column" in plan.sites[0].decision.reason
+    assert "no fewer parameters" in plan.sites[0].decision.reason
     assert covered(plan) <= 0.5 * 3660
     assert plan.shortfall == 0
 
@@ -169,7 +169,7 @@ def test_keep_too_small_for_a_rank_names_the_site():
         planned(site("model.layers.3.q", 500, 500), site("model.layers.3.k", 48, 96), keep=0.01)
 
 
-@pytest.mark.parametrize("shape", [(100, 48), (7, 3), (64, 576), (2, 2), (30, 29)])
+@pytest.mark.parametrize("shape", [(100, 48), (7, 3), (64, 576), (30, 29)])
 def test_the_least_keep_that_is_told_is_enough(shape: tuple[int, int]):
     """It was once rounded down, so that doing as told failed again with the same message."""
     small, large = site("small", *shape), site("large", 700, 900)
@@ -183,14 +183,14 @@ def test_the_least_keep_that_is_told_is_enough(shape: tuple[int, int]):
 
 def test_order_of_the_sites_is_kept():
     names = ["c", "a", "b"]
-    decisions = uniform([site(name, 40, 40, idle=name == "a") for name in names], 0.5)
+    decisions = uniform([Unit((site(name, 40, 40, idle=name == "a"),)) for name in names], Budget(0.5), Evidence())
     assert list(decisions) == names
 
 
 def test_unknown_allocation_suggests_the_nearest():
     anatomy = Anatomy("layers", (site("a", 40, 60),), (), (), 2400)
     with pytest.raises(ParedError, match="unknown allocation 'unifrom'; did you mean 'uniform'"):
-        make_plan(anatomy, "unifrom", 0.5, 4)
+        make_plan(anatomy, "unifrom", Budget(0.5), 4)
 
 
 def test_a_rank_above_what_the_weight_has_is_refused():

@@ -1,19 +1,20 @@
-"""How much each site may keep: from sites and a budget to decisions; one file per allocator."""
+"""How much each weight may keep: from units and a budget to decisions; one file per allocator."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-
-from pared.allocation.budget import Spectra
 from pared.allocation.effective_rank import effective_rank
 from pared.allocation.loss import loss
+from pared.allocation.rank_fraction import rank_fraction
+from pared.allocation.sensitivity import sensitivity
 from pared.allocation.svd_llm_v2 import svd_llm_v2
+from pared.allocation.swift import swift
 from pared.allocation.uniform import uniform
-from pared.anatomy.structure import Anatomy, Site
+from pared.allocation.units import Budget, Evidence, Unit
+from pared.anatomy.structure import Anatomy
 from pared.errors import ParedError
 from pared.names import did_you_mean
-from pared.plan import Decision, Plan, SitePlan
+from pared.plan import Decision, LowRank, Plan, Shared, SitePlan
 
 
 @dataclass(frozen=True)
@@ -23,25 +24,42 @@ class Allocator:
     Attributes:
         name: what a recipe calls it.
         summary: what it does, in a line.
-        by_spectrum: whether it needs every site's decomposition first; if not, shapes are enough.
-        allocate: from sites, the fraction to keep, and the spectra to decisions.
+        allocate: from units, a budget and the evidence to decisions by unit.
+        needs: fields of the evidence it reads; shapes are enough if there are none.
     """
 
     name: str
     summary: str
-    by_spectrum: bool
-    allocate: Callable[[Sequence[Site], float, Spectra], dict[str, Decision]]
+    allocate: Callable[[Sequence[Unit], Budget, Evidence], dict[str, Decision]]
+    needs: frozenset[str] = frozenset({"spectra"})
+
+
+def _rank_fraction(units: Sequence[Unit], budget: Budget, _: Evidence) -> dict[str, Decision]:
+    if budget.rank_fraction is None:
+        raise ParedError("allocation rank-fraction needs the fraction; give rank_fraction (--rank-fraction) instead")
+    return rank_fraction(units, budget.rank_fraction, budget.pivoted)
 
 
 ALLOCATORS = {
     allocator.name: allocator
     for allocator in (
-        Allocator("uniform", "the same fraction of every site", False, lambda sites, keep, _: uniform(sites, keep)),
-        Allocator("loss", "the least sum of losses over all sites, dense ones included", True, loss),
+        Allocator("uniform", "the same fraction of every weight", uniform, frozenset()),
+        Allocator("rank-fraction", "FWSVD's budget, the same fraction of every rank", _rank_fraction, frozenset()),
+        Allocator("loss", "the least sum of losses over all weights, dense ones included", loss),
+        Allocator("effective-rank", "D-Rank: by effective rank, with a share of q and k moved to v", effective_rank),
         Allocator(
-            "effective-rank", "D-Rank: by effective rank, with a share of q and k moved to v", True, effective_rank
+            "swift",
+            "Swift-SVD: by loss and influence of the block, eleven mixtures tried on a text",
+            swift,
+            frozenset({"spectra", "influence", "trial"}),
         ),
-        Allocator("svd-llm-v2", "within a kind, less is taken where uniform ranks lose more", True, svd_llm_v2),
+        Allocator(
+            "sensitivity",
+            "ASVD: every weight at six sizes, by the perplexity each leaves; many evaluations, kept on disk",
+            sensitivity,
+            frozenset({"spectra", "trial"}),
+        ),
+        Allocator("svd-llm-v2", "within a kind, less is taken where uniform ranks lose more", svd_llm_v2),
     )
 }
 
@@ -60,25 +78,29 @@ def allocator_of(name: str) -> Allocator:
 def make_plan(
     anatomy: Anatomy,
     allocation: str,
-    keep: float,
+    budget: Budget,
     bytes_per_parameter: int,
-    spectra: Mapping[str, torch.Tensor] | None = None,
+    units: Sequence[Unit] | None = None,
+    evidence: Evidence | None = None,
 ) -> Plan:
     """Decide every site.
 
     Args:
         anatomy: of the model; from shapes alone, or after the probe pass.
         allocation: name of the allocator.
-        keep: fraction of the covered parameters that stays.
+        budget: the fraction of the covered parameters that stays, and what a rank costs.
         bytes_per_parameter: of the dtype the model is saved in.
-        spectra: for an allocator that needs them, what leaving out each direction of every site costs.
+        units: the sites, alone or in groups that share a basis; each alone if none are given.
+        evidence: for an allocator that needs more than shapes.
 
     Raises:
-        ParedError: unknown allocator, or the budget leaves a site without a rank.
+        ParedError: unknown allocator, or the budget leaves a unit without a rank.
     """
-    decisions = allocator_of(allocation).allocate(anatomy.sites, keep, spectra or {})
-    return Plan(
-        keep=keep,
+    units = [Unit((site,)) for site in anatomy.sites] if units is None else units
+    decisions = allocator_of(allocation).allocate(units, budget, evidence or Evidence())
+    by_site = {site.name: _of_member(unit, decisions[unit.name]) for unit in units for site in unit.members}
+    plan = Plan(
+        keep=budget.keep,
         sites=tuple(
             SitePlan(
                 name=site.name,
@@ -86,7 +108,7 @@ def make_plan(
                 block=site.block,
                 out_features=site.out_features,
                 in_features=site.in_features,
-                decision=decisions[site.name],
+                decision=by_site[site.name],
             )
             for site in anatomy.sites
         ),
@@ -94,6 +116,15 @@ def make_plan(
         model_parameters=anatomy.model_parameters,
         bytes_per_parameter=bytes_per_parameter,
     )
+    # A budget of ranks asks for no number of parameters: what comes out is what was asked for.
+    return plan if budget.rank_fraction is None else plan.model_copy(update={"keep": min(plan.achieved_keep, 1.0)})
 
 
-__all__ = ["ALLOCATORS", "Allocator", "allocator_of", "make_plan", "uniform"]
+def _of_member(unit: Unit, decision: Decision) -> Decision:
+    """Return what a unit's decision is for each of its sites."""
+    if isinstance(decision, LowRank) and len(unit.members) > 1:
+        return Shared(rank=decision.rank, owner=unit.name, pivoted=decision.pivoted)
+    return decision
+
+
+__all__ = ["ALLOCATORS", "Allocator", "Budget", "Evidence", "Unit", "allocator_of", "make_plan", "uniform"]

@@ -1,21 +1,13 @@
-"""What every allocator by spectrum shares: candidates with a cost and a loss, and ranks that meet a budget exactly."""
+"""What every allocator by spectrum shares: tails, which units can be decided, and ranks that meet a budget exactly."""
 
 import math
 from collections.abc import Mapping, Sequence
 
 import torch
 
-from pared.anatomy.structure import Site
+from pared.allocation.units import Budget, Unit
 from pared.errors import ParedError
-from pared.plan import Decision, Dense, LowRank
-
-Spectra = Mapping[str, torch.Tensor]  # site name -> what leaving out each direction costs, falling
-
-
-def most_rank(site: Site) -> int:
-    """Return the largest rank whose factors are fewer parameters than the dense weight; may be 0."""
-    out_features, in_features = site.out_features, site.in_features
-    return min((out_features * in_features - 1) // (out_features + in_features), out_features, in_features)
+from pared.plan import Decision, Dense
 
 
 def tails(singular_values_R: torch.Tensor) -> torch.Tensor:
@@ -24,71 +16,69 @@ def tails(singular_values_R: torch.Tensor) -> torch.Tensor:
     return torch.cat([squares_R.flip(0).cumsum(0).flip(0), squares_R.new_zeros(1)])
 
 
-def require_one_rank_each(budget: int, least: int, sites: int) -> None:
-    """Check that a budget buys one rank for every site.
+def require_one_rank_each(parameters: int, least: int, units: int) -> None:
+    """Check that a budget buys one rank for every unit.
 
     Raises:
         ParedError: it does not; says what one rank each costs.
     """
-    if budget < least:
+    if parameters < least:
         raise ParedError(
-            f"the budget of {budget:,} parameters does not buy one rank for each of {sites} sites "
+            f"the budget of {parameters:,} parameters does not buy one rank for each of {units} weights "
             f"({least:,}); keep more"
         )
 
 
-def within_budget(sites: Sequence[Site], ideal: Mapping[str, float], budget: int) -> dict[str, Decision]:
+def within_budget(
+    units: Sequence[Unit], ideal: Mapping[str, float], parameters: int, budget: Budget
+) -> dict[str, Decision]:
     """Turn ideal ranks into whole ones that cost no more than a budget, and spend what rounding leaves.
 
     Ranks are scaled by one common factor, found by bisection, and held between 1 and the largest that saves anything;
-    a site that reaches that limit keeps its ideal surplus for the others by way of the factor. What is left is handed
-    out one rank at a time to the site that rounding took most from.
+    a unit that reaches that limit keeps its ideal surplus for the others by way of the factor. What is left is handed
+    out one rank at a time to the unit that rounding took most from.
 
     Args:
-        sites: the sites.
-        ideal: wished ranks, any positive numbers; only their proportions count.
-        budget: weight parameters in all.
+        units: the units.
+        ideal: wished ranks by unit, any positive numbers; only their proportions count.
+        parameters: that may be stored in all.
+        budget: what a rank costs.
 
     Raises:
-        ParedError: the budget does not buy one rank for every site.
+        ParedError: the parameters do not buy one rank for every unit.
     """
-    step = {site.name: site.out_features + site.in_features for site in sites}
-    limit = {site.name: max(1, most_rank(site)) for site in sites}
-    least = sum(step.values())
-    require_one_rank_each(budget, least, len(sites))
+    by_name = {unit.name: unit for unit in units}
+    limit = {unit.name: max(1, budget.most_rank(unit)) for unit in units}
+    require_one_rank_each(parameters, sum(budget.cost(unit, 1) for unit in units), len(units))
 
     def ranks(factor: float) -> dict[str, int]:
-        return {name: min(limit[name], max(1, math.floor(factor * ideal[name] + 1e-9))) for name in step}
+        return {name: min(limit[name], max(1, math.floor(factor * ideal[name] + 1e-9))) for name in by_name}
 
     def cost(chosen: Mapping[str, int]) -> int:
-        return sum(step[name] * rank for name, rank in chosen.items())
+        return sum(budget.cost(by_name[name], rank) for name, rank in chosen.items())
 
-    low, high = 0.0, max(limit[name] / ideal[name] for name in step)
+    low, high = 0.0, max(limit[name] / ideal[name] for name in by_name)
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = (middle, high) if cost(ranks(middle)) <= budget else (low, middle)
-    chosen = ranks(high if cost(ranks(high)) <= budget else low)
-    left = budget - cost(chosen)
-    for name in sorted(step, key=lambda name: chosen[name] - low * ideal[name]):
-        if chosen[name] < limit[name] and step[name] <= left:
+        low, high = (middle, high) if cost(ranks(middle)) <= parameters else (low, middle)
+    chosen = ranks(high if cost(ranks(high)) <= parameters else low)
+    left = parameters - cost(chosen)
+    for name in sorted(by_name, key=lambda name: chosen[name] - low * ideal[name]):
+        more = budget.cost(by_name[name], chosen[name] + 1) - budget.cost(by_name[name], chosen[name])
+        if chosen[name] < limit[name] and more <= left:
             chosen[name] += 1
-            left -= step[name]
-    return {name: LowRank(rank=rank) for name, rank in chosen.items()}
+            left -= more
+    return {name: budget.low_rank(rank) for name, rank in chosen.items()}
 
 
-def set_aside(sites: Sequence[Site], keep: float) -> tuple[list[Site], dict[str, Decision], int]:
-    """Return the sites that can be decided, the decisions of those that cannot, and the budget that is left.
-
-    Args:
-        sites: the covered sites.
-        keep: fraction of all their parameters that stays.
-    """
+def set_aside(units: Sequence[Unit], budget: Budget) -> tuple[list[Unit], dict[str, Decision], int]:
+    """Return the units that can be decided, the decisions of those that cannot, and the parameters that are left."""
     fixed: dict[str, Decision] = {}
-    for site in sites:
-        if site.idle:
-            fixed[site.name] = Dense(reason="never ran in the probe pass; nothing is known about its inputs")
-        elif most_rank(site) < 1:
-            fixed[site.name] = Dense(reason="factors of rank 1 are no fewer parameters")
-    total = sum(site.out_features * site.in_features for site in sites)
-    dense = sum(site.out_features * site.in_features for site in sites if site.name in fixed)
-    return [site for site in sites if site.name not in fixed], fixed, math.floor(keep * total + 1e-6) - dense
+    for unit in units:
+        if unit.idle:
+            fixed[unit.name] = Dense(reason="never ran in the probe pass; nothing is known about its inputs")
+        elif budget.most_rank(unit) < 1:
+            fixed[unit.name] = Dense(reason="factors of rank 1 are no fewer parameters")
+    total = sum(unit.parameters for unit in units)
+    dense = sum(unit.parameters for unit in units if unit.name in fixed)
+    return [unit for unit in units if unit.name not in fixed], fixed, math.floor(budget.keep * total + 1e-6) - dense

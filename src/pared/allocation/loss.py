@@ -4,32 +4,32 @@ from collections.abc import Sequence
 
 import torch
 
-from pared.allocation.budget import Spectra, most_rank, require_one_rank_each, set_aside, tails
-from pared.anatomy.structure import Site
-from pared.plan import Decision, Dense, LowRank
+from pared.allocation.budget import require_one_rank_each, set_aside, tails
+from pared.allocation.units import Budget, Evidence, Unit
+from pared.plan import Decision, Dense
 
 STEPS = 200  # of the bisection; the multiplier is then known to the last bit
 
 
-def loss(sites: Sequence[Site], keep: float, spectra: Spectra) -> dict[str, Decision]:
-    """Choose every site's rank, or to leave it dense, so that the losses sum to the least the budget allows.
+def loss(units: Sequence[Unit], budget: Budget, evidence: Evidence) -> dict[str, Decision]:
+    """Choose every unit's rank, or to leave it dense, so that the losses sum to the least the budget allows.
 
-    For a multiplier t each site takes the candidate with the least ``tail + t · cost``; t is bisected until the costs
+    For a multiplier t each unit takes the candidate with the least ``tail + t · cost``; t is bisected until the costs
     meet the budget, which is exact on the convex hull of the candidates. What is left is spent greedily on the steps
-    that buy most. Losses of different sites are compared as they are: a method whose losses have one unit
+    that buy most. Losses of different units are compared as they are: a method whose losses have one unit
     (``loss-optimal``) is what this is for.
 
     Args:
-        sites: the covered sites.
-        keep: fraction of their parameters that stays.
-        spectra: for every site, what leaving out each direction costs.
+        units: what can be decided.
+        budget: the fraction to keep, and what a rank costs.
+        evidence: the spectra.
 
     Raises:
-        ParedError: the budget does not buy one rank for every site.
+        ParedError: the budget does not buy one rank for every unit.
     """
-    open_sites, decisions, budget = set_aside(sites, keep)
-    tables = {site.name: _candidates(site, spectra[site.name]) for site in open_sites}
-    require_one_rank_each(budget, sum(int(costs[0]) for costs, _ in tables.values()), len(tables))
+    open_units, decisions, left = set_aside(units, budget)
+    tables = {unit.name: _candidates(unit, budget, evidence.spectra[unit.name]) for unit in open_units}
+    require_one_rank_each(left, sum(int(costs[0]) for costs, _ in tables.values()), len(tables))
 
     def choose(t: float) -> dict[str, int]:
         return {name: int((losses + t * costs).argmin()) for name, (costs, losses) in tables.items()}
@@ -38,28 +38,26 @@ def loss(sites: Sequence[Site], keep: float, spectra: Spectra) -> dict[str, Deci
         return int(sum(int(tables[name][0][index]) for name, index in chosen.items()))
 
     low, high = 0.0, 1.0 + max(float(losses[0]) for _, losses in tables.values())
-    if cost(choose(low)) <= budget:
+    if cost(choose(low)) <= left:
         high = low
     for _ in range(STEPS if high else 0):
         middle = (low + high) / 2
-        low, high = (middle, high) if cost(choose(middle)) > budget else (low, middle)
+        low, high = (middle, high) if cost(choose(middle)) > left else (low, middle)
     chosen = choose(high)
-    _spend(tables, chosen, budget - cost(chosen))
-    for site in open_sites:
-        index, (costs, _) = chosen[site.name], tables[site.name]
-        dense = index == len(costs) - 1
-        decisions[site.name] = (
-            Dense(reason="worth more than its parameters elsewhere") if dense else LowRank(rank=index + 1)
+    _spend(tables, chosen, left - cost(chosen))
+    for name, index in chosen.items():
+        dense = index == len(tables[name][0]) - 1
+        decisions[name] = (
+            Dense(reason="worth more than its parameters elsewhere") if dense else budget.low_rank(index + 1)
         )
-    return {site.name: decisions[site.name] for site in sites}
+    return {unit.name: decisions[unit.name] for unit in units}
 
 
-def _candidates(site: Site, spectrum_R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _candidates(unit: Unit, budget: Budget, spectrum_R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return costs and losses of rank 1, 2, ... and, last, of staying dense."""
-    ranks = torch.arange(1, most_rank(site) + 1, dtype=torch.float64)
-    dense = float(site.out_features * site.in_features)
-    costs = torch.cat([ranks * (site.out_features + site.in_features), ranks.new_tensor([dense])])
-    losses = torch.cat([tails(spectrum_R)[1 : len(ranks) + 1].cpu(), ranks.new_zeros(1)])
+    ranks = range(1, budget.most_rank(unit) + 1)
+    costs = torch.tensor([*(budget.cost(unit, rank) for rank in ranks), unit.parameters], dtype=torch.float64)
+    losses = torch.cat([tails(spectrum_R)[1 : len(ranks) + 1].cpu(), costs.new_zeros(1)])
     return costs, losses
 
 

@@ -1,0 +1,114 @@
+"""What a budget is spread over: single weights, and groups of weights that are factorised as one."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from pared.anatomy.structure import Site
+from pared.plan import Decision, LowRank, pivoted_rank_for, rank_for
+
+Spectra = Mapping[str, torch.Tensor]  # unit name -> what leaving out each direction costs, falling
+Trial = Callable[[Mapping[str, Decision]], float]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One site, or several stacked to one tall weight ``(Σ out, in)`` with one basis for all.
+
+    Attributes:
+        members: the sites, in the model's order; all have the same ``in_features``.
+    """
+
+    members: tuple[Site, ...]
+
+    @property
+    def name(self) -> str:
+        """That of the first member, which owns the basis."""
+        return self.members[0].name
+
+    @property
+    def kind(self) -> str:
+        """What such a layer is usually called."""
+        return self.members[0].kind
+
+    @property
+    def block(self) -> int:
+        """Index of the first block."""
+        return self.members[0].block
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the stacked weight."""
+        return sum(site.out_features for site in self.members)
+
+    @property
+    def in_features(self) -> int:
+        """Its columns."""
+        return self.members[0].in_features
+
+    @property
+    def parameters(self) -> int:
+        """Weight parameters of the dense members."""
+        return self.out_features * self.in_features
+
+    @property
+    def idle(self) -> bool:
+        """Whether a member never ran in the probe pass, so that nothing can be said about its inputs."""
+        return any(site.idle for site in self.members)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much may stay, and what a rank costs.
+
+    Attributes:
+        keep: fraction of the covered parameters that stays.
+        pivoted: low-rank results are stored by pivots, ``rank²`` parameters fewer.
+        rank_fraction: a budget of ranks in place of parameters, for the allocation of that name.
+    """
+
+    keep: float
+    pivoted: bool = False
+    rank_fraction: float | None = None
+
+    def low_rank(self, rank: int) -> LowRank:
+        """Return the decision for a rank, in this budget's storage."""
+        return LowRank(rank=rank, pivoted=self.pivoted)
+
+    def cost(self, unit: Unit, rank: int) -> int:
+        """Return the parameters a unit of this rank stores."""
+        return rank * (unit.out_features + unit.in_features) - (rank**2 if self.pivoted else 0)
+
+    def rank(self, unit: Unit, keep: float | None = None) -> int:
+        """Return the largest rank that fits a fraction (this budget's if none) of a unit's parameters; may be 0."""
+        share = self.keep if keep is None else keep
+        shape = (unit.out_features, unit.in_features)
+        return (
+            pivoted_rank_for(int(share * unit.parameters + 1e-9), *shape) if self.pivoted else rank_for(share, *shape)
+        )
+
+    def most_rank(self, unit: Unit) -> int:
+        """Return the largest rank that stores fewer parameters than the dense weight; may be 0."""
+        m, n = unit.out_features, unit.in_features
+        if self.pivoted:
+            return min(m, n) - 1  # k (m + n) - k² is m n at k = min(m, n) and rises up to there
+        return min((m * n - 1) // (m + n), m, n)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What an allocator may know beside shapes; an allocator declares which of it it needs.
+
+    Attributes:
+        spectra: of every unit that is not idle, what leaving out each direction costs, falling.
+        influence: for every block, ShortGPT's Block Influence, 1 - the mean cosine of what it reads and puts out.
+        trial: the perplexity, on tokens kept apart from the calibration windows, of the model with these decisions and
+            everything else dense.
+        key: digest of all that a trial depends on but the decisions; none if results must not outlive this process.
+    """
+
+    spectra: Spectra = field(default_factory=dict)
+    influence: Mapping[int, float] = field(default_factory=dict)
+    trial: Trial | None = None
+    key: str | None = None
