@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from pared.engine.install import install
+from pared.install import install
 from pared.lowrank import Factors, svd
-from pared.lowrank.pivot import other_rows, pivot, unpivot
+from pared.lowrank.pivot import other_columns, pivot, unpivot
 from pared.modules import LowRankLinear, PivotedLinear
 from pared.plan import LowRank, Plan, SitePlan, pivoted_rank_for
 
-SHAPES = [(64, 48, 20), (48, 64, 20), (96, 32, 32), (40, 60, 39), (50, 30, 1), (1, 7, 1), (300, 200, 120)]
+SHAPES = [(64, 48, 20), (48, 64, 20), (96, 32, 32), (60, 40, 39), (50, 30, 1), (1, 7, 1), (7, 1, 1), (300, 200, 120)]
 
 
 def random_factors(m: int, n: int, k: int, seed: int = 0) -> Factors:
@@ -28,7 +28,7 @@ def pivoted_layer(factors: Factors, dtype: torch.dtype, bias: torch.Tensor | Non
     stored = pivot(factors)
     (m, k), n = factors.up.shape, factors.down.shape[1]
     layer = PivotedLinear(n, m, k, bias is not None, dtype=dtype)
-    layer.set_weight(stored.pivots_K, stored.W_KN, stored.C_RK)
+    layer.set_weight(stored.pivots_K, stored.W_OK, stored.C_KR)
     if bias is not None:
         layer.bias.data.copy_(bias)
     return layer
@@ -47,55 +47,55 @@ def test_pivots_and_coefficients_rebuild_the_weight(shape):
     stored = pivot(factors)
     W = factors.up @ factors.down
     rebuilt = torch.empty_like(W)
-    rebuilt[stored.pivots_K] = stored.W_KN
-    rest = other_rows(stored.pivots_K, shape[0])
-    rebuilt[rest] = stored.C_RK @ stored.W_KN
+    rebuilt[:, stored.pivots_K] = stored.W_OK
+    rest = other_columns(stored.pivots_K, shape[1])
+    rebuilt[:, rest] = stored.W_OK @ stored.C_KR
     assert relative(rebuilt, W) < 1e-12
     assert stored.error == pytest.approx(float((rebuilt - W).abs().max()), abs=1e-12)
-    assert sorted(stored.pivots_K.tolist() + rest.tolist()) == list(range(shape[0]))
-    assert torch.equal(stored.W_KN, (factors.up[stored.pivots_K] @ factors.down))
+    assert sorted(stored.pivots_K.tolist() + rest.tolist()) == list(range(shape[1]))
+    assert torch.equal(stored.W_OK, factors.up @ factors.down[:, stored.pivots_K])
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_two_factors_come_back_without_rounding(shape):
     stored = pivot(random_factors(*shape))
-    back = unpivot(stored.pivots_K, stored.W_KN, stored.C_RK)
-    assert torch.equal(back.down, stored.W_KN)
-    assert torch.equal(back.up[stored.pivots_K], torch.eye(shape[2], dtype=torch.float64))
+    back = unpivot(stored.pivots_K, stored.W_OK, stored.C_KR)
+    assert torch.equal(back.up, stored.W_OK)
+    assert torch.equal(back.down[:, stored.pivots_K], torch.eye(shape[2], dtype=torch.float64))
     assert relative(back.up @ back.down, random_factors(*shape).up @ random_factors(*shape).down) < 1e-12
 
 
 def ill_conditioned(kind: str) -> Factors:
-    factors = random_factors(80, 60, 30)
+    factors = random_factors(60, 80, 30)
     if kind == "falling spectrum":
-        return factors._replace(up=factors.up * torch.logspace(0, -14, 30, dtype=torch.float64))
-    if kind == "rows of very different size":
-        return factors._replace(up=factors.up * torch.logspace(0, -12, 80, dtype=torch.float64)[:, None])
-    if kind == "nearly equal rows":
-        return factors._replace(up=factors.up[:1] + 1e-7 * factors.up)
+        return factors._replace(down=factors.down * torch.logspace(0, -14, 30, dtype=torch.float64)[:, None])
+    if kind == "columns of very different size":
+        return factors._replace(down=factors.down * torch.logspace(0, -12, 80, dtype=torch.float64))
+    if kind == "nearly equal columns":
+        return factors._replace(down=factors.down[:, :1] + 1e-7 * factors.down)
     if kind == "Kahan":  # where Gaussian elimination with partial pivoting alone grows as 2^k
-        up = torch.eye(80, 30, dtype=torch.float64) - torch.ones(80, 30, dtype=torch.float64).tril(-1)
-        return factors._replace(up=up)
-    if kind == "up of lower rank":
-        return factors._replace(up=factors.up[:, :11] @ factors.down[:11, :30])
+        down = torch.eye(30, 80, dtype=torch.float64) - torch.ones(30, 80, dtype=torch.float64).triu(1)
+        return factors._replace(down=down)
     if kind == "down of lower rank":
         return factors._replace(down=factors.up[:30, :11] @ factors.down[:11])
-    if kind == "a repeated row":
-        return factors._replace(up=factors.up[:1].expand(80, 30))
-    return Factors(down=torch.zeros(30, 60), up=torch.zeros(80, 30))
+    if kind == "up of lower rank":
+        return factors._replace(up=factors.up[:, :11] @ factors.down[:11, :30])
+    if kind == "a repeated column":
+        return factors._replace(down=factors.down[:, :1].expand(30, 80))
+    return Factors(down=torch.zeros(30, 80), up=torch.zeros(60, 30))
 
 
 @pytest.mark.parametrize(
     "kind",
-    ["random", "falling spectrum", "rows of very different size", "nearly equal rows", "Kahan", "up of lower rank",
-     "down of lower rank", "a repeated row", "zero"],
+    ["random", "falling spectrum", "columns of very different size", "nearly equal columns", "Kahan",
+     "up of lower rank", "down of lower rank", "a repeated column", "zero"],
 )  # fmt: skip
 def test_coefficients_stay_small_and_finite_whatever_the_factors(kind):
-    factors = random_factors(80, 60, 30) if kind == "random" else ill_conditioned(kind)
+    factors = random_factors(60, 80, 30) if kind == "random" else ill_conditioned(kind)
     stored = pivot(factors)
     W = factors.up.double() @ factors.down.double()
-    assert stored.C_RK.isfinite().all()
-    assert stored.C_RK.abs().max() <= 1.06
+    assert stored.C_KR.isfinite().all()
+    assert stored.C_KR.abs().max() <= 1.06
     assert stored.error <= 1e-10 * max(float(W.abs().max()), 1e-300)
     assert torch.equal(pivot(factors).pivots_K, stored.pivots_K)
 
@@ -103,15 +103,15 @@ def test_coefficients_stay_small_and_finite_whatever_the_factors(kind):
 @pytest.mark.parametrize("largest", [1.01, 2.0, 10.0])
 def test_the_limit_on_coefficients_is_kept(largest):
     stored = pivot(random_factors(120, 100, 50), largest)
-    assert stored.C_RK.abs().max() <= largest * (1 + 1e-9)
+    assert stored.C_KR.abs().max() <= largest * (1 + 1e-9)
 
 
 def test_factors_that_do_not_fit_are_refused():
     factors = random_factors(10, 9, 5)
     with pytest.raises(ValueError, match=r"up \(10, 5\) and down \(4, 9\)"):
         pivot(factors._replace(down=factors.down[:4]))
-    with pytest.raises(ValueError, match=r"k at most out"):
-        pivot(factors._replace(up=factors.up[:4]))
+    with pytest.raises(ValueError, match=r"k at most in"):
+        pivot(factors._replace(down=factors.down[:, :4]))
     with pytest.raises(ValueError, match="NaN or infinity"):
         pivot(factors._replace(up=factors.up / 0))
     with pytest.raises(ValueError, match="no choice of pivots"):
@@ -145,17 +145,17 @@ def test_the_pivoted_layer_answers_as_the_two_factors(shape, dtype, tolerance, b
 def test_it_stores_exactly_k_squared_fewer_parameters(shape, biased):
     m, n, k = shape
     layer = PivotedLinear(n, m, k, biased)
-    weights = sum(parameter.numel() for name, parameter in layer.named_parameters() if name != "bias")
+    weights = sum(parameter.numel() for name, parameter in layer.named_parameters() if name != "up.bias")
     assert weights == k * (m + n) - k * k == LowRank(rank=k, pivoted=True).parameters(m, n)
     assert weights == LowRank(rank=k).parameters(m, n) - k * k
     stored = sum(tensor.numel() * tensor.itemsize for tensor in layer.state_dict().values())
-    assert stored == 4 * (weights + m * biased) + LowRank(rank=k, pivoted=True).index_bytes(m)
+    assert stored == 4 * (weights + m * biased) + LowRank(rank=k, pivoted=True).index_bytes(n)
 
 
-def test_a_layer_of_full_rank_has_no_other_rows():
-    layer = pivoted_layer(random_factors(20, 30, 20), torch.float32, torch.randn(20))
-    assert layer.up is None
-    assert set(layer.state_dict()) == {"down.weight", "order", "bias"}
+def test_a_layer_of_full_rank_has_no_other_columns():
+    layer = pivoted_layer(random_factors(30, 20, 20), torch.float32, torch.randn(30))
+    assert layer.down is None
+    assert set(layer.state_dict()) == {"up.weight", "up.bias", "order"}
     assert layer.pivots.tolist() == list(range(20))
 
 
@@ -168,7 +168,31 @@ def test_the_parts_are_linear_layers_and_take_gradients():
     x = torch.randn(5, 16, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(layer, (x,))
     layer(x).sum().backward()
-    assert {name for name, p in layer.named_parameters() if p.grad is not None} == {"down.weight", "up.weight", "bias"}
+    assert {name for name, p in layer.named_parameters() if p.grad is not None} == {
+        "down.weight",
+        "up.weight",
+        "up.bias",
+    }
+
+
+def test_both_parts_are_called_as_modules():
+    layer = pivoted_layer(random_factors(24, 16, 7), torch.float32)
+    called = []
+    for name in ("down", "up"):
+        part = getattr(layer, name)
+        part.register_forward_hook(lambda _, args, out, name=name: called.append((name, args[0].shape, out.shape)))
+    layer(torch.randn(2, 3, 16))
+    assert called == [("down", (2, 3, 9), (2, 3, 7)), ("up", (2, 3, 7), (2, 3, 24))]
+
+
+def test_it_takes_inputs_of_any_layout_and_autocast():
+    layer = pivoted_layer(random_factors(24, 16, 7), torch.float32, torch.randn(24))
+    x = torch.randn(16, 5, 2).transpose(0, 2)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        found = layer(x)
+    assert found.dtype == torch.bfloat16
+    assert relative(found, layer(x).detach()) < 2e-2
 
 
 def test_the_order_stays_integer_in_every_dtype():
@@ -219,7 +243,7 @@ def test_a_plan_of_pivoted_sites_adds_up_and_survives_json():
     plan = Plan(keep=0.5, sites=sites, model_parameters=6000, bytes_per_parameter=2)
     assert plan.after.covered_parameters == 2 * 12 * 100 - 144
     assert plan.after.model_parameters == 6000 - 4800 + 2400 - 144
-    assert plan.after.bytes_on_disk == 2 * plan.after.model_parameters + 4 * 40
+    assert plan.after.bytes_on_disk == 2 * plan.after.model_parameters + 4 * 60
     assert plan.before.bytes_on_disk == 12000
     assert Plan.model_validate_json(plan.model_dump_json()) == plan
     assert (str(sites[0].decision), str(sites[1].decision)) == ("rank 12, pivoted", "rank 12")

@@ -28,8 +28,16 @@ def decompose(W_ON: torch.Tensor, gram_NN: torch.Tensor, gradient: torch.Tensor)
     Raises:
         ValueError: a statistic is not finite, negative, or all zero.
     """
+    return decompose_weighted(W_ON, gram_NN, root(gradient, W_ON.shape[0]))
+
+
+def decompose_weighted(W_ON: torch.Tensor, gram_NN: torch.Tensor, L_OO: torch.Tensor) -> Decomposition:
+    """Decompose a weight from a root of ``B``, as :func:`root` gives it.
+
+    Raises:
+        ValueError: the input Gram is not finite, negative, or all zero.
+    """
     W_ON, gram_NN = W_ON.double(), _damped(gram_NN.double(), "input Gram")
-    L_OO = _root(gradient.double(), W_ON.shape[0])
     weighted_ON = weigh_outputs(L_OO, W_ON)
     if W_ON.shape[0] <= W_ON.shape[1]:
         found = from_output_gram(W_ON, weighted_ON @ gram_NN @ weighted_ON.T)
@@ -38,8 +46,9 @@ def decompose(W_ON: torch.Tensor, gram_NN: torch.Tensor, gradient: torch.Tensor)
     return replace(found, L_OO=L_OO)
 
 
-def _root(gradient: torch.Tensor, out_features: int) -> torch.Tensor:
-    """Return ``L`` with ``L Lᵀ = B``, damped: a diagonal ``(out,)`` unless ``B`` is full."""
+def root(gradient: torch.Tensor, out_features: int) -> torch.Tensor:
+    """Return ``L`` with ``L Lᵀ = B``, damped, float64: a diagonal ``(out,)`` unless ``B`` is full."""
+    gradient = gradient.double()
     if gradient.ndim == 2:
         return torch.linalg.cholesky(_damped(gradient, "output gradient Gram"))
     energy_O = gradient.expand(out_features)

@@ -6,8 +6,11 @@ from typing import Any
 
 import torch
 
-from pared.lowrank import asvd, fwsvd, loss_optimal, svd, whitening
+from pared.lowrank import asvd, fwsvd, loss_optimal, sharing, svd, whitening
 from pared.lowrank.decomposition import Decomposition
+
+Statistics = Mapping[str, torch.Tensor]
+GroupRule = Callable[[Sequence[torch.Tensor], Sequence[Statistics], Mapping[str, Any]], Decomposition]
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,11 @@ class LowRankMethod:
             option ``loss``: that of labels ``sampled`` from the model's own predictions, or of the text's ``labels``.
         options: names and default values; a recipe may set others of the same type.
         allocation: the allocator its paper uses.
+        pivoted: whether its results are stored by pivots unless a recipe says otherwise.
+        refit: which refit stage follows at a budget ``keep``, unless a recipe says otherwise.
+        group_rule: as ``rule`` for several weights that get one basis, stacked; none if a basis cannot be shared. A
+            method that has one has the options ``group_size`` and ``sharing``.
+        input_gram: name of the statistic that is the input Gram, with which sharing is compared.
     """
 
     name: str
@@ -34,6 +42,10 @@ class LowRankMethod:
     gradients: Callable[[Mapping[str, Any]], frozenset[str]] = lambda _: frozenset()
     options: Mapping[str, bool | int | float | str] = field(default_factory=dict)
     allocation: str = "uniform"
+    pivoted: bool = False
+    refit: Callable[[float], str] = lambda _: "off"
+    group_rule: GroupRule | None = None
+    input_gram: str = "gram"
 
     def decompose(
         self,
@@ -43,6 +55,18 @@ class LowRankMethod:
     ) -> Decomposition:
         """Decompose one weight ``(out, in)``, with the default of every option that is not given."""
         return self.rule(W_ON, statistics, {**self.options, **(options or {})})
+
+    def check(self, options: Mapping[str, object]) -> None:
+        """Refuse values that an option does not have.
+
+        Raises:
+            ValueError: names the option.
+        """
+        self.gradients(options)
+        if "sharing" in self.options:
+            _one_of(options, "sharing", SHARING)
+            if not isinstance(size := options["group_size"], int) or size < 1:
+                raise ValueError(f"option group_size: expected at least 1 block, found {size}")
 
     @property
     def calibrated(self) -> bool:
@@ -67,6 +91,11 @@ def either_gram(shapes: Sequence[tuple[int, int]]) -> frozenset[str]:
     return frozenset({"gram" if of_input <= of_outputs else "output_gram"})
 
 
+def gram(_: Sequence[tuple[int, int]]) -> frozenset[str]:
+    """Need the Gram of every input."""
+    return frozenset({"gram"})
+
+
 def magnitude(_: Sequence[tuple[int, int]]) -> frozenset[str]:
     """Need the mean magnitude of every input feature."""
     return frozenset({"magnitude"})
@@ -77,6 +106,8 @@ def mean_gram(_: Sequence[tuple[int, int]]) -> frozenset[str]:
     return frozenset({"mean_gram"})
 
 
+UPDATE = 0.6  # basis-sharing updates the coefficients at this budget and below
+SHARING = ("measured", "paper", "all", "none")
 WEIGHTINGS = ("none", "scalar", "diagonal", "full")
 LOSSES = ("sampled", "labels")
 
@@ -89,7 +120,10 @@ def _one_of(options: Mapping[str, Any], name: str, valid: Sequence[str]) -> str:
 
 def _fisher(options: Mapping[str, Any]) -> frozenset[str]:
     _one_of(options, "loss", LOSSES)
-    return frozenset({"fisher" if options["per_example"] else "fisher_batched"})
+    batch = options["fisher_batch"]
+    if batch < 1:
+        raise ValueError(f"option fisher_batch: expected the examples squared together, 1 or more, found {batch}")
+    return frozenset({"fisher" if batch == 1 else f"fisher:{batch}"})
 
 
 def _fisher_weighted(
@@ -105,11 +139,30 @@ def _output_gradient(options: Mapping[str, Any]) -> frozenset[str]:
     return frozenset() if weighting == "none" else frozenset({f"output_gradient_{weighting}"})
 
 
-def _loss_optimal(
-    W_ON: torch.Tensor, statistics: Mapping[str, torch.Tensor], options: Mapping[str, Any]
+def _weighting(W_ON: torch.Tensor, statistics: Statistics, options: Mapping[str, Any]) -> torch.Tensor:
+    return next((statistics[name] for name in _output_gradient(options)), W_ON.new_ones(()))
+
+
+def _loss_optimal(W_ON: torch.Tensor, statistics: Statistics, options: Mapping[str, Any]) -> Decomposition:
+    return loss_optimal.decompose(W_ON, statistics["mean_gram"], _weighting(W_ON, statistics, options))
+
+
+def _loss_optimal_group(
+    W_ON: Sequence[torch.Tensor], statistics: Sequence[Statistics], options: Mapping[str, Any]
 ) -> Decomposition:
-    weighting = [statistics[name] for name in _output_gradient(options)]
-    return loss_optimal.decompose(W_ON, statistics["mean_gram"], weighting[0] if weighting else W_ON.new_ones(()))
+    weightings = [_weighting(weight, own, options) for weight, own in zip(W_ON, statistics, strict=True)]
+    roots = [loss_optimal.root(B, len(weight)) for B, weight in zip(weightings, W_ON, strict=True)]
+    return loss_optimal.decompose_weighted(
+        sharing.stacked(W_ON),
+        sharing.pooled(statistics, "mean_gram"),
+        torch.cat(roots) if roots[0].ndim == 1 else sharing.block_diagonal(roots),
+    )
+
+
+def _whitened_group(
+    W_ON: Sequence[torch.Tensor], statistics: Sequence[Statistics], _: Mapping[str, Any]
+) -> Decomposition:
+    return whitening.decompose(sharing.stacked(W_ON), sharing.pooled(statistics, "gram"))
 
 
 def _whitened(W_ON: torch.Tensor, statistics: Mapping[str, torch.Tensor], _: Mapping[str, Any]) -> Decomposition:
@@ -135,7 +188,7 @@ METHODS = {
             needs=nothing,
             rule=_fisher_weighted,
             gradients=_fisher,
-            options={"per_example": True, "fisher_power": 0.5, "loss": "labels"},
+            options={"fisher_batch": 1, "fisher_power": 0.5, "loss": "labels"},
         ),
         LowRankMethod(
             name="asvd",
@@ -161,14 +214,35 @@ METHODS = {
             allocation="svd-llm-v2",
         ),
         LowRankMethod(
+            name="swift-svd",
+            paper="Qi et al., ICML 2026 (arXiv 2604.01609)",
+            summary="svd-llm by eigenvectors of the outputs' covariance; ranks by loss and influence, tried on a text",
+            needs=either_gram,
+            rule=_whitened,
+            allocation="swift",
+        ),
+        LowRankMethod(
+            name="basis-sharing",
+            paper="J. Wang et al., ICLR 2025 (arXiv 2410.03765)",
+            summary="svd-llm with one basis for the same weight of neighbouring blocks, where that loses less",
+            needs=either_gram,
+            rule=_whitened,
+            options={"group_size": 2, "sharing": "measured"},
+            refit=lambda keep: "update" if keep <= UPDATE else "off",
+            group_rule=_whitened_group,
+        ),
+        LowRankMethod(
             name="loss-optimal",
             paper="ours; K-FAC (Martens and Grosse, 2015) on both sides",
             summary="least expected increase of the loss, inputs and output gradients weighted, one global budget",
             needs=mean_gram,
             rule=_loss_optimal,
             gradients=_output_gradient,
-            options={"output_weighting": "full", "loss": "sampled"},
+            options={"output_weighting": "full", "loss": "sampled", "group_size": 1, "sharing": "measured"},
             allocation="loss",
+            pivoted=True,
+            group_rule=_loss_optimal_group,
+            input_gram="mean_gram",
         ),
     )
 }

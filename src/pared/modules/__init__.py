@@ -3,5 +3,6 @@
 from pared.modules.low_rank import LowRankLinear
 from pared.modules.pivoted import PivotedLinear
 from pared.modules.replace import replace_module
+from pared.modules.shared import BasisHolder, share
 
-__all__ = ["LowRankLinear", "PivotedLinear", "replace_module"]
+__all__ = ["BasisHolder", "LowRankLinear", "PivotedLinear", "replace_module", "share"]

@@ -1,8 +1,10 @@
 import torch
 from torch import nn
 
+from pared.modules.shared import BasisHolder
 
-class LowRankLinear(nn.Module):
+
+class LowRankLinear(BasisHolder):
     """Two linear layers in place of one: ``y = up(down(x))``.
 
     Both are real ``nn.Linear``s, so that PEFT, ``Trainer`` and whatever looks for linear layers work on them.

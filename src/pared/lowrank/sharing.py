@@ -1,0 +1,96 @@
+"""One basis for several weights: Basis Sharing (J. Wang et al., ICLR 2025, arXiv 2410.03765).
+
+The paper writes ``W (in, out)`` and puts the weights of a group side by side, ``W_g = [W^(1) | ... | W^(n)]``, with the
+Gram of the group ``G_g = Σ_l X_lᵀX_l``, and keeps ``W_g ≈ B C`` from the whitened SVD of ``W_g``. In torch's
+``(out, in)`` the weights are stacked, ``W (n · out, in)``; the basis is ``down (rank, in)``, shared, and the rows of
+``up`` are every member's own coefficients. So a group is decomposed like one tall weight, by the same function.
+
+Legend of the shape suffixes: O outputs, N inputs, K the rank; lists have one entry a member of the group.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from pared.lowrank.decomposition import Decomposition, Factors, weigh_outputs
+
+REFIT_DAMPING = 1e-6  # of the mean diagonal
+
+
+def stacked(W_ON: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the weights of a group as one, ``(Σ out, in)``.
+
+    Raises:
+        ValueError: they do not read inputs of one width.
+    """
+    if len({weight.shape[1] for weight in W_ON}) != 1:
+        raise ValueError(f"weights of widths {[weight.shape[1] for weight in W_ON]} cannot share a basis")
+    return torch.cat(list(W_ON))
+
+
+def pooled(statistics: Sequence[Mapping[str, torch.Tensor]], name: str) -> torch.Tensor:
+    """Return the mean of a statistic over the members: the paper's sum but for a factor, in the unit of one member."""
+    return torch.stack([member[name] for member in statistics]).mean(dim=0)
+
+
+def split(factors: Factors, rows: Sequence[int]) -> list[Factors]:
+    """Return every member's factors: the same ``down``, its own rows of ``up``."""
+    return [Factors(factors.down, up_OK) for up_OK in torch.split(factors.up, list(rows))]
+
+
+def error(W_ON: torch.Tensor, factors: Factors, gram_NN: torch.Tensor, L_OO: torch.Tensor | None = None) -> float:
+    """Return the squared error ``||X (W - up down)ᵀ L||²`` of one weight on its own inputs.
+
+    Args:
+        W_ON: the weight ``(out, in)``.
+        factors: what stands in for it.
+        gram_NN: ``XᵀX`` of its own inputs, not those of the group.
+        L_OO: weighting of its outputs, lower triangular ``(out, out)`` or a diagonal ``(out,)``, or none.
+    """
+    D_ON = W_ON.double() - factors.up.double() @ factors.down.double()
+    if L_OO is not None:
+        D_ON = weigh_outputs(L_OO, D_ON)
+    return float(((D_ON @ gram_NN.double()) * D_ON).sum())
+
+
+def block_diagonal(blocks: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return square matrices along the diagonal of one, zero elsewhere."""
+    size = sum(len(block) for block in blocks)
+    whole, start = blocks[0].new_zeros(size, size), 0
+    for block in blocks:
+        stop = start + len(block)
+        whole[start:stop, start:stop] = block
+        start = stop
+    return whole
+
+
+def member_weighting(found: Decomposition, start: int, stop: int) -> torch.Tensor | None:
+    """Return the part of a group's weighting of outputs that is one member's."""
+    if found.L_OO is None:
+        return None
+    return found.L_OO[start:stop] if found.L_OO.ndim == 1 else found.L_OO[start:stop, start:stop]
+
+
+def refit(W_ON: torch.Tensor, factors: Factors, gram_NN: torch.Tensor, cross_NN: torch.Tensor) -> torch.Tensor:
+    """Return ``up (out, rank)`` with the least error on the inputs that the compressed model really has.
+
+    Least squares with the basis fixed, ``min ||X' W'ᵀ - T||`` with targets ``T = X Wᵀ``:
+    ``up = W C downᵀ (down G' downᵀ)⁻¹`` with ``G' = X'ᵀX'`` and ``C = XᵀX'``. With ``X = X'`` this is the coefficient
+    update of Basis Sharing (section 3.3) and of SVD-LLM (section 3.4). It weighs outputs one by one, so that no
+    weighting of them changes it.
+
+    Args:
+        W_ON: the dense weight ``(out, in)``.
+        factors: ``down``, which stays, and ``up``, which is returned where nothing is better.
+        gram_NN: ``G'`` ``(in, in)``, any scale; may be rank-deficient.
+        cross_NN: ``C`` ``(in, in)``, of the same scale.
+    """
+    W_ON, down_KN, up_OK = W_ON.double(), factors.down.double(), factors.up.double()
+    gram_KK = down_KN @ gram_NN.double() @ down_KN.T
+    targets_OK = W_ON @ cross_NN.double() @ down_KN.T
+    # Solved for the change, with a little damping: directions that no input reaches keep their coefficients.
+    damped_KK = gram_KK.clone()
+    damped_KK.diagonal().add_(REFIT_DAMPING * gram_KK.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny))
+    new_OK = up_OK + torch.linalg.solve(damped_KK, targets_OK - up_OK @ gram_KK, left=False)
+    before, after = (((one @ gram_KK - 2 * targets_OK) * one).sum() for one in (up_OK, new_OK))
+    return new_OK if after < before else up_OK

@@ -1,0 +1,58 @@
+"""Several modules with one basis: the weights of their ``down`` are one parameter.
+
+Parameters are tied, never one module put under two parents: transformers initialises the latter anew on loading.
+"""
+
+from functools import partial
+from typing import Any, NoReturn
+
+from torch import nn
+
+
+class BasisHolder(nn.Module):
+    """A module whose ``down`` may be shared, and then lets no adapter on it be merged.
+
+    A merged adapter is added to the one tensor of all members, once for each of them: every one of them would be wrong.
+
+    Attributes:
+        shares: name of the tensor that ``down.weight`` is in every member of the group, None if it is nobody else's.
+    """
+
+    shares: str | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set as torch does; what PEFT wraps around a shared ``down`` gets a ``merge`` that refuses."""
+        super().__setattr__(name, value)
+        if name == "down" and self.shares is not None and hasattr(value, "merge"):
+            value.merge = partial(_refuse_merge, self.shares)
+
+
+def share(member: nn.Module, owner: nn.Module, tensor: str) -> None:
+    """Make ``down.weight`` of one module that of another, one parameter.
+
+    Args:
+        member: the module that gets it.
+        owner: the module that has it.
+        tensor: full name of the owner's ``down.weight``.
+
+    Raises:
+        ValueError: there is no ``down`` in one of them, or the shapes differ.
+    """
+    shapes = [None if (down := _down(module)) is None else tuple(down.weight.shape) for module in (member, owner)]
+    if None in shapes or shapes[0] != shapes[1]:
+        raise ValueError(f"cannot share {tensor} {shapes[1]} with a `down` of shape {shapes[0]}; they must be equal")
+    _down(member).weight = _down(owner).weight
+    for module in (member, owner):
+        module.shares = tensor  # type: ignore[assignment]
+        module.down = module.down  # where it is wrapped already
+
+
+def _down(module: nn.Module) -> Any:
+    return module.down
+
+
+def _refuse_merge(tensor: str, *_: object, **__: object) -> NoReturn:
+    raise ValueError(
+        f"an adapter on a shared `down` cannot be merged: its weight is {tensor}, one tensor of several layers, and "
+        "every layer's change would land in it; keep the adapter unmerged, or train one that targets `up`"
+    )
