@@ -72,8 +72,8 @@ def test_the_manifest_tells_the_new_storage_and_keeps_the_recipe(two: Path, pivo
     saved = before.plan.after.covered_parameters - after.plan.after.covered_parameters
     assert saved == sum(rank**2 for rank in ranks)
     assert after.bytes_on_disk == (pivoted / "model.safetensors").stat().st_size < before.bytes_on_disk
-    outputs = sum(site.out_features for site in after.plan.sites)
-    assert before.plan.after.bytes_on_disk - after.plan.after.bytes_on_disk == 4 * saved - 4 * outputs
+    inputs = sum(site.in_features for site in after.plan.sites)
+    assert before.plan.after.bytes_on_disk - after.plan.after.bytes_on_disk == 4 * saved - 4 * inputs
     model = pared.load(str(pivoted))
     assert sum(p.numel() for p in model.parameters()) == after.plan.after.model_parameters
     told = json.loads((two.parent / "converted.json").read_text())
@@ -166,13 +166,17 @@ def test_half_works_on_a_pivoted_model(pivoted: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
-def test_lora_on_the_coefficients_trains_a_step_merges_exactly_and_saves(pivoted: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("parts", [["up"], ["down"], ["up", "down"]])
+def test_lora_on_either_part_trains_a_step_merges_exactly_and_saves(
+    parts: list[str], pivoted: Path, tmp_path: Path
+) -> None:
     from peft import LoraConfig, get_peft_model
 
     base = AutoModelForCausalLM.from_pretrained(pivoted)
     before = logits(base)
-    model = get_peft_model(base, LoraConfig(r=2, target_modules=["up"], lora_dropout=0.0))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=parts, lora_dropout=0.0))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    assert sum("lora_A" in name for name, _ in model.named_parameters()) == 21 * len(parts)
     for _ in range(2):  # the first step only moves B away from zero
         model(input_ids=TOKENS, labels=TOKENS).loss.backward()
         optimizer.step()
@@ -245,7 +249,9 @@ def test_a_damaged_order_is_refused_by_name(edit: Any, pivoted: Path, tmp_path: 
     damaged = Path(shutil.copytree(pivoted, tmp_path / "damaged"))
     change(damaged, "model.layers.1.mlp.down_proj.order", edit)
     for check in (pared.verify, require_tensors, lambda folder: convert(folder, tmp_path / "out", pivoted=False)):
-        with pytest.raises(ParedError, match=r"model\.layers\.1\.mlp\.down_proj\.order is no order of 32 outputs"):
+        with pytest.raises(
+            ParedError, match=r"model\.layers\.1\.mlp\.down_proj\.order is no order of the 48 numbers from 0"
+        ):
             check(damaged)
 
 

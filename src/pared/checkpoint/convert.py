@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
-import torch
 from torch import nn
 
 from pared.checkpoint.load import load, load_tokenizer
@@ -11,10 +11,9 @@ from pared.checkpoint.manifest import Manifest
 from pared.checkpoint.save import mark, save
 from pared.checkpoint.verify import compare, require_tensors
 from pared.errors import ParedError
-from pared.lowrank import Factors
-from pared.lowrank.pivot import pivot, unpivot
-from pared.modules import LowRankLinear, PivotedLinear, replace_module
-from pared.plan import LowRank, Plan
+from pared.install import factors_of, install_group
+from pared.modules import LowRankLinear, PivotedLinear
+from pared.plan import Dense, Plan
 from pared.staging import require_free, staged
 
 
@@ -51,17 +50,18 @@ def convert(
     manifest = Manifest.read(folder)
     require_tensors(folder)
     model = load(folder)
-    names = [name for name, module in model.named_modules() if type(module) is _other(pivoted)]
-    if not names:
+    groups = _groups(model, LowRankLinear if pivoted else PivotedLinear)
+    if not groups:
         form, other = ("pivoted", "two factors") if pivoted else ("two factors", "pivoted")
         raise ParedError(f"{folder} has nothing to convert: no module is stored as {other}, all there is is {form}")
-    for name in names:
+    for names in groups:
         try:
-            _restore(model, name)
+            old = [cast("LowRankLinear | PivotedLinear", model.get_submodule(name)) for name in names]
+            install_group(model, names, factors_of(old), pivoted)
         except (ValueError, RuntimeError) as error:
-            raise ParedError(f"{folder}: {name}: {error}") from error
+            raise ParedError(f"{folder}: {names[0]}: {error}") from error
     mark(model)
-    plan = _replanned(manifest.plan, set(names), pivoted)
+    plan = _replanned(manifest.plan, {name for names in groups for name in names}, pivoted)
     with staged(out, overwrite, needed=plan.after.bytes_on_disk) as staging:
         save(model, load_tokenizer(folder), staging)
         bytes_on_disk = require_tensors(staging)
@@ -76,32 +76,14 @@ def convert(
     return manifest
 
 
-def _other(pivoted: bool) -> type[nn.Module]:
-    """Return the module class that a conversion replaces."""
-    return LowRankLinear if pivoted else PivotedLinear
-
-
-@torch.no_grad()
-def _restore(model: nn.Module, name: str) -> None:
-    """Replace one module by its counterpart, in place."""
-    old = model.get_submodule(name)
-    assert isinstance(old, (LowRankLinear, PivotedLinear))
-    weight, bias = old.down.weight, old.bias
-    shape = (old.in_features, old.out_features, old.rank, bias is not None, weight.device, weight.dtype)
-    new: LowRankLinear | PivotedLinear
-    if isinstance(old, LowRankLinear):
-        new = PivotedLinear(*shape)
-        stored = pivot(Factors(down=old.down.weight, up=old.up.weight))
-        new.set_weight(stored.pivots_K, stored.W_KN, stored.C_RK)
-    else:
-        new = LowRankLinear(*shape)
-        coefficients = weight.new_empty(0, old.rank) if old.up is None else old.up.weight
-        factors = unpivot(old.pivots, weight, coefficients)
-        new.down.weight.copy_(factors.down)
-        new.up.weight.copy_(factors.up)
-    if bias is not None and new.bias is not None:
-        new.bias.copy_(bias)
-    replace_module(model, name, new)
+def _groups(model: nn.Module, kind: type[nn.Module]) -> list[list[str]]:
+    """Return the names of the modules of a kind, those with one basis together."""
+    groups: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        if type(module) is kind:
+            assert isinstance(module, (LowRankLinear, PivotedLinear))
+            groups.setdefault(id(module if module.down is None else module.down.weight), []).append(name)
+    return list(groups.values())
 
 
 def _replanned(plan: Plan, names: set[str], pivoted: bool) -> Plan:
@@ -112,7 +94,7 @@ def _replanned(plan: Plan, names: set[str], pivoted: bool) -> Plan:
     """
     sites = []
     for site in plan.sites:
-        if site.name in names and isinstance(site.decision, LowRank):
+        if site.name in names and not isinstance(site.decision, Dense):
             names = names - {site.name}
             decision = site.decision.model_copy(update={"pivoted": pivoted})
             sites.append(site.model_copy(update={"decision": decision}))

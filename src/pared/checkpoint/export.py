@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from pared.anatomy import bias_of, weight_of
 from pared.checkpoint.load import load
-from pared.checkpoint.loader import is_portable
+from pared.checkpoint.loader import is_portable, tie
 from pared.checkpoint.save import module_map, save
 from pared.checkpoint.verify import require_tensors
 from pared.modules import replace_module
@@ -44,6 +44,7 @@ def make_dense(model: PreTrainedModel) -> PreTrainedModel:
     """Multiply every compressed module out into the linear layer it stands for, in place."""
     compressed = {name: model.get_submodule(name) for name in module_map(model)}
     _forget_compression(model)
+    tie(model, {})
     with torch.device("meta"):
         skeleton = type(model)._from_config(model.config)  # knows which modules are Linear and which Conv1D
     for name, module in compressed.items():

@@ -59,6 +59,16 @@ def read_map(name: str) -> dict[str, dict[str, Any]]:
     return _fields(config).get("modules") or {} if is_compressed(config) else {}
 
 
+def read_shared(name: str) -> dict[str, str]:
+    """Return the shared tensors of a folder: for every tensor that is not stored, the name of the one that is.
+
+    Raises:
+        ParedError: not a model, or of a newer format version.
+    """
+    config = read_config(name)
+    return _fields(config).get("shared") or {} if is_compressed(config) else {}
+
+
 def is_compressed(config: PretrainedConfig) -> bool:
     """Whether a configuration says that pared made the weights."""
     return _fields(config).get("quant_method") == QUANT_METHOD

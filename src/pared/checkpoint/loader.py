@@ -20,10 +20,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from pared.modules.low_rank import LowRankLinear
 from pared.modules.pivoted import PivotedLinear
 from pared.modules.replace import replace_module
+from pared.modules.shared import BasisHolder, share
 
 QUANT_METHOD = "pared"
 FORMAT_VERSION = 1
 LOADER_NAME = "modeling_pared"
+DOWN = ".down.weight"
 IS_COPY = __name__.rpartition(".")[2] == LOADER_NAME
 
 # kind in the map -> (module class, the keys its entry has beside `kind`)
@@ -39,6 +41,7 @@ class ParedConfig(QuantizationConfigMixin):
     Args:
         format_version: of the folder's layout.
         modules: for every changed module, by full name, its kind, shape and exact rank.
+        shared: for every tensor that is not stored, as it is that of another module, the name of the one that is.
         quant_method: always ``pared``.
 
     Raises:
@@ -49,6 +52,7 @@ class ParedConfig(QuantizationConfigMixin):
         self,
         format_version: int = FORMAT_VERSION,
         modules: dict[str, dict[str, Any]] | None = None,
+        shared: dict[str, str] | None = None,
         quant_method: str = QUANT_METHOD,
         **unknown: object,
     ) -> None:
@@ -61,6 +65,12 @@ class ParedConfig(QuantizationConfigMixin):
         self.quant_method = quant_method
         self.format_version = format_version
         self.modules = _checked(modules or {})
+        self.shared = _checked_shared(shared or {}, self.modules)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as they are stored, without a list of shared tensors where there are none."""
+        fields: dict[str, Any] = super().to_dict()
+        return fields if self.shared else {key: value for key, value in fields.items() if key != "shared"}
 
 
 def _checked(modules: Any) -> dict[str, dict[str, Any]]:
@@ -74,13 +84,33 @@ def _checked(modules: Any) -> dict[str, dict[str, Any]]:
     return modules
 
 
+def _checked_shared(shared: Any, modules: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Return the shared tensors if every one of them and its owner are a ``down`` of the map, of one shape."""
+    if not isinstance(shared, dict):
+        raise ValueError(f"the shared tensors are {type(shared).__name__}, expected the owner's name by tensor name")
+    shapes = {
+        name + DOWN: {key: entry[key] for key in ("kind", "in_features", "rank")} for name, entry in modules.items()
+    }
+    for alias, owner in shared.items():
+        for tensor in (alias, owner):
+            if not isinstance(tensor, str) or tensor not in shapes:
+                raise ValueError(f"shared tensor {alias}: {tensor} is not the {DOWN[1:]} of a module in the map")
+        if owner in shared:
+            raise ValueError(f"shared tensor {alias}: its owner {owner} is shared itself, expected one that is stored")
+        if shapes[alias] != shapes[owner]:
+            raise ValueError(
+                f"shared tensor {alias}: {shapes[alias]} in the map, but its owner {owner} is {shapes[owner]}"
+            )
+    return shared
+
+
 class ParedQuantizer(HfQuantizer):
     """Puts the modules of the map in place before transformers loads the weights."""
 
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: object) -> None:
-        install_empty(model, self.quantization_config.modules)
+        install_empty(model, self.quantization_config.modules, self.quantization_config.shared)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: object) -> None:
         # The weights are plain floating point numbers: half(), float(), Trainer and PEFT treat them as such.
@@ -107,16 +137,18 @@ class ParedQuantizer(HfQuantizer):
         return True
 
 
-def install_empty(model: nn.Module, entries: dict[str, dict[str, Any]]) -> None:
+def install_empty(model: nn.Module, entries: dict[str, dict[str, Any]], shared: dict[str, str] | None = None) -> None:
     """Replace modules by the empty ones of the map, in place.
 
     Args:
         model: the model, or its base without head: names are looked up with and without the base's prefix.
         entries: the ``modules`` of the map.
+        shared: the shared tensors of the map.
 
     Raises:
         ValueError: a name is not in the model, or a shape does not fit.
     """
+    paths: dict[str, str] = {}
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     for name, entry in entries.items():
         for path in (name, name.removeprefix(prefix), prefix + name):
@@ -128,6 +160,31 @@ def install_empty(model: nn.Module, entries: dict[str, dict[str, Any]]) -> None:
         if shape != sorted((entry["out_features"], entry["in_features"])):
             raise ValueError(f"map entry {name}: shape {shape} in the model, {entry} in the map")
         replace_module(model, path, empty_module(entry, device=old.weight.device, dtype=old.weight.dtype))
+        paths[name + DOWN] = path + DOWN
+    tie(model, {paths[alias]: paths[owner] for alias, owner in (shared or {}).items()})
+
+
+def tie(model: nn.Module, shared: dict[str, str]) -> None:
+    """Make tensors one, and tell transformers, so that they are saved once and not missing when they are loaded.
+
+    Args:
+        model: its modules are in place.
+        shared: for every tensor the one that it is; replaces what was said before.
+
+    Raises:
+        ValueError: the shape of a tensor is not that of its owner.
+    """
+    for module in model.modules():
+        if isinstance(module, BasisHolder):
+            module.shares = None
+    for alias, owner in shared.items():
+        share(model.get_submodule(alias.removesuffix(DOWN)), model.get_submodule(owner.removesuffix(DOWN)), owner)
+    # The first is read by save_pretrained and tie_weights(), the second by from_pretrained; embeddings may be in both.
+    for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
+        known = getattr(model, attribute, None) or {}
+        others = {alias: owner for alias, owner in known.items() if not alias.endswith(DOWN)}
+        if known != others | shared:
+            setattr(model, attribute, others | shared)
 
 
 def empty_module(
@@ -189,7 +246,12 @@ def loader_source() -> str:
     """Return the text of ``modeling_pared.py``: this very file where it is one, else put together from its parts."""
     if IS_COPY:
         return Path(__file__).read_text(encoding="utf-8")
-    owners = [replace_module.__module__, *(cls.__module__ for cls, _ in MODULE_TYPES.values()), __name__]
+    owners = [
+        replace_module.__module__,
+        BasisHolder.__module__,
+        *(cls.__module__ for cls, _ in MODULE_TYPES.values()),
+        __name__,
+    ]
     parts = [Path(str(sys.modules[owner].__file__)).read_text(encoding="utf-8") for owner in dict.fromkeys(owners)]
     return "\n\n".join(
         "\n".join(line for line in part.splitlines() if not line.startswith("from pared")) for part in parts

@@ -48,6 +48,7 @@ class Manifest(BaseModel):
         recipe: what was asked for.
         plan: what was decided.
         damping: sites whose Gram was rank-deficient, with the relative damping used.
+        sharing: for every group that was compared, what one basis loses and what bases of their own lose.
         calibration: what was calibrated on, with the digest of the tokens.
         evaluation: what perplexity was measured on; none if it was not.
         perplexity_before: of the dense model.
@@ -70,6 +71,7 @@ class Manifest(BaseModel):
     recipe: Recipe
     plan: Plan
     damping: dict[str, float] = {}
+    sharing: list[dict[str, Any]] = []
     calibration: dict[str, Any] | None = None
     evaluation: dict[str, Any] | None = None
     perplexity_before: float | None = None

@@ -7,7 +7,8 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pared.checkpoint.loader import LOADER_NAME, MODULE_TYPES, ParedConfig, make_portable
+from pared.checkpoint.loader import DOWN, LOADER_NAME, MODULE_TYPES, ParedConfig, make_portable, tie
+from pared.errors import ParedError
 
 AUTO_CLASSES = (
     "AutoModel",
@@ -32,9 +33,40 @@ def module_map(model: nn.Module) -> dict[str, dict[str, Any]]:
     return entries
 
 
+def shared_tensors(model: nn.Module) -> dict[str, str]:
+    """Return, for every ``down`` whose weight is that of a module before it, the name of that one's.
+
+    Raises:
+        ParedError: one module stands in two places; on loading, one of them would be filled with random numbers.
+    """
+    shared: dict[str, str] = {}
+    weights: dict[int, str] = {}
+    modules: dict[int, str] = {}
+    kinds = tuple(cls for cls, _ in MODULE_TYPES.values())
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, kinds) or module.down is None:
+            continue
+        first = modules.setdefault(id(module.down), name)
+        if first != name:
+            raise ParedError(
+                f"{name} and {first} have one module between them, expected one of its own each; "
+                "tie their `down.weight` instead"
+            )
+        owner = weights.setdefault(id(module.down.weight), name)
+        if owner != name:
+            shared[name + DOWN] = owner + DOWN
+    return shared
+
+
 def mark(model: PreTrainedModel) -> None:
-    """Make a model whose modules were replaced describe itself, so that plain ``save_pretrained`` is enough."""
-    model.config.quantization_config = ParedConfig(modules=module_map(model))
+    """Make a model whose modules were replaced describe itself, so that plain ``save_pretrained`` is enough.
+
+    Raises:
+        ParedError: one module stands in two places.
+    """
+    shared = shared_tensors(model)
+    model.config.quantization_config = ParedConfig(modules=module_map(model), shared=shared)
+    tie(model, shared)
     model.config.auto_map = _auto_map(model)
     make_portable(model)
 

@@ -1,12 +1,13 @@
 """The self-check: what is on disk, loaded anew, must answer what the model in memory answered."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from pared.checkpoint.load import load, read_map
+from pared.checkpoint.load import load, read_map, read_shared
 from pared.checkpoint.loader import empty_module
 from pared.checkpoint.manifest import Fingerprint, Manifest
 from pared.errors import ParedError
@@ -52,31 +53,59 @@ def compare(model: PreTrainedModel, fingerprint: Fingerprint) -> float:
 def require_tensors(folder: Path) -> int:
     """Check that every tensor of the map is in the folder's files with its shape; return the bytes of the weights.
 
+    A shared tensor need not be there, as its owner is; if it is, it must be equal.
+
     Raises:
-        ParedError: a file is missing or truncated, or a tensor is missing or misshapen; names it.
+        ParedError: a file is missing or truncated, or a tensor is missing, misshapen or not its owner; names it.
     """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ParedError(f"{folder} has no .safetensors file")
-    shapes: dict[str, tuple[int, ...]] = {}
-    orders: dict[str, torch.Tensor] = {}
+    stored = _stored(files)
+    shared = read_shared(str(folder))
+    for name, entry in read_map(str(folder)).items():
+        for part, expected in empty_module(entry, device="meta").state_dict().items():
+            tensor, shape = f"{name}.{part}", tuple(expected.shape)
+            if tensor in shared and tensor not in stored:
+                continue
+            found = stored[tensor].shape if tensor in stored else "missing"
+            if found != shape:
+                raise ParedError(f"{folder}: {tensor} is {found}, the map says {shape}")
+            if part == "order" and not _is_order(stored[tensor].read()):
+                raise ParedError(f"{folder}: {tensor} is no order of the {shape[0]} numbers from 0; it is damaged")
+    for alias, owner in shared.items():
+        if alias in stored and not torch.equal(stored[alias].read(), stored[owner].read()):
+            raise ParedError(
+                f"{folder}: {alias} is stored and differs from {owner}, but the map says they are one; if that is "
+                "meant, call pared.checkpoint.mark on the model and save it anew, else fetch or make the folder again"
+            )
+    return sum(file.stat().st_size for file in files)
+
+
+class _Stored(NamedTuple):
+    """One tensor of a file."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+
+    def read(self) -> torch.Tensor:
+        with safe_open(self.file, framework="pt") as tensors:
+            values: torch.Tensor = tensors.get_tensor(self.name)
+        return values
+
+
+def _stored(files: list[Path]) -> dict[str, _Stored]:
+    """Return the tensors of files by name."""
+    found: dict[str, _Stored] = {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - not a mapping
-                    shapes[name] = tuple(tensors.get_slice(name).get_shape())
-                    if name.endswith(".order"):
-                        orders[name] = tensors.get_tensor(name)
+                    found[name] = _Stored(file, name, tuple(tensors.get_slice(name).get_shape()))
         except (SafetensorError, OSError) as error:
             raise ParedError(f"{file}: unreadable or truncated ({error}); fetch or make it again") from None
-    for name, entry in read_map(str(folder)).items():
-        for part, expected in empty_module(entry, device="meta").state_dict().items():
-            tensor, shape = f"{name}.{part}", tuple(expected.shape)
-            if shapes.get(tensor) != shape:
-                raise ParedError(f"{folder}: {tensor} is {shapes.get(tensor, 'missing')}, the map says {shape}")
-            if part == "order" and not _is_order(orders[tensor]):
-                raise ParedError(f"{folder}: {tensor} is no order of {shape[0]} outputs; the folder is damaged")
-    return sum(file.stat().st_size for file in files)
+    return found
 
 
 def _is_order(order: torch.Tensor) -> bool:
