@@ -36,6 +36,7 @@ from pared.calibration import (
 CPU = torch.device("cpu")
 WINDOWS, LENGTH, BATCH = 5, 12, 2  # batches of 2, 2 and 1
 Found = dict[str, dict[str, Any]]
+EVERY = (*GRADIENT_STATISTICS, "fisher:2", "fisher:3")
 
 
 def tokens(windows: int = WINDOWS, vocabulary: int = VOCAB) -> torch.Tensor:
@@ -50,7 +51,7 @@ def labels_of(model: PreTrainedModel, loss: str) -> Labels:
 def collected(
     model: PreTrainedModel,
     labels: Labels,
-    names: Any = GRADIENT_STATISTICS,
+    names: Any = EVERY,
     ids: torch.Tensor | None = None,
     batch: int = BATCH,
     dtype: torch.dtype = torch.float32,
@@ -121,7 +122,7 @@ def test_statistics_are_those_of_autograd_on_the_whole_model(family: str, loss: 
     for site, statistics in found.items():
         gram = grams[site]
         assert relative(statistics["fisher"].value, by_example[site]) < 1e-4
-        assert relative(statistics["fisher_batched"].value, batched[site]) < 1e-4
+        assert relative(statistics["fisher:2"].value, batched[site]) < 1e-4
         assert relative(statistics["output_gradient_full"].value, gram) < 1e-4
         assert relative(statistics["output_gradient_diagonal"].value, gram.diagonal()) < 1e-4
         assert relative(statistics["output_gradient_scalar"].value, gram.diagonal().mean()) < 1e-4
@@ -202,8 +203,7 @@ def test_blocks_may_return_a_tuple() -> None:
 @pytest.mark.parametrize("batch", [1, 3, 100])
 def test_the_batch_size_changes_neither_the_statistics_nor_the_sampled_labels(batch: int) -> None:
     model = TINY_MODELS["gemma3"]()
-    names = GRADIENT_STATISTICS.keys() - {"fisher_batched"}
-    mine, theirs = (collected(model, Sampled(0), names, batch=size) for size in (batch, BATCH))
+    mine, theirs = (collected(model, Sampled(0), batch=size) for size in (batch, BATCH))
     for site, statistics in mine.items():
         for name, statistic in statistics.items():
             assert relative(statistic.value, theirs[site][name].value) < 1e-4
@@ -308,10 +308,12 @@ def test_every_block_of_every_batch_is_told() -> None:
     assert len(told) == 3 * 3
 
 
-@pytest.mark.parametrize("name", sorted(GRADIENT_STATISTICS))
+@pytest.mark.parametrize("name", sorted({*GRADIENT_STATISTICS, "fisher:2"}))
 def test_merging_equals_having_seen_everything(name: str) -> None:
     x, g = torch.randn(6, 9, 7), torch.randn(6, 9, 4)
-    together, apart, other = (GRADIENT_STATISTICS[name](4, 7, CPU) for _ in range(3))
+    together, apart, other = (
+        Fisher(7, CPU, batch=2) if name == "fisher:2" else GRADIENT_STATISTICS[name](4, 7, CPU) for _ in range(3)
+    )
     together.update(x[:4], g[:4])
     together.update(x[4:], g[4:])
     apart.update(x[:4], g[:4])
@@ -343,14 +345,32 @@ def test_fisher_of_a_linear_regression_is_the_squared_residual_times_the_input()
     assert relative(fisher.value, (residual_B[:, None] * x_BN).square().sum(0).double()) < 1e-6
 
 
-@pytest.mark.parametrize("batched", [False, True])
-def test_fisher_of_half_precision_values_loses_nothing(batched: bool) -> None:
+@pytest.mark.parametrize("batch", [1, 3])
+def test_fisher_of_half_precision_values_loses_nothing(batch: int) -> None:
     x, g = torch.randn(3, 256, 16).bfloat16(), torch.randn(3, 256, 24).bfloat16()
-    fisher = Fisher(16, CPU, batched)
+    fisher = Fisher(16, CPU, batch)
     fisher.update(x, g)
     gradients = torch.einsum("bto,bti->boi", g.double(), x.double())
-    expected = (gradients.sum(0, keepdim=True) if batched else gradients).square().sum((0, 1))
+    expected = (gradients if batch == 1 else gradients.sum(0, keepdim=True)).square().sum((0, 1))
     assert relative(fisher.value, expected) < 1e-5
+
+
+@pytest.mark.parametrize("sizes", [[7], [1] * 7, [2, 5], [4, 3], [3, 3, 1]])
+def test_fisher_groups_run_across_calibration_batches_and_the_last_is_smaller(sizes: list[int]) -> None:
+    x, g = torch.randn(7, 9, 6), torch.randn(7, 9, 4)
+    gradients = torch.einsum("bto,bti->boi", g.double(), x.double())
+    expected = sum(group.sum(0).square().sum(0) for group in gradients.split(3))
+    fisher = Fisher(6, CPU, batch=3)
+    for part_x, part_g in zip(x.split(sizes), g.split(sizes), strict=True):
+        fisher.update(part_x, part_g)
+    assert relative(fisher.value, expected) < 1e-6  # type: ignore[arg-type]
+    assert fisher.tokens == 63
+
+
+def test_a_closed_group_holds_no_gradient_between_batches() -> None:
+    fisher = Fisher(6, CPU, batch=2)
+    fisher.update(torch.randn(4, 9, 6), torch.randn(4, 9, 4))
+    assert fisher._open_ON is None
 
 
 class SoftmaxRegression(PreTrainedModel):
@@ -383,6 +403,20 @@ def toy() -> SoftmaxRegression:
     """A toy whose predictions do not depend on its input, where K-FAC's factorisation is exact."""
     bias_C, x_VC = torch.randn(CLASSES), torch.randn(CLASSES, CLASSES)
     return SoftmaxRegression(torch.zeros(CLASSES, CLASSES), bias_C, x_VC)
+
+
+def test_fisher_of_a_softmax_regression_is_the_squared_error_of_the_prediction_times_the_input() -> None:
+    """``L = -log softmax(W x + b)_y`` of every token has the gradient ``(p - onehot(y)) xᵀ``, summed over a window."""
+    model = toy()
+    model.blocks[0][0].weight.data.normal_(std=0.3)
+    ids, given = tokens(WINDOWS, CLASSES), torch.randint(0, CLASSES, (WINDOWS, LENGTH))
+    given[1, 4:] = -100
+    found = collected(model, Given(given), ["fisher"], ids)["blocks.0.0"]["fisher"].value
+    x_BTN = model.embedding(ids).double()
+    error_BTC = model.double()(ids).logits.softmax(-1) - nn.functional.one_hot(given.clamp(min=0), CLASSES)
+    error_BTC[given == -100] = 0
+    expected = torch.einsum("btc,btn->bcn", error_BTC, x_BTN).square().sum((0, 1))
+    assert relative(found, expected.detach()) < 1e-5
 
 
 def test_the_gradient_of_sampled_labels_is_zero_on_average() -> None:
@@ -514,7 +548,6 @@ def test_examples_that_cannot_be_told_apart_are_refused() -> None:
     with pytest.raises(ParedError, match=r"site blocks\.0\.twice runs more than once"):
         routed("blocks.0.twice", "fisher", batch=1)
     assert routed("blocks.0.routed", "fisher", batch=1).tokens == WINDOWS * LENGTH // 2
-    assert routed("blocks.0.routed", "fisher_batched", batch=2).tokens == WINDOWS * LENGTH // 2
     assert routed("blocks.0.twice", "output_gradient_full", batch=2).tokens == 2 * WINDOWS * LENGTH
 
 

@@ -1,6 +1,6 @@
 """One pass of a few tokens through the real model: who reads what, and whether the blocks are a plain chain."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -72,24 +72,34 @@ def hidden_of(output: Any) -> torch.Tensor:
 
 
 @torch.no_grad()
-def run_model(model: PreTrainedModel, tokens: torch.Tensor) -> None:
+def run_model(model: PreTrainedModel, tokens: torch.Tensor, beside: Mapping[str, torch.Tensor] | None = None) -> None:
     """Run the model on ``tokens (batch, length)`` without a cache until a hook stops it."""
     with suppress(StopForwardError):
-        call_model(model, tokens)
+        call_model(model, tokens, beside)
 
 
-def call_model(model: PreTrainedModel, tokens: torch.Tensor) -> Any:
+def call_model(model: PreTrainedModel, tokens: torch.Tensor, beside: Mapping[str, torch.Tensor] | None = None) -> Any:
     """Return what the model puts out for ``tokens (batch, length)``, without a cache.
 
+    Args:
+        model: the model.
+        tokens: what it reads.
+        beside: what else it is given, by the argument's name: ``attention_mask`` and ``token_type_ids``, each
+            ``(batch, length)``.
+
     Raises:
-        ParedError: it needs more than token ids.
+        ParedError: it needs more than these, or does not take them.
     """
-    ids = tokens.to(model.get_input_embeddings().weight.device)
+    device = model.get_input_embeddings().weight.device
+    more: dict[str, Any] = {name: tensor.to(device) for name, tensor in (beside or {}).items()}
+    if hasattr(model.config, "use_cache"):
+        more["use_cache"] = False
     try:
-        return model(input_ids=ids, **({"use_cache": False} if hasattr(model.config, "use_cache") else {}))
+        return model(input_ids=tokens.to(device), **more)
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+        given = f"token ids with {' and '.join(beside)}" if beside else "token ids alone"
         raise ParedError(
-            f"{type(model).__name__} cannot be run on token ids alone ({type(error).__name__}: "
+            f"{type(model).__name__} cannot be run on {given} ({type(error).__name__}: "
             f"{' '.join(str(error).split())[:160]}); this architecture is not supported"
         ) from error
 

@@ -12,13 +12,15 @@ from pared.calibration.gradient_statistics import (
 )
 from pared.calibration.labels import Given, Labels, NextToken, Sampled, choose_labels
 from pared.calibration.precision import choose_dtype
-from pared.calibration.statistics import STATISTICS, Gram, Statistic
-from pared.calibration.walk import WalkedBlock, walk
+from pared.calibration.saved import save_blocks, saved_blocks
+from pared.calibration.statistics import STATISTICS, Collected, Gram, Statistic
+from pared.calibration.walk import Shapes, WalkedBlock, walk
 
 __all__ = [
     "GRADIENT_STATISTICS",
     "STATISTICS",
     "BlockInputs",
+    "Collected",
     "Fisher",
     "Given",
     "GradientStatistic",
@@ -28,6 +30,7 @@ __all__ = [
     "OfInput",
     "OutputGradient",
     "Sampled",
+    "Shapes",
     "Statistic",
     "WalkedBlock",
     "backward",
@@ -35,5 +38,7 @@ __all__ = [
     "choose_dtype",
     "choose_labels",
     "gradient_accumulators",
+    "save_blocks",
+    "saved_blocks",
     "walk",
 ]

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from pared.anatomy.probe import BlockCall, call_model, hooks
 from pared.anatomy.structure import Anatomy, Site
-from pared.calibration.capture import BlockInputs, replaced_forwards
+from pared.calibration.capture import BlockInputs, real_rows, replaced_forwards
 from pared.calibration.gradient_statistics import GradientStatistic, OfInput
 from pared.calibration.labels import Labels, logit_gradient
 from pared.calibration.walk import require_finite_hidden, worker_of
@@ -38,7 +38,8 @@ def backward(
     Args:
         model: unchanged afterwards, also its ``requires_grad`` and ``training`` flags.
         anatomy: after the probe pass.
-        inputs: captured inputs of ``tokens``; not changed, so this goes before a walk, which overwrites them.
+        inputs: captured inputs of ``tokens``; not changed, so this goes before a walk, which overwrites them. Tokens
+            that their attention mask leaves out are in no statistic and have no label.
         tokens: the windows ``(windows, length)``.
         wants: accumulators by site name and statistic name, updated in place. One that no token of a batch reached
             (an expert) keeps its count.
@@ -55,11 +56,12 @@ def backward(
     with _frozen(model):
         workers = [worker_of(block, inputs.dtype, inputs.device) for block in anatomy.blocks(model)]
         parts = torch.split(tokens, [len(hidden) for hidden in inputs.hidden])
-        for hidden, calls, part in zip(inputs.hidden, inputs.calls, parts, strict=True):
+        for batch, (hidden, calls, part) in enumerate(zip(inputs.hidden, inputs.calls, parts, strict=True)):
             trail = _forward(workers, anatomy, calls, hidden)
-            gradient = _through_head(model, anatomy, calls, trail.pop(), part, window, labels)
+            more, mask = inputs.beside[batch], inputs.mask(batch)
+            gradient = _through_head(model, anatomy, calls, trail.pop(), part, more, window, labels)
             for index in reversed(range(len(workers))):
-                gradient = _back(workers[index], anatomy, index, calls[index], trail.pop(), gradient, wants)
+                gradient = _back(workers[index], anatomy, index, calls[index], trail.pop(), gradient, wants, mask)
                 on_batch()
             window += len(part)
 
@@ -97,6 +99,7 @@ def _through_head(
     calls: list[BlockCall],
     hidden_BTH: torch.Tensor,
     tokens_BT: torch.Tensor,
+    beside: Mapping[str, torch.Tensor],
     window: int,
     labels: Labels,
 ) -> torch.Tensor:
@@ -115,12 +118,16 @@ def _through_head(
     with torch.enable_grad(), replaced_forwards(blocks, stub):
         for offset, tokens_T in enumerate(tokens_BT):
             leaf = hidden_BTH[offset : offset + 1].detach().requires_grad_()
-            logits = getattr(call_model(model, tokens_T.unsqueeze(0)), "logits", None)
+            more = {name: tensor[offset : offset + 1] for name, tensor in beside.items()}
+            logits = getattr(call_model(model, tokens_T.unsqueeze(0), more), "logits", None)
             if logits is None:
                 raise ParedError(
                     f"{type(model).__name__} puts out no logits; gradients need a language-model or classification head"
                 )
-            gradient = logit_gradient(logits, window + offset, tokens_T, labels)
+            mask = more.get("attention_mask")
+            gradient = logit_gradient(
+                logits, window + offset, tokens_T, labels, None if mask is None else mask[0].bool()
+            )
             gradients += torch.autograd.grad(logits, leaf, gradient)
     return torch.cat(gradients)
 
@@ -133,9 +140,10 @@ def _back(
     hidden: torch.Tensor,
     gradient: torch.Tensor,
     wants: Wants,
+    mask: torch.Tensor | None,
 ) -> torch.Tensor:
     """Recompute a block, send a gradient of its output back to its input, and tell the sites on the way."""
-    taps = [_Tap(site, wants[site.name], hidden) for site in anatomy.sites_of(index) if site.name in wants]
+    taps = [_Tap(site, wants[site.name], hidden, mask) for site in anatomy.sites_of(index) if site.name in wants]
     leaf = hidden.detach().requires_grad_()
     with torch.enable_grad(), hooks(_hooked(worker, anatomy, taps)):
         output = call.run(worker, leaf.clone())  # a leaf must not be changed in place
@@ -153,8 +161,14 @@ def _hooked(worker: nn.Module, anatomy: Anatomy, taps: list["_Tap"]) -> Iterator
 class _Tap:
     """Hands the accumulators of one site what it reads and the gradient of what it puts out."""
 
-    def __init__(self, site: Site, wanted: Mapping[str, GradientStatistic], hidden_BTH: torch.Tensor) -> None:
-        self.site = site
+    def __init__(
+        self,
+        site: Site,
+        wanted: Mapping[str, GradientStatistic],
+        hidden_BTH: torch.Tensor,
+        mask_BT: torch.Tensor | None,
+    ) -> None:
+        self.site, self.mask_BT = site, mask_BT
         # What is collected of an input is shared by the sites that read it; only the first of them updates it.
         first = site.reads == site.name
         self.statistics = [statistic for statistic in wanted.values() if first or not isinstance(statistic, OfInput)]
@@ -172,11 +186,23 @@ class _Tap:
             if x._version != version:
                 raise ParedError(f"site {self.site.name}: its input is changed in place after it was read")
             x_BTN, g_BTO = (tensor.reshape(examples, -1, tensor.shape[-1]) for tensor in (x, g.detach()))
-            for statistic in self.statistics:
-                statistic.update(x_BTN, g_BTO)
+            if self.mask_BT is None:
+                for statistic in self.statistics:
+                    statistic.update(x_BTN, g_BTO)
+            else:
+                self._update_masked(x_BTN, g_BTO, self.mask_BT)
 
         if output.requires_grad:
             output.register_hook(receive)  # type: ignore[no-untyped-call]
+
+    def _update_masked(self, x_BTN: torch.Tensor, g_BTO: torch.Tensor, mask_BT: torch.Tensor) -> None:
+        """Hand on what is no padding: example by example where they are told apart, else as one."""
+        x_1RN, g_1RO = (real_rows(tensor, mask_BT, self.site.name) for tensor in (x_BTN, g_BTO))
+        lengths = mask_BT.sum(dim=1).tolist()
+        for statistic in self.statistics:
+            parts = lengths if statistic.by_example else [sum(lengths)]
+            for x, g in zip(torch.split(x_1RN, parts, 1), torch.split(g_1RO, parts, 1), strict=True):
+                statistic.update(x, g)
 
     def _examples(self, rows: int) -> int:
         """Return the examples that rows, which may be flattened, belong to; 1 if some are missing (routed tokens)."""
@@ -188,7 +214,7 @@ class _Tap:
         if self.by_example and self.examples > 1:
             raise ParedError(
                 f"site {self.site.name} reads {rows} rows of {self.examples} windows of {self.length} tokens, so its "
-                "examples cannot be told apart; use a calibration batch of 1, or the batched Fisher"
+                "examples cannot be told apart; use a calibration batch of 1"
             )
         return 1
 

@@ -1,8 +1,8 @@
 """What the first block reads and what every block is called with, without running a single block."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,12 +23,20 @@ class BlockInputs:
         calls: for every batch, how each block is called; equal tensors are held once.
         dtype: what the blocks compute in.
         device: where they do.
+        beside: for every batch, what the model was given beside the tokens, ``(batch, tokens)`` by argument; nothing
+            for windows without padding.
     """
 
     hidden: list[torch.Tensor]
     calls: list[list[BlockCall]]
     dtype: torch.dtype
     device: torch.device
+    beside: list[Mapping[str, torch.Tensor]] = field(default_factory=list)
+
+    def mask(self, batch: int) -> torch.Tensor | None:
+        """Return which tokens ``(batch, tokens)`` of a batch are no padding, bool; none if all are."""
+        mask = self.beside[batch].get("attention_mask")
+        return None if mask is None or bool(mask.all()) else mask.bool().to(self.device)
 
 
 def capture(
@@ -39,6 +47,7 @@ def capture(
     probed: list[BlockCall],
     dtype: torch.dtype,
     device: torch.device,
+    beside: Mapping[str, torch.Tensor] | None = None,
 ) -> BlockInputs:
     """Run everything before and between the blocks on ``tokens (windows, length)``, but no block.
 
@@ -53,6 +62,7 @@ def capture(
         probed: the calls of the probe pass, in which the blocks really ran.
         dtype: what the blocks will compute in.
         device: where they will.
+        beside: what the model is given beside the tokens, as ``call_model``; ``Windows.beside``.
 
     Raises:
         ParedError: a block's arguments depend on what an earlier block computed, which a walk cannot reproduce.
@@ -65,15 +75,39 @@ def capture(
             raise _fed_by_another(anatomy, len(recorded), probed) from error
         _require_same_arguments(anatomy, probed, recorded)
         inputs = BlockInputs([], [], dtype, device)
-        for part in torch.split(tokens, batch):
+        for start in range(0, len(tokens), batch):
             recorded.clear()
-            run_model(model, part)
+            more = {name: tensor[start : start + batch] for name, tensor in (beside or {}).items()}
+            run_model(model, tokens[start : start + batch], more)
+            inputs.beside.append(more)
             inputs.hidden.append(recorded[0].hidden.to(device, dtype))
             first = inputs.calls[0] if inputs.calls else None
             adapted: dict[int, torch.Tensor] = {}  # blocks are given the same masks and tables: one copy of each
             calls = [_adapted(call, dtype, device, adapted) for call in recorded]
             inputs.calls.append([_share(call, first[index]) for index, call in enumerate(calls)] if first else calls)
     return inputs
+
+
+def real_rows(x: torch.Tensor, mask_BT: torch.Tensor | None, site: str) -> torch.Tensor:
+    """Return the rows of what a site reads or puts out that belong to no padding, ``(1, rows, features)``.
+
+    Args:
+        x: ``(..., features)``, one row a token of the batch.
+        mask_BT: which tokens are no padding; ``x`` is returned as it is if none is given.
+        site: for the error.
+
+    Raises:
+        ParedError: the rows are not one a token, so that those of padding cannot be told.
+    """
+    if mask_BT is None:
+        return x
+    x_RN = x.reshape(-1, x.shape[-1])
+    if len(x_RN) != mask_BT.numel():
+        raise ParedError(
+            f"site {site} has {len(x_RN)} rows of {mask_BT.shape[0]} padded windows of {mask_BT.shape[1]} tokens, so "
+            "its padding cannot be told apart; use data without padding"
+        )
+    return x_RN[mask_BT.flatten()].unsqueeze(0)
 
 
 @contextmanager

@@ -117,39 +117,56 @@ class Fisher:
 
     The empirical Fisher is the squared gradient of the weight, summed over examples; its sum over outputs,
     ``I_i = Σ_b Σ_o (dL_b / dW_oi)²`` for torch's ``W (O, N)``, is one number for every input. Not normalised: a
-    factor common to all of them changes nothing. Memory: one ``(O, N)`` gradient at a time.
+    factor common to all of them changes nothing.
+
+    With a ``batch`` above 1 the examples are taken in groups of so many, in order, and the gradient of a group's summed
+    loss is squared instead: cheaper, and a proxy. Groups do not depend on the calibration batches: one that a batch
+    leaves open is filled by the next. The last group may be smaller, and counts by what it holds. Memory: one
+    ``(O, N)`` float32 gradient at a time, and beside it that of an open group; between calibration batches of a
+    multiple of ``batch`` examples none is open.
 
     Attributes:
         tokens: how many tokens were seen.
-        batched: square the gradient of a whole batch instead of each example's; cheaper, on another scale.
-        value: the importance.
+        batch: examples whose gradients are squared together.
+        by_example: True.
     """
 
-    def __init__(self, in_features: int, device: torch.device, batched: bool = False) -> None:
+    by_example = True
+
+    def __init__(self, in_features: int, device: torch.device, batch: int = 1) -> None:
         self.tokens = 0
-        self.batched = batched
-        self.value = torch.zeros(in_features, dtype=torch.float64, device=device)
+        self.batch = batch
+        self._closed_N = torch.zeros(in_features, dtype=torch.float64, device=device)
+        self._open_ON: torch.Tensor | None = None
+        self._in_open = 0
 
     @property
-    def by_example(self) -> bool:
-        """Whether the examples of a batch must be told apart."""
-        return not self.batched
+    def value(self) -> torch.Tensor:
+        """The importance ``(N,)``, an open group included."""
+        return self._closed_N if self._open_ON is None else self._closed_N + self._open_ON.square().sum(dim=0)
 
     def update(self, x_BTN: torch.Tensor, g_BTO: torch.Tensor) -> None:
         """Add one batch; products of half-precision values are exact and summed in float32."""
-        if self.batched:
-            x_BTN, g_BTO = x_BTN.reshape(1, -1, x_BTN.shape[-1]), g_BTO.reshape(1, -1, g_BTO.shape[-1])
+        done = 0
         with exact_products(torch.promote_types(x_BTN.dtype, g_BTO.dtype)):
-            for x_TN, g_TO in zip(x_BTN.float(), g_BTO.float(), strict=True):
-                dW_ON = g_TO.T @ x_TN
-                self.value += dW_ON.square().sum(dim=0)
-                self.tokens += x_TN.shape[0]
+            while done < len(x_BTN):
+                taken = slice(done, done + self.batch - self._in_open)
+                x_RN, g_RO = (tensor[taken].float().flatten(0, 1) for tensor in (x_BTN, g_BTO))
+                self._add(g_RO.T @ x_RN, len(x_BTN[taken]))
+                self.tokens += len(x_RN)
+                done += len(x_BTN[taken])
+
+    def _add(self, dW_ON: torch.Tensor, examples: int) -> None:
+        self._open_ON = dW_ON if self._open_ON is None else self._open_ON + dW_ON
+        self._in_open += examples
+        if self._in_open == self.batch:
+            self._closed_N, self._open_ON, self._in_open = self.value, None, 0
 
     def merge(self, other: GradientStatistic) -> None:
-        """Add what another of the same kind has seen."""
+        """Add what another of the same kind has seen; a group that it left open is a smaller one of its own."""
         assert isinstance(other, Fisher)
-        assert other.batched == self.batched
-        self.value += other.value.to(self.value.device)
+        assert other.batch == self.batch
+        self._closed_N = self._closed_N + other.value.to(self._closed_N.device)
         self.tokens += other.tokens
 
     def finite(self) -> bool:
@@ -197,15 +214,24 @@ def _of_input(kind: StatisticKind) -> Callable[[int, int, torch.device], Gradien
     return lambda _, in_features, device: OfInput(kind.accumulator(in_features, device))
 
 
-# name -> accumulator of a site, from its (out, in) and the device.
-GRADIENT_STATISTICS: dict[str, Callable[[int, int, torch.device], GradientStatistic]] = {
+Maker = Callable[[int, int, torch.device], GradientStatistic]
+
+# name -> accumulator of a site, from its (out, in) and the device; `fisher:N` squares N examples together.
+GRADIENT_STATISTICS: dict[str, Maker] = {
     **{name: _of_input(kind) for name, kind in STATISTICS.items() if kind.of == "input"},
     "fisher": lambda _, in_features, device: Fisher(in_features, device),
-    "fisher_batched": lambda _, in_features, device: Fisher(in_features, device, batched=True),
     "output_gradient_scalar": lambda out_features, _, device: OutputGradient(out_features, device, "scalar"),
     "output_gradient_diagonal": lambda out_features, _, device: OutputGradient(out_features, device, "diagonal"),
     "output_gradient_full": lambda out_features, _, device: OutputGradient(out_features, device, "full"),
 }
+
+
+def _maker(name: str) -> Maker:
+    kind, _, batch = name.partition(":")
+    if not batch:
+        return GRADIENT_STATISTICS[name]
+    assert kind == "fisher"
+    return lambda _, in_features, device: Fisher(in_features, device, int(batch))
 
 
 def gradient_accumulators(
@@ -219,7 +245,7 @@ def gradient_accumulators(
     shared: dict[tuple[str, str], GradientStatistic] = {}
 
     def make(site: Site, name: str) -> GradientStatistic:
-        made = GRADIENT_STATISTICS[name](site.out_features, site.in_features, device)
+        made = _maker(name)(site.out_features, site.in_features, device)
         return shared.setdefault((site.reads, name), made) if isinstance(made, OfInput) else made
 
     return {site.name: {name: make(site, name) for name in names} for site in anatomy.sites if not site.idle}

@@ -27,11 +27,16 @@ class Sampled:
     """Labels drawn from the model's own predictions: the true Fisher, which needs none from outside.
 
     The labels of a window depend on the seed and the number of the window alone, not on the batch it is in.
+
+    Attributes:
+        seed: of the draws.
+        like: labels of a data set; where those have none, none is drawn.
     """
 
     seed: int
+    like: torch.Tensor | None = None
 
-    def __call__(self, window: int, tokens_T: torch.Tensor, p_RC: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
+    def __call__(self, window: int, tokens_T: torch.Tensor, p_RC: torch.Tensor) -> torch.Tensor:
         """Draw one label for every row: the first whose cumulative probability exceeds a uniform number.
 
         ``torch.multinomial`` draws a number for every class, which takes longer than a large part of the model.
@@ -39,7 +44,13 @@ class Sampled:
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + window)
         uniform_R1 = torch.rand(len(p_RC), 1, generator=generator).to(p_RC.device)
         cumulative_RC = p_RC.cumsum(dim=-1)
-        return torch.searchsorted(cumulative_RC, uniform_R1 * cumulative_RC[:, -1:], right=True).squeeze(1)
+        drawn_R = torch.searchsorted(cumulative_RC, uniform_R1 * cumulative_RC[:, -1:], right=True).squeeze(1)
+        if self.like is None:
+            return drawn_R
+        given_R = Given(self.like)(window, tokens_T, p_RC).to(p_RC.device)
+        if len(given_R) != len(drawn_R):
+            raise ParedError(f"labels: window {window} has {len(given_R)}, the head predicts {len(drawn_R)}")
+        return drawn_R.masked_fill(given_R == NONE, NONE)
 
 
 @dataclass(frozen=True)
@@ -77,7 +88,7 @@ def choose_labels(
         model: a causal language model, or an encoder with a classification or token-classification head.
         loss: ``sampled`` from the model's predictions, or the ``labels`` given, for a language model the next token.
         seed: for sampling.
-        given: ``(windows,)`` or ``(windows, length)``, -100 where there is none.
+        given: ``(windows,)`` or ``(windows, length)``, -100 where there is none; none is sampled there either.
 
     Raises:
         ParedError: the head does not predict classes, or labels are needed and none were given.
@@ -86,18 +97,20 @@ def choose_labels(
     if problem in ("regression", "multi_label_classification"):
         raise ParedError(f"{type(model).__name__}: gradients of a {problem} head are not supported")
     if loss == "sampled":
-        return Sampled(seed)
+        return Sampled(seed, given)
     if given is not None:
         return Given(given)
     if not model.can_generate():
         raise ParedError(
-            f"{type(model).__name__} is no causal language model, so the text holds no labels: give labels, or use "
-            "labels sampled from its predictions"
+            f"{type(model).__name__} is no causal language model, so the text holds no labels: calibrate on labelled "
+            "examples (glue:NAME:SPLIT, ner:NAME:SPLIT, file:PATH), or use labels sampled from its predictions"
         )
     return NextToken()
 
 
-def logit_gradient(logits: torch.Tensor, window: int, tokens_T: torch.Tensor, labels: Labels) -> torch.Tensor:
+def logit_gradient(
+    logits: torch.Tensor, window: int, tokens_T: torch.Tensor, labels: Labels, mask_T: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return the gradient of the summed cross entropy, ``softmax(z) - onehot(y)``, zero where there is no label.
 
     Taken in closed form, so that beside the logits there is one float32 tensor of their size.
@@ -107,6 +120,7 @@ def logit_gradient(logits: torch.Tensor, window: int, tokens_T: torch.Tensor, la
         window: its number.
         tokens_T: its tokens.
         labels: where the labels come from.
+        mask_T: which tokens are no padding; padding has no label and is nobody's next token.
 
     Raises:
         ParedError: NaN in the logits, a single class, or labels that do not fit them.
@@ -117,10 +131,14 @@ def logit_gradient(logits: torch.Tensor, window: int, tokens_T: torch.Tensor, la
     p_RC = logits.detach().reshape(-1, classes).softmax(dim=-1, dtype=torch.float32)
     if not p_RC.sum().isfinite():
         raise ParedError("the head puts out NaN or infinity; check its weights, or load the model in float32")
+    if mask_T is not None:
+        tokens_T = tokens_T.masked_fill(~mask_T, NONE)
     labels_R = labels(window, tokens_T, p_RC).to(p_RC.device)
     if len(labels_R) != len(p_RC):
         raise ParedError(f"labels: window {window} has {len(labels_R)}, the head predicts {len(p_RC)}")
     has_R = labels_R != NONE
+    if mask_T is not None and logits.ndim == 3:  # a row a token, not one for the whole window
+        has_R &= mask_T.to(has_R.device)
     outside = labels_R[has_R & ((labels_R < 0) | (labels_R >= classes))]
     if len(outside):
         raise ParedError(f"labels: window {window} has label {int(outside[0])}, the head has {classes} classes")

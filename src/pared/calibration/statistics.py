@@ -11,6 +11,18 @@ from pared.calibration.precision import exact_products
 PANEL = 256  # columns of one panel of a Gram; only panels on and above the diagonal are multiplied
 
 
+class Collected(Protocol):
+    """What a method is given: the value of a statistic, and over how many tokens."""
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens were seen; 0 if none reached the site."""
+
+    @property
+    def value(self) -> torch.Tensor:
+        """The statistic over everything seen."""
+
+
 class Statistic(Protocol):
     """One accumulator for a tensor that sites read, or that one site puts out."""
 

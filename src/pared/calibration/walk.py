@@ -1,18 +1,19 @@
 """The pass: blocks one after the other on captured inputs, statistics handed on as each block is done."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from pared.anatomy.linear import bias_of, weight_of
 from pared.anatomy.probe import hooks
 from pared.anatomy.structure import Anatomy, Site
-from pared.calibration.capture import BlockInputs
-from pared.calibration.statistics import STATISTICS, Statistic
+from pared.calibration.capture import BlockInputs, real_rows
+from pared.calibration.statistics import STATISTICS, Collected, Statistic
 from pared.errors import ParedError
 
 StatisticsOfSite = dict[str, Statistic]
@@ -21,10 +22,17 @@ Shapes = Sequence[tuple[int, int]]
 
 @dataclass(frozen=True)
 class WalkedBlock:
-    """One block after its pass: ``statistics[site name][statistic name]``; sites that read one tensor share one."""
+    """One block after its pass.
+
+    Attributes:
+        index: of the block.
+        statistics: ``statistics[site name][statistic name]``; sites that read one tensor share one.
+        influence: ShortGPT's Block Influence, 1 - the mean cosine of what the block reads and puts out, if asked for.
+    """
 
     index: int
-    statistics: dict[str, StatisticsOfSite]
+    statistics: Mapping[str, Mapping[str, Collected]]
+    influence: float | None = None
 
 
 def walk(
@@ -33,11 +41,16 @@ def walk(
     inputs: BlockInputs,
     needs: Callable[[Shapes], frozenset[str]],
     on_batch: Callable[[], None] = lambda: None,
+    influence: bool = False,
+    sequential: bool = False,
 ) -> Iterator[WalkedBlock]:
     """Run every block once over all batches and yield its statistics before the next block starts.
 
     The caller may replace or free a block as soon as it is yielded. Memory: one block in the computing dtype, its
     inputs, and its statistics.
+
+    A ``sequential`` walk runs a block again after it was yielded, on the same inputs, so that the next block reads what
+    the changed block puts out: twice the forward passes, and the hidden states of one more block in memory.
 
     Args:
         blocks: the blocks, in order.
@@ -45,6 +58,8 @@ def walk(
         inputs: captured inputs; overwritten.
         needs: names of the statistics to collect, from the shapes ``(out, in)`` of the sites that read one tensor.
         on_batch: called after every batch of every block.
+        influence: measure how much every block changes the hidden states.
+        sequential: let later blocks see what the caller made of earlier ones.
 
     Raises:
         ParedError: an activation is NaN or infinite; names the site.
@@ -52,16 +67,43 @@ def walk(
     for index, block in enumerate(blocks):
         worker = worker_of(block, inputs.dtype, inputs.device)
         statistics = _accumulators(anatomy, index, needs, inputs.device)
-        with hooks(_tap(worker, anatomy, index, statistics)):
-            _run_block(worker, index, inputs, on_batch)
+        before = [hidden.clone() for hidden in inputs.hidden] if sequential else []
+        running = _Running()
+        with hooks(_tap(worker, anatomy, index, statistics, running)):
+            cosines = list(_run_block(worker, index, inputs, running, on_batch, influence))
         _require_finite(anatomy, index, statistics, inputs)
-        yield WalkedBlock(index, statistics)
+        yield WalkedBlock(index, statistics, 1 - sum(cosines) / len(cosines) if cosines else None)
+        if sequential:
+            inputs.hidden[:] = before
+            worker = worker_of(block, inputs.dtype, inputs.device)
+            list(_run_block(worker, index, inputs, _Running(), lambda: None, influence=False))
+            _require_finite(anatomy, index, {}, inputs)
+
+
+@dataclass
+class _Running:
+    """The batch that runs: which of its tokens ``(batch, tokens)`` are no padding; none if all are."""
+
+    mask_BT: torch.Tensor | None = None
 
 
 @torch.no_grad()
-def _run_block(worker: nn.Module, index: int, inputs: BlockInputs, on_batch: Callable[[], None]) -> None:
+def _run_block(
+    worker: nn.Module,
+    index: int,
+    inputs: BlockInputs,
+    running: _Running,
+    on_batch: Callable[[], None],
+    influence: bool,
+) -> Iterator[float]:
+    """Run a block over every batch; yield the mean cosine of what it reads and puts out, if asked for."""
     for number, calls in enumerate(inputs.calls):
+        running.mask_BT = mask_BT = inputs.mask(number)
+        before = inputs.hidden[number].clone() if influence else None  # a block may change its input in place
         inputs.hidden[number] = calls[index].run(worker, inputs.hidden[number])
+        if before is not None:
+            cosine_BT = functional.cosine_similarity(before.float(), inputs.hidden[number].float(), dim=-1)
+            yield float((cosine_BT if mask_BT is None else cosine_BT[mask_BT]).mean())
         on_batch()
 
 
@@ -94,28 +136,31 @@ def _accumulators(
     return statistics
 
 
-def _tap(worker: nn.Module, anatomy: Anatomy, index: int, statistics: dict[str, StatisticsOfSite]) -> Iterator[Any]:
+def _tap(
+    worker: nn.Module, anatomy: Anatomy, index: int, statistics: dict[str, StatisticsOfSite], running: _Running
+) -> Iterator[Any]:
     """Hook the outputs of every site, and the input of one site of every group that reads the same tensor."""
     for site in anatomy.sites_of(index):
         for name, statistic in statistics.get(site.name, {}).items():
             module = worker.get_submodule(anatomy.path_in_block(site))
             if STATISTICS[name].of == "output":
-                yield module.register_forward_hook(_output_hook(statistic))
+                yield module.register_forward_hook(_output_hook(statistic, running, site.name))
             elif site.reads == site.name:
-                yield module.register_forward_pre_hook(_input_hook(statistic))
+                yield module.register_forward_pre_hook(_input_hook(statistic, running, site.name))
 
 
-def _input_hook(statistic: Statistic) -> Callable[..., None]:
+def _input_hook(statistic: Statistic, running: _Running, site: str) -> Callable[..., None]:
     def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        statistic.update(args[0])
+        statistic.update(real_rows(args[0], running.mask_BT, site))
 
     return hook
 
 
-def _output_hook(statistic: Statistic) -> Callable[..., None]:
+def _output_hook(statistic: Statistic, running: _Running, site: str) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         # Taking a large bias off a rounded output would leave little but the rounding: multiply again without it.
-        statistic.update(output if bias_of(module) is None else args[0] @ weight_of(module).T)
+        seen = output if bias_of(module) is None else args[0] @ weight_of(module).T
+        statistic.update(real_rows(seen, running.mask_BT, site))
 
     return hook
 

@@ -1,7 +1,20 @@
-"""What the user names: models and texts."""
+"""What the user names: models, texts and labelled examples."""
 
+from pared.sources.labelled import Examples, cut_examples, find_examples, find_windows, is_labelled
 from pared.sources.models import ModelSource, find_model
 from pared.sources.texts import Text, find_text
 from pared.sources.windows import Windows, cut
 
-__all__ = ["ModelSource", "Text", "Windows", "cut", "find_model", "find_text"]
+__all__ = [
+    "Examples",
+    "ModelSource",
+    "Text",
+    "Windows",
+    "cut",
+    "cut_examples",
+    "find_examples",
+    "find_model",
+    "find_text",
+    "find_windows",
+    "is_labelled",
+]

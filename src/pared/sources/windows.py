@@ -1,4 +1,4 @@
-"""Token windows: a text cut into pieces of equal length, and the digest that identifies them."""
+"""Token windows: a text cut into pieces of equal length, or labelled examples, and the digest of either."""
 
 import hashlib
 import logging
@@ -13,17 +13,25 @@ from pared.sources.texts import Text
 
 log = logging.getLogger(__name__)
 
+NO_LABEL = -100  # transformers' own
+
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows of a text.
+    """Windows of a text, or labelled examples, one a window.
 
     Attributes:
         tokens: ``(windows, length)`` int64.
-        digest: SHA-256 of the tokens as little-endian int64, the identity of what was measured on.
+        digest: SHA-256 of the tokens as little-endian int64, then of mask, labels and segments if there are any; the
+            identity of what was measured on.
         text: name of the text.
         origin: where the text was read from.
         stand_in: whether it only stands in for a real corpus.
+        mask: 1 for a token and 0 for padding, ``(windows, length)`` int64; none if nothing is padded.
+        labels: the class of a window ``(windows,)``, or of every token ``(windows, length)`` with -100 where there is
+            none, int64; none for a text.
+        segments: 0 for the first text of a pair and 1 for the second, ``(windows, length)`` int64; none if there are
+            no pairs, or the tokenizer does not tell them apart.
     """
 
     tokens: torch.Tensor
@@ -31,10 +39,19 @@ class Windows:
     text: str
     origin: str
     stand_in: bool
+    mask: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
+    segments: torch.Tensor | None = None
+
+    @property
+    def beside(self) -> dict[str, torch.Tensor]:
+        """What a model is given beside the tokens, by the name of its argument."""
+        named = {"attention_mask": self.mask, "token_type_ids": self.segments}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def describe(self) -> dict[str, object]:
         """Return what a manifest records of these windows."""
-        return {
+        told: dict[str, object] = {
             "text": self.text,
             "origin": self.origin,
             "stand_in": self.stand_in,
@@ -42,6 +59,11 @@ class Windows:
             "length": self.tokens.shape[1],
             "digest": self.digest,
         }
+        if self.mask is not None:
+            told["tokens"] = int(self.mask.sum())
+        if self.labels is not None:
+            told["labels"] = int((self.labels != NO_LABEL).sum())
+        return told
 
 
 def cut(
@@ -116,6 +138,10 @@ def require_fits(config: PretrainedConfig, windows: Windows) -> None:
         )
 
 
-def digest_of(tokens: torch.Tensor) -> str:
-    """Return the SHA-256 of tokens as little-endian int64."""
-    return hashlib.sha256(tokens.contiguous().numpy().astype("<i8").tobytes()).hexdigest()
+def digest_of(*tensors: torch.Tensor | None) -> str:
+    """Return the SHA-256 of tokens, and what comes with them if anything does, as little-endian int64."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        if tensor is not None:
+            digest.update(tensor.contiguous().numpy().astype("<i8").tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,407 @@
+"""Labelled examples by name: GLUE and entity recognition in the folder PARED_DATA, and the user's files."""
+
+import gzip
+import json
+import logging
+import os
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from pared.errors import ParedError
+from pared.names import did_you_mean
+from pared.sources.texts import find_text
+from pared.sources.windows import NO_LABEL, Windows, cut, digest_of
+
+log = logging.getLogger(__name__)
+
+Label = int | str
+ENTAILMENT = ("entailment", "not_entailment")
+ENTITIES = ("corporation", "creative-work", "group", "location", "person", "product")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One labelled example.
+
+    Attributes:
+        texts: one text or a pair; of a token classification the words.
+        label: of the whole example, or one a word.
+    """
+
+    texts: tuple[str, ...]
+    label: Label | tuple[Label, ...]
+
+    @property
+    def by_word(self) -> bool:
+        """Whether every word has a label."""
+        return isinstance(self.label, tuple)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Labelled examples by name.
+
+    Attributes:
+        name: what the user called them.
+        rows: all with one label, or all with one a word.
+        origin: the file they were read from.
+        classes: the order the data set itself gives its classes, for a model that has no names for its own.
+    """
+
+    name: str
+    rows: tuple[Example, ...]
+    origin: str
+    classes: tuple[str, ...] = ()
+
+    @property
+    def by_word(self) -> bool:
+        """Whether every word has a label."""
+        return self.rows[0].by_word
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A GLUE task: its files, where texts and label stand in a row, and the names of its classes."""
+
+    folder: str
+    texts: tuple[int, ...]
+    label: int
+    header: bool = True
+    classes: tuple[str, ...] = ()
+    dev: str = "dev"
+
+
+GLUE = {
+    "cola": _Task("CoLA", (3,), 1, header=False),
+    "sst2": _Task("SST-2", (0,), 1),
+    "mrpc": _Task("MRPC", (3, 4), 0),
+    "mnli": _Task("MNLI", (8, 9), -1, classes=("entailment", "neutral", "contradiction"), dev="dev_matched"),
+    "qqp": _Task("QQP", (3, 4), 5),
+    "qnli": _Task("QNLI", (1, 2), 3, classes=ENTAILMENT),
+    "rte": _Task("RTE", (1, 2), 3, classes=ENTAILMENT),
+    "wnli": _Task("WNLI", (1, 2), 3),
+}
+SETS = ("glue:", "ner:")
+SPLITS = {"train": "train", "validation": "dev", "dev": "dev", "test": "test_labelled"}
+ENTITY_CLASSES = {"wnut17": ("O", *(f"{mark}-{kind}" for kind in ENTITIES for mark in "BI"))}
+
+
+def is_labelled(name: str) -> bool:
+    """Whether a name is one of labelled examples rather than of a text; of a .jsonl file its first row decides."""
+    if name.startswith(SETS):
+        return True
+    path = Path(name.removeprefix("file:")).expanduser()
+    if not name.startswith("file:") or ".jsonl" not in path.suffixes:
+        return False
+    try:
+        first = json.loads(_lines(path)[0])
+    except (ParedError, ValueError, IndexError):
+        return False
+    return isinstance(first, dict) and ("label" in first or "labels" in first)
+
+
+def find_examples(name: str) -> Examples:
+    """Find labelled examples by name.
+
+    Args:
+        name: ``glue:TASK:SPLIT`` (cola, sst2, mrpc, mnli, qqp, qnli, rte, wnli; train, validation or dev, test where
+            its labels are known), ``ner:NAME:SPLIT`` (``ner/NAME/SPLIT.txt`` in PARED_DATA: a word and its tag in a
+            line, a blank line between sentences), or ``file:PATH`` (.jsonl or .jsonl.gz with ``text``, perhaps
+            ``text_pair``, and ``label``; or with ``tokens`` and ``labels``).
+
+    Raises:
+        ParedError: nothing of that name, unreadable, without rows, or a row that is not such an example; names the
+            file and the row.
+    """
+    kind, _, rest = name.partition(":")
+    if kind == "file":
+        path = Path(rest).expanduser()
+        found = Examples(name, tuple(_rows_of_file(path)), str(path))
+    elif kind == "glue" and rest.count(":") == 1:
+        found = _glue(name, *rest.split(":"))
+    elif kind == "ner" and rest.count(":") == 1:
+        found = _entities(name, *rest.split(":"))
+    else:
+        valid = [f"glue:{task}:train" for task in GLUE] + [f"ner:{known}:train" for known in ENTITY_CLASSES]
+        raise ParedError(f"unknown labelled examples {name!r}; {did_you_mean(name, valid)}, file:PATH")
+    if not found.rows:
+        raise ParedError(f"labelled examples {name!r} ({found.origin}) have no rows")
+    for number, row in enumerate(found.rows, 1):
+        if row.by_word != found.by_word:
+            raise ParedError(
+                f"{found.origin}, example {number}: expected {'labels, one a word,' if found.by_word else 'one label'} "
+                "as in the first example; use one kind in a file"
+            )
+    return found
+
+
+def _glue(name: str, task: str, split: str) -> Examples:
+    if task == "stsb":
+        raise ParedError(f"labelled examples {name!r}: STS-B has scores, a regression; only classes have a Fisher here")
+    if task not in GLUE:
+        raise ParedError(f"labelled examples {name!r}: no GLUE task {task!r} here; {did_you_mean(task, GLUE)}")
+    if split not in SPLITS:
+        raise ParedError(f"labelled examples {name!r}: no split {split!r}; {did_you_mean(split, SPLITS)}")
+    asked = GLUE[task]
+    file = asked.dev if SPLITS[split] == "dev" else SPLITS[split]
+    path = _local(name, f"glue/{asked.folder}", file, (".tsv", ".tsv.gz"))
+    width = max(*asked.texts, asked.label) + 1
+
+    def rows() -> Iterator[Example]:
+        for number, line in enumerate(_lines(path), 1):
+            cells = line.split("\t")
+            if not line.strip() or (asked.header and number == 1):
+                continue
+            if len(cells) < width:
+                raise ParedError(f"{path}, row {number}: expected at least {width} columns, found {len(cells)}")
+            label = cells[asked.label].strip()
+            yield Example(tuple(cells[i].strip() for i in asked.texts), int(label) if label.isdigit() else label)
+
+    return Examples(name, tuple(rows()), str(path), asked.classes)
+
+
+def _entities(name: str, data_set: str, split: str) -> Examples:
+    path = _local(name, f"ner/{data_set}", "dev" if split == "validation" else split, (".txt", ".txt.gz"))
+
+    def rows() -> Iterator[Example]:
+        words: list[tuple[str, str]] = []
+        for number, line in enumerate([*_lines(path), ""], 1):
+            if line.strip():
+                cells = line.split("\t") if "\t" in line else line.split()
+                if len(cells) < 2 or not cells[0].strip():
+                    raise ParedError(f"{path}, line {number}: expected a word and its tag, found {line!r}")
+                words.append((cells[0].strip(), cells[-1].strip()))
+            elif words:
+                if words[0][0] != "-DOCSTART-":  # CoNLL's mark of a new document
+                    yield Example(tuple(word for word, _ in words), tuple(tag for _, tag in words))
+                words = []
+
+    return Examples(name, tuple(rows()), str(path), ENTITY_CLASSES.get(data_set, ()))
+
+
+def _local(name: str, folder: str, split: str, endings: Sequence[str]) -> Path:
+    """Return the file of a split under PARED_DATA."""
+    root = os.environ.get("PARED_DATA")
+    if not root:
+        raise ParedError(
+            f"labelled examples {name!r} are read from the folder that PARED_DATA names, and it names none; set it, or "
+            "use file:PATH"
+        )
+    for ending in endings:
+        if (path := Path(root) / folder / f"{split}{ending}").is_file():
+            return path
+    there = sorted(path.name for path in (Path(root) / folder).glob("*"))
+    raise ParedError(
+        f"labelled examples {name!r}: PARED_DATA names {root}, which has no {folder}/{split}{endings[0]}; "
+        f"found there: {', '.join(there) or 'nothing'}"
+    )
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        # Not splitlines: texts may hold U+2028, U+0085 and the other characters it also splits at.
+        return [line.removesuffix("\r") for line in raw.decode("utf-8-sig").split("\n")]
+    except OSError as error:
+        raise ParedError(f"file {path}: {error.strerror or error}") from None
+    except (UnicodeDecodeError, EOFError, zlib.error) as error:
+        raise ParedError(f"file {path}: not readable ({error})") from None
+
+
+def _rows_of_file(path: Path) -> Iterator[Example]:
+    if ".jsonl" not in path.suffixes:
+        raise ParedError(f"labelled file {path}: expected .jsonl or .jsonl.gz, found {path.suffix or 'no suffix'}")
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ParedError(f"{path}, row {number}: not JSON ({error})") from None
+        example = _example(row) if isinstance(row, dict) else None
+        if example is None:
+            found = sorted(row) if isinstance(row, dict) else type(row).__name__
+            raise ParedError(
+                f"{path}, row {number}: expected 'text' (perhaps 'text_pair') and a 'label', a whole number or a "
+                f"string, or 'tokens' and as many 'labels'; found {found}"
+            )
+        yield example
+
+
+def _example(row: Mapping[str, Any]) -> Example | None:
+    """Return what a row of JSON says, None if it is no example."""
+    words, labels = row.get("tokens"), row.get("labels")
+    if isinstance(words, list) and isinstance(labels, list):
+        fits = len(words) == len(labels) > 0 and all(isinstance(word, str) for word in words)
+        return Example(tuple(words), tuple(labels)) if fits and all(map(_is_label, labels)) else None
+    texts = [row[key] for key in ("text", "text_pair") if row.get(key) is not None]
+    fits = "text" in row and all(isinstance(text, str) for text in texts) and _is_label(row.get("label"))
+    return Example(tuple(texts), row["label"]) if fits and texts else None
+
+
+def _is_label(value: object) -> bool:
+    return isinstance(value, (int, str)) and not isinstance(value, bool)
+
+
+def cut_examples(
+    examples: Examples,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+    length: int,
+    samples: int | None,
+    sampling: Literal["consecutive", "random-offset"] = "consecutive",
+    seed: int = 0,
+) -> Windows:
+    """Tokenise examples as their model was trained, with special tokens, and pad them on the right to one length.
+
+    Args:
+        examples: the examples.
+        tokenizer: of the model.
+        config: of the model, which knows the numbers of its classes.
+        length: the most tokens of an example; a longer one is cut. All are padded to the longest there is.
+        samples: how many; None means all.
+        sampling: ``consecutive`` takes the first, ``random-offset`` a seeded choice.
+        seed: of the choice.
+
+    Returns:
+        One window an example, with its labels: of a token classification one for the first piece of a word, and -100
+        for the others, for special tokens and for padding.
+
+    Raises:
+        ParedError: a label the model has no class for, a tokenizer that cannot pad or tell words apart, or an example
+            without a token.
+    """
+    if length < 1 or (samples is not None and samples < 1):
+        raise ParedError(f"labelled examples {examples.name!r}: cannot cut {samples} examples of {length} tokens")
+    rows = list(examples.rows)
+    if sampling == "random-offset":
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+        rows = [rows[index] for index in order]
+    if samples is not None and samples > len(rows):
+        log.warning("%r has only %d of the %d examples asked for", examples.name, len(rows), samples)
+    rows = rows[:samples]
+    number_of = _class_numbers(examples, config)
+    encoded = _encode(examples, rows, tokenizer, length)
+    lengths = [len(ids) for ids in encoded["input_ids"]]
+    if not all(lengths):
+        raise ParedError(f"labelled examples {examples.name!r}: example {lengths.index(0) + 1} has no tokens")
+    padding = tokenizer.pad_token_id
+    if padding is None:
+        if len(set(lengths)) > 1:
+            raise ParedError(f"labelled examples {examples.name!r}: this tokenizer has no padding token; give it one")
+        padding = 0
+    tokens = _padded(encoded["input_ids"], padding)
+    mask = _padded([[1] * count for count in lengths], 0)
+    segments = _padded(encoded["token_type_ids"], 0) if "token_type_ids" in encoded else None
+    if examples.by_word:
+        given = [
+            _first_pieces(encoded.word_ids(index), [number_of(label) for label in _as_tuple(row.label)])
+            for index, row in enumerate(rows)
+        ]
+        labels = _padded(given, NO_LABEL)
+    else:
+        labels = torch.tensor([number_of(row.label) for row in rows], dtype=torch.int64)
+    mask_or_none = None if bool(mask.all()) else mask
+    segments = segments if segments is not None and bool(segments.any()) else None  # zeros are a model's own default
+    digest = digest_of(tokens, mask_or_none, labels, segments)
+    return Windows(tokens, digest, examples.name, examples.origin, False, mask_or_none, labels, segments)
+
+
+def find_windows(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+    causal: bool,
+    length: int,
+    samples: int | None,
+    sampling: Literal["consecutive", "random-offset"] = "consecutive",
+    seed: int = 0,
+) -> Windows:
+    """Return what a name to calibrate on stands for, cut: labelled examples, or the windows of a text.
+
+    Args:
+        name: as ``find_examples`` or ``find_text``; a file that is both is read as a text for a language model.
+        tokenizer: of the model.
+        config: of the model.
+        causal: whether the model is a causal language model; the others take labelled examples.
+        length: tokens in a window, or the most of an example.
+        samples: how many windows or examples; None means all.
+        sampling: where windows start, or which examples are taken.
+        seed: of the sampling.
+
+    Raises:
+        ParedError: as ``find_examples``, ``cut_examples``, ``find_text`` and ``cut``; or a language model is given
+            examples that are no text.
+    """
+    if causal and name.startswith(SETS):
+        raise ParedError(f"{name!r} are labelled examples for a classifier, and this is a language model; name a text")
+    if is_labelled(name) and not causal:
+        return cut_examples(find_examples(name), tokenizer, config, length, samples, sampling, seed)
+    return cut(find_text(name), tokenizer, length, samples, sampling, seed)
+
+
+def _encode(examples: Examples, rows: Sequence[Example], tokenizer: PreTrainedTokenizerBase, length: int) -> Any:
+    if examples.by_word and not tokenizer.is_fast:
+        raise ParedError(f"labelled examples {examples.name!r}: {type(tokenizer).__name__} does not tell which word a "
+                         "token belongs to; use the model's fast tokenizer")  # fmt: skip
+    try:
+        if examples.by_word:
+            words = [list(row.texts) for row in rows]
+            return tokenizer(words, is_split_into_words=True, truncation=True, max_length=length)
+        pairs = any(len(row.texts) > 1 for row in rows)
+        if pairs and not all(len(row.texts) > 1 for row in rows):
+            raise ParedError(f"labelled examples {examples.name!r}: some are pairs of texts and some are not")
+        second = [row.texts[1] for row in rows] if pairs else None
+        return tokenizer([row.texts[0] for row in rows], second, truncation=True, max_length=length)
+    except (ValueError, AssertionError, TypeError) as error:  # each tokenizer has its own conditions
+        raise ParedError(
+            f"labelled examples {examples.name!r}: {type(tokenizer).__name__} cannot take them "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:160]})"
+        ) from None
+
+
+def _class_numbers(examples: Examples, config: PretrainedConfig) -> Callable[[object], int]:
+    """Return what turns a label into the number of the model's class."""
+    classes = int(config.num_labels)
+    named: dict[str, int] = dict(getattr(config, "label2id", None) or {})
+    nameless = all(name.startswith("LABEL_") for name in named)
+    if nameless and len(examples.classes) == classes:
+        named = {name: number for number, name in enumerate(examples.classes)}
+
+    def number_of(label: object) -> int:
+        if isinstance(label, int):
+            if 0 <= label < classes or label == NO_LABEL:
+                return label
+            raise ParedError(f"labelled examples {examples.name!r}: label {label}, but the model has {classes} classes")
+        if str(label) in named:
+            return named[str(label)]
+        raise ParedError(
+            f"labelled examples {examples.name!r}: the model has no class {label!r}; {did_you_mean(str(label), named)}"
+        )
+
+    return number_of
+
+
+def _as_tuple(label: Label | tuple[Label, ...]) -> tuple[Label, ...]:
+    return label if isinstance(label, tuple) else (label,)
+
+
+def _first_pieces(words: Sequence[int | None], numbers: Sequence[int]) -> list[int]:
+    """Return the label of every token: that of its word if it is the first piece of one."""
+    previous = [None, *words]
+    return [
+        NO_LABEL if word is None or word == before else numbers[word]
+        for word, before in zip(words, previous, strict=False)
+    ]
+
+
+def _padded(rows: Sequence[Sequence[int]], padding: int) -> torch.Tensor:
+    """Return rows of unequal length as one int64 tensor, filled up on the right."""
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[padding] * (longest - len(row))] for row in rows], dtype=torch.int64)
