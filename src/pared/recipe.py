@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pared.errors import ParedError
 from pared.names import did_you_mean
@@ -65,8 +65,16 @@ class Recipe(_Strict):
             :func:`pared.compress`, which is given the model itself.
         method: a name that ``pared methods`` lists.
         keep: fraction of the parameters of the covered sites that stays; 0.8 removes 20%.
+        rank_fraction: a budget of ranks in place of ``keep``: every weight gets this fraction of its full rank (FWSVD).
         skip: shell-style patterns of site names that are left alone and not counted in the budget.
         allocation: how the budget is spread over the sites; ``auto`` is what the method's paper does.
+        storage: ``factors`` stores a low-rank weight as two factors, ``pivoted`` without loss in rank² fewer numbers;
+            ``auto`` is what the method says.
+        statistics: ``once`` collects them on the dense model; ``sequential`` collects them once more, block after block
+            behind the blocks that are compressed already, when the ranks are known.
+        refit: a stage after the method that fits every ``up`` to the inputs the compressed model has: ``update`` all at
+            once, ``sequential`` block after block, each behind those already fitted; ``auto`` is what the method says,
+            ``off`` is neither.
         options: of the method, by the names that ``pared methods`` lists.
         calibration: what the statistics are collected on.
         evaluation: what perplexity is measured on; ``null`` measures nothing.
@@ -79,8 +87,12 @@ class Recipe(_Strict):
     model: str | None = None
     method: str = "svd-llm"
     keep: Annotated[float, Field(gt=0, le=1)] = 0.8
+    rank_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
     skip: tuple[str, ...] = ()
     allocation: str = "auto"
+    storage: Literal["auto", "factors", "pivoted"] = "auto"
+    statistics: Literal["once", "sequential"] = "once"
+    refit: Literal["auto", "off", "update", "sequential"] = "auto"
     options: dict[str, bool | int | float | str] = {}
     calibration: Calibration = Calibration()
     evaluation: Evaluation | None = Evaluation()
@@ -94,6 +106,20 @@ class Recipe(_Strict):
         if isinstance(value, bool) or (isinstance(value, (int, float)) and not 0 < value <= 1):
             raise ValueError(f"keep is the fraction that stays, in (0, 1], so that 0.8 removes 20%; found {value}")
         return value
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> "Recipe":
+        if self.rank_fraction is not None and self.keep != Recipe.model_fields["keep"].default:
+            raise ValueError(f"keep {self.keep:g} and rank_fraction {self.rank_fraction:g} are two budgets; give one")
+        if self.rank_fraction is not None and self.allocation != "auto":
+            raise ValueError(f"rank_fraction fixes every rank, so that allocation {self.allocation!r} has nothing to "
+                             "decide; leave one of them out")  # fmt: skip
+        return self
+
+    @property
+    def budget(self) -> str:
+        """The budget in words."""
+        return f"keep {self.keep:g}" if self.rank_fraction is None else f"rank fraction {self.rank_fraction:g}"
 
     @classmethod
     def of(cls, fields: dict[str, Any], origin: str = "recipe") -> "Recipe":

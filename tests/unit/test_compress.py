@@ -13,9 +13,9 @@ from transformers.pytorch_utils import Conv1D
 import pared
 from pared import ParedError, Recipe
 from pared.anatomy import bias_of, find_anatomy, weight_of
-from pared.engine.install import install
+from pared.install import install, install_group
 from pared.lowrank import METHODS
-from pared.modules import LowRankLinear
+from pared.modules import LowRankLinear, PivotedLinear
 from pared.sources.texts import find_text
 from pared.sources.windows import cut
 
@@ -42,10 +42,12 @@ def test_every_planned_site_is_replaced_within_the_budget(family: str, method: s
     model = TINY_MODELS[family]()
     dense = copy.deepcopy(model)
     options = {"loss": "sampled"} if "loss" in METHODS[method].options else {}  # an encoder's text holds no labels
-    result = compress(model, method=method, keep=0.6, options=options)
+    # An encoder has no perplexity that an allocation could be tried by.
+    allocation = "uniform" if (family, METHODS[method].allocation) == ("bert", "swift") else "auto"
+    result = compress(model, method=method, keep=0.6, options=options, allocation=allocation)
     assert result.model is model
-    replaced = {name for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
-    assert replaced == {site.name for site in result.plan.sites if site.decision.kind == "low_rank"}
+    replaced = {name for name, module in model.named_modules() if isinstance(module, (LowRankLinear, PivotedLinear))}
+    assert replaced == {site.name for site in result.plan.sites if site.decision.kind != "dense"}
     stayed = {site.name for site in result.plan.sites} - replaced
     assert replaced
     if METHODS[method].allocation == "uniform":
@@ -55,7 +57,9 @@ def test_every_planned_site_is_replaced_within_the_budget(family: str, method: s
             continue
         module, before = model.get_submodule(site.name), dense.get_submodule(site.name)
         assert (module.out_features, module.in_features) == tuple(weight_of(before).shape)
-        assert module.rank == site.decision.rank < min(module.out_features, module.in_features)
+        assert module.rank == site.decision.rank
+        shared = site.decision.kind == "shared"
+        assert module.rank < (module.in_features if shared else min(module.out_features, module.in_features))
         bias = bias_of(before)
         assert (module.bias is None) == (bias is None)
         assert bias is None or torch.equal(module.bias, bias)
@@ -231,13 +235,13 @@ def test_a_model_saved_after_an_interruption_loads_again(
     """Regression: the map was written at the end only, so the factors of such a folder loaded as random numbers."""
     seen: list[str] = []
 
-    def interrupted(model: Any, name: str, factors: Any, pivoted: bool) -> None:
+    def interrupted(model: Any, names: list[str], factors: Any, pivoted: bool) -> None:
         if len(seen) == 5:
             raise KeyboardInterrupt
-        seen.append(name)
-        install(model, name, factors, pivoted)
+        seen.extend(names)
+        install_group(model, names, factors, pivoted)
 
-    monkeypatch.setattr("pared.engine.solver.install", interrupted)
+    monkeypatch.setattr("pared.engine.solver.install_group", interrupted)
     model = TINY_MODELS["llama"]()
     with pytest.raises(KeyboardInterrupt):
         pared.compress(model, tokenizer, pared.Recipe(keep=0.7, calibration=calibration))
@@ -283,7 +287,8 @@ def test_output_weighting_none_and_uniform_ranks_is_svd_llm(
 ) -> None:
     monkeypatch.setattr("pared.lowrank.loss_optimal.DAMPING", 0.0)
     ours, theirs = TINY_MODELS["llama"](), TINY_MODELS["llama"]()
-    compress(ours, method="loss-optimal", allocation="uniform", keep=0.6, options={"output_weighting": "none"})
+    options = {"output_weighting": "none"}
+    compress(ours, method="loss-optimal", allocation="uniform", storage="factors", keep=0.6, options=options)
     compress(theirs, method="svd-llm", keep=0.6)
     assert torch.allclose(logits(ours), logits(theirs), atol=1e-3)
 

@@ -10,6 +10,7 @@ from pared import __version__
 from pared.cli.compress import compress
 from pared.cli.convert import convert
 from pared.cli.demo import demo
+from pared.cli.diagnose import diagnose
 from pared.cli.evaluate import evaluate
 from pared.cli.export import export
 from pared.cli.info import info
@@ -33,6 +34,7 @@ app.command()(methods)
 app.command()(export)
 app.command()(convert)
 app.command()(demo)
+app.add_typer(diagnose, name="diagnose")
 
 
 def _version(asked: bool) -> None:

@@ -19,10 +19,28 @@ Keep = Annotated[
     float | None,
     typer.Option(help="Fraction of the parameters of the covered sites that stays: 0.8 removes 20%. [default: 0.8]"),
 ]
+RankFraction = Annotated[
+    float | None,
+    typer.Option(help="A budget of ranks in place of --keep: this fraction of every weight's full rank (FWSVD: 0.33)."),
+]
 Skip = Annotated[
     list[str] | None, typer.Option(help="Pattern of site names to leave alone, not counted in the budget; repeatable.")
 ]
 Allocation = Annotated[str | None, typer.Option(help="How the budget is spread. [default: the method's own]")]
+Storage = Annotated[
+    str | None,
+    typer.Option(
+        help="How a low-rank weight is stored: factors, pivoted (without loss, rank² fewer numbers). "
+        "[default: the method's own]"
+    ),
+]
+Refit = Annotated[
+    str | None,
+    typer.Option(
+        help="Fit to the inputs the compressed model has: update (all at once), sequential, off. "
+        "[default: the method's own]"
+    ),
+]
 MethodOptions = Annotated[
     list[str] | None,
     typer.Option("--option", help="Option of the method, NAME=VALUE; repeatable."),

@@ -17,8 +17,10 @@ def plan(
     recipe: options.RecipeFile = None,
     method: options.Method = None,
     keep: options.Keep = None,
+    rank_fraction: options.RankFraction = None,
     skip: options.Skip = None,
     allocation: options.Allocation = None,
+    storage: options.Storage = None,
     option: options.MethodOptions = None,
     dtype: options.Dtype = None,
     json_file: JsonFile = None,
@@ -29,7 +31,8 @@ def plan(
         asked = options.recipe_of(
             recipe,
             {
-                "model": model, "method": method, "keep": keep, "skip": skip, "allocation": allocation,
+                "model": model, "method": method, "keep": keep, "rank_fraction": rank_fraction, "skip": skip,
+                "allocation": allocation, "storage": storage,
                 "options": options.named_values(option), "dtype": dtype
             },
         )  # fmt: skip
@@ -50,8 +53,8 @@ def plan(
             table.add_row(weight.name, shape, f"not covered: {weight.reason}", f"{weight.parameters:,}", style="dim")
         out.print(table)
         rows = sizes(decided, decided.before.bytes_on_disk, decided.after.bytes_on_disk)
-        print_rows(f"{asked.model}  {asked.method}  keep {asked.keep:g}", rows)
-        if allocator_of(allocation_of(asked)).by_spectrum:
+        print_rows(f"{asked.model}  {asked.method}  {asked.budget}", rows)
+        if allocator_of(allocation_of(asked)).needs:
             out.print(
                 f"allocation {allocation_of(asked)} decides the ranks from the data; these are uniform ones",
                 markup=False,

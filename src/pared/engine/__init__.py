@@ -1,6 +1,7 @@
 """Drives the road: from a model and a recipe to a compressed model and a folder."""
 
-from pared.engine.compression import Compressed, allocation_of, compress, method_of, plan_of
+from pared.engine.asked import allocation_of, method_of, plan_of
+from pared.engine.compression import Compressed, collect, compress
 from pared.engine.job import Outcome, reusable, run
 from pared.engine.progress import Progress, Silent
 
@@ -10,6 +11,7 @@ __all__ = [
     "Progress",
     "Silent",
     "allocation_of",
+    "collect",
     "compress",
     "method_of",
     "plan_of",

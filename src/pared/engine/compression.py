@@ -1,38 +1,55 @@
 """One model, compressed in place: probe, plan, walk, solve, install."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version as pared_version
+from pathlib import Path
+from typing import Literal, cast
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pared.allocation import allocator_of, make_plan
+from pared.allocation import Evidence, Unit, allocator_of, make_plan
 from pared.anatomy import Anatomy, find_anatomy, probe
 from pared.anatomy.probe import BlockCall
 from pared.calibration import (
+    STATISTICS,
     BlockInputs,
-    GradientStatistic,
+    Collected,
+    Shapes,
     WalkedBlock,
     backward,
     capture,
     choose_dtype,
     choose_labels,
     gradient_accumulators,
+    save_blocks,
     walk,
 )
 from pared.checkpoint import mark, module_map
-from pared.engine.install import require_finite_weights
+from pared.engine.asked import (
+    allocation_of,
+    budget_of,
+    calibration_windows,
+    method_of,
+    options_of,
+    refit_of,
+    trial_windows,
+)
+from pared.engine.checks import require_finite_weights
+from pared.engine.groups import Comparison, candidate_units, told
 from pared.engine.progress import Progress, Silent, Stopwatch
-from pared.engine.solver import Solver, without
+from pared.engine.refit import sequential, update
+from pared.engine.solver import Solver, StatisticsOfSite, without
 from pared.errors import ParedError
+from pared.evaluation import perplexity
 from pared.hardware import device_of
-from pared.lowrank import METHODS, LowRankMethod
-from pared.names import did_you_mean
-from pared.plan import Dense, Plan
+from pared.lowrank.methods import gram, nothing
+from pared.plan import Decision, Dense, Plan
 from pared.recipe import Recipe
-from pared.sources.models import require_dense
-from pared.sources.texts import find_text
-from pared.sources.windows import Windows, cut, require_fits
+from pared.sources.models import is_causal, require_dense
+from pared.sources.windows import Windows, require_fits
 
 
 @dataclass
@@ -44,6 +61,7 @@ class Compressed:
         recipe: what was asked for.
         plan: what was decided, with what calibration taught.
         damping: sites whose Gram was rank-deficient, with the relative damping used.
+        sharing: for every group that was compared, what it loses with one basis and what with its members' own.
         calibration: what was calibrated on; none for a method that needs no data.
         seconds: by stage.
     """
@@ -51,64 +69,10 @@ class Compressed:
     model: PreTrainedModel
     recipe: Recipe
     plan: Plan = field(init=False)
+    sharing: tuple[Comparison, ...] = ()
     damping: dict[str, float] = field(default_factory=dict)
     calibration: dict[str, object] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
-
-
-def method_of(recipe: Recipe) -> LowRankMethod:
-    """Return the method a recipe names.
-
-    Raises:
-        ParedError: there is none of that name.
-    """
-    if recipe.method not in METHODS:
-        raise ParedError(f"unknown method {recipe.method!r}; {did_you_mean(recipe.method, METHODS)}")
-    return METHODS[recipe.method]
-
-
-def options_of(recipe: Recipe) -> dict[str, object]:
-    """Return the method's options, those of the recipe over the defaults.
-
-    Raises:
-        ParedError: an option the method does not have, or a value of another type.
-    """
-    method = method_of(recipe)
-    for name, value in recipe.options.items():
-        if name not in method.options:
-            valid = did_you_mean(name, method.options) if method.options else "it has none"
-            raise ParedError(f"method {method.name} has no option {name!r}; {valid}")
-        default = method.options[name]
-        if type(value) is not type(default) and not (isinstance(default, float) and type(value) is int):
-            raise ParedError(
-                f"option {name} of method {method.name}: expected a {type(default).__name__}, found {value!r}"
-            )
-    options: dict[str, object] = {**method.options, **recipe.options}
-    try:
-        method.gradients(options)
-    except ValueError as error:
-        raise ParedError(f"method {method.name}: {error}") from None
-    return options
-
-
-def allocation_of(recipe: Recipe) -> str:
-    """Return the name of the allocator a recipe asks for, the method's own if it says ``auto``."""
-    return method_of(recipe).allocation if recipe.allocation == "auto" else recipe.allocation
-
-
-def plan_of(model: PreTrainedModel, recipe: Recipe, bytes_per_parameter: int | None = None) -> Plan:
-    """Decide every site from shapes alone; the model may be on the meta device.
-
-    Where the ranks depend on the data, those of uniform allocation stand in: the sizes are right to a rank.
-
-    Raises:
-        ParedError: unknown method or allocation, nothing to compress, or a budget too small.
-    """
-    options_of(recipe)
-    allocation = allocation_of(recipe)
-    by_shape = "uniform" if allocator_of(allocation).by_spectrum else allocation
-    anatomy = find_anatomy(model).without(recipe.skip)
-    return make_plan(anatomy, by_shape, recipe.keep, bytes_per_parameter or model.dtype.itemsize)
 
 
 def compress(
@@ -117,6 +81,7 @@ def compress(
     recipe: Recipe,
     progress: Progress | None = None,
     windows: Windows | None = None,
+    collected: Callable[[], Iterator[WalkedBlock]] | None = None,
 ) -> Compressed:
     """Compress a loaded model, in place, block by block.
 
@@ -130,6 +95,7 @@ def compress(
         recipe: method, budget and calibration; ``model``, ``out`` and ``evaluation`` are not read.
         progress: who watches; nobody by default.
         windows: calibration tokens already cut, in place of the recipe's text.
+        collected: statistics of these tokens that :func:`collect` saved, in place of a pass over them.
 
     Returns:
         The same model, and the record.
@@ -143,7 +109,7 @@ def compress(
     was_training = model.training
     model.eval()
     try:
-        return _Compression(model, tokenizer, recipe, progress or Silent()).run(windows)
+        return _Compression(model, tokenizer, recipe, progress or Silent(), collected).run(windows)
     except ParedError as error:
         if module_map(model):
             raise ParedError(f"{error}; the blocks before it are compressed already: load the model again") from error
@@ -163,7 +129,7 @@ def _require_compressible(model: PreTrainedModel) -> None:
     require_dense(model.config, name)
 
 
-Felt = dict[str, dict[str, GradientStatistic]]  # what the loss feels, by site and statistic
+Felt = Mapping[str, Mapping[str, Collected]]  # what the loss feels, by site and statistic
 
 
 @dataclass
@@ -174,43 +140,112 @@ class _Compression:
     tokenizer: PreTrainedTokenizerBase
     recipe: Recipe
     progress: Progress
+    collected: Callable[[], Iterator[WalkedBlock]] | None = None
     watch: Stopwatch = field(default_factory=Stopwatch)
 
+    def __post_init__(self) -> None:
+        self.method, self.options = method_of(self.recipe), options_of(self.recipe)
+        self.allocator, self.budget = allocator_of(allocation_of(self.recipe)), budget_of(self.recipe)
+        self.refit = refit_of(self.recipe)
+        self.felt: Felt = {}
+        self.influence: dict[int, float] = {}
+
     def run(self, windows: Windows | None) -> Compressed:
-        """Probe, plan, collect, solve, install."""
+        """Probe, collect and solve, plan, install, refit."""
         result = Compressed(self.model, self.recipe)
-        method, options = method_of(self.recipe), options_of(self.recipe)
         with self.watch("probe"):
             anatomy = find_anatomy(self.model).without(self.recipe.skip)
             require_finite_weights(self.model, anatomy)
             anatomy, calls = probe(self.model, anatomy)
-            known = None if allocator_of(allocation_of(self.recipe)).by_spectrum else self.plan(anatomy)
+            units = self.units(anatomy)
+            grouped = any(len(unit.members) > 1 for unit in units)
+            known = None if self.allocator.needs or grouped or self.refit != "off" else self.plan(anatomy)
         inputs: BlockInputs | None = None
-        felt: Felt = {}
-        if method.calibrated:
+        if self.calibrated:
             with self.watch("text"):
-                windows = windows or calibration_windows(self.recipe, self.tokenizer)
+                windows = windows or self.windows()
                 require_fits(self.model.config, windows)
             inputs = self.capture(anatomy, calls, windows)
-            felt = self.feel(anatomy, inputs, windows, method.gradients(options), str(options.get("loss")))
             result.calibration = {**windows.describe(), "dtype": str(inputs.dtype)}
-        with Solver(self.model, method, options, known) as solver:
-            for walked in self.walk(anatomy, inputs if method.walked else None, method):
+        with Solver(self.model, self.method, self.options, self.budget, known, self.refit != "off") as solver:
+            self.solve(solver, anatomy, units, inputs, windows, behind=self.again and known is not None)
+            plan = known or self.decide(solver, anatomy.with_idle(solver.unreached), windows)
+            result.plan = without(plan, solver.unreached)
+            if self.again and known is None:
+                assert windows is not None
+                with Solver(self.model, self.method, self.options, self.budget, plan) as second:
+                    inputs = self.capture(anatomy, calls, windows)
+                    self.solve(second, anatomy, solver.units, inputs, windows, behind=True)
+                solver.damping |= second.damping
+            else:
                 with self.watch("solve"):
-                    for site in anatomy.sites_of(walked.index):
-                        solver.take(site, {**walked.statistics.get(site.name, {}), **felt.get(site.name, {})})
-            with self.watch("solve"):
-                plan = known or self.plan(anatomy.with_idle(solver.unreached), solver.spectra)
-                solver.finish(plan)
-            result.plan, result.damping = without(plan, solver.unreached), solver.damping
-        _tell(result.plan, self.progress)
+                    solver.finish(plan)
+            if self.refit != "off":
+                assert windows is not None
+                inputs = self.capture(anatomy, calls, windows)
+                stage, behind = (sequential, True) if self.refit == "sequential" else (update, False)
+                stage(self.model, solver, plan, self.walk(anatomy, inputs, gram, behind=behind, name="refit"))
+            result.damping, result.sharing = solver.damping, tuple(solver.comparisons)
+        for line in (*told(result.sharing), *remarks(result.plan)):
+            self.progress.note(line)
         result.seconds = self.watch.seconds
         return result
 
-    def plan(self, anatomy: Anatomy, spectra: Mapping[str, torch.Tensor] | None = None) -> Plan:
+    @property
+    def again(self) -> bool:
+        """Whether statistics are collected behind the compressed prefix; a method without any has none to collect."""
+        return self.recipe.statistics == "sequential" and self.method.walked
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether anything is done on text."""
+        return self.method.calibrated or self.refit != "off" or "influence" in self.allocator.needs
+
+    def units(self, anatomy: Anatomy) -> list[Unit]:
+        """Return what is decomposed: sites, and groups of them that may share a basis."""
+        if self.method.group_rule is None:
+            return [Unit((site,)) for site in anatomy.sites]
+        return candidate_units(anatomy, cast("int", self.options["group_size"]), str(self.options["sharing"]))
+
+    def plan(self, anatomy: Anatomy, units: Sequence[Unit] | None = None, evidence: Evidence | None = None) -> Plan:
         """Decide every site."""
-        allocation = allocation_of(self.recipe)
-        return make_plan(anatomy, allocation, self.recipe.keep, self.model.dtype.itemsize, spectra)
+        return make_plan(anatomy, self.allocator.name, self.budget, self.model.dtype.itemsize, units, evidence)
+
+    def decide(self, solver: Solver, anatomy: Anatomy, windows: Windows | None) -> Plan:
+        """Decide every site from what was found."""
+        idle = {site.name for site in anatomy.sites if site.idle}
+        units = [Unit(tuple(replace(s, idle=s.name in idle) for s in unit.members)) for unit in solver.units]
+        evidence = Evidence(solver.spectra, self.influence)
+        if "trial" in self.allocator.needs:
+            trials = trial_windows(self.recipe, self.tokenizer)
+            require_fits(self.model.config, trials)
+            evidence = replace(evidence, trial=self.trial(solver, trials), key=self.key(trials, windows))
+        with self.watch("allocate"):
+            return self.plan(anatomy, units, evidence)
+
+    def key(self, trials: Windows, windows: Windows | None) -> str:
+        """Return what the perplexity of a trial depends on, but for the decisions tried."""
+        weights = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            weights.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {tensor.double().sum().item()!r} "
+                           f"{tensor.double().abs().sum().item()!r}".encode())  # fmt: skip
+        calibrated = None if windows is None else windows.digest
+        asked = [self.method.name, self.options, self.budget.pivoted, self.recipe.calibration.model_dump()]
+        return json.dumps([weights.hexdigest(), trials.digest, calibrated, *asked, pared_version("pared")])
+
+    def trial(self, solver: Solver, windows: Windows) -> Callable[[Mapping[str, Decision]], float]:
+        """Return what measures decisions, on tokens that are not calibrated on."""
+
+        def measure(decisions: Mapping[str, Decision]) -> float:
+            with solver.installed(decisions):
+                return perplexity(self.model, self.tokenizer, windows).value
+
+        return measure
+
+    def windows(self) -> Windows:
+        """Cut what is calibrated on."""
+        causal = is_causal([type(self.model).__name__])
+        return calibration_windows(self.recipe, self.tokenizer, self.model.config, causal)
 
     def capture(self, anatomy: Anatomy, calls: list[BlockCall], windows: Windows) -> BlockInputs:
         """Get the input of the first block and the calls of all."""
@@ -218,14 +253,67 @@ class _Compression:
         with self.watch("capture"):
             device = device_of(self.recipe.device)
             dtype = choose_dtype(asked.dtype, self.model.dtype, device)
-            return capture(self.model, anatomy, windows.tokens, asked.batch, calls, dtype, device)
+            return capture(self.model, anatomy, windows.tokens, asked.batch, calls, dtype, device, windows.beside)
 
-    def feel(self, anatomy: Anatomy, inputs: BlockInputs, windows: Windows, names: frozenset[str], loss: str) -> Felt:
-        """Collect what the loss feels at every site: one backward pass, none if the method does not ask."""
-        if not names:
-            return {}
+    def solve(
+        self,
+        solver: Solver,
+        anatomy: Anatomy,
+        units: list[Unit],
+        inputs: BlockInputs | None,
+        windows: Windows | None,
+        behind: bool,
+    ) -> None:
+        """Hand the solver every unit as soon as the statistics of all its members are there.
+
+        With ``behind`` they are those of the inputs behind the blocks the solver has compressed already.
+        """
+        waiting, held = list(units), dict[str, StatisticsOfSite]()
+        for walked in self.passes(anatomy, inputs, windows, behind):
+            if walked.influence is not None:
+                self.influence[walked.index] = walked.influence
+            with self.watch("solve"):
+                held |= {site.name: walked.statistics.get(site.name, {}) for site in anatomy.sites_of(walked.index)}
+                ready = [unit for unit in waiting if all(site.name in held for site in unit.members)]
+                waiting = [unit for unit in waiting if unit not in ready]
+                for unit in ready:
+                    solver.take(unit, {site.name: held.pop(site.name) for site in unit.members})
+
+    def passes(
+        self, anatomy: Anatomy, inputs: BlockInputs | None, windows: Windows | None, behind: bool
+    ) -> Iterator[WalkedBlock]:
+        """Yield every block with the statistics of its sites: of a walk, of a backward pass, or of nothing at all."""
+        names = self.method.gradients(self.options)
+        influence = "influence" in self.allocator.needs and not behind
+        if inputs is None or windows is None or not (names or self.method.walked or influence):
+            yield from self.without_data(anatomy)
+            return
+        if self.collected is not None and not behind:
+            for walked in self.collected():
+                if self.again:
+                    kept = {site: {n: own[n] for n in names if n in own} for site, own in walked.statistics.items()}
+                    self.felt = {**self.felt, **kept}
+                yield walked
+            return
+        if names and not self.felt:  # what sites read is collected on the way: there is no need to walk for it
+            self.felt = self.feel(anatomy, inputs, windows, names | self.method.needs([(1, 1)]))
+        needs = nothing if names and not behind else self.method.needs
+        if needs is nothing and not influence:
+            by_block = self.without_data(anatomy)
+        else:
+            by_block = self.walk(anatomy, inputs, needs, influence, behind)
+        for walked in by_block:
+            seen = walked.statistics
+            sites = [site.name for site in anatomy.sites_of(walked.index)]
+            yield replace(
+                walked, statistics={name: {**self.felt.get(name, {}), **seen.get(name, {})} for name in sites}
+            )
+
+    def feel(self, anatomy: Anatomy, inputs: BlockInputs, windows: Windows, names: frozenset[str]) -> Felt:
+        """Collect what the loss feels at every site, and what every site reads, in one backward pass."""
         felt = gradient_accumulators(anatomy, names, inputs.device)
-        labels = choose_labels(self.model, "sampled" if loss == "sampled" else "labels", self.recipe.calibration.seed)
+        loss: Literal["sampled", "labels"] = "sampled" if self.options["loss"] == "sampled" else "labels"
+        labels = choose_labels(self.model, loss, self.recipe.calibration.seed, windows.labels)
         steps = len(anatomy.blocks(self.model)) * len(inputs.calls)
         with (
             self.watch("backward"),
@@ -234,18 +322,20 @@ class _Compression:
             backward(self.model, anatomy, inputs, windows.tokens, felt, labels, advance)
         return felt
 
-    def walk(self, anatomy: Anatomy, inputs: BlockInputs | None, method: LowRankMethod) -> Iterator[WalkedBlock]:
-        """Yield every block with the statistics the method needs; without running anything if it needs none."""
+    def walk(
+        self,
+        anatomy: Anatomy,
+        inputs: BlockInputs,
+        needs: Callable[[Shapes], frozenset[str]],
+        influence: bool = False,
+        behind: bool = False,
+        name: str = "calibrate and solve",
+    ) -> Iterator[WalkedBlock]:
+        """Yield every block with the statistics of the forward pass that are needed."""
         blocks = anatomy.blocks(self.model)
-        if inputs is None:
-            with self.progress.stage("solve", len(blocks), "block") as advance:
-                for index in range(len(blocks)):
-                    yield WalkedBlock(index, {})
-                    advance()
-            return
         steps = len(blocks) * len(inputs.calls)
-        with self.progress.stage(f"calibrate and solve ({inputs.dtype})", steps, "batch") as advance:
-            passes = walk(blocks, anatomy, inputs, method.needs, advance)
+        with self.progress.stage(f"{name} ({inputs.dtype})", steps, "batch") as advance:
+            passes = walk(blocks, anatomy, inputs, needs, advance, influence, behind)
             while True:
                 with self.watch("walk"):
                     walked = next(passes, None)
@@ -253,27 +343,61 @@ class _Compression:
                     return
                 yield walked
 
+    def without_data(self, anatomy: Anatomy) -> Iterator[WalkedBlock]:
+        """Yield every block without running anything."""
+        blocks = range(len(anatomy.blocks(self.model)))
+        with self.progress.stage("solve", len(blocks), "block") as advance:
+            for index in blocks:
+                yield WalkedBlock(index, {})
+                advance()
 
-def calibration_windows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Windows:
-    """Cut a recipe's calibration text.
+
+def collect(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    names: frozenset[str],
+    folder: Path,
+    progress: Progress | None = None,
+) -> None:
+    """Collect statistics once, on disk, for any number of compressions of the same dense model.
+
+    Args:
+        model: dense; unchanged.
+        tokenizer: of the model.
+        recipe: its calibration is read, and the option ``loss`` of its method where gradients are among the names.
+        names: of statistics of inputs (``gram``, ``mean_gram``, ``magnitude``) and of gradients.
+        folder: where one file a block is written; read by :func:`pared.calibration.saved_blocks`.
+        progress: who watches; nobody by default.
 
     Raises:
-        ParedError: the text is unknown, or shorter than one window.
+        ParedError: the model or the text does not allow it.
     """
-    asked = recipe.calibration
-    return cut(find_text(asked.text), tokenizer, asked.length, asked.samples, asked.sampling, asked.seed)
+    work = _Compression(model, tokenizer, recipe, progress or Silent())
+    anatomy, calls = probe(model, find_anatomy(model).without(recipe.skip))
+    windows = work.windows()
+    require_fits(model.config, windows)
+    inputs = work.capture(anatomy, calls, windows)
+    if {name.partition(":")[0] for name in names} - STATISTICS.keys():
+        felt = work.feel(anatomy, inputs, windows, names)
+        blocks = range(len(anatomy.blocks(model)))
+        save_blocks(
+            folder, (WalkedBlock(i, {s.name: felt.get(s.name, {}) for s in anatomy.sites_of(i)}) for i in blocks)
+        )
+    else:
+        save_blocks(folder, work.walk(anatomy, inputs, lambda _: names, influence=True))
 
 
-def _tell(plan: Plan, progress: Progress) -> None:
+def remarks(plan: Plan) -> Iterator[str]:
     """Say what is not covered, and what the budget could not reach."""
     if plan.uncovered:
         first = plan.uncovered[0]
-        progress.note(
+        yield (
             f"not covered: {len(plan.uncovered)} weights, {plan.uncovered_share:.1%} of the parameters inside the "
             f"blocks, the first is {first.name} {first.shape} ({first.reason})"
         )
     dense = [site for site in plan.sites if isinstance(site.decision, Dense)]
     if dense and plan.keep < 1:
-        progress.note(f"{len(dense)} sites stay dense, the first is {dense[0].name}")
+        yield f"{len(dense)} sites stay dense, the first is {dense[0].name}"
     if plan.shortfall:
-        progress.note(f"the budget is missed by {plan.shortfall:,} parameters: too many sites must stay dense")
+        yield f"the budget is missed by {plan.shortfall:,} parameters: too many sites must stay dense"

@@ -1,7 +1,7 @@
 """A whole job: a model by name, compressed, checked by reloading, evaluated, in a folder that appears whole."""
 
 import gc
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -10,8 +10,9 @@ from pared.anatomy import find_anatomy
 from pared.checkpoint import Manifest, compare, load, require_tensors, save, take_fingerprint, verify
 from pared.checkpoint.loader import FORMAT_VERSION
 from pared.checkpoint.manifest import machine, versions
-from pared.engine.compression import calibration_windows, compress, method_of, plan_of
-from pared.engine.install import require_finite_weights
+from pared.engine.asked import calibration_windows, method_of, plan_of
+from pared.engine.checks import require_finite_weights
+from pared.engine.compression import compress
 from pared.engine.progress import Progress, Silent, Stopwatch, peak_memory_bytes
 from pared.errors import ParedError
 from pared.evaluation import perplexity
@@ -79,6 +80,7 @@ def run(recipe: Recipe, overwrite: bool = False, progress: Progress | None = Non
             recipe=recipe,
             plan=compressed.plan,
             damping=compressed.damping,
+            sharing=[asdict(one) for one in compressed.sharing],
             calibration=compressed.calibration,
             evaluation=None if windows is None or recipe.evaluation is None
             else {**windows.describe(), "bos": recipe.evaluation.bos},
@@ -118,7 +120,7 @@ def _checked(recipe: Recipe, overwrite: bool) -> tuple[ModelSource, Path]:
 def _calibration_windows(recipe: Recipe, source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> Windows | None:
     if not method_of(recipe).calibrated:
         return None
-    windows = calibration_windows(recipe, tokenizer)
+    windows = calibration_windows(recipe, tokenizer, source.config(), is_causal(source.config().architectures or []))
     require_fits(source.config(), windows)
     return windows
 

@@ -1,43 +1,62 @@
-"""Decomposes sites as the walk hands them over, and puts their factors in place once their ranks are known."""
+"""Decomposes weights as statistics come in, and puts factors in place once their ranks are known."""
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
 
-from pared.anatomy import Site, weight_of
-from pared.calibration import GradientStatistic, Statistic
-from pared.engine.install import install
+from pared.allocation import Budget, Unit
+from pared.anatomy import weight_of
+from pared.calibration import Collected
+from pared.engine.groups import Comparison, compare
 from pared.engine.store import DecompositionStore
 from pared.errors import ParedError
+from pared.install import install_group
 from pared.lowrank import Decomposition, LowRankMethod
-from pared.plan import Dense, LowRank, Plan
+from pared.lowrank.sharing import stacked
+from pared.modules import replace_module
+from pared.plan import Decision, Dense, LowRank, Plan, Shared
+
+StatisticsOfSite = Mapping[str, Collected]
 
 
 class Solver:
     """One method at work on one model. A context manager: what it keeps on disk is gone at its end.
 
     Attributes:
+        units: what was decomposed without a plan: sites alone, and groups where a shared basis pays.
+        comparisons: of every group that was compared.
         damping: sites whose statistics were rank-deficient, with the relative damping used.
         unreached: sites that no calibration token reached; they stay dense.
     """
 
     def __init__(
-        self, model: nn.Module, method: LowRankMethod, options: Mapping[str, object], plan: Plan | None
+        self,
+        model: nn.Module,
+        method: LowRankMethod,
+        options: Mapping[str, object],
+        budget: Budget,
+        plan: Plan | None,
+        keep_dense: bool = False,
     ) -> None:
         """Start.
 
         Args:
             model: changed in place.
-            method: how a site is decomposed.
+            method: how a weight is decomposed.
             options: of the method, complete.
-            plan: the ranks; none if they depend on the spectra, which ``spectra`` then collects.
+            budget: at which sharing is compared.
+            plan: the ranks; none if they depend on what is found, which is then kept until ``finish``.
+            keep_dense: keep the dense weights too, for a refit.
         """
-        self._model, self._method, self._options = model, method, options
+        self._model, self._method, self._options, self._budget = model, method, options, budget
+        self._keep_dense = keep_dense
         self._planned = None if plan is None else _planned(plan)
         self._stack = ExitStack()
         self._store = self._stack.enter_context(DecompositionStore())
+        self.units: list[Unit] = []
+        self.comparisons: list[Comparison] = []
         self.damping: dict[str, float] = {}
         self.unreached: set[str] = set()
 
@@ -49,44 +68,131 @@ class Solver:
 
     @property
     def spectra(self) -> Mapping[str, torch.Tensor]:
-        """For every site taken so far without a plan, what leaving out each direction costs."""
+        """For every unit taken so far without a plan, what leaving out each direction costs."""
         return self._store.spectra
 
-    def take(self, site: Site, statistics: Mapping[str, Statistic | GradientStatistic]) -> None:
-        """Decompose a site; put its factors in place if the plan is known, keep the decomposition if not.
+    def take(self, unit: Unit, statistics: Mapping[str, StatisticsOfSite]) -> None:
+        """Decompose a unit; put its factors in place if the plan is known, keep the decomposition if not.
+
+        A group whose members lose less apart is taken apart.
+
+        Args:
+            unit: a site, or a group that may share a basis.
+            statistics: of every member, by site and statistic.
 
         Raises:
             ParedError: its statistics or its weight do not allow it; names the site.
         """
-        if site.idle or (self._planned is not None and site.name not in self._planned):
+        values: dict[str, dict[str, torch.Tensor]] = {}
+        for site in unit.members:
+            own = statistics.get(site.name, {})
+            if not site.idle and any(statistic.tokens == 0 for statistic in own.values()):
+                self.unreached.add(site.name)
+            elif not site.idle and (self._planned is None or unit.name in self._planned):
+                values[site.name] = {key: statistic.value for key, statistic in own.items()}
+        together = len(unit.members) > 1 and len(values) == len(unit.members)
+        if together and self._planned is not None:
+            self._keep(unit, self._decompose(unit, values))
             return
-        if any(statistic.tokens == 0 for statistic in statistics.values()):
-            self.unreached.add(site.name)
+        members = [Unit((site,)) for site in unit.members]
+        found = {one.name: self._decompose(one, values) for one in members if one.name in values}
+        shared = self._group(unit, found, values) if together else None
+        if shared is not None:
+            self._keep(unit, shared)
             return
-        values = {name: statistic.value for name, statistic in statistics.items()}
-        weight = self._weight(site.name)
-        try:
-            found = self._method.decompose(weight.to(next(iter(values.values()), weight).device), values, self._options)
-        except (ValueError, RuntimeError) as error:
-            raise ParedError(f"site {site.name}: {error}") from error
-        if found.damping:
-            self.damping[site.name] = found.damping
-        if self._planned is None:
-            self._store.put(site.name, found)
-        else:
-            self._install(site.name, found, self._planned[site.name])
+        for one in members:
+            if one.name in found:
+                self._keep(one, found[one.name])
+            elif self._planned is None:
+                self.units.append(one)
 
     def finish(self, plan: Plan) -> None:
-        """Put the factors of every site that was kept in place."""
-        for name, decision in _planned(plan).items():
-            if name in self._store.spectra:
-                self._install(name, self._store.get(name, self._weight(name)), decision)
+        """Put the factors of everything that was kept in place."""
+        for unit, decision in self.decided(plan):
+            self.install(unit, decision)
 
-    def _weight(self, name: str) -> torch.Tensor:
-        return weight_of(self._model.get_submodule(name)).detach()
+    def decided(self, plan: Plan) -> list[tuple[Unit, LowRank]]:
+        """Return the kept units that a plan gives a rank, with it."""
+        planned = _planned(plan)
+        return [
+            (unit, planned[unit.name])
+            for unit in self.units
+            if unit.name in planned and unit.name in self._store.spectra
+        ]
 
-    def _install(self, name: str, found: Decomposition, decision: LowRank) -> None:
-        install(self._model, name, found.factors(decision.rank), decision.pivoted)
+    def install(self, unit: Unit, decision: LowRank) -> None:
+        """Put the factors of one kept unit in place."""
+        found = self._store.get(unit.name, self._weight(unit))
+        install_group(self._model, [site.name for site in unit.members], found.factors(decision.rank), decision.pivoted)
+
+    def dense_weights(self, unit: Unit) -> list[torch.Tensor]:
+        """Return the dense weights of a kept unit's members."""
+        return list(torch.split(self._store.weight(unit.name), [site.out_features for site in unit.members]))
+
+    @contextmanager
+    def installed(self, decisions: Mapping[str, Decision]) -> Iterator[None]:
+        """Have these decisions, by unit, in the model for the length of a ``with`` block; the rest is as it was."""
+        chosen = [(unit, decisions.get(unit.name)) for unit in self.units]
+        taken = [(unit, decision) for unit, decision in chosen if isinstance(decision, LowRank)]
+        before = {site.name: self._model.get_submodule(site.name) for unit, _ in taken for site in unit.members}
+        try:
+            for unit, decision in taken:
+                self.install(unit, decision)
+            yield
+        finally:
+            for name, module in before.items():
+                replace_module(self._model, name, module)
+
+    def _decompose(self, unit: Unit, values: Mapping[str, Mapping[str, torch.Tensor]]) -> Decomposition:
+        """Decompose one site, or a group as one."""
+        own = [values[site.name] for site in unit.members]
+        weights = [weight_of(self._model.get_submodule(site.name)).detach() for site in unit.members]
+        weights = [
+            weight.to(next(iter(value.values()), weight).device) for weight, value in zip(weights, own, strict=True)
+        ]
+        try:
+            if len(weights) == 1:
+                found = self._method.decompose(weights[0], own[0], self._options)
+            else:
+                assert self._method.group_rule is not None
+                found = self._method.group_rule(weights, own, self._options)
+        except (ValueError, RuntimeError) as error:
+            raise ParedError(f"site {unit.name}: {error}") from error
+        if found.damping:
+            self.damping[unit.name] = found.damping
+        return found
+
+    def _group(
+        self, unit: Unit, found: Mapping[str, Decomposition], values: Mapping[str, Mapping[str, torch.Tensor]]
+    ) -> Decomposition | None:
+        """Return the decomposition of a group as one if sharing a basis pays."""
+        name = self._method.input_gram
+        if any(name not in value for value in values.values()):
+            return None  # where the Gram of the outputs is cheaper, that of the input is not there to compare with
+        group = self._decompose(unit, values)
+        compared = compare(
+            unit,
+            group,
+            [found[site.name] for site in unit.members],
+            [values[site.name][name] for site in unit.members],
+            self._budget,
+            always=self._options["sharing"] != "measured",
+        )
+        if compared is not None:
+            self.comparisons.append(compared)
+        return group if compared is not None and compared.pays else None
+
+    def _keep(self, unit: Unit, found: Decomposition) -> None:
+        if self._planned is None:
+            self.units.append(unit)
+            self._store.put(unit.name, found, self._weight(unit) if self._keep_dense else None)
+        else:
+            decision = self._planned[unit.name]
+            names = [site.name for site in unit.members]
+            install_group(self._model, names, found.factors(decision.rank), decision.pivoted)
+
+    def _weight(self, unit: Unit) -> torch.Tensor:
+        return stacked([weight_of(self._model.get_submodule(site.name)).detach() for site in unit.members])
 
 
 def without(plan: Plan, unreached: set[str]) -> Plan:
@@ -97,4 +203,12 @@ def without(plan: Plan, unreached: set[str]) -> Plan:
 
 
 def _planned(plan: Plan) -> dict[str, LowRank]:
-    return {site.name: site.decision for site in plan.sites if isinstance(site.decision, LowRank)}
+    """Return the ranks of a plan by unit: a shared basis's by the name of its owner."""
+    ranks: dict[str, LowRank] = {}
+    for site in plan.sites:
+        decision = site.decision
+        if isinstance(decision, Shared) and decision.owner == site.name:
+            ranks[site.name] = LowRank(rank=decision.rank, pivoted=decision.pivoted)
+        elif isinstance(decision, LowRank):
+            ranks[site.name] = decision
+    return ranks

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pared.lowrank import Decomposition
@@ -32,14 +33,16 @@ class DecompositionStore:
     def __exit__(self, *_: object) -> None:
         self._folder.cleanup()
 
-    def put(self, name: str, found: Decomposition) -> None:
-        """Keep the decomposition of a site."""
+    def put(self, name: str, found: Decomposition, weight: torch.Tensor | None = None) -> None:
+        """Keep the decomposition of a unit, and its dense weight if one is given."""
         self._numbers[name] = len(self._numbers)
         self._damping[name] = found.damping
         self.spectra[name] = found.singular_values_R.cpu()
         tensors = {"U_OR": found.U_OR.float().contiguous()}
         if found.L_OO is not None:
             tensors["L_OO"] = found.L_OO.contiguous()
+        if weight is not None:
+            tensors["weight"] = weight.contiguous()
         save_file(tensors, self._file(name))
 
     def get(self, name: str, W_ON: torch.Tensor) -> Decomposition:
@@ -53,6 +56,11 @@ class DecompositionStore:
         s_R = self.spectra[name].to(W_ON.device)
         found = Decomposition(W_ON.double(), tensors["U_OR"].double(), s_R, self._damping[name])
         return replace(found, L_OO=tensors.get("L_OO"))
+
+    def weight(self, name: str) -> torch.Tensor:
+        """Return the dense weight that was kept of a unit."""
+        with safe_open(self._file(name), framework="pt") as tensors:
+            return tensors.get_tensor("weight")
 
     def _file(self, name: str) -> Path:
         return Path(self._folder.name) / f"{self._numbers[name]}.safetensors"

@@ -33,7 +33,7 @@ def comparison(manifest: Manifest) -> list[Row]:
         rows.append(Row("perplexity", f"{before:,.2f}", f"{after:,.2f}", f"x{after / before:.3g}"))
     rows.append(Row("seconds", "", f"{sum(manifest.seconds.values()):,.1f}", ""))
     rows.append(Row("peak memory", "", f"{manifest.peak_memory_bytes / 2**20:,.0f} MiB", ""))
-    return [Row("method", "dense", manifest.recipe.method, f"keep {manifest.recipe.keep:g}"), *rows]
+    return [Row("method", "dense", manifest.recipe.method, manifest.recipe.budget), *rows]
 
 
 def _row(what: str, before: int, after: int) -> Row:

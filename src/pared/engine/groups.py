@@ -1,0 +1,124 @@
+"""Which sites may share a basis, and whether sharing pays."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pared.allocation import Budget, Unit
+from pared.anatomy import Anatomy, Site
+from pared.lowrank import Decomposition
+from pared.lowrank.sharing import error, member_weighting, split
+
+# What Basis Sharing's table shares: what is fed by the residual stream. Grouped-query k and v, which are less wide than
+# their input, stay private, as do o and down, whose inputs differ from block to block.
+FED_BY_THE_RESIDUAL_STREAM = frozenset({"q", "k", "v", "qkv", "gate", "up", "gate_up", "fc1"})
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a group loses with one basis and what its members lose with their own, at equal parameters.
+
+    Attributes:
+        name: of the group's first site.
+        kind: what such a layer is usually called.
+        members: how many weights.
+        shared_rank: of the one basis.
+        apart_rank: of every member's own.
+        shared: summed squared error, each member on its own inputs; weighted as the method weighs it.
+        apart: the same with bases of their own.
+        pays: whether the basis is shared.
+    """
+
+    name: str
+    kind: str
+    members: int
+    shared_rank: int
+    apart_rank: int
+    shared: float
+    apart: float
+    pays: bool
+
+
+def candidate_units(anatomy: Anatomy, group_size: int, sharing: str) -> list[Unit]:
+    """Return every site once: in groups over neighbouring blocks where it may share a basis, else alone.
+
+    The first ``group_size`` blocks make the first groups, and so on; what remains makes a smaller last one.
+
+    Args:
+        anatomy: of the model.
+        group_size: blocks in a group.
+        sharing: ``paper`` groups what Basis Sharing's table shares; ``measured`` and ``all`` whatever
+            :func:`may_share`; ``none`` nothing.
+    """
+    groups: dict[tuple[object, ...], list[Site]] = {}
+    for site in anatomy.sites:
+        suits = in_the_table(site) if sharing == "paper" else may_share(site)
+        alone = sharing == "none" or site.idle or not suits
+        shape = (site.out_features, site.in_features)
+        key = (site.name,) if alone else (anatomy.path_in_block(site), site.block // group_size, shape)
+        groups.setdefault(key, []).append(site)
+    return [Unit(tuple(members)) for members in groups.values()]
+
+
+def may_share(site: Site) -> bool:
+    """Whether a shared basis is thought of: not for what narrows (down, fc2) unless the residual stream feeds it.
+
+    What such layers read differs from block to block, and its Gram is the dearest of all to collect.
+    """
+    return site.kind in FED_BY_THE_RESIDUAL_STREAM or site.out_features >= site.in_features
+
+
+def in_the_table(site: Site) -> bool:
+    """Whether Basis Sharing's table shares such a layer (the paper's section 4.1, by kind and shape)."""
+    if site.kind in ("k", "v"):
+        return site.out_features == site.in_features  # not with grouped queries
+    # GPT-2 calls two layers c_proj; the table shares that of the attention, which is square.
+    return site.kind in FED_BY_THE_RESIDUAL_STREAM or (site.kind == "c_proj" and site.out_features == site.in_features)
+
+
+def compare(
+    unit: Unit,
+    group: Decomposition,
+    apart: Sequence[Decomposition],
+    grams: Sequence[torch.Tensor],
+    budget: Budget,
+    always: bool,
+) -> Comparison | None:
+    """Compare one basis for a group with a basis for each, at equal parameters; None if either has no rank.
+
+    Args:
+        unit: the group.
+        group: of the stacked weights.
+        apart: of every member.
+        grams: the Gram of every member's own input.
+        budget: the fraction that is kept.
+        always: share whatever the comparison says.
+    """
+    alone = [Unit((site,)) for site in unit.members]
+    shared_rank, apart_rank = budget.rank(unit), budget.rank(alone[0])
+    if shared_rank < 1 or apart_rank < 1:
+        return None
+    shared_error, row = 0.0, 0
+    rows = [site.out_features for site in unit.members]
+    for own, factors, gram, count in zip(apart, split(group.factors(shared_rank), rows), grams, rows, strict=True):
+        shared_error += error(own.W_ON, factors, gram, member_weighting(group, row, row + count))
+        row += count
+    apart_error = sum(own.loss(apart_rank) ** 2 for own in apart)
+    pays = always or shared_error < apart_error
+    return Comparison(unit.name, unit.kind, len(unit.members), shared_rank, apart_rank, shared_error, apart_error, pays)
+
+
+def told(comparisons: Sequence[Comparison]) -> list[str]:
+    """Return one line for every kind of layer: how many groups share, and the ratio of the errors."""
+    kinds: dict[str, list[Comparison]] = {}
+    for one in comparisons:
+        kinds.setdefault(one.kind, []).append(one)
+    lines = []
+    for kind, group in kinds.items():
+        ratios = sorted(one.shared / one.apart if one.apart else 1.0 for one in group)
+        lines.append(
+            f"{kind}: {sum(one.pays for one in group)} of {len(group)} groups share a basis; error shared / apart "
+            f"{ratios[len(ratios) // 2]:.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
+        )
+    return lines
