@@ -2,24 +2,43 @@
 
     PARED_DATA=/path/to/data python benchmarks/low_rank.py                       # the grid, resuming where it stopped
     PARED_DATA=/path/to/data python benchmarks/low_rank.py --methods svd-llm --keep 0.8
+    PARED_DATA=/path/to/data python benchmarks/low_rank.py --samples 16 --methods svd-llm loss-optimal
     python benchmarks/low_rank.py --render                                       # renders the page only
 
-One JSON line a cell; a cell that is there is not measured again (delete its line to repeat it).
+One JSON line a cell; a cell that is there is not measured again (delete its line to repeat it). Statistics of the dense
+model are collected once for all methods and budgets and kept in the user's cache folder.
 """
 
 import argparse
 import os
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import platformdirs
+import torch
+
 import pared
+from pared.calibration import WalkedBlock, saved_blocks
+from pared.engine import collect
 from pared.lowrank import METHODS
 from pared.sources import find_text
 from record import RESULTS, append, read, table
 
 LINES = RESULTS / "low_rank.jsonl"
 PAGE = RESULTS / "low_rank.md"
-WINDOWS, LENGTH = 20, 1024
+PLOT = RESULTS / "low_rank.svg"
+WINDOWS, LENGTH, SAMPLES = 20, 1024, 64
+USUAL = ("once", "auto")  # statistics and refit, unless a run asks for others
+
+# What is collected together, by the method whose option `loss` says how labels are chosen.
+PASSES = {
+    "forward": ("svd-llm", {"gram", "magnitude"}),
+    "sampled": ("loss-optimal", {"mean_gram", "output_gradient_full"}),
+    "labels": ("fwsvd", {"fisher"}),
+}
+PASS_OF = {"fwsvd": "labels", "loss-optimal": "sampled"}  # the other methods read what the forward pass collects
 
 
 def evaluation_texts() -> dict[str, str]:
@@ -28,22 +47,48 @@ def evaluation_texts() -> dict[str, str]:
     return {"WikiText-2": "wikitext2:test", "C4": "c4:validation", "speeches": speeches}
 
 
-def measure(model_name: str, method: str, keep: float, text: str, samples: int) -> dict[str, Any]:
+def statistics(model_name: str, method: str, calibration: pared.Calibration) -> Path:
+    """Return the folder with the statistics a method reads, collected if they are not there."""
+    wanted = PASS_OF.get(method, "forward")
+    by, names = PASSES[wanted]
+    key = f"{model_name} {calibration.text} {calibration.samples}x{calibration.length} {wanted}"
+    folder = Path(platformdirs.user_cache_dir("pared")) / "benchmarks" / key.replace("/", "_").replace(":", "_")
+    model = pared.load(model_name)
+    if len(list(folder.glob("block-*.safetensors"))) < model.config.num_hidden_layers:
+        start = time.perf_counter()
+        recipe = pared.Recipe(method=by, calibration=calibration)
+        collect(model, pared.load_tokenizer(model_name), recipe, frozenset(names), folder)
+        print(f"collected {', '.join(sorted(names))} in {time.perf_counter() - start:.0f} s", flush=True)
+    return folder
+
+
+def measure(model_name: str, recipe: pared.Recipe | None) -> dict[str, Any]:
     """Compress the model one way (or not at all) and measure it on every text."""
     model, tokenizer = pared.load(model_name), pared.load_tokenizer(model_name)
-    row: dict[str, Any] = {"model": model_name, "method": method, "keep": keep, "text": text, "samples": samples}
-    if method != "dense":
-        calibration = pared.Calibration(text=text, samples=samples, length=LENGTH)
+    row: dict[str, Any] = {"model": model_name, "method": "dense", "keep": 1.0}
+    if recipe is not None:
+        asked = recipe.calibration
+        row |= {"method": recipe.method, "keep": recipe.keep, "text": asked.text, "samples": asked.samples}
+
+        def collected() -> Iterator[WalkedBlock]:
+            return saved_blocks(statistics(model_name, recipe.method, asked))
+
         start = time.perf_counter()
-        result = pared.compress(model, tokenizer, pared.Recipe(method=method, keep=keep, calibration=calibration))
+        result = pared.compress(model, tokenizer, recipe, collected=collected)
         row |= {"compress_seconds": time.perf_counter() - start, "calibration": result.calibration}
-    parameters = sum(p.numel() for p in model.parameters())
-    row |= {"model_parameters": parameters, "bytes": sum(p.numel() * p.itemsize for p in model.parameters())}
+        row |= {"achieved_keep": result.plan.achieved_keep, "statistics": recipe.statistics, "refit": recipe.refit}
+        row |= {"dense_sites": sum(site.decision.kind == "dense" for site in result.plan.sites)}
+        row |= {"shared_groups": sum(one.pays for one in result.sharing), "compared_groups": len(result.sharing)}
+    parameters = list(model.parameters())  # a shared one once
+    buffers = sum(b.numel() * b.itemsize for name, b in model.named_buffers() if name.endswith("order"))
+    row |= {"model_parameters": sum(p.numel() for p in parameters)}
+    row |= {"bytes": sum(p.numel() * p.itemsize for p in parameters) + buffers}
+    start = time.perf_counter()
     row["perplexity"] = {
         name: pared.perplexity(model, tokenizer, source, LENGTH, WINDOWS).value
         for name, source in evaluation_texts().items()
     }
-    return row
+    return row | {"evaluate_seconds": time.perf_counter() - start}
 
 
 def require_disjoint(calibration: str) -> None:
@@ -56,63 +101,122 @@ def require_disjoint(calibration: str) -> None:
 
 def render(lines: list[dict[str, Any]]) -> str:
     """Return the page."""
-    texts = list(lines[0]["perplexity"])
     dense = next(line for line in lines if line["method"] == "dense")
-    rows = [
-        (
-            line["method"],
+    texts = list(dense["perplexity"])
+    order = {method: number for number, method in enumerate(METHODS)}
+    grid = sorted(
+        (line for line in lines if line.get("samples", SAMPLES) == SAMPLES),
+        key=lambda line: (-line["keep"], order.get(line["method"], -1), line.get("statistics"), line.get("refit")),
+    )
+    others = sorted(
+        (line for line in lines if line.get("samples", SAMPLES) != SAMPLES),
+        key=lambda line: (-line["keep"], order[line["method"]], line["samples"]),
+    )
+
+    def cells(line: dict[str, Any]) -> tuple[str, ...]:
+        asked = [f"{name} {line[name]}" for name in ("statistics", "refit") if line.get(name) not in (None, *USUAL)]
+        return (
+            ", ".join([line["method"], *asked]),
             f"{line['keep']:g}",
             f"{line['model_parameters'] / 1e6:.1f} M",
             f"{line['bytes'] / 2**20:,.0f} MiB",
-            *(f"{line['perplexity'][t]:,.2f} ({line['perplexity'][t] / dense['perplexity'][t]:,.2f} x)" for t in texts),
-            f"{line['compress_seconds']:.0f}" if "compress_seconds" in line else "",
+            *(f"{line['perplexity'][t]:,.2f} ({line['perplexity'][t] / dense['perplexity'][t]:,.3f} x)" for t in texts),
         )
-        for line in sorted(lines, key=lambda line: (-line["keep"], line["method"] != "dense", line["method"]))
-    ]
+
+    header = ("method", "keep", "parameters", "bytes", *texts)
     last = lines[-1]
-    calibrated = next((line for line in lines if line.get("calibration")), {"text": "-", "samples": 0})
+    calibrated = next((line for line in lines if line.get("calibration")), {"text": "-", "calibration": {}})
+    samples = [
+        "## More and fewer calibration samples",
+        "",
+        table(("samples", *header), [(str(line["samples"]), *cells(line)) for line in others]),
+        "",
+    ]
     return "\n".join(
         [
             "# Low-rank methods",
             "",
-            "Made by `python benchmarks/low_rank.py`; raw figures in [low_rank.jsonl](low_rank.jsonl). Do not edit.",
+            "Made by `python benchmarks/low_rank.py`; raw figures in [low_rank.jsonl](low_rank.jsonl). Do not edit. "
+            "What they say is told in [low_rank.md](../low_rank.md#what-was-measured).",
             "",
-            f"`{last['model']}`, float32; calibrated on {calibrated['samples']} x {LENGTH} tokens of "
-            f"{calibrated['text']}; perplexity on the first {WINDOWS} windows of {LENGTH} tokens of each text, no "
-            "beginning-of-sequence token, in brackets as a multiple of the dense model's. `keep` counts the linear "
-            "layers inside the blocks; parameters and bytes are the whole model's. C4 and the speeches (State of the "
-            "Union addresses, 1945 to 2006) were never calibrated on.",
+            f"`{last['model']}`, float32; calibrated on {SAMPLES} x {LENGTH} tokens of {calibrated['text']}; "
+            f"perplexity on the first {WINDOWS} windows of {LENGTH} tokens of each text, no beginning-of-sequence "
+            "token, in brackets as a multiple of the dense model's. `keep` counts the linear layers inside the blocks; "
+            "parameters and bytes are the whole model's, the order of pivots included. Every method with the "
+            "allocation, storage and refit that `auto` gives it. C4 and the speeches (State of the Union addresses, "
+            "1945 to 2006) were never calibrated on.",
             "",
-            table(("method", "keep", "parameters", "bytes", *texts, "seconds"), rows),
+            f"![Perplexity over keep]({PLOT.name})",
             "",
-            "Seconds are those of the compression on this machine, for orientation only: [road.md](road.md) measures "
-            "time properly.",
+            table(header, [cells(line) for line in grid]),
             "",
+            *(samples if others else ()),
             f"Commits {', '.join(sorted({line['commit'] for line in lines}))}; {last['date']}, {last['cpu']}, "
-            f"{last['threads']} threads, torch {last['torch']}, transformers {last['transformers']}, Python "
+            f"{last['threads']} thread, torch {last['torch']}, transformers {last['transformers']}, Python "
             f"{last['python']}.\n",
         ]
     )
 
 
+def plot(lines: list[dict[str, Any]]) -> None:
+    """Draw perplexity over keep, one panel a text, as multiples of the dense model's."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "pared"  # the same picture from the same figures
+    from matplotlib import pyplot
+
+    dense = next(line for line in lines if line["method"] == "dense")["perplexity"]
+    usual = [line for line in lines if line.get("samples") == SAMPLES]
+    usual = [line for line in usual if line["statistics"] in USUAL and line["refit"] in USUAL]
+    figure, panels = pyplot.subplots(1, len(dense), figsize=(12, 4.2), sharey=True)
+    for panel, text in zip(panels, dense, strict=True):
+        for method in METHODS:
+            points = sorted((c["keep"], c["perplexity"][text] / dense[text]) for c in usual if c["method"] == method)
+            if points:
+                panel.plot(*zip(*points, strict=True), marker="o", markersize=3, label=method)
+        panel.set(title=text, xlabel="keep", yscale="log", ylim=(0.95, 100))
+        panel.invert_xaxis()
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("perplexity / dense (cut at 100)")
+    panels[-1].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(PLOT, metadata={"Date": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="embedded:smollm2-135m")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS))
-    parser.add_argument("--keep", nargs="+", type=float, default=[0.9, 0.8, 0.7, 0.6, 0.5])
+    parser.add_argument("--methods", nargs="+", default=["dense", *METHODS])
+    parser.add_argument("--keep", nargs="+", type=float, default=[0.8, 0.6, 0.5, 0.7, 0.9])
     parser.add_argument("--text", default="wikitext2:train")
-    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=SAMPLES)
+    parser.add_argument("--statistics", default="once", choices=("once", "sequential"))
+    parser.add_argument("--refit", default="auto", choices=("auto", "off", "update", "sequential"))
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--render", action="store_true")
     asked = parser.parse_args()
-    cells = [("dense", 1.0), *((method, keep) for keep in asked.keep for method in asked.methods)]
+    torch.set_num_threads(asked.threads)
+    calibration = pared.Calibration(text=asked.text, samples=asked.samples, length=LENGTH)
+    cells: dict[tuple[object, ...], pared.Recipe | None] = {}
+    for keep in asked.keep:
+        for method in asked.methods:
+            if method == "dense":
+                cells[asked.model, "dense", 1.0] = None
+                continue
+            recipe = pared.Recipe(
+                method=method, keep=keep, calibration=calibration, statistics=asked.statistics, refit=asked.refit
+            )
+            cells[asked.model, method, keep, asked.text, asked.samples, asked.statistics, asked.refit] = recipe
     if not asked.render:
         require_disjoint(asked.text)
-        for number, (method, keep) in enumerate(cells, 1):
-            done = {(line["model"], line["method"], line["keep"], line["samples"]) for line in read(LINES)}
-            if (asked.model, method, keep, asked.samples) not in done:
-                row = measure(asked.model, method, keep, asked.text, asked.samples)
+        names = ("model", "method", "keep", "text", "samples", "statistics", "refit")
+        for number, (key, recipe) in enumerate(cells.items(), 1):
+            if key not in {tuple(line[name] for name in names if name in line) for line in read(LINES)}:
+                row = measure(asked.model, recipe)
                 append(LINES, row)
-                print(f"{number}/{len(cells)} {method} keep {keep}: {row['perplexity']}", flush=True)
+                print(f"{number}/{len(cells)} {' '.join(map(str, key[1:]))}: {row['perplexity']}", flush=True)
+    plot(read(LINES))
     PAGE.write_text(render(read(LINES)), encoding="utf-8")
     print(PAGE.read_text(encoding="utf-8"))
 
