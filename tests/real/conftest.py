@@ -20,11 +20,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.real)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def corpus() -> Iterator[Corpus]:
     patch = pytest.MonkeyPatch()
     patch.delenv("PARED_CACHE", raising=False)  # the converted model is kept between runs
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(os.cpu_count() or 1)  # until this module ends: small tensors are slower on many
     beside = ROOT.parent / "shared" / "data"
     folder = os.environ.get("PARED_DATA") or (str(beside) if beside.is_dir() else None)
     if folder:
@@ -34,13 +34,13 @@ def corpus() -> Iterator[Corpus]:
     patch.undo()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def dense(corpus: Corpus) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     source = find_model(MODEL)
     return source.load(), source.tokenizer()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def compressed(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     recipe = pared.Recipe(
         model=MODEL,
