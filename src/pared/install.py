@@ -52,6 +52,17 @@ def install_group(model: nn.Module, names: Sequence[str], factors: Factors, pivo
         replace_module(model, name, new)
 
 
+def dense_linear(old: nn.Module, W_ON: torch.Tensor) -> nn.Linear:
+    """Return a linear layer of this weight ``(out, in)`` with the bias, dtype and device of a layer."""
+    bias = _bias(old)
+    new = nn.Linear(W_ON.shape[1], W_ON.shape[0], bias is not None, **_floating(old))
+    with torch.no_grad():
+        new.weight.copy_(W_ON)
+        if bias is not None:
+            new.bias.copy_(bias)
+    return new
+
+
 def factors_of(modules: Sequence[LowRankLinear | PivotedLinear]) -> Factors:
     """Return the factors that modules with one basis stand for: ``down (rank, in)``, ``up (Σ out, rank)``."""
     first = modules[0]

@@ -71,10 +71,12 @@ class Recipe(_Strict):
         storage: ``factors`` stores a low-rank weight as two factors, ``pivoted`` without loss in rank² fewer numbers;
             ``auto`` is what the method says.
         statistics: ``once`` collects them on the dense model; ``sequential`` collects them once more, block after block
-            behind the blocks that are compressed already, when the ranks are known.
+            behind the blocks that are compressed already, when the ranks are known; ``auto`` is what the method says.
         refit: a stage after the method that fits every ``up`` to the inputs the compressed model has: ``update`` all at
             once, ``sequential`` block after block, each behind those already fitted; ``auto`` is what the method says,
             ``off`` is neither.
+        dense_path: the share of the dense model's own outputs in the targets of a refit and of sequential statistics;
+            the rest is what the dense weights make of the compressed model's inputs. ``auto`` is what the method says.
         options: of the method, by the names that ``pared methods`` lists.
         calibration: what the statistics are collected on.
         evaluation: what perplexity is measured on; ``null`` measures nothing.
@@ -91,8 +93,9 @@ class Recipe(_Strict):
     skip: tuple[str, ...] = ()
     allocation: str = "auto"
     storage: Literal["auto", "factors", "pivoted"] = "auto"
-    statistics: Literal["once", "sequential"] = "once"
+    statistics: Literal["auto", "once", "sequential"] = "auto"
     refit: Literal["auto", "off", "update", "sequential"] = "auto"
+    dense_path: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = "auto"
     options: dict[str, bool | int | float | str] = {}
     calibration: Calibration = Calibration()
     evaluation: Evaluation | None = Evaluation()

@@ -13,19 +13,21 @@ from pared.calibration.gradient_statistics import (
 from pared.calibration.labels import Given, Labels, NextToken, Sampled, choose_labels
 from pared.calibration.precision import choose_dtype
 from pared.calibration.saved import save_blocks, saved_blocks
-from pared.calibration.statistics import STATISTICS, Collected, Gram, Statistic
-from pared.calibration.walk import Shapes, WalkedBlock, walk
+from pared.calibration.statistics import STATISTICS, Collected, Gram, MeanGram, Statistic
+from pared.calibration.walk import DensePath, Shapes, WalkedBlock, walk
 
 __all__ = [
     "GRADIENT_STATISTICS",
     "STATISTICS",
     "BlockInputs",
     "Collected",
+    "DensePath",
     "Fisher",
     "Given",
     "GradientStatistic",
     "Gram",
     "Labels",
+    "MeanGram",
     "NextToken",
     "OfInput",
     "OutputGradient",

@@ -95,6 +95,39 @@ class MeanGram(Gram):
         return super().value / max(self.tokens, 1)
 
 
+class Cross:
+    """What a site reads on two paths, ``E[xᵀx']`` per token, ``(features, features)``, float64.
+
+    Of the dense path ``x`` and of the compressed one ``x'``, the same tokens in both. Where a batch sends a site other
+    tokens on the two paths (a routed expert) nothing is added, and ``tokens`` falls behind those of a Gram.
+
+    Attributes:
+        tokens: how many tokens were seen.
+    """
+
+    def __init__(self, features: int, device: torch.device) -> None:
+        self.tokens = 0
+        self._sum_NN = torch.zeros(features, features, dtype=torch.float64, device=device)
+
+    def update(self, dense: torch.Tensor | None, own: torch.Tensor) -> None:
+        """Add one batch of both, ``(..., features)``, row by row the same tokens; none if there are no such rows."""
+        if dense is None or dense.shape != own.shape:
+            return
+        x_TN, own_TN = (tensor.reshape(-1, tensor.shape[-1]).float() for tensor in (dense, own))
+        self.tokens += len(own_TN)
+        with exact_products(own.dtype):
+            self._sum_NN += x_TN.T @ own_TN
+
+    @property
+    def value(self) -> torch.Tensor:
+        """The mean over tokens ``(features, features)``."""
+        return self._sum_NN / max(self.tokens, 1)
+
+    def finite(self) -> bool:
+        """Whether everything seen so far was a finite number."""
+        return bool(self._sum_NN.isfinite().all())
+
+
 class Magnitude:
     """The mean magnitude of every feature over tokens, ``(features,)`` float64 (ASVD).
 

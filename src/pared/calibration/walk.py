@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,10 +13,10 @@ from pared.anatomy.linear import bias_of, weight_of
 from pared.anatomy.probe import hooks
 from pared.anatomy.structure import Anatomy, Site
 from pared.calibration.capture import BlockInputs, real_rows
-from pared.calibration.statistics import STATISTICS, Collected, Statistic
+from pared.calibration.statistics import STATISTICS, Collected, Cross, Statistic
 from pared.errors import ParedError
 
-StatisticsOfSite = dict[str, Statistic]
+StatisticsOfSite = dict[str, Statistic | Cross]
 Shapes = Sequence[tuple[int, int]]
 
 
@@ -35,6 +35,19 @@ class WalkedBlock:
     influence: float | None = None
 
 
+@dataclass(frozen=True)
+class DensePath:
+    """The dense model, which goes beside a compressed one on the same tokens.
+
+    Attributes:
+        hidden: what its next block reads, by batch; overwritten.
+        block: gives the dense block of an index, when the walk is there; it is copied.
+    """
+
+    hidden: list[torch.Tensor]
+    block: Callable[[int], nn.Module]
+
+
 def walk(
     blocks: list[nn.Module],
     anatomy: Anatomy,
@@ -43,6 +56,7 @@ def walk(
     on_batch: Callable[[], None] = lambda: None,
     influence: bool = False,
     sequential: bool = False,
+    dense: DensePath | None = None,
 ) -> Iterator[WalkedBlock]:
     """Run every block once over all batches and yield its statistics before the next block starts.
 
@@ -52,6 +66,9 @@ def walk(
     A ``sequential`` walk runs a block again after it was yielded, on the same inputs, so that the next block reads what
     the changed block puts out: twice the forward passes, and the hidden states of one more block in memory.
 
+    With a ``dense`` path every site has the statistic ``cross`` too, of what it reads on both paths: one more forward
+    pass, and the hidden states and one block of the dense model in memory.
+
     Args:
         blocks: the blocks, in order.
         anatomy: after the probe pass.
@@ -60,31 +77,44 @@ def walk(
         on_batch: called after every batch of every block.
         influence: measure how much every block changes the hidden states.
         sequential: let later blocks see what the caller made of earlier ones.
+        dense: the dense model, if it is to go beside.
 
     Raises:
         ParedError: an activation is NaN or infinite; names the site.
     """
     for index, block in enumerate(blocks):
         worker = worker_of(block, inputs.dtype, inputs.device)
-        statistics = _accumulators(anatomy, index, needs, inputs.device)
+        statistics = _accumulators(anatomy, index, needs, inputs.device, crossed=dense is not None)
         before = [hidden.clone() for hidden in inputs.hidden] if sequential else []
         running = _Running()
+        if dense is not None:
+            running.dense = copy.deepcopy(dense.block(index)).to(device=inputs.device, dtype=inputs.dtype)
         with hooks(_tap(worker, anatomy, index, statistics, running)):
-            cosines = list(_run_block(worker, index, inputs, running, on_batch, influence))
+            cosines = list(_run_block(worker, index, inputs, running, on_batch, influence, dense))
         _require_finite(anatomy, index, statistics, inputs)
         yield WalkedBlock(index, statistics, 1 - sum(cosines) / len(cosines) if cosines else None)
         if sequential:
             inputs.hidden[:] = before
             worker = worker_of(block, inputs.dtype, inputs.device)
-            list(_run_block(worker, index, inputs, _Running(), lambda: None, influence=False))
+            list(_run_block(worker, index, inputs, _Running(), lambda: None))
             _require_finite(anatomy, index, {}, inputs)
 
 
 @dataclass
 class _Running:
-    """The batch that runs: which of its tokens ``(batch, tokens)`` are no padding; none if all are."""
+    """The batch that runs.
+
+    Attributes:
+        mask_BT: which of its tokens are no padding; none if all are.
+        tokens: how many those are.
+        dense: the block of the dense path.
+        reads: what its sites have just read, by the site that reads first.
+    """
 
     mask_BT: torch.Tensor | None = None
+    tokens: int = 0
+    dense: nn.Module | None = None
+    reads: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -94,11 +124,15 @@ def _run_block(
     inputs: BlockInputs,
     running: _Running,
     on_batch: Callable[[], None],
-    influence: bool,
+    influence: bool = False,
+    dense: DensePath | None = None,
 ) -> Iterator[float]:
     """Run a block over every batch; yield the mean cosine of what it reads and puts out, if asked for."""
     for number, calls in enumerate(inputs.calls):
         running.mask_BT = mask_BT = inputs.mask(number)
+        running.tokens = inputs.hidden[number].shape[:2].numel() if mask_BT is None else int(mask_BT.sum())
+        if dense is not None and running.dense is not None:
+            dense.hidden[number] = calls[index].run(running.dense, dense.hidden[number])
         before = inputs.hidden[number].clone() if influence else None  # a block may change its input in place
         inputs.hidden[number] = calls[index].run(worker, inputs.hidden[number])
         if before is not None:
@@ -115,7 +149,7 @@ def worker_of(block: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.
 
 
 def _accumulators(
-    anatomy: Anatomy, index: int, needs: Callable[[Shapes], frozenset[str]], device: torch.device
+    anatomy: Anatomy, index: int, needs: Callable[[Shapes], frozenset[str]], device: torch.device, crossed: bool
 ) -> dict[str, StatisticsOfSite]:
     """Make the accumulators of a block; sites that read one tensor are given the same one for its input."""
     readers: dict[str, list[Site]] = {}
@@ -125,9 +159,11 @@ def _accumulators(
     statistics: dict[str, StatisticsOfSite] = {}
     for sites in readers.values():
         kinds = {name: STATISTICS[name] for name in sorted(needs([(s.out_features, s.in_features) for s in sites]))}
-        shared = {
+        shared: StatisticsOfSite = {
             name: kind.accumulator(sites[0].in_features, device) for name, kind in kinds.items() if kind.of == "input"
         }
+        if crossed:
+            shared["cross"] = Cross(sites[0].in_features, device)
         for site in sites:
             own = {
                 name: kind.accumulator(site.out_features, device) for name, kind in kinds.items() if kind.of == "output"
@@ -141,9 +177,14 @@ def _tap(
 ) -> Iterator[Any]:
     """Hook the outputs of every site, and the input of one site of every group that reads the same tensor."""
     for site in anatomy.sites_of(index):
+        path = anatomy.path_in_block(site)
         for name, statistic in statistics.get(site.name, {}).items():
-            module = worker.get_submodule(anatomy.path_in_block(site))
-            if STATISTICS[name].of == "output":
+            module = worker.get_submodule(path)
+            if isinstance(statistic, Cross):
+                if site.reads == site.name and running.dense is not None:
+                    yield running.dense.get_submodule(path).register_forward_pre_hook(_dense_hook(running, site.name))
+                    yield module.register_forward_pre_hook(_cross_hook(statistic, running, site.name))
+            elif STATISTICS[name].of == "output":
                 yield module.register_forward_hook(_output_hook(statistic, running, site.name))
             elif site.reads == site.name:
                 yield module.register_forward_pre_hook(_input_hook(statistic, running, site.name))
@@ -152,6 +193,22 @@ def _tap(
 def _input_hook(statistic: Statistic, running: _Running, site: str) -> Callable[..., None]:
     def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         statistic.update(real_rows(args[0], running.mask_BT, site))
+
+    return hook
+
+
+def _dense_hook(running: _Running, site: str) -> Callable[..., None]:
+    def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        running.reads[site] = real_rows(args[0], running.mask_BT, site)
+
+    return hook
+
+
+def _cross_hook(statistic: Cross, running: _Running, site: str) -> Callable[..., None]:
+    def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        dense, own = running.reads.pop(site, None), real_rows(args[0], running.mask_BT, site)
+        if own.shape[:-1].numel() == running.tokens:  # else it is sent some tokens only, not the same on both paths
+            statistic.update(dense, own)
 
     return hook
 
@@ -169,7 +226,7 @@ def _require_finite(anatomy: Anatomy, index: int, statistics: dict[str, Statisti
     for site in anatomy.sites_of(index):
         for name, statistic in statistics.get(site.name, {}).items():
             if not statistic.finite():
-                what = "reads" if STATISTICS[name].of == "input" else "puts out"
+                what = "puts out" if name in STATISTICS and STATISTICS[name].of == "output" else "reads"
                 raise ParedError(
                     f"site {site.name} {what} NaN or infinity; check the weights before it, or calibrate in float32"
                 )

@@ -41,6 +41,20 @@ Refit = Annotated[
         "[default: the method's own]"
     ),
 ]
+Statistics = Annotated[
+    str | None,
+    typer.Option(
+        help="Collected on the dense model (once) or again behind the compressed blocks (sequential). "
+        "[default: the method's own]"
+    ),
+]
+DensePath = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of the dense model's own outputs in the targets of a refit and of sequential statistics, 0 to 1. "
+        "[default: the method's own]"
+    ),
+]
 MethodOptions = Annotated[
     list[str] | None,
     typer.Option("--option", help="Option of the method, NAME=VALUE; repeatable."),

@@ -76,6 +76,16 @@ def refit_of(recipe: Recipe) -> str:
     return method_of(recipe).refit(recipe.keep) if recipe.refit == "auto" else recipe.refit
 
 
+def statistics_of(recipe: Recipe) -> str:
+    """Return when a recipe's statistics are collected, as the method says if it says ``auto``."""
+    return method_of(recipe).statistics(recipe.keep) if recipe.statistics == "auto" else recipe.statistics
+
+
+def dense_path_of(recipe: Recipe) -> float:
+    """Return the share of the dense model's outputs in targets, the method's own if a recipe says ``auto``."""
+    return method_of(recipe).dense_path if recipe.dense_path == "auto" else recipe.dense_path
+
+
 def plan_of(model: PreTrainedModel, recipe: Recipe, bytes_per_parameter: int | None = None) -> Plan:
     """Decide every site from shapes alone; the model may be on the meta device.
 

@@ -8,6 +8,7 @@ from importlib.metadata import version as pared_version
 from pathlib import Path
 from typing import Literal, cast
 
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.allocation import Evidence, Unit, allocator_of, make_plan
@@ -17,6 +18,7 @@ from pared.calibration import (
     STATISTICS,
     BlockInputs,
     Collected,
+    DensePath,
     Shapes,
     WalkedBlock,
     backward,
@@ -32,20 +34,22 @@ from pared.engine.asked import (
     allocation_of,
     budget_of,
     calibration_windows,
+    dense_path_of,
     method_of,
     options_of,
     refit_of,
+    statistics_of,
     trial_windows,
 )
 from pared.engine.checks import require_finite_weights
 from pared.engine.groups import Comparison, candidate_units, told
 from pared.engine.progress import Progress, Silent, Stopwatch
-from pared.engine.refit import sequential, update
+from pared.engine.refit import dense_blocks, sequential, update
 from pared.engine.solver import Solver, StatisticsOfSite, without
 from pared.errors import ParedError
 from pared.evaluation import perplexity
 from pared.hardware import device_of
-from pared.lowrank.methods import gram, nothing
+from pared.lowrank.methods import mean_gram, nothing
 from pared.plan import Decision, Dense, Plan
 from pared.recipe import Recipe
 from pared.sources.models import is_causal, require_dense
@@ -129,6 +133,7 @@ def _require_compressible(model: PreTrainedModel) -> None:
     require_dense(model.config, name)
 
 
+Needs = Callable[[Shapes], frozenset[str]]  # names of statistics, from the shapes of sites that read one tensor
 Felt = Mapping[str, Mapping[str, Collected]]  # what the loss feels, by site and statistic
 
 
@@ -146,7 +151,7 @@ class _Compression:
     def __post_init__(self) -> None:
         self.method, self.options = method_of(self.recipe), options_of(self.recipe)
         self.allocator, self.budget = allocator_of(allocation_of(self.recipe)), budget_of(self.recipe)
-        self.refit = refit_of(self.recipe)
+        self.refit, self.dense_path = refit_of(self.recipe), dense_path_of(self.recipe)
         self.felt: Felt = {}
         self.influence: dict[int, float] = {}
 
@@ -167,13 +172,13 @@ class _Compression:
                 require_fits(self.model.config, windows)
             inputs = self.capture(anatomy, calls, windows)
             result.calibration = {**windows.describe(), "dtype": str(inputs.dtype)}
-        with Solver(self.model, self.method, self.options, self.budget, known, self.refit != "off") as solver:
+        with self.solver(known, self.refit != "off") as solver:
             self.solve(solver, anatomy, units, inputs, windows, behind=self.again and known is not None)
             plan = known or self.decide(solver, anatomy.with_idle(solver.unreached), windows)
             result.plan = without(plan, solver.unreached)
             if self.again and known is None:
                 assert windows is not None
-                with Solver(self.model, self.method, self.options, self.budget, plan) as second:
+                with self.solver(plan) as second:
                     inputs = self.capture(anatomy, calls, windows)
                     self.solve(second, anatomy, solver.units, inputs, windows, behind=True)
                 solver.damping |= second.damping
@@ -184,17 +189,27 @@ class _Compression:
                 assert windows is not None
                 inputs = self.capture(anatomy, calls, windows)
                 stage, behind = (sequential, True) if self.refit == "sequential" else (update, False)
-                stage(self.model, solver, plan, self.walk(anatomy, inputs, gram, behind=behind, name="refit"))
+                dense = self.beside(inputs, dense_blocks(self.model, anatomy, solver, plan))
+                walked = self.walk(anatomy, inputs, mean_gram, behind=behind, dense=dense, name="refit")
+                stage(self.model, solver, plan, walked, self.dense_path)
             result.damping, result.sharing = solver.damping, tuple(solver.comparisons)
         for line in (*told(result.sharing), *remarks(result.plan)):
             self.progress.note(line)
         result.seconds = self.watch.seconds
         return result
 
+    def solver(self, plan: Plan | None, keep_dense: bool = False) -> Solver:
+        """Return a solver of this method and budget."""
+        return Solver(self.model, self.method, self.options, self.budget, plan, keep_dense, self.dense_path)
+
+    def beside(self, inputs: BlockInputs, block: Callable[[int], nn.Module]) -> DensePath | None:
+        """Return the dense path on these inputs, if it has a share in the targets."""
+        return DensePath([hidden.clone() for hidden in inputs.hidden], block) if self.dense_path else None
+
     @property
     def again(self) -> bool:
         """Whether statistics are collected behind the compressed prefix; a method without any has none to collect."""
-        return self.recipe.statistics == "sequential" and self.method.walked
+        return statistics_of(self.recipe) == "sequential" and self.method.walked
 
     @property
     def calibrated(self) -> bool:
@@ -298,16 +313,21 @@ class _Compression:
         if names and not self.felt:  # what sites read is collected on the way: there is no need to walk for it
             self.felt = self.feel(anatomy, inputs, windows, names | self.method.needs([(1, 1)]))
         needs = nothing if names and not behind else self.method.needs
+        dense = self.beside(inputs, anatomy.blocks(self.model).__getitem__) if behind else None
         if needs is nothing and not influence:
             by_block = self.without_data(anatomy)
         else:
-            by_block = self.walk(anatomy, inputs, needs, influence, behind)
+            by_block = self.walk(anatomy, inputs, self.with_input_gram(needs, dense), influence, behind, dense)
         for walked in by_block:
             seen = walked.statistics
             sites = [site.name for site in anatomy.sites_of(walked.index)]
             yield replace(
                 walked, statistics={name: {**self.felt.get(name, {}), **seen.get(name, {})} for name in sites}
             )
+
+    def with_input_gram(self, needs: Needs, dense: DensePath | None) -> Needs:
+        """Return the needs with the input Gram in place of that of outputs, if targets are made from both paths."""
+        return needs if dense is None else lambda shapes: needs(shapes) - {"output_gram"} | {self.method.input_gram}
 
     def feel(self, anatomy: Anatomy, inputs: BlockInputs, windows: Windows, names: frozenset[str]) -> Felt:
         """Collect what the loss feels at every site, and what every site reads, in one backward pass."""
@@ -326,16 +346,17 @@ class _Compression:
         self,
         anatomy: Anatomy,
         inputs: BlockInputs,
-        needs: Callable[[Shapes], frozenset[str]],
+        needs: Needs,
         influence: bool = False,
         behind: bool = False,
+        dense: DensePath | None = None,
         name: str = "calibrate and solve",
     ) -> Iterator[WalkedBlock]:
         """Yield every block with the statistics of the forward pass that are needed."""
         blocks = anatomy.blocks(self.model)
         steps = len(blocks) * len(inputs.calls)
         with self.progress.stage(f"{name} ({inputs.dtype})", steps, "batch") as advance:
-            passes = walk(blocks, anatomy, inputs, needs, advance, influence, behind)
+            passes = walk(blocks, anatomy, inputs, needs, advance, influence, behind, dense)
             while True:
                 with self.watch("walk"):
                     walked = next(passes, None)

@@ -1,19 +1,24 @@
 """Fitting what follows a basis to the inputs that the compressed model really has."""
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
 
+from pared.anatomy import Anatomy
 from pared.calibration import WalkedBlock
 from pared.engine.solver import Solver
-from pared.install import factors_of
+from pared.install import dense_linear, factors_of
+from pared.lowrank.dense_path import mixed_cross
 from pared.lowrank.sharing import refit
-from pared.modules import LowRankLinear, PivotedLinear
+from pared.modules import LowRankLinear, PivotedLinear, replace_module
 from pared.plan import Plan
 
+Grams = tuple[torch.Tensor, torch.Tensor]  # of what a site reads, and with what its targets are made from; per token
 
-def update(model: nn.Module, solver: Solver, plan: Plan, walked: Iterator[WalkedBlock]) -> None:
+
+def update(model: nn.Module, solver: Solver, plan: Plan, walked: Iterator[WalkedBlock], share: float) -> None:
     """Fit the coefficients of all units at once, from one walk over the compressed, not yet updated model.
 
     Basis Sharing's update for small budgets (section 3.3): the members of a group take the sum of their Grams.
@@ -22,50 +27,80 @@ def update(model: nn.Module, solver: Solver, plan: Plan, walked: Iterator[Walked
         model: compressed; its ``up`` weights are changed in place.
         solver: that compressed it and still holds the dense weights.
         plan: that it was compressed by.
-        walked: every block with the ``gram`` of what its sites read.
+        walked: every block with the ``mean_gram`` of what its sites read, and ``cross`` if the dense model goes beside.
+        share: of what the dense model puts out in the targets.
     """
     waiting = [unit for unit, _ in solver.decided(plan)]
-    grams: dict[str, torch.Tensor] = {}
+    grams: dict[str, Grams] = {}
     for block in walked:  # a block has handed its outputs on by now, so that changing it changes no later input
-        grams |= _grams(block)
+        grams |= _grams(block, share)
         for unit in [unit for unit in waiting if all(site.name in grams for site in unit.members)]:
             waiting.remove(unit)
-            gram_NN = torch.stack([grams.pop(site.name) for site in unit.members]).sum(dim=0)
+            gram_NN, cross_NN = (
+                torch.stack(of_members).sum(dim=0)
+                for of_members in zip(*(grams.pop(site.name) for site in unit.members), strict=True)
+            )
             for site, W_ON in zip(unit.members, solver.dense_weights(unit), strict=True):
-                fit(model, site.name, W_ON, gram_NN)
+                fit(model, site.name, W_ON, gram_NN, cross_NN)
 
 
-def sequential(model: nn.Module, solver: Solver, plan: Plan, walked: Iterator[WalkedBlock]) -> None:
+def sequential(model: nn.Module, solver: Solver, plan: Plan, walked: Iterator[WalkedBlock], share: float) -> None:
     """Fit block after block, each to what it reads behind the blocks already fitted; every site to its own inputs.
 
     Args:
         model: compressed; its ``up`` weights are changed in place.
         solver: that compressed it and still holds the dense weights.
         plan: that it was compressed by.
-        walked: every block of a sequential walk with the ``gram`` of what its sites read.
+        walked: as for :func:`update`, of a sequential walk.
+        share: of what the dense model puts out in the targets.
     """
     unit_of = {site.name: unit for unit, _ in solver.decided(plan) for site in unit.members}
     for block in walked:
-        for name, gram_NN in _grams(block).items():
+        for name, (gram_NN, cross_NN) in _grams(block, share).items():
             if unit := unit_of.get(name):
                 place = [site.name for site in unit.members].index(name)
-                fit(model, name, solver.dense_weights(unit)[place], gram_NN)
+                fit(model, name, solver.dense_weights(unit)[place], gram_NN, cross_NN)
 
 
-def _grams(block: WalkedBlock) -> dict[str, torch.Tensor]:
-    return {name: own["gram"].value for name, own in block.statistics.items() if own["gram"].tokens}
+def dense_blocks(model: nn.Module, anatomy: Anatomy, solver: Solver, plan: Plan) -> Callable[[int], nn.Module]:
+    """Return what makes the dense block of an index out of the compressed one and the dense weights that were kept."""
+    unit_of = {site.name: unit for unit, _ in solver.decided(plan) for site in unit.members}
+
+    def dense_block(index: int) -> nn.Module:
+        block = copy.deepcopy(anatomy.blocks(model)[index])
+        for site in anatomy.sites_of(index):
+            if unit := unit_of.get(site.name):
+                place = [member.name for member in unit.members].index(site.name)
+                old = model.get_submodule(site.name)
+                replace_module(block, anatomy.path_in_block(site), dense_linear(old, solver.dense_weights(unit)[place]))
+        return block
+
+    return dense_block
+
+
+def _grams(block: WalkedBlock, share: float) -> dict[str, Grams]:
+    found = {}
+    for name, own in block.statistics.items():
+        gram, cross = own["mean_gram"], own.get("cross")
+        if not gram.tokens:
+            continue
+        found[name] = gram.value, gram.value
+        if cross is not None and cross.tokens == gram.tokens:  # not where other tokens come on the two paths
+            found[name] = gram.value, mixed_cross(gram.value, cross.value, share)
+    return found
 
 
 @torch.no_grad()
-def fit(model: nn.Module, name: str, W_ON: torch.Tensor, gram_NN: torch.Tensor) -> None:
-    """Replace the ``up`` of a low-rank module by the least-squares one on the inputs of this Gram.
+def fit(model: nn.Module, name: str, W_ON: torch.Tensor, gram_NN: torch.Tensor, cross_NN: torch.Tensor) -> None:
+    """Replace the ``up`` of a low-rank module by the least-squares one, which never has the greater error.
 
     Args:
         model: changed in place.
         name: of the module.
         W_ON: the dense weight ``(out, in)`` it stands for.
         gram_NN: of what it reads in the compressed model.
+        cross_NN: of that with what its targets are made from.
     """
     module = model.get_submodule(name)
     assert isinstance(module, (LowRankLinear, PivotedLinear))
-    module.up.weight.copy_(refit(W_ON, factors_of([module]), gram_NN, gram_NN))
+    module.up.weight.copy_(refit(W_ON, factors_of([module]), gram_NN, cross_NN))

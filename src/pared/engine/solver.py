@@ -7,13 +7,14 @@ import torch
 from torch import nn
 
 from pared.allocation import Budget, Unit
-from pared.anatomy import weight_of
-from pared.calibration import Collected
+from pared.anatomy import Site, weight_of
+from pared.calibration import Collected, MeanGram
 from pared.engine.groups import Comparison, compare
 from pared.engine.store import DecompositionStore
 from pared.errors import ParedError
 from pared.install import install_group
 from pared.lowrank import Decomposition, LowRankMethod
+from pared.lowrank.dense_path import target
 from pared.lowrank.sharing import stacked
 from pared.modules import replace_module
 from pared.plan import Decision, Dense, LowRank, Plan, Shared
@@ -39,6 +40,7 @@ class Solver:
         budget: Budget,
         plan: Plan | None,
         keep_dense: bool = False,
+        dense_path: float = 0.0,
     ) -> None:
         """Start.
 
@@ -49,9 +51,11 @@ class Solver:
             budget: at which sharing is compared.
             plan: the ranks; none if they depend on what is found, which is then kept until ``finish``.
             keep_dense: keep the dense weights too, for a refit.
+            dense_path: share of what the dense model puts out in what is decomposed, where statistics tell of both.
         """
         self._model, self._method, self._options, self._budget = model, method, options, budget
-        self._keep_dense = keep_dense
+        self._keep_dense, self._dense_path = keep_dense, dense_path
+        self._targets: dict[str, torch.Tensor] = {}
         self._planned = None if plan is None else _planned(plan)
         self._stack = ExitStack()
         self._store = self._stack.enter_context(DecompositionStore())
@@ -84,12 +88,14 @@ class Solver:
             ParedError: its statistics or its weight do not allow it; names the site.
         """
         values: dict[str, dict[str, torch.Tensor]] = {}
+        self._targets.clear()
         for site in unit.members:
             own = statistics.get(site.name, {})
-            if not site.idle and any(statistic.tokens == 0 for statistic in own.values()):
+            if not site.idle and any(one.tokens == 0 for name, one in own.items() if name != "cross"):
                 self.unreached.add(site.name)
             elif not site.idle and (self._planned is None or unit.name in self._planned):
-                values[site.name] = {key: statistic.value for key, statistic in own.items()}
+                values[site.name] = {key: one.value for key, one in own.items() if key != "cross"}
+                self._aim(site, own)
         together = len(unit.members) > 1 and len(values) == len(unit.members)
         if together and self._planned is not None:
             self._keep(unit, self._decompose(unit, values))
@@ -143,10 +149,22 @@ class Solver:
             for name, module in before.items():
                 replace_module(self._model, name, module)
 
+    def _aim(self, site: Site, own: StatisticsOfSite) -> None:
+        """Set what is decomposed in place of the dense weight, if the dense model went beside."""
+        gram, cross = own.get(self._method.input_gram), own.get("cross")
+        if gram is None or cross is None or cross.tokens < gram.tokens:
+            return  # a site that is sent other tokens behind the compressed prefix has no targets for them
+        W_ON = self._dense(site).to(gram.value.device)
+        per_token = gram.value if isinstance(gram, MeanGram) else gram.value / gram.tokens
+        self._targets[site.name] = target(W_ON, per_token, cross.value, self._dense_path)
+
+    def _dense(self, site: Site) -> torch.Tensor:
+        return weight_of(self._model.get_submodule(site.name)).detach()
+
     def _decompose(self, unit: Unit, values: Mapping[str, Mapping[str, torch.Tensor]]) -> Decomposition:
         """Decompose one site, or a group as one."""
         own = [values[site.name] for site in unit.members]
-        weights = [weight_of(self._model.get_submodule(site.name)).detach() for site in unit.members]
+        weights = [self._targets.get(site.name, self._dense(site)) for site in unit.members]
         weights = [
             weight.to(next(iter(value.values()), weight).device) for weight, value in zip(weights, own, strict=True)
         ]
@@ -192,7 +210,7 @@ class Solver:
             install_group(self._model, names, found.factors(decision.rank), decision.pivoted)
 
     def _weight(self, unit: Unit) -> torch.Tensor:
-        return stacked([weight_of(self._model.get_submodule(site.name)).detach() for site in unit.members])
+        return stacked([self._dense(site) for site in unit.members])
 
 
 def without(plan: Plan, unreached: set[str]) -> Plan:

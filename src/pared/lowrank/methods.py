@@ -28,7 +28,10 @@ class LowRankMethod:
         options: names and default values; a recipe may set others of the same type.
         allocation: the allocator its paper uses.
         pivoted: whether its results are stored by pivots unless a recipe says otherwise.
+        statistics: when statistics are collected at a budget ``keep``, unless a recipe says otherwise: ``once``, or
+            ``sequential``, behind the compressed prefix.
         refit: which refit stage follows at a budget ``keep``, unless a recipe says otherwise.
+        dense_path: share of the dense model's outputs in the targets of both, unless a recipe says otherwise.
         group_rule: as ``rule`` for several weights that get one basis, stacked; none if a basis cannot be shared. A
             method that has one has the options ``group_size`` and ``sharing``.
         input_gram: name of the statistic that is the input Gram, with which sharing is compared.
@@ -43,7 +46,9 @@ class LowRankMethod:
     options: Mapping[str, bool | int | float | str] = field(default_factory=dict)
     allocation: str = "uniform"
     pivoted: bool = False
+    statistics: Callable[[float], str] = lambda _: "once"
     refit: Callable[[float], str] = lambda _: "off"
+    dense_path: float = 0.0
     group_rule: GroupRule | None = None
     input_gram: str = "gram"
 
@@ -107,6 +112,7 @@ def mean_gram(_: Sequence[tuple[int, int]]) -> frozenset[str]:
 
 
 UPDATE = 0.6  # basis-sharing updates the coefficients at this budget and below
+SEQUENTIAL = 0.7  # loss-optimal collects its statistics behind the compressed prefix at this budget and below
 SHARING = ("measured", "paper", "all", "none")
 WEIGHTINGS = ("none", "scalar", "diagonal", "full")
 LOSSES = ("sampled", "labels")
@@ -241,6 +247,8 @@ METHODS = {
             options={"output_weighting": "full", "loss": "sampled", "group_size": 1, "sharing": "measured"},
             allocation="loss",
             pivoted=True,
+            statistics=lambda keep: "sequential" if keep <= SEQUENTIAL else "once",
+            dense_path=0.25,
             group_rule=_loss_optimal_group,
             input_gram="mean_gram",
         ),
