@@ -21,7 +21,9 @@ import torch
 
 import pared
 from pared.calibration import WalkedBlock, saved_blocks
+from pared.cli.options import named_values
 from pared.engine import collect
+from pared.engine.asked import dense_path_of, refit_of, statistics_of
 from pared.lowrank import METHODS
 from pared.sources import find_text
 from record import RESULTS, append, read, table
@@ -30,7 +32,6 @@ LINES = RESULTS / "low_rank.jsonl"
 PAGE = RESULTS / "low_rank.md"
 PLOT = RESULTS / "low_rank.svg"
 WINDOWS, LENGTH, SAMPLES = 20, 1024, 64
-USUAL = ("once", "auto")  # statistics and refit, unless a run asks for others
 
 # What is collected together, by the method whose option `loss` says how labels are chosen.
 PASSES = {
@@ -76,7 +77,8 @@ def measure(model_name: str, recipe: pared.Recipe | None) -> dict[str, Any]:
         start = time.perf_counter()
         result = pared.compress(model, tokenizer, recipe, collected=collected)
         row |= {"compress_seconds": time.perf_counter() - start, "calibration": result.calibration}
-        row |= {"achieved_keep": result.plan.achieved_keep, "statistics": recipe.statistics, "refit": recipe.refit}
+        row |= {"achieved_keep": result.plan.achieved_keep, "statistics": statistics_of(recipe)}
+        row |= {"refit": refit_of(recipe), "dense_path": dense_path_of(recipe), "options": recipe.options}
         row |= {"dense_sites": sum(site.decision.kind == "dense" for site in result.plan.sites)}
         row |= {"shared_groups": sum(one.pays for one in result.sharing), "compared_groups": len(result.sharing)}
     parameters = list(model.parameters())  # a shared one once
@@ -91,12 +93,44 @@ def measure(model_name: str, recipe: pared.Recipe | None) -> dict[str, Any]:
     return row | {"evaluate_seconds": time.perf_counter() - start}
 
 
+def stages(line: dict[str, Any]) -> tuple[str, str, float | None]:
+    """Return when statistics were collected, the refit, and the dense path's share in the targets of either, if any."""
+    method = METHODS[line["method"]]
+    refit = method.refit(line["keep"]) if line["refit"] == "auto" else line["refit"]
+    has_targets = line["statistics"] == "sequential" or refit != "off"
+    return line["statistics"], refit, line.get("dense_path", 0.0) if has_targets else None
+
+
+def usual(line: dict[str, Any]) -> bool:
+    """Whether a cell is what `auto` gives its method."""
+    if line["method"] == "dense":
+        return True
+    recipe = pared.Recipe(method=line["method"], keep=line["keep"])
+    asked = {"statistics": statistics_of(recipe), "refit": refit_of(recipe), "dense_path": dense_path_of(recipe)}
+    return stages(line) == stages(line | asked) and not line.get("options")
+
+
+def key_of(line: dict[str, Any]) -> tuple[object, ...]:
+    """Return what tells a cell from every other."""
+    if line["method"] == "dense":
+        return line["model"], "dense"
+    named = tuple(line[name] for name in ("model", "method", "keep", "text", "samples"))
+    return (*named, *stages(line), *sorted(line.get("options", {}).items()))
+
+
 def require_disjoint(calibration: str) -> None:
     """Stop if a text that is evaluated on shares a document with the calibration text."""
     seen = {document.strip() for document in find_text(calibration).documents if len(document) > 200}
     for name, source in evaluation_texts().items():
         if seen & {document.strip() for document in find_text(source).documents}:
             raise SystemExit(f"{name} shares documents with {calibration}")
+
+
+def told(line: dict[str, Any]) -> str:
+    """Return in words what a cell asks for."""
+    statistics, refit, share = stages(line)
+    words = [f"statistics {statistics}", f"refit {refit}", *(f"{k} {v}" for k, v in line.get("options", {}).items())]
+    return ", ".join(words if share is None else [*words, f"dense path {share:g}"])
 
 
 def render(lines: list[dict[str, Any]]) -> str:
@@ -106,7 +140,7 @@ def render(lines: list[dict[str, Any]]) -> str:
     order = {method: number for number, method in enumerate(METHODS)}
     grid = sorted(
         (line for line in lines if line.get("samples", SAMPLES) == SAMPLES),
-        key=lambda line: (-line["keep"], order.get(line["method"], -1), line.get("statistics"), line.get("refit")),
+        key=lambda line: (-line["keep"], order.get(line["method"], -1), not usual(line), str(key_of(line))),
     )
     others = sorted(
         (line for line in lines if line.get("samples", SAMPLES) != SAMPLES),
@@ -114,9 +148,8 @@ def render(lines: list[dict[str, Any]]) -> str:
     )
 
     def cells(line: dict[str, Any]) -> tuple[str, ...]:
-        asked = [f"{name} {line[name]}" for name in ("statistics", "refit") if line.get(name) not in (None, *USUAL)]
         return (
-            ", ".join([line["method"], *asked]),
+            line["method"] + ("" if usual(line) else f" ({told(line)})"),
             f"{line['keep']:g}",
             f"{line['model_parameters'] / 1e6:.1f} M",
             f"{line['bytes'] / 2**20:,.0f} MiB",
@@ -167,12 +200,11 @@ def plot(lines: list[dict[str, Any]]) -> None:
     from matplotlib import pyplot
 
     dense = next(line for line in lines if line["method"] == "dense")["perplexity"]
-    usual = [line for line in lines if line.get("samples") == SAMPLES]
-    usual = [line for line in usual if line["statistics"] in USUAL and line["refit"] in USUAL]
+    shown = [line for line in lines if line.get("samples") == SAMPLES and usual(line)]
     figure, panels = pyplot.subplots(1, len(dense), figsize=(12, 4.2), sharey=True)
     for panel, text in zip(panels, dense, strict=True):
         for method in METHODS:
-            points = sorted((c["keep"], c["perplexity"][text] / dense[text]) for c in usual if c["method"] == method)
+            points = sorted((c["keep"], c["perplexity"][text] / dense[text]) for c in shown if c["method"] == method)
             if points:
                 panel.plot(*zip(*points, strict=True), marker="o", markersize=3, label=method)
         panel.set(title=text, xlabel="keep", yscale="log", ylim=(0.95, 100))
@@ -191,31 +223,34 @@ def main() -> None:
     parser.add_argument("--keep", nargs="+", type=float, default=[0.8, 0.6, 0.5, 0.7, 0.9])
     parser.add_argument("--text", default="wikitext2:train")
     parser.add_argument("--samples", type=int, default=SAMPLES)
-    parser.add_argument("--statistics", default="once", choices=("once", "sequential"))
+    parser.add_argument("--statistics", default="auto", choices=("auto", "once", "sequential"))
     parser.add_argument("--refit", default="auto", choices=("auto", "off", "update", "sequential"))
+    parser.add_argument("--dense-path", type=float, help="share of the dense model's outputs in targets")
+    parser.add_argument("--option", action="append", default=[], help="of the methods, NAME=VALUE")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--render", action="store_true")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     calibration = pared.Calibration(text=asked.text, samples=asked.samples, length=LENGTH)
-    cells: dict[tuple[object, ...], pared.Recipe | None] = {}
+    beside = {"statistics": asked.statistics, "refit": asked.refit, "options": named_values(asked.option) or {}}
+    beside |= {} if asked.dense_path is None else {"dense_path": asked.dense_path}
+    cells: list[tuple[dict[str, Any], pared.Recipe | None]] = []
     for keep in asked.keep:
         for method in asked.methods:
+            row = {"model": asked.model, "method": method, "keep": keep, "text": asked.text, "samples": asked.samples}
             if method == "dense":
-                cells[asked.model, "dense", 1.0] = None
+                cells.append((row, None))
                 continue
-            recipe = pared.Recipe(
-                method=method, keep=keep, calibration=calibration, statistics=asked.statistics, refit=asked.refit
-            )
-            cells[asked.model, method, keep, asked.text, asked.samples, asked.statistics, asked.refit] = recipe
+            recipe = pared.Recipe(method=method, keep=keep, calibration=calibration, **beside)
+            stage = {"statistics": statistics_of(recipe), "refit": refit_of(recipe), "options": recipe.options}
+            cells.append((row | stage | {"dense_path": dense_path_of(recipe)}, recipe))
     if not asked.render:
         require_disjoint(asked.text)
-        names = ("model", "method", "keep", "text", "samples", "statistics", "refit")
-        for number, (key, recipe) in enumerate(cells.items(), 1):
-            if key not in {tuple(line[name] for name in names if name in line) for line in read(LINES)}:
+        for number, (cell, recipe) in enumerate(cells, 1):
+            if key_of(cell) not in {key_of(line) for line in read(LINES)}:
                 row = measure(asked.model, recipe)
                 append(LINES, row)
-                print(f"{number}/{len(cells)} {' '.join(map(str, key[1:]))}: {row['perplexity']}", flush=True)
+                print(f"{number}/{len(cells)} {key_of(cell)}: {row['perplexity']}", flush=True)
     plot(read(LINES))
     PAGE.write_text(render(read(LINES)), encoding="utf-8")
     print(PAGE.read_text(encoding="utf-8"))
