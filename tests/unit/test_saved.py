@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 import pared
 from pared import ParedError
 from pared.calibration import saved_blocks
-from pared.engine.compression import collect, compress
+from pared.engine import collect, compress
 from pared.engine.progress import Silent
 
 TOKENS = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(1))

@@ -1,8 +1,9 @@
 """Drives the road: from a model and a recipe to a compressed model and a folder."""
 
 from pared.engine.asked import allocation_of, method_of, plan_of
-from pared.engine.compression import Compressed, collect, compress
+from pared.engine.compression import Compressed, compress
 from pared.engine.job import Outcome, reusable, run
+from pared.engine.passes import collect
 from pared.engine.progress import Progress, Silent
 
 __all__ = [

@@ -5,54 +5,38 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version as pared_version
-from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.allocation import Evidence, Unit, allocator_of, make_plan
 from pared.anatomy import Anatomy, find_anatomy, probe
-from pared.anatomy.probe import BlockCall
 from pared.calibration import (
-    STATISTICS,
     BlockInputs,
-    Collected,
-    DensePath,
-    Shapes,
     WalkedBlock,
-    backward,
-    capture,
-    choose_dtype,
-    choose_labels,
-    gradient_accumulators,
-    save_blocks,
-    walk,
 )
 from pared.checkpoint import mark, module_map
 from pared.engine.asked import (
     allocation_of,
     budget_of,
-    calibration_windows,
     dense_path_of,
     method_of,
     options_of,
     refit_of,
-    statistics_of,
     trial_windows,
 )
 from pared.engine.checks import require_finite_weights
 from pared.engine.groups import Comparison, candidate_units, told
+from pared.engine.passes import Passes
 from pared.engine.progress import Progress, Silent, Stopwatch
 from pared.engine.refit import dense_blocks, sequential, update
 from pared.engine.solver import Solver, StatisticsOfSite, without
 from pared.errors import ParedError
 from pared.evaluation import perplexity
-from pared.hardware import device_of
-from pared.lowrank.methods import mean_gram, nothing
+from pared.lowrank.methods import mean_gram
 from pared.plan import Decision, Dense, Plan
 from pared.recipe import Recipe
-from pared.sources.models import is_causal, require_dense
+from pared.sources.models import require_dense
 from pared.sources.windows import Windows, require_fits
 
 
@@ -133,10 +117,6 @@ def _require_compressible(model: PreTrainedModel) -> None:
     require_dense(model.config, name)
 
 
-Needs = Callable[[Shapes], frozenset[str]]  # names of statistics, from the shapes of sites that read one tensor
-Felt = Mapping[str, Mapping[str, Collected]]  # what the loss feels, by site and statistic
-
-
 @dataclass
 class _Compression:
     """One compression under way: what the stations of the road hand on."""
@@ -152,8 +132,8 @@ class _Compression:
         self.method, self.options = method_of(self.recipe), options_of(self.recipe)
         self.allocator, self.budget = allocator_of(allocation_of(self.recipe)), budget_of(self.recipe)
         self.refit, self.dense_path = refit_of(self.recipe), dense_path_of(self.recipe)
-        self.felt: Felt = {}
         self.influence: dict[int, float] = {}
+        self.passes = Passes(self.model, self.tokenizer, self.recipe, self.progress, self.collected, self.watch)
 
     def run(self, windows: Windows | None) -> Compressed:
         """Probe, collect and solve, plan, install, refit."""
@@ -168,18 +148,18 @@ class _Compression:
         inputs: BlockInputs | None = None
         if self.calibrated:
             with self.watch("text"):
-                windows = windows or self.windows()
+                windows = windows or self.passes.windows()
                 require_fits(self.model.config, windows)
-            inputs = self.capture(anatomy, calls, windows)
+            inputs = self.passes.capture(anatomy, calls, windows)
             result.calibration = {**windows.describe(), "dtype": str(inputs.dtype)}
         with self.solver(known, self.refit != "off") as solver:
-            self.solve(solver, anatomy, units, inputs, windows, behind=self.again and known is not None)
+            self.solve(solver, anatomy, units, inputs, windows, behind=self.passes.again and known is not None)
             plan = known or self.decide(solver, anatomy.with_idle(solver.unreached), windows)
             result.plan = without(plan, solver.unreached)
-            if self.again and known is None:
+            if self.passes.again and known is None:
                 assert windows is not None
                 with self.solver(plan) as second:
-                    inputs = self.capture(anatomy, calls, windows)
+                    inputs = self.passes.capture(anatomy, calls, windows)
                     self.solve(second, anatomy, solver.units, inputs, windows, behind=True)
                 solver.damping |= second.damping
             else:
@@ -187,10 +167,10 @@ class _Compression:
                     solver.finish(plan)
             if self.refit != "off":
                 assert windows is not None
-                inputs = self.capture(anatomy, calls, windows)
+                inputs = self.passes.capture(anatomy, calls, windows)
                 stage, behind = (sequential, True) if self.refit == "sequential" else (update, False)
-                dense = self.beside(inputs, dense_blocks(self.model, anatomy, solver, plan))
-                walked = self.walk(anatomy, inputs, mean_gram, behind=behind, dense=dense, name="refit")
+                dense = self.passes.beside(inputs, dense_blocks(self.model, anatomy, solver, plan))
+                walked = self.passes.walk(anatomy, inputs, mean_gram, behind=behind, dense=dense, name="refit")
                 stage(self.model, solver, plan, walked, self.dense_path)
             result.damping, result.sharing = solver.damping, tuple(solver.comparisons)
         for line in (*told(result.sharing), *remarks(result.plan)):
@@ -201,15 +181,6 @@ class _Compression:
     def solver(self, plan: Plan | None, keep_dense: bool = False) -> Solver:
         """Return a solver of this method and budget."""
         return Solver(self.model, self.method, self.options, self.budget, plan, keep_dense, self.dense_path)
-
-    def beside(self, inputs: BlockInputs, block: Callable[[int], nn.Module]) -> DensePath | None:
-        """Return the dense path on these inputs, if it has a share in the targets."""
-        return DensePath([hidden.clone() for hidden in inputs.hidden], block) if self.dense_path else None
-
-    @property
-    def again(self) -> bool:
-        """Whether statistics are collected behind the compressed prefix; a method without any has none to collect."""
-        return statistics_of(self.recipe) == "sequential" and self.method.walked
 
     @property
     def calibrated(self) -> bool:
@@ -257,19 +228,6 @@ class _Compression:
 
         return measure
 
-    def windows(self) -> Windows:
-        """Cut what is calibrated on."""
-        causal = is_causal([type(self.model).__name__])
-        return calibration_windows(self.recipe, self.tokenizer, self.model.config, causal)
-
-    def capture(self, anatomy: Anatomy, calls: list[BlockCall], windows: Windows) -> BlockInputs:
-        """Get the input of the first block and the calls of all."""
-        asked = self.recipe.calibration
-        with self.watch("capture"):
-            device = device_of(self.recipe.device)
-            dtype = choose_dtype(asked.dtype, self.model.dtype, device)
-            return capture(self.model, anatomy, windows.tokens, asked.batch, calls, dtype, device, windows.beside)
-
     def solve(
         self,
         solver: Solver,
@@ -284,7 +242,8 @@ class _Compression:
         With ``behind`` they are those of the inputs behind the blocks the solver has compressed already.
         """
         waiting, held = list(units), dict[str, StatisticsOfSite]()
-        for walked in self.passes(anatomy, inputs, windows, behind):
+        influence = "influence" in self.allocator.needs and not behind
+        for walked in self.passes.statistics(anatomy, inputs, windows, behind, influence):
             if walked.influence is not None:
                 self.influence[walked.index] = walked.influence
             with self.watch("solve"):
@@ -293,120 +252,6 @@ class _Compression:
                 waiting = [unit for unit in waiting if unit not in ready]
                 for unit in ready:
                     solver.take(unit, {site.name: held.pop(site.name) for site in unit.members})
-
-    def passes(
-        self, anatomy: Anatomy, inputs: BlockInputs | None, windows: Windows | None, behind: bool
-    ) -> Iterator[WalkedBlock]:
-        """Yield every block with the statistics of its sites: of a walk, of a backward pass, or of nothing at all."""
-        names = self.method.gradients(self.options)
-        influence = "influence" in self.allocator.needs and not behind
-        if inputs is None or windows is None or not (names or self.method.walked or influence):
-            yield from self.without_data(anatomy)
-            return
-        if self.collected is not None and not behind:
-            for walked in self.collected():
-                if self.again:
-                    kept = {site: {n: own[n] for n in names if n in own} for site, own in walked.statistics.items()}
-                    self.felt = {**self.felt, **kept}
-                yield walked
-            return
-        if names and not self.felt:  # what sites read is collected on the way: there is no need to walk for it
-            self.felt = self.feel(anatomy, inputs, windows, names | self.method.needs([(1, 1)]))
-        needs = nothing if names and not behind else self.method.needs
-        dense = self.beside(inputs, anatomy.blocks(self.model).__getitem__) if behind else None
-        if needs is nothing and not influence:
-            by_block = self.without_data(anatomy)
-        else:
-            by_block = self.walk(anatomy, inputs, self.with_input_gram(needs, dense), influence, behind, dense)
-        for walked in by_block:
-            seen = walked.statistics
-            sites = [site.name for site in anatomy.sites_of(walked.index)]
-            yield replace(
-                walked, statistics={name: {**self.felt.get(name, {}), **seen.get(name, {})} for name in sites}
-            )
-
-    def with_input_gram(self, needs: Needs, dense: DensePath | None) -> Needs:
-        """Return the needs with the input Gram in place of that of outputs, if targets are made from both paths."""
-        return needs if dense is None else lambda shapes: needs(shapes) - {"output_gram"} | {self.method.input_gram}
-
-    def feel(self, anatomy: Anatomy, inputs: BlockInputs, windows: Windows, names: frozenset[str]) -> Felt:
-        """Collect what the loss feels at every site, and what every site reads, in one backward pass."""
-        felt = gradient_accumulators(anatomy, names, inputs.device)
-        loss: Literal["sampled", "labels"] = "sampled" if self.options["loss"] == "sampled" else "labels"
-        labels = choose_labels(self.model, loss, self.recipe.calibration.seed, windows.labels)
-        steps = len(anatomy.blocks(self.model)) * len(inputs.calls)
-        with (
-            self.watch("backward"),
-            self.progress.stage(f"gradients ({inputs.dtype})", steps, "batch") as advance,
-        ):
-            backward(self.model, anatomy, inputs, windows.tokens, felt, labels, advance)
-        return felt
-
-    def walk(
-        self,
-        anatomy: Anatomy,
-        inputs: BlockInputs,
-        needs: Needs,
-        influence: bool = False,
-        behind: bool = False,
-        dense: DensePath | None = None,
-        name: str = "calibrate and solve",
-    ) -> Iterator[WalkedBlock]:
-        """Yield every block with the statistics of the forward pass that are needed."""
-        blocks = anatomy.blocks(self.model)
-        steps = len(blocks) * len(inputs.calls)
-        with self.progress.stage(f"{name} ({inputs.dtype})", steps, "batch") as advance:
-            passes = walk(blocks, anatomy, inputs, needs, advance, influence, behind, dense)
-            while True:
-                with self.watch("walk"):
-                    walked = next(passes, None)
-                if walked is None:
-                    return
-                yield walked
-
-    def without_data(self, anatomy: Anatomy) -> Iterator[WalkedBlock]:
-        """Yield every block without running anything."""
-        blocks = range(len(anatomy.blocks(self.model)))
-        with self.progress.stage("solve", len(blocks), "block") as advance:
-            for index in blocks:
-                yield WalkedBlock(index, {})
-                advance()
-
-
-def collect(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    recipe: Recipe,
-    names: frozenset[str],
-    folder: Path,
-    progress: Progress | None = None,
-) -> None:
-    """Collect statistics once, on disk, for any number of compressions of the same dense model.
-
-    Args:
-        model: dense; unchanged.
-        tokenizer: of the model.
-        recipe: its calibration is read, and the option ``loss`` of its method where gradients are among the names.
-        names: of statistics of inputs (``gram``, ``mean_gram``, ``magnitude``) and of gradients.
-        folder: where one file a block is written; read by :func:`pared.calibration.saved_blocks`.
-        progress: who watches; nobody by default.
-
-    Raises:
-        ParedError: the model or the text does not allow it.
-    """
-    work = _Compression(model, tokenizer, recipe, progress or Silent())
-    anatomy, calls = probe(model, find_anatomy(model).without(recipe.skip))
-    windows = work.windows()
-    require_fits(model.config, windows)
-    inputs = work.capture(anatomy, calls, windows)
-    if {name.partition(":")[0] for name in names} - STATISTICS.keys():
-        felt = work.feel(anatomy, inputs, windows, names)
-        blocks = range(len(anatomy.blocks(model)))
-        save_blocks(
-            folder, (WalkedBlock(i, {s.name: felt.get(s.name, {}) for s in anatomy.sites_of(i)}) for i in blocks)
-        )
-    else:
-        save_blocks(folder, work.walk(anatomy, inputs, lambda _: names, influence=True))
 
 
 def remarks(plan: Plan) -> Iterator[str]:

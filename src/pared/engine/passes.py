@@ -1,0 +1,211 @@
+"""Statistics for one recipe: of a walk, of a backward pass, or from a folder."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pared.anatomy import Anatomy, find_anatomy, probe
+from pared.anatomy.probe import BlockCall
+from pared.calibration import (
+    STATISTICS,
+    BlockInputs,
+    Collected,
+    DensePath,
+    Shapes,
+    WalkedBlock,
+    backward,
+    capture,
+    choose_dtype,
+    choose_labels,
+    gradient_accumulators,
+    save_blocks,
+    walk,
+)
+from pared.engine.asked import calibration_windows, dense_path_of, method_of, options_of, statistics_of
+from pared.engine.progress import Progress, Silent, Stopwatch
+from pared.hardware import device_of
+from pared.lowrank.methods import nothing
+from pared.recipe import Recipe
+from pared.sources.models import is_causal
+from pared.sources.windows import Windows, require_fits
+
+Needs = Callable[[Shapes], frozenset[str]]  # names of statistics, from the shapes of sites that read one tensor
+Felt = Mapping[str, Mapping[str, Collected]]  # what the loss feels, by site and statistic
+
+
+@dataclass
+class Passes:
+    """What goes over the blocks for one recipe.
+
+    Attributes:
+        model: as it is when a pass runs: dense, or compressed up to some block.
+        tokenizer: of the model.
+        recipe: whose method and calibration are read.
+        progress: who watches.
+        collected: saved statistics, in place of the first pass.
+        watch: seconds by stage.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    recipe: Recipe
+    progress: Progress
+    collected: Callable[[], Iterator[WalkedBlock]] | None = None
+    watch: Stopwatch = field(default_factory=Stopwatch)
+
+    def __post_init__(self) -> None:
+        self.method, self.options = method_of(self.recipe), options_of(self.recipe)
+        self.dense_path = dense_path_of(self.recipe)
+        self.felt: Felt = {}
+
+    @property
+    def again(self) -> bool:
+        """Whether statistics are collected behind the compressed prefix; a method without any has none to collect."""
+        return statistics_of(self.recipe) == "sequential" and self.method.walked
+
+    def windows(self) -> Windows:
+        """Cut what is calibrated on."""
+        causal = is_causal([type(self.model).__name__])
+        return calibration_windows(self.recipe, self.tokenizer, self.model.config, causal)
+
+    def capture(self, anatomy: Anatomy, calls: list[BlockCall], windows: Windows) -> BlockInputs:
+        """Get the input of the first block and the calls of all."""
+        asked = self.recipe.calibration
+        with self.watch("capture"):
+            device = device_of(self.recipe.device)
+            dtype = choose_dtype(asked.dtype, self.model.dtype, device)
+            return capture(self.model, anatomy, windows.tokens, asked.batch, calls, dtype, device, windows.beside)
+
+    def beside(self, inputs: BlockInputs, block: Callable[[int], nn.Module]) -> DensePath | None:
+        """Return the dense path on these inputs, if it has a share in the targets."""
+        return DensePath([hidden.clone() for hidden in inputs.hidden], block) if self.dense_path else None
+
+    def statistics(
+        self,
+        anatomy: Anatomy,
+        inputs: BlockInputs | None,
+        windows: Windows | None,
+        behind: bool = False,
+        influence: bool = False,
+    ) -> Iterator[WalkedBlock]:
+        """Yield every block with the statistics of its sites: of a walk, of a backward pass, or of nothing at all.
+
+        Args:
+            anatomy: after the probe pass.
+            inputs: what the first block reads; none if nothing is done on text.
+            windows: the tokens.
+            behind: let every block read what the caller made of those before it.
+            influence: measure how much every block changes the hidden states.
+        """
+        names = self.method.gradients(self.options)
+        if inputs is None or windows is None or not (names or self.method.walked or influence):
+            yield from self.without_data(anatomy)
+            return
+        if self.collected is not None and not behind:
+            for walked in self.collected():
+                if self.again:
+                    kept = {site: {n: own[n] for n in names if n in own} for site, own in walked.statistics.items()}
+                    self.felt = {**self.felt, **kept}
+                yield walked
+            return
+        if names and not self.felt:  # what sites read is collected on the way: there is no need to walk for it
+            self.felt = self.feel(anatomy, inputs, windows, names | self.method.needs([(1, 1)]))
+        needs = nothing if names and not behind else self.method.needs
+        dense = self.beside(inputs, anatomy.blocks(self.model).__getitem__) if behind else None
+        if needs is nothing and not influence:
+            by_block = self.without_data(anatomy)
+        else:
+            by_block = self.walk(anatomy, inputs, self.with_input_gram(needs, dense), influence, behind, dense)
+        for walked in by_block:
+            seen = walked.statistics
+            sites = [site.name for site in anatomy.sites_of(walked.index)]
+            yield replace(
+                walked, statistics={name: {**self.felt.get(name, {}), **seen.get(name, {})} for name in sites}
+            )
+
+    def with_input_gram(self, needs: Needs, dense: DensePath | None) -> Needs:
+        """Return the needs with the input Gram in place of that of outputs, if targets are made from both paths."""
+        return needs if dense is None else lambda shapes: needs(shapes) - {"output_gram"} | {self.method.input_gram}
+
+    def feel(self, anatomy: Anatomy, inputs: BlockInputs, windows: Windows, names: frozenset[str]) -> Felt:
+        """Collect what the loss feels at every site, and what every site reads, in one backward pass."""
+        felt = gradient_accumulators(anatomy, names, inputs.device)
+        loss: Literal["sampled", "labels"] = "sampled" if self.options["loss"] == "sampled" else "labels"
+        labels = choose_labels(self.model, loss, self.recipe.calibration.seed, windows.labels)
+        steps = len(anatomy.blocks(self.model)) * len(inputs.calls)
+        with (
+            self.watch("backward"),
+            self.progress.stage(f"gradients ({inputs.dtype})", steps, "batch") as advance,
+        ):
+            backward(self.model, anatomy, inputs, windows.tokens, felt, labels, advance)
+        return felt
+
+    def walk(
+        self,
+        anatomy: Anatomy,
+        inputs: BlockInputs,
+        needs: Needs,
+        influence: bool = False,
+        behind: bool = False,
+        dense: DensePath | None = None,
+        name: str = "calibrate and solve",
+    ) -> Iterator[WalkedBlock]:
+        """Yield every block with the statistics of the forward pass that are needed."""
+        blocks = anatomy.blocks(self.model)
+        steps = len(blocks) * len(inputs.calls)
+        with self.progress.stage(f"{name} ({inputs.dtype})", steps, "batch") as advance:
+            passes = walk(blocks, anatomy, inputs, needs, advance, influence, behind, dense)
+            while True:
+                with self.watch("walk"):
+                    walked = next(passes, None)
+                if walked is None:
+                    return
+                yield walked
+
+    def without_data(self, anatomy: Anatomy) -> Iterator[WalkedBlock]:
+        """Yield every block without running anything."""
+        blocks = range(len(anatomy.blocks(self.model)))
+        with self.progress.stage("solve", len(blocks), "block") as advance:
+            for index in blocks:
+                yield WalkedBlock(index, {})
+                advance()
+
+
+def collect(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    names: frozenset[str],
+    folder: Path,
+    progress: Progress | None = None,
+) -> None:
+    """Collect statistics once, on disk, for any number of compressions of the same dense model.
+
+    Args:
+        model: dense; unchanged.
+        tokenizer: of the model.
+        recipe: its calibration is read, and the option ``loss`` of its method where gradients are among the names.
+        names: of statistics of inputs (``gram``, ``mean_gram``, ``magnitude``) and of gradients.
+        folder: where one file a block is written; read by :func:`pared.calibration.saved_blocks`.
+        progress: who watches; nobody by default.
+
+    Raises:
+        ParedError: the model or the text does not allow it.
+    """
+    work = Passes(model, tokenizer, recipe, progress or Silent())
+    anatomy, calls = probe(model, find_anatomy(model).without(recipe.skip))
+    windows = work.windows()
+    require_fits(model.config, windows)
+    inputs = work.capture(anatomy, calls, windows)
+    if {name.partition(":")[0] for name in names} - STATISTICS.keys():
+        felt = work.feel(anatomy, inputs, windows, names)
+        blocks = range(len(anatomy.blocks(model)))
+        save_blocks(
+            folder, (WalkedBlock(i, {s.name: felt.get(s.name, {}) for s in anatomy.sites_of(i)}) for i in blocks)
+        )
+    else:
+        save_blocks(folder, work.walk(anatomy, inputs, lambda _: names, influence=True))
