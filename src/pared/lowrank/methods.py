@@ -113,6 +113,7 @@ def mean_gram(_: Sequence[tuple[int, int]]) -> frozenset[str]:
 
 UPDATE = 0.6  # basis-sharing updates the coefficients at this budget and below
 SEQUENTIAL = 0.7  # loss-optimal collects its statistics behind the compressed prefix at this budget and below
+DENSE_PATH = 0.25  # ours; Basis Sharing's own update has targets of the compressed model's inputs alone, 0
 SHARING = ("measured", "paper", "all", "none")
 WEIGHTINGS = ("none", "scalar", "diagonal", "full")
 LOSSES = ("sampled", "labels")
@@ -235,6 +236,7 @@ METHODS = {
             rule=_whitened,
             options={"group_size": 2, "sharing": "measured"},
             refit=lambda keep: "update" if keep <= UPDATE else "off",
+            dense_path=DENSE_PATH,
             group_rule=_whitened_group,
         ),
         LowRankMethod(
@@ -248,7 +250,7 @@ METHODS = {
             allocation="loss",
             pivoted=True,
             statistics=lambda keep: "sequential" if keep <= SEQUENTIAL else "once",
-            dense_path=0.25,
+            dense_path=DENSE_PATH,
             group_rule=_loss_optimal_group,
             input_gram="mean_gram",
         ),
