@@ -7,7 +7,7 @@ code counts the zeros; 2:4 and 4:8 are the same either way.)
 import math
 from dataclasses import dataclass
 
-SLACK = 1e-12  # a sparsity computed as 1 - 0.71 is a hair below 0.29 and still means 29 of 100
+SLACK = 1e-12  # 1 - 0.9 is a hair below 0.1, and still means 1 of 10
 
 
 @dataclass(frozen=True)

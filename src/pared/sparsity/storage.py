@@ -18,6 +18,8 @@ import torch
 from pared.sparsity.pattern import NM
 
 LARGEST_GROUP = 256
+# Weights are moved as integers of their size: torch rewrites the bits of a bfloat16 NaN on the way.
+AS_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Packed(NamedTuple):
@@ -49,7 +51,8 @@ def unpack_mask(bits_P: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """Return the mask of this shape.
 
     Raises:
-        ValueError: the bits are not uint8, not as many as the shape has, or the filling is not zero; or a size is negative.
+        ValueError: the bits are not uint8 or not as many as the shape has, the filling is not zero, or a size is
+            negative.
     """
     count = math.prod(shape)
     if min(shape, default=0) < 0:
@@ -74,7 +77,7 @@ def pack(W_ON: torch.Tensor, mask_ON: torch.Tensor) -> Packed:
         ValueError: the mask is not boolean, of another shape, or False where the weight is not zero.
     """
     _check_zeros(W_ON, mask_ON)
-    return Packed(W_ON[mask_ON], pack_mask(mask_ON))
+    return Packed(_raw(W_ON)[mask_ON].view(W_ON.dtype), pack_mask(mask_ON))
 
 
 def unpack(values_K: torch.Tensor, bits_P: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
@@ -86,9 +89,9 @@ def unpack(values_K: torch.Tensor, bits_P: torch.Tensor, shape: tuple[int, int])
     mask_ON = unpack_mask(bits_P, shape)
     if values_K.shape != (int(mask_ON.sum()),):
         raise ValueError(f"values {tuple(values_K.shape)} for a mask that keeps {int(mask_ON.sum())}")
-    W_ON = values_K.new_zeros(shape)
-    W_ON[mask_ON] = values_K
-    return W_ON
+    W_ON = _raw(values_K).new_zeros(shape)
+    W_ON[mask_ON] = _raw(values_K)
+    return W_ON.view(values_K.dtype)
 
 
 def pack_nm(W_ON: torch.Tensor, mask_ON: torch.Tensor, pattern: NM) -> Packed:
@@ -111,9 +114,9 @@ def pack_nm(W_ON: torch.Tensor, mask_ON: torch.Tensor, pattern: NM) -> Packed:
     # The kept ones first, then others that fill up; what is taken, back in rising order.
     order_OGM = mask_OGM.to(torch.uint8).sort(dim=2, descending=True, stable=True).indices
     places_OGK = order_OGM[..., : pattern.kept].sort(dim=2).values
-    values_OGK = W_ON.masked_fill(~mask_ON, 0).reshape(in_groups).gather(2, places_OGK)
+    values_OGK = _raw(W_ON).masked_fill(~mask_ON, 0).reshape(in_groups).gather(2, places_OGK)
     bits_OGKB = places_OGK.unsqueeze(-1) >> torch.arange(_width(pattern), device=W_ON.device) & 1
-    return Packed(values_OGK.flatten(1), pack_mask(bits_OGKB.bool()))
+    return Packed(values_OGK.flatten(1).view(W_ON.dtype), pack_mask(bits_OGKB.bool()))
 
 
 def unpack_nm(values_OK: torch.Tensor, bits_P: torch.Tensor, shape: tuple[int, int], pattern: NM) -> torch.Tensor:
@@ -132,8 +135,13 @@ def unpack_nm(values_OK: torch.Tensor, bits_P: torch.Tensor, shape: tuple[int, i
     if bool((places_OGK >= pattern.group).any()) or bool((places_OGK.diff(dim=2) <= 0).any()):
         raise ValueError(f"places in groups of {pattern.group} inputs are not rising: these are not the bits of a "
                          f"weight {tuple(shape)} with pattern {pattern}")  # fmt: skip
-    W_OGM = values_OK.new_zeros(out_features, groups, pattern.group)
-    return W_OGM.scatter_(2, places_OGK, values_OK.reshape(places_OGK.shape)).flatten(1)
+    W_OGM = _raw(values_OK).new_zeros(out_features, groups, pattern.group)
+    W_OGM.scatter_(2, places_OGK, _raw(values_OK).reshape(places_OGK.shape))
+    return W_OGM.flatten(1).view(values_OK.dtype)
+
+
+def _raw(values: torch.Tensor) -> torch.Tensor:
+    return values.view(AS_INTEGERS[values.element_size()])
 
 
 def _places(device: torch.device) -> torch.Tensor:
