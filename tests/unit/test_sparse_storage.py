@@ -142,8 +142,9 @@ def test_every_flipped_bit_and_every_cut_is_noticed():
             unpack(values, bits[:length], (5, 7))
     with pytest.raises(ValueError, match="for a mask that keeps 21"):
         unpack(torch.cat([values, values[:1]]), bits, (5, 7))
-    with pytest.raises(ValueError, match="for a mask that keeps 21"):
-        unpack(values[None], bits, (5, 7))
+    for wrong in (values[None], values[:, None]):
+        with pytest.raises(ValueError, match="for a mask that keeps 21"):
+            unpack(wrong, bits, (5, 7))
     for shape in ((5, 9), (4, 7), (3, 8), (0, 0)):
         with pytest.raises(ValueError, match=r"of a mask .*: expected uint8"):
             unpack(values, bits, shape)

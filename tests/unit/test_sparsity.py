@@ -164,6 +164,7 @@ def test_the_scale_of_weights_and_energies_does_not_matter(pattern: Pattern, sca
     expected = wanda.prune(W_ON, energy_N, pattern).mask
     assert torch.equal(wanda.prune(W_ON * scale, energy_N * scale, pattern).mask, expected)
     assert torch.equal(wanda.prune(W_ON, energy_N * scale, pattern).mask, expected)
+    assert torch.equal(wanda.prune(W_ON, energy_N.double() * scale**3, pattern).mask, expected)
 
 
 def test_an_input_that_is_always_zero_goes_first():
