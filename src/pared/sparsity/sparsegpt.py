@@ -1,9 +1,9 @@
 """SparseGPT: prune and let later inputs make up for it (Frantar and Alistarh, ICML 2023, arXiv 2301.00774).
 
 With ``H = XᵀX + λI`` and ``U`` the upper factor of its inverse, ``UᵀU = H⁻¹``, inputs are taken from the first to the
-last. The one that is next is worth ``W_ij² / U_jj²`` to output i (equation 3 with the inputs before it fixed). A weight
-that goes leaves ``err_ij = W_ij / U_jj`` behind, and ``W_i,j: -= err_ij U_j,j:`` is the best the later weights can do
-about it (equation 4). Blocks of inputs pass it on to the rest at once.
+last. To let weight j of output i go costs ``W_ij² / U_jj²``, with all inputs before it settled. It leaves
+``err_ij = W_ij / U_jj`` behind, and ``W_i,j: -= err_ij U_j,j:`` is the best the later weights can do about it: the step
+of the optimal brain surgeon (Hassibi and Stork, 1992). What is left of a block goes to all later inputs at once.
 
 Legend of the shape suffixes: O outputs, N inputs, B the inputs of a block.
 """

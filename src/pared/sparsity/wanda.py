@@ -1,6 +1,6 @@
 """Wanda: weights by their size and that of their inputs (Sun et al., ICLR 2024, arXiv 2306.11695).
 
-``S_ij = |W_ij| · ||X_j||₂`` (equation 1), compared within every output; no weight is changed.
+``S_ij = |W_ij| · ||X_j||₂``, compared within every output; no weight is changed.
 """
 
 import torch
