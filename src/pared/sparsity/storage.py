@@ -1,0 +1,167 @@
+"""A sparse weight in few bytes: what is kept, and where it stands.
+
+Anywhere: the kept weights, row by row, and a mask of one bit a weight. N:M: N weights of every group, and the place of
+each inside its group in ``⌈log₂ M⌉`` bits. Half of a bfloat16 weight, either way 0.5625 of its bytes. Bits fill bytes
+from the lowest up, and the last byte is filled with zeros.
+
+What is kept comes back bit for bit, -0.0 and NaN too; everything else as 0.0. Reading checks that the parts fit each
+other and the shape, so that cut or foreign bytes are an error and not a weight.
+
+Legend of the shape suffixes: O outputs, N inputs, K the weights that are stored, P packed bytes.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from pared.sparsity.pattern import NM
+
+LARGEST_GROUP = 256
+# Weights are moved as integers of their size: torch rewrites the bits of a bfloat16 NaN on the way.
+AS_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Packed(NamedTuple):
+    """The parts of a sparse weight.
+
+    Attributes:
+        values: the stored weights in their own dtype, ``(kept,)``, or for N:M ``(out, in / M · N)``.
+        bits: where they stand, uint8 ``(bytes,)``.
+    """
+
+    values: torch.Tensor
+    bits: torch.Tensor
+
+
+def pack_mask(mask: torch.Tensor) -> torch.Tensor:
+    """Return the bits of a boolean mask of any shape, uint8 ``(⌈numel / 8⌉,)``.
+
+    Raises:
+        ValueError: it is not boolean.
+    """
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask of {mask.dtype}: expected booleans")
+    flat = mask.flatten().to(torch.uint8)
+    bits_P8 = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
+    return (bits_P8 << _places(mask.device)).sum(dim=1, dtype=torch.uint8)
+
+
+def unpack_mask(bits_P: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return the mask of this shape.
+
+    Raises:
+        ValueError: the bits are not uint8 or not as many as the shape has, the filling is not zero, or a size is
+            negative.
+    """
+    count = math.prod(shape)
+    if min(shape, default=0) < 0:
+        raise ValueError(f"shape {tuple(shape)}: expected sizes of 0 and more")
+    if bits_P.dtype != torch.uint8 or bits_P.shape != (-(-count // 8),):
+        raise ValueError(f"bits {bits_P.dtype} {tuple(bits_P.shape)} of a mask {tuple(shape)}: expected uint8 "
+                         f"({-(-count // 8)},)")  # fmt: skip
+    flat = (bits_P[:, None] >> _places(bits_P.device) & 1).bool().flatten()
+    if bool(flat[count:].any()):
+        raise ValueError(f"bits beyond the {count} of a mask {tuple(shape)} are set: these are not its bits")
+    return flat[:count].view(shape)
+
+
+def pack(W_ON: torch.Tensor, mask_ON: torch.Tensor) -> Packed:
+    """Pack a weight with zeros anywhere.
+
+    Args:
+        W_ON: the weight ``(out, in)``, any dtype.
+        mask_ON: True where a weight is stored, be it zero or not.
+
+    Raises:
+        ValueError: the mask is not boolean, of another shape, or False where the weight is not zero.
+    """
+    _check_zeros(W_ON, mask_ON)
+    return Packed(_raw(W_ON)[mask_ON].view(W_ON.dtype), pack_mask(mask_ON))
+
+
+def unpack(values_K: torch.Tensor, bits_P: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """Return the weight ``(out, in)`` that :func:`pack` has packed.
+
+    Raises:
+        ValueError: values, bits and shape do not fit each other.
+    """
+    mask_ON = unpack_mask(bits_P, shape)
+    if values_K.shape != (int(mask_ON.sum()),):
+        raise ValueError(f"values {tuple(values_K.shape)} for a mask that keeps {int(mask_ON.sum())}")
+    W_ON = _raw(values_K).new_zeros(shape)
+    W_ON[mask_ON] = _raw(values_K)
+    return W_ON.view(values_K.dtype)
+
+
+def pack_nm(W_ON: torch.Tensor, mask_ON: torch.Tensor, pattern: NM) -> Packed:
+    """Pack a weight with at most N stored of every M; groups that keep fewer are filled up with zeros.
+
+    Args:
+        W_ON: the weight ``(out, in)``, any dtype.
+        mask_ON: True where a weight is stored, be it zero or not.
+        pattern: N:M, M at most 256.
+
+    Raises:
+        ValueError: as :func:`pack`, a group keeps more than N, or groups do not fill the inputs or are too large.
+    """
+    _check_zeros(W_ON, mask_ON)
+    _check_nm(W_ON.shape, pattern)
+    in_groups = (len(W_ON), W_ON.shape[1] // pattern.group, pattern.group)
+    mask_OGM = mask_ON.reshape(in_groups)
+    if bool((mask_OGM.sum(dim=2) > pattern.kept).any()):
+        raise ValueError(f"a group of {pattern.group} inputs keeps more than the {pattern.kept} of pattern {pattern}")
+    # The kept ones first, then others that fill up; what is taken, back in rising order.
+    order_OGM = mask_OGM.to(torch.uint8).sort(dim=2, descending=True, stable=True).indices
+    places_OGK = order_OGM[..., : pattern.kept].sort(dim=2).values
+    values_OGK = _raw(W_ON).masked_fill(~mask_ON, 0).reshape(in_groups).gather(2, places_OGK)
+    bits_OGKB = places_OGK.unsqueeze(-1) >> torch.arange(_width(pattern), device=W_ON.device) & 1
+    return Packed(values_OGK.flatten(1).view(W_ON.dtype), pack_mask(bits_OGKB.bool()))
+
+
+def unpack_nm(values_OK: torch.Tensor, bits_P: torch.Tensor, shape: tuple[int, int], pattern: NM) -> torch.Tensor:
+    """Return the weight ``(out, in)`` that :func:`pack_nm` has packed.
+
+    Raises:
+        ValueError: values, bits, shape and pattern do not fit each other.
+    """
+    _check_nm(shape, pattern)
+    out_features, groups = shape[0], shape[1] // pattern.group
+    if values_OK.shape != (out_features, groups * pattern.kept):
+        raise ValueError(f"values {tuple(values_OK.shape)} of a weight {tuple(shape)} with pattern {pattern}: expected "
+                         f"{(out_features, groups * pattern.kept)}")  # fmt: skip
+    bits_OGKB = unpack_mask(bits_P, (out_features, groups, pattern.kept, _width(pattern)))
+    places_OGK = (bits_OGKB.long() << torch.arange(_width(pattern), device=bits_P.device)).sum(dim=3)
+    if bool((places_OGK >= pattern.group).any()) or bool((places_OGK.diff(dim=2) <= 0).any()):
+        raise ValueError(f"places in groups of {pattern.group} inputs are not rising: these are not the bits of a "
+                         f"weight {tuple(shape)} with pattern {pattern}")  # fmt: skip
+    W_OGM = _raw(values_OK).new_zeros(out_features, groups, pattern.group)
+    W_OGM.scatter_(2, places_OGK, _raw(values_OK).reshape(places_OGK.shape))
+    return W_OGM.flatten(1).view(values_OK.dtype)
+
+
+def _raw(values: torch.Tensor) -> torch.Tensor:
+    return values.view(AS_INTEGERS[values.element_size()])
+
+
+def _places(device: torch.device) -> torch.Tensor:
+    return torch.arange(8, dtype=torch.uint8, device=device)
+
+
+def _width(pattern: NM) -> int:
+    """Return the bits of a place in a group."""
+    return (pattern.group - 1).bit_length()
+
+
+def _check_zeros(W_ON: torch.Tensor, mask_ON: torch.Tensor) -> None:
+    if mask_ON.dtype != torch.bool or W_ON.ndim != 2 or mask_ON.shape != W_ON.shape:
+        raise ValueError(f"mask {mask_ON.dtype} {tuple(mask_ON.shape)} of a weight {tuple(W_ON.shape)}: expected "
+                         "booleans and the same (out, in)")  # fmt: skip
+    if lost := int((W_ON[~mask_ON] != 0).sum()):
+        raise ValueError(f"{lost} weights that are not zero are outside of the mask; prune the weight first")
+
+
+def _check_nm(shape: tuple[int, ...], pattern: NM) -> None:
+    if pattern.group > LARGEST_GROUP:
+        raise ValueError(f"pattern {pattern}: groups of at most {LARGEST_GROUP} inputs can be stored")
+    pattern.check(shape[1])

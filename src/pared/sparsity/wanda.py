@@ -1,0 +1,46 @@
+"""Wanda: weights by their size and that of their inputs (Sun et al., ICLR 2024, arXiv 2306.11695).
+
+``S_ij = |W_ij| · ||X_j||₂``, compared within every output; no weight is changed.
+"""
+
+import torch
+
+from pared.sparsity import masks
+from pared.sparsity.masks import Pruned
+from pared.sparsity.pattern import NM, Pattern
+
+
+def prune(W_ON: torch.Tensor, energy_N: torch.Tensor, pattern: Pattern, variant: bool = False) -> Pruned:
+    """Prune a weight by ``|W_ij| · √energy_j``, compared within every output, or within a group of N:M.
+
+    Args:
+        W_ON: the weight ``(out, in)``, any floating dtype; what is kept stays bit for bit.
+        energy_N: ``Σ x²`` of every input feature over tokens ``(in,)``, any scale.
+        pattern: which zeros.
+        variant: every output gives up the same share of its scores rather than as many weights.
+
+    Raises:
+        ValueError: the weight or the energy is not finite, the energy is negative or of another width, the inputs do
+            not fit the pattern, or the variant is asked for N:M.
+    """
+    scores_ON = scores(W_ON, energy_N)
+    if not isinstance(pattern, NM):
+        chosen = masks.by_share if variant else masks.per_row
+        return masks.apply(W_ON, chosen(scores_ON, pattern))
+    if variant:
+        raise ValueError(f"pattern {pattern}: the variant chooses how many weights an output keeps, which N:M fixes")
+    return masks.apply(W_ON, masks.per_group(scores_ON, pattern))
+
+
+def scores(W_ON: torch.Tensor, energy_N: torch.Tensor) -> torch.Tensor:
+    """Return ``|W_ij| · √energy_j`` ``(out, in)``, float64.
+
+    Raises:
+        ValueError: the energy is negative, not finite, or of another width than the weight.
+    """
+    if energy_N.shape != W_ON.shape[1:]:
+        raise ValueError(f"energy of shape {tuple(energy_N.shape)} for a weight {tuple(W_ON.shape)}: expected (in,)")
+    energy_N = energy_N.double()
+    if not bool(energy_N.isfinite().all()) or bool((energy_N < 0).any()):
+        raise ValueError("an input energy is negative or not finite")
+    return W_ON.double().abs() * energy_N.sqrt()
