@@ -1,9 +1,7 @@
 """What a program reads: numbers with counts, either a vector as it is or a histogram of any number of scores.
 
 A histogram has 64 bins an octave, cut by the leading bits of a float32, and knows the count and the sum of each, so
-that a bin's number is the mean of what fell into it. Counts, sums and what follows from them (``MEAN``) are exact; a
-smooth function of the scores is off by about ``(1/64)² / 24`` of its curvature. Measured on 200,000 log-normal scores
-(σ = 2, six decades; tests/unit/test_program_scores.py holds them): see :class:`ScoreHistogram`.
+that a bin's number is the mean of what fell into it; :class:`ScoreHistogram` says what that costs.
 """
 
 import math
@@ -102,7 +100,15 @@ class Moments:
 class ScoreHistogram:
     """Non-negative scores in a quarter of a megabyte, however many there are.
 
-    Covers float32 from its subnormals to 3.4e38; zeros are counted apart.
+    Covers float32 from its subnormals, where 64 bins share all below 1.2e-38, to 3.4e38; zeros are counted apart.
+
+    Counts, the sum and the mean are exact. Everything else is off by what is lost inside a bin, measured against the
+    vector of 200,000 log-normal (σ = 2 and 0.5), half-normal and Pareto (exponent 1.5) scores, three seeds each: a
+    reduction of the scores by 1e-4 of its value at most (σ = 2: 5.5e-6); the mean and the variance after any function
+    of a vector by 2e-4 of the standard deviation and of the variance (MMS of Pareto scores: 5e-4, for its minimum is a
+    bin's mean). ``|ln x|`` before GEOMETRIC_MEAN has a pole at 1 and is off by 2e-3. A count above a threshold is off
+    by less than its bin holds, 5e-3 of the count or two scores in the tail. tests/unit/test_program_scores.py measures
+    every operator.
 
     Attributes:
         moments: exact sums beside the bins.

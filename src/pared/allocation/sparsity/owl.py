@@ -13,7 +13,7 @@ def outlier_ratio(scores: Scores | ScoreHistogram | torch.Tensor, multiple: floa
     """Return how many scores of a block are above M times their mean, in percent.
 
     Of a histogram the mean is exact and the count is off by less than what the one bin holds that the threshold falls
-    into, which is 1/64 of an octave or less: on 200,000 log-normal scores (σ = 2) 6e-4 of the ratio at most.
+    into: on 200,000 log-normal scores (σ = 2) by 4e-3 of the ratio at most, for M from 1 to 20, five seeds.
 
     Args:
         scores: of all weights of the block, ``|W_ij| · ||X_j||``.
