@@ -32,4 +32,4 @@ def er(
     def curve(t: float) -> torch.Tensor:
         return 1 - (ratio_L * -t).clamp(1 - MOST, 1)
 
-    return meet(curve, -1 / float(ratio_L.min()), -1e-12, sparsity, parameters_L if by_parameters else None)
+    return meet(curve, -2 / float(ratio_L.min()), -1e-12, sparsity, parameters_L if by_parameters else None)
