@@ -113,8 +113,9 @@ def test_an_ill_typed_program_cannot_be_built_in_python_either():
         Program(("VAR",), "MEAN", ())
     with pytest.raises(ParedError, match="up to 2 operators"):
         Program(("ABS",) * 3, "MEAN", ())
-    with pytest.raises(ParedError, match="whole number from 1 to 50"):
-        Program((), "MEAN", (), 7.5)  # type: ignore[arg-type]
+    for spread in (7.5, 7.0, 0, 51):
+        with pytest.raises(ParedError, match="whole number from 1 to 50"):
+            Program((), "MEAN", (), spread)  # type: ignore[arg-type]
 
 
 def test_operators_apply_from_left_to_right():

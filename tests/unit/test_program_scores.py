@@ -144,3 +144,9 @@ def test_whatever_holds_scores_is_read_the_same():
     x = torch.tensor([1.0, 2.0, 4.0])  # powers of two are alone in their bins
     for found in (x, Scores.of(x), histogram(x)):
         assert as_scores(found).values_N.tolist() == [1, 2, 4]
+
+
+def test_scores_scale_with_their_bins():
+    scores = histogram(torch.rand(1000, generator=torch.Generator().manual_seed(0))).scores()
+    assert scores.scaled(8.0).above(4.0) == pytest.approx(scores.above(0.5))
+    assert scores.scaled(8.0).mean == pytest.approx(8 * scores.mean)

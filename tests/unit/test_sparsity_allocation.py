@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from pared.allocation.program import ScoreHistogram, Scores, parse, sparsities
+from pared.allocation.program import ScoreHistogram, parse, sparsities
 from pared.allocation.sparsity import (
     alphapruning,
     eigenvalues,
@@ -154,6 +154,13 @@ def test_the_tail_at_the_peak_leaves_out_a_bulk_that_follows_no_power_law():
     assert hill_alpha(e, "xmin_peak") == pytest.approx(3.0, rel=0.05)
 
 
+def test_the_tail_at_the_peak_begins_no_lower_than_the_peak_even_where_that_would_fit_better():
+    bulk = pareto(4000, 3.0, 0) / 0.37
+    cluster = 5 + 0.02 * torch.rand(600, generator=seeded(), dtype=torch.float64)
+    e = torch.cat([bulk[bulk < 5], cluster]).sort().values  # as one power law from 1 on the exponent would be near 3
+    assert hill_alpha(e, "xmin_peak") > 50
+
+
 def test_eigenvalues_are_those_of_the_gram_without_its_zeros():
     W = torch.randn(7, 4, generator=seeded())
     torch.testing.assert_close(eigenvalues(W), torch.linalg.eigvalsh((W.T @ W).double()), rtol=1e-5, atol=0)
@@ -290,12 +297,6 @@ def test_least_loss_is_brute_forces(by_parameters: bool):
 def test_least_loss_takes_from_the_unit_whose_weights_cost_nothing():
     s = least_loss([torch.zeros(50), torch.ones(50), torch.full((100,), 5.0)], 0.25)
     assert s.tolist() == pytest.approx([MOST, 2e-6 / 2, 0], abs=2e-6)
-
-
-def test_scores_scale_with_their_bins():
-    scores = histogram(torch.rand(1000, generator=seeded())).scores()
-    assert scores.scaled(8.0).above(4.0) == pytest.approx(scores.above(0.5))
-    assert isinstance(scores, Scores)
 
 
 @pytest.mark.parametrize("group", [4, 8, 16])

@@ -51,7 +51,7 @@ class Program:
         if not self.reduce:
             raise ParedError(f"a program needs one reduction, the slot is empty; {did_you_mean('', REDUCE)}")
         _require(self.reduce, "reduce")
-        if self.spread not in SPREADS:
+        if not isinstance(self.spread, int) or self.spread not in SPREADS:
             raise ParedError(
                 f"the spread of a program is 100 lambda, a whole number from {SPREADS[0]} to {SPREADS[-1]}; "
                 f"found {self.spread!r}"
