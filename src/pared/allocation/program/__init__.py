@@ -1,0 +1,34 @@
+"""DSA programs: from the scores of a block's weights to one number, and from those of all blocks to sparsities."""
+
+from pared.allocation.program.evaluate import Verdict, allocation_key, faults, importance, judge, sparsities
+from pared.allocation.program.grammar import Program, parse
+from pared.allocation.program.operators import POST, PRE, REDUCE
+from pared.allocation.program.packaged import PACKAGED, Packaged, packaged_of
+from pared.allocation.program.scores import ScoreHistogram, Scores, as_scores
+from pared.allocation.program.variation import EVERYTHING, RELEASED, Space, crossover, mutate, random_program
+
+__all__ = [
+    "EVERYTHING",
+    "PACKAGED",
+    "POST",
+    "PRE",
+    "REDUCE",
+    "RELEASED",
+    "Packaged",
+    "Program",
+    "ScoreHistogram",
+    "Scores",
+    "Space",
+    "Verdict",
+    "allocation_key",
+    "as_scores",
+    "crossover",
+    "faults",
+    "importance",
+    "judge",
+    "mutate",
+    "packaged_of",
+    "parse",
+    "random_program",
+    "sparsities",
+]

@@ -1,0 +1,81 @@
+"""The programs that DSA's authors published, where each is printed, and what is known to be wrong with it.
+
+L. Li et al., "Discovering Sparsity Allocation for Layer-wise Pruning of Large Language Models", NeurIPS 2024.
+"""
+
+from dataclasses import dataclass
+
+from pared.allocation.program.grammar import Program, parse
+from pared.errors import ParedError
+from pared.names import did_you_mean
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A program by name.
+
+    Attributes:
+        name: what a recipe calls it.
+        program: the program.
+        provenance: where it is printed, and what was claimed for it there.
+        remark: what to know before using it.
+    """
+
+    name: str
+    program: Program
+    provenance: str
+    remark: str
+
+
+PACKAGED = {
+    packaged.name: packaged
+    for packaged in (
+        Packaged(
+            "dsa-readme",
+            parse("W:(ABSLOG)-(VAR)-(ATAN,ASIN)-(7)"),
+            "README of lliai/DSA, the command for 70% sparsity with Wanda scores",
+            "The variance of the log-scores, which no scale changes. asin(atan(v)) is undefined above v = tan 1 = "
+            "1.557; Gaussian weights alone give 1.234. The released code turns what is undefined into 0, the smallest "
+            "number, so that blocks with heavy tails are pruned least by accident: legacy_nan_to_zero does the same. "
+            "It also ignores the 7 and spreads by its option of 0.08.",
+        ),
+        Packaged(
+            "dsa-poster-best",
+            parse("W:(NORM)-(VAR)-(ABS,NO_OP)-(8)"),
+            "the paper's search trace (poster), (Norm, Var, Abs, No), perplexity 22.6 of LLaMA-1-7B at 70% with Wanda",
+            "Degenerate as printed: what is normalised has variance 1 in every block, and the program is rejected as "
+            "constant. What was meant is not known.",
+        ),
+        Packaged(
+            "dsa-poster-second",
+            parse("W:(EXP)-(ENTROPY)-(COS,LOG)-(8)"),
+            "the paper's search trace (poster), (Exp, Entropy, Cos, Log), perplexity about 25.1",
+            "The logarithm of a cosine is undefined wherever the cosine is not positive, and exp overflows for scores "
+            "above 709; such models are refused.",
+        ),
+        Packaged(
+            "dsa-poster-first",
+            parse("W:(ABS)-(MEAN)-(EXP,NO_OP)-(8)"),
+            "the paper's search trace (poster), (Abs, Mean, Exp, Mean), perplexity about 26.7",
+            "The mean of one number is that number, hence NO_OP. By magnitude: exp overflows for a mean above 709.",
+        ),
+        Packaged(
+            "dsa-poster-graph",
+            parse("W:(EXP)-(ENTROPY)-(EXP,SIGMOID)-(8)"),
+            "an illustration of the paper (poster), Exp-Entropy-Exp-Sigmoid; nothing is claimed for it",
+            "exp of the entropy is the effective number of scores, and the sigmoid of more than 40 is 1 up to "
+            "rounding: rejected as constant unless few scores outweigh all others.",
+        ),
+    )
+}
+
+
+def packaged_of(name: str) -> Packaged:
+    """Return the packaged program of a name.
+
+    Raises:
+        ParedError: there is none.
+    """
+    if name not in PACKAGED:
+        raise ParedError(f"unknown packaged program {name!r}; {did_you_mean(name, PACKAGED)}")
+    return PACKAGED[name]
