@@ -1,9 +1,11 @@
 """How much longer than a bare forward pass of the blocks does a whole compression take, and where does the time go?
 
-    python benchmarks/road.py                 # measures, appends JSON lines, renders docs/results/road.md
-    python benchmarks/road.py --render        # renders only
+    python benchmarks/road.py                            # measures what is missing, renders docs/results/road.md
+    python benchmarks/road.py --methods basis-sharing    # one of the cases
+    python benchmarks/road.py --render                   # renders only
 
-Single-threaded and interleaved (bare, whole, bare, whole ...) in one process; the ratio is taken within a pair.
+Single-threaded and interleaved (bare, whole, bare, whole ...) in one process; the ratio is taken within a pair. One
+JSON line a pair; pairs that are there are not measured again (delete lines to repeat them).
 """
 
 import argparse
@@ -15,7 +17,6 @@ from typing import Any
 
 import torch
 
-import pared
 from pared.anatomy import find_anatomy, probe
 from pared.calibration import capture, choose_dtype, walk
 from pared.engine import run
@@ -28,7 +29,12 @@ from record import RESULTS, append, read, spread, table
 
 LINES = RESULTS / "road.jsonl"
 PAGE = RESULTS / "road.md"
-BAR = 2.0
+# What is asked for, and how many bare forward passes it may take at most.
+CASES: dict[str, tuple[dict[str, Any], float]] = {
+    "svd-llm": ({"method": "svd-llm"}, 2.0),
+    "basis-sharing": ({"method": "basis-sharing", "options": {"group_size": 2}}, 1.8),
+    "loss-optimal": ({"method": "loss-optimal", "options": {"output_weighting": "diagonal"}}, 4.5),
+}
 
 
 def bare_seconds(recipe: Recipe) -> float:
@@ -73,11 +79,52 @@ def peak_memory(recipe: Recipe) -> dict[str, float]:
 
 def render(lines: list[dict[str, Any]]) -> str:
     """Return the page."""
-    pairs = [line for line in lines if line["what"] == "pair"]
-    memory = next((line for line in reversed(lines) if line["what"] == "memory"), None)
-    last = pairs[-1]
-    ratios = [line["whole"] / line["bare"] for line in pairs]
-    stages = sorted({name for line in pairs for name in line["seconds"]}, key=lambda s: -last["seconds"].get(s, 0))
+    last = lines[-1]
+    names = [name for name in CASES if any(line["case"] == name for line in lines)]
+    text = [
+        "# What a compression costs",
+        "",
+        "Made by `python benchmarks/road.py`; raw figures in [road.jsonl](road.jsonl). Do not edit.",
+        "",
+        f"`{last['model']}` calibrated on {last['samples']} x {last['length']} tokens of {last['text']}, blocks in "
+        f"{last['dtype']}, keep {last['keep']}, from the model's name to the folder reloaded and checked, perplexity "
+        "not measured. One thread, bare forward pass of the blocks and whole job in turns; median (least to most); ratios "
+        "within a pair.",
+        "",
+        table(
+            ("method", "options", "pairs", "whole / bare", "bar", "peak memory above the imports, of the model"),
+            [_summary(name, [line for line in lines if line["case"] == name]) for name in names],
+        ),
+        "",
+    ]
+    for name in names:
+        text += [f"## {name}", "", _stages([line for line in lines if line["case"] == name]), ""]
+    text.append(
+        f"Commits {', '.join(sorted({line['commit'] for line in lines}))}; {last['date']}, {last['cpu']}, "
+        f"{last['threads']} thread, torch {last['torch']}, transformers {last['transformers']}, Python "
+        f"{last['python']}.\n"
+    )
+    return "\n".join(text)
+
+
+def _pairs(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [line for line in lines if line["what"] == "pair"]
+
+
+def _summary(name: str, lines: list[dict[str, Any]]) -> tuple[str, ...]:
+    fields, bar = CASES[name]
+    options = ", ".join(f"{option} {value}" for option, value in fields.get("options", {}).items())
+    over = [(line["peak"] - line["imported"]) / line["model_bytes"] for line in lines if line["what"] == "memory"]
+    ratios = [line["whole"] / line["bare"] for line in _pairs(lines)]
+    memory = f"{over[-1]:.2f} x" if over else "-"
+    return name, options or "-", str(len(ratios)), f"**{spread(ratios)}**", f"{bar}", memory
+
+
+def _stages(lines: list[dict[str, Any]]) -> str:
+    pairs = _pairs(lines)
+    stages = sorted(
+        {stage for line in pairs for stage in line["seconds"]}, key=lambda s: -pairs[0]["seconds"].get(s, 0)
+    )
     rows = [("bare forward pass of the blocks", spread([line["bare"] for line in pairs]), "")]
     rows += [
         (
@@ -88,65 +135,35 @@ def render(lines: list[dict[str, Any]]) -> str:
         for stage in stages
     ]
     rows.append(("whole job", spread([line["whole"] for line in pairs]), "100 %"))
-    text = [
-        "# What a compression costs",
-        "",
-        "Made by `python benchmarks/road.py`; raw figures in [road.jsonl](road.jsonl). Do not edit.",
-        "",
-        f"`{last['method']}` at keep {last['keep']} of `{last['model']}`, calibrated on {last['samples']} x "
-        f"{last['length']} tokens of {last['text']}, blocks in {last['dtype']}, from the model's name to the folder "
-        "reloaded and checked, perplexity not measured. One thread, bare and whole in turns, "
-        f"{len(pairs)} pairs; median (least to most).",
-        "",
-        f"**Whole / bare: {spread(ratios)}** (bar: at most {BAR})",
-        "",
-        table(("stage", "seconds", "share of the whole"), rows),
-        "",
-    ]
-    if memory:
-        over = (memory["peak"] - memory["imported"]) / memory["model_bytes"]
-        text += [
-            f"Peak memory: {memory['peak'] / 2**20:,.0f} MiB resident, of which {memory['imported'] / 2**20:,.0f} MiB "
-            f"after the imports; the model's weights are {memory['model_bytes'] / 2**20:,.0f} MiB. "
-            f"**Above the imports, {over:.2f} x the model.**",
-            "",
-        ]
-    text.append(
-        f"Commit {last['commit']}, {last['date']}, {last['cpu']}, {last['threads']} thread, torch {last['torch']}, "
-        f"transformers {last['transformers']}, Python {last['python']}.\n"
-    )
-    return "\n".join(text)
+    return table(("stage", "seconds", "share of the whole"), rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="embedded:smollm2-135m")
-    parser.add_argument("--method", default="svd-llm")
+    parser.add_argument("--methods", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--text", default="wikitext2:train")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--render", action="store_true")
     asked = parser.parse_args()
-    if not asked.render:
+    for case in [] if asked.render else asked.methods:
         torch.set_num_threads(1)
-        recipe = pared.Recipe.of(
-            {
-                "model": asked.model,
-                "method": asked.method,
-                "calibration": {"text": asked.text, "samples": asked.samples, "length": asked.length},
-            }
-        )
+        calibration = {"text": asked.text, "samples": asked.samples, "length": asked.length}
+        recipe = Recipe.of({"model": asked.model, "calibration": calibration, **CASES[case][0]})
         dtype = choose_dtype("auto", torch.float32, torch.device("cpu"))
-        about = {"model": asked.model, "method": asked.method, "keep": recipe.keep, "text": asked.text,
-                 "samples": asked.samples, "length": asked.length, "dtype": str(dtype)}  # fmt: skip
-        LINES.unlink(missing_ok=True)
-        for number in range(asked.pairs):
+        about = {"case": case, "model": asked.model, "method": recipe.method, "options": recipe.options,
+                 "keep": recipe.keep, "text": asked.text, "samples": asked.samples, "length": asked.length,
+                 "dtype": str(dtype)}  # fmt: skip
+        there = [line for line in read(LINES) if line["case"] == case]
+        for number in range(len(_pairs(there)), asked.pairs):
             bare = bare_seconds(recipe)
             whole, seconds = whole_seconds(recipe)
             append(LINES, {"what": "pair", **about, "bare": bare, "whole": whole, "seconds": seconds})
-            print(f"pair {number + 1}/{asked.pairs}: bare {bare:.1f} s, whole {whole:.1f} s, {whole / bare:.2f} x")
-        append(LINES, {"what": "memory", **about, **peak_memory(recipe)})
+            print(f"{case} {number + 1}/{asked.pairs}: bare {bare:.1f} s, whole {whole:.1f} s, {whole / bare:.2f} x")
+        if all(line["what"] != "memory" for line in there):
+            append(LINES, {"what": "memory", **about, **peak_memory(recipe)})
     PAGE.write_text(render(read(LINES)), encoding="utf-8")
     print(PAGE.read_text(encoding="utf-8"))
 
