@@ -88,8 +88,8 @@ def render(lines: list[dict[str, Any]]) -> str:
         "",
         f"`{last['model']}` calibrated on {last['samples']} x {last['length']} tokens of {last['text']}, blocks in "
         f"{last['dtype']}, keep {last['keep']}, from the model's name to the folder reloaded and checked, perplexity "
-        "not measured. One thread, bare forward pass of the blocks and whole job in turns; median (least to most); ratios "
-        "within a pair.",
+        "not measured. One thread, bare forward pass of the blocks and whole job in turns; median (least to most); "
+        "ratios within a pair.",
         "",
         table(
             ("method", "options", "pairs", "whole / bare", "bar", "peak memory above the imports, of the model"),
