@@ -126,7 +126,9 @@ def pack_nm(W_ON: torch.Tensor, mask_ON: torch.Tensor, groups: Groups) -> Packed
     in_groups = (len(W_ON), W_ON.shape[1] // groups.group, groups.group)
     mask_OGM = mask_ON.reshape(in_groups)
     if bool((mask_OGM.sum(dim=2) > groups.kept).any()):
-        raise ValueError(f"a group of {groups.group} inputs keeps more than the {groups.kept} that are stored")
+        raise ValueError(
+            f"a group of {groups.group} inputs keeps more than the {groups.kept} of pattern {_named(groups)}"
+        )
     # The kept ones first, then others that fill up; what is taken, back in rising order.
     order_OGM = mask_OGM.to(torch.uint8).sort(dim=2, descending=True, stable=True).indices
     places_OGK = order_OGM[..., : groups.kept].sort(dim=2).values
