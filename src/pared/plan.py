@@ -46,7 +46,7 @@ class LowRank(_Data):
     def __str__(self) -> str:
         return f"rank {self.rank}, pivoted" if self.pivoted else f"rank {self.rank}"
 
-    def index_bytes(self, in_features: int) -> int:
+    def index_bytes(self, out_features: int, in_features: int) -> int:  # noqa: ARG002 - as every decision
         """Bytes stored beside the parameters: the order of the inputs, if pivoted."""
         return INDEX_BYTES * in_features if self.pivoted else 0
 
@@ -69,7 +69,7 @@ class Shared(_Data):
         """Stored weight parameters of one site without the basis, which is the owner's."""
         return self.rank * out_features
 
-    def index_bytes(self, in_features: int) -> int:
+    def index_bytes(self, out_features: int, in_features: int) -> int:  # noqa: ARG002 - as every decision
         """Bytes stored beside the parameters: every site's copy of the order of the inputs, if pivoted."""
         return INDEX_BYTES * in_features if self.pivoted else 0
 
@@ -81,7 +81,56 @@ class Shared(_Data):
         return f"rank {self.rank}{', pivoted' if self.pivoted else ''}, basis of {self.owner}"
 
 
-Decision = Annotated[Dense | LowRank | Shared, Field(discriminator="kind")]
+class Sparse(_Data):
+    """Some weights are zero, anywhere in the matrix, and are not stored.
+
+    Attributes:
+        sparsity: the fraction of zeros that was asked for.
+        stored: how many weights are stored; none before the weight is pruned, which counts as whole zeros of a row.
+    """
+
+    kind: Literal["sparse"] = "sparse"
+    sparsity: Annotated[float, Field(ge=0, lt=1)]
+    stored: int | None = None
+
+    def parameters(self, out_features: int, in_features: int) -> int:
+        """Stored weights of a site of this shape; where they stand is not parameters."""
+        zeros_of_a_row = math.floor(in_features * (self.sparsity + 1e-12))
+        return out_features * (in_features - zeros_of_a_row) if self.stored is None else self.stored
+
+    def index_bytes(self, out_features: int, in_features: int) -> int:
+        """Bytes stored beside the parameters: one bit for every weight."""
+        return -(-out_features * in_features // 8)
+
+    def __str__(self) -> str:
+        return f"sparsity {self.sparsity:.4g}"
+
+
+class NM(_Data):
+    """At most N of every M consecutive inputs of an output are stored.
+
+    Attributes:
+        kept: N.
+        group: M.
+    """
+
+    kind: Literal["n_m"] = "n_m"
+    kept: Annotated[int, Field(ge=1)]
+    group: Annotated[int, Field(ge=1)]
+
+    def parameters(self, out_features: int, in_features: int) -> int:
+        """Stored weights of a site of this shape."""
+        return out_features * in_features // self.group * self.kept
+
+    def index_bytes(self, out_features: int, in_features: int) -> int:
+        """Bytes stored beside the parameters: the place of every stored weight in its group."""
+        return -(-self.parameters(out_features, in_features) * (self.group - 1).bit_length() // 8)
+
+    def __str__(self) -> str:
+        return f"pattern {self.kept}:{self.group}"
+
+
+Decision = Annotated[Dense | LowRank | Shared | Sparse | NM, Field(discriminator="kind")]
 
 
 def rank_for(keep: float, out_features: int, in_features: int) -> int:
@@ -121,10 +170,12 @@ class SitePlan(_Data):
 
     @model_validator(mode="after")
     def _rank_exists(self) -> "SitePlan":
-        most = min(self.out_features, self.in_features)
-        if isinstance(self.decision, Shared):
-            most = self.in_features  # the group has more rows than this site
-        if not isinstance(self.decision, Dense) and self.decision.rank > most:
+        if not isinstance(self.decision, (LowRank, Shared)):
+            return self
+        # The group of a shared basis has more rows than this site.
+        shared = isinstance(self.decision, Shared)
+        most = self.in_features if shared else min(self.out_features, self.in_features)
+        if self.decision.rank > most:
             raise ValueError(f"{self.name}: rank {self.decision.rank}, but a {self.out_features} x {self.in_features} "
                              f"weight has at most {most}")  # fmt: skip
         return self
@@ -145,7 +196,7 @@ class SitePlan(_Data):
     @property
     def index_bytes(self) -> int:
         """Bytes the decision stores beside parameters."""
-        return 0 if isinstance(self.decision, Dense) else self.decision.index_bytes(self.in_features)
+        return 0 if isinstance(self.decision, Dense) else self.decision.index_bytes(self.out_features, self.in_features)
 
 
 class Uncovered(_Data):

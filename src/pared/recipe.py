@@ -66,8 +66,11 @@ class Recipe(_Strict):
         method: a name that ``pared methods`` lists.
         keep: fraction of the parameters of the covered sites that stays; 0.8 removes 20%.
         rank_fraction: a budget of ranks in place of ``keep``: every weight gets this fraction of its full rank (FWSVD).
+        sparsity: a budget of zeros in place of ``keep``, for methods that prune: 0.5 makes half of the weights zero.
+        pattern: ``N:M`` in place of it: N of every M consecutive inputs of an output stay.
         skip: shell-style patterns of site names that are left alone and not counted in the budget.
         allocation: how the budget is spread over the sites; ``auto`` is what the method's paper does.
+        allocation_options: of the allocation of zeros, by the names that ``pared methods`` lists.
         storage: ``factors`` stores a low-rank weight as two factors, ``pivoted`` without loss in rank² fewer numbers;
             ``auto`` is what the method says.
         statistics: ``once`` collects them on the dense model; ``sequential`` collects them once more, block after block
@@ -90,8 +93,11 @@ class Recipe(_Strict):
     method: str = "svd-llm"
     keep: Annotated[float, Field(gt=0, le=1)] = 0.8
     rank_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    sparsity: Annotated[float, Field(ge=0, lt=1)] | None = None
+    pattern: Annotated[str, Field(pattern=r"^\d+:\d+$")] | None = None
     skip: tuple[str, ...] = ()
     allocation: str = "auto"
+    allocation_options: dict[str, bool | int | float | str] = {}
     storage: Literal["auto", "factors", "pivoted"] = "auto"
     statistics: Literal["auto", "once", "sequential"] = "auto"
     refit: Literal["auto", "off", "update", "sequential"] = "auto"
@@ -112,8 +118,11 @@ class Recipe(_Strict):
 
     @model_validator(mode="after")
     def _one_budget(self) -> "Recipe":
-        if self.rank_fraction is not None and self.keep != Recipe.model_fields["keep"].default:
-            raise ValueError(f"keep {self.keep:g} and rank_fraction {self.rank_fraction:g} are two budgets; give one")
+        given = {name: value for name in ("keep", "rank_fraction", "sparsity", "pattern")
+                 if (value := getattr(self, name)) != Recipe.model_fields[name].default}  # fmt: skip
+        if len(given) > 1:
+            (one, first), (two, second) = list(given.items())[:2]
+            raise ValueError(f"{one} {first} and {two} {second} are two budgets; give one")
         if self.rank_fraction is not None and self.allocation != "auto":
             raise ValueError(f"rank_fraction fixes every rank, so that allocation {self.allocation!r} has nothing to "
                              "decide; leave one of them out")  # fmt: skip
@@ -122,7 +131,11 @@ class Recipe(_Strict):
     @property
     def budget(self) -> str:
         """The budget in words."""
-        return f"keep {self.keep:g}" if self.rank_fraction is None else f"rank fraction {self.rank_fraction:g}"
+        if self.rank_fraction is not None:
+            return f"rank fraction {self.rank_fraction:g}"
+        if self.sparsity is not None:
+            return f"sparsity {self.sparsity:g}"
+        return f"keep {self.keep:g}" if self.pattern is None else f"pattern {self.pattern}"
 
     @classmethod
     def of(cls, fields: dict[str, Any], origin: str = "recipe") -> "Recipe":

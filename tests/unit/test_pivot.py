@@ -149,7 +149,7 @@ def test_it_stores_exactly_k_squared_fewer_parameters(shape, biased):
     assert weights == k * (m + n) - k * k == LowRank(rank=k, pivoted=True).parameters(m, n)
     assert weights == LowRank(rank=k).parameters(m, n) - k * k
     stored = sum(tensor.numel() * tensor.itemsize for tensor in layer.state_dict().values())
-    assert stored == 4 * (weights + m * biased) + LowRank(rank=k, pivoted=True).index_bytes(n)
+    assert stored == 4 * (weights + m * biased) + LowRank(rank=k, pivoted=True).index_bytes(m, n)
 
 
 def test_a_layer_of_full_rank_has_no_other_columns():

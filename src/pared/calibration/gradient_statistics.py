@@ -11,7 +11,7 @@ import torch
 
 from pared.anatomy.structure import Anatomy, Site
 from pared.calibration.precision import exact_products
-from pared.calibration.statistics import STATISTICS, Gram, Statistic, StatisticKind
+from pared.calibration.statistics import STATISTICS, Energy, Gram, Statistic, StatisticKind
 
 Form = Literal["scalar", "diagonal", "full"]
 
@@ -39,34 +39,6 @@ class GradientStatistic(Protocol):
 
     def finite(self) -> bool:
         """Whether everything seen so far was a finite number."""
-
-
-class Energy:
-    """The energy ``Σ x²`` of every feature over tokens, ``(features,)``, float64, not normalised.
-
-    Attributes:
-        tokens: how many tokens were seen.
-    """
-
-    def __init__(self, features: int, device: torch.device) -> None:
-        self.tokens = 0
-        self.value = torch.zeros(features, dtype=torch.float64, device=device)
-
-    def update(self, x: torch.Tensor) -> None:
-        """Add one batch ``(..., features)``, summed in float32."""
-        x_TN = x.reshape(-1, x.shape[-1]).float()
-        self.tokens += x_TN.shape[0]
-        self.value += x_TN.square().sum(dim=0)
-
-    def merge(self, other: Statistic) -> None:
-        """Add what another has seen."""
-        assert isinstance(other, Energy)
-        self.value += other.value.to(self.value.device)
-        self.tokens += other.tokens
-
-    def finite(self) -> bool:
-        """Whether everything seen so far was a finite number."""
-        return bool(self.value.isfinite().all())
 
 
 class OutputGradient:

@@ -128,6 +128,34 @@ class Cross:
         return bool(self._sum_NN.isfinite().all())
 
 
+class Energy:
+    """The energy ``Σ x²`` of every feature over tokens, ``(features,)``, float64, not normalised.
+
+    Attributes:
+        tokens: how many tokens were seen.
+    """
+
+    def __init__(self, features: int, device: torch.device) -> None:
+        self.tokens = 0
+        self.value = torch.zeros(features, dtype=torch.float64, device=device)
+
+    def update(self, x: torch.Tensor) -> None:
+        """Add one batch ``(..., features)``, summed in float32."""
+        x_TN = x.reshape(-1, x.shape[-1]).float()
+        self.tokens += x_TN.shape[0]
+        self.value += x_TN.square().sum(dim=0)
+
+    def merge(self, other: Statistic) -> None:
+        """Add what another has seen."""
+        assert isinstance(other, Energy)
+        self.value += other.value.to(self.value.device)
+        self.tokens += other.tokens
+
+    def finite(self) -> bool:
+        """Whether everything seen so far was a finite number."""
+        return bool(self.value.isfinite().all())
+
+
 class Magnitude:
     """The mean magnitude of every feature over tokens, ``(features,)`` float64 (ASVD).
 
@@ -179,5 +207,6 @@ STATISTICS = {
     "gram": StatisticKind(Gram, "input"),
     "mean_gram": StatisticKind(MeanGram, "input"),
     "magnitude": StatisticKind(Magnitude, "input"),
+    "energy": StatisticKind(Energy, "input"),
     "output_gram": StatisticKind(Gram, "output"),
 }

@@ -18,9 +18,11 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pared.modules.low_rank import LowRankLinear
+from pared.modules.packing import pack
 from pared.modules.pivoted import PivotedLinear
 from pared.modules.replace import replace_module
 from pared.modules.shared import BasisHolder, share
+from pared.modules.sparse import SparseLinear
 
 QUANT_METHOD = "pared"
 FORMAT_VERSION = 1
@@ -29,9 +31,10 @@ DOWN = ".down.weight"
 IS_COPY = __name__.rpartition(".")[2] == LOADER_NAME
 
 # kind in the map -> (module class, the keys its entry has beside `kind`)
-MODULE_TYPES: dict[str, tuple[type[LowRankLinear | PivotedLinear], frozenset[str]]] = {
+MODULE_TYPES: dict[str, tuple[type[LowRankLinear | PivotedLinear | SparseLinear], frozenset[str]]] = {
     "low_rank": (LowRankLinear, frozenset({"in_features", "out_features", "rank", "bias"})),
     "pivoted": (PivotedLinear, frozenset({"in_features", "out_features", "rank", "bias"})),
+    "sparse": (SparseLinear, frozenset({"in_features", "out_features", "bias", "stored", "kept", "group"})),
 }
 
 
@@ -89,7 +92,9 @@ def _checked_shared(shared: Any, modules: dict[str, dict[str, Any]]) -> dict[str
     if not isinstance(shared, dict):
         raise ValueError(f"the shared tensors are {type(shared).__name__}, expected the owner's name by tensor name")
     shapes = {
-        name + DOWN: {key: entry[key] for key in ("kind", "in_features", "rank")} for name, entry in modules.items()
+        name + DOWN: {key: entry[key] for key in ("kind", "in_features", "rank")}
+        for name, entry in modules.items()
+        if "rank" in entry
     }
     for alias, owner in shared.items():
         for tensor in (alias, owner):
@@ -113,6 +118,9 @@ class ParedQuantizer(HfQuantizer):
         install_empty(model, self.quantization_config.modules, self.quantization_config.shared)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: object) -> None:
+        for module in model.modules():
+            if isinstance(module, SparseLinear) and not module.values.is_meta:  # what is offloaded stays packed
+                module.unpack_()
         # The weights are plain floating point numbers: half(), float(), Trainer and PEFT treat them as such.
         model.is_quantized = False
         make_portable(model)
@@ -249,6 +257,7 @@ def loader_source() -> str:
     owners = [
         replace_module.__module__,
         BasisHolder.__module__,
+        pack.__module__,
         *(cls.__module__ for cls, _ in MODULE_TYPES.values()),
         __name__,
     ]

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.checkpoint.loader import DOWN, LOADER_NAME, MODULE_TYPES, ParedConfig, make_portable, tie
 from pared.errors import ParedError
+from pared.modules import BasisHolder
 
 AUTO_CLASSES = (
     "AutoModel",
@@ -42,9 +43,8 @@ def shared_tensors(model: nn.Module) -> dict[str, str]:
     shared: dict[str, str] = {}
     weights: dict[int, str] = {}
     modules: dict[int, str] = {}
-    kinds = tuple(cls for cls, _ in MODULE_TYPES.values())
     for name, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, kinds) or module.down is None:
+        if not isinstance(module, BasisHolder) or module.down is None:
             continue
         first = modules.setdefault(id(module.down), name)
         if first != name:

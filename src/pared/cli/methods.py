@@ -3,19 +3,23 @@
 from rich.table import Table
 
 from pared.allocation import ALLOCATORS
+from pared.allocation.layerwise import LAYER_ALLOCATORS
 from pared.cli.console import out
-from pared.lowrank import METHODS
+from pared.engine import EVERY_METHOD
 
 
 def methods() -> None:
     """List the methods, where each comes from and what it needs."""
     table = Table(header_style="bold")
-    for column in ("method", "what it minimises", "needs", "options", "allocation", "paper"):
+    for column in ("method", "what it does", "needs", "options", "allocation", "paper"):
         table.add_column(column)
-    for method in METHODS.values():
+    for method in EVERY_METHOD.values():
         options = "\n".join(f"{name}={value}" for name, value in method.options.items())
         needs = "calibration text" if method.calibrated else "no data"
         table.add_row(method.name, method.summary, needs, options, method.allocation, method.paper)
     out.print(table)
     for allocator in ALLOCATORS.values():
         out.print(f"allocation {allocator.name}: {allocator.summary}", markup=False)
+    for zeros in LAYER_ALLOCATORS.values():
+        options = ", ".join(f"{name}={value}" for name, value in zeros.options.items())
+        out.print(f"allocation of zeros {zeros.name}: {zeros.summary} ({options})", markup=False)

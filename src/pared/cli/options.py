@@ -23,10 +23,21 @@ RankFraction = Annotated[
     float | None,
     typer.Option(help="A budget of ranks in place of --keep: this fraction of every weight's full rank (FWSVD: 0.33)."),
 ]
+Sparsity = Annotated[
+    float | None,
+    typer.Option(help="For methods that prune: the fraction of zeros, 0.5 makes half of the weights zero."),
+]
+Pattern = Annotated[
+    str | None, typer.Option(help="For methods that prune: N:M, N of every M consecutive inputs of an output stay.")
+]
 Skip = Annotated[
     list[str] | None, typer.Option(help="Pattern of site names to leave alone, not counted in the budget; repeatable.")
 ]
 Allocation = Annotated[str | None, typer.Option(help="How the budget is spread. [default: the method's own]")]
+AllocationOptions = Annotated[
+    list[str] | None,
+    typer.Option("--allocation-option", help="Option of the allocation of zeros, NAME=VALUE; repeatable."),
+]
 Storage = Annotated[
     str | None,
     typer.Option(

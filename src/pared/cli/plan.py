@@ -2,10 +2,9 @@
 
 from rich.table import Table
 
-from pared.allocation import allocator_of
 from pared.cli import options
 from pared.cli.console import JsonFile, errors, out, print_rows, quiet_libraries, write_json
-from pared.engine import allocation_of, plan_of
+from pared.engine import allocation_of, decided_from_data, plan_of
 from pared.errors import ParedError
 from pared.plan import Dense
 from pared.report.table import sizes
@@ -18,6 +17,8 @@ def plan(
     method: options.Method = None,
     keep: options.Keep = None,
     rank_fraction: options.RankFraction = None,
+    sparsity: options.Sparsity = None,
+    pattern: options.Pattern = None,
     skip: options.Skip = None,
     allocation: options.Allocation = None,
     storage: options.Storage = None,
@@ -31,7 +32,8 @@ def plan(
         asked = options.recipe_of(
             recipe,
             {
-                "model": model, "method": method, "keep": keep, "rank_fraction": rank_fraction, "skip": skip,
+                "model": model, "method": method, "keep": keep, "rank_fraction": rank_fraction,
+                "sparsity": sparsity, "pattern": pattern, "skip": skip,
                 "allocation": allocation, "storage": storage,
                 "options": options.named_values(option), "dtype": dtype
             },
@@ -54,11 +56,8 @@ def plan(
         out.print(table)
         rows = sizes(decided, decided.before.bytes_on_disk, decided.after.bytes_on_disk)
         print_rows(f"{asked.model}  {asked.method}  {asked.budget}", rows)
-        if allocator_of(allocation_of(asked)).needs:
-            out.print(
-                f"allocation {allocation_of(asked)} decides the ranks from the data; these are uniform ones",
-                markup=False,
-            )
+        if decided_from_data(asked):
+            out.print(f"allocation {allocation_of(asked)} looks at the model or data; this is uniform", markup=False)
         if decided.shortfall:
             out.print(f"the budget is missed by {decided.shortfall:,} parameters", markup=False)
         write_json(json_file, decided.model_dump(mode="json"))

@@ -1,12 +1,14 @@
 """Drives the road: from a model and a recipe to a compressed model and a folder."""
 
-from pared.engine.asked import allocation_of, method_of, plan_of
-from pared.engine.compression import Compressed, compress
+from pared.engine.asked import EVERY_METHOD, allocation_of, decided_from_data, method_of, plan_of
+from pared.engine.compressed import Compressed
+from pared.engine.compression import compress
 from pared.engine.job import Outcome, reusable, run
 from pared.engine.passes import collect
 from pared.engine.progress import Progress, Silent
 
 __all__ = [
+    "EVERY_METHOD",
     "Compressed",
     "Outcome",
     "Progress",
@@ -14,6 +16,7 @@ __all__ = [
     "allocation_of",
     "collect",
     "compress",
+    "decided_from_data",
     "method_of",
     "plan_of",
     "reusable",

@@ -1,14 +1,17 @@
 """What a recipe asks for, looked up and checked: method, budget, allocator, text and, from shapes, the plan."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import cast
 
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.allocation import Budget, allocator_of, make_plan
+from pared.allocation.layerwise import GRANULARITIES, LayerAllocator, layer_allocator_of
 from pared.anatomy import find_anatomy
 from pared.engine.groups import candidate_units
+from pared.engine.zeros import uniform_zeros
 from pared.errors import ParedError
 from pared.lowrank import METHODS, LowRankMethod
 from pared.names import did_you_mean
@@ -17,21 +20,90 @@ from pared.recipe import Recipe
 from pared.sources.labelled import find_windows
 from pared.sources.texts import find_text
 from pared.sources.windows import Windows, cut, digest_of
+from pared.sparsity import METHODS as PRUNING_METHODS
+from pared.sparsity import PruningMethod
 
 log = logging.getLogger(__name__)
 
 TRIAL_WINDOWS = 8  # windows kept apart for allocators that try what they propose
 
 
-def method_of(recipe: Recipe) -> LowRankMethod:
+Method = LowRankMethod | PruningMethod
+EVERY_METHOD: dict[str, Method] = {**METHODS, **PRUNING_METHODS}
+
+# Fields of a recipe that only one family of methods reads.
+ZEROS_ONLY = ("sparsity", "pattern", "allocation_options")
+LOW_RANK_ONLY = ("keep", "rank_fraction", "storage", "statistics", "refit", "dense_path")
+
+
+def method_of(recipe: Recipe) -> Method:
     """Return the method a recipe names.
 
     Raises:
         ParedError: there is none of that name.
     """
-    if recipe.method not in METHODS:
-        raise ParedError(f"unknown method {recipe.method!r}; {did_you_mean(recipe.method, METHODS)}")
-    return METHODS[recipe.method]
+    if recipe.method not in EVERY_METHOD:
+        raise ParedError(f"unknown method {recipe.method!r}; {did_you_mean(recipe.method, EVERY_METHOD)}")
+    return EVERY_METHOD[recipe.method]
+
+
+def is_pruning(recipe: Recipe) -> bool:
+    """Whether a recipe's method makes weights zero, rather than ranks low."""
+    return isinstance(method_of(recipe), PruningMethod)
+
+
+def low_rank_of(recipe: Recipe) -> LowRankMethod:
+    """Return the low-rank method a recipe names.
+
+    Raises:
+        ParedError: there is none of that name, or it is of another family.
+    """
+    method = method_of(recipe)
+    if not isinstance(method, LowRankMethod):
+        raise ParedError(f"method {method.name} prunes; here one of low rank is needed: {', '.join(METHODS)}")
+    return method
+
+
+def pruner_of(recipe: Recipe) -> PruningMethod:
+    """Return the pruning method a recipe names.
+
+    Raises:
+        ParedError: there is none of that name, or it is of another family.
+    """
+    method = method_of(recipe)
+    if not isinstance(method, PruningMethod):
+        raise ParedError(f"method {method.name} does not prune; here one of {', '.join(PRUNING_METHODS)} is needed")
+    return method
+
+
+def _require_own_fields(recipe: Recipe) -> None:
+    """Refuse what a recipe sets and its method does not read."""
+    pruning = is_pruning(recipe)
+    for name in LOW_RANK_ONLY if pruning else ZEROS_ONLY:
+        if (value := getattr(recipe, name)) != Recipe.model_fields[name].default:
+            hint = "its budget is sparsity or pattern" if pruning else "its budget is keep or rank_fraction"
+            raise ParedError(f"method {recipe.method} knows no {name} (found {value!r}); {hint}")
+    if pruning and recipe.sparsity is None and recipe.pattern is None:
+        raise ParedError(
+            f"method {recipe.method} prunes: name a sparsity, the fraction of zeros (--sparsity 0.5), or a pattern "
+            "(--pattern 2:4)"
+        )
+
+
+def _checked_options(given: Mapping[str, object], defaults: Mapping[str, object], owner: str) -> dict[str, object]:
+    """Return the defaults with what was given over them.
+
+    Raises:
+        ParedError: an option the owner does not have, or a value of another type.
+    """
+    for name, value in given.items():
+        if name not in defaults:
+            valid = did_you_mean(name, defaults) if defaults else "it has none"
+            raise ParedError(f"{owner} has no option {name!r}; {valid}")
+        default = defaults[name]
+        if type(value) is not type(default) and not (isinstance(default, float) and type(value) is int):
+            raise ParedError(f"option {name} of {owner}: expected a {type(default).__name__}, found {value!r}")
+    return {**defaults, **given}
 
 
 def options_of(recipe: Recipe) -> dict[str, object]:
@@ -40,22 +112,28 @@ def options_of(recipe: Recipe) -> dict[str, object]:
     Raises:
         ParedError: an option the method does not have, or a value of another type.
     """
+    _require_own_fields(recipe)
     method = method_of(recipe)
-    for name, value in recipe.options.items():
-        if name not in method.options:
-            valid = did_you_mean(name, method.options) if method.options else "it has none"
-            raise ParedError(f"method {method.name} has no option {name!r}; {valid}")
-        default = method.options[name]
-        if type(value) is not type(default) and not (isinstance(default, float) and type(value) is int):
-            raise ParedError(
-                f"option {name} of method {method.name}: expected a {type(default).__name__}, found {value!r}"
-            )
-    options: dict[str, object] = {**method.options, **recipe.options}
+    options = _checked_options(recipe.options, method.options, f"method {method.name}")
     try:
         method.check(options)
     except ValueError as error:
         raise ParedError(f"method {method.name}: {error}") from None
     return options
+
+
+def layer_allocation_of(recipe: Recipe) -> tuple[LayerAllocator, dict[str, object]]:
+    """Return how a pruning recipe spreads its zeros, and the options of that.
+
+    Raises:
+        ParedError: there is no such allocation of zeros, or an option of it is unknown or of another type.
+    """
+    allocator = layer_allocator_of(allocation_of(recipe))
+    options = _checked_options(recipe.allocation_options, allocator.options, f"allocation {allocator.name}")
+    if options["granularity"] not in GRANULARITIES:
+        raise ParedError(f"option granularity: expected one of {', '.join(GRANULARITIES)}, found "
+                         f"{options['granularity']!r}")  # fmt: skip
+    return allocator, options
 
 
 def allocation_of(recipe: Recipe) -> str:
@@ -65,36 +143,47 @@ def allocation_of(recipe: Recipe) -> str:
     return method_of(recipe).allocation if recipe.allocation == "auto" else recipe.allocation
 
 
+def decided_from_data(recipe: Recipe) -> bool:
+    """Whether more than shapes decides what every site keeps, so that :func:`plan_of` can only stand in."""
+    if is_pruning(recipe):
+        return bool(layer_allocation_of(recipe)[0].needs)
+    return bool(allocator_of(allocation_of(recipe)).needs)
+
+
 def budget_of(recipe: Recipe) -> Budget:
     """Return how much of the covered parameters may stay, and what a rank costs in the storage asked for."""
-    pivoted = method_of(recipe).pivoted if recipe.storage == "auto" else recipe.storage == "pivoted"
+    pivoted = low_rank_of(recipe).pivoted if recipe.storage == "auto" else recipe.storage == "pivoted"
     return Budget(recipe.keep, pivoted, recipe.rank_fraction)
 
 
 def refit_of(recipe: Recipe) -> str:
     """Return the refit stage a recipe asks for, the method's own if it says ``auto``."""
-    return method_of(recipe).refit(recipe.keep) if recipe.refit == "auto" else recipe.refit
+    return low_rank_of(recipe).refit(recipe.keep) if recipe.refit == "auto" else recipe.refit
 
 
 def statistics_of(recipe: Recipe) -> str:
     """Return when a recipe's statistics are collected, as the method says if it says ``auto``."""
-    return method_of(recipe).statistics(recipe.keep) if recipe.statistics == "auto" else recipe.statistics
+    return low_rank_of(recipe).statistics(recipe.keep) if recipe.statistics == "auto" else recipe.statistics
 
 
 def dense_path_of(recipe: Recipe) -> float:
     """Return the share of the dense model's outputs in targets, the method's own if a recipe says ``auto``."""
-    return method_of(recipe).dense_path if recipe.dense_path == "auto" else recipe.dense_path
+    return low_rank_of(recipe).dense_path if recipe.dense_path == "auto" else recipe.dense_path
 
 
 def plan_of(model: PreTrainedModel, recipe: Recipe, bytes_per_parameter: int | None = None) -> Plan:
     """Decide every site from shapes alone; the model may be on the meta device.
 
-    Where the ranks depend on the data, those of uniform allocation stand in: the sizes are right to a rank.
+    Where ranks or zeros depend on the data, those of uniform allocation stand in: the sizes are right to a rank.
 
     Raises:
         ParedError: unknown method or allocation, nothing to compress, or a budget too small.
     """
     options = options_of(recipe)
+    if is_pruning(recipe):
+        layer_allocation_of(recipe)
+        anatomy = find_anatomy(model).without(recipe.skip)
+        return uniform_zeros(anatomy, recipe, bytes_per_parameter or model.dtype.itemsize)
     allocation = allocation_of(recipe)
     by_shape = "uniform" if allocator_of(allocation).needs else allocation
     anatomy = find_anatomy(model).without(recipe.skip)

@@ -20,47 +20,27 @@ from pared.engine.asked import (
     allocation_of,
     budget_of,
     dense_path_of,
-    method_of,
+    is_pruning,
+    low_rank_of,
     options_of,
     refit_of,
     trial_windows,
 )
 from pared.engine.checks import require_finite_weights
-from pared.engine.groups import Comparison, candidate_units, told
+from pared.engine.compressed import Compressed, remarks
+from pared.engine.groups import candidate_units, told
 from pared.engine.passes import Passes
 from pared.engine.progress import Progress, Silent, Stopwatch
+from pared.engine.pruning import prune
 from pared.engine.refit import dense_blocks, sequential, update
 from pared.engine.solver import Solver, StatisticsOfSite, without
 from pared.errors import ParedError
 from pared.evaluation import perplexity
 from pared.lowrank.methods import mean_gram
-from pared.plan import Decision, Dense, Plan
+from pared.plan import Decision, Plan
 from pared.recipe import Recipe
 from pared.sources.models import require_dense
 from pared.sources.windows import Windows, require_fits
-
-
-@dataclass
-class Compressed:
-    """A compressed model and how it came about.
-
-    Attributes:
-        model: the model, changed in place; plain ``save_pretrained`` writes a folder that loads again.
-        recipe: what was asked for.
-        plan: what was decided, with what calibration taught.
-        damping: sites whose Gram was rank-deficient, with the relative damping used.
-        sharing: for every group that was compared, what it loses with one basis and what with its members' own.
-        calibration: what was calibrated on; none for a method that needs no data.
-        seconds: by stage.
-    """
-
-    model: PreTrainedModel
-    recipe: Recipe
-    plan: Plan = field(init=False)
-    sharing: tuple[Comparison, ...] = ()
-    damping: dict[str, float] = field(default_factory=dict)
-    calibration: dict[str, object] | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
 
 
 def compress(
@@ -97,6 +77,8 @@ def compress(
     was_training = model.training
     model.eval()
     try:
+        if is_pruning(recipe):
+            return prune(model, tokenizer, recipe, progress or Silent(), windows)
         return _Compression(model, tokenizer, recipe, progress or Silent(), collected).run(windows)
     except ParedError as error:
         if module_map(model):
@@ -129,7 +111,7 @@ class _Compression:
     watch: Stopwatch = field(default_factory=Stopwatch)
 
     def __post_init__(self) -> None:
-        self.method, self.options = method_of(self.recipe), options_of(self.recipe)
+        self.method, self.options = low_rank_of(self.recipe), options_of(self.recipe)
         self.allocator, self.budget = allocator_of(allocation_of(self.recipe)), budget_of(self.recipe)
         self.refit, self.dense_path = refit_of(self.recipe), dense_path_of(self.recipe)
         self.influence: dict[int, float] = {}
@@ -252,18 +234,3 @@ class _Compression:
                 waiting = [unit for unit in waiting if unit not in ready]
                 for unit in ready:
                     solver.take(unit, {site.name: held.pop(site.name) for site in unit.members})
-
-
-def remarks(plan: Plan) -> Iterator[str]:
-    """Say what is not covered, and what the budget could not reach."""
-    if plan.uncovered:
-        first = plan.uncovered[0]
-        yield (
-            f"not covered: {len(plan.uncovered)} weights, {plan.uncovered_share:.1%} of the parameters inside the "
-            f"blocks, the first is {first.name} {first.shape} ({first.reason})"
-        )
-    dense = [site for site in plan.sites if isinstance(site.decision, Dense)]
-    if dense and plan.keep < 1:
-        yield f"{len(dense)} sites stay dense, the first is {dense[0].name}"
-    if plan.shortfall:
-        yield f"the budget is missed by {plan.shortfall:,} parameters: too many sites must stay dense"

@@ -25,7 +25,7 @@ from pared.calibration import (
     gradient_accumulators,
     walk,
 )
-from pared.engine.asked import method_of, options_of
+from pared.engine.asked import low_rank_of, options_of
 from pared.engine.checks import require_finite_weights
 from pared.engine.progress import Progress, Silent
 from pared.engine.store import DecompositionStore
@@ -109,7 +109,7 @@ def rank_groups(
     anatomy = find_anatomy(model).without(recipe.skip)
     require_finite_weights(model, anatomy)
     _require_directions(anatomy, groups)
-    method = method_of(recipe)
+    method = low_rank_of(recipe)
     options = options_of(recipe)
     evaluation = _evaluation(model, tokenizer, recipe)
     calibration = _calibration(model, tokenizer, recipe) if method.calibrated else None

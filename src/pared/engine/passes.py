@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -25,14 +26,16 @@ from pared.calibration import (
     save_blocks,
     walk,
 )
-from pared.engine.asked import calibration_windows, dense_path_of, method_of, options_of, statistics_of
+from pared.engine.asked import calibration_windows, dense_path_of, low_rank_of, options_of, statistics_of
 from pared.engine.progress import Progress, Silent, Stopwatch
 from pared.hardware import device_of
+from pared.lowrank import LowRankMethod
 from pared.lowrank.methods import nothing
 from pared.recipe import Recipe
 from pared.sources.models import is_causal
 from pared.sources.windows import Windows, require_fits
 
+Loss = Literal["sampled", "labels"]
 Needs = Callable[[Shapes], frozenset[str]]  # names of statistics, from the shapes of sites that read one tensor
 Felt = Mapping[str, Mapping[str, Collected]]  # what the loss feels, by site and statistic
 
@@ -58,9 +61,27 @@ class Passes:
     watch: Stopwatch = field(default_factory=Stopwatch)
 
     def __post_init__(self) -> None:
-        self.method, self.options = method_of(self.recipe), options_of(self.recipe)
-        self.dense_path = dense_path_of(self.recipe)
         self.felt: Felt = {}
+
+    @cached_property
+    def method(self) -> LowRankMethod:
+        """What asks for statistics."""
+        return low_rank_of(self.recipe)
+
+    @cached_property
+    def options(self) -> dict[str, object]:
+        """Of the method."""
+        return options_of(self.recipe)
+
+    @property
+    def loss(self) -> Loss:
+        """How the labels of a backward pass are chosen."""
+        return "labels" if self.options["loss"] == "labels" else "sampled"
+
+    @property
+    def dense_path(self) -> float:
+        """The share of the dense model's outputs in targets."""
+        return dense_path_of(self.recipe)
 
     @property
     def again(self) -> bool:
@@ -113,7 +134,7 @@ class Passes:
                 yield walked
             return
         if names and not self.felt:  # what sites read is collected on the way: there is no need to walk for it
-            self.felt = self.feel(anatomy, inputs, windows, names | self.method.needs([(1, 1)]))
+            self.felt = self.feel(anatomy, inputs, windows, names | self.method.needs([(1, 1)]), self.loss)
         needs = nothing if names and not behind else self.method.needs
         dense = self.beside(inputs, anatomy.blocks(self.model).__getitem__) if behind else None
         if needs is nothing and not influence:
@@ -131,10 +152,11 @@ class Passes:
         """Return the needs with the input Gram in place of that of outputs, if targets are made from both paths."""
         return needs if dense is None else lambda shapes: needs(shapes) - {"output_gram"} | {self.method.input_gram}
 
-    def feel(self, anatomy: Anatomy, inputs: BlockInputs, windows: Windows, names: frozenset[str]) -> Felt:
+    def feel(
+        self, anatomy: Anatomy, inputs: BlockInputs, windows: Windows, names: frozenset[str], loss: Loss = "sampled"
+    ) -> Felt:
         """Collect what the loss feels at every site, and what every site reads, in one backward pass."""
         felt = gradient_accumulators(anatomy, names, inputs.device)
-        loss: Literal["sampled", "labels"] = "sampled" if self.options["loss"] == "sampled" else "labels"
         labels = choose_labels(self.model, loss, self.recipe.calibration.seed, windows.labels)
         steps = len(anatomy.blocks(self.model)) * len(inputs.calls)
         with (
@@ -202,7 +224,7 @@ def collect(
     require_fits(model.config, windows)
     inputs = work.capture(anatomy, calls, windows)
     if {name.partition(":")[0] for name in names} - STATISTICS.keys():
-        felt = work.feel(anatomy, inputs, windows, names)
+        felt = work.feel(anatomy, inputs, windows, names, work.loss)
         blocks = range(len(anatomy.blocks(model)))
         save_blocks(
             folder, (WalkedBlock(i, {s.name: felt.get(s.name, {}) for s in anatomy.sites_of(i)}) for i in blocks)

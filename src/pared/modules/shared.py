@@ -19,6 +19,7 @@ class BasisHolder(nn.Module):
     """
 
     shares: str | None = None
+    down: Any
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set as torch does; what PEFT wraps around a shared ``down`` gets a ``merge`` that refuses."""

@@ -25,6 +25,7 @@ class PruningMethod:
         needs: names of the statistics it reads, from the shapes ``(out, in)`` of the sites that read one tensor.
         rule: from a weight ``(out, in)``, a pattern, those statistics by name and the options to a pruned weight.
         options: names and default values; a recipe may set others of the same type.
+        allocation: how zeros are spread over the model unless a recipe says otherwise.
     """
 
     name: str
@@ -33,6 +34,18 @@ class PruningMethod:
     needs: Callable[[Sequence[tuple[int, int]]], frozenset[str]]
     rule: Rule
     options: Mapping[str, bool | int | float | str] = field(default_factory=dict)
+    allocation: str = "uniform"
+
+    def check(self, options: Mapping[str, object]) -> None:
+        """Refuse values that an option does not have.
+
+        Raises:
+            ValueError: names the option.
+        """
+        for name, least in (("block", 1), ("damping", 0)):
+            value = options.get(name, least)
+            if not isinstance(value, (int, float)) or value < least:
+                raise ValueError(f"option {name}: expected {least} or more, found {value!r}")
 
     def prune(
         self,

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from pared.modules.packing import Packed, pack, pack_mask, pack_nm, unpack, unpack_mask, unpack_nm
 from pared.sparsity import NM, Unstructured, magnitude
-from pared.sparsity.storage import Packed, pack, pack_mask, pack_nm, unpack, unpack_mask, unpack_nm
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}

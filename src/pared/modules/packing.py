@@ -11,15 +11,25 @@ Legend of the shape suffixes: O outputs, N inputs, K the weights that are stored
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
-
-from pared.sparsity.pattern import NM
 
 LARGEST_GROUP = 256
 # Weights are moved as integers of their size: torch rewrites the bits of a bfloat16 NaN on the way.
 AS_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Groups(Protocol):
+    """N:M: at most ``kept`` weights are stored of every ``group`` consecutive inputs of an output."""
+
+    @property
+    def kept(self) -> int:
+        """N."""
+
+    @property
+    def group(self) -> int:
+        """M."""
 
 
 class Packed(NamedTuple):
@@ -32,6 +42,12 @@ class Packed(NamedTuple):
 
     values: torch.Tensor
     bits: torch.Tensor
+
+
+def packed_bytes(shape: tuple[int, int], groups: Groups | None = None) -> int:
+    """Return how many bytes the bits of a weight ``(out, in)`` are."""
+    bits = math.prod(shape) if groups is None else math.prod(shape) // groups.group * groups.kept * _width(groups)
+    return -(-bits // 8)
 
 
 def pack_mask(mask: torch.Tensor) -> torch.Tensor:
@@ -94,48 +110,50 @@ def unpack(values_K: torch.Tensor, bits_P: torch.Tensor, shape: tuple[int, int])
     return W_ON.view(values_K.dtype)
 
 
-def pack_nm(W_ON: torch.Tensor, mask_ON: torch.Tensor, pattern: NM) -> Packed:
+def pack_nm(W_ON: torch.Tensor, mask_ON: torch.Tensor, groups: Groups) -> Packed:
     """Pack a weight with at most N stored of every M; groups that keep fewer are filled up with zeros.
 
     Args:
         W_ON: the weight ``(out, in)``, any dtype.
         mask_ON: True where a weight is stored, be it zero or not.
-        pattern: N:M, M at most 256.
+        groups: N:M, M at most 256.
 
     Raises:
         ValueError: as :func:`pack`, a group keeps more than N, or groups do not fill the inputs or are too large.
     """
     _check_zeros(W_ON, mask_ON)
-    _check_nm(W_ON.shape, pattern)
-    in_groups = (len(W_ON), W_ON.shape[1] // pattern.group, pattern.group)
+    _check_nm(W_ON.shape, groups)
+    in_groups = (len(W_ON), W_ON.shape[1] // groups.group, groups.group)
     mask_OGM = mask_ON.reshape(in_groups)
-    if bool((mask_OGM.sum(dim=2) > pattern.kept).any()):
-        raise ValueError(f"a group of {pattern.group} inputs keeps more than the {pattern.kept} of pattern {pattern}")
+    if bool((mask_OGM.sum(dim=2) > groups.kept).any()):
+        raise ValueError(
+            f"a group of {groups.group} inputs keeps more than the {groups.kept} of pattern {_named(groups)}"
+        )
     # The kept ones first, then others that fill up; what is taken, back in rising order.
     order_OGM = mask_OGM.to(torch.uint8).sort(dim=2, descending=True, stable=True).indices
-    places_OGK = order_OGM[..., : pattern.kept].sort(dim=2).values
+    places_OGK = order_OGM[..., : groups.kept].sort(dim=2).values
     values_OGK = _raw(W_ON).masked_fill(~mask_ON, 0).reshape(in_groups).gather(2, places_OGK)
-    bits_OGKB = places_OGK.unsqueeze(-1) >> torch.arange(_width(pattern), device=W_ON.device) & 1
+    bits_OGKB = places_OGK.unsqueeze(-1) >> torch.arange(_width(groups), device=W_ON.device) & 1
     return Packed(values_OGK.flatten(1).view(W_ON.dtype), pack_mask(bits_OGKB.bool()))
 
 
-def unpack_nm(values_OK: torch.Tensor, bits_P: torch.Tensor, shape: tuple[int, int], pattern: NM) -> torch.Tensor:
+def unpack_nm(values_OK: torch.Tensor, bits_P: torch.Tensor, shape: tuple[int, int], groups: Groups) -> torch.Tensor:
     """Return the weight ``(out, in)`` that :func:`pack_nm` has packed.
 
     Raises:
-        ValueError: values, bits, shape and pattern do not fit each other.
+        ValueError: values, bits, shape and groups do not fit each other.
     """
-    _check_nm(shape, pattern)
-    out_features, groups = shape[0], shape[1] // pattern.group
-    if values_OK.shape != (out_features, groups * pattern.kept):
-        raise ValueError(f"values {tuple(values_OK.shape)} of a weight {tuple(shape)} with pattern {pattern}: expected "
-                         f"{(out_features, groups * pattern.kept)}")  # fmt: skip
-    bits_OGKB = unpack_mask(bits_P, (out_features, groups, pattern.kept, _width(pattern)))
-    places_OGK = (bits_OGKB.long() << torch.arange(_width(pattern), device=bits_P.device)).sum(dim=3)
-    if bool((places_OGK >= pattern.group).any()) or bool((places_OGK.diff(dim=2) <= 0).any()):
-        raise ValueError(f"places in groups of {pattern.group} inputs are not rising: these are not the bits of a "
-                         f"weight {tuple(shape)} with pattern {pattern}")  # fmt: skip
-    W_OGM = _raw(values_OK).new_zeros(out_features, groups, pattern.group)
+    _check_nm(shape, groups)
+    out_features, count = shape[0], shape[1] // groups.group
+    if values_OK.shape != (out_features, count * groups.kept):
+        raise ValueError(f"values {tuple(values_OK.shape)} of a weight {tuple(shape)} with pattern {_named(groups)}: "
+                         f"expected {(out_features, count * groups.kept)}")  # fmt: skip
+    bits_OGKB = unpack_mask(bits_P, (out_features, count, groups.kept, _width(groups)))
+    places_OGK = (bits_OGKB.long() << torch.arange(_width(groups), device=bits_P.device)).sum(dim=3)
+    if bool((places_OGK >= groups.group).any()) or bool((places_OGK.diff(dim=2) <= 0).any()):
+        raise ValueError(f"places in groups of {groups.group} inputs are not rising: these are not the bits of a "
+                         f"weight {tuple(shape)} with pattern {_named(groups)}")  # fmt: skip
+    W_OGM = _raw(values_OK).new_zeros(out_features, count, groups.group)
     W_OGM.scatter_(2, places_OGK, _raw(values_OK).reshape(places_OGK.shape))
     return W_OGM.flatten(1).view(values_OK.dtype)
 
@@ -148,9 +166,9 @@ def _places(device: torch.device) -> torch.Tensor:
     return torch.arange(8, dtype=torch.uint8, device=device)
 
 
-def _width(pattern: NM) -> int:
+def _width(groups: Groups) -> int:
     """Return the bits of a place in a group."""
-    return (pattern.group - 1).bit_length()
+    return (groups.group - 1).bit_length()
 
 
 def _check_zeros(W_ON: torch.Tensor, mask_ON: torch.Tensor) -> None:
@@ -161,7 +179,12 @@ def _check_zeros(W_ON: torch.Tensor, mask_ON: torch.Tensor) -> None:
         raise ValueError(f"{lost} weights that are not zero are outside of the mask; prune the weight first")
 
 
-def _check_nm(shape: tuple[int, ...], pattern: NM) -> None:
-    if pattern.group > LARGEST_GROUP:
-        raise ValueError(f"pattern {pattern}: groups of at most {LARGEST_GROUP} inputs can be stored")
-    pattern.check(shape[1])
+def _check_nm(shape: tuple[int, ...], groups: Groups) -> None:
+    if groups.group > LARGEST_GROUP:
+        raise ValueError(f"pattern {_named(groups)}: groups of at most {LARGEST_GROUP} inputs can be stored")
+    if shape[1] % groups.group:
+        raise ValueError(f"pattern {_named(groups)} on {shape[1]} inputs: expected a multiple of {groups.group}")
+
+
+def _named(groups: Groups) -> str:
+    return f"{groups.kept}:{groups.group}"

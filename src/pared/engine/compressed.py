@@ -1,0 +1,48 @@
+"""What a compression hands back, whatever the method."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedModel
+
+from pared.engine.groups import Comparison
+from pared.plan import Dense, Plan
+from pared.recipe import Recipe
+
+
+@dataclass
+class Compressed:
+    """A compressed model and how it came about.
+
+    Attributes:
+        model: the model, changed in place; plain ``save_pretrained`` writes a folder that loads again.
+        recipe: what was asked for.
+        plan: what was decided, with what calibration taught.
+        damping: sites whose Gram was rank-deficient, with the relative damping used.
+        sharing: for every group that was compared, what it loses with one basis and what with its members' own.
+        calibration: what was calibrated on; none for a method that needs no data.
+        seconds: by stage.
+    """
+
+    model: PreTrainedModel
+    recipe: Recipe
+    plan: Plan = field(init=False)
+    sharing: tuple[Comparison, ...] = ()
+    damping: dict[str, float] = field(default_factory=dict)
+    calibration: dict[str, object] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def remarks(plan: Plan) -> Iterator[str]:
+    """Say what is not covered, and what the budget could not reach."""
+    if plan.uncovered:
+        first = plan.uncovered[0]
+        yield (
+            f"not covered: {len(plan.uncovered)} weights, {plan.uncovered_share:.1%} of the parameters inside the "
+            f"blocks, the first is {first.name} {first.shape} ({first.reason})"
+        )
+    dense = [site for site in plan.sites if isinstance(site.decision, Dense)]
+    if dense and plan.keep < 1:
+        yield f"{len(dense)} sites stay dense, the first is {dense[0].name}"
+    if plan.shortfall:
+        yield f"the budget is missed by {plan.shortfall:,} parameters: too many sites must stay dense"

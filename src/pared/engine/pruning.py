@@ -1,0 +1,198 @@
+"""One model, pruned in place: probe, look, allocate, then block by block collect and prune."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pared.allocation.layerwise import LayerEvidence
+from pared.allocation.program import ScoreHistogram
+from pared.allocation.sparsity import eigenvalues, hill_alpha
+from pared.anatomy import Anatomy, Site, bias_of, find_anatomy, probe, weight_of
+from pared.anatomy.probe import BlockCall
+from pared.calibration import Collected, WalkedBlock
+from pared.engine.asked import layer_allocation_of, options_of, pruner_of
+from pared.engine.checks import require_finite_weights
+from pared.engine.compressed import Compressed, remarks
+from pared.engine.passes import Passes
+from pared.engine.progress import Progress, Stopwatch
+from pared.engine.zeros import plan_zeros, target_of
+from pared.errors import ParedError
+from pared.modules import NMGroups, SparseLinear, replace_module
+from pared.plan import NM, Dense, Plan, SitePlan, Sparse
+from pared.recipe import Recipe
+from pared.sources.windows import Windows, require_fits
+from pared.sparsity import Pattern, Unstructured, pattern, wanda
+from pared.sparsity.methods import energy
+
+
+def prune(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    progress: Progress,
+    windows: Windows | None = None,
+) -> Compressed:
+    """Prune a loaded model, in place, block by block.
+
+    What an allocator needs of the dense model is collected in a pass of its own, in histograms whose size does not
+    depend on the model's. Then every block is walked, pruned, and run again, so that the next one reads what the pruned
+    one puts out. Memory beside the model: one block in the computing dtype, its statistics, two sets of hidden states.
+
+    Args:
+        model: dense, in evaluation mode.
+        tokenizer: of the model.
+        recipe: of a pruning method.
+        progress: who watches.
+        windows: calibration tokens already cut, in place of the recipe's text.
+
+    Raises:
+        ParedError: anything in the model, the recipe or the text that does not work.
+    """
+    return _Pruning(model, tokenizer, recipe, progress).run(windows)
+
+
+@dataclass
+class _Pruning:
+    """One pruning under way."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    recipe: Recipe
+    progress: Progress
+    watch: Stopwatch = field(default_factory=Stopwatch)
+
+    def __post_init__(self) -> None:
+        self.method, self.options = pruner_of(self.recipe), options_of(self.recipe)
+        self.allocator, self.spread = layer_allocation_of(self.recipe)
+        self.passes = Passes(self.model, self.tokenizer, self.recipe, self.progress, watch=self.watch)
+
+    def run(self, windows: Windows | None) -> Compressed:
+        """Probe, look, allocate, prune."""
+        result = Compressed(self.model, self.recipe)
+        with self.watch("probe"):
+            anatomy = find_anatomy(self.model).without(self.recipe.skip)
+            require_finite_weights(self.model, anatomy)
+            anatomy, calls = probe(self.model, anatomy)
+        if self.method.calibrated or self.allocator.needs & {"scores", "losses"}:
+            with self.watch("text"):
+                windows = windows or self.passes.windows()
+                require_fits(self.model.config, windows)
+            result.calibration = windows.describe()
+        units = self.units(anatomy)
+        evidence = self.look(anatomy, calls, units, windows)
+        with self.watch("allocate"):
+            sparsities_L = self.allocator.allocate(evidence, target_of(self.recipe), self.spread)
+            plan = plan_zeros(anatomy, self.recipe, units, sparsities_L, self.model.dtype.itemsize)
+        decided: dict[str, SitePlan] = {}
+        for walked in self.walk(anatomy, calls, windows, result):
+            with self.watch("solve"):
+                for site in [site for site in plan.sites if site.block == walked.index]:
+                    decided[site.name] = self.solve(site, walked.statistics.get(site.name, {}))
+        result.plan = plan.model_copy(update={"sites": tuple(decided[site.name] for site in plan.sites)})
+        for line in (*self.told(result.plan), *remarks(result.plan)):
+            self.progress.note(line)
+        result.seconds = self.watch.seconds
+        return result
+
+    def units(self, anatomy: Anatomy) -> list[list[Site]]:
+        """Return the sites that get one sparsity: those of a block, or each its own."""
+        sites = [site for site in anatomy.sites if not site.idle]
+        if self.spread["granularity"] == "site":
+            return [[site] for site in sites]
+        blocks = sorted({site.block for site in sites})
+        return [[site for site in sites if site.block == block] for block in blocks]
+
+    def look(
+        self, anatomy: Anatomy, calls: list[BlockCall], units: list[list[Site]], windows: Windows | None
+    ) -> LayerEvidence:
+        """Collect what the allocator needs of the dense model."""
+        shapes = [[(site.out_features, site.in_features) for site in unit] for unit in units]
+        unit_of = {site.name: number for number, unit in enumerate(units) for site in unit}
+        if "alphas" in self.allocator.needs:
+            with self.watch("spectra"):
+                return LayerEvidence(shapes, alphas=[self.alpha(unit) for unit in units])
+        if not self.allocator.needs:
+            return LayerEvidence(shapes)
+        assert windows is not None
+        inputs = self.passes.capture(anatomy, calls, windows)
+        histograms = [ScoreHistogram() for _ in units]
+        if "losses" in self.allocator.needs:
+            names = frozenset({"energy", "output_gradient_diagonal"})
+            felt = self.passes.feel(anatomy, inputs, windows, names)
+            with self.watch("allocate"):
+                for name, number in unit_of.items():
+                    if all(one.tokens for one in felt[name].values()):
+                        histograms[number].update(self.losses(name, felt[name]))
+            return LayerEvidence(shapes, losses=histograms)
+        for walked in self.passes.walk(anatomy, inputs, energy, name="scores of the dense model"):
+            with self.watch("allocate"):
+                for name, own in walked.statistics.items():
+                    if name in unit_of and own["energy"].tokens:
+                        histograms[unit_of[name]].update(wanda.scores(self.weight(name), own["energy"].value))
+        return LayerEvidence(shapes, scores=histograms)
+
+    def alpha(self, unit: list[Site]) -> float:
+        """Return the mean exponent of the tails of a unit's spectra."""
+        tail = self.spread["tail"]
+        if tail not in ("xmin_mid", "xmin_peak"):
+            raise ParedError(f"option tail: expected xmin_mid or xmin_peak, found {tail!r}")
+        found = [hill_alpha(eigenvalues(self.weight(site.name)), tail) for site in unit]
+        return sum(found) / len(found)
+
+    def losses(self, name: str, felt: Mapping[str, Collected]) -> torch.Tensor:
+        """Return ``½ w² E[x²] E[g²]`` for every weight of a site, in nats a token, ``(out, in)``."""
+        input_energy_N = felt["energy"].value / felt["energy"].tokens
+        output_energy_O = felt["output_gradient_diagonal"].value
+        return 0.5 * self.weight(name).double().square() * input_energy_N * output_energy_O[:, None]
+
+    def walk(
+        self, anatomy: Anatomy, calls: list[BlockCall], windows: Windows | None, result: Compressed
+    ) -> Iterator[WalkedBlock]:
+        """Yield every block with what the method needs, behind the blocks that were pruned."""
+        if not self.method.calibrated:
+            yield from self.passes.without_data(anatomy)
+            return
+        assert windows is not None
+        inputs = self.passes.capture(anatomy, calls, windows)
+        result.calibration = {**windows.describe(), "dtype": str(inputs.dtype)}
+        yield from self.passes.walk(anatomy, inputs, self.method.needs, behind=True, name="collect and prune")
+
+    def solve(self, site: SitePlan, statistics: Mapping[str, Collected]) -> SitePlan:
+        """Prune one site; return what became of it."""
+        if isinstance(site.decision, Dense):
+            return site
+        if self.method.calibrated and not all(one.tokens for one in statistics.values()):
+            return site.model_copy(update={"decision": Dense(reason="no calibration token reached it")})
+        zeros, groups = _zeros(site)
+        W_ON, old = self.weight(site.name), self.model.get_submodule(site.name)
+        values = {name: one.value.to(W_ON.device) for name, one in statistics.items()}
+        try:
+            pruned = self.method.prune(W_ON, zeros, values, self.options)
+            new = SparseLinear.of(pruned.weight, pruned.mask, bias_of(old), groups)
+        except (ValueError, RuntimeError) as error:
+            raise ParedError(f"site {site.name}: {error}") from error
+        replace_module(self.model, site.name, new)
+        if groups is not None:
+            return site
+        return site.model_copy(update={"decision": site.decision.model_copy(update={"stored": new.stored})})
+
+    def weight(self, name: str) -> torch.Tensor:
+        """Return the weight of a site ``(out, in)``."""
+        return weight_of(self.model.get_submodule(name)).detach()
+
+    def told(self, plan: Plan) -> Iterator[str]:
+        """Say how sparse the model became, and how widely that is spread."""
+        found = [1 - site.after / site.before for site in plan.sites]
+        yield (
+            f"sparsity {1 - plan.achieved_keep:.4f} of the covered weights, {min(found):.3f} to {max(found):.3f} a site"
+        )
+
+
+def _zeros(site: SitePlan) -> tuple[Pattern, NMGroups | None]:
+    decision = site.decision
+    if isinstance(decision, NM):
+        return pattern.NM(decision.kept, decision.group), NMGroups(decision.kept, decision.group)
+    assert isinstance(decision, Sparse)
+    return Unstructured(decision.sparsity), None
