@@ -1,5 +1,6 @@
 """What the user asked for: one versioned file that can express all of a compression."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -101,7 +102,7 @@ class Recipe(_Strict):
     storage: Literal["auto", "factors", "pivoted"] = "auto"
     statistics: Literal["auto", "once", "sequential"] = "auto"
     refit: Literal["auto", "off", "update", "sequential"] = "auto"
-    dense_path: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = "auto"
+    dense_path: float | Literal["auto"] = "auto"
     options: dict[str, bool | int | float | str] = {}
     calibration: Calibration = Calibration()
     evaluation: Evaluation | None = Evaluation()
@@ -114,6 +115,17 @@ class Recipe(_Strict):
     def _no_percentages(cls, value: object) -> object:
         if isinstance(value, bool) or (isinstance(value, (int, float)) and not 0 < value <= 1):
             raise ValueError(f"keep is the fraction that stays, in (0, 1], so that 0.8 removes 20%; found {value}")
+        return value
+
+    @field_validator("dense_path", mode="before")
+    @classmethod
+    def _a_share(cls, value: object) -> object:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if isinstance(value, str) and value != "auto":
+            with suppress(ValueError):
+                value, number = float(value), True  # from the command line
+        if value != "auto" and not (number and 0 <= value <= 1):  # type: ignore[operator]
+            raise ValueError(f"dense_path is a share, 0 to 1, or auto; found {value}")
         return value
 
     @model_validator(mode="after")

@@ -13,10 +13,11 @@ from pared.calibration.gradient_statistics import (
 from pared.calibration.labels import Given, Labels, NextToken, Sampled, choose_labels
 from pared.calibration.precision import choose_dtype
 from pared.calibration.saved import save_blocks, saved_blocks
-from pared.calibration.statistics import STATISTICS, Collected, Gram, MeanGram, Statistic
+from pared.calibration.statistics import CROSS, STATISTICS, Collected, Gram, MeanGram, Statistic, cross_of
 from pared.calibration.walk import DensePath, Shapes, WalkedBlock, walk
 
 __all__ = [
+    "CROSS",
     "GRADIENT_STATISTICS",
     "STATISTICS",
     "BlockInputs",
@@ -39,6 +40,7 @@ __all__ = [
     "capture",
     "choose_dtype",
     "choose_labels",
+    "cross_of",
     "gradient_accumulators",
     "save_blocks",
     "saved_blocks",

@@ -1,6 +1,6 @@
 """Statistics of what a site reads and puts out: small accumulators with ``update`` and ``merge``."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -95,6 +95,9 @@ class MeanGram(Gram):
         return super().value / max(self.tokens, 1)
 
 
+CROSS = "cross"  # the name of the statistic below, which a walk of two paths adds to those that are asked for
+
+
 class Cross:
     """What a site reads on two paths, ``E[xᵀx']`` per token, ``(features, features)``, float64.
 
@@ -109,14 +112,17 @@ class Cross:
         self.tokens = 0
         self._sum_NN = torch.zeros(features, features, dtype=torch.float64, device=device)
 
-    def update(self, dense: torch.Tensor | None, own: torch.Tensor) -> None:
-        """Add one batch of both, ``(..., features)``, row by row the same tokens; none if there are no such rows."""
-        if dense is None or dense.shape != own.shape:
-            return
+    def update(self, dense: torch.Tensor, own: torch.Tensor) -> None:
+        """Add one batch of both, ``(..., features)``, row by row the same tokens."""
         x_TN, own_TN = (tensor.reshape(-1, tensor.shape[-1]).float() for tensor in (dense, own))
         self.tokens += len(own_TN)
         with exact_products(own.dtype):
             self._sum_NN += x_TN.T @ own_TN
+
+    def merge(self, other: "Cross") -> None:
+        """Add what another one has seen."""
+        self._sum_NN += other._sum_NN.to(self._sum_NN.device)
+        self.tokens += other.tokens
 
     @property
     def value(self) -> torch.Tensor:
@@ -154,6 +160,12 @@ class Energy:
     def finite(self) -> bool:
         """Whether everything seen so far was a finite number."""
         return bool(self.value.isfinite().all())
+
+
+def cross_of(own: Mapping[str, Collected], gram: str) -> Collected | None:
+    """Return what a site reads on two paths, if that is of the same tokens as its Gram of this name."""
+    cross = own.get(CROSS)
+    return cross if cross is not None and gram in own and cross.tokens == own[gram].tokens else None
 
 
 class Magnitude:

@@ -1,6 +1,7 @@
 """The pass: blocks one after the other on captured inputs, statistics handed on as each block is done."""
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,10 +14,10 @@ from pared.anatomy.linear import bias_of, weight_of
 from pared.anatomy.probe import hooks
 from pared.anatomy.structure import Anatomy, Site
 from pared.calibration.capture import BlockInputs, real_rows
-from pared.calibration.statistics import STATISTICS, Collected, Cross, Statistic
+from pared.calibration.statistics import CROSS, STATISTICS, Collected, Cross, Statistic
 from pared.errors import ParedError
 
-StatisticsOfSite = dict[str, Statistic | Cross]
+Accumulators = dict[str, Statistic | Cross]
 Shapes = Sequence[tuple[int, int]]
 
 
@@ -41,7 +42,7 @@ class DensePath:
 
     Attributes:
         hidden: what its next block reads, by batch; overwritten.
-        block: gives the dense block of an index, when the walk is there; it is copied.
+        block: gives the dense block of an index, when the walk is there; it may be the very block that is walked.
     """
 
     hidden: list[torch.Tensor]
@@ -57,6 +58,7 @@ def walk(
     influence: bool = False,
     sequential: bool = False,
     dense: DensePath | None = None,
+    group: int = 1,
 ) -> Iterator[WalkedBlock]:
     """Run every block once over all batches and yield its statistics before the next block starts.
 
@@ -64,7 +66,9 @@ def walk(
     inputs, and its statistics.
 
     A ``sequential`` walk runs a block again after it was yielded, on the same inputs, so that the next block reads what
-    the changed block puts out: twice the forward passes, and the hidden states of one more block in memory.
+    the changed block puts out: twice the forward passes, and the hidden states of one more block in memory. Where
+    blocks are changed in groups, all of a group are run again behind its last one: one pass more, and the hidden states
+    of ``group`` blocks. Inside a group a block reads what those before it put out so far.
 
     With a ``dense`` path every site has the statistic ``cross`` too, of what it reads on both paths: one more forward
     pass, and the hidden states and one block of the dense model in memory.
@@ -78,26 +82,36 @@ def walk(
         influence: measure how much every block changes the hidden states.
         sequential: let later blocks see what the caller made of earlier ones.
         dense: the dense model, if it is to go beside.
+        group: how many neighbouring blocks the caller may change together, once it has the last of them.
 
     Raises:
         ParedError: an activation is NaN or infinite; names the site.
     """
+    trail: dict[int, list[torch.Tensor]] = {}  # what the blocks of the open group read
     for index, block in enumerate(blocks):
         worker = worker_of(block, inputs.dtype, inputs.device)
         statistics = _accumulators(anatomy, index, needs, inputs.device, crossed=dense is not None)
-        before = [hidden.clone() for hidden in inputs.hidden] if sequential else []
-        running = _Running()
+        if sequential:
+            trail[index] = [hidden.clone() for hidden in inputs.hidden]
+        running = _Running(dense)
         if dense is not None:
-            running.dense = copy.deepcopy(dense.block(index)).to(device=inputs.device, dtype=inputs.dtype)
+            running.beside = copy.deepcopy(dense.block(index)).to(device=inputs.device, dtype=inputs.dtype)
         with hooks(_tap(worker, anatomy, index, statistics, running)):
-            cosines = list(_run_block(worker, index, inputs, running, on_batch, influence, dense))
+            cosines = list(_run_block(worker, index, inputs, running, on_batch, influence))
         _require_finite(anatomy, index, statistics, inputs)
         yield WalkedBlock(index, statistics, 1 - sum(cosines) / len(cosines) if cosines else None)
         if sequential:
-            inputs.hidden[:] = before
-            worker = worker_of(block, inputs.dtype, inputs.device)
-            list(_run_block(worker, index, inputs, _Running(), lambda: None))
-            _require_finite(anatomy, index, {}, inputs)
+            closed = (index + 1) % group == 0
+            first = index + 1 - group if closed else index
+            inputs.hidden[:] = [hidden.clone() for hidden in trail[first]] if first < index else trail[index]
+            if not closed:
+                trail[index] = [hidden.clone() for hidden in inputs.hidden]
+            for again in range(first, index + 1):
+                worker = worker_of(blocks[again], inputs.dtype, inputs.device)
+                list(_run_block(worker, again, inputs, _Running(), lambda: None))
+                _require_finite(anatomy, again, {}, inputs)
+            if closed:
+                trail.clear()
 
 
 @dataclass
@@ -105,15 +119,17 @@ class _Running:
     """The batch that runs.
 
     Attributes:
-        mask_BT: which of its tokens are no padding; none if all are.
-        tokens: how many those are.
-        dense: the block of the dense path.
-        reads: what its sites have just read, by the site that reads first.
+        path: the dense path, if there is one.
+        beside: its block.
+        mask_BT: which tokens of the batch are no padding; none if all are.
+        shape: of the batch, ``(windows, tokens)``.
+        reads: what the sites of the dense block have read of this batch, by the site that reads first.
     """
 
+    path: DensePath | None = None
+    beside: nn.Module | None = None
     mask_BT: torch.Tensor | None = None
-    tokens: int = 0
-    dense: nn.Module | None = None
+    shape: tuple[int, ...] = ()
     reads: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
@@ -125,14 +141,14 @@ def _run_block(
     running: _Running,
     on_batch: Callable[[], None],
     influence: bool = False,
-    dense: DensePath | None = None,
 ) -> Iterator[float]:
     """Run a block over every batch; yield the mean cosine of what it reads and puts out, if asked for."""
     for number, calls in enumerate(inputs.calls):
         running.mask_BT = mask_BT = inputs.mask(number)
-        running.tokens = inputs.hidden[number].shape[:2].numel() if mask_BT is None else int(mask_BT.sum())
-        if dense is not None and running.dense is not None:
-            dense.hidden[number] = calls[index].run(running.dense, dense.hidden[number])
+        running.shape = tuple(inputs.hidden[number].shape[:2])
+        if running.path is not None and running.beside is not None:
+            running.reads.clear()
+            running.path.hidden[number] = calls[index].run(running.beside, running.path.hidden[number])
         before = inputs.hidden[number].clone() if influence else None  # a block may change its input in place
         inputs.hidden[number] = calls[index].run(worker, inputs.hidden[number])
         if before is not None:
@@ -150,20 +166,20 @@ def worker_of(block: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.
 
 def _accumulators(
     anatomy: Anatomy, index: int, needs: Callable[[Shapes], frozenset[str]], device: torch.device, crossed: bool
-) -> dict[str, StatisticsOfSite]:
+) -> dict[str, Accumulators]:
     """Make the accumulators of a block; sites that read one tensor are given the same one for its input."""
     readers: dict[str, list[Site]] = {}
     for site in anatomy.sites_of(index):
         if not site.idle:
             readers.setdefault(site.reads, []).append(site)
-    statistics: dict[str, StatisticsOfSite] = {}
+    statistics: dict[str, Accumulators] = {}
     for sites in readers.values():
         kinds = {name: STATISTICS[name] for name in sorted(needs([(s.out_features, s.in_features) for s in sites]))}
-        shared: StatisticsOfSite = {
+        shared: Accumulators = {
             name: kind.accumulator(sites[0].in_features, device) for name, kind in kinds.items() if kind.of == "input"
         }
         if crossed:
-            shared["cross"] = Cross(sites[0].in_features, device)
+            shared[CROSS] = Cross(sites[0].in_features, device)
         for site in sites:
             own = {
                 name: kind.accumulator(site.out_features, device) for name, kind in kinds.items() if kind.of == "output"
@@ -173,7 +189,7 @@ def _accumulators(
 
 
 def _tap(
-    worker: nn.Module, anatomy: Anatomy, index: int, statistics: dict[str, StatisticsOfSite], running: _Running
+    worker: nn.Module, anatomy: Anatomy, index: int, statistics: dict[str, Accumulators], running: _Running
 ) -> Iterator[Any]:
     """Hook the outputs of every site, and the input of one site of every group that reads the same tensor."""
     for site in anatomy.sites_of(index):
@@ -181,9 +197,12 @@ def _tap(
         for name, statistic in statistics.get(site.name, {}).items():
             module = worker.get_submodule(path)
             if isinstance(statistic, Cross):
-                if site.reads == site.name and running.dense is not None:
-                    yield running.dense.get_submodule(path).register_forward_pre_hook(_dense_hook(running, site.name))
-                    yield module.register_forward_pre_hook(_cross_hook(statistic, running, site.name))
+                if site.reads == site.name and running.beside is not None:
+                    # What is one of a list may be one of several experts, which are sent their tokens in any order.
+                    flat = not any(part.isdigit() for part in path.split("."))
+                    beside = running.beside.get_submodule(path)
+                    yield beside.register_forward_pre_hook(_dense_hook(running, site.name, flat))
+                    yield module.register_forward_pre_hook(_cross_hook(statistic, running, site.name, flat))
             elif STATISTICS[name].of == "output":
                 yield module.register_forward_hook(_output_hook(statistic, running, site.name))
             elif site.reads == site.name:
@@ -197,20 +216,26 @@ def _input_hook(statistic: Statistic, running: _Running, site: str) -> Callable[
     return hook
 
 
-def _dense_hook(running: _Running, site: str) -> Callable[..., None]:
+def _dense_hook(running: _Running, site: str, flat: bool) -> Callable[..., None]:
     def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        running.reads[site] = real_rows(args[0], running.mask_BT, site)
+        if _of_the_batch(args[0], running, flat):
+            running.reads[site] = real_rows(args[0], running.mask_BT, site)
 
     return hook
 
 
-def _cross_hook(statistic: Cross, running: _Running, site: str) -> Callable[..., None]:
+def _cross_hook(statistic: Cross, running: _Running, site: str, flat: bool) -> Callable[..., None]:
     def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        dense, own = running.reads.pop(site, None), real_rows(args[0], running.mask_BT, site)
-        if own.shape[:-1].numel() == running.tokens:  # else it is sent some tokens only, not the same on both paths
-            statistic.update(dense, own)
+        if _of_the_batch(args[0], running, flat) and site in running.reads:
+            statistic.update(running.reads.pop(site), real_rows(args[0], running.mask_BT, site))
 
     return hook
+
+
+def _of_the_batch(x: torch.Tensor, running: _Running, flat: bool) -> bool:
+    """Whether a site reads one row for every token of the batch, in its order; ``flat``, if the rows may be flat."""
+    shape = tuple(x.shape[:-1])
+    return shape == running.shape or (flat and shape == (math.prod(running.shape),))
 
 
 def _output_hook(statistic: Statistic, running: _Running, site: str) -> Callable[..., None]:
@@ -222,7 +247,7 @@ def _output_hook(statistic: Statistic, running: _Running, site: str) -> Callable
     return hook
 
 
-def _require_finite(anatomy: Anatomy, index: int, statistics: dict[str, StatisticsOfSite], inputs: BlockInputs) -> None:
+def _require_finite(anatomy: Anatomy, index: int, statistics: dict[str, Accumulators], inputs: BlockInputs) -> None:
     for site in anatomy.sites_of(index):
         for name, statistic in statistics.get(site.name, {}).items():
             if not statistic.finite():

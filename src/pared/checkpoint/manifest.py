@@ -46,6 +46,7 @@ class Manifest(BaseModel):
         format_version: of the folder.
         model: what was compressed, and where it came from.
         recipe: what was asked for.
+        settled: what ``auto`` stood for in it.
         plan: what was decided.
         damping: sites whose Gram was rank-deficient, with the relative damping used.
         sharing: for every group that was compared, what one basis loses and what bases of their own lose.
@@ -69,6 +70,7 @@ class Manifest(BaseModel):
     format_version: int
     model: dict[str, str]
     recipe: Recipe
+    settled: dict[str, Any] = {}
     plan: Plan
     damping: dict[str, float] = {}
     sharing: list[dict[str, Any]] = []

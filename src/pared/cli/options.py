@@ -60,10 +60,10 @@ Statistics = Annotated[
     ),
 ]
 DensePath = Annotated[
-    float | None,
+    str | None,
     typer.Option(
-        help="Share of the dense model's own outputs in the targets of a refit and of sequential statistics, 0 to 1. "
-        "[default: the method's own]"
+        help="Share of the dense model's own outputs in the targets of a refit and of sequential statistics, 0 to 1, "
+        "or auto. [default: the method's own]"
     ),
 ]
 MethodOptions = Annotated[

@@ -83,6 +83,12 @@ def _require_own_fields(recipe: Recipe) -> None:
         if (value := getattr(recipe, name)) != Recipe.model_fields[name].default:
             hint = "its budget is sparsity or pattern" if pruning else "its budget is keep or rank_fraction"
             raise ParedError(f"method {recipe.method} knows no {name} (found {value!r}); {hint}")
+    if not pruning and recipe.dense_path not in ("auto", 0) and not has_targets(recipe):
+        raise ParedError(
+            f"dense_path {recipe.dense_path:g} needs targets: a refit (--refit), or sequential statistics of a method "
+            f"that collects any; method {recipe.method} has statistics {statistics_of(recipe)} and refit "
+            f"{refit_of(recipe)} here"
+        )
     if pruning and recipe.sparsity is None and recipe.pattern is None:
         raise ParedError(
             f"method {recipe.method} prunes: name a sparsity, the fraction of zeros (--sparsity 0.5), or a pattern "
@@ -164,6 +170,25 @@ def refit_of(recipe: Recipe) -> str:
 def statistics_of(recipe: Recipe) -> str:
     """Return when a recipe's statistics are collected, as the method says if it says ``auto``."""
     return low_rank_of(recipe).statistics(recipe.keep) if recipe.statistics == "auto" else recipe.statistics
+
+
+def has_targets(recipe: Recipe) -> bool:
+    """Whether a stage follows whose targets may be the dense model's outputs."""
+    again = statistics_of(recipe) == "sequential" and low_rank_of(recipe).walked
+    return again or refit_of(recipe) != "off"
+
+
+def settled(recipe: Recipe) -> dict[str, object]:
+    """Return what a recipe's ``auto`` stands for, for the record."""
+    if is_pruning(recipe):
+        return {"allocation": allocation_of(recipe), **layer_allocation_of(recipe)[1]}
+    return {
+        "allocation": allocation_of(recipe),
+        "storage": "pivoted" if budget_of(recipe).pivoted else "factors",
+        "statistics": statistics_of(recipe),
+        "refit": refit_of(recipe),
+        **({"dense_path": dense_path_of(recipe)} if has_targets(recipe) else {}),
+    }
 
 
 def dense_path_of(recipe: Recipe) -> float:

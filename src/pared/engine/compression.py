@@ -143,7 +143,7 @@ class _Compression:
                 with self.solver(plan) as second:
                     inputs = self.passes.capture(anatomy, calls, windows)
                     self.solve(second, anatomy, solver.units, inputs, windows, behind=True)
-                solver.damping |= second.damping
+                self.settle(solver, second, plan)
             else:
                 with self.watch("solve"):
                     solver.finish(plan)
@@ -159,6 +159,24 @@ class _Compression:
             self.progress.note(line)
         result.seconds = self.watch.seconds
         return result
+
+    def settle(self, first: Solver, second: Solver, plan: Plan) -> None:
+        """Put in place what the second pass could not decompose, as the first one has it; say what has no targets."""
+        missed = {unit.name for unit in second.missed}
+        for unit, decision in first.decided(plan):
+            if unit.name in missed:
+                first.install(unit, decision)
+        first.damping |= second.damping
+        if missed:
+            self.progress.note(
+                f"{len(missed)} units are not reached behind the compressed blocks and are decomposed by the dense "
+                f"model's statistics, the first is {sorted(missed)[0]}"
+            )
+        if second.untargeted:
+            self.progress.note(
+                f"{len(second.untargeted)} sites read other tokens than in the dense model and are given no targets of "
+                f"its path, the first is {sorted(second.untargeted)[0]}"
+            )
 
     def solver(self, plan: Plan | None, keep_dense: bool = False) -> Solver:
         """Return a solver of this method and budget."""

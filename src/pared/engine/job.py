@@ -10,7 +10,7 @@ from pared.anatomy import find_anatomy
 from pared.checkpoint import Manifest, compare, load, require_tensors, save, take_fingerprint, verify
 from pared.checkpoint.loader import FORMAT_VERSION
 from pared.checkpoint.manifest import machine, versions
-from pared.engine.asked import calibration_windows, method_of, plan_of
+from pared.engine.asked import calibration_windows, method_of, plan_of, settled
 from pared.engine.checks import require_finite_weights
 from pared.engine.compression import compress
 from pared.engine.progress import Progress, Silent, Stopwatch, peak_memory_bytes
@@ -78,6 +78,7 @@ def run(recipe: Recipe, overwrite: bool = False, progress: Progress | None = Non
             format_version=FORMAT_VERSION,
             model={"name": source.name, "origin": source.origin, "architecture": type(model).__name__},
             recipe=recipe,
+            settled=settled(recipe),
             plan=compressed.plan,
             damping=compressed.damping,
             sharing=[asdict(one) for one in compressed.sharing],

@@ -26,7 +26,7 @@ from pared.calibration import (
     save_blocks,
     walk,
 )
-from pared.engine.asked import calibration_windows, dense_path_of, low_rank_of, options_of, statistics_of
+from pared.engine.asked import calibration_windows, dense_path_of, low_rank_of, method_of, options_of, statistics_of
 from pared.engine.progress import Progress, Silent, Stopwatch
 from pared.hardware import device_of
 from pared.lowrank import LowRankMethod
@@ -79,6 +79,12 @@ class Passes:
         return "labels" if self.options["loss"] == "labels" else "sampled"
 
     @property
+    def group(self) -> int:
+        """How many neighbouring blocks are compressed together."""
+        size = method_of(self.recipe).options.get("group_size", 1)
+        return int(self.recipe.options.get("group_size", size))
+
+    @property
     def dense_path(self) -> float:
         """The share of the dense model's outputs in targets."""
         return dense_path_of(self.recipe)
@@ -128,25 +134,30 @@ class Passes:
             return
         if self.collected is not None and not behind:
             for walked in self.collected():
-                if self.again:
-                    kept = {site: {n: own[n] for n in names if n in own} for site, own in walked.statistics.items()}
-                    self.felt = {**self.felt, **kept}
                 yield walked
+                if self.again:
+                    self.felt = {**self.felt, **_only(walked.statistics, names)}
             return
-        if names and not self.felt:  # what sites read is collected on the way: there is no need to walk for it
-            self.felt = self.feel(anatomy, inputs, windows, names | self.method.needs([(1, 1)]), self.loss)
+        if names and not self.felt:
+            if self.collected is not None:
+                self.felt = {k: v for walked in self.collected() for k, v in _only(walked.statistics, names).items()}
+            else:  # what sites read is collected on the way, unless it will be, behind the blocks compressed already
+                read = frozenset() if behind else self.method.needs([(1, 1)])
+                self.felt = self.feel(anatomy, inputs, windows, names | read, self.loss)
         needs = nothing if names and not behind else self.method.needs
         dense = self.beside(inputs, anatomy.blocks(self.model).__getitem__) if behind else None
         if needs is nothing and not influence:
             by_block = self.without_data(anatomy)
         else:
-            by_block = self.walk(anatomy, inputs, self.with_input_gram(needs, dense), influence, behind, dense)
+            asked = self.with_input_gram(needs, dense)
+            by_block = self.walk(anatomy, inputs, asked, influence, behind, dense, group=self.group)
         for walked in by_block:
             seen = walked.statistics
             sites = [site.name for site in anatomy.sites_of(walked.index)]
             yield replace(
                 walked, statistics={name: {**self.felt.get(name, {}), **seen.get(name, {})} for name in sites}
             )
+        self.felt = _only(self.felt, names) if self.again and not behind else {}
 
     def with_input_gram(self, needs: Needs, dense: DensePath | None) -> Needs:
         """Return the needs with the input Gram in place of that of outputs, if targets are made from both paths."""
@@ -175,12 +186,13 @@ class Passes:
         behind: bool = False,
         dense: DensePath | None = None,
         name: str = "calibrate and solve",
+        group: int = 1,
     ) -> Iterator[WalkedBlock]:
         """Yield every block with the statistics of the forward pass that are needed."""
         blocks = anatomy.blocks(self.model)
         steps = len(blocks) * len(inputs.calls)
         with self.progress.stage(f"{name} ({inputs.dtype})", steps, "batch") as advance:
-            passes = walk(blocks, anatomy, inputs, needs, advance, influence, behind, dense)
+            passes = walk(blocks, anatomy, inputs, needs, advance, influence, behind, dense, group)
             while True:
                 with self.watch("walk"):
                     walked = next(passes, None)
@@ -195,6 +207,10 @@ class Passes:
             for index in blocks:
                 yield WalkedBlock(index, {})
                 advance()
+
+
+def _only(felt: Felt, names: frozenset[str]) -> Felt:
+    return {site: {name: own[name] for name in names if name in own} for site, own in felt.items()}
 
 
 def collect(

@@ -7,15 +7,16 @@ import torch
 from torch import nn
 
 from pared.anatomy import Anatomy
-from pared.calibration import WalkedBlock
+from pared.calibration import WalkedBlock, cross_of
 from pared.engine.solver import Solver
 from pared.install import dense_linear, factors_of
+from pared.lowrank import Factors
 from pared.lowrank.dense_path import mixed_cross
 from pared.lowrank.sharing import refit
 from pared.modules import LowRankLinear, PivotedLinear, replace_module
 from pared.plan import Plan
 
-Grams = tuple[torch.Tensor, torch.Tensor]  # of what a site reads, and with what its targets are made from; per token
+Grams = tuple[torch.Tensor, torch.Tensor]  # of what a site reads, and of that with what its targets are made from
 
 
 def update(model: nn.Module, solver: Solver, plan: Plan, walked: Iterator[WalkedBlock], share: float) -> None:
@@ -81,12 +82,10 @@ def dense_blocks(model: nn.Module, anatomy: Anatomy, solver: Solver, plan: Plan)
 def _grams(block: WalkedBlock, share: float) -> dict[str, Grams]:
     found = {}
     for name, own in block.statistics.items():
-        gram, cross = own["mean_gram"], own.get("cross")
-        if not gram.tokens:
-            continue
-        found[name] = gram.value, gram.value
-        if cross is not None and cross.tokens == gram.tokens:  # not where other tokens come on the two paths
-            found[name] = gram.value, mixed_cross(gram.value, cross.value, share)
+        gram, cross = own["mean_gram"], cross_of(own, "mean_gram")
+        if gram.tokens:
+            targets_NN = gram.value if cross is None else mixed_cross(gram.value, cross.value, share)
+            found[name] = gram.tokens * gram.value, gram.tokens * targets_NN
     return found
 
 
@@ -103,4 +102,5 @@ def fit(model: nn.Module, name: str, W_ON: torch.Tensor, gram_NN: torch.Tensor, 
     """
     module = model.get_submodule(name)
     assert isinstance(module, (LowRankLinear, PivotedLinear))
-    module.up.weight.copy_(refit(W_ON, factors_of([module]), gram_NN, cross_NN))
+    factors = Factors(*(factor.to(gram_NN.device) for factor in factors_of([module])))
+    module.up.weight.copy_(refit(W_ON.to(gram_NN.device), factors, gram_NN, cross_NN))

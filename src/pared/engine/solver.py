@@ -8,7 +8,7 @@ from torch import nn
 
 from pared.allocation import Budget, Unit
 from pared.anatomy import Site, weight_of
-from pared.calibration import Collected, MeanGram
+from pared.calibration import CROSS, Collected, MeanGram, cross_of
 from pared.engine.groups import Comparison, compare
 from pared.engine.store import DecompositionStore
 from pared.errors import ParedError
@@ -30,6 +30,8 @@ class Solver:
         comparisons: of every group that was compared.
         damping: sites whose statistics were rank-deficient, with the relative damping used.
         unreached: sites that no calibration token reached; they stay dense.
+        missed: units of a plan that could not be taken, as a member was not reached.
+        untargeted: sites of a dense path that are sent other tokens than in the dense model, and so have no targets.
     """
 
     def __init__(
@@ -63,6 +65,8 @@ class Solver:
         self.comparisons: list[Comparison] = []
         self.damping: dict[str, float] = {}
         self.unreached: set[str] = set()
+        self.missed: list[Unit] = []
+        self.untargeted: set[str] = set()
 
     def __enter__(self) -> "Solver":
         return self
@@ -91,11 +95,14 @@ class Solver:
         self._targets.clear()
         for site in unit.members:
             own = statistics.get(site.name, {})
-            if not site.idle and any(one.tokens == 0 for name, one in own.items() if name != "cross"):
+            if not site.idle and any(one.tokens == 0 for name, one in own.items() if name != CROSS):
                 self.unreached.add(site.name)
             elif not site.idle and (self._planned is None or unit.name in self._planned):
-                values[site.name] = {key: one.value for key, one in own.items() if key != "cross"}
+                values[site.name] = {key: one.value for key, one in own.items() if key != CROSS}
                 self._aim(site, own)
+        if self._planned is not None and unit.name in self._planned and len(values) < len(unit.members):
+            self.missed.append(unit)
+            return
         together = len(unit.members) > 1 and len(values) == len(unit.members)
         if together and self._planned is not None:
             self._keep(unit, self._decompose(unit, values))
@@ -151,9 +158,12 @@ class Solver:
 
     def _aim(self, site: Site, own: StatisticsOfSite) -> None:
         """Set what is decomposed in place of the dense weight, if the dense model went beside."""
-        gram, cross = own.get(self._method.input_gram), own.get("cross")
-        if gram is None or cross is None or cross.tokens < gram.tokens:
-            return  # a site that is sent other tokens behind the compressed prefix has no targets for them
+        cross = cross_of(own, self._method.input_gram)
+        if cross is None:
+            if CROSS in own:  # it is sent other tokens behind the compressed prefix: the dense model has no targets
+                self.untargeted.add(site.name)
+            return
+        gram = own[self._method.input_gram]
         W_ON = self._dense(site).to(gram.value.device)
         per_token = gram.value if isinstance(gram, MeanGram) else gram.value / gram.tokens
         self._targets[site.name] = target(W_ON, per_token, cross.value, self._dense_path)

@@ -35,9 +35,14 @@ def model_card(manifest: Manifest, folder: str) -> str:
         folder: what the loading examples call the folder.
     """
     recipe = manifest.recipe
+    pruned = recipe.sparsity is not None or recipe.pattern is not None
     header = {
         "library_name": "transformers",
-        "tags": ["pared", "low-rank", recipe.method],
+        "tags": [
+            "pared",
+            "sparse" if pruned else "low-rank",
+            recipe.method,
+        ],
         **_base_model(manifest),
     }
     table = "\n".join(f"| {row.what} | {row.before} | {row.after} | {row.share} |" for row in comparison(manifest))
@@ -69,10 +74,16 @@ def model_card(manifest: Manifest, folder: str) -> str:
             yaml.safe_dump(shown, sort_keys=False).rstrip(),
             "```",
             "",
-            "The exact ranks, data digests, versions and timings are in `pared.json`.",
+            _settled(manifest) + "The exact ranks, data digests, versions and timings are in `pared.json`.",
             "",
         ]
     )
+
+
+def _settled(manifest: Manifest) -> str:
+    """Say what the recipe's ``auto`` stood for."""
+    told = ", ".join(f"{name} {value}" for name, value in manifest.settled.items())
+    return f"`auto` stood for: {told}. " if told else ""
 
 
 def _smaller(manifest: Manifest) -> float:
