@@ -175,9 +175,9 @@ def render(lines: list[dict[str, Any]]) -> str:
             f"`{last['model']}`, float32; calibrated on {SAMPLES} x {LENGTH} tokens of {calibrated['text']}; "
             f"perplexity on the first {WINDOWS} windows of {LENGTH} tokens of each text, no beginning-of-sequence "
             "token, in brackets as a multiple of the dense model's. `keep` counts the linear layers inside the blocks; "
-            "parameters and bytes are the whole model's, the order of pivots included. Every method with the "
-            "allocation, storage and refit that `auto` gives it. C4 and the speeches (State of the Union addresses, "
-            "1945 to 2006) were never calibrated on.",
+            "parameters and bytes are the whole model's, the order of pivots included. Every method with what `auto` "
+            "gives it: allocation, storage, statistics, refit and dense path; a row that differs says how in brackets. "
+            "C4 and the speeches (State of the Union addresses, 1945 to 2006) were never calibrated on.",
             "",
             f"![Perplexity over keep]({PLOT.name})",
             "",

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from pared import ParedError
 from pared.allocation import Budget, Evidence, Unit, uniform
 from pared.anatomy import find_anatomy
 from pared.anatomy.structure import Anatomy, Site
-from pared.engine.groups import candidate_units, compare
+from pared.engine.groups import Comparison, candidate_units, compare
 from pared.lowrank import METHODS
 from pared.lowrank.decomposition import Factors
 from pared.lowrank.sharing import error, pooled, refit, split, stacked
@@ -230,7 +231,22 @@ def test_twins_share_and_strangers_do_not():
         apart = [decompose(weight, gram) for weight, gram in zip(own, grams, strict=True)]
         compared = compare(pair, found, apart, grams, Budget(0.8), always=False)
         assert compared is not None
-        assert compared.pays == pays == (compared.shared < compared.apart)
+        assert compared.pays == pays == (sum(compared.shared) < sum(compared.apart))
+
+
+def test_a_member_with_large_inputs_does_not_pay_for_what_the_others_lose():
+    """Summed errors were compared once: the loud block of a pair decided alone, and sharing cost 1% on WikiText-2."""
+    quiet_harmed = Comparison("w", "q", 2, 30, 20, shared=(3.0, 90.0), apart=(1.0, 100.0))
+    assert sum(quiet_harmed.shared) < sum(quiet_harmed.apart)
+    assert quiet_harmed.ratio == pytest.approx((3.0 + 0.9) / 2)
+    assert not quiet_harmed.pays
+    assert replace(quiet_harmed, always=True).pays
+    assert replace(quiet_harmed, shared=(1.05, 90.0)).pays
+
+
+@pytest.mark.parametrize(("shared", "apart", "pays"), [((0.0, 1.0), (0.0, 2.0), True), ((0.5, 1.0), (0.0, 2.0), False)])
+def test_an_error_of_zero_is_compared(shared: tuple[float, ...], apart: tuple[float, ...], pays: bool):
+    assert Comparison("w", "q", 2, 30, 20, shared, apart).pays == pays
 
 
 # Models
@@ -266,7 +282,8 @@ def test_every_compared_group_is_recorded_with_both_errors(compress: Compress):
     result = compress("llama", keep=0.7)
     assert result.sharing
     for one in result.sharing:
-        assert one.pays == (one.shared < one.apart)
+        assert one.members == len(one.shared) == len(one.apart)
+        assert one.pays == (sum(a / b for a, b in zip(one.shared, one.apart, strict=True)) < one.members)
         decision = next(site.decision for site in result.plan.sites if site.name == one.name)
         assert isinstance(decision, Shared) == one.pays
 

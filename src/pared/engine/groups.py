@@ -1,5 +1,6 @@
 """Which sites may share a basis, and whether sharing pays."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,9 +26,9 @@ class Comparison:
         members: how many weights.
         shared_rank: of the one basis.
         apart_rank: of every member's own.
-        shared: summed squared error, each member on its own inputs; weighted as the method weighs it.
+        shared: squared error of every member on its own inputs; weighted as the method weighs it.
         apart: the same with bases of their own.
-        pays: whether the basis is shared.
+        always: share whatever the comparison says.
     """
 
     name: str
@@ -35,9 +36,27 @@ class Comparison:
     members: int
     shared_rank: int
     apart_rank: int
-    shared: float
-    apart: float
-    pays: bool
+    shared: tuple[float, ...]
+    apart: tuple[float, ...]
+    always: bool = False
+
+    @property
+    def ratio(self) -> float:
+        """How much the error of a member grows by sharing, on average over the members.
+
+        Not the ratio of the sums: blocks hand on outputs of very different size, and a sum would let the member with
+        the largest pay for everything that the others lose.
+        """
+        ratios = [
+            one / other if other else (math.inf if one else 1.0)
+            for one, other in zip(self.shared, self.apart, strict=True)
+        ]
+        return sum(ratios) / len(ratios)
+
+    @property
+    def pays(self) -> bool:
+        """Whether the basis is shared."""
+        return self.always or self.ratio < 1
 
 
 def candidate_units(anatomy: Anatomy, group_size: int, sharing: str) -> list[Unit]:
@@ -99,14 +118,13 @@ def compare(
     shared_rank, apart_rank = budget.rank(unit), budget.rank(alone[0])
     if shared_rank < 1 or apart_rank < 1:
         return None
-    shared_error, row = 0.0, 0
+    shared_errors, row = [], 0
     rows = [site.out_features for site in unit.members]
     for own, factors, gram, count in zip(apart, split(group.factors(shared_rank), rows), grams, rows, strict=True):
-        shared_error += error(own.W_ON, factors, gram, member_weighting(group, row, row + count))
+        shared_errors.append(error(own.W_ON, factors, gram, member_weighting(group, row, row + count)))
         row += count
-    apart_error = sum(own.loss(apart_rank) ** 2 for own in apart)
-    pays = always or shared_error < apart_error
-    return Comparison(unit.name, unit.kind, len(unit.members), shared_rank, apart_rank, shared_error, apart_error, pays)
+    errors = tuple(shared_errors), tuple(own.loss(apart_rank) ** 2 for own in apart)
+    return Comparison(unit.name, unit.kind, len(unit.members), shared_rank, apart_rank, *errors, always)
 
 
 def told(comparisons: Sequence[Comparison]) -> list[str]:
@@ -116,7 +134,7 @@ def told(comparisons: Sequence[Comparison]) -> list[str]:
         kinds.setdefault(one.kind, []).append(one)
     lines = []
     for kind, group in kinds.items():
-        ratios = sorted(one.shared / one.apart if one.apart else 1.0 for one in group)
+        ratios = sorted(one.ratio for one in group)
         lines.append(
             f"{kind}: {sum(one.pays for one in group)} of {len(group)} groups share a basis; error shared / apart "
             f"{ratios[len(ratios) // 2]:.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
