@@ -54,7 +54,8 @@ def compress(
     """Compress a loaded model, in place, block by block.
 
     Finished blocks replace dense ones as the walk goes; beside the model there is one block in the computing dtype,
-    the hidden states of the calibration windows, and the statistics of that block. If it is interrupted midway the
+    the hidden states of the calibration windows, and the statistics of that block (behind a compressed prefix with a
+    dense path two blocks and three sets of hidden states; for gradients those of all blocks). If it is interrupted the
     model still works and can be saved, with some blocks compressed: reload it to start again.
 
     Args:
