@@ -32,6 +32,7 @@ from pared.calibration import (
     gradient_accumulators,
     walk,
 )
+from pared.calibration.labels import SECTION
 
 CPU = torch.device("cpu")
 WINDOWS, LENGTH, BATCH = 5, 12, 2  # batches of 2, 2 and 1
@@ -167,6 +168,17 @@ def test_a_label_predicted_to_be_impossible_is_never_sampled(monkeypatch: pytest
     monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.zeros(shape))
     p_RC = torch.tensor([[0.0, 0.0, 0.4, 0.6]])
     assert Sampled(0)(0, tokens()[0], p_RC).tolist() == [2]
+
+
+@pytest.mark.parametrize("classes", [7, SECTION, 3 * SECTION + 5])
+def test_a_large_vocabulary_is_sampled_as_by_one_cumulative_sum(classes: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    p_RC = torch.randint(0, 3, (400, classes), generator=generator).float()  # sums of whole numbers are exact
+    p_RC[:, 0] += 1
+    uniform_R1 = torch.rand(400, 1, generator=torch.Generator().manual_seed(1_000_003 * 5 + 2))
+    cumulative_RC = p_RC.cumsum(dim=-1)
+    expected = torch.searchsorted(cumulative_RC, uniform_R1 * cumulative_RC[:, -1:], right=True).squeeze(1)
+    assert torch.equal(Sampled(5)(2, tokens()[0], p_RC), expected)
 
 
 def test_the_loss_of_the_next_token_is_the_models_own() -> None:

@@ -12,8 +12,10 @@ from transformers import PreTrainedTokenizerFast
 
 import pared
 from pared import ParedError
+from pared.anatomy import find_anatomy, probe
 from pared.calibration import saved_blocks
 from pared.engine import collect, compress
+from pared.engine.passes import Passes
 from pared.engine.progress import Silent
 
 TOKENS = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(1))
@@ -42,6 +44,24 @@ def test_saved_statistics_give_what_a_pass_gives(
             logits.append((plan, model(input_ids=TOKENS).logits))
     assert logits[0][0] == logits[1][0]
     torch.testing.assert_close(logits[0][1], logits[1][1], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("weighting", "felt"), [("full", 8), ("diagonal", 2), ("scalar", 2)])
+def test_a_diagonal_is_felt_on_a_quarter_of_the_windows_and_all_are_read(
+    weighting: str, felt: int, tokenizer: PreTrainedTokenizerFast, calibration: pared.Calibration
+) -> None:
+    model = TINY_MODELS["llama"]()
+    asked = calibration.model_copy(update={"samples": 8, "batch": 1})
+    recipe = pared.Recipe(method="loss-optimal", options={"output_weighting": weighting}, calibration=asked)
+    passes = Passes(model, tokenizer, recipe, Silent())
+    anatomy, calls = probe(model, find_anatomy(model))
+    windows = passes.windows()
+    inputs = passes.capture(anatomy, calls, windows)
+    blocks = list(passes.statistics(anatomy, inputs, windows))
+    assert len(blocks) == 3
+    for own in (own for block in blocks for own in block.statistics.values()):
+        assert own["mean_gram"].tokens == 8 * asked.length
+        assert own[f"output_gradient_{weighting}"].tokens == felt * asked.length
 
 
 def test_an_interrupted_pass_leaves_whole_files_only(

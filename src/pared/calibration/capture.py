@@ -33,6 +33,10 @@ class BlockInputs:
     device: torch.device
     beside: list[Mapping[str, torch.Tensor]] = field(default_factory=list)
 
+    def first(self, batches: int) -> "BlockInputs":
+        """Return the same inputs, not copied, of the first batches alone."""
+        return replace(self, hidden=self.hidden[:batches], calls=self.calls[:batches], beside=self.beside[:batches])
+
     def mask(self, batch: int) -> torch.Tensor | None:
         """Return which tokens ``(batch, tokens)`` of a batch are no padding, bool; none if all are."""
         mask = self.beside[batch].get("attention_mask")

@@ -8,7 +8,7 @@ import torch
 
 from pared.calibration.precision import exact_products
 
-PANEL = 256  # columns of one panel of a Gram; only panels on and above the diagonal are multiplied
+PANEL = 192  # columns of one panel of a Gram; only panels on and above the diagonal are multiplied
 
 
 class Collected(Protocol):

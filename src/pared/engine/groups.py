@@ -83,8 +83,8 @@ def candidate_units(anatomy: Anatomy, group_size: int, sharing: str) -> list[Uni
 def may_share(site: Site) -> bool:
     """Whether a shared basis is thought of: for what the residual stream feeds, the table's, and whatever widens.
 
-    What o, down and fc2 read differs from block to block: an o of the embedded model loses 1.2 to 1.4 times as much with
-    a shared basis at any budget, and the Gram of what feeds a down is the dearest of all to collect.
+    What o, down and fc2 read differs from block to block: an o of the embedded model loses 1.2 to 1.4 times as much
+    with a shared basis at any budget, and the Gram of what feeds a down is the dearest of all to collect.
     """
     return in_the_table(site) or site.kind in FED_BY_THE_RESIDUAL_STREAM or site.out_features > site.in_features
 

@@ -1,5 +1,6 @@
 """Statistics for one recipe: of a walk, of a backward pass, or from a folder."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -90,6 +91,11 @@ class Passes:
         return dense_path_of(self.recipe)
 
     @property
+    def gradient_share(self) -> float:
+        """The share of the windows that go through the backward pass."""
+        return self.method.gradient_share(self.options)
+
+    @property
     def again(self) -> bool:
         """Whether statistics are collected behind the compressed prefix; a method without any has none to collect."""
         return statistics_of(self.recipe) == "sequential" and self.method.walked
@@ -129,34 +135,33 @@ class Passes:
             influence: measure how much every block changes the hidden states.
         """
         names = self.method.gradients(self.options)
+        walked = behind or not names or (self.gradient_share < 1 and self.collected is None)
         if inputs is None or windows is None or not (names or self.method.walked or influence):
             yield from self.without_data(anatomy)
             return
         if self.collected is not None and not behind:
-            for walked in self.collected():
-                yield walked
+            for saved in self.collected():
+                yield saved
                 if self.again:
-                    self.felt = {**self.felt, **_only(walked.statistics, names)}
+                    self.felt = {**self.felt, **_only(saved.statistics, names)}
             return
         if names and not self.felt:
             if self.collected is not None:
-                self.felt = {k: v for walked in self.collected() for k, v in _only(walked.statistics, names).items()}
-            else:  # what sites read is collected on the way, unless it will be, behind the blocks compressed already
-                read = frozenset() if behind else self.method.needs([(1, 1)])
-                self.felt = self.feel(anatomy, inputs, windows, names | read, self.loss)
-        needs = nothing if names and not behind else self.method.needs
+                self.felt = {k: v for saved in self.collected() for k, v in _only(saved.statistics, names).items()}
+            else:  # what sites read is collected on the way, unless it will be in a walk
+                read = frozenset() if walked else self.method.needs([(1, 1)])
+                self.felt = self.feel(anatomy, inputs, windows, names | read, self.loss, self.gradient_share)
+        needs = self.method.needs if walked else nothing
         dense = self.beside(inputs, anatomy.blocks(self.model).__getitem__) if behind else None
         if needs is nothing and not influence:
             by_block = self.without_data(anatomy)
         else:
             asked = self.with_input_gram(needs, dense)
             by_block = self.walk(anatomy, inputs, asked, influence, behind, dense, group=self.group)
-        for walked in by_block:
-            seen = walked.statistics
-            sites = [site.name for site in anatomy.sites_of(walked.index)]
-            yield replace(
-                walked, statistics={name: {**self.felt.get(name, {}), **seen.get(name, {})} for name in sites}
-            )
+        for block in by_block:
+            seen = block.statistics
+            sites = [site.name for site in anatomy.sites_of(block.index)]
+            yield replace(block, statistics={name: {**self.felt.get(name, {}), **seen.get(name, {})} for name in sites})
         self.felt = _only(self.felt, names) if self.again and not behind else {}
 
     def with_input_gram(self, needs: Needs, dense: DensePath | None) -> Needs:
@@ -164,9 +169,26 @@ class Passes:
         return needs if dense is None else lambda shapes: needs(shapes) - {"output_gram"} | {self.method.input_gram}
 
     def feel(
-        self, anatomy: Anatomy, inputs: BlockInputs, windows: Windows, names: frozenset[str], loss: Loss = "sampled"
+        self,
+        anatomy: Anatomy,
+        inputs: BlockInputs,
+        windows: Windows,
+        names: frozenset[str],
+        loss: Loss = "sampled",
+        share: float = 1.0,
     ) -> Felt:
-        """Collect what the loss feels at every site, and what every site reads, in one backward pass."""
+        """Collect what the loss feels at every site, and what every site reads, in one backward pass.
+
+        Args:
+            anatomy: after the probe pass.
+            inputs: what the first block reads.
+            windows: the tokens.
+            names: of statistics.
+            loss: how labels are chosen.
+            share: of the batches, from the first on, at least one.
+        """
+        inputs = inputs.first(math.ceil(share * len(inputs.calls)))
+        tokens = windows.tokens[: sum(len(hidden) for hidden in inputs.hidden)]
         felt = gradient_accumulators(anatomy, names, inputs.device)
         labels = choose_labels(self.model, loss, self.recipe.calibration.seed, windows.labels)
         steps = len(anatomy.blocks(self.model)) * len(inputs.calls)
@@ -174,7 +196,7 @@ class Passes:
             self.watch("backward"),
             self.progress.stage(f"gradients ({inputs.dtype})", steps, "batch") as advance,
         ):
-            backward(self.model, anatomy, inputs, windows.tokens, felt, labels, advance)
+            backward(self.model, anatomy, inputs, tokens, felt, labels, advance)
         return felt
 
     def walk(
