@@ -1,7 +1,6 @@
 """Decompositions on disk, until the plan is known: memory stays that of one site."""
 
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,8 +13,9 @@ from pared.lowrank import Decomposition
 class DecompositionStore:
     """Keeps every site's decomposition in a temporary folder and its spectrum in memory.
 
-    Directions are kept in float32, which is what weights are stored in at best; the weight itself is not kept, as it
-    is still in the model. A context manager: the folder is gone at its end.
+    Directions are kept in float32, which is what weights are stored in at best; what makes them of the weight in
+    float64, as it may divide by little. The weight itself is not kept, as it is still in the model. A context manager:
+    the folder is gone at its end.
 
     Attributes:
         spectra: for every site, what leaving out each direction costs, float64.
@@ -38,7 +38,11 @@ class DecompositionStore:
         self._numbers[name] = len(self._numbers)
         self._damping[name] = found.damping
         self.spectra[name] = found.singular_values_R.cpu()
-        tensors = {"U_OR": found.U_OR.float().contiguous()}
+        tensors = {}
+        if found.U_OR is not None:
+            tensors["U_OR"] = found.U_OR.float().contiguous()
+        if found.T_NR is not None:
+            tensors["T_NR"] = found.T_NR.contiguous()
         if found.L_OO is not None:
             tensors["L_OO"] = found.L_OO.contiguous()
         if weight is not None:
@@ -52,10 +56,9 @@ class DecompositionStore:
             name: of the site.
             W_ON: its weight, as it was when it was decomposed.
         """
-        tensors = load_file(self._file(name), device=str(W_ON.device))
-        s_R = self.spectra[name].to(W_ON.device)
-        found = Decomposition(W_ON.double(), tensors["U_OR"].double(), s_R, self._damping[name])
-        return replace(found, L_OO=tensors.get("L_OO"))
+        kept = load_file(self._file(name), device=str(W_ON.device))
+        fields = {key: kept[key].double() for key in ("U_OR", "T_NR", "L_OO") if key in kept}
+        return Decomposition(W_ON.double(), self.spectra[name].to(W_ON.device), damping=self._damping[name], **fields)
 
     def weight(self, name: str) -> torch.Tensor:
         """Return the dense weight that was kept of a unit."""

@@ -30,15 +30,18 @@ class Decomposition:
 
     Attributes:
         W_ON: the weight ``(out, in)``, float64.
-        U_OR: the directions, columns, float64.
         singular_values_R: what leaving out direction j costs, falling.
+        U_OR: the directions, columns, float64; none if they are told by ``T_NR``.
+        T_NR: what makes the directions of the weight, ``U = Lᵀ W T``, float64: smaller where in < out, and only the
+            columns that are kept are multiplied out.
         damping: what was added to the Gram's diagonal, relative to its mean; 0 if nothing.
         L_OO: the weighting of outputs: lower triangular ``(out, out)``, a diagonal ``(out,)``, or none.
     """
 
     W_ON: torch.Tensor
-    U_OR: torch.Tensor
     singular_values_R: torch.Tensor
+    U_OR: torch.Tensor | None = None
+    T_NR: torch.Tensor | None = None
     damping: float = 0.0
     L_OO: torch.Tensor | None = None
 
@@ -49,12 +52,17 @@ class Decomposition:
     def factors(self, rank: int) -> Factors:
         """Return the factors of one rank, float64; ``up`` has orthonormal columns if outputs are not weighted."""
         s_R = self.singular_values_R
-        U_OK = self.U_OR[:, :rank]
+        weighted_ON = self.W_ON if self.L_OO is None else weigh_outputs(self.L_OO, self.W_ON)
+        if self.U_OR is not None:
+            U_OK = self.U_OR[:, :rank]
+        else:
+            assert self.T_NR is not None
+            U_OK = weighted_ON @ self.T_NR[:, :rank]
         if s_R[rank - 1] <= WEAK * s_R[0]:
             U_OK = torch.linalg.qr(U_OK).Q  # same span, orthonormal again
+        down_KN = U_OK.T @ weighted_ON
         if self.L_OO is None:
-            return Factors(down=U_OK.T @ self.W_ON, up=U_OK)
-        down_KN = U_OK.T @ weigh_outputs(self.L_OO, self.W_ON)
+            return Factors(down=down_KN, up=U_OK)
         if self.L_OO.ndim == 1:
             return Factors(down=down_KN, up=U_OK / self.L_OO[:, None])
         return Factors(down=down_KN, up=torch.linalg.solve_triangular(self.L_OO.T, U_OK, upper=True))
@@ -65,20 +73,32 @@ def weigh_outputs(L_OO: torch.Tensor, W_ON: torch.Tensor) -> torch.Tensor:
     return L_OO[:, None] * W_ON if L_OO.ndim == 1 else L_OO.T @ W_ON
 
 
-def from_output_gram(W_ON: torch.Tensor, C_OO: torch.Tensor, damping: float = 0.0) -> Decomposition:
-    """Decompose by the eigenvectors of the Gram of the outputs, ``C = W G Wᵀ``: cheapest when out ≤ in."""
+def from_output_gram(
+    W_ON: torch.Tensor, C_OO: torch.Tensor, damping: float = 0.0, L_OO: torch.Tensor | None = None
+) -> Decomposition:
+    """Decompose by the eigenvectors of the Gram of the (weighted) outputs, ``Lᵀ W G Wᵀ L``: cheapest when out ≤ in."""
     e_O, U_OO = torch.linalg.eigh(C_OO)
     s_O = e_O.clamp(min=0).sqrt()
-    return Decomposition(W_ON, U_OO.flip(1), s_O.flip(0), damping)
+    return Decomposition(W_ON, s_O.flip(0), U_OR=U_OO.flip(1), damping=damping, L_OO=L_OO)
 
 
-def from_root(W_ON: torch.Tensor, A_ON: torch.Tensor, damping: float = 0.0) -> Decomposition:
-    """Decompose by the right singular vectors of ``A = W G^½``: cheapest when in < out."""
-    e_N, V_NN = torch.linalg.eigh(A_ON.T @ A_ON)
-    s_N = e_N.clamp(min=0).sqrt().flip(0)
-    floor = s_N[0].clamp(min=torch.finfo(s_N.dtype).tiny) * 1e-12
-    U_ON = A_ON @ V_NN.flip(1) / s_N.clamp(min=floor)
-    return Decomposition(W_ON, U_ON, s_N, damping)
+def from_root(
+    W_ON: torch.Tensor, R_NN: torch.Tensor, damping: float = 0.0, L_OO: torch.Tensor | None = None
+) -> Decomposition:
+    """Decompose by the right singular vectors of ``Lᵀ W R`` with ``R Rᵀ = G``: cheapest when in < out.
+
+    ``R`` is a matrix, or a diagonal ``(in,)``. Neither ``W R`` nor ``U`` is multiplied out: both are as tall as the
+    weight, and the eigenproblem is as wide.
+    """
+    weighted_ON = W_ON if L_OO is None else weigh_outputs(L_OO, W_ON)
+    M_NN = weighted_ON.T @ weighted_ON
+    diagonal = R_NN.ndim == 1
+    e_N, V_NN = torch.linalg.eigh(R_NN[:, None] * M_NN * R_NN if diagonal else R_NN.T @ M_NN @ R_NN)
+    s_N, V_NN = e_N.clamp(min=0).sqrt().flip(0), V_NN.flip(1)
+    divisor_N = s_N.clamp(min=1e-12 * s_N[0])
+    divisor_N = divisor_N.masked_fill(divisor_N == 0, torch.inf)  # a zero weight has no directions
+    T_NN = (R_NN[:, None] * V_NN if diagonal else R_NN @ V_NN) / divisor_N
+    return Decomposition(W_ON, s_N, T_NR=T_NN, damping=damping, L_OO=L_OO)
 
 
 def from_input_scale(W_ON: torch.Tensor, scale_N: torch.Tensor) -> Decomposition:
@@ -86,6 +106,8 @@ def from_input_scale(W_ON: torch.Tensor, scale_N: torch.Tensor) -> Decomposition
 
     ``svd(W diag(d)) = U Σ Vᵀ`` and ``W' = U_k Σ_k V_kᵀ diag(d)⁻¹ = U_k U_kᵀ W``: nothing is divided by a scale.
     """
-    A_ON = W_ON * scale_N
     out_features, in_features = W_ON.shape
-    return from_output_gram(W_ON, A_ON @ A_ON.T) if out_features <= in_features else from_root(W_ON, A_ON)
+    if out_features > in_features:
+        return from_root(W_ON, scale_N)
+    A_ON = W_ON * scale_N
+    return from_output_gram(W_ON, A_ON @ A_ON.T)

@@ -7,8 +7,6 @@ weight of rank k is ``W' = L⁻ᵀ U_k U_kᵀ Lᵀ W``, and it costs ``½ Σ_{j>
 model, so that one global budget decides all ranks. ``B = I`` is SVD-LLM, ``A = B = I`` the plain SVD.
 """
 
-from dataclasses import replace
-
 import torch
 
 from pared.lowrank.decomposition import Decomposition, from_output_gram, from_root, weigh_outputs
@@ -38,12 +36,10 @@ def decompose_weighted(W_ON: torch.Tensor, gram_NN: torch.Tensor, L_OO: torch.Te
         ValueError: the input Gram is not finite, negative, or all zero.
     """
     W_ON, gram_NN = W_ON.double(), _damped(gram_NN.double(), "input Gram")
+    if W_ON.shape[0] > W_ON.shape[1]:
+        return from_root(W_ON, torch.linalg.cholesky(gram_NN), L_OO=L_OO)
     weighted_ON = weigh_outputs(L_OO, W_ON)
-    if W_ON.shape[0] <= W_ON.shape[1]:
-        found = from_output_gram(W_ON, weighted_ON @ gram_NN @ weighted_ON.T)
-    else:
-        found = from_root(W_ON, weighted_ON @ torch.linalg.cholesky(gram_NN))
-    return replace(found, L_OO=L_OO)
+    return from_output_gram(W_ON, weighted_ON @ gram_NN @ weighted_ON.T, L_OO=L_OO)
 
 
 def root(gradient: torch.Tensor, out_features: int) -> torch.Tensor:

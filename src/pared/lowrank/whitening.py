@@ -38,7 +38,7 @@ def decompose(W_ON: torch.Tensor, gram_NN: torch.Tensor) -> Decomposition:
     out_features, in_features = W_ON.shape
     if out_features <= in_features:
         return from_output_gram(W_ON, W_ON @ gram_NN @ W_ON.T, damping)
-    return from_root(W_ON, W_ON @ L_NN, damping)
+    return from_root(W_ON, L_NN, damping)
 
 
 def decompose_by_outputs(W_ON: torch.Tensor, output_gram_OO: torch.Tensor) -> Decomposition:
