@@ -9,10 +9,11 @@ from tiny_models import TINY_MODELS, VOCAB
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import pared
-from pared import ParedError
+from pared import ParedError, engine
 from pared.allocation.layerwise import LAYER_ALLOCATORS
 from pared.anatomy import find_anatomy, probe, weight_of
 from pared.calibration import capture, walk
+from pared.engine import Silent, look
 from pared.engine.asked import calibration_windows
 from pared.modules import SparseLinear
 from pared.plan import NM, Sparse
@@ -134,6 +135,19 @@ def test_any_allocation_goes_with_any_method_and_meets_the_budget(allocation: st
     sizes = [site.before for site in result.plan.sites]
     assert sum(s * n for s, n in zip(asked, sizes, strict=True)) / sum(sizes) == pytest.approx(0.5, abs=1e-6)
     assert (len(set(asked)) > 1) == (allocation != "uniform")
+
+
+@pytest.mark.parametrize("allocation", ["owl", "alphapruning", "loss"])
+def test_what_was_looked_at_once_serves_every_sparsity(
+    allocation: str, prune: Prune, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    recipe = prune("llama", allocation=allocation).recipe
+    evidence = look(TINY_MODELS["llama"](), tokenizer, recipe)
+    for sparsity in (0.3, 0.6):
+        expected = weights(prune("llama", allocation=allocation, sparsity=sparsity))
+        asked = recipe.model_copy(update={"sparsity": sparsity})
+        found = weights(engine.prune(TINY_MODELS["llama"](), tokenizer, asked, Silent(), evidence=evidence))
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("allocation", ["owl", "alphapruning"])

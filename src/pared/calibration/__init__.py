@@ -9,6 +9,7 @@ from pared.calibration.gradient_statistics import (
     OfInput,
     OutputGradient,
     gradient_accumulators,
+    share_felt,
 )
 from pared.calibration.labels import Given, Labels, NextToken, Sampled, choose_labels
 from pared.calibration.precision import choose_dtype
@@ -44,5 +45,6 @@ __all__ = [
     "gradient_accumulators",
     "save_blocks",
     "saved_blocks",
+    "share_felt",
     "walk",
 ]

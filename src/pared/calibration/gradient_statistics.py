@@ -198,6 +198,17 @@ GRADIENT_STATISTICS: dict[str, Maker] = {
 }
 
 
+MEAN_SQUARES = frozenset({"output_gradient_scalar", "output_gradient_diagonal"})
+
+
+def share_felt(names: Collection[str]) -> float:
+    """Return the share of the windows that a backward pass for these statistics goes over.
+
+    A Gram needs every token there is, and Fisher information is a paper's; mean squares are known from a quarter.
+    """
+    return 0.25 if MEAN_SQUARES.issuperset(names) else 1.0
+
+
 def _maker(name: str) -> Maker:
     kind, _, batch = name.partition(":")
     if not batch:

@@ -6,6 +6,7 @@ from pared.engine.compression import compress
 from pared.engine.job import Outcome, reusable, run
 from pared.engine.passes import collect
 from pared.engine.progress import Progress, Silent
+from pared.engine.pruning import look, prune
 
 __all__ = [
     "EVERY_METHOD",
@@ -17,8 +18,10 @@ __all__ = [
     "collect",
     "compress",
     "decided_from_data",
+    "look",
     "method_of",
     "plan_of",
+    "prune",
     "reusable",
     "run",
 ]

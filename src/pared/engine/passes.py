@@ -25,6 +25,7 @@ from pared.calibration import (
     choose_labels,
     gradient_accumulators,
     save_blocks,
+    share_felt,
     walk,
 )
 from pared.engine.asked import calibration_windows, dense_path_of, low_rank_of, method_of, options_of, statistics_of
@@ -93,7 +94,7 @@ class Passes:
     @property
     def gradient_share(self) -> float:
         """The share of the windows that go through the backward pass."""
-        return self.method.gradient_share(self.options)
+        return share_felt(self.method.gradients(self.options))
 
     @property
     def again(self) -> bool:

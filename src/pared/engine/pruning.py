@@ -11,12 +11,12 @@ from pared.allocation.program import ScoreHistogram
 from pared.allocation.sparsity import eigenvalues, hill_alpha
 from pared.anatomy import Anatomy, Site, bias_of, find_anatomy, probe, weight_of
 from pared.anatomy.probe import BlockCall
-from pared.calibration import Collected, WalkedBlock
+from pared.calibration import Collected, WalkedBlock, share_felt
 from pared.engine.asked import layer_allocation_of, options_of, pruner_of
 from pared.engine.checks import require_finite_weights
 from pared.engine.compressed import Compressed, remarks
 from pared.engine.passes import Passes
-from pared.engine.progress import Progress, Stopwatch
+from pared.engine.progress import Progress, Silent, Stopwatch
 from pared.engine.zeros import plan_zeros, target_of
 from pared.errors import ParedError
 from pared.modules import NMGroups, SparseLinear, replace_module
@@ -33,6 +33,7 @@ def prune(
     recipe: Recipe,
     progress: Progress,
     windows: Windows | None = None,
+    evidence: LayerEvidence | None = None,
 ) -> Compressed:
     """Prune a loaded model, in place, block by block.
 
@@ -46,11 +47,36 @@ def prune(
         recipe: of a pruning method.
         progress: who watches.
         windows: calibration tokens already cut, in place of the recipe's text.
+        evidence: what :func:`look` found for this allocation on these windows, in place of a pass over them.
 
     Raises:
         ParedError: anything in the model, the recipe or the text that does not work.
     """
-    return _Pruning(model, tokenizer, recipe, progress).run(windows)
+    return _Pruning(model, tokenizer, recipe, progress).run(windows, evidence)
+
+
+def look(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    progress: Progress | None = None,
+    windows: Windows | None = None,
+) -> LayerEvidence:
+    """Collect what a recipe's allocation needs of the dense model; it serves every sparsity and every pruner.
+
+    Args:
+        model: dense, in evaluation mode; not changed.
+        tokenizer: of the model.
+        recipe: of a pruning method; its allocation, ``granularity`` and calibration are read.
+        progress: who watches; nobody by default.
+        windows: calibration tokens already cut, in place of the recipe's text.
+
+    Raises:
+        ParedError: anything in the model, the recipe or the text that does not work.
+    """
+    pruning = _Pruning(model, tokenizer, recipe, progress or Silent())
+    anatomy, calls = pruning.probe()
+    return pruning.look(anatomy, calls, pruning.units(anatomy), pruning.text(windows, Compressed(model, recipe)))
 
 
 @dataclass
@@ -68,20 +94,13 @@ class _Pruning:
         self.allocator, self.spread = layer_allocation_of(self.recipe)
         self.passes = Passes(self.model, self.tokenizer, self.recipe, self.progress, watch=self.watch)
 
-    def run(self, windows: Windows | None) -> Compressed:
+    def run(self, windows: Windows | None, evidence: LayerEvidence | None) -> Compressed:
         """Probe, look, allocate, prune."""
         result = Compressed(self.model, self.recipe)
-        with self.watch("probe"):
-            anatomy = find_anatomy(self.model).without(self.recipe.skip)
-            require_finite_weights(self.model, anatomy)
-            anatomy, calls = probe(self.model, anatomy)
-        if self.method.calibrated or self.allocator.needs & {"scores", "losses"}:
-            with self.watch("text"):
-                windows = windows or self.passes.windows()
-                require_fits(self.model.config, windows)
-            result.calibration = windows.describe()
+        anatomy, calls = self.probe()
+        windows = self.text(windows, result)
         units = self.units(anatomy)
-        evidence = self.look(anatomy, calls, units, windows)
+        evidence = evidence or self.look(anatomy, calls, units, windows)
         with self.watch("allocate"):
             sparsities_L = self.allocator.allocate(evidence, target_of(self.recipe), self.spread)
             plan = plan_zeros(anatomy, self.recipe, units, sparsities_L, self.model.dtype.itemsize)
@@ -95,6 +114,23 @@ class _Pruning:
             self.progress.note(line)
         result.seconds = self.watch.seconds
         return result
+
+    def probe(self) -> tuple[Anatomy, list[BlockCall]]:
+        """Find the sites, and which of them run."""
+        with self.watch("probe"):
+            anatomy = find_anatomy(self.model).without(self.recipe.skip)
+            require_finite_weights(self.model, anatomy)
+            return probe(self.model, anatomy)
+
+    def text(self, windows: Windows | None, result: Compressed) -> Windows | None:
+        """Cut the calibration text, if anything is to be read."""
+        if not (self.method.calibrated or self.allocator.needs & {"scores", "losses"}):
+            return windows
+        with self.watch("text"):
+            windows = windows or self.passes.windows()
+            require_fits(self.model.config, windows)
+        result.calibration = windows.describe()
+        return windows
 
     def units(self, anatomy: Anatomy) -> list[list[Site]]:
         """Return the sites that get one sparsity: those of a block, or each its own."""
@@ -119,8 +155,9 @@ class _Pruning:
         inputs = self.passes.capture(anatomy, calls, windows)
         histograms = [ScoreHistogram() for _ in units]
         if "losses" in self.allocator.needs:
-            names = frozenset({"energy", "output_gradient_diagonal"})
-            felt = self.passes.feel(anatomy, inputs, windows, names)
+            felt_names = frozenset({"output_gradient_diagonal"})
+            share = share_felt(felt_names)
+            felt = self.passes.feel(anatomy, inputs, windows, felt_names | {"energy"}, share=share)
             with self.watch("allocate"):
                 for name, number in unit_of.items():
                     if all(one.tokens for one in felt[name].values()):

@@ -25,7 +25,6 @@ class LowRankMethod:
         rule: from a weight ``(out, in)``, those statistics by name and the options to a decomposition.
         gradients: names of the statistics it reads of a backward pass, from its options. A method that has any has the
             option ``loss``: that of labels ``sampled`` from the model's own predictions, or of the text's ``labels``.
-        gradient_share: of the calibration windows that go through the backward pass, from its options.
         options: names and default values; a recipe may set others of the same type.
         allocation: the allocator its paper uses.
         pivoted: whether its results are stored by pivots unless a recipe says otherwise.
@@ -44,7 +43,6 @@ class LowRankMethod:
     needs: Callable[[Sequence[tuple[int, int]]], frozenset[str]]
     rule: Callable[[torch.Tensor, Mapping[str, torch.Tensor], Mapping[str, Any]], Decomposition]
     gradients: Callable[[Mapping[str, Any]], frozenset[str]] = lambda _: frozenset()
-    gradient_share: Callable[[Mapping[str, Any]], float] = lambda _: 1.0
     options: Mapping[str, bool | int | float | str] = field(default_factory=dict)
     allocation: str = "uniform"
     pivoted: bool = False
@@ -148,11 +146,6 @@ def _output_gradient(options: Mapping[str, Any]) -> frozenset[str]:
     return frozenset() if weighting == "none" else frozenset({f"output_gradient_{weighting}"})
 
 
-def _share_for_gradients(options: Mapping[str, Any]) -> float:
-    """A Gram needs every token there is; its diagonal, or one number, is known from a quarter of them."""
-    return 1.0 if options["output_weighting"] == "full" else 0.25
-
-
 def _weighting(W_ON: torch.Tensor, statistics: Statistics, options: Mapping[str, Any]) -> torch.Tensor:
     return next((statistics[name] for name in _output_gradient(options)), W_ON.new_ones(()))
 
@@ -253,7 +246,6 @@ METHODS = {
             needs=mean_gram,
             rule=_loss_optimal,
             gradients=_output_gradient,
-            gradient_share=_share_for_gradients,
             options={"output_weighting": "full", "loss": "sampled", "group_size": 1, "sharing": "measured"},
             allocation="loss",
             pivoted=True,
