@@ -23,7 +23,7 @@ import pared
 from pared.calibration import WalkedBlock, saved_blocks
 from pared.cli.options import named_values
 from pared.engine import collect
-from pared.engine.asked import dense_path_of, refit_of, statistics_of
+from pared.engine.asked import dense_path_of, low_rank_of, options_of, refit_of, statistics_of
 from pared.lowrank import METHODS
 from pared.sources import find_text
 from record import RESULTS, append, read, table
@@ -74,8 +74,10 @@ def measure(model_name: str, recipe: pared.Recipe | None) -> dict[str, Any]:
         def collected() -> Iterator[WalkedBlock]:
             return saved_blocks(statistics(model_name, recipe.method, asked))
 
+        names = PASSES[PASS_OF.get(recipe.method, "forward")][1]
+        there = low_rank_of(recipe).gradients(options_of(recipe)) <= names
         start = time.perf_counter()
-        result = pared.compress(model, tokenizer, recipe, collected=collected)
+        result = pared.compress(model, tokenizer, recipe, collected=collected if there else None)
         row |= {"compress_seconds": time.perf_counter() - start, "calibration": result.calibration}
         row |= {"achieved_keep": result.plan.achieved_keep, "statistics": statistics_of(recipe)}
         row |= {"refit": refit_of(recipe), "dense_path": dense_path_of(recipe), "options": recipe.options}

@@ -5,7 +5,7 @@
     python benchmarks/road.py --render                   # renders only
 
 Single-threaded and interleaved (bare, whole, bare, whole ...) in one process; the ratio is taken within a pair. One
-JSON line a pair; pairs that are there are not measured again (delete lines to repeat them).
+JSON line a pair; pairs of the same settings are not measured again (delete lines to repeat them).
 """
 
 import argparse
@@ -156,7 +156,7 @@ def main() -> None:
         about = {"case": case, "model": asked.model, "method": recipe.method, "options": recipe.options,
                  "keep": recipe.keep, "text": asked.text, "samples": asked.samples, "length": asked.length,
                  "dtype": str(dtype)}  # fmt: skip
-        there = [line for line in read(LINES) if line["case"] == case]
+        there = [line for line in read(LINES) if about.items() <= line.items()]
         for number in range(len(_pairs(there)), asked.pairs):
             bare = bare_seconds(recipe)
             whole, seconds = whole_seconds(recipe)
@@ -164,7 +164,9 @@ def main() -> None:
             print(f"{case} {number + 1}/{asked.pairs}: bare {bare:.1f} s, whole {whole:.1f} s, {whole / bare:.2f} x")
         if all(line["what"] != "memory" for line in there):
             append(LINES, {"what": "memory", **about, **peak_memory(recipe)})
-    PAGE.write_text(render(read(LINES)), encoding="utf-8")
+    if not (lines := read(LINES)):
+        raise SystemExit(f"{LINES} has no lines; run without --render first")
+    PAGE.write_text(render(lines), encoding="utf-8")
     print(PAGE.read_text(encoding="utf-8"))
 
 
