@@ -15,7 +15,7 @@ from tiny_models import TINY_MODELS
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import pared
-from pared.checkpoint import Manifest, make_dense, module_map
+from pared.checkpoint import make_dense, module_map
 from pared.modules import SparseLinear
 
 BUDGETS = {"unstructured": {"sparsity": 0.5}, "2:4": {"pattern": "2:4"}}

@@ -42,8 +42,8 @@ def export_dense(name: str, out: Path, dtype: str = "auto", overwrite: bool = Fa
         overwrite: whether a folder there may be replaced.
 
     Raises:
-        ParedError: not a model, the output is taken or is the model itself, the disk is full, or the new folder does not
-            answer as the model; nothing was written.
+        ParedError: not a model, the output is taken or is the model itself, the disk is full, or the new folder does
+            not answer as the model; nothing was written.
     """
     require_free(out, overwrite)
     source = find_model(name)

@@ -17,7 +17,7 @@ FORMS = ("dense",)
 def export(
     model: Annotated[str, typer.Argument(help="A folder that pared made, or any named model.")],
     out_folder: Annotated[Path, typer.Option("--out", help="The folder to make.")],
-    to: Annotated[str, typer.Option(help="dense: plain weights, factors multiplied out and zeros written out.")] = "dense",
+    to: Annotated[str, typer.Option(help="dense: plain weights, factors multiplied out, zeros written out.")] = "dense",
     dtype: Annotated[str, typer.Option(help="What to store; auto keeps what is stored.")] = "auto",
     overwrite: Overwrite = False,
 ) -> None:
