@@ -48,12 +48,16 @@ def folders(
     return of
 
 
-def trainer(model: PreTrainedModel, out: Path, callbacks: list[TrainerCallback], **more: Any) -> transformers.Trainer:
+def trainer(
+    model: PreTrainedModel, out: Path, callbacks: list[TrainerCallback], optimizers: Any = (None, None), **more: Any
+) -> transformers.Trainer:
     arguments = transformers.TrainingArguments(**{
         "output_dir": str(out), "max_steps": 3, "learning_rate": 1e-2, "weight_decay": 0.1, "report_to": [],
         "per_device_train_batch_size": 2, "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", **more,
     })  # fmt: skip
-    return transformers.Trainer(model=model, args=arguments, train_dataset=ROWS, callbacks=callbacks)
+    return transformers.Trainer(
+        model=model, args=arguments, train_dataset=ROWS, callbacks=callbacks, optimizers=optimizers
+    )
 
 
 def zeros(model: nn.Module) -> Zeros:
@@ -150,11 +154,23 @@ def test_kept_weights_move_as_if_there_were_no_others(
     torch.testing.assert_close(logits(model.eval()), logits(reference.eval()), atol=1e-5, rtol=1e-4)
 
 
+class Orthogonal(torch.optim.SGD):
+    """A step as Muon's: the whole matrix decides about each of its weights."""
+
+    @torch.no_grad()
+    def step(self, *_: object) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.ndim == 2 and parameter.grad is not None:
+                u, _, v = torch.linalg.svd(parameter.grad, full_matrices=False)
+                parameter.sub_(0.01 * u @ v)
+
+
 def test_an_optimiser_that_mixes_weights_loses_no_zero_either(folders: Folders, tmp_path: Path) -> None:
-    """Adafactor's second moment is one number for a row and one for a column, its step is clipped by the whole."""
     model = pared.load(folders("llama", "unstructured")["packed"])
     watch = Watch(zeros(model))
-    trainer(model, tmp_path, [KeepZeros(), watch], optim="adafactor").train()
+    optimiser = Orthogonal(model.parameters(), lr=0.01)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimiser)
+    trainer(model, tmp_path, [KeepZeros(), watch], optimizers=(optimiser, schedule)).train()
     assert watch.counts == [0, 0, 0]
 
 
