@@ -13,7 +13,6 @@ it.
 import argparse
 import os
 import statistics
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +23,7 @@ from pared.lowrank import Factors
 from pared.lowrank.pivot import pivot
 from pared.modules import LowRankLinear, PivotedLinear
 from record import RESULTS, append, read, table
+from timing import bfloat16_slowdown, interleaved
 
 LINES = RESULTS / "pivot_speed.jsonl"
 PAGE = RESULTS / "pivot_speed.md"
@@ -94,47 +94,15 @@ def layers(width: int, rank: int, dtype: torch.dtype) -> dict[str, nn.Module]:
     return found
 
 
-def seconds_of(layer: nn.Module, x: torch.Tensor, repeats: int) -> float:
-    start = time.thread_time()
-    for _ in range(repeats):
-        layer(x)
-    return (time.thread_time() - start) / repeats
-
-
-@torch.inference_mode()
-def bfloat16_slowdown(rounds: int = 5) -> float:
-    """Return the time of a product in bfloat16 over that in float32."""
-    x, weight = torch.randn(64, 576), torch.randn(576, 576)
-    seconds: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
-    for _ in range(rounds):
-        for dtype, taken in seconds.items():
-            x_TN, W_ON = x.to(dtype), weight.to(dtype)
-            start = time.thread_time()
-            nn.functional.linear(x_TN, W_ON)
-            taken.append(time.thread_time() - start)
-    return statistics.median(seconds[torch.bfloat16]) / statistics.median(seconds[torch.float32])
-
-
-@torch.inference_mode()
 def measure(width: int, rank: int, dtype: str, rounds: int) -> list[dict[str, Any]]:
     found = layers(width, rank, getattr(torch, dtype))
+    plain = found.pop("two factors")
     rows_of_cells = []
     for rows in ROWS:
-        x = torch.randn(1, rows, width, dtype=getattr(torch, dtype))
-        for layer in found.values():
-            layer(x)
-        repeats = max(1, int(0.01 / seconds_of(found["two factors"], x, 3)))
-        base, ratios = [], {name: [] for name in VARIANTS}
-        for _ in range(rounds):
-            for name in VARIANTS:
-                before = seconds_of(found["two factors"], x, repeats)
-                changed = seconds_of(found[name], x, repeats)
-                after = seconds_of(found["two factors"], x, repeats)
-                base.append(before)
-                ratios[name].append(2 * changed / (before + after))
-        rows_of_cells.append({"rows": rows, "microseconds": statistics.median(base) * 1e6,
-                              "ratios": {name: statistics.median(values) for name, values in ratios.items()},
-                              "quartiles": statistics.quantiles(ratios["pivoted"], n=4)})  # fmt: skip
+        timed = interleaved(plain, found, torch.randn(1, rows, width, dtype=getattr(torch, dtype)), rounds)
+        rows_of_cells.append({"rows": rows, "microseconds": statistics.median(timed.base) * 1e6,
+                              "ratios": {name: statistics.median(values) for name, values in timed.ratios.items()},
+                              "quartiles": statistics.quantiles(timed.ratios["pivoted"], n=4)})  # fmt: skip
     return rows_of_cells
 
 

@@ -580,7 +580,7 @@ def test_a_dense_export_answers_as_the_compressed_model_and_knows_nothing_of_par
     family: str, saved: Callable[[str], tuple[Path, torch.Tensor]], tmp_path: Path
 ) -> None:
     folder, expected = saved(family)
-    size = export_dense(str(folder), tmp_path / "dense")
+    size = export_dense(str(folder), tmp_path / "dense").bytes_on_disk
     assert size == (tmp_path / "dense" / "model.safetensors").stat().st_size
     config = json.loads((tmp_path / "dense" / "config.json").read_text())
     assert config.keys().isdisjoint({"quantization_config", "auto_map"})

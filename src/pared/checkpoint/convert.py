@@ -8,11 +8,11 @@ from torch import nn
 
 from pared.checkpoint.load import load, load_tokenizer
 from pared.checkpoint.manifest import Manifest
-from pared.checkpoint.save import mark, save
+from pared.checkpoint.save import mark, module_map, save
 from pared.checkpoint.verify import compare, require_tensors
 from pared.errors import ParedError
 from pared.install import factors_of, install_group
-from pared.modules import LowRankLinear, PivotedLinear
+from pared.modules import LowRankLinear, PivotedLinear, SparseLinear
 from pared.plan import Dense, Plan
 from pared.staging import require_free, staged
 
@@ -52,8 +52,7 @@ def convert(
     model = load(folder)
     groups = _groups(model, LowRankLinear if pivoted else PivotedLinear)
     if not groups:
-        form, other = ("pivoted", "two factors") if pivoted else ("two factors", "pivoted")
-        raise ParedError(f"{folder} has nothing to convert: no module is stored as {other}, all there is is {form}")
+        raise ParedError(f"{folder} has nothing to convert: {_nothing(model, pivoted)}")
     for names in groups:
         try:
             old = [cast("LowRankLinear | PivotedLinear", model.get_submodule(name)) for name in names]
@@ -74,6 +73,18 @@ def convert(
         if card is not None:
             (staging / "README.md").write_text(card(manifest, out.name), encoding="utf-8")
     return manifest
+
+
+def _nothing(model: nn.Module, pivoted: bool) -> str:
+    """Say why no module can be stored the other way, and what can be done."""
+    sparse = [name for name in module_map(model) if isinstance(model.get_submodule(name), SparseLinear)]
+    if sparse:
+        return (
+            f"its {len(sparse)} changed layers are sparse, the first is {sparse[0]}, and have no factors or pivots; "
+            "for plain weights: --dense"
+        )
+    form, other = ("pivoted", "two factors") if pivoted else ("two factors", "pivoted")
+    return f"no module is stored as {other}, all there is is {form}"
 
 
 def _groups(model: nn.Module, kind: type[nn.Module]) -> list[list[str]]:

@@ -1,7 +1,7 @@
 """From any model to a plain dense folder that needs nothing of pared."""
 
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -10,14 +10,30 @@ from pared.anatomy import bias_of, weight_of
 from pared.checkpoint.load import load
 from pared.checkpoint.loader import is_portable, tie
 from pared.checkpoint.save import module_map, save
-from pared.checkpoint.verify import require_tensors
-from pared.modules import replace_module
+from pared.checkpoint.verify import compare, require_tensors, take_fingerprint
+from pared.errors import ParedError
+from pared.modules import SparseLinear, replace_module
 from pared.sources.models import find_model
 from pared.staging import require_free, staged
 
 
-def export_dense(name: str, out: Path, dtype: str = "auto", overwrite: bool = False) -> int:
-    """Write any model that has a name as a plain dense folder, compressed modules multiplied out.
+class Exported(NamedTuple):
+    """A plain folder that was written.
+
+    Attributes:
+        bytes_on_disk: of the weights.
+        self_check: largest difference of the reloaded folder from the model it was made of, relative to the largest
+            output.
+    """
+
+    bytes_on_disk: int
+    self_check: float
+
+
+def export_dense(name: str, out: Path, dtype: str = "auto", overwrite: bool = False) -> Exported:
+    """Write any model that has a name as a plain dense folder: factors multiplied out, zeros written out.
+
+    The folder is loaded again and must answer as the model it was made of.
 
     Args:
         name: of a model, dense or compressed.
@@ -25,29 +41,35 @@ def export_dense(name: str, out: Path, dtype: str = "auto", overwrite: bool = Fa
         dtype: to store; ``auto`` keeps what is stored.
         overwrite: whether a folder there may be replaced.
 
-    Returns:
-        The bytes of the weights.
-
     Raises:
-        ParedError: not a model, the output is taken, or the disk is full.
+        ParedError: not a model, the output is taken or is the model itself, the disk is full, or the new folder does
+            not answer as the model; nothing was written.
     """
     require_free(out, overwrite)
     source = find_model(name)
-    model = make_dense(load(name, dtype))
+    if Path(source.location).absolute().resolve() == out.absolute().resolve():
+        raise ParedError(f"output {out} is the model itself; name another folder")
+    model = load(name, dtype)
+    fingerprint = take_fingerprint(model)
+    make_dense(model)
     with staged(out, overwrite, needed=sum(p.numel() * p.itemsize for p in model.parameters())) as staging:
         save(model, source.tokenizer(), staging)
-        return require_tensors(staging)
+        bytes_on_disk = require_tensors(staging)
+        del model
+        return Exported(bytes_on_disk, compare(load(staging), fingerprint))
 
 
 @torch.no_grad()
 def make_dense(model: PreTrainedModel) -> PreTrainedModel:
-    """Multiply every compressed module out into the linear layer it stands for, in place."""
+    """Make every compressed module the linear layer it stands for, in place: multiplied out, or with its zeros."""
     compressed = {name: model.get_submodule(name) for name in module_map(model)}
     _forget_compression(model)
     tie(model, {})
     with torch.device("meta"):
         skeleton = type(model)._from_config(model.config)  # knows which modules are Linear and which Conv1D
     for name, module in compressed.items():
+        if isinstance(module, SparseLinear):
+            module.unpack_()
         weight, bias = cast("torch.Tensor", module.weight), cast("torch.Tensor | None", module.bias)
         dense = skeleton.get_submodule(name).to_empty(device=weight.device).to(weight.dtype)
         weight_of(dense).copy_(weight)

@@ -5,10 +5,12 @@ from typing import Annotated
 
 import typer
 
-from pared.checkpoint import Manifest
+from pared.checkpoint import Manifest, export_dense, is_compressed, read_config, require_tensors
 from pared.checkpoint import convert as store
 from pared.cli.console import JsonFile, errors, out, quiet_libraries, write_json
+from pared.cli.export import print_exported
 from pared.cli.options import Overwrite
+from pared.errors import ParedError
 from pared.report import model_card
 
 
@@ -16,22 +18,50 @@ def convert(
     folder: Annotated[Path, typer.Argument(help="A folder that pared made.")],
     out_folder: Annotated[Path, typer.Option("--out", help="The folder to make.")],
     pivot: Annotated[
-        bool, typer.Option("--pivot/--no-pivot", help="Store rank k by k of its own rows, or as two factors again.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--pivot/--no-pivot", help="Store rank k by k of its own rows, or as two factors again. [default: pivot]"
+        ),
+    ] = None,
+    dense: Annotated[
+        bool, typer.Option("--dense", help="Plain weights that load without pared; what `pared export` makes.")
+    ] = False,
     overwrite: Overwrite = False,
     json_file: JsonFile = None,
 ) -> None:
-    """Store a low-rank model without loss in k² fewer numbers per weight, or as two factors again."""
+    """Store a folder anew: low rank without loss in k² fewer numbers, as two factors again, or as plain weights."""
     with errors():
         quiet_libraries()
-        before = Manifest.read(folder)
-        after = store(folder, out_folder, pivot, overwrite, model_card)
-        for what, old, new in (
-            ("covered parameters", before.plan.after.covered_parameters, after.plan.after.covered_parameters),
-            ("whole-model parameters", before.plan.after.model_parameters, after.plan.after.model_parameters),
-            ("bytes on disk", before.bytes_on_disk, after.bytes_on_disk),
-        ):
-            out.print(f"{what}: {old:,} -> {new:,} ({new / old:.1%})", markup=False)
-        out.print(f"self-check: reloaded, largest relative difference {after.self_check:.2g}", markup=False)
-        out.print(f"folder: {out_folder}", markup=False)
-        write_json(json_file, {"folder": str(out_folder), **after.model_dump(mode="json")})
+        if dense and pivot is not None:
+            raise ParedError(f"--dense and --{'' if pivot else 'no-'}pivot are two ways to store one folder; give one")
+        (_to_dense if dense else _to_low_rank)(folder, out_folder, pivot is not False, overwrite, json_file)
+
+
+def _to_dense(folder: Path, out_folder: Path, _: bool, overwrite: bool, json_file: Path | None) -> None:
+    if not folder.is_dir():
+        raise ParedError(f"{folder}: no such folder")
+    if not is_compressed(read_config(str(folder))):
+        raise ParedError(f"{folder} has nothing to convert: its weights are plain already")
+    before = require_tensors(folder)
+    exported = export_dense(str(folder), out_folder, overwrite=overwrite)
+    _print_sizes("bytes on disk", before, exported.bytes_on_disk)
+    print_exported(exported, out_folder)
+    write_json(json_file, {"folder": str(out_folder), "bytes_before": before, **exported._asdict()})
+
+
+def _to_low_rank(folder: Path, out_folder: Path, pivot: bool, overwrite: bool, json_file: Path | None) -> None:
+    before = Manifest.read(folder)
+    after = store(folder, out_folder, pivot, overwrite, model_card)
+    for what, old, new in (
+        ("covered parameters", before.plan.after.covered_parameters, after.plan.after.covered_parameters),
+        ("whole-model parameters", before.plan.after.model_parameters, after.plan.after.model_parameters),
+        ("bytes on disk", before.bytes_on_disk, after.bytes_on_disk),
+    ):
+        _print_sizes(what, old, new)
+    out.print(f"self-check: reloaded, largest relative difference {after.self_check:.2g}", markup=False)
+    out.print(f"folder: {out_folder}", markup=False)
+    write_json(json_file, {"folder": str(out_folder), **after.model_dump(mode="json")})
+
+
+def _print_sizes(what: str, old: int, new: int) -> None:
+    out.print(f"{what}: {old:,} -> {new:,} ({new / old:.1%})", markup=False)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pared.checkpoint import export_dense
+from pared.checkpoint import Exported, export_dense
 from pared.cli.console import errors, out, quiet_libraries
 from pared.cli.options import Overwrite
 from pared.errors import ParedError
@@ -17,7 +17,7 @@ FORMS = ("dense",)
 def export(
     model: Annotated[str, typer.Argument(help="A folder that pared made, or any named model.")],
     out_folder: Annotated[Path, typer.Option("--out", help="The folder to make.")],
-    to: Annotated[str, typer.Option(help="dense: plain weights, compressed modules multiplied out.")] = "dense",
+    to: Annotated[str, typer.Option(help="dense: plain weights, factors multiplied out, zeros written out.")] = "dense",
     dtype: Annotated[str, typer.Option(help="What to store; auto keeps what is stored.")] = "auto",
     overwrite: Overwrite = False,
 ) -> None:
@@ -26,5 +26,10 @@ def export(
         quiet_libraries()
         if to not in FORMS:
             raise ParedError(f"unknown form {to!r}; {did_you_mean(to, FORMS)}")
-        size = export_dense(model, out_folder, dtype, overwrite)
-        out.print(f"folder: {out_folder}  ({size:,} bytes of weights)", markup=False)
+        print_exported(export_dense(model, out_folder, dtype, overwrite), out_folder)
+
+
+def print_exported(exported: Exported, folder: Path) -> None:
+    """Print what was written as plain weights, and that it was checked."""
+    out.print(f"self-check: reloaded, largest relative difference {exported.self_check:.2g}", markup=False)
+    out.print(f"folder: {folder}  ({exported.bytes_on_disk:,} bytes of weights)", markup=False)

@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 LARGEST_GROUP = 256
+NOWHERE = 2**30  # beyond all stored weights; added to one of them it is still an int32
 # Weights are moved as integers of their size: torch rewrites the bits of a bfloat16 NaN on the way.
 AS_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -76,7 +77,8 @@ def unpack_mask(bits_P: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     if bits_P.dtype != torch.uint8 or bits_P.shape != (-(-count // 8),):
         raise ValueError(f"bits {bits_P.dtype} {tuple(bits_P.shape)} of a mask {tuple(shape)}: expected uint8 "
                          f"({-(-count // 8)},)")  # fmt: skip
-    flat = (bits_P[:, None] >> _places(bits_P.device) & 1).bool().flatten()
+    # Eight booleans are looked up at a time, as one integer.
+    flat = _bits_of_bytes(bits_P.device).view(torch.int64).flatten()[bits_P.int()].view(torch.bool)
     if bool(flat[count:].any()):
         raise ValueError(f"bits beyond the {count} of a mask {tuple(shape)} are set: these are not its bits")
     return flat[:count].view(shape)
@@ -103,11 +105,11 @@ def unpack(values_K: torch.Tensor, bits_P: torch.Tensor, shape: tuple[int, int])
         ValueError: values, bits and shape do not fit each other.
     """
     mask_ON = unpack_mask(bits_P, shape)
-    if values_K.shape != (int(mask_ON.sum()),):
-        raise ValueError(f"values {tuple(values_K.shape)} for a mask that keeps {int(mask_ON.sum())}")
-    W_ON = _raw(values_K).new_zeros(shape)
-    W_ON[mask_ON] = _raw(values_K)
-    return W_ON.view(values_K.dtype)
+    kept = int(mask_ON.count_nonzero())
+    if values_K.shape != (kept,):
+        raise ValueError(f"values {tuple(values_K.shape)} for a mask that keeps {kept}")
+    stored_K = torch.cat([_raw(values_K), _raw(values_K).new_zeros(1)])
+    return stored_K.index_select(0, _sources(bits_P, len(values_K)))[: mask_ON.numel()].view(shape).view(values_K.dtype)
 
 
 def pack_nm(W_ON: torch.Tensor, mask_ON: torch.Tensor, groups: Groups) -> Packed:
@@ -149,17 +151,38 @@ def unpack_nm(values_OK: torch.Tensor, bits_P: torch.Tensor, shape: tuple[int, i
         raise ValueError(f"values {tuple(values_OK.shape)} of a weight {tuple(shape)} with pattern {_named(groups)}: "
                          f"expected {(out_features, count * groups.kept)}")  # fmt: skip
     bits_OGKB = unpack_mask(bits_P, (out_features, count, groups.kept, _width(groups)))
-    places_OGK = (bits_OGKB.long() << torch.arange(_width(groups), device=bits_P.device)).sum(dim=3)
-    if bool((places_OGK >= groups.group).any()) or bool((places_OGK.diff(dim=2) <= 0).any()):
+    places_XK = torch.zeros(out_features * count, groups.kept, dtype=torch.uint8, device=bits_P.device)
+    for place, bit_OGK in enumerate(bits_OGKB.view(torch.uint8).unbind(dim=3)):
+        places_XK |= bit_OGK.reshape(places_XK.shape) << place
+    if bool((places_XK > groups.group - 1).any()) or bool((places_XK[:, 1:] <= places_XK[:, :-1]).any()):
         raise ValueError(f"places in groups of {groups.group} inputs are not rising: these are not the bits of a "
                          f"weight {tuple(shape)} with pattern {_named(groups)}")  # fmt: skip
-    W_OGM = _raw(values_OK).new_zeros(out_features, count, groups.group)
-    W_OGM.scatter_(2, places_OGK, _raw(values_OK).reshape(places_OGK.shape))
-    return W_OGM.flatten(1).view(values_OK.dtype)
+    firsts_X = torch.arange(0, math.prod(shape), groups.group, device=bits_P.device)
+    W = _raw(values_OK).new_zeros(math.prod(shape))
+    W.scatter_(0, (places_XK + firsts_X[:, None]).flatten(), _raw(values_OK).flatten())
+    return W.view(shape).view(values_OK.dtype)
+
+
+def _sources(bits_P: torch.Tensor, stored: int) -> torch.Tensor:
+    """Return for every bit which of the stored weights it means, ``stored`` itself for none, int ``(8 P,)``."""
+    index, nowhere = (torch.int32, NOWHERE) if 8 * len(bits_P) < NOWHERE else (torch.int64, NOWHERE**2)
+    bit_of_byte_B8 = _bits_of_bytes(bits_P.device)
+    before_B8 = bit_of_byte_B8.cumsum(dim=1, dtype=index) - 1
+    stored_B = bit_of_byte_B8.sum(dim=1, dtype=index)
+    bytes_P = bits_P.int()
+    counts_P = stored_B[bytes_P]
+    firsts_P = counts_P.cumsum(dim=0, dtype=index) - counts_P
+    sources_P8 = before_B8.masked_fill(~bit_of_byte_B8, nowhere).index_select(0, bytes_P)
+    return sources_P8.add_(firsts_P[:, None]).clamp_(max=stored).flatten()
 
 
 def _raw(values: torch.Tensor) -> torch.Tensor:
     return values.view(AS_INTEGERS[values.element_size()])
+
+
+def _bits_of_bytes(device: torch.device) -> torch.Tensor:
+    """Return the eight bits of every byte, bool ``(256, 8)``."""
+    return (torch.arange(256, dtype=torch.uint8, device=device)[:, None] >> _places(device) & 1).bool()
 
 
 def _places(device: torch.device) -> torch.Tensor:

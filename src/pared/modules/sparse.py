@@ -123,7 +123,7 @@ class SparseLinear(nn.Linear):
     @torch.no_grad()
     def keep_zeros_(self) -> None:
         """Put zeros where no weight is stored, in place: after an optimiser's step, or a merge."""
-        self.weight.mul_(self.mask)
+        self.weight.masked_fill_(~self.mask, 0)
 
     def _dense(self, values: torch.Tensor) -> torch.Tensor:
         shape = (self.out_features, self.in_features)
