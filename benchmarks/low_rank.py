@@ -10,7 +10,6 @@ model are collected once for all methods and budgets and kept in the user's cach
 """
 
 import argparse
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,18 +19,17 @@ import platformdirs
 import torch
 
 import pared
+from grid import LENGTH, SAMPLES, WINDOWS, measured, plot, ratios, require_disjoint, signature
 from pared.calibration import WalkedBlock, saved_blocks
 from pared.cli.options import named_values
 from pared.engine import collect
 from pared.engine.asked import dense_path_of, low_rank_of, options_of, refit_of, statistics_of
 from pared.lowrank import METHODS
-from pared.sources import find_text
 from record import RESULTS, append, read, table
 
 LINES = RESULTS / "low_rank.jsonl"
 PAGE = RESULTS / "low_rank.md"
 PLOT = RESULTS / "low_rank.svg"
-WINDOWS, LENGTH, SAMPLES = 20, 1024, 64
 
 # What is collected together, by the method whose option `loss` says how labels are chosen.
 PASSES = {
@@ -40,12 +38,6 @@ PASSES = {
     "labels": ("fwsvd", {"fisher"}),
 }
 PASS_OF = {"fwsvd": "labels", "loss-optimal": "sampled"}  # the other methods read what the forward pass collects
-
-
-def evaluation_texts() -> dict[str, str]:
-    """Return what is evaluated on, by the name the page uses; none of it is ever calibrated on."""
-    speeches = f"file:{os.environ['PARED_DATA']}/lm/us_state_of_the_union_1945_2006.jsonl"
-    return {"WikiText-2": "wikitext2:test", "C4": "c4:validation", "speeches": speeches}
 
 
 def statistics(model_name: str, method: str, calibration: pared.Calibration) -> Path:
@@ -87,12 +79,7 @@ def measure(model_name: str, recipe: pared.Recipe | None) -> dict[str, Any]:
     buffers = sum(b.numel() * b.itemsize for name, b in model.named_buffers() if name.endswith("order"))
     row |= {"model_parameters": sum(p.numel() for p in parameters)}
     row |= {"bytes": sum(p.numel() * p.itemsize for p in parameters) + buffers}
-    start = time.perf_counter()
-    row["perplexity"] = {
-        name: pared.perplexity(model, tokenizer, source, LENGTH, WINDOWS).value
-        for name, source in evaluation_texts().items()
-    }
-    return row | {"evaluate_seconds": time.perf_counter() - start}
+    return row | measured(model, tokenizer)
 
 
 def stages(line: dict[str, Any]) -> tuple[str, str, float | None]:
@@ -118,14 +105,6 @@ def key_of(line: dict[str, Any]) -> tuple[object, ...]:
         return line["model"], "dense"
     named = tuple(line[name] for name in ("model", "method", "keep", "text", "samples"))
     return (*named, *stages(line), *sorted(line.get("options", {}).items()))
-
-
-def require_disjoint(calibration: str) -> None:
-    """Stop if a text that is evaluated on shares a document with the calibration text."""
-    seen = {document.strip() for document in find_text(calibration).documents if len(document) > 200}
-    for name, source in evaluation_texts().items():
-        if seen & {document.strip() for document in find_text(source).documents}:
-            raise SystemExit(f"{name} shares documents with {calibration}")
 
 
 def told(line: dict[str, Any]) -> str:
@@ -155,7 +134,7 @@ def render(lines: list[dict[str, Any]]) -> str:
             f"{line['keep']:g}",
             f"{line['model_parameters'] / 1e6:.1f} M",
             f"{line['bytes'] / 2**20:,.0f} MiB",
-            *(f"{line['perplexity'][t]:,.2f} ({line['perplexity'][t] / dense['perplexity'][t]:,.3f} x)" for t in texts),
+            *ratios(line, dense),
         )
 
     header = ("method", "keep", "parameters", "bytes", *texts)
@@ -186,36 +165,21 @@ def render(lines: list[dict[str, Any]]) -> str:
             table(header, [cells(line) for line in grid]),
             "",
             *(samples if others else ()),
-            f"Commits {', '.join(sorted({line['commit'] for line in lines}))}; {last['date']}, {last['cpu']}, "
-            f"{last['threads']} thread, torch {last['torch']}, transformers {last['transformers']}, Python "
-            f"{last['python']}.\n",
+            signature(lines),
         ]
     )
 
 
-def plot(lines: list[dict[str, Any]]) -> None:
-    """Draw perplexity over keep, one panel a text, as multiples of the dense model's."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "pared"  # the same picture from the same figures
-    from matplotlib import pyplot
-
+def curves(lines: list[dict[str, Any]]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """Return multiples of the dense perplexity over keep, by text and method."""
     dense = next(line for line in lines if line["method"] == "dense")["perplexity"]
     shown = [line for line in lines if line.get("samples") == SAMPLES and usual(line)]
-    figure, panels = pyplot.subplots(1, len(dense), figsize=(12, 4.2), sharey=True)
-    for panel, text in zip(panels, dense, strict=True):
-        for method in METHODS:
-            points = sorted((c["keep"], c["perplexity"][text] / dense[text]) for c in shown if c["method"] == method)
-            if points:
-                panel.plot(*zip(*points, strict=True), marker="o", markersize=3, label=method)
-        panel.set(title=text, xlabel="keep", yscale="log", ylim=(0.95, 100))
-        panel.invert_xaxis()
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("perplexity / dense (cut at 100)")
-    panels[-1].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(PLOT, metadata={"Date": None})
+    return {
+        text: {
+            m: [(c["keep"], c["perplexity"][text] / dense[text]) for c in shown if c["method"] == m] for m in METHODS
+        }
+        for text in dense
+    }
 
 
 def main() -> None:
@@ -253,7 +217,7 @@ def main() -> None:
                 row = measure(asked.model, recipe)
                 append(LINES, row)
                 print(f"{number}/{len(cells)} {key_of(cell)}: {row['perplexity']}", flush=True)
-    plot(read(LINES))
+    plot(PLOT, curves(read(LINES)), "keep", falling=True, most=100)
     PAGE.write_text(render(read(LINES)), encoding="utf-8")
     print(PAGE.read_text(encoding="utf-8"))
 

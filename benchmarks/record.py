@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 
+Line = dict[str, Any]  # one cell of a page, as it is in the file
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 
