@@ -5,8 +5,8 @@
     PARED_DATA=/path/to/data python benchmarks/sparsity.py --pruners wanda --budgets 0.6 --allocations uniform loss
     python benchmarks/sparsity.py --render                                   # renders the page only
 
-One JSON line a cell; a cell that is there is not measured again (delete its line to repeat it). What an allocation needs
-of the dense model is collected once for all its cells of a run.
+One JSON line a cell; a cell that is there is not measured again (delete its line to repeat it). What an allocation
+needs of the dense model is collected once for all its cells of a run.
 """
 
 import argparse
@@ -130,12 +130,12 @@ def render(lines: list[Line]) -> str:
     parts = [
         "# Pruning and its allocation",
         "",
-        "Made by `python benchmarks/sparsity.py`; raw figures in [sparsity.jsonl](sparsity.jsonl). Do not edit. What they "
-        "say is told in [sparsity.md](../sparsity.md#what-was-measured).",
+        "Made by `python benchmarks/sparsity.py`; raw figures in [sparsity.jsonl](sparsity.jsonl). Do not edit. What "
+        "they say is told in [sparsity.md](../sparsity.md#what-was-measured).",
         "",
-        f"`{dense['model']}` in {DTYPE}; calibrated on {SAMPLES} x {LENGTH} tokens of {lines[-1]['text']}; perplexity on "
-        f"the first {WINDOWS} windows of {LENGTH} tokens of each text, no beginning-of-sequence token, in brackets as a "
-        "multiple of the dense model's; the last column is the perplexity as a share of that with the uniform "
+        f"`{dense['model']}` in {DTYPE}; calibrated on {SAMPLES} x {LENGTH} tokens of {lines[-1]['text']}; perplexity "
+        f"on the first {WINDOWS} windows of {LENGTH} tokens of each text, no beginning-of-sequence token, in brackets "
+        "as a multiple of the dense model's; the last column is the perplexity as a share of that with the uniform "
         "allocation, text by text. C4 and the speeches (State of the Union addresses, 1945 to 2006) were never "
         "calibrated on. Sparsity counts the linear layers inside the blocks.",
         "",
