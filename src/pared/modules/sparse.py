@@ -53,6 +53,7 @@ class SparseLinear(nn.Linear):
         self.in_features, self.out_features, self.stored = in_features, out_features, stored
         self.groups = NMGroups(kept, group) if group else None
         self.weight = torch.empty(0, device=device, dtype=dtype)  # no parameter: not saved
+        self.weight._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers would, slowly
         self.values: Any = nn.Parameter(torch.zeros(stored, device=device, dtype=dtype))
         self.bits: torch.Tensor
         bits = packed_bytes((out_features, in_features), self.groups)
