@@ -35,7 +35,7 @@ class SparseLinear(nn.Linear):
     Attributes:
         weight: dense ``(out, in)``; an empty tensor while packed, as models' own initialisation touches it.
         values: the stored weights ``(stored,)``; None once unpacked.
-        bits: uint8 ``(bytes,)``, one bit a weight, or ``⌈log₂ M⌉`` for each of N:M; :mod:`pared.modules.packing`.
+        bits: uint8 ``(bytes,)``, one bit a weight, or for N:M the places, if less; :mod:`pared.modules.packing`.
     """
 
     def __init__(
