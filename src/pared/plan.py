@@ -123,8 +123,9 @@ class NM(_Data):
         return out_features * in_features // self.group * self.kept
 
     def index_bytes(self, out_features: int, in_features: int) -> int:
-        """Bytes stored beside the parameters: the place of every stored weight in its group."""
-        return -(-self.parameters(out_features, in_features) * (self.group - 1).bit_length() // 8)
+        """Bytes stored beside the parameters: places of stored weights in their groups, or a mask if that is less."""
+        bits = min(self.kept * (self.group - 1).bit_length(), self.group)
+        return -(-out_features * in_features // self.group * bits // 8)
 
     def __str__(self) -> str:
         return f"pattern {self.kept}:{self.group}"

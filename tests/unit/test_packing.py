@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from pared.modules.packing import Packed, pack, pack_mask, pack_nm, unpack, unpack_mask, unpack_nm
+from pared import plan
+from pared.modules.packing import Packed, pack, pack_mask, pack_nm, packed_bytes, unpack, unpack_mask, unpack_nm
 from pared.sparsity import NM, Unstructured, magnitude
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -187,7 +188,8 @@ def test_groups_come_back_bit_for_bit(pattern: NM, dtype: torch.dtype):
     W_ON = with_odd_values(W_ON, mask_ON)
     packed = pack_nm(W_ON, mask_ON, pattern)
     assert packed.values.shape == (3, 2 * pattern.kept)
-    assert len(packed.bits) == math.ceil(6 * pattern.kept * math.ceil(math.log2(pattern.group)) / 8)
+    bits = min(pattern.kept * math.ceil(math.log2(pattern.group)), pattern.group)
+    assert len(packed.bits) == math.ceil(6 * bits / 8)
     assert same_bits(unpack_nm(*packed, shape, pattern), W_ON)
 
 
@@ -252,13 +254,41 @@ def test_every_cut_of_groups_is_noticed():
             unpack_nm(values, bits, shape, other)
 
 
-@pytest.mark.parametrize("places", [(1, 1), (3, 1), (0, 0), (4, 5), (0, 7)])
+@pytest.mark.parametrize("places", [(1, 1), (3, 1), (0, 0), (4, 6), (0, 7)])
 def test_places_that_repeat_fall_or_leave_the_group_are_refused(places: tuple[int, int]):
     bits = torch.tensor([places[0] | places[1] << 3], dtype=torch.uint8)
     with pytest.raises(ValueError, match="are not rising"):
-        unpack_nm(torch.ones(1, 2), bits, (1, 5), NM(2, 5))
-    good = torch.tensor([1 | 4 << 3], dtype=torch.uint8)
-    assert unpack_nm(torch.ones(1, 2), good, (1, 5), NM(2, 5)).tolist() == [[0, 1, 0, 0, 1]]
+        unpack_nm(torch.ones(1, 2), bits, (1, 6), NM(2, 6))
+    good = torch.tensor([1 | 5 << 3], dtype=torch.uint8)
+    assert unpack_nm(torch.ones(1, 2), good, (1, 6), NM(2, 6)).tolist() == [[0, 1, 0, 0, 0, 1]]
+
+
+def test_a_worked_example_of_4_of_8_has_a_mask():
+    W_ON = torch.tensor([[0.0, 5, 0, 6, 7, 0, 8, 0], [0, 0, 0, 0, 0, 0, 0, 9]])
+    packed = pack_nm(W_ON, W_ON != 0, NM(4, 8))
+    assert packed.values.tolist() == [[5, 6, 7, 8], [0, 0, 0, 9]]
+    assert packed.bits.tolist() == [0b01011010, 0b10000111]  # what fills up comes first
+    assert torch.equal(unpack_nm(*packed, (2, 8), NM(4, 8)), W_ON)
+
+
+@pytest.mark.parametrize("bits", [0b0111, 0b11111, 0, 0b11111111])
+def test_masks_of_another_number_are_refused(bits: int):
+    with pytest.raises(ValueError, match=r"another number of bits than 4.*pattern 4:8"):
+        unpack_nm(torch.ones(1, 4), torch.tensor([bits], dtype=torch.uint8), (1, 8), NM(4, 8))
+
+
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(4, 8), NM(8, 16), NM(1, 2)], ids=str)
+def test_half_of_a_bfloat16_weight_takes_at_most_nine_sixteenths_in_any_pattern(pattern: NM):
+    W_ON, mask_ON = magnitude.prune(draw(64, 96).bfloat16(), pattern)
+    assert stored_bytes(pack_nm(W_ON, mask_ON, pattern)) <= 0.5625 * W_ON.nbytes
+
+
+@GROUPS
+def test_a_plan_counts_the_bytes_of_the_bits(pattern: NM):
+    shape = (3, 2 * pattern.group)
+    packed = pack_nm(*magnitude.prune(draw(*shape), pattern), pattern)
+    assert plan.NM(kept=pattern.kept, group=pattern.group).index_bytes(*shape) == len(packed.bits)
+    assert packed_bytes(shape, pattern) == len(packed.bits)
 
 
 def test_foreign_bytes_give_an_error_or_a_weight_of_the_pattern():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_checkpoint import logits
+from test_checkpoint import LOAD, logits, run_python
 from test_cli import left_over, refused
 from test_cli import pared as command
 from tiny_models import TINY_MODELS
@@ -106,6 +106,18 @@ def test_a_layer_that_is_still_packed_is_made_dense_too(pruned: Pruned) -> None:
     model.get_submodule("model.layers.0.mlp").up_proj = packed
     assert packed.packed
     assert torch.equal(logits(make_dense(model)), expected)
+
+
+# Without the package.
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_a_machine_without_pared_loads_and_saves_a_sparse_folder(budget: str, pruned: Pruned, tmp_path: Path) -> None:
+    small = pruned("llama", budget)
+    run_python(LOAD, tmp_path, small, blocked="dict(pared=None)", imports="", arguments=", trust_remote_code=True")
+    expected = logits(pared.load(small))
+    assert torch.equal(torch.load(tmp_path / "out.first"), expected)
+    assert torch.equal(torch.load(tmp_path / "out.second"), expected)
 
 
 # Refusals.

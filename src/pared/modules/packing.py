@@ -1,8 +1,9 @@
 """A sparse weight in few bytes: what is kept, and where it stands.
 
 Anywhere: the kept weights, row by row, and a mask of one bit a weight. N:M: N weights of every group, and the place of
-each inside its group in ``⌈log₂ M⌉`` bits. Half of a bfloat16 weight, either way 0.5625 of its bytes. Bits fill bytes
-from the lowest up, and the last byte is filled with zeros.
+each inside its group in ``⌈log₂ M⌉`` bits, or the mask where that is fewer bits (4:8 has 12 of places and 8 of a mask).
+Half of a bfloat16 weight is at most 0.5625 of its bytes any way. Bits fill bytes from the lowest up, and the last byte
+is filled with zeros.
 
 What is kept comes back bit for bit, -0.0 and NaN too; everything else as 0.0. Reading checks that the parts fit each
 other and the shape, so that cut or foreign bytes are an error and not a weight.
@@ -47,8 +48,9 @@ class Packed(NamedTuple):
 
 def packed_bytes(shape: tuple[int, int], groups: Groups | None = None) -> int:
     """Return how many bytes the bits of a weight ``(out, in)`` are."""
-    bits = math.prod(shape) if groups is None else math.prod(shape) // groups.group * groups.kept * _width(groups)
-    return -(-bits // 8)
+    if groups is None or _has_mask(groups):
+        return -(-math.prod(shape) // 8)
+    return -(-math.prod(shape) // groups.group * groups.kept * _width(groups) // 8)
 
 
 def pack_mask(mask: torch.Tensor) -> torch.Tensor:
@@ -108,8 +110,7 @@ def unpack(values_K: torch.Tensor, bits_P: torch.Tensor, shape: tuple[int, int])
     kept = int(mask_ON.count_nonzero())
     if values_K.shape != (kept,):
         raise ValueError(f"values {tuple(values_K.shape)} for a mask that keeps {kept}")
-    stored_K = torch.cat([_raw(values_K), _raw(values_K).new_zeros(1)])
-    return stored_K.index_select(0, _sources(bits_P, len(values_K)))[: mask_ON.numel()].view(shape).view(values_K.dtype)
+    return _spread(values_K, bits_P, shape)
 
 
 def pack_nm(W_ON: torch.Tensor, mask_ON: torch.Tensor, groups: Groups) -> Packed:
@@ -135,6 +136,9 @@ def pack_nm(W_ON: torch.Tensor, mask_ON: torch.Tensor, groups: Groups) -> Packed
     order_OGM = mask_OGM.to(torch.uint8).sort(dim=2, descending=True, stable=True).indices
     places_OGK = order_OGM[..., : groups.kept].sort(dim=2).values
     values_OGK = _raw(W_ON).masked_fill(~mask_ON, 0).reshape(in_groups).gather(2, places_OGK)
+    if _has_mask(groups):
+        bits_P = pack_mask(torch.zeros_like(mask_OGM).scatter_(2, places_OGK, True))
+        return Packed(values_OGK.flatten(1).view(W_ON.dtype), bits_P)
     bits_OGKB = places_OGK.unsqueeze(-1) >> torch.arange(_width(groups), device=W_ON.device) & 1
     return Packed(values_OGK.flatten(1).view(W_ON.dtype), pack_mask(bits_OGKB.bool()))
 
@@ -150,17 +154,41 @@ def unpack_nm(values_OK: torch.Tensor, bits_P: torch.Tensor, shape: tuple[int, i
     if values_OK.shape != (out_features, count * groups.kept):
         raise ValueError(f"values {tuple(values_OK.shape)} of a weight {tuple(shape)} with pattern {_named(groups)}: "
                          f"expected {(out_features, count * groups.kept)}")  # fmt: skip
-    bits_OGKB = unpack_mask(bits_P, (out_features, count, groups.kept, _width(groups)))
-    places_XK = torch.zeros(out_features * count, groups.kept, dtype=torch.uint8, device=bits_P.device)
-    for place, bit_OGK in enumerate(bits_OGKB.view(torch.uint8).unbind(dim=3)):
-        places_XK |= bit_OGK.reshape(places_XK.shape) << place
-    if bool((places_XK > groups.group - 1).any()) or bool((places_XK[:, 1:] <= places_XK[:, :-1]).any()):
-        raise ValueError(f"places in groups of {groups.group} inputs are not rising: these are not the bits of a "
-                         f"weight {tuple(shape)} with pattern {_named(groups)}")  # fmt: skip
+    if _has_mask(groups):
+        mask_OGM = unpack_mask(bits_P, (out_features, count, groups.group))
+        if bool((mask_OGM.sum(dim=2) != groups.kept).any()):
+            raise ValueError(f"a group of {groups.group} inputs has another number of bits than {groups.kept}: these "
+                             f"are not the bits of a weight {tuple(shape)} with pattern {_named(groups)}")  # fmt: skip
+        return _spread(values_OK.flatten(), bits_P, shape)
+    places_XK = _places_of(bits_P, shape, groups)
     firsts_X = torch.arange(0, math.prod(shape), groups.group, device=bits_P.device)
     W = _raw(values_OK).new_zeros(math.prod(shape))
     W.scatter_(0, (places_XK + firsts_X[:, None]).flatten(), _raw(values_OK).flatten())
     return W.view(shape).view(values_OK.dtype)
+
+
+def _places_of(bits_P: torch.Tensor, shape: tuple[int, int], groups: Groups) -> torch.Tensor:
+    """Return the places in every group, uint8 ``(out · in / M, N)``.
+
+    Raises:
+        ValueError: they do not rise within a group, or leave it.
+    """
+    count = math.prod(shape) // groups.group
+    places_XK = torch.zeros(count, groups.kept, dtype=torch.uint8, device=bits_P.device)
+    bits_XKB = unpack_mask(bits_P, (count, groups.kept, _width(groups))).view(torch.uint8)
+    for place, bit_XK in enumerate(bits_XKB.unbind(dim=2)):
+        places_XK |= bit_XK << place
+    if bool((places_XK > groups.group - 1).any()) or bool((places_XK[:, 1:] <= places_XK[:, :-1]).any()):
+        raise ValueError(f"places in groups of {groups.group} inputs are not rising: these are not the bits of a "
+                         f"weight {tuple(shape)} with pattern {_named(groups)}")  # fmt: skip
+    return places_XK
+
+
+def _spread(values_K: torch.Tensor, bits_P: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """Return a weight of this shape with these values where bits are set, as many as there are, and 0 elsewhere."""
+    padded = torch.cat([_raw(values_K), _raw(values_K).new_zeros(1)])
+    spread = padded.index_select(0, _sources(bits_P, len(values_K)))
+    return spread[: math.prod(shape)].view(shape).view(values_K.dtype)
 
 
 def _sources(bits_P: torch.Tensor, stored: int) -> torch.Tensor:
@@ -192,6 +220,11 @@ def _places(device: torch.device) -> torch.Tensor:
 def _width(groups: Groups) -> int:
     """Return the bits of a place in a group."""
     return (groups.group - 1).bit_length()
+
+
+def _has_mask(groups: Groups) -> bool:
+    """Whether a mask of a group is fewer bits than the places in it."""
+    return groups.kept * _width(groups) > groups.group
 
 
 def _check_zeros(W_ON: torch.Tensor, mask_ON: torch.Tensor) -> None:

@@ -35,7 +35,7 @@ class SparseLinear(nn.Linear):
     Attributes:
         weight: dense ``(out, in)``; an empty tensor while packed, as models' own initialisation touches it.
         values: the stored weights ``(stored,)``; None once unpacked.
-        bits: uint8 ``(bytes,)``, one bit a weight, or ``⌈log₂ M⌉`` for each of N:M; :mod:`pared.modules.packing`.
+        bits: uint8 ``(bytes,)``, one bit a weight, or for N:M the places, if less; :mod:`pared.modules.packing`.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class SparseLinear(nn.Linear):
         self.in_features, self.out_features, self.stored = in_features, out_features, stored
         self.groups = NMGroups(kept, group) if group else None
         self.weight = torch.empty(0, device=device, dtype=dtype)  # no parameter: not saved
+        self.weight._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers would, slowly
         self.values: Any = nn.Parameter(torch.zeros(stored, device=device, dtype=dtype))
         self.bits: torch.Tensor
         bits = packed_bytes((out_features, in_features), self.groups)
