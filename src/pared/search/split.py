@@ -1,0 +1,69 @@
+"""The text a search may look at: the end of the training text, apart from what is calibrated on and what is tested on."""
+
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from pared.errors import ParedError
+from pared.sources.texts import BLANK_LINES, CORPORA, HELD_OUT, Text, find_text
+
+SHARE = 0.2  # of the training text
+HELD_OUT_NAME = re.compile(r"test|valid|dev|eval", re.IGNORECASE)
+
+
+def search_texts(name: str) -> tuple[Text, Text]:
+    """Return the calibration part of a training text, its first 80%, and the search part, the rest; whole documents.
+
+    A text of one document is cut at a blank line, at the end of a line, or else at a blank.
+
+    Args:
+        name: of a training text, as :func:`pared.sources.texts.find_text` knows it.
+
+    Raises:
+        ParedError: it is a split that results are reported on, unknown, or cannot be cut.
+    """
+    require_training(name)
+    text = find_text(name)
+    documents, glue = list(text.documents), BLANK_LINES
+    for mark in (BLANK_LINES, "\n", " "):
+        if len(documents) > 1:
+            break
+        documents, glue = text.documents[0].split(mark), mark
+    cut, seen, total = 0, 0, sum(map(len, documents))
+    while seen < (1 - SHARE) * total:
+        seen += len(documents[cut])
+        cut += 1
+    cut = min(cut, len(documents) - 1)
+    parts = documents[:cut], documents[cut:]
+    if not all("".join(part).strip() for part in parts):
+        raise ParedError(f"text {name!r} ({text.origin}) cannot be cut in a calibration and a search part; name a "
+                         "longer one")  # fmt: skip
+    calibration, search = (tuple(part) if len(text.documents) > 1 else (glue.join(part),) for part in parts)
+    return (
+        replace(text, name=f"{name}[:{1 - SHARE:.0%}]", documents=calibration),
+        replace(text, name=f"{name}[{1 - SHARE:.0%}:]", documents=search),
+    )
+
+
+def require_training(name: str) -> None:
+    """Refuse a split that results are reported on.
+
+    Raises:
+        ParedError: the text is one; says which to name.
+    """
+    split = name.split(":")[1] if ":" in name and not name.startswith("file:") else ""
+    local = name.startswith("file:") and Path(name.removeprefix("file:")).expanduser().resolve() in _held_out_files()
+    if name in HELD_OUT.values() or HELD_OUT_NAME.search(split) or local:
+        training = ", ".join(sorted(set(HELD_OUT) - set(HELD_OUT.values()) - {"wikitext2:validation"}))
+        raise ParedError(
+            f"text {name!r} is one that results are reported on, and a search must not see it; name a training text "
+            f"({training}, file:PATH): the search takes its last {SHARE:.0%}"
+        )
+
+
+def _held_out_files() -> set[Path]:
+    """Return the local copies of splits that results are reported on."""
+    folder = os.environ.get("PARED_DATA")
+    held_out = (corpus.file for name, corpus in CORPORA.items() if HELD_OUT_NAME.search(name.partition(":")[2]))
+    return {(Path(folder) / file).resolve() for file in held_out} if folder else set()
