@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 
@@ -121,7 +122,7 @@ def test_no_more_than_the_budget_is_measured_and_the_best_never_becomes_worse() 
         results, pool, _ = search(rules)
         assert len(pool.asked) == len(results) == rules.population + rules.iterations
         best = best_so_far(results)
-        assert all(later <= earlier for earlier, later in zip(best, best[1:], strict=False))
+        assert all(later <= earlier for earlier, later in pairwise(best))
 
 
 def test_the_population_is_constant_and_holds_the_best() -> None:
@@ -138,7 +139,7 @@ def test_a_small_space_ends_the_search_early_and_an_empty_one_is_an_error(monkey
     results, _, _ = search(Rules(iterations=50), allocate=lambda program: (program.spread,))
     assert len(results) == len(EVERYTHING.spreads)
     with pytest.raises(ParedError, match="none of 200 random programs"):
-        search(Rules(), allocate=lambda program: None)
+        search(Rules(), allocate=lambda _: None)
 
 
 def test_who_is_worse_than_half_of_the_population_is_stopped_and_has_no_children() -> None:

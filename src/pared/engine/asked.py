@@ -8,7 +8,7 @@ from typing import cast
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.allocation import Budget, allocator_of, make_plan
-from pared.allocation.layerwise import GRANULARITIES, LayerAllocator, layer_allocator_of
+from pared.allocation.layerwise import GRANULARITIES, LayerAllocator, layer_allocator_of, program_of
 from pared.anatomy import find_anatomy
 from pared.engine.groups import candidate_units
 from pared.engine.zeros import uniform_zeros
@@ -139,7 +139,13 @@ def layer_allocation_of(recipe: Recipe) -> tuple[LayerAllocator, dict[str, objec
     if options["granularity"] not in GRANULARITIES:
         raise ParedError(f"option granularity: expected one of {', '.join(GRANULARITIES)}, found "
                          f"{options['granularity']!r}")  # fmt: skip
-    return allocator, options
+    return allocator, _with_program(options)
+
+
+def _with_program(options: dict[str, object]) -> dict[str, object]:
+    """Return the options with the program itself in place of the file that holds it, so that the record is whole."""
+    named = str(options.get("program", ""))
+    return {**options, "program": str(program_of(named))} if named.endswith(".json") else options
 
 
 def allocation_of(recipe: Recipe) -> str:

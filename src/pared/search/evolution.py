@@ -232,7 +232,7 @@ def propose(
 
 
 def population(results: Sequence[Result], size: int) -> list[Result]:
-    """Return who is alive: each result is inserted and the worst dropped, which leaves the best of all complete ones."""
+    """Return who is alive: results are inserted and the worst dropped, which leaves the best of all complete ones."""
     return sorted((result for result in results if result.complete), key=lambda result: result.rank)[:size]
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Protocol
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -91,9 +92,11 @@ def in_steps(windows: Windows, halving: bool) -> list[Windows]:
     if not halving:
         return [windows]
     if count < FIRST:
-        raise ParedError(f"successive halving needs at least {FIRST} windows, found {count}; take more, or --no-halving")
+        raise ParedError(
+            f"successive halving needs at least {FIRST} windows, found {count}; take more, or --no-halving"
+        )
     edges = [0, count // FIRST, 2 * count // FIRST, count]
-    return [first(windows, stop, start) for start, stop in zip(edges, edges[1:], strict=False)]
+    return [first(windows, stop, start) for start, stop in pairwise(edges)]
 
 
 def first(windows: Windows, stop: int, start: int = 0) -> Windows:

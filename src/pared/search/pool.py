@@ -31,16 +31,53 @@ class Measures(Protocol):
         """Measure one of the best on the full split."""
 
 
-def lost(deaths: int) -> Measured:
-    """Return what is told of a candidate that was given up."""
-    return Measured((), f"{deaths} workers died while measuring it")
+Task = tuple[Candidate, bool]  # whether it is to be measured on the full split
+
+
+class Queue:
+    """Who waits for a worker, and how many workers each has cost.
+
+    Attributes:
+        waiting: in line.
+    """
+
+    def __init__(self) -> None:
+        self.waiting: deque[Task] = deque()
+        self._deaths: Counter[tuple[int, bool]] = Counter()
+        self._alive = False
+
+    def took(self, task: Task, found: Measured | str) -> tuple[int, Measured]:
+        """Take in what a worker says.
+
+        Raises:
+            ParedError: that it could not measure.
+        """
+        if isinstance(found, str):
+            raise ParedError(f"candidate {task[0].program}: {found}")
+        self._alive = True
+        return task[0].number, found
+
+    def died(self, task: Task) -> tuple[int, Measured] | None:
+        """Put a candidate whose worker died in line again; return what is told of it once it is given up.
+
+        Raises:
+            ParedError: no worker has ever measured anything.
+        """
+        key = (task[0].number, task[1])
+        self._deaths[key] += 1
+        if self._deaths[key] < LIVES:
+            self.waiting.appendleft(task)
+            return None
+        if not self._alive:
+            raise ParedError(f"{LIVES} workers died at their first candidate; is there memory for so many (--workers)?")
+        return task[0].number, Measured((), f"{LIVES} workers died while measuring it")
 
 
 class InProcess:
     """Measures where it is asked. Satisfies :class:`pared.search.evolution.Pool`."""
 
     def __init__(self, measures: Measures) -> None:
-        self._measures, self._waiting = measures, deque[tuple[Candidate, bool]]()
+        self._measures, self._waiting = measures, deque[Task]()
 
     def __enter__(self) -> "InProcess":
         return self
@@ -76,16 +113,13 @@ class Processes:
         self._folder = tempfile.TemporaryDirectory(prefix="pared-search-")
         self._file = Path(self._folder.name) / "measures.pt"
         torch.save(measures, self._file)
-        self._waiting: deque[tuple[Candidate, bool]] = deque()
-        self._deaths: Counter[tuple[int, bool]] = Counter()
+        self._queue = Queue()
         self._workers = [_Worker(self._file, self._threads) for _ in range(workers)]
 
     def __enter__(self) -> "Processes":
         return self
 
-    def __exit__(
-        self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None
-    ) -> None:
+    def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
         for worker in self._workers:
             worker.stop()
         self._folder.cleanup()
@@ -97,7 +131,7 @@ class Processes:
 
     def submit(self, candidate: Candidate, final: bool = False) -> None:
         """Give a candidate to a worker that is free, or put it in line."""
-        self._waiting.append((candidate, final))
+        self._queue.waiting.append((candidate, final))
         self._hand_out()
 
     def next(self) -> tuple[int, Measured]:
@@ -108,37 +142,25 @@ class Processes:
         """
         while True:
             self._hand_out()
-            busy = {worker.connection: worker for worker in self._workers if worker.task is not None}
-            for connection in wait(list(busy)):
-                worker = busy[connection]  # type: ignore[index]
-                assert worker.task is not None
-                task, worker.task = worker.task, None
-                try:
-                    found = worker.connection.recv()
-                except (EOFError, OSError):
-                    died = self._died(worker, task)
-                    if died is None:
-                        continue
-                    return task[0].number, died
-                if isinstance(found, str):
-                    raise ParedError(f"candidate {task[0].program}: {found}")
-                return task[0].number, found
-
-    def _died(self, worker: "_Worker", task: tuple[Candidate, bool]) -> Measured | None:
-        """Replace a dead worker; return what its candidate gets if it is given up."""
-        worker.stop()
-        self._workers[self._workers.index(worker)] = _Worker(self._file, self._threads)
-        key = (task[0].number, task[1])
-        self._deaths[key] += 1
-        if self._deaths[key] >= LIVES:
-            return lost(LIVES)
-        self._waiting.appendleft(task)
-        return None
+            busy: dict[object, _Worker] = {one.connection: one for one in self._workers if one.task is not None}
+            worker = busy[wait([one.connection for one in self._workers if one.task is not None])[0]]
+            assert worker.task is not None
+            task, worker.task = worker.task, None
+            try:
+                found = worker.connection.recv()
+            except (EOFError, OSError):
+                worker.stop()
+                self._workers[self._workers.index(worker)] = _Worker(self._file, self._threads)
+                given_up = self._queue.died(task)
+                if given_up is not None:
+                    return given_up
+            else:
+                return self._queue.took(task, found)
 
     def _hand_out(self) -> None:
         for worker in self._workers:
-            if worker.task is None and self._waiting:
-                worker.give(self._waiting.popleft())
+            if worker.task is None and self._queue.waiting:
+                worker.give(self._queue.waiting.popleft())
 
 
 class _Worker:
@@ -147,7 +169,7 @@ class _Worker:
     def __init__(self, file: Path, threads: int) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.task: tuple[Candidate, bool] | None = None
+        self.task: Task | None = None
         self._process = context.Process(target=_serve, args=(file, threads, theirs), daemon=True)
         self._process.start()
         theirs.close()
@@ -158,7 +180,7 @@ class _Worker:
         assert self._process.pid is not None
         return self._process.pid
 
-    def give(self, task: tuple[Candidate, bool]) -> None:
+    def give(self, task: Task) -> None:
         """Send a candidate; one that is dead already shows when its answer is waited for."""
         self.task = task
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""The text a search may look at: the end of the training text, apart from what is calibrated on and what is tested on."""
+"""The text a search may look at: the end of the training text, neither calibrated on nor tested on."""
 
 import os
 import re

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from pared.allocation.program import Program, Scores, ScoreHistogram, judge
+from pared.allocation.program import Program, ScoreHistogram, Scores, judge
 from pared.anatomy import Anatomy, Site, weight_of
 from pared.errors import ParedError
 from pared.search.evolution import Allocation
@@ -76,8 +76,8 @@ class Ordered:
 class ZerosTrial:
     """A model whose candidates are allocations of zeros over blocks. Satisfies :class:`pared.search.measure.Trial`.
 
-    An allocation holds, for every site, the zeros among the weights that compete. Memory beside the model: a copy of the
-    covered weights, and two bytes a weight (four where more than 32,767 compete, as for ``magnitude``).
+    An allocation holds, for every site, the zeros among the weights that compete. Memory beside the model: a copy of
+    the covered weights, and two bytes a weight (four where more than 32,767 compete, as for ``magnitude``).
 
     Attributes:
         model: dense.

@@ -77,7 +77,8 @@ def mutate(program: Program, generator: Random, space: Space = EVERYTHING) -> Pr
     """Return the program with one operator, its spread or its sign replaced by another of the same slot.
 
     A slot with room may be given one more operator: programs of one operator could never grow otherwise. Every change
-    the space allows leads to a different program; the place is drawn first, then what to put there. A program for which the space leaves no choice comes back as it is.
+    the space allows leads to a different program; the place is drawn first, then what to put there. A program for which
+    the space leaves no choice comes back as it is.
 
     Args:
         program: the parent.
