@@ -25,7 +25,7 @@ from pared.engine.asked import layer_allocation_of
 from pared.search.evolution import Candidate, Measured, Rules
 from pared.search.journal import Journal
 from pared.search.measure import Measure, in_steps
-from pared.search.pool import Processes
+from pared.search.pool import Processes, Queue
 from pared.search.run import Look, search
 from pared.search.split import require_training, search_texts
 from pared.search.zeros import Ordered, ZerosTrial
@@ -197,7 +197,7 @@ def test_the_search_part_is_the_last_fifth_and_shares_nothing_with_the_rest(name
     whole = find_text(name)
     first, last = search_texts(name)
     share = len(last.joined) / len(whole.joined)
-    assert 0.15 < share < 0.22
+    assert 0.1 < share < 0.22, "whole documents, and one of the embedded text is 8% of it"
     if len(whole.documents) > 1:
         assert (*first.documents, *last.documents) == whole.documents
     else:
@@ -252,7 +252,7 @@ def test_a_program_file_that_is_none_is_refused(recipe: Any, tmp_path: Path) -> 
 
 
 class Slow:
-    """Counts letters; a worker told to die does so, the first time."""
+    """Counts letters; the worker of candidate 3 dies, the first time."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -262,12 +262,10 @@ class Slow:
         if candidate.number == 3 and not killed.exists():
             killed.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        if candidate.number == 5:
-            os.kill(os.getpid(), signal.SIGKILL)
         return Measured((float(len(str(candidate.program))),))
 
     def final(self, candidate: Candidate) -> Measured:
-        raise ParedError("on purpose")
+        raise ParedError(f"on purpose {candidate.number}")
 
 
 def test_a_worker_that_dies_costs_only_its_candidate(tmp_path: Path) -> None:
@@ -276,12 +274,23 @@ def test_a_worker_that_dies_costs_only_its_candidate(tmp_path: Path) -> None:
         for candidate in candidates:
             pool.submit(candidate)
         found = dict(pool.next() for _ in candidates)
-        assert {number for number, one in found.items() if one.values} == {0, 1, 2, 3, 4, 6}
-        assert found[5] == Measured((), "3 workers died while measuring it")
+        assert (tmp_path / "killed").exists()
+        assert found == {number: Measured((float(len(str(PROGRAM))),)) for number in range(7)}
         pool.submit(candidates[0], final=True)
         with pytest.raises(ParedError, match="on purpose"):
             pool.next()
     assert not any(Path(f"/proc/{pid}").exists() for pid in pool.pids)
+
+
+def test_a_candidate_that_costs_three_workers_is_given_up_unless_none_ever_worked() -> None:
+    queue, task = Queue(), (Candidate(5, PROGRAM, ()), False)
+    for _ in range(2):
+        assert queue.died(task) is None
+        assert queue.waiting.popleft() == task
+    with pytest.raises(ParedError, match="3 workers died at their first candidate"):
+        queue.died(task)
+    queue.took((Candidate(0, PROGRAM, ()), False), Measured((1.0,)))
+    assert queue.died(task) == (5, Measured((), "3 workers died while measuring it"))
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
-from pared.cli import options
-from pared.cli.console import ConsoleProgress, JsonFile, errors, out, quiet_libraries, write_json
+from pared.cli import console, options
+from pared.cli.console import ConsoleProgress, JsonFile, errors, quiet_libraries, write_json
 from pared.errors import ParedError
 from pared.search.evolution import Rules, Strategy
 from pared.search.run import FOUND, Found, Look, run
@@ -50,13 +50,13 @@ def search(
     against_folder: Annotated[
         str | None, typer.Option("--against", help="Folder of another search, such as a random one, to draw beside.")
     ] = None,
-    folder: options.Out = None,
+    out: options.Out = None,
     json_file: JsonFile = None,
 ) -> None:
     """Search for the program that spreads zeros or ranks best; a search that was stopped goes on where it was."""
     with errors("interrupted; what was measured is in the journal, the same command goes on from there"):
         quiet_libraries()
-        if folder is None:
+        if out is None:
             raise ParedError("no output folder is named; give --out DIR")
         if (pruner is None) == (method is None):
             raise ParedError("name what to search for: zeros (--pruner wanda --sparsity 0.7) or ranks "
@@ -88,11 +88,11 @@ def search(
             from pared.search.cluster import on_ray
 
             pools = on_ray(ray)
-        found = run(asked, rules, look, folder, ConsoleProgress(), pools)
+        found = run(asked, rules, look, out, ConsoleProgress(), pools)
         tell(found)
         if plot or against_folder:
             other = {} if against_folder is None else against(found.told["settings"], against_folder)
-            out.print(f"trace: {draw(found.told, other, folder / 'trace.png')}", markup=False)
+            console.out.print(f"trace: {draw(found.told, other, out / 'trace.png')}", markup=False)
         write_json(json_file, {"folder": str(found.folder), **found.told})
 
 
@@ -110,16 +110,16 @@ def strategy_of(name: str) -> Strategy:
 def tell(found: Found) -> None:
     """Print the best program, what it is worth and how it is used."""
     told = found.told
-    out.print(f"best program: {found.program}", markup=False)
+    console.out.print(f"best program: {found.program}", markup=False)
     for name, key in (("dense", "dense"), ("uniform", "uniform"), ("best", "perplexity")):
         search, full = told[key]["search"], told[key]["full"]
-        out.print(f"perplexity {name}: {_number(search)} on the windows of the search, {_number(full)} on the full "
-                  "split", markup=False)  # fmt: skip
+        where = f"{_number(search)} on the windows of the search, {_number(full)} on the full split"
+        console.out.print(f"perplexity {name}: {where}", markup=False)
     if told["uniform"]["full"] is not None and told["uniform"]["full"] <= told["perplexity"]["full"]:
-        out.print(
+        console.out.print(
             "on the full split the uniform allocation is no worse: search longer or on more windows", markup=False
         )
-    out.print(f"use it: --allocation dsa --allocation-option program={found.folder / FOUND}", markup=False)
+    console.out.print(f"use it: --allocation dsa --allocation-option program={found.folder / FOUND}", markup=False)
 
 
 def _number(value: float | None) -> str:

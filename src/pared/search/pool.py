@@ -7,6 +7,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -167,10 +168,12 @@ class _Worker:
     """One process and the connection to it."""
 
     def __init__(self, file: Path, threads: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = _context()
         self.connection, theirs = context.Pipe()
         self.task: Task | None = None
-        self._process = context.Process(target=_serve, args=(file, threads, theirs), daemon=True)
+        self._process = context.Process(  # type: ignore[attr-defined]
+            target=_serve, args=(file, threads, theirs), daemon=True
+        )
         self._process.start()
         theirs.close()
 
@@ -191,6 +194,15 @@ class _Worker:
         self.connection.close()
         self._process.terminate()
         self._process.join()
+
+
+def _context() -> BaseContext:
+    """Return how processes start: from one that has imported everything and run nothing, where the system has it."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pared.search.run"])
+    return context
 
 
 def _serve(file: Path, threads: int, connection: Connection) -> None:

@@ -3,6 +3,7 @@
 import os
 import re
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 from pared.errors import ParedError
@@ -30,10 +31,8 @@ def search_texts(name: str) -> tuple[Text, Text]:
         if len(documents) > 1:
             break
         documents, glue = text.documents[0].split(mark), mark
-    cut, seen, total = 0, 0, sum(map(len, documents))
-    while seen < (1 - SHARE) * total:
-        seen += len(documents[cut])
-        cut += 1
+    ends = list(accumulate(map(len, documents)))
+    cut = 1 + min(range(len(ends)), key=lambda at: abs(ends[at] - (1 - SHARE) * ends[-1]))
     cut = min(cut, len(documents) - 1)
     parts = documents[:cut], documents[cut:]
     if not all("".join(part).strip() for part in parts):
@@ -52,8 +51,10 @@ def require_training(name: str) -> None:
     Raises:
         ParedError: the text is one; says which to name.
     """
-    split = name.split(":")[1] if ":" in name and not name.startswith("file:") else ""
-    local = name.startswith("file:") and Path(name.removeprefix("file:")).expanduser().resolve() in _held_out_files()
+    rest = name.partition(":")[2]
+    of_file = name.startswith("file:")
+    split = "" if of_file else rest.rpartition(":")[0] or rest
+    local = of_file and Path(rest).expanduser().resolve() in _held_out_files()
     if name in HELD_OUT.values() or HELD_OUT_NAME.search(split) or local:
         training = ", ".join(sorted(set(HELD_OUT) - set(HELD_OUT.values()) - {"wikitext2:validation"}))
         raise ParedError(
