@@ -42,7 +42,7 @@ PROGRAM = parse("W:(ABSLOG)-(VAR)-(ATAN)-(9)")
 def recipe(text_file: Path) -> Any:
     def of(method: str = "wanda", **fields: Any) -> Recipe:
         calibration = {"text": f"file:{text_file}", "samples": 5, "length": 16, "batch": 2, "dtype": "float32"}
-        budget = {} if "keep" in fields else {"sparsity": 0.6}
+        budget = {} if "keep" in fields or "sparsity" in fields else {"sparsity": 0.6}
         return Recipe.of({"method": method, "calibration": calibration, **budget, **fields})
 
     return of
@@ -118,6 +118,28 @@ def test_magnitude_finds_the_perplexity_that_compress_has(
     (tmp_path / "rest.txt").write_text(held_out.joined)
     here = perplexity(model, tokenizer, f"file:{tmp_path / 'rest.txt'}", length=16, windows=6).value
     assert here == pytest.approx(found.told["perplexity"]["full"], rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["svd-llm", "loss-optimal"])
+def test_ranks_are_searched_for_alike_and_are_what_compress_makes_of_the_program(
+    method: str, recipe: Any, tokenizer: Any, tmp_path: Path, text_file: Path
+) -> None:
+    model = TINY_MODELS["llama"]()
+    before = state(model)
+    fields = {"keep": 0.6, "refit": "off", "statistics": "once"}
+    found = search(model, tokenizer, recipe(method, **fields), RULES, LOOK, tmp_path / "s")
+    assert same(model, before)
+    trace = found.told["trace"]
+    assert len(trace) == 12
+    assert trace[-1] < trace[0]
+    calibration, held_out = search_texts(f"file:{text_file}")
+    options = {"program": str(tmp_path / "s" / "FOUND.json")}
+    asked = recipe(method, allocation="dsa", allocation_options=options, **fields)
+    plan = compress(model, tokenizer, asked, windows=cut(calibration, tokenizer, 16, 5)).plan
+    assert 0.55 < plan.achieved_keep <= 0.6
+    (tmp_path / "rest.txt").write_text(held_out.joined)
+    here = perplexity(model, tokenizer, f"file:{tmp_path / 'rest.txt'}", length=16, windows=6).value
+    assert here == pytest.approx(found.told["perplexity"]["full"], rel=1e-3)
 
 
 def test_the_same_search_writes_the_same_bytes_and_another_is_refused(
@@ -231,6 +253,8 @@ def test_what_cannot_be_searched_for_is_refused(recipe: Any, tokenizer: Any, tmp
         (recipe("sparsegpt"), LOOK, "a", "sparsegpt changes the weights it keeps"),
         (recipe(allocation="owl"), LOOK, "a", "found allocation 'owl'"),
         (recipe(options={"variant": True}), LOOK, "a", "search without it"),
+        (recipe("basis-sharing", keep=0.8), LOOK, "a", "search with svd-llm"),
+        (recipe("svd-llm", keep=0.8).model_copy(update={"rank_fraction": 0.3}), LOOK, "a", "rank_fraction fixes"),
         (recipe(), LOOK, "full", "holds something else than a search"),
         (recipe(), Look(windows=5000, length=16), "a", "fewer than the 5000 asked for"),
         (recipe(), Look(windows=0, length=16), "a", "expected 1 or more, found 0"),

@@ -32,7 +32,7 @@ Method = LowRankMethod | PruningMethod
 EVERY_METHOD: dict[str, Method] = {**METHODS, **PRUNING_METHODS}
 
 # Fields of a recipe that only one family of methods reads.
-ZEROS_ONLY = ("sparsity", "pattern", "allocation_options")
+ZEROS_ONLY = ("sparsity", "pattern")
 LOW_RANK_ONLY = ("keep", "rank_fraction", "storage", "statistics", "refit", "dense_path")
 
 
@@ -142,6 +142,16 @@ def layer_allocation_of(recipe: Recipe) -> tuple[LayerAllocator, dict[str, objec
     return allocator, _with_program(options)
 
 
+def rank_options_of(recipe: Recipe) -> dict[str, object]:
+    """Return the options of the allocation of a low-rank recipe.
+
+    Raises:
+        ParedError: there is no such allocation, or an option of it is unknown or of another type.
+    """
+    allocator = allocator_of(allocation_of(recipe))
+    return _with_program(_checked_options(recipe.allocation_options, allocator.options, f"allocation {allocator.name}"))
+
+
 def _with_program(options: dict[str, object]) -> dict[str, object]:
     """Return the options with the program itself in place of the file that holds it, so that the record is whole."""
     named = str(options.get("program", ""))
@@ -190,6 +200,7 @@ def settled(recipe: Recipe) -> dict[str, object]:
         return {"allocation": allocation_of(recipe), **layer_allocation_of(recipe)[1]}
     return {
         "allocation": allocation_of(recipe),
+        **rank_options_of(recipe),
         "storage": "pivoted" if budget_of(recipe).pivoted else "factors",
         "statistics": statistics_of(recipe),
         "refit": refit_of(recipe),
@@ -216,6 +227,7 @@ def plan_of(model: PreTrainedModel, recipe: Recipe, bytes_per_parameter: int | N
         anatomy = find_anatomy(model).without(recipe.skip)
         return uniform_zeros(anatomy, recipe, bytes_per_parameter or model.dtype.itemsize)
     allocation = allocation_of(recipe)
+    rank_options_of(recipe)
     by_shape = "uniform" if allocator_of(allocation).needs else allocation
     anatomy = find_anatomy(model).without(recipe.skip)
     units = None

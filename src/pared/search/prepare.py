@@ -5,12 +5,14 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.anatomy import find_anatomy, probe
+from pared.engine.asked import budget_of, is_pruning
 from pared.engine.checks import require_finite_weights
 from pared.engine.progress import Progress
 from pared.errors import ParedError
 from pared.recipe import Recipe
 from pared.search.evidence import energies, kept
 from pared.search.measure import Trial
+from pared.search.ranks import RanksTrial, decompositions
 from pared.search.zeros import ZerosTrial
 from pared.sources.windows import Windows
 
@@ -39,8 +41,11 @@ def prepare(
     anatomy = find_anatomy(model).without(recipe.skip)
     require_finite_weights(model, anatomy)
     anatomy, calls = probe(model, anatomy)
-    found = kept(folder, lambda: energies(model, tokenizer, recipe, anatomy, calls, windows, progress))
+    collect = energies if is_pruning(recipe) else decompositions
+    found = kept(folder, lambda: collect(model, tokenizer, recipe, anatomy, calls, windows, progress))
     if not found:
         raise ParedError("nothing is known about the inputs of any site; use more calibration text")
+    if not is_pruning(recipe):
+        return RanksTrial(model, anatomy, found, budget_of(recipe))
     assert recipe.sparsity is not None
     return ZerosTrial(model, anatomy, found, recipe.method, recipe.sparsity)

@@ -24,6 +24,7 @@ from pared.search.journal import Journal
 from pared.search.measure import Measure, Trial, first, in_steps
 from pared.search.pool import InProcess, Processes
 from pared.search.prepare import prepare
+from pared.search.ranks import require_rankable
 from pared.search.split import search_texts
 from pared.search.zeros import require_pruner
 from pared.sources.models import find_model, is_causal, require_dense
@@ -175,8 +176,10 @@ def check(recipe: Recipe) -> None:
         require_pruner(recipe.method)
         if recipe.pattern is not None:
             raise ParedError(f"a search needs a sparsity (--sparsity 0.7); pattern {recipe.pattern} leaves no zeros to "
-                             "spread by halves")  # fmt: skip
-    if any(options_of(recipe).get(name) for name in ("variant",)):
+                             "spread")  # fmt: skip
+    else:
+        require_rankable(recipe)
+    if options_of(recipe).get("variant"):
         raise ParedError("Wanda's variant chooses zeros row by row from all scores; search without it")
 
 
