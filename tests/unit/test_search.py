@@ -21,7 +21,7 @@ from pared import ParedError, Recipe, compress, perplexity
 from pared.allocation.program import parse
 from pared.anatomy import find_anatomy, probe, weight_of
 from pared.cli.main import app
-from pared.engine.asked import layer_allocation_of
+from pared.engine.asked import layer_allocation_of, plan_of
 from pared.search.evolution import Candidate, Measured, Rules
 from pared.search.journal import Journal
 from pared.search.measure import Measure, in_steps
@@ -273,6 +273,14 @@ def test_a_program_file_that_is_none_is_refused(recipe: Any, tmp_path: Path) -> 
             path.write_text(content)
         with pytest.raises(ParedError, match=told):
             layer_allocation_of(recipe(allocation="dsa", allocation_options={"program": str(path)}))
+
+
+def test_ranks_without_a_program_are_refused_before_anything_is_read(recipe: Any, tokenizer: Any) -> None:
+    asked = recipe("svd-llm", keep=0.8, allocation="dsa")
+    with pytest.raises(ParedError, match="none is published for ranks"):
+        plan_of(TINY_MODELS["llama"](), asked)
+    with pytest.raises(ParedError, match="allocation uniform has no option 'program'; it has none"):
+        plan_of(TINY_MODELS["llama"](), recipe("svd-llm", keep=0.8, allocation_options={"program": "x"}))
 
 
 class Slow:

@@ -44,6 +44,10 @@ def _rank_fraction(units: Sequence[Unit], budget: Budget, _: Evidence) -> dict[s
     return rank_fraction(units, budget.rank_fraction, budget.pivoted)
 
 
+def _dsa(units: Sequence[Unit], budget: Budget, evidence: Evidence) -> dict[str, Decision]:
+    return dsa(units, budget, evidence, program_of(str(evidence.options.get("program", ""))))
+
+
 ALLOCATORS = {
     allocator.name: allocator
     for allocator in (
@@ -66,8 +70,9 @@ ALLOCATORS = {
         Allocator(
             "dsa",
             "a DSA program over the spectra of a block: its text, or FOUND.json of a search",
-            lambda units, budget, evidence: dsa(units, budget, evidence, program_of(str(evidence.options["program"]))),
-            options={"program": "dsa-readme"},
+            _dsa,
+            frozenset({"spectra", "options"}),
+            {"program": ""},
         ),
         Allocator("svd-llm-v2", "within a kind, less is taken where uniform ranks lose more", svd_llm_v2),
     )

@@ -88,6 +88,11 @@ def program_of(text: str) -> Program:
     Raises:
         ParedError: it is none of them.
     """
+    if not text:
+        raise ParedError(
+            "allocation dsa of ranks needs a program, and none is published for ranks; `pared search --method svd-llm` "
+            "finds one: --allocation-option program=FOUND.json"
+        )
     if text.endswith(".json"):
         return _found(Path(text))
     return parse(text) if ":" in text else packaged_of(text).program

@@ -154,8 +154,11 @@ def rank_options_of(recipe: Recipe) -> dict[str, object]:
 
 def _with_program(options: dict[str, object]) -> dict[str, object]:
     """Return the options with the program itself in place of the file that holds it, so that the record is whole."""
-    named = str(options.get("program", ""))
-    return {**options, "program": str(program_of(named))} if named.endswith(".json") else options
+    if "program" not in options:
+        return options
+    named = str(options["program"])
+    program = program_of(named)
+    return {**options, "program": str(program) if named.endswith(".json") else named}
 
 
 def allocation_of(recipe: Recipe) -> str:

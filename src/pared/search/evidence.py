@@ -38,6 +38,7 @@ def kept(folder: Path, collect: Callable[[], Tensors]) -> Tensors:
         tensors = {name: tensor.contiguous().cpu() for name, tensor in collect().items()}
         partial = path.with_suffix(".partial")
         save_file(tensors, partial)
+        partial.chmod(0o644)  # safetensors writes files that only their owner can read
         partial.replace(path)
     try:
         return load_file(path)

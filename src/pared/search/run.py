@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -154,13 +154,14 @@ def search(
             progress.note(f"{out} holds {journal.resumed} measurements of this search; it goes on from there")
         trial = prepare(model, tokenizer, recipe, windows, out, progress)
         measure = Measure(trial, tokenizer, steps, full)
-        references = _references(measure, trial, journal)
+        references = _references(measure, trial, journal, "", measure.steps)
         with (pools or local)(measure, rules.workers) as pool:
             with progress.stage("search", rules.total, "candidate") as advance:
                 results = evolve(rules, trial.allocate, pool, journal, advance=advance)
             if len(results) < rules.total:
                 progress.note(f"the search ends after {len(results)} candidates: no other allocations were found")
             finals = _finals(results, rules, pool, journal, progress)
+        references |= _references(measure, trial, journal, " final", [measure.full])
         return _write(out, trial, settings, results, finals, references)
 
 
@@ -255,21 +256,22 @@ def _settings(
     }
 
 
-def _references(measure: Measure, trial: Trial, journal: Journal) -> dict[str, float]:
+def _references(
+    measure: Measure, trial: Trial, journal: Journal, name: str, steps: Sequence[Windows]
+) -> dict[str, float]:
     """Measure the dense model and the uniform allocation, to compare with."""
     found: dict[str, float] = {}
-    for name, steps in (("", measure.steps), (" final", [measure.full])):
-        for kind in ("dense", "uniform"):
-            measured = journal.get(kind + name, kind)
-            if measured is None and kind == "dense":
+    for kind in ("dense", "uniform"):
+        measured = journal.get(kind + name, kind)
+        if measured is None and kind == "dense":
+            measured = measure.as_it_is(steps)
+        elif measured is None:
+            with trial.installed(trial.uniform()):
                 measured = measure.as_it_is(steps)
-            elif measured is None:
-                with trial.installed(trial.uniform()):
-                    measured = measure.as_it_is(steps)
-            if kind == "dense" and not math.isfinite(measured.values[-1]):
-                raise ParedError(f"the dense model has no perplexity on the search split: {measured.why or 'infinite'}")
-            journal.put(kind + name, kind, measured)
-            found[kind + name] = measured.values[-1]
+        if kind == "dense" and not math.isfinite(measured.values[-1]):
+            raise ParedError(f"the dense model has no perplexity on the search split: {measured.why or 'infinite'}")
+        journal.put(kind + name, kind, measured)
+        found[kind + name] = measured.values[-1]
     return found
 
 
