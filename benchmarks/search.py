@@ -13,10 +13,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pared
 from pared.search.evolution import Rules, Strategy
 from pared.search.run import Look, run
-
-import pared
 from record import RESULTS, ROOT, table
 
 FOLDERS = ROOT / "benchmarks" / "search"

@@ -71,7 +71,7 @@ class Recipe(_Strict):
         pattern: ``N:M`` in place of it: N of every M consecutive inputs of an output stay.
         skip: shell-style patterns of site names that are left alone and not counted in the budget.
         allocation: how the budget is spread over the sites; ``auto`` is what the method's paper does.
-        allocation_options: of the allocation of zeros, by the names that ``pared methods`` lists.
+        allocation_options: of the allocation, by the names that ``pared methods`` lists.
         storage: ``factors`` stores a low-rank weight as two factors, ``pivoted`` without loss in rank² fewer numbers;
             ``auto`` is what the method says.
         statistics: ``once`` collects them on the dense model; ``sequential`` collects them once more, block after block

@@ -151,3 +151,25 @@ def test_v2_removal_has_the_mean_that_was_asked_for_and_spares_large_losses():
     assert removal_ratios([7.0] * 3, 0.3) == pytest.approx([0.3] * 3)
     tiny = removal_ratios([1e-9, 1e-7], 0.2)  # below one the logarithm of the formula changes its sign
     assert 0 < tiny[1] < tiny[0] < 1
+
+
+def test_a_program_moves_parameters_between_blocks_by_their_spectra():
+    shares = {}
+    for sign in ("PRUNE", "KEEP"):
+        program = f"W:(ABSLOG)-(VAR)-(NO_OP)-(10)-({sign})"
+        anatomy = Anatomy("layers", tuple(SITES), (), (), 10**6)
+        evidence = Evidence(SPECTRA, options={"program": program})
+        decided = make_plan(anatomy, "dsa", Budget(0.5), 4, evidence=evidence)
+        assert 0 <= math.floor(0.5 * decided.before.covered_parameters) - decided.after.covered_parameters < 64
+        shares[sign] = [
+            sum(s.after for s in decided.sites if s.block == b) / sum(s.before for s in decided.sites if s.block == b)
+            for b in range(3)
+        ]
+    assert shares["PRUNE"] == sorted(shares["PRUNE"], reverse=True)  # the later, the steeper
+    assert shares["KEEP"] == sorted(shares["KEEP"])
+    assert shares["KEEP"][2] - shares["KEEP"][0] == pytest.approx(0.2, abs=0.05)
+    with pytest.raises(ParedError, match="needs a program"):
+        plan(SITES, "dsa", 0.5, SPECTRA)
+    evidence = Evidence(SPECTRA, options={"program": "W:(NORM)-(VAR)-(ABS)-(8)"})
+    with pytest.raises(ParedError, match="allocation dsa: the importance is the same for all 3 blocks"):
+        make_plan(anatomy, "dsa", Budget(0.5), 4, evidence=evidence)

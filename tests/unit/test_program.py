@@ -315,8 +315,14 @@ def test_a_mutation_changes_one_place_and_always_something():
         changed.add(differing[0])
     assert changed == {"pre", "reduce", "post", "spread", "sign"}
     one = dataclasses.replace(RELEASED, pre=("ABS",), reduce=("MEAN",), post=("SIN",), spreads=(7,))
-    only = Program(("ABS",), "MEAN", ("SIN",), 7)
+    only = Program(("ABS", "ABS"), "MEAN", ("SIN", "SIN"), 7)
     assert mutate(only, generator, one) == only
+
+
+def test_mutation_can_fill_a_slot():
+    generator = random.Random(0)
+    found = [mutate(Program(("ABS",), "MEAN", ("SIN",), 7), generator) for _ in range(200)]
+    assert {len(program.pre) for program in found} == {len(program.post) for program in found} == {1, 2}
 
 
 def test_packaged_programs_are_what_was_printed_and_what_is_said_of_them_holds():

@@ -1,9 +1,11 @@
 """How much each weight may keep: from units and a budget to decisions; one file per allocator."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
+from pared.allocation.by_program import dsa
 from pared.allocation.effective_rank import effective_rank
+from pared.allocation.layerwise import program_of
 from pared.allocation.loss import loss
 from pared.allocation.rank_fraction import rank_fraction
 from pared.allocation.sensitivity import sensitivity
@@ -26,18 +28,24 @@ class Allocator:
         summary: what it does, in a line.
         allocate: from units, a budget and the evidence to decisions by unit.
         needs: fields of the evidence it reads; shapes are enough if there are none.
+        options: names and default values.
     """
 
     name: str
     summary: str
     allocate: Callable[[Sequence[Unit], Budget, Evidence], dict[str, Decision]]
     needs: frozenset[str] = frozenset({"spectra"})
+    options: Mapping[str, bool | int | float | str] = field(default_factory=dict)
 
 
 def _rank_fraction(units: Sequence[Unit], budget: Budget, _: Evidence) -> dict[str, Decision]:
     if budget.rank_fraction is None:
         raise ParedError("allocation rank-fraction needs the fraction; give rank_fraction (--rank-fraction) instead")
     return rank_fraction(units, budget.rank_fraction, budget.pivoted)
+
+
+def _dsa(units: Sequence[Unit], budget: Budget, evidence: Evidence) -> dict[str, Decision]:
+    return dsa(units, budget, evidence, program_of(str(evidence.options.get("program", ""))))
 
 
 ALLOCATORS = {
@@ -58,6 +66,13 @@ ALLOCATORS = {
             "ASVD: every weight at six sizes, by the perplexity each leaves; many evaluations, kept on disk",
             sensitivity,
             frozenset({"spectra", "trial"}),
+        ),
+        Allocator(
+            "dsa",
+            "a DSA program over the spectra of a block: its text, or FOUND.json of a search",
+            _dsa,
+            frozenset({"spectra", "options"}),
+            {"program": ""},
         ),
         Allocator("svd-llm-v2", "within a kind, less is taken where uniform ranks lose more", svd_llm_v2),
     )

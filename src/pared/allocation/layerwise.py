@@ -1,7 +1,9 @@
 """How sparse each block or site becomes, by name: what every allocator of zeros needs, and what it is given."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,12 +83,32 @@ def _alphapruning(evidence: LayerEvidence, sparsity: float, options: Mapping[str
 
 
 def program_of(text: str) -> Program:
-    """Return a DSA program: one that is packaged, by name, or the text of one.
+    """Return a DSA program: one that is packaged, by name, the text of one, or that of a ``FOUND.json`` of a search.
 
     Raises:
-        ParedError: it is neither.
+        ParedError: it is none of them.
     """
+    if not text:
+        raise ParedError(
+            "allocation dsa of ranks needs a program, and none is published for ranks; `pared search --method svd-llm` "
+            "finds one: --allocation-option program=FOUND.json"
+        )
+    if text.endswith(".json"):
+        return _found(Path(text))
     return parse(text) if ":" in text else packaged_of(text).program
+
+
+def _found(path: Path) -> Program:
+    """Return the program that a search wrote."""
+    try:
+        found = json.loads(path.expanduser().read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ParedError(f"program {path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise ParedError(f"program {path}: not JSON ({error})") from None
+    if not isinstance(found, dict) or not isinstance(found.get("program"), str):
+        raise ParedError(f"program {path}: expected an object with a 'program', as `pared search` writes FOUND.json")
+    return parse(found["program"])
 
 
 def _dsa(evidence: LayerEvidence, sparsity: float, options: Mapping[str, Any]) -> torch.Tensor:
@@ -151,7 +173,7 @@ LAYER_ALLOCATORS = {
         ),
         LayerAllocator(
             "dsa",
-            f"a DSA program over Wanda's scores: its text, or one of {', '.join(PACKAGED)}",
+            f"a DSA program over Wanda's scores: its text, FOUND.json of a search, or one of {', '.join(PACKAGED)}",
             _dsa,
             frozenset({"scores"}),
             {**UNIT, "program": "dsa-readme", "legacy_nan_to_zero": False},

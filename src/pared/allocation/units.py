@@ -105,10 +105,12 @@ class Evidence:
         influence: for every block, ShortGPT's Block Influence, 1 - the mean cosine of what it reads and puts out.
         trial: the perplexity, on tokens kept apart from the calibration windows, of the model with these decisions and
             everything else dense.
+        options: of the allocator, complete.
         key: digest of all that a trial depends on but the decisions; none if results must not outlive this process.
     """
 
     spectra: Spectra = field(default_factory=dict)
     influence: Mapping[int, float] = field(default_factory=dict)
     trial: Trial | None = None
+    options: Mapping[str, object] = field(default_factory=dict)
     key: str | None = None

@@ -73,15 +73,15 @@ def _lines(name: str, total: int, unit: str) -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
-def errors() -> Iterator[None]:
-    """Turn what a user did wrong into one line and exit code 2, and Ctrl-C into 130."""
+def errors(interrupted: str = "interrupted; nothing was left behind") -> Iterator[None]:
+    """Turn what a user did wrong into one line and exit code 2, and Ctrl-C into 130 and what it leaves."""
     try:
         yield
     except ParedError as error:
         err.print(f"error: {error}", markup=False, style="red")
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        err.print("interrupted; nothing was left behind", markup=False)
+        err.print(interrupted, markup=False)
         raise SystemExit(130) from None
 
 

@@ -16,6 +16,7 @@ from pared.cli.export import export
 from pared.cli.info import info
 from pared.cli.methods import methods
 from pared.cli.plan import plan
+from pared.cli.search import search
 from pared.cli.verify import verify
 
 app = typer.Typer(
@@ -33,6 +34,7 @@ app.command()(info)
 app.command()(methods)
 app.command()(export)
 app.command()(convert)
+app.command()(search)
 app.command()(demo)
 app.add_typer(diagnose, name="diagnose")
 

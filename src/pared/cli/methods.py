@@ -19,7 +19,8 @@ def methods() -> None:
         table.add_row(method.name, method.summary, needs, options, method.allocation, method.paper)
     out.print(table)
     for allocator in ALLOCATORS.values():
-        out.print(f"allocation {allocator.name}: {allocator.summary}", markup=False)
+        options = "".join(f" ({name}={value})" for name, value in allocator.options.items())
+        out.print(f"allocation {allocator.name}: {allocator.summary}{options}", markup=False)
     for zeros in LAYER_ALLOCATORS.values():
         options = ", ".join(f"{name}={value}" for name, value in zeros.options.items())
         out.print(f"allocation of zeros {zeros.name}: {zeros.summary} ({options})", markup=False)

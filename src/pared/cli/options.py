@@ -36,7 +36,7 @@ Skip = Annotated[
 Allocation = Annotated[str | None, typer.Option(help="How the budget is spread. [default: the method's own]")]
 AllocationOptions = Annotated[
     list[str] | None,
-    typer.Option("--allocation-option", help="Option of the allocation of zeros, NAME=VALUE; repeatable."),
+    typer.Option("--allocation-option", help="Option of the allocation, NAME=VALUE; repeatable."),
 ]
 Storage = Annotated[
     str | None,

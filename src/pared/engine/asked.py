@@ -8,7 +8,7 @@ from typing import cast
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.allocation import Budget, allocator_of, make_plan
-from pared.allocation.layerwise import GRANULARITIES, LayerAllocator, layer_allocator_of
+from pared.allocation.layerwise import GRANULARITIES, LayerAllocator, layer_allocator_of, program_of
 from pared.anatomy import find_anatomy
 from pared.engine.groups import candidate_units
 from pared.engine.zeros import uniform_zeros
@@ -32,7 +32,7 @@ Method = LowRankMethod | PruningMethod
 EVERY_METHOD: dict[str, Method] = {**METHODS, **PRUNING_METHODS}
 
 # Fields of a recipe that only one family of methods reads.
-ZEROS_ONLY = ("sparsity", "pattern", "allocation_options")
+ZEROS_ONLY = ("sparsity", "pattern")
 LOW_RANK_ONLY = ("keep", "rank_fraction", "storage", "statistics", "refit", "dense_path")
 
 
@@ -139,7 +139,26 @@ def layer_allocation_of(recipe: Recipe) -> tuple[LayerAllocator, dict[str, objec
     if options["granularity"] not in GRANULARITIES:
         raise ParedError(f"option granularity: expected one of {', '.join(GRANULARITIES)}, found "
                          f"{options['granularity']!r}")  # fmt: skip
-    return allocator, options
+    return allocator, _with_program(options)
+
+
+def rank_options_of(recipe: Recipe) -> dict[str, object]:
+    """Return the options of the allocation of a low-rank recipe.
+
+    Raises:
+        ParedError: there is no such allocation, or an option of it is unknown or of another type.
+    """
+    allocator = allocator_of(allocation_of(recipe))
+    return _with_program(_checked_options(recipe.allocation_options, allocator.options, f"allocation {allocator.name}"))
+
+
+def _with_program(options: dict[str, object]) -> dict[str, object]:
+    """Return the options with the program itself in place of the file that holds it, so that the record is whole."""
+    if "program" not in options:
+        return options
+    named = str(options["program"])
+    program = program_of(named)
+    return {**options, "program": str(program) if named.endswith(".json") else named}
 
 
 def allocation_of(recipe: Recipe) -> str:
@@ -184,6 +203,7 @@ def settled(recipe: Recipe) -> dict[str, object]:
         return {"allocation": allocation_of(recipe), **layer_allocation_of(recipe)[1]}
     return {
         "allocation": allocation_of(recipe),
+        **rank_options_of(recipe),
         "storage": "pivoted" if budget_of(recipe).pivoted else "factors",
         "statistics": statistics_of(recipe),
         "refit": refit_of(recipe),
@@ -210,6 +230,7 @@ def plan_of(model: PreTrainedModel, recipe: Recipe, bytes_per_parameter: int | N
         anatomy = find_anatomy(model).without(recipe.skip)
         return uniform_zeros(anatomy, recipe, bytes_per_parameter or model.dtype.itemsize)
     allocation = allocation_of(recipe)
+    rank_options_of(recipe)
     by_shape = "uniform" if allocator_of(allocation).needs else allocation
     anatomy = find_anatomy(model).without(recipe.skip)
     units = None

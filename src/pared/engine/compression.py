@@ -23,6 +23,7 @@ from pared.engine.asked import (
     is_pruning,
     low_rank_of,
     options_of,
+    rank_options_of,
     refit_of,
     trial_windows,
 )
@@ -114,6 +115,7 @@ class _Compression:
     def __post_init__(self) -> None:
         self.method, self.options = low_rank_of(self.recipe), options_of(self.recipe)
         self.allocator, self.budget = allocator_of(allocation_of(self.recipe)), budget_of(self.recipe)
+        self.spread = rank_options_of(self.recipe)
         self.refit, self.dense_path = refit_of(self.recipe), dense_path_of(self.recipe)
         self.influence: dict[int, float] = {}
         self.passes = Passes(self.model, self.tokenizer, self.recipe, self.progress, self.collected, self.watch)
@@ -202,7 +204,7 @@ class _Compression:
         """Decide every site from what was found."""
         idle = {site.name for site in anatomy.sites if site.idle}
         units = [Unit(tuple(replace(s, idle=s.name in idle) for s in unit.members)) for unit in solver.units]
-        evidence = Evidence(solver.spectra, self.influence)
+        evidence = Evidence(solver.spectra, self.influence, options=self.spread)
         if "trial" in self.allocator.needs:
             trials = trial_windows(self.recipe, self.tokenizer)
             require_fits(self.model.config, trials)

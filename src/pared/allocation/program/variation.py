@@ -76,8 +76,9 @@ def crossover(a: Program, b: Program, generator: Random) -> Program:
 def mutate(program: Program, generator: Random, space: Space = EVERYTHING) -> Program:
     """Return the program with one operator, its spread or its sign replaced by another of the same slot.
 
-    An empty slot is given an operator. Every change the space allows leads to a different program; the place is drawn
-    first, then what to put there. A program for which the space leaves no choice comes back as it is.
+    A slot with room may be given one more operator: programs of one operator could never grow otherwise. Every change
+    the space allows leads to a different program; the place is drawn first, then what to put there. A program for which
+    the space leaves no choice comes back as it is.
 
     Args:
         program: the parent.
@@ -85,9 +86,9 @@ def mutate(program: Program, generator: Random, space: Space = EVERYTHING) -> Pr
         space: what to draw from.
     """
     places = [
-        *([_with_pre(program, at, name) for name in space.pre] for at in range(max(1, len(program.pre)))),
+        *([_with_pre(program, at, name) for name in space.pre] for at in range(min(LIMIT, len(program.pre) + 1))),
         [replace(program, reduce=name) for name in space.reduce],
-        *([_with_post(program, at, name) for name in space.post] for at in range(max(1, len(program.post)))),
+        *([_with_post(program, at, name) for name in space.post] for at in range(min(LIMIT, len(program.post) + 1))),
         [replace(program, spread=spread) for spread in space.spreads],
         [replace(program, sign=sign) for sign in space.signs],
     ]

@@ -1,0 +1,1 @@
+"""Searches for the program that spreads zeros, or ranks, over a model best."""

@@ -1,0 +1,153 @@
+"""What a search has found so far, on disk: one JSON object a line, each on the disk before the next is begun.
+
+The first line holds the settings, every other one is named by what it tells of (``candidate 17``, ``final 2``). Nothing
+in it depends on the clock: the same settings write the same bytes. Seconds go to a second file beside it.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pared.errors import ParedError
+from pared.search.evolution import Candidate, Measured
+
+FORMAT = 1
+HEADER = "pared_search"
+
+
+class Journal:
+    """The journal of one search; a context manager, and no two are open on one file at a time.
+
+    A last line that was torn by a crash is dropped. Satisfies :class:`pared.search.evolution.Memory`.
+
+    Attributes:
+        path: of the file.
+        settings: what the first line holds.
+        resumed: lines that were there already, without the first.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        """Open a journal, or begin one.
+
+        Args:
+            path: of the file; its folder exists.
+            settings: everything a result depends on, as JSON has it.
+
+        Raises:
+            ParedError: it is the journal of other settings, no journal, damaged, or open elsewhere.
+        """
+        self.path, self.settings = path, json.loads(json.dumps(settings))
+        self._file = _locked(path)
+        try:
+            found = self._read()
+            if found is None:
+                self._write({HEADER: FORMAT, **self.settings})
+            self._lines = found or {}
+        except BaseException:
+            self._file.close()
+            raise
+        self.resumed = len(self._lines)
+        self._begun = time.time()
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def get(self, name: str, program: str) -> Measured | None:
+        """Return what a line tells, None if there is none of that name.
+
+        Raises:
+            ParedError: it tells of another program.
+        """
+        line = self._lines.get(name)
+        if line is None:
+            return None
+        if line["program"] != program:
+            raise ParedError(
+                f"journal {self.path}: {name} is {line['program']}, and this search would measure {program}; it was "
+                "made by another model, text or version; name another folder"
+            )
+        values = tuple(math.inf if value is None else float(value) for value in line["values"])
+        return Measured(values, str(line.get("why", "")))
+
+    def put(self, name: str, program: str, measured: Measured, **more: Any) -> None:
+        """Write a line, unless it is there."""
+        if name in self._lines:
+            return
+        values = [value if math.isfinite(value) else None for value in measured.values]
+        line = {"name": name, "program": program, "values": values, **more}
+        if measured.why:
+            line["why"] = measured.why
+        self._lines[name] = line
+        self._write(line)
+        with self.path.with_name("seconds.jsonl").open("a", encoding="utf-8") as seconds:
+            seconds.write(json.dumps({"name": name, "seconds": round(time.time() - self._begun, 3)}) + "\n")
+
+    def recall(self, candidate: Candidate) -> Measured | None:
+        """Return what was found of a candidate before."""
+        return self.get(f"candidate {candidate.number}", str(candidate.program))
+
+    def remember(self, candidate: Candidate, measured: Measured) -> None:
+        """Write what was found of a candidate."""
+        self.put(f"candidate {candidate.number}", str(candidate.program), measured, draws=candidate.draws)
+
+    def _read(self) -> dict[str, dict[str, Any]] | None:
+        """Return the lines by name, cut off what is torn, and check the first; None if there is not even that."""
+        content = self._file.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            self._file.truncate(len(whole))
+        self._file.seek(0, os.SEEK_END)
+        lines = [self._parsed(number, line) for number, line in enumerate(whole.splitlines(), 1)]
+        if not lines:
+            return None
+        found = dict(lines[0])
+        if found.pop(HEADER, None) != FORMAT:
+            raise ParedError(f"journal {self.path}: the first line is not that of a search of format {FORMAT}")
+        self._require_same(found)
+        return {str(line["name"]): line for line in lines[1:]}
+
+    def _parsed(self, number: int, line: bytes) -> dict[str, Any]:
+        try:
+            found = json.loads(line)
+            if isinstance(found, dict) and (number == 1 or {"name", "program", "values"} <= found.keys()):
+                return found
+        except ValueError:
+            pass
+        raise ParedError(f"journal {self.path}, line {number}: not a line of a search; the file is damaged")
+
+    def _require_same(self, found: Mapping[str, Any]) -> None:
+        for name in sorted({*found, *self.settings}):
+            there, here = found.get(name), self.settings.get(name)
+            if there != here:
+                raise ParedError(
+                    f"journal {self.path} is of a search with {name} {there!r}, found {here!r} now; resume it with the "
+                    "same settings, or name another folder"
+                )
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def _locked(path: Path) -> BinaryIO:
+    """Open a file to read and append, for this process alone where the system can say so."""
+    file = path.open("a+b")
+    file.seek(0)
+    try:
+        import fcntl  # not on Windows
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass
+    except OSError:
+        file.close()
+        raise ParedError(f"journal {path}: another search is writing it; wait for it, or name another folder") from None
+    return file
