@@ -17,7 +17,7 @@ from pared.lowrank import METHODS, LowRankMethod
 from pared.names import did_you_mean
 from pared.plan import Plan
 from pared.recipe import Recipe
-from pared.sources.labelled import find_windows
+from pared.sources.labelled_windows import find_windows
 from pared.sources.texts import find_text
 from pared.sources.windows import Windows, cut, digest_of
 from pared.sparsity import METHODS as PRUNING_METHODS
