@@ -273,7 +273,7 @@ def test_random_programs_and_their_children_are_grammatical_and_repeatable():
     assert found == walk(0)
     assert found != walk(1)
     assert {p.sign for p in found} == {"prune", "keep"}
-    assert {p.spread for p in found} == {7, 8, 9, 10}
+    assert {p.spread for p in found} == {4, 7, 8, 9, 10, 12, 15, 20}
 
 
 def test_random_programs_reach_every_operator_of_their_space_and_no_other():
@@ -283,6 +283,8 @@ def test_random_programs_reach_every_operator_of_their_space_and_no_other():
         assert {name for p in found for name in p.pre} == set(space.pre)
         assert {p.reduce for p in found} == set(space.reduce)
         assert {name for p in found for name in p.post} == set(space.post)
+        assert {p.spread for p in found} == set(space.spreads)
+    assert RELEASED.spreads == (7, 8, 9, 10)
     assert set(RELEASED.pre) < set(PRE)
     assert set(RELEASED.reduce) < set(REDUCE)
     assert set(RELEASED.post) < set(POST)
