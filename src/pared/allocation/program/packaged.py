@@ -1,4 +1,4 @@
-"""The programs that DSA's authors published, where each is printed, and what is known to be wrong with it.
+"""The programs that DSA's authors published, what is known to be wrong with each, and the best that our search found.
 
 L. Li et al., "Discovering Sparsity Allocation for Layer-wise Pruning of Large Language Models", NeurIPS 2024.
 """
@@ -65,6 +65,14 @@ PACKAGED = {
             "an illustration of the paper (poster), Exp-Entropy-Exp-Sigmoid; nothing is claimed for it",
             "exp of the entropy is the effective number of scores, and the sigmoid of more than 40 is 1 up to "
             "rounding: rejected as constant unless few scores outweigh all others.",
+        ),
+        Packaged(
+            "found-wanda-0.7",
+            parse("W:(TANH,ABS)-(STD)-(ABS,TAN)-(20)-(KEEP)"),
+            "pared search, evolution of 320 candidates, seed 0: SmolLM2-135M-Instruct in bfloat16, wanda at 70%, the "
+            "last 20% of the WikiText-2 training part here; candidate 167 (benchmarks/search/evolution)",
+            "The deviation of tanh of the scores: blocks whose scores are small on average, or all far above 1, vary "
+            "little and are pruned most; tanh makes it depend on the scale of scores, and so on the calibration tokens.",
         ),
     )
 }
