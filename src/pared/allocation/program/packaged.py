@@ -71,7 +71,7 @@ PACKAGED = {
             parse("W:(TANH,ABS)-(STD)-(ABS,TAN)-(20)-(KEEP)"),
             "pared search, evolution of 320 candidates, seed 0: SmolLM2-135M-Instruct in bfloat16, wanda at 70%, the "
             "last 20% of the WikiText-2 training part here; candidate 167 (benchmarks/search/evolution)",
-            "The deviation of tanh of the scores: blocks whose scores vary little below 1, or are all far above it, are "
+            "The deviation of tanh of the scores: blocks whose scores vary little below 1, or are all above it, are "
             "pruned most. tanh makes it depend on the scale of scores, and so on the number of calibration tokens.",
         ),
     )
