@@ -34,6 +34,7 @@ CASES: dict[str, tuple[dict[str, Any], float]] = {
     "svd-llm": ({"method": "svd-llm"}, 2.0),
     "basis-sharing": ({"method": "basis-sharing", "options": {"group_size": 2}}, 1.8),
     "loss-optimal": ({"method": "loss-optimal", "options": {"output_weighting": "diagonal"}}, 4.5),
+    "wanda": ({"method": "wanda", "sparsity": 0.5}, 2.4),
 }
 
 
@@ -87,9 +88,9 @@ def render(lines: list[dict[str, Any]]) -> str:
         "Made by `python benchmarks/road.py`; raw figures in [road.jsonl](road.jsonl). Do not edit.",
         "",
         f"`{last['model']}` calibrated on {last['samples']} x {last['length']} tokens of {last['text']}, blocks in "
-        f"{last['dtype']}, keep {last['keep']}, from the model's name to the folder reloaded and checked, perplexity "
-        "not measured. One thread, bare forward pass of the blocks and whole job in turns; median (least to most); "
-        "ratios within a pair.",
+        f"{last['dtype']}, keep 0.8 where no sparsity is told, from the model's name to the folder reloaded and "
+        "checked, perplexity not measured. One thread, bare forward pass of the blocks and whole job in turns; median "
+        "(least to most); ratios within a pair.",
         "",
         table(
             ("method", "options", "pairs", "whole / bare", "bar", "peak memory above the imports, of the model"),
@@ -113,7 +114,8 @@ def _pairs(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _summary(name: str, lines: list[dict[str, Any]]) -> tuple[str, ...]:
     fields, bar = CASES[name]
-    options = ", ".join(f"{option} {value}" for option, value in fields.get("options", {}).items())
+    told = {**fields.get("options", {}), **{name: fields[name] for name in ("sparsity",) if name in fields}}
+    options = ", ".join(f"{option} {value}" for option, value in told.items())
     over = [(line["peak"] - line["imported"]) / line["model_bytes"] for line in lines if line["what"] == "memory"]
     ratios = [line["whole"] / line["bare"] for line in _pairs(lines)]
     memory = f"{over[-1]:.2f} x" if over else "-"
@@ -154,8 +156,8 @@ def main() -> None:
         recipe = Recipe.of({"model": asked.model, "calibration": calibration, **CASES[case][0]})
         dtype = choose_dtype("auto", torch.float32, torch.device("cpu"))
         about = {"case": case, "model": asked.model, "method": recipe.method, "options": recipe.options,
-                 "keep": recipe.keep, "text": asked.text, "samples": asked.samples, "length": asked.length,
-                 "dtype": str(dtype)}  # fmt: skip
+                 "keep": recipe.keep, "sparsity": recipe.sparsity, "text": asked.text, "samples": asked.samples,
+                 "length": asked.length, "dtype": str(dtype)}  # fmt: skip
         there = [line for line in read(LINES) if about.items() <= line.items()]
         for number in range(len(_pairs(there)), asked.pairs):
             bare = bare_seconds(recipe)
