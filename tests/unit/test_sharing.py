@@ -17,7 +17,8 @@ from pared.anatomy.structure import Anatomy, Site
 from pared.engine.groups import Comparison, candidate_units, compare
 from pared.lowrank import METHODS
 from pared.lowrank.decomposition import Factors
-from pared.lowrank.sharing import error, pooled, refit, split, stacked
+from pared.lowrank.loss_optimal import decompose_weighted
+from pared.lowrank.sharing import block_diagonal, error, errors, pooled, refit, split, stacked
 from pared.lowrank.whitening import decompose
 from pared.plan import LowRank, Shared
 
@@ -62,6 +63,37 @@ def test_the_groups_error_is_the_tail_of_its_spectrum_and_falls_to_zero():
         assert losses[-1] == pytest.approx(float(found.singular_values_R[rank:].square().sum()), rel=1e-8, abs=1e-8)
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 1e-9
+
+
+@pytest.mark.parametrize("outputs", [12, 6, 3], ids=["tall members", "a tall group of wide members", "a wide group"])
+@pytest.mark.parametrize("weighting", ["none", "diagonal", "full"])
+def test_the_errors_of_a_group_are_those_of_its_factors(outputs: int, weighting: str):
+    weights, grams = group(outputs=outputs)
+    if weighting == "none":
+        found = decompose(stacked(weights), sum(grams))
+        own = [decompose(*one) for one in zip(weights, grams, strict=True)]
+        roots: list[torch.Tensor | None] = [None] * 3
+    else:
+        roots = [torch.linalg.cholesky(y.T @ y) for y in (draw(40, outputs, seed=7 + number) for number in range(3))]
+        roots = [L.diagonal() for L in roots] if weighting == "diagonal" else roots
+        L = torch.cat(roots) if weighting == "diagonal" else block_diagonal(roots)
+        found = decompose_weighted(stacked(weights), sum(grams), L)
+        own = [decompose_weighted(*one) for one in zip(weights, grams, roots, strict=True)]
+    members = split(found.factors(4), [outputs] * 3)
+    expected = [error(*one) for one in zip(weights, members, grams, roots, strict=True)]
+    assert errors(found, 4, own, grams) == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_errors_of_a_group_whose_directions_are_weak_are_those_of_its_factors():
+    weights, grams = group(members=2)
+    weights = [torch.cat([weight[:, :3], weight[:, :3] @ draw(3, 7)], dim=1) for weight in weights]  # of rank 3
+    found = decompose(stacked(weights), sum(grams))
+    own = [decompose(*one) for one in zip(weights, grams, strict=True)]
+    assert found.weak(4)
+    assert errors(found, 4, own, grams) == pytest.approx([0.0, 0.0], abs=1e-9)
+    assert errors(found, 2, own, grams) == pytest.approx(
+        [error(*one) for one in zip(weights, split(found.factors(2), [12, 12]), grams, strict=True)], rel=1e-9
+    )
 
 
 def test_the_papers_form_with_its_inverse_gives_the_same_weights():

@@ -9,7 +9,7 @@ import torch
 from pared.allocation import Budget, Unit
 from pared.anatomy import Anatomy, Site
 from pared.lowrank import Decomposition
-from pared.lowrank.sharing import error, member_weighting, split
+from pared.lowrank.sharing import errors
 
 # What Basis Sharing's table shares: what is fed by the residual stream. Grouped-query k and v, which are less wide than
 # their input, stay private, as do o and down, whose inputs differ from block to block.
@@ -119,13 +119,9 @@ def compare(
     shared_rank, apart_rank = budget.rank(unit), budget.rank(alone[0])
     if shared_rank < 1 or apart_rank < 1:
         return None
-    shared_errors, row = [], 0
-    rows = [site.out_features for site in unit.members]
-    for own, factors, gram, count in zip(apart, split(group.factors(shared_rank), rows), grams, rows, strict=True):
-        shared_errors.append(error(own.W_ON, factors, gram, member_weighting(group, row, row + count)))
-        row += count
-    errors = tuple(shared_errors), tuple(own.loss(apart_rank) ** 2 for own in apart)
-    return Comparison(unit.name, unit.kind, len(unit.members), shared_rank, apart_rank, *errors, always)
+    shared = errors(group, shared_rank, apart, grams)
+    alone_errors = tuple(own.loss(apart_rank) ** 2 for own in apart)
+    return Comparison(unit.name, unit.kind, len(unit.members), shared_rank, apart_rank, shared, alone_errors, always)
 
 
 def told(comparisons: Sequence[Comparison]) -> list[str]:

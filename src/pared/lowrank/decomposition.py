@@ -34,6 +34,7 @@ class Decomposition:
         U_OR: the directions, columns, float64; none if they are told by ``T_NR``.
         T_NR: what makes the directions of the weight, ``U = Lᵀ W T``, float64: smaller where in < out, and only the
             columns that are kept are multiplied out.
+        M_NN: with ``T_NR``, ``Wᵀ L Lᵀ W``: makes ``down`` of it without a product as tall as the weight.
         damping: what was added to the Gram's diagonal, relative to its mean; 0 if nothing.
         L_OO: the weighting of outputs: lower triangular ``(out, out)``, a diagonal ``(out,)``, or none.
     """
@@ -42,6 +43,7 @@ class Decomposition:
     singular_values_R: torch.Tensor
     U_OR: torch.Tensor | None = None
     T_NR: torch.Tensor | None = None
+    M_NN: torch.Tensor | None = None
     damping: float = 0.0
     L_OO: torch.Tensor | None = None
 
@@ -51,21 +53,27 @@ class Decomposition:
 
     def factors(self, rank: int) -> Factors:
         """Return the factors of one rank, float64; ``up`` has orthonormal columns if outputs are not weighted."""
-        s_R = self.singular_values_R
         weighted_ON = self.W_ON if self.L_OO is None else weigh_outputs(self.L_OO, self.W_ON)
-        if self.U_OR is not None:
+        if self.T_NR is None:
+            assert self.U_OR is not None
             U_OK = self.U_OR[:, :rank]
         else:
-            assert self.T_NR is not None
             U_OK = weighted_ON @ self.T_NR[:, :rank]
-        if s_R[rank - 1] <= WEAK * s_R[0]:
+        if self.weak(rank):
             U_OK = torch.linalg.qr(U_OK).Q  # same span, orthonormal again
-        down_KN = U_OK.T @ weighted_ON
+        if self.T_NR is None or self.M_NN is None or self.weak(rank):
+            down_KN = U_OK.T @ weighted_ON
+        else:
+            down_KN = self.T_NR[:, :rank].T @ self.M_NN
         if self.L_OO is None:
             return Factors(down=down_KN, up=U_OK)
         if self.L_OO.ndim == 1:
             return Factors(down=down_KN, up=U_OK / self.L_OO[:, None])
         return Factors(down=down_KN, up=torch.linalg.solve_triangular(self.L_OO.T, U_OK, upper=True))
+
+    def weak(self, rank: int) -> bool:
+        """Return whether the weakest direction of a rank is too weak to be orthogonal to the others as it is."""
+        return bool(self.singular_values_R[rank - 1] <= WEAK * self.singular_values_R[0])
 
 
 def weigh_outputs(L_OO: torch.Tensor, W_ON: torch.Tensor) -> torch.Tensor:
@@ -98,7 +106,7 @@ def from_root(
     divisor_N = s_N.clamp(min=1e-12 * s_N[0])
     divisor_N = divisor_N.masked_fill(divisor_N == 0, torch.inf)  # a zero weight has no directions
     T_NN = (R_NN[:, None] * V_NN if diagonal else R_NN @ V_NN) / divisor_N
-    return Decomposition(W_ON, s_N, T_NR=T_NN, damping=damping, L_OO=L_OO)
+    return Decomposition(W_ON, s_N, T_NR=T_NN, M_NN=M_NN, damping=damping, L_OO=L_OO)
 
 
 def from_input_scale(W_ON: torch.Tensor, scale_N: torch.Tensor) -> Decomposition:

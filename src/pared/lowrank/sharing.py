@@ -53,6 +53,49 @@ def error(W_ON: torch.Tensor, factors: Factors, gram_NN: torch.Tensor, L_OO: tor
     return float(((D_ON @ gram_NN.double()) * D_ON).sum())
 
 
+def errors(
+    group: Decomposition, rank: int, members: Sequence[Decomposition], grams: Sequence[torch.Tensor]
+) -> tuple[float, ...]:
+    """Return every member's :func:`error` with the basis of the group.
+
+    Where directions are told by ``U = Lᵀ W T``, ``W' = W P`` with ``P = T_k T_kᵀ M`` for every member alike, and the
+    error ``tr(M_m (I - P) G_m (I - P)ᵀ)`` with the member's own ``M_m = Wᵀ L Lᵀ W`` takes no product as tall as a
+    weight.
+
+    Args:
+        group: of the stacked weights.
+        rank: of the shared basis.
+        members: of every weight of the group alone, weighted as the group is.
+        grams: ``XᵀX`` of every member's own inputs.
+    """
+    if group.T_NR is None or group.M_NN is None or group.weak(rank):
+        return _explicit_errors(group, rank, members, grams)
+    T_NK = group.T_NR[:, :rank]
+    left_NN = torch.eye(len(T_NK), dtype=T_NK.dtype, device=T_NK.device) - T_NK @ (T_NK.T @ group.M_NN)
+    return tuple(
+        float((_outer(own) @ left_NN @ gram.to(left_NN) * left_NN).sum())
+        for own, gram in zip(members, grams, strict=True)
+    )
+
+
+def _outer(own: Decomposition) -> torch.Tensor:
+    """Return ``Wᵀ L Lᵀ W`` ``(in, in)``."""
+    if own.M_NN is not None:
+        return own.M_NN
+    weighted_ON = own.W_ON if own.L_OO is None else weigh_outputs(own.L_OO, own.W_ON)
+    return weighted_ON.T @ weighted_ON
+
+
+def _explicit_errors(
+    group: Decomposition, rank: int, members: Sequence[Decomposition], grams: Sequence[torch.Tensor]
+) -> tuple[float, ...]:
+    rows = [len(own.W_ON) for own in members]
+    return tuple(
+        error(own.W_ON, factors, gram, own.L_OO)
+        for own, factors, gram in zip(members, split(group.factors(rank), rows), grams, strict=True)
+    )
+
+
 def block_diagonal(blocks: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return square matrices along the diagonal of one, zero elsewhere."""
     size = sum(len(block) for block in blocks)
@@ -62,13 +105,6 @@ def block_diagonal(blocks: Sequence[torch.Tensor]) -> torch.Tensor:
         whole[start:stop, start:stop] = block
         start = stop
     return whole
-
-
-def member_weighting(found: Decomposition, start: int, stop: int) -> torch.Tensor | None:
-    """Return the part of a group's weighting of outputs that is one member's."""
-    if found.L_OO is None:
-        return None
-    return found.L_OO[start:stop] if found.L_OO.ndim == 1 else found.L_OO[start:stop, start:stop]
 
 
 def refit(W_ON: torch.Tensor, factors: Factors, gram_NN: torch.Tensor, cross_NN: torch.Tensor) -> torch.Tensor:

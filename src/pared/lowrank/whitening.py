@@ -32,7 +32,7 @@ def decompose(W_ON: torch.Tensor, gram_NN: torch.Tensor) -> Decomposition:
         ValueError: the Gram is not finite, or not positive semi-definite.
     """
     W_ON = W_ON.double()
-    if not bool(gram_NN.any()):
+    if not bool(gram_NN.diagonal().any()):
         return _unseen(W_ON)
     L_NN, gram_NN, damping = cholesky_factor(gram_NN.double())
     out_features, in_features = W_ON.shape
@@ -55,7 +55,7 @@ def decompose_by_outputs(W_ON: torch.Tensor, output_gram_OO: torch.Tensor) -> De
         ValueError: the Gram is not finite.
     """
     W_ON, C_OO = W_ON.double(), output_gram_OO.double()
-    if not bool(C_OO.any()):
+    if not bool(C_OO.diagonal().any()):
         return _unseen(W_ON)
     mean = _mean_diagonal(C_OO)
     if _cholesky(C_OO) is not None:
