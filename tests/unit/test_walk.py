@@ -205,6 +205,33 @@ def test_every_batch_of_every_block_is_told() -> None:
     assert len(told) == 3 * 3
 
 
+@pytest.mark.parametrize("family", sorted(TINY_MODELS))
+@pytest.mark.parametrize("needs", [only_gram, both_grams])
+def test_a_pass_that_ends_at_the_last_read_collects_what_a_whole_one_does(family: str, needs: Any) -> None:
+    model = TINY_MODELS[family]()
+    anatomy, whole, expected = walked(model, needs=needs)
+    calls = probe(model, find_anatomy(model))[1]
+    inputs = capture(model, anatomy, tokens(), BATCH, calls, torch.float32, CPU)
+    found = list(walk(anatomy.blocks(model), anatomy, inputs, needs, sequential=True))
+    for name in needs([]):
+        ours, theirs = statistics_of(found, name), statistics_of(expected, name)
+        assert ours.keys() == theirs.keys()
+        for site, statistic in ours.items():
+            assert statistic.tokens == theirs[site].tokens
+            torch.testing.assert_close(statistic.value, theirs[site].value)
+    torch.testing.assert_close(torch.cat(inputs.hidden), torch.cat(whole.hidden))
+
+
+def test_the_first_of_two_passes_ends_before_the_last_product() -> None:
+    model = TINY_MODELS["llama"]()
+    anatomy, calls = probe(model, find_anatomy(model))
+    inputs = capture(model, anatomy, tokens(), BATCH, calls, torch.float32, CPU)
+    made: list[None] = []
+    model.model.layers[1].mlp.down_proj.register_forward_hook(lambda *_: made.append(None))
+    list(walk(anatomy.blocks(model), anatomy, inputs, only_gram, sequential=True))
+    assert len(made) == 1 + 3  # of three batches, the first tells which site is last; then all of them
+
+
 def test_batches_called_alike_hold_their_masks_once() -> None:
     model = TINY_MODELS["mistral"]()
     anatomy, calls = probe(model, find_anatomy(model))

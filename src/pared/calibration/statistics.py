@@ -9,6 +9,8 @@ import torch
 from pared.calibration.precision import exact_products
 
 PANEL = 192  # columns of one panel of a Gram; only panels on and above the diagonal are multiplied
+# Rows that are converted to float32 at a time, so that what was converted is still in a cache when it is used.
+PRODUCT_ROWS, SUM_ROWS = 4096, 256
 
 
 class Collected(Protocol):
@@ -60,14 +62,18 @@ class Gram:
 
     def update(self, x: torch.Tensor) -> None:
         """Add one batch ``(..., features)``."""
-        x_TN = x.reshape(-1, x.shape[-1]).float()
+        x_TN = x.reshape(-1, x.shape[-1])
         self.tokens += x_TN.shape[0]
         self.dtype = x.dtype
-        width = x_TN.shape[1]
         with exact_products(x.dtype):
-            for start in range(0, width, PANEL):
-                stop = min(start + PANEL, width)
-                self._upper_NN[start:stop, start:] += x_TN[:, start:stop].T @ x_TN[:, start:]
+            for rows_TN in torch.split(x_TN, PRODUCT_ROWS):
+                self._add(rows_TN.float())
+
+    def _add(self, x_TN: torch.Tensor) -> None:
+        width = x_TN.shape[1]
+        for start in range(0, width, PANEL):
+            stop = min(start + PANEL, width)
+            self._upper_NN[start:stop, start:] += x_TN[:, start:stop].T @ x_TN[:, start:]
 
     def merge(self, other: Statistic) -> None:
         """Add what another Gram has seen."""
@@ -114,10 +120,11 @@ class Cross:
 
     def update(self, dense: torch.Tensor, own: torch.Tensor) -> None:
         """Add one batch of both, ``(..., features)``, row by row the same tokens."""
-        x_TN, own_TN = (tensor.reshape(-1, tensor.shape[-1]).float() for tensor in (dense, own))
+        x_TN, own_TN = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (dense, own))
         self.tokens += len(own_TN)
         with exact_products(own.dtype):
-            self._sum_NN += x_TN.T @ own_TN
+            for x_RN, own_RN in zip(torch.split(x_TN, PRODUCT_ROWS), torch.split(own_TN, PRODUCT_ROWS), strict=True):
+                self._sum_NN += x_RN.float().T @ own_RN.float()
 
     def merge(self, other: "Cross") -> None:
         """Add what another one has seen."""
@@ -147,9 +154,10 @@ class Energy:
 
     def update(self, x: torch.Tensor) -> None:
         """Add one batch ``(..., features)``, summed in float32."""
-        x_TN = x.reshape(-1, x.shape[-1]).float()
+        x_TN = x.reshape(-1, x.shape[-1])
         self.tokens += x_TN.shape[0]
-        self.value += x_TN.square().sum(dim=0)
+        for rows_TN in torch.split(x_TN, SUM_ROWS):
+            self.value += rows_TN.float().square().sum(dim=0)
 
     def merge(self, other: Statistic) -> None:
         """Add what another has seen."""
@@ -183,7 +191,8 @@ class Magnitude:
         """Add one batch ``(..., features)``."""
         x_TN = x.reshape(-1, x.shape[-1])
         self.tokens += x_TN.shape[0]
-        self._sum_N += x_TN.abs().sum(0, dtype=torch.float32)
+        for rows_TN in torch.split(x_TN, SUM_ROWS):
+            self._sum_N += rows_TN.float().abs().sum(dim=0)
 
     def merge(self, other: Statistic) -> None:
         """Add what another one has seen."""

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,7 +67,8 @@ def walk(
     inputs, and its statistics.
 
     A ``sequential`` walk runs a block again after it was yielded, on the same inputs, so that the next block reads what
-    the changed block puts out: twice the forward passes, and the hidden states of one more block in memory. Where
+    the changed block puts out: twice the forward passes, the first of which ends as soon as the last site has read,
+    and the hidden states of one more block in memory. Where
     blocks are changed in groups, all of a group are run again behind its last one: one pass more, and the hidden states
     of ``group`` blocks. Inside a group a block reads what those before it put out so far.
 
@@ -93,7 +95,7 @@ def walk(
         statistics = _accumulators(anatomy, index, needs, inputs.device, crossed=dense is not None)
         if sequential:
             trail[index] = [hidden.clone() for hidden in inputs.hidden]
-        running = _Running(dense)
+        running = _Running(dense, last=_LastRead() if sequential and not influence else None)
         if dense is not None:
             running.beside = copy.deepcopy(dense.block(index)).to(device=inputs.device, dtype=inputs.dtype)
         with hooks(_tap(worker, anatomy, index, statistics, running)):
@@ -120,6 +122,7 @@ class _Running:
 
     Attributes:
         path: the dense path, if there is one.
+        last: ends the batch at the last read, where nothing of what the block puts out is used.
         beside: its block.
         mask_BT: which tokens of the batch are no padding; none if all are.
         shape: of the batch, ``(windows, tokens)``.
@@ -127,10 +130,38 @@ class _Running:
     """
 
     path: DensePath | None = None
+    last: "_LastRead | None" = None
     beside: nn.Module | None = None
     mask_BT: torch.Tensor | None = None
     shape: tuple[int, ...] = ()
     reads: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class _Enough(Exception):  # noqa: N818 - no error
+    """Everything that is collected of this batch has been read."""
+
+
+@dataclass
+class _LastRead:
+    """Finds in the first batch which site is collected last, and ends every later batch there.
+
+    Nothing ends where that site is one of a list, which may be one of several experts that are sent tokens in any
+    order, or is called more than once.
+
+    Attributes:
+        sites: in the order they were collected in the first batch.
+        known: whether the first batch is over.
+    """
+
+    sites: list[str] = field(default_factory=list)
+    known: bool = False
+
+    def collected(self, site: str, path: str) -> None:
+        """Take notice that everything of a site's call is collected."""
+        if not self.known:
+            self.sites.append(site)
+        elif site == self.sites[-1] and self.sites.count(site) == 1 and not in_a_list(path):
+            raise _Enough
 
 
 @torch.no_grad()
@@ -150,7 +181,10 @@ def _run_block(
             running.reads.clear()
             running.path.hidden[number] = calls[index].run(running.beside, running.path.hidden[number])
         before = inputs.hidden[number].clone() if influence else None  # a block may change its input in place
-        inputs.hidden[number] = calls[index].run(worker, inputs.hidden[number])
+        with suppress(_Enough):
+            inputs.hidden[number] = calls[index].run(worker, inputs.hidden[number])
+        if running.last is not None:
+            running.last.known = True
         if before is not None:
             cosine_BT = functional.cosine_similarity(before.float(), inputs.hidden[number].float(), dim=-1)
             yield float((cosine_BT if mask_BT is None else cosine_BT[mask_BT]).mean())
@@ -194,12 +228,13 @@ def _tap(
     """Hook the outputs of every site, and the input of one site of every group that reads the same tensor."""
     for site in anatomy.sites_of(index):
         path = anatomy.path_in_block(site)
-        for name, statistic in statistics.get(site.name, {}).items():
+        own = statistics.get(site.name, {})
+        for name, statistic in own.items():
             module = worker.get_submodule(path)
             if isinstance(statistic, Cross):
                 if site.reads == site.name and running.beside is not None:
-                    # What is one of a list may be one of several experts, which are sent their tokens in any order.
-                    flat = not any(part.isdigit() for part in path.split("."))
+                    # One of several experts is sent its tokens in any order.
+                    flat = not in_a_list(path)
                     beside = running.beside.get_submodule(path)
                     yield beside.register_forward_pre_hook(_dense_hook(running, site.name, flat))
                     yield module.register_forward_pre_hook(_cross_hook(statistic, running, site.name, flat))
@@ -207,6 +242,25 @@ def _tap(
                 yield module.register_forward_hook(_output_hook(statistic, running, site.name))
             elif site.reads == site.name:
                 yield module.register_forward_pre_hook(_input_hook(statistic, running, site.name))
+        if running.last is not None and own:
+            yield from _tap_last(worker.get_submodule(path), site, path, own, running.last)
+
+
+def _tap_last(module: nn.Module, site: Site, path: str, own: Accumulators, last: _LastRead) -> Iterator[Any]:
+    """Hook the moment when everything of a site's call is collected."""
+
+    def hook(*_: Any) -> None:
+        last.collected(site.name, path)
+
+    if any(name in STATISTICS and STATISTICS[name].of == "output" for name in own):
+        yield module.register_forward_hook(hook)
+    elif site.reads == site.name:
+        yield module.register_forward_pre_hook(hook)
+
+
+def in_a_list(path: str) -> bool:
+    """Whether a module's path leads through a list, as that of an expert does."""
+    return any(part.isdigit() for part in path.split("."))
 
 
 def _input_hook(statistic: Statistic, running: _Running, site: str) -> Callable[..., None]:
