@@ -378,7 +378,7 @@ def test_the_loader_of_a_folder_needs_nothing_of_pared(saved: Callable[[str], tu
             imported |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             imported.add(str(node.module).partition(".")[0])
-    assert imported <= {"functools", "math", "numpy", "os", "sys", "pathlib", "typing", "torch", "transformers"}
+    assert imported <= {"ast", "functools", "math", "numpy", "os", "sys", "pathlib", "typing", "torch", "transformers"}
 
 
 # The check of a folder.

@@ -310,3 +310,19 @@ def test_a_weight_without_weights_is_packed_too(shape: tuple[int, int]):
     W_ON = torch.zeros(shape)
     assert unpack(*pack(W_ON, W_ON != 0), shape).shape == shape
     assert unpack_nm(*pack_nm(W_ON, W_ON != 0, NM(2, 4)), shape, NM(2, 4)).shape == shape
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (4, 8), (7, 33), (0, 4)])
+def test_numpy_and_torch_write_the_same_bits(shape: tuple[int, int]) -> None:
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(3)) < 0.5
+    flat = mask.flatten().to(torch.uint8)
+    padded = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
+    expected = (padded << torch.arange(8, dtype=torch.uint8)).sum(dim=1, dtype=torch.uint8)
+    assert torch.equal(pack_mask(mask), expected)
+
+
+def test_a_weight_that_requires_grad_and_is_not_contiguous_is_packed() -> None:
+    weight = torch.nn.Parameter(torch.tensor([[0.0, 2.0], [3.0, 0.0], [-1.0, 5.0]], dtype=torch.bfloat16))
+    packed = pack(weight.T, weight.T != 0)
+    assert packed.values.tolist() == [3.0, -1.0, 2.0, 5.0]
+    assert not packed.values.requires_grad

@@ -328,3 +328,10 @@ def test_an_option_no_method_has_is_named():
         METHODS["wanda"].prune(draw(4, 8), Unstructured(0.5), {"energy": torch.ones(8)}, {"blocksize": 4})
     with pytest.raises(ValueError, match="method magnitude has no option block; it has none"):
         METHODS["magnitude"].prune(draw(4, 8), Unstructured(0.5), {}, {"block": 4})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_scores_of_every_dtype_lose_the_smallest_the_first_of_equal_ones(dtype: torch.dtype) -> None:
+    scores = torch.tensor([[3.0, 1.0, 1.0, 2.0], [1.0, 1.0, 1.0, 1.0]], dtype=dtype)
+    kept = masks.per_row(scores, Unstructured(0.5))
+    assert kept.tolist() == [[True, False, False, True], [False, False, True, True]]

@@ -4,6 +4,7 @@ This file and the files of ``modules/`` are also what every saved folder carries
 without the package (``trust_remote_code=True``). So it may use torch, transformers and ``modules/`` only.
 """
 
+import ast
 import os
 import sys
 from pathlib import Path
@@ -262,9 +263,18 @@ def loader_source() -> str:
         __name__,
     ]
     parts = [Path(str(sys.modules[owner].__file__)).read_text(encoding="utf-8") for owner in dict.fromkeys(owners)]
-    return "\n\n".join(
-        "\n".join(line for line in part.splitlines() if not line.startswith("from pared")) for part in parts
-    )
+    return "\n\n".join(_without_own_imports(part) for part in parts)
+
+
+def _without_own_imports(source: str) -> str:
+    """Return a file's text without what it imports from the package, as all of that is in the text beside it."""
+    own = {
+        line
+        for node in ast.parse(source).body
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pared.")
+        for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+    }
+    return "\n".join(line for number, line in enumerate(source.splitlines(), start=1) if number not in own)
 
 
 # The package and folders' own copies may meet in one process, in any order: the package takes over, a copy gives way.

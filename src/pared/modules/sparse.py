@@ -6,7 +6,16 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pared.modules.packing import pack, pack_nm, packed_bytes, unpack, unpack_mask, unpack_nm
+from pared.modules.packing import (
+    lost_weights,
+    pack,
+    pack_nm,
+    packed_bytes,
+    stored_values,
+    unpack,
+    unpack_mask,
+    unpack_nm,
+)
 
 
 class NMGroups(NamedTuple):
@@ -139,13 +148,13 @@ class SparseLinear(nn.Linear):
             ValueError: a weight where none is stored is not zero, and would be lost.
         """
         mask_ON = self.mask
-        if lost := int((self.weight.detach()[~mask_ON] != 0).sum()):
+        if lost := lost_weights(self.weight, mask_ON):
             raise ValueError(
                 f"{lost} weights of a sparse layer are not zero where its pattern has zeros, and would not be saved: "
                 "it was trained or merged without its mask; call keep_zeros_() on it, or export it dense"
             )
         if self.groups is None:
-            return pack(self.weight.detach(), mask_ON).values
+            return stored_values(self.weight.detach(), mask_ON)
         return pack_nm(self.weight.detach(), mask_ON, self.groups).values.flatten()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
