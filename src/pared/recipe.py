@@ -4,20 +4,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from pared.errors import ParedError
-from pared.names import did_you_mean
+from pared.strict import Strict, read_fields, validated
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Calibration(_Strict):
+class Calibration(Strict):
     """The text the statistics are collected on.
 
     Attributes:
@@ -41,7 +35,7 @@ class Calibration(_Strict):
     batch: Annotated[int, Field(ge=1, strict=True)] = 4
 
 
-class Evaluation(_Strict):
+class Evaluation(Strict):
     """The text perplexity is measured on, before and after.
 
     Attributes:
@@ -57,7 +51,7 @@ class Evaluation(_Strict):
     bos: Literal["none", "text", "window"] = "none"
 
 
-class Recipe(_Strict):
+class Recipe(Strict):
     """A whole compression: model in, method, budget, data, folder out.
 
     Attributes:
@@ -98,12 +92,12 @@ class Recipe(_Strict):
     pattern: Annotated[str, Field(pattern=r"^\d+:\d+$")] | None = None
     skip: tuple[str, ...] = ()
     allocation: str = "auto"
-    allocation_options: dict[str, bool | int | float | str] = {}
+    allocation_options: dict[str, bool | int | float | str] = Field(default={})
     storage: Literal["auto", "factors", "pivoted"] = "auto"
     statistics: Literal["auto", "once", "sequential"] = "auto"
     refit: Literal["auto", "off", "update", "sequential"] = "auto"
     dense_path: float | Literal["auto"] = "auto"
-    options: dict[str, bool | int | float | str] = {}
+    options: dict[str, bool | int | float | str] = Field(default={})
     calibration: Calibration = Calibration()
     evaluation: Evaluation | None = Evaluation()
     dtype: DType = "auto"
@@ -156,10 +150,7 @@ class Recipe(_Strict):
         Raises:
             ParedError: an unknown key (quoted, with the nearest valid one) or a value out of range.
         """
-        try:
-            return cls.model_validate(fields)
-        except ValidationError as error:
-            raise ParedError(f"{origin}: {_explain(error)}") from None
+        return validated(cls, fields, origin)
 
     @classmethod
     def load(cls, path: str | Path) -> "Recipe":
@@ -168,25 +159,4 @@ class Recipe(_Strict):
         Raises:
             ParedError: the file is missing, not YAML, or not a recipe.
         """
-        try:
-            fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ParedError(f"recipe {path}: {error.strerror or error}") from None
-        except (yaml.YAMLError, ValueError) as error:  # not UTF-8, or a date or number that cannot be
-            raise ParedError(f"recipe {path}: not readable as YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(fields, dict):
-            raise ParedError(f"recipe {path}: expected a mapping of keys, found {type(fields).__name__}")
-        return cls.of(fields, origin=f"recipe {path}")
-
-
-def _explain(error: ValidationError) -> str:
-    """Tell pydantic's first complaint in one line, with the nearest valid key for an unknown one."""
-    first = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        sections: dict[str, type[BaseModel]] = {"calibration": Calibration, "evaluation": Evaluation}
-        section = sections[str(first["loc"][0])] if len(first["loc"]) > 1 else Recipe
-        return f"unknown key {where!r}; {did_you_mean(str(first['loc'][-1]), section.model_fields)}"
-    if first["type"] == "value_error":  # ours: says what was found
-        return str(first["ctx"]["error"])
-    return f"{where}: {first['msg']}; found {first['input']!r}"
+        return cls.of(read_fields(path, "recipe"), origin=f"recipe {path}")

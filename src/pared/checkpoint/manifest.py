@@ -14,6 +14,7 @@ from pared.checkpoint.loader import FORMAT_VERSION
 from pared.errors import ParedError
 from pared.plan import Plan
 from pared.recipe import Recipe
+from pared.tuning import Tuning
 
 MANIFEST = "pared.json"
 
@@ -39,6 +40,39 @@ class Fingerprint(BaseModel):
         return self
 
 
+class Training(BaseModel):
+    """The record of one training of a compressed model.
+
+    Attributes:
+        tuning: what was asked for.
+        settled: the method's options, and what ``auto`` stood for.
+        parent: the folder that was trained, and the SHA-256 of its manifest.
+        data: what was trained on, with the digest of the tokens.
+        stages: name, steps, tokens, trained parameters, loss and validation losses of each.
+        evaluation: what perplexity was measured on; none if it was not.
+        perplexity_before: of the parent.
+        perplexity_after: of the trained model, reloaded from disk.
+        seconds: by stage, of the last try if there were several.
+        peak_memory_bytes: as in the manifest.
+        versions: of the software.
+        machine: where it ran.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    tuning: Tuning
+    settled: dict[str, Any]
+    parent: dict[str, str]
+    data: list[dict[str, Any]]
+    stages: list[dict[str, Any]]
+    evaluation: dict[str, Any] | None = None
+    perplexity_before: float | None = None
+    perplexity_after: float | None = None
+    seconds: dict[str, float]
+    peak_memory_bytes: int
+    versions: dict[str, str]
+    machine: dict[str, str]
+
+
 class Manifest(BaseModel):
     """The record of one compression; what the report and the model card are made of.
 
@@ -62,6 +96,7 @@ class Manifest(BaseModel):
         self_check: largest difference of the reloaded model from the fingerprint, relative to its largest output.
         converted: how `pared convert` stored the weights anew, if it did; everything measured but ``bytes_on_disk`` and
             ``self_check`` is from before.
+        training: how the model was trained since, one entry a training; perplexity is that of the last.
         versions: of the software.
         machine: where it ran.
     """
@@ -85,6 +120,7 @@ class Manifest(BaseModel):
     fingerprint: Fingerprint
     self_check: float
     converted: str | None = None
+    training: tuple[Training, ...] = ()
     versions: dict[str, str]
     machine: dict[str, str]
 

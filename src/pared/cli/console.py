@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
+from pared.engine.progress import Advance
 from pared.errors import ParedError
 from pared.report.table import Row
 
@@ -28,7 +29,7 @@ class ConsoleProgress:
     """Bars with rate and remaining time on a terminal, plain lines now and then in a log."""
 
     @contextmanager
-    def stage(self, name: str, total: int, unit: str) -> Iterator[Callable[[], None]]:
+    def stage(self, name: str, total: int, unit: str) -> Iterator[Advance]:
         """Open a stage of ``total`` steps."""
         with (_bar if err.is_terminal else _lines)(name, total, unit) as advance:
             yield advance
@@ -39,7 +40,7 @@ class ConsoleProgress:
 
 
 @contextmanager
-def _bar(name: str, total: int, unit: str) -> Iterator[Callable[[], None]]:
+def _bar(name: str, total: int, unit: str) -> Iterator[Advance]:
     rate = TextColumn("{task.fields[rate]}")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn(),
                TimeElapsedColumn())  # fmt: skip
@@ -47,26 +48,28 @@ def _bar(name: str, total: int, unit: str) -> Iterator[Callable[[], None]]:
         task = bar.add_task(name, total=total, rate="")
         start, done = time.perf_counter(), 0
 
-        def advance() -> None:
+        def advance(told: str = "") -> None:
             nonlocal done
             done += 1
-            bar.update(task, advance=1, rate=f"{done / (time.perf_counter() - start):.2f} {unit}/s")
+            rate = f"{done / (time.perf_counter() - start):.2f} {unit}/s"
+            bar.update(task, advance=1, rate=f"{rate}, {told}" if told else rate)
 
         yield advance
 
 
 @contextmanager
-def _lines(name: str, total: int, unit: str) -> Iterator[Callable[[], None]]:
-    start = told = time.perf_counter()
+def _lines(name: str, total: int, unit: str) -> Iterator[Advance]:
+    start = printed = time.perf_counter()
     done = 0
 
-    def advance() -> None:
-        nonlocal done, told
+    def advance(told: str = "") -> None:
+        nonlocal done, printed
         done += 1
         now = time.perf_counter()
-        if now - told >= LOG_EVERY_SECONDS and done < total:
-            told, rate = now, done / (now - start)
-            err.print(f"{name}: {done}/{total} {unit}, {rate:.2f}/s, {(total - done) / rate:.0f} s left", markup=False)
+        if now - printed >= LOG_EVERY_SECONDS and done < total:
+            printed, rate = now, done / (now - start)
+            left = f"{rate:.2f}/s, {(total - done) / rate:.0f} s left"
+            err.print(f"{name}: {done}/{total} {unit}, {left}{', ' + told if told else ''}", markup=False)
 
     yield advance
     err.print(f"{name}: {done}/{total} {unit} in {time.perf_counter() - start:.1f} s", markup=False)

@@ -17,6 +17,7 @@ from pared.cli.info import info
 from pared.cli.methods import methods
 from pared.cli.plan import plan
 from pared.cli.search import search
+from pared.cli.tune import tune
 from pared.cli.verify import verify
 
 app = typer.Typer(
@@ -35,6 +36,7 @@ app.command()(methods)
 app.command()(export)
 app.command()(convert)
 app.command()(search)
+app.command()(tune)
 app.command()(demo)
 app.add_typer(diagnose, name="diagnose")
 

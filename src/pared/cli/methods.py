@@ -18,9 +18,23 @@ def methods() -> None:
         needs = "calibration text" if method.calibrated else "no data"
         table.add_row(method.name, method.summary, needs, options, method.allocation, method.paper)
     out.print(table)
+    print_training()
     for allocator in ALLOCATORS.values():
         options = "".join(f" ({name}={value})" for name, value in allocator.options.items())
         out.print(f"allocation {allocator.name}: {allocator.summary}{options}", markup=False)
     for zeros in LAYER_ALLOCATORS.values():
         options = ", ".join(f"{name}={value}" for name, value in zeros.options.items())
         out.print(f"allocation of zeros {zeros.name}: {zeros.summary} ({options})", markup=False)
+
+
+def print_training() -> None:
+    """List what `pared tune` trains with."""
+    from pared.training import METHODS  # the Trainer is seconds to import
+
+    for method in METHODS.values():
+        options = "".join(f", {name}={value}" for name, value in method.options.items())
+        out.print(
+            f"training {method.name}: {method.summary} (learning rate {method.learning_rate:g}{options}; "
+            f"{method.paper})",
+            markup=False,
+        )

@@ -1,13 +1,14 @@
 """The options of a compression, and the recipe they make with or without a file."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 import yaml
 
 from pared.errors import ParedError
 from pared.recipe import Recipe
+from pared.tuning import Tuning
 
 Model = Annotated[
     str | None,
@@ -111,17 +112,26 @@ def named_values(pairs: list[str] | None) -> dict[str, Any] | None:
     return {name: yaml.safe_load(value) for name, _, value in (pair.partition("=") for pair in pairs or [])} or None
 
 
+Asked = TypeVar("Asked", Recipe, Tuning)
+
+
 def recipe_of(file: Path | None, given: dict[str, Any]) -> Recipe:
-    """Return the recipe of a file with the options that were given laid over it.
+    """Return the recipe of a file with the options that were given laid over it; see :func:`asked_of`."""
+    return asked_of(Recipe, file, given)
+
+
+def asked_of(kind: type[Asked], file: Path | None, given: dict[str, Any]) -> Asked:
+    """Return what a file asks for with the options that were given laid over it.
 
     Args:
-        file: a recipe file, or none.
-        given: options by dotted recipe key (``calibration.samples``); None for those not given.
+        kind: a recipe or a tuning.
+        file: that holds one, or none.
+        given: options by dotted key (``calibration.samples``); None for those not given.
 
     Raises:
         ParedError: the file or an option is wrong.
     """
-    fields: dict[str, Any] = Recipe.load(file).model_dump(exclude_unset=True) if file else {}
+    fields: dict[str, Any] = kind.load(file).model_dump(exclude_unset=True) if file else {}
     if given.get("evaluation.text") == "none":
         if any(given.get(f"evaluation.{key}") is not None for key in ("length", "windows")):
             raise ParedError("--eval none measures nothing; --eval-length and --eval-windows have no meaning with it")
@@ -135,4 +145,5 @@ def recipe_of(file: Path | None, given: dict[str, Any]) -> Recipe:
         if section:
             target = fields[section] = dict(fields.get(section) or {})
         target[leaf] = str(value) if isinstance(value, Path) else value
-    return Recipe.of(fields, origin=f"recipe {file} with options" if file else "options")
+    what = kind.__name__.lower()
+    return kind.of(fields, origin=f"{what} {file} with options" if file else "options")

@@ -96,7 +96,7 @@ def _require_own_fields(recipe: Recipe) -> None:
         )
 
 
-def _checked_options(given: Mapping[str, object], defaults: Mapping[str, object], owner: str) -> dict[str, object]:
+def checked_options(given: Mapping[str, object], defaults: Mapping[str, object], owner: str) -> dict[str, object]:
     """Return the defaults with what was given over them.
 
     Raises:
@@ -120,7 +120,7 @@ def options_of(recipe: Recipe) -> dict[str, object]:
     """
     _require_own_fields(recipe)
     method = method_of(recipe)
-    options = _checked_options(recipe.options, method.options, f"method {method.name}")
+    options = checked_options(recipe.options, method.options, f"method {method.name}")
     try:
         method.check(options)
     except ValueError as error:
@@ -135,7 +135,7 @@ def layer_allocation_of(recipe: Recipe) -> tuple[LayerAllocator, dict[str, objec
         ParedError: there is no such allocation of zeros, or an option of it is unknown or of another type.
     """
     allocator = layer_allocator_of(allocation_of(recipe))
-    options = _checked_options(recipe.allocation_options, allocator.options, f"allocation {allocator.name}")
+    options = checked_options(recipe.allocation_options, allocator.options, f"allocation {allocator.name}")
     if options["granularity"] not in GRANULARITIES:
         raise ParedError(f"option granularity: expected one of {', '.join(GRANULARITIES)}, found "
                          f"{options['granularity']!r}")  # fmt: skip
@@ -149,7 +149,7 @@ def rank_options_of(recipe: Recipe) -> dict[str, object]:
         ParedError: there is no such allocation, or an option of it is unknown or of another type.
     """
     allocator = allocator_of(allocation_of(recipe))
-    return _with_program(_checked_options(recipe.allocation_options, allocator.options, f"allocation {allocator.name}"))
+    return _with_program(checked_options(recipe.allocation_options, allocator.options, f"allocation {allocator.name}"))
 
 
 def _with_program(options: dict[str, object]) -> dict[str, object]:

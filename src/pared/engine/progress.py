@@ -2,14 +2,19 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
-Advance = Callable[[], None]
+
+class Advance(Protocol):
+    """Marks a step as done."""
+
+    def __call__(self, told: str = "") -> None:
+        """Mark one; ``told`` is what is to be shown beside it, if anything."""
 
 
 class Progress(Protocol):
@@ -28,7 +33,7 @@ class Silent:
     @contextmanager
     def stage(self, name: str, total: int, unit: str) -> Iterator[Advance]:  # noqa: ARG002 - the protocol's
         """Open a stage."""
-        yield lambda: None
+        yield lambda told="": None  # noqa: ARG005 - the protocol's
 
     def note(self, message: str) -> None:
         """Say nothing."""

@@ -65,6 +65,7 @@ def model_card(manifest: Manifest, folder: str) -> str:
             "",
             _measured_on(manifest),
             "",
+            *_trained(manifest),
             "## Load",
             "",
             LOADING.format(folder=folder),
@@ -78,6 +79,24 @@ def model_card(manifest: Manifest, folder: str) -> str:
             "",
         ]
     )
+
+
+def _trained(manifest: Manifest) -> list[str]:
+    """Tell of every training since the compression."""
+    if not manifest.training:
+        return []
+    lines = ["## Training", ""]
+    for entry in manifest.training:
+        tokens = sum(stage["tokens"] for stage in entry.stages)
+        text = ", ".join(str(row["text"]) for row in entry.data)
+        line = f"- `{entry.tuning.method}` on {tokens:,} tokens of {text}"
+        if entry.evaluation and entry.perplexity_before is not None and entry.perplexity_after is not None:
+            line += (
+                f"; perplexity on {entry.evaluation['text']}: {entry.perplexity_before:,.2f} before, "
+                f"{entry.perplexity_after:,.2f} after"
+            )
+        lines.append(line)
+    return [*lines, ""]
 
 
 def _settled(manifest: Manifest) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pared.errors import ParedError
+from pared.locking import lock
 from pared.search.evolution import Candidate, Measured
 
 FORMAT = 1
@@ -142,12 +143,8 @@ def _locked(path: Path) -> BinaryIO:
     file = path.open("a+b")
     file.seek(0)
     try:
-        import fcntl  # not on Windows
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        pass
-    except OSError:
+        lock(file, f"journal {path}: another search is writing it; wait for it, or name another folder")
+    except ParedError:
         file.close()
-        raise ParedError(f"journal {path}: another search is writing it; wait for it, or name another folder") from None
+        raise
     return file

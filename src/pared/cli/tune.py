@@ -1,0 +1,138 @@
+"""``pared tune``: a compressed model in, the same one trained out."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pared.checkpoint.manifest import Manifest
+from pared.cli import options
+from pared.cli.console import ConsoleProgress, JsonFile, errors, out, quiet_libraries, write_json
+from pared.tuning import Tuning
+
+
+def tune(
+    model: Annotated[str | None, typer.Argument(help="A folder that pared made.", show_default=False)] = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="YAML file of a training; options given here win over it.")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="A name that `pared methods` lists under training. [default: distill]")
+    ] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help="A text to train on, by name; repeatable, mixed. [default: embedded]")
+    ] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens in a window. [default: 512]")] = None,
+    windows: Annotated[int | None, typer.Option(help="The most windows of each text. [default: all]")] = None,
+    validation: Annotated[
+        int | None, typer.Option(help="Windows at the end of each text, not trained on, for its loss. [default: 8]")
+    ] = None,
+    epochs: Annotated[float | None, typer.Option(help="How often the data is gone through. [default: 1]")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens to train on, in place of --epochs.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Windows in a batch. [default: 8]")] = None,
+    accumulation: Annotated[int | None, typer.Option(help="Batches in a step. [default: 1]")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="At its peak. [default: the method's own]")] = None,
+    schedule: Annotated[str | None, typer.Option(help="constant, linear, cosine. [default: the method's own]")] = None,
+    clip: Annotated[float | None, typer.Option(help="Largest norm of a step's gradient. [default: 1]")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Of AdamW. [default: 0]")] = None,
+    evaluate_every: Annotated[
+        int | None, typer.Option(help="Steps between two measurements of the validation loss. [default: at the end]")
+    ] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="Stop after so many measurements without a better one, and keep the best.")
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(help="Steps between two states to go on from after a crash. [default: 100]")
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool | None, typer.Option("--gradient-checkpointing", help="Less memory for a third more time.")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="What is multiplied in; what is trained is held in float32. [default: auto]")
+    ] = None,
+    report_to: Annotated[
+        list[str] | None, typer.Option(help="A tracker, as Accelerate names it: tensorboard, wandb; repeatable.")
+    ] = None,
+    option: options.MethodOptions = None,
+    eval_text: Annotated[
+        str | None,
+        typer.Option("--eval", help="Text to measure perplexity on, before and after; none measures nothing. "
+                     "[default: what the folder was measured on]"),
+    ] = None,
+    eval_length: options.EvalLength = None,
+    eval_windows: options.EvalWindows = None,
+    seed: Annotated[int | None, typer.Option(help="Of order and draws. [default: 0]")] = None,
+    device: options.Device = None,
+    out_folder: Annotated[Path | None, typer.Option("--out", help="The folder to make.")] = None,
+    overwrite: options.Overwrite = False,
+    json_file: JsonFile = None,
+) -> None:  # fmt: skip
+    """Train a compressed model: rank, format and zeros stay. The same command goes on after a crash."""
+    with errors("interrupted; what was trained is kept, the same command goes on from there"):
+        quiet_libraries()
+        from pared.training import tune as run
+
+        asked = options.asked_of(
+            Tuning,
+            recipe,
+            {
+                "model": model,
+                "method": method,
+                "data": data,
+                "length": length,
+                "windows": windows,
+                "validation": validation,
+                "epochs": epochs,
+                "tokens": tokens,
+                "batch": batch,
+                "accumulation": accumulation,
+                "learning_rate": learning_rate,
+                "schedule": schedule,
+                "clip": clip,
+                "weight_decay": weight_decay,
+                "evaluate_every": evaluate_every,
+                "patience": patience,
+                "checkpoint_every": checkpoint_every,
+                "gradient_checkpointing": gradient_checkpointing,
+                "precision": precision,
+                "report_to": report_to,
+                "options": options.named_values(option),
+                "evaluation.text": eval_text,
+                "evaluation.length": eval_length,
+                "evaluation.windows": eval_windows,
+                "seed": seed,
+                "device": device,
+                "out": out_folder,
+            },
+        )
+        made = run(asked, overwrite, ConsoleProgress())
+        print_trained(made.manifest, str(made.folder))
+        write_json(json_file, {"folder": str(made.folder), **made.manifest.model_dump(mode="json")})
+
+
+def print_trained(manifest: Manifest, folder: str) -> None:
+    """Print what a training changed."""
+    training = manifest.training[-1]
+    for stage in training.stages:
+        first, last = stage["loss"]
+        out.print(
+            f"{stage['name']}: {stage['steps']:,} steps, {stage['tokens']:,} tokens, {stage['trained_parameters']:,} "
+            f"parameters trained, loss {first:.4f} -> {last:.4f}",
+            markup=False,
+        )
+        if stage["validation"]:
+            told = ", ".join(f"{loss:.4f} (step {step})" for step, loss in stage["validation"][-3:])
+            out.print(f"  loss on rows never trained on: {told}", markup=False)
+    if training.perplexity_before is not None and training.perplexity_after is not None and training.evaluation:
+        before, after = training.perplexity_before, training.perplexity_after
+        on = training.evaluation
+        out.print(
+            f"perplexity on {on['text']}: {before:,.2f} -> {after:,.2f} (x{after / before:.3g}), {on['windows']} "
+            f"windows of {on['length']} tokens",
+            markup=False,
+        )
+    seconds = "  ".join(f"{stage} {value:.1f}" for stage, value in training.seconds.items())
+    out.print(f"seconds by stage: {seconds}", markup=False)
+    out.print(f"peak memory: {training.peak_memory_bytes / 2**20:,.0f} MiB", markup=False)
+    out.print(f"self-check: reloaded, largest relative difference {manifest.self_check:.2g}", markup=False)
+    out.print(f"folder: {folder}", markup=False)

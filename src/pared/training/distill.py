@@ -1,0 +1,108 @@
+"""Distillation from the dense parent: its predictions on any text are the targets (Hinton et al., arXiv 1503.02531).
+
+``L = τ² · mean_t KL(p_teacher(· | t; τ) ‖ p_student(· | t; τ)) + h · mean_l ‖H_l − Ĥ_l‖² / ‖H_l‖²``, over tokens t and,
+if ``hidden`` is h > 0, over the blocks' outputs. Factors and normalisations train. No labels are needed, and what the
+model knows beyond the text is asked for too, as the targets are whole distributions.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from pared.checkpoint import load
+from pared.errors import ParedError
+from pared.training.divergence import divergence
+from pared.training.full import train_factors
+from pared.training.stage import Batch, Context, Loss, Prepared
+
+PARENT = "parent"
+
+
+def check(options: Mapping[str, Any]) -> None:
+    """Refuse what cannot be.
+
+    Raises:
+        ValueError: a temperature of 0 or less, or a negative weight.
+    """
+    if not options["temperature"] > 0:
+        raise ValueError(f"option temperature: expected more than 0, found {options['temperature']}")
+    if options["hidden"] < 0:
+        raise ValueError(f"option hidden: expected 0 or more, found {options['hidden']}")
+
+
+def prepare(context: Context) -> Prepared:
+    """Train factors and normalisations towards the teacher, which shares what is frozen in both."""
+    teacher = _teacher(context)
+    prepared = train_factors(context, towards(teacher, context.options), with_norms=True)
+    share_frozen(context.model, teacher)
+    return prepared
+
+
+def towards(teacher: PreTrainedModel, options: Mapping[str, Any]) -> Loss:
+    """Return the loss of a batch against a teacher, which is evaluated without gradients."""
+    temperature, hidden = float(options["temperature"]), float(options["hidden"])
+
+    def loss(student: Any, batch: Batch) -> torch.Tensor:
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        wanted = {**inputs, "output_hidden_states": hidden > 0, "use_cache": False}
+        with torch.no_grad():
+            target = teacher(**wanted)
+        found = student(**wanted)
+        seen = (
+            batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(batch["input_ids"]).bool()
+        )
+        result = divergence(_rows(found.logits, seen), _rows(target.logits, seen), temperature)
+        if hidden:
+            result = result + hidden * _apart(found.hidden_states[1:], target.hidden_states[1:], seen)
+        return result
+
+    return loss
+
+
+def share_frozen(student: nn.Module, teacher: nn.Module) -> int:
+    """Let both models hold one tensor where a frozen parameter has the same values; return the bytes saved."""
+    others = dict(teacher.named_parameters())
+    saved = 0
+    for name, parameter in student.named_parameters():
+        other = others.get(name)
+        if parameter.requires_grad or other is None or other is parameter or other.shape != parameter.shape:
+            continue
+        if other.dtype == parameter.dtype and torch.equal(other, parameter):
+            other.data = parameter.data
+            saved += parameter.numel() * parameter.element_size()
+    return saved
+
+
+def _teacher(context: Context) -> PreTrainedModel:
+    name = str(context.options["teacher"])
+    if name == PARENT:
+        if context.manifest is None:
+            raise ParedError("this model has no dense parent on record; name a teacher: --option teacher=MODEL")
+        name = context.manifest.model["name"]
+    try:
+        teacher = load(name)
+    except ParedError as error:
+        raise ParedError(f"teacher {name!r}: {error}; name another: --option teacher=MODEL") from None
+    ours, its = (len(model.get_input_embeddings().weight) for model in (context.model, teacher))
+    if ours != its:
+        raise ParedError(f"teacher {name!r} knows {its} tokens and the model {ours}; name one with the same tokenizer")
+    teacher.requires_grad_(False)
+    return teacher.to(context.tuning.device)
+
+
+def _rows(values_BTV: torch.Tensor, seen_BT: torch.Tensor) -> torch.Tensor:
+    if bool(seen_BT.all()):
+        return values_BTV.flatten(0, 1)
+    return values_BTV[seen_BT]
+
+
+def _apart(found: tuple[torch.Tensor, ...], target: tuple[torch.Tensor, ...], seen_BT: torch.Tensor) -> torch.Tensor:
+    """Return how far hidden states are from the teacher's, as a share of theirs, the mean over blocks."""
+    apart = []
+    for ours, its in zip(found, target, strict=True):
+        ours_TN, its_TN = _rows(ours, seen_BT).float(), _rows(its, seen_BT).float()
+        apart.append((ours_TN - its_TN).square().sum() / its_TN.square().sum().clamp(min=1e-12))
+    return torch.stack(apart).mean()

@@ -1,0 +1,88 @@
+"""What is trained on: rows of token ids with labels, and a part of them kept apart to measure the loss on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from pared.errors import ParedError
+from pared.sources.labelled_windows import find_windows
+from pared.sources.windows import NO_LABEL, Windows, require_fits
+from pared.tuning import Tuning
+
+Row = dict[str, torch.Tensor]
+PADDING = {"labels": NO_LABEL}  # everything else is padded with 0
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Rows to train on and rows never trained on.
+
+    Attributes:
+        train: one row a window or example, in the order of the data.
+        validation: the last of every data set.
+        described: what a manifest records of each data set.
+    """
+
+    train: tuple[Row, ...]
+    validation: tuple[Row, ...]
+    described: tuple[dict[str, object], ...]
+
+    @property
+    def tokens_per_row(self) -> float:
+        """Tokens of a row, padding not counted, on the average."""
+        return sum(tokens_of(row) for row in self.train) / len(self.train)
+
+
+def find_rows(tuning: Tuning, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, causal: bool) -> Examples:
+    """Return the rows of all data sets a tuning names.
+
+    Raises:
+        ParedError: a name is unknown, a set is too short to keep a part apart, or the model cannot take its rows.
+    """
+    train: list[Row] = []
+    validation: list[Row] = []
+    described: list[dict[str, object]] = []
+    for name in tuning.data:
+        wanted = None if tuning.windows is None else tuning.windows + tuning.validation
+        windows = find_windows(name, tokenizer, config, causal, tuning.length, wanted)
+        require_fits(config, windows)
+        rows = rows_of(windows)
+        if len(rows) <= tuning.validation:
+            raise ParedError(
+                f"data {name!r} has {len(rows)} windows of {tuning.length} tokens, and {tuning.validation} of them "
+                "are kept apart for validation; nothing is left to train on: use a longer text or a smaller length"
+            )
+        cut = len(rows) - tuning.validation
+        train += rows[:cut]
+        validation += rows[cut:]
+        described.append({**windows.describe(), "trained_on": cut})
+    return Examples(tuple(train), tuple(validation), tuple(described))
+
+
+def rows_of(windows: Windows) -> list[Row]:
+    """Return one row a window; of a text the tokens are the labels."""
+    labels = windows.tokens if windows.labels is None else windows.labels
+    columns = {"input_ids": windows.tokens, **windows.beside, "labels": labels}
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def tokens_of(row: Row) -> int:
+    """Return the tokens of a row, padding not counted."""
+    return int(row["attention_mask"].sum()) if "attention_mask" in row else len(row["input_ids"])
+
+
+def collate(rows: Sequence[Row]) -> Row:
+    """Stack rows; shorter ones are padded on the right, and all get a mask if any has one."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    full: list[dict[str, Any]] = [{"attention_mask": torch.ones_like(row["input_ids"]), **row}
+                                  if "attention_mask" in names else row for row in rows]  # fmt: skip
+    return {name: _stacked([row[name] for row in full], PADDING.get(name, 0)) for name in full[0]}
+
+
+def _stacked(values: Sequence[torch.Tensor], padding: int) -> torch.Tensor:
+    if values[0].ndim == 0:
+        return torch.stack(list(values))
+    return torch.nn.utils.rnn.pad_sequence(list(values), batch_first=True, padding_value=padding)

@@ -1,0 +1,49 @@
+"""The training methods there are."""
+
+from pared.errors import ParedError
+from pared.names import did_you_mean
+from pared.training import distill, full, lora
+from pared.training.stage import Stage, TuningMethod
+
+METHODS: dict[str, TuningMethod] = {
+    method.name: method
+    for method in (
+        TuningMethod(
+            name="lora",
+            paper="Hu et al., ICLR 2022, arXiv 2106.09685; SVD-LLM's order: arXiv 2403.07378",
+            summary="adapters on the factors, merged: rank and format stay",
+            stages=lora.stages,
+            learning_rate=1e-4,
+            options={"rank": 8, "alpha": 32, "dropout": 0.0, "targets": "up", "order": "together"},
+            check=lora.check,
+        ),
+        TuningMethod(
+            name="full",
+            paper="Basis Sharing's recovery: Wang et al., ICLR 2025, arXiv 2410.03765",
+            summary="all factors on the model's own loss",
+            stages=lambda _: (Stage("full", full.prepare),),
+            learning_rate=2e-6,
+            options={"norms": False},
+        ),
+        TuningMethod(
+            name="distill",
+            paper="Hinton et al., 2015, arXiv 1503.02531",
+            summary="factors and norms towards the predictions of the dense parent, on any text",
+            stages=lambda _: (Stage("distill", distill.prepare, warmup=0.03, schedule="cosine"),),
+            learning_rate=1e-4,
+            options={"teacher": distill.PARENT, "temperature": 1.0, "hidden": 0.0},
+            check=distill.check,
+        ),
+    )
+}
+
+
+def method_of(name: str) -> TuningMethod:
+    """Return a training method by name.
+
+    Raises:
+        ParedError: there is none of that name.
+    """
+    if name not in METHODS:
+        raise ParedError(f"unknown training method {name!r}; {did_you_mean(name, METHODS)}")
+    return METHODS[name]

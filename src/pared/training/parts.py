@@ -1,0 +1,34 @@
+"""Which parts of a compressed model there are to train."""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from pared.modules import LowRankLinear, PivotedLinear, SparseLinear
+
+COMPRESSED = (LowRankLinear, PivotedLinear, SparseLinear)
+
+
+def compressed_layers(model: nn.Module) -> dict[str, LowRankLinear | PivotedLinear | SparseLinear]:
+    """Return the modules that stand where linear layers stood, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, COMPRESSED)}
+
+
+def norms(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the normalisations: modules whose own parameters are all vectors, and that are no linear layer's bias."""
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        if own and all(parameter.ndim == 1 for parameter in own):
+            yield module
+
+
+def freeze(model: nn.Module) -> None:
+    """Let nothing want gradients."""
+    model.requires_grad_(False)
+
+
+def unpack(model: nn.Module) -> None:
+    """Give every sparse layer its dense weight, which is what trains."""
+    for layer in compressed_layers(model).values():
+        if isinstance(layer, SparseLinear):
+            layer.unpack_()

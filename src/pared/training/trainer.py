@@ -1,0 +1,200 @@
+"""One stage through the Trainer of transformers: what it computes in, what it saves, how it goes on after a crash."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+from pared.engine.progress import Progress
+from pared.errors import ParedError
+from pared.training.examples import Examples, Row, collate
+from pared.training.precision import precise
+from pared.training.stage import Prepared, Stage
+from pared.training.validation import Validation
+from pared.training.watch import Watch, WholeCheckpoints
+from pared.tuning import Tuning
+
+TRAINED = "trained.safetensors"
+SCHEDULES: dict[str, tuple[str, dict[str, float]]] = {
+    "constant": ("constant_with_warmup", {}),
+    "linear": ("linear", {}),
+    "cosine": ("cosine", {}),
+    "cosine-to-tenth": ("cosine_with_min_lr", {"min_lr_rate": 0.1}),
+}
+
+
+@dataclass
+class Went:
+    """How a stage went.
+
+    Attributes:
+        name: of the stage.
+        steps: optimiser steps.
+        tokens: trained on, padding not counted.
+        trained_parameters: numbers that were trained.
+        loss: mean over the first and over the last tenth of the steps.
+        validation: (step, loss) on the rows never trained on.
+    """
+
+    name: str
+    steps: int
+    tokens: int
+    trained_parameters: int
+    loss: tuple[float, float]
+    validation: list[tuple[int, float]] = field(default_factory=list)
+
+
+class StageTrainer(Trainer):
+    """A Trainer whose loss is the stage's, and whose checkpoints hold what is trained and nothing else."""
+
+    def __init__(self, prepared: Prepared, precision: torch.dtype, watch: Watch, **arguments: Any) -> None:
+        self.prepared, self.precision, self.watch = prepared, precision, watch
+        super().__init__(model=prepared.model, **arguments)
+        self.model_accepts_loss_kwargs = False  # losses are means of a batch
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the stage's loss of a batch.
+
+        Raises:
+            ParedError: it is not a number.
+        """
+        del num_items_in_batch
+        with precise(self.args.device, self.precision):
+            loss = self.prepared.loss(model, inputs)
+        self.watch.saw(value := float(loss))
+        if not math.isfinite(value):
+            raise ParedError(
+                f"the loss is {value} at step {self.state.global_step + 1}; train with a smaller learning rate, "
+                "or with precision float32"
+            )
+        return (loss, None) if return_outputs else loss
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        del state_dict
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in state_of(self.prepared).items()}, folder / TRAINED)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        del model
+        put_back(self.prepared, Path(resume_from_checkpoint) / TRAINED)
+
+
+def state_of(prepared: Prepared) -> dict[str, torch.Tensor]:
+    """Return what a stage changes, by name: parameters that want gradients, once each, and the buffers it names."""
+    model: nn.Module = prepared.model
+    trained = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return trained | {name: model.get_buffer(name) for name in prepared.buffers}
+
+
+def put_back(prepared: Prepared, file: Path) -> None:
+    """Give a model the state of a file.
+
+    Raises:
+        ParedError: it is the state of another model.
+    """
+    stored, here = load_file(file), state_of(prepared)
+    if stored.keys() != here.keys() or any(stored[name].shape != here[name].shape for name in here):
+        raise ParedError(f"{file} is the state of another model; remove the folder it is in to begin anew")
+    with torch.no_grad():
+        for name, tensor in here.items():
+            tensor.copy_(stored[name])
+
+
+def train(
+    prepared: Prepared,
+    stage: Stage,
+    tuning: Tuning,
+    learning_rate: float,
+    steps: int,
+    examples: Examples,
+    folder: Path,
+    checkpoint: Path | None,
+    precision: torch.dtype,
+    progress: Progress,
+) -> Went:
+    """Train a stage to its end, from a checkpoint if there is one.
+
+    Args:
+        prepared: the model made ready.
+        stage: what is trained.
+        tuning: what was asked for.
+        learning_rate: at the peak.
+        steps: optimiser steps.
+        examples: rows.
+        folder: for checkpoints.
+        checkpoint: what to go on from.
+        precision: what products are made in.
+        progress: who watches.
+
+    Raises:
+        ParedError: nothing is trained, or the loss is not a number.
+    """
+    count = sum(parameter.numel() for parameter in prepared.model.parameters() if parameter.requires_grad)
+    if not count:
+        raise ParedError(f"stage {stage.name!r} of method {tuning.method} has nothing to train in {tuning.model}")
+    folder.mkdir(parents=True, exist_ok=True)
+    schedule, more = SCHEDULES[stage.schedule if tuning.schedule == "auto" else tuning.schedule]
+    watch = Watch(stage.name, progress, examples.tokens_per_row)
+    validation = Validation(examples.validation, tuning, precision, lambda: state_of(prepared), folder)
+    trainer = StageTrainer(
+        prepared,
+        precision,
+        watch,
+        args=TrainingArguments(
+            output_dir=str(folder),
+            max_steps=steps,
+            per_device_train_batch_size=tuning.batch,
+            gradient_accumulation_steps=tuning.accumulation,
+            learning_rate=learning_rate,
+            lr_scheduler_type=schedule,
+            lr_scheduler_kwargs=more,
+            warmup_steps=math.ceil(stage.warmup * steps),
+            weight_decay=tuning.weight_decay,
+            max_grad_norm=tuning.clip,
+            save_strategy="steps",
+            save_steps=tuning.checkpoint_every,
+            save_total_limit=2,
+            logging_steps=10,
+            logging_nan_inf_filter=False,
+            report_to=list(tuning.report_to) or "none",
+            seed=tuning.seed,
+            use_cpu=tuning.device == "cpu",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=tuning.device != "cpu",
+        ),
+        train_dataset=_Rows(examples.train),
+        data_collator=collate,
+        callbacks=[*prepared.callbacks, watch, validation, WholeCheckpoints()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    if tuning.gradient_checkpointing:
+        prepared.model.gradient_checkpointing_enable({"use_reentrant": False})
+    prepared.model.train()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if validation.best is not None:
+        put_back(prepared, validation.best)
+    prepared.model.eval()
+    return Went(stage.name, trainer.state.global_step, watch.tokens, count, watch.losses(), validation.history)
+
+
+class _Rows(torch.utils.data.Dataset[Row]):
+    """Rows as torch counts them."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Row:
+        return self.rows[index]

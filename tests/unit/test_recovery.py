@@ -1,0 +1,375 @@
+"""Compressed models are trained: what trains, what stays, and what a killed training leaves behind."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import TINY_MODELS
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+import pared
+from pared import ParedError
+from pared.checkpoint import Manifest, load, verify
+from pared.cli.main import app
+from pared.modules import SparseLinear
+from pared.training import METHODS, tune
+from pared.training.distill import share_frozen, towards
+from pared.training.divergence import divergence
+from pared.training.examples import collate
+from pared.training.parts import compressed_layers
+from pared.tuning import Tuning
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
+
+KINDS: dict[str, dict[str, Any]] = {
+    "factors": {"method": "svd-llm", "storage": "factors", "keep": 0.6},
+    "pivoted": {"method": "svd-llm", "storage": "pivoted", "keep": 0.6},
+    "shared": {"method": "basis-sharing", "options": {"sharing": "all"}, "keep": 0.7},
+    "sparse": {"method": "wanda", "sparsity": 0.5},
+    "2:4": {"method": "wanda", "pattern": "2:4"},
+}
+Folder = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def folder(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast, calibration: pared.Calibration
+) -> Folder:
+    """A compressed folder of every kind, with its dense parent beside it."""
+    place = tmp_path_factory.mktemp("recovery")
+    dense = TINY_MODELS["llama"]()
+    dense.save_pretrained(place / "dense")
+    tokenizer.save_pretrained(place / "dense")
+    made: dict[str, Path] = {}
+
+    def of(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = place / kind.replace(":", "-")
+            evaluation = {"text": calibration.text, "length": 16, "windows": 4}
+            recipe = {"calibration": calibration, "model": str(place / "dense"), "out": str(made[kind]),
+                      "evaluation": evaluation, **KINDS[kind]}  # fmt: skip
+            pared.run(pared.Recipe.model_validate(recipe))
+        return made[kind]
+
+    return of
+
+
+def asked(folder: Path, out: Path, text_file: Path, **more: Any) -> Tuning:
+    return Tuning.of({
+        "model": str(folder), "out": str(out), "data": [f"file:{text_file}"], "length": 16, "validation": 4,
+        "batch": 4, "tokens": 4 * 16 * 6, "learning_rate": 1e-2, **more,
+    })  # fmt: skip
+
+
+def parameters(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+# The loss of distillation.
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_divergence_and_its_gradient_are_those_of_torch(temperature: float) -> None:
+    student = torch.randn(150, 37, dtype=torch.float64).float().requires_grad_()
+    teacher = torch.randn(150, 37) * 3
+    expected = nn.functional.kl_div(
+        (student / temperature).log_softmax(-1), (teacher / temperature).softmax(-1), reduction="batchmean"
+    ) * temperature**2  # fmt: skip
+    (wanted,) = torch.autograd.grad(expected, student)
+    found = divergence(student, teacher, temperature)
+    (gradient,) = torch.autograd.grad(found * 1.0, student)
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-7)
+
+
+def test_divergence_of_a_model_from_itself_is_zero_and_so_is_its_gradient() -> None:
+    logits = torch.randn(10, 7, requires_grad=True)
+    loss = divergence(logits, logits.detach())
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(0, abs=1e-6)
+    assert float(logits.grad.abs().max()) < 1e-7
+
+
+def test_logits_of_different_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"expected \(tokens, vocabulary\) of both"):
+        divergence(torch.zeros(2, 3), torch.zeros(3, 2))
+
+
+def test_padding_does_not_teach() -> None:
+    teacher, student = TINY_MODELS["llama"](), TINY_MODELS["llama"]()
+    with torch.no_grad():
+        student.model.layers[0].mlp.up_proj.weight.mul_(0.5)
+    loss = towards(teacher, {"temperature": 1.0, "hidden": 0.0})
+    long, short = (_row(count) for count in (9, 5))
+    padded = collate([long, {**short, "attention_mask": torch.ones(5, dtype=torch.int64)}])
+    expected = (9 * float(loss(student, collate([long]))) + 5 * float(loss(student, collate([short])))) / 14
+    assert float(loss(student, padded)) == pytest.approx(expected, rel=1e-4)
+
+
+def test_hidden_states_of_the_teacher_are_wanted_too_where_that_is_asked_for() -> None:
+    teacher, student = TINY_MODELS["llama"](), TINY_MODELS["llama"]()
+    batch = collate([_row(9)])
+    assert float(towards(teacher, {"temperature": 1.0, "hidden": 1.0})(teacher, batch)) == pytest.approx(0, abs=1e-6)
+    with torch.no_grad():
+        student.model.layers[0].mlp.up_proj.weight.mul_(0.5)
+    plain, more = (
+        float(towards(teacher, {"temperature": 1.0, "hidden": hidden})(student, batch)) for hidden in (0.0, 1.0)
+    )
+    assert more > plain
+
+
+def _row(count: int) -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, 64, (count,))
+    return {"input_ids": ids, "labels": ids}
+
+
+def test_teacher_and_student_hold_one_embedding(folder: Folder) -> None:
+    student, teacher = load(folder("factors")), load(folder("factors").parent / "dense")
+    student.requires_grad_(False)
+    for layer in compressed_layers(student).values():
+        layer.requires_grad_(True)
+    saved = share_frozen(student, teacher)
+    assert saved >= student.get_input_embeddings().weight.numel() * 4
+    assert student.get_input_embeddings().weight.data_ptr() == teacher.get_input_embeddings().weight.data_ptr()
+
+
+# Every method on every kind.
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_every_kind_of_folder(
+    folder: Folder, tmp_path: Path, text_file: Path, method: str, kind: str
+) -> None:
+    before = load(folder(kind))
+    made = tune(asked(folder(kind), tmp_path / "out", text_file, method=method))
+    after = load(tmp_path / "out")
+    assert verify(tmp_path / "out") == 0.0
+    assert before.config.quantization_config.modules == after.config.quantization_config.modules
+    changed = {name for name, value in parameters(after).items() if not torch.equal(value, parameters(before)[name])}
+    assert changed
+    frozen = [name for name in changed if "embed" in name or "lm_head" in name]
+    assert not frozen
+    training = made.manifest.training[-1]
+    assert training.stages[0]["steps"] == 6
+    assert math.isfinite(training.perplexity_before)
+    assert training.perplexity_after != training.perplexity_before
+    assert made.manifest.perplexity_after == training.perplexity_after
+    assert not list(tmp_path.glob(".out*"))
+    for name, layer in compressed_layers(after).items():
+        if isinstance(layer, SparseLinear):
+            assert torch.equal(layer.mask, before.get_submodule(name).mask)
+
+
+def test_distillation_brings_the_student_nearer_to_its_teacher(folder: Folder, tmp_path: Path, text_file: Path) -> None:
+    made = tune(asked(folder("factors"), tmp_path / "out", text_file, method="distill", tokens=4 * 16 * 60))
+    first, last = made.manifest.training[-1].stages[0]["loss"]
+    assert last < 0.7 * first
+    ids = torch.randint(3, 64, (4, 16))
+    with torch.no_grad():
+        dense, old, new = (
+            load(path)(ids).logits.log_softmax(-1)
+            for path in (folder("factors").parent / "dense", folder("factors"), tmp_path / "out")
+        )
+    apart = [float(nn.functional.kl_div(one, dense, log_target=True, reduction="sum")) for one in (old, new)]
+    assert apart[1] < apart[0]
+
+
+def test_a_shared_basis_is_one_tensor_still_and_no_adapter_touched_it(
+    folder: Folder, tmp_path: Path, text_file: Path
+) -> None:
+    before, made = load(folder("shared")), tune(asked(folder("shared"), tmp_path / "out", text_file, method="lora"))
+    after = load(made.folder)
+    for name, layer in compressed_layers(after).items():
+        if layer.shares is not None:
+            assert layer.down.weight is after.get_parameter(layer.shares)
+            assert torch.equal(layer.down.weight, before.get_submodule(name).down.weight)
+            assert not torch.equal(layer.up.weight, before.get_submodule(name).up.weight)
+
+
+def test_adapters_one_factor_after_the_other_change_both(folder: Folder, tmp_path: Path, text_file: Path) -> None:
+    options = {"order": "sequential"}
+    before = load(folder("factors"))
+    made = tune(asked(folder("factors"), tmp_path / "out", text_file, method="lora", options=options))
+    assert [stage["name"] for stage in made.manifest.training[-1].stages] == ["lora down", "lora up"]
+    assert [stage["steps"] for stage in made.manifest.training[-1].stages] == [3, 3]
+    after = load(made.folder)
+    for name, layer in compressed_layers(after).items():
+        old = before.get_submodule(name)
+        assert not torch.equal(layer.down.weight, old.down.weight)
+        assert not torch.equal(layer.up.weight, old.up.weight)
+
+
+def test_trainings_of_a_folder_are_a_chain(folder: Folder, tmp_path: Path, text_file: Path) -> None:
+    tune(asked(folder("factors"), tmp_path / "one", text_file, method="distill"))
+    made = tune(asked(tmp_path / "one", tmp_path / "two", text_file, method="lora"))
+    chain = made.manifest.training
+    assert [entry.tuning.method for entry in chain] == ["distill", "lora"]
+    assert chain[1].parent["folder"] == str(tmp_path / "one")
+    assert chain[1].perplexity_before == chain[0].perplexity_after
+    assert "distill" in (tmp_path / "two" / "README.md").read_text()
+
+
+# How long, how often, what is best.
+
+
+def test_patience_keeps_the_best_state(folder: Folder, tmp_path: Path, text_file: Path) -> None:
+    made = tune(asked(
+        folder("factors"), tmp_path / "out", text_file, method="full", learning_rate=0.3, tokens=4 * 16 * 40,
+        evaluate_every=2, patience=3,
+    ))  # fmt: skip
+    (stage,) = made.manifest.training[-1].stages
+    losses = [loss for _, loss in stage["validation"]]
+    assert stage["steps"] < 40
+    assert losses.index(min(losses)) == len(losses) - 4
+    rows = [row[None] for row in _validation_rows(text_file, tmp_path)]
+    model = load(tmp_path / "out")
+    with torch.no_grad():
+        again = sum(float(model(input_ids=row, labels=row).loss) for row in rows) / len(rows)
+    assert again == pytest.approx(min(losses), rel=1e-3)
+
+
+def _validation_rows(text_file: Path, tmp_path: Path) -> list[torch.Tensor]:
+    from pared.checkpoint import load_tokenizer
+    from pared.training.examples import find_rows
+
+    asked_of = Tuning.of({"data": [f"file:{text_file}"], "length": 16, "validation": 4})
+    found = find_rows(asked_of, load_tokenizer(tmp_path / "out"), load(tmp_path / "out").config, True)
+    assert len(found.validation) == 4
+    return [row["input_ids"] for row in found.validation]
+
+
+def test_epochs_and_tokens_are_counted_in_steps(folder: Folder, tmp_path: Path, text_file: Path) -> None:
+    rows = 1000 // 16 - 4
+    made = tune(asked(
+        folder("factors"), tmp_path / "out", text_file, method="lora", tokens=None, epochs=0.5, accumulation=2
+    ))  # fmt: skip
+    (stage,) = made.manifest.training[-1].stages
+    assert stage["steps"] == math.ceil(0.5 * math.ceil(rows / 8))
+    assert stage["tokens"] == stage["steps"] * 8 * 16
+
+
+# Crashes.
+
+
+def test_a_training_killed_at_any_step_goes_on_and_ends_the_same(
+    folder: Folder, tmp_path: Path, text_file: Path
+) -> None:
+    settings = {"method": "distill", "tokens": 4 * 16 * 30, "checkpoint_every": 5, "evaluate_every": 5}
+    tune(asked(folder("factors"), tmp_path / "whole", text_file, **settings))
+    arguments = ["tune", str(folder("factors")), "--out", str(tmp_path / "killed"), "--data", f"file:{text_file}",
+                 "--length", "16", "--validation", "4", "--batch", "4", "--tokens", str(4 * 16 * 30),
+                 "--learning-rate", "0.01", "--method", "distill", "--checkpoint-every", "5",
+                 "--evaluate-every", "5"]  # fmt: skip
+    command = [sys.executable, "-m", "pared.cli.main", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=_environment())
+    state = tmp_path / ".killed.training" / "state-1"
+    while process.poll() is None and not list(state.glob("checkpoint-*/WHOLE")):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed").exists()
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    resumed, whole = (Manifest.read(tmp_path / name).training[-1] for name in ("killed", "whole"))
+    assert "going on with the training" in result.output
+    assert resumed.stages[0]["validation"] == whole.stages[0]["validation"]
+    mine, theirs = parameters(load(tmp_path / "killed")), parameters(load(tmp_path / "whole"))
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def test_another_training_of_the_same_output_is_refused_and_nothing_is_lost(
+    folder: Folder, tmp_path: Path, text_file: Path
+) -> None:
+    work = tmp_path / ".out.training"
+    work.mkdir()
+    (work / "settings.json").write_text(json.dumps({"seed": 7}))
+    with pytest.raises(ParedError, match="holds an unfinished training with"):
+        tune(asked(folder("factors"), tmp_path / "out", text_file))
+    assert json.loads((work / "settings.json").read_text()) == {"seed": 7}
+
+
+def test_a_checkpoint_that_was_not_written_to_its_end_is_not_gone_on_from(tmp_path: Path) -> None:
+    from pared.training.workshop import Workshop
+
+    with Workshop.beside(tmp_path / "out", {}) as workshop:
+        for step, whole in ((5, True), (10, True), (15, False)):
+            (workshop.state(1) / f"checkpoint-{step}").mkdir(parents=True)
+            if whole:
+                (workshop.state(1) / f"checkpoint-{step}" / "WHOLE").touch()
+        assert workshop.last_checkpoint(1).name == "checkpoint-10"
+
+
+def test_two_trainings_of_one_output_at_a_time_are_refused(tmp_path: Path) -> None:
+    from pared.training.workshop import Workshop
+
+    with (
+        Workshop.beside(tmp_path / "out", {}),
+        pytest.raises(ParedError, match="another process is training this output"),
+        Workshop.beside(tmp_path / "out", {}),
+    ):
+        pass
+
+
+def test_a_loss_that_is_no_number_is_an_error_and_the_state_is_kept(
+    folder: Folder, tmp_path: Path, text_file: Path
+) -> None:
+    with pytest.raises(ParedError, match=r"the loss is nan at step \d+; train with a smaller learning rate"):
+        tune(asked(folder("factors"), tmp_path / "out", text_file, method="full", learning_rate=1e30, clip=1e30))
+    assert not (tmp_path / "out").exists()
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"method": "lorra"}, "unknown training method 'lorra'; did you mean 'lora'"),
+        ({"options": {"temprature": 2.0}}, "training method distill has no option 'temprature'"),
+        ({"options": {"temperature": 0.0}}, "option temperature: expected more than 0, found 0.0"),
+        ({"method": "lora", "options": {"targets": "left"}}, "option targets: expected one of up, down, both"),
+        ({"length": 100, "validation": 10}, "nothing is left to train on"),
+        ({"options": {"teacher": "/nowhere"}}, "teacher '/nowhere'"),
+        ({"model": "/nowhere"}, "/nowhere: no such folder"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    folder: Folder, tmp_path: Path, text_file: Path, fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ParedError) as error:
+        tune(asked(folder("factors"), tmp_path / "out", text_file, **fields))
+    assert message in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"lenght": 4}, "unknown key 'lenght'; did you mean 'length'"),
+        ({"tokens": 5, "epochs": 2.0}, "tokens 5 and epochs 2 are two lengths; give one"),
+        ({"patience": 2}, "say how often to measure with evaluate_every"),
+        ({"evaluate_every": 2, "validation": 0}, "measures on the validation part, and validation is 0"),
+        ({"data": []}, "data names nothing to train on"),
+        ({"evaluation": {"txt": "x"}}, "unknown key 'evaluation.txt'"),
+    ],
+)
+def test_a_tuning_that_cannot_be_is_told_in_one_line(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ParedError) as error:
+        Tuning.of(fields)
+    assert message in str(error.value)
