@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pared.calibration.precision import choose_dtype
 from pared.checkpoint import Manifest, compare, load, require_tensors, save, take_fingerprint
 from pared.checkpoint.manifest import Training, machine, versions
 from pared.engine.asked import checked_options
 from pared.engine.progress import Progress, Silent, Stopwatch, peak_memory_bytes
 from pared.errors import ParedError
 from pared.evaluation import perplexity
-from pared.hardware import device_of, dtype_of
+from pared.hardware import device_of
 from pared.recipe import Evaluation
 from pared.report.card import model_card
 from pared.sources.models import find_model, is_causal
@@ -83,7 +84,7 @@ class _Job:
         self.config = find_model(self.model_name).config()
         self.tokenizer: PreTrainedTokenizerBase = find_model(self.model_name).tokenizer()
         self.causal = is_causal(self.config.architectures or [])
-        self.precision = dtype_of(tuning.precision) or _stored_dtype(self.config)
+        self.precision = choose_dtype(tuning.precision, _stored_dtype(self.config), device_of(tuning.device))
 
     def run(self) -> Tuned:
         """Do everything."""
@@ -246,6 +247,7 @@ class _Job:
             **self.tuning.model_dump(mode="json", exclude=left_out),
             "options": self.options,
             "parent": _digest(self.parent),
+            "multiplied in": str(self.precision),
             "digests": [entry["digest"] for entry in examples.described],
             "versions": versions(),
         }
