@@ -80,8 +80,8 @@ def render(lines: list[dict[str, Any]]) -> str:
         "Made by `python benchmarks/recovery.py`; raw figures in [recovery.jsonl](recovery.jsonl). Do not edit.",
         "",
         f"`{dense['model']}`, compressed by loss-optimal, calibrated on {SAMPLES} windows of {LENGTH} tokens of "
-        f"{CALIBRATION}; trained on a mix of {' and '.join(MIX)}; perplexity on {WINDOWS} windows of {LENGTH} tokens of "
-        "texts that were neither calibrated nor trained on, and what multiple it is of the untuned dense model's.",
+        f"{CALIBRATION}; trained on a mix of {' and '.join(MIX)}; perplexity on {WINDOWS} windows of {LENGTH} tokens "
+        "of texts that were neither calibrated nor trained on, and what multiple it is of the untuned dense model's.",
         "",
     ]
     for keep in sorted({line["keep"] for line in lines if line["keep"] < 1}, reverse=True):

@@ -34,8 +34,8 @@ class Tuning(Strict):
         patience: measurements without a smaller loss after which training stops; the best is kept. None trains on.
         checkpoint_every: steps after which the state is saved, to go on from after a crash.
         gradient_checkpointing: compute activations again in the backward pass rather than hold them.
-        precision: what is multiplied in; ``auto`` is the dtype of the model, or for float32 models bfloat16 where that is
-            measured to be faster. What is trained is held in float32.
+        precision: what is multiplied in; ``auto`` is the dtype of the model, or for float32 models bfloat16 where that
+            is measured to be faster. What is trained is held in float32.
         report_to: trackers by the names Accelerate has for them.
         options: of the method, by the names that ``pared methods`` lists.
         evaluation: what perplexity is measured on before and after; ``auto`` is what the folder was measured on when it
