@@ -78,28 +78,34 @@ def peak_memory(recipe: Recipe) -> dict[str, float]:
     return {"imported": imported, "peak": peak, "model_bytes": sum(p.numel() * p.itemsize for p in model.parameters())}
 
 
+MEMORY = "peak memory above the imports, of the model"
+
+
 def render(lines: list[dict[str, Any]]) -> str:
     """Return the page."""
     last = lines[-1]
-    names = [name for name in CASES if any(line["case"] == name for line in lines)]
+    order = list(CASES)
+    groups: dict[tuple[str, str, str, str], list[dict[str, Any]]] = {}
+    for line in sorted(lines, key=lambda line: order.index(line["case"])):
+        groups.setdefault((line["case"], line["cpu"], line["dtype"], line["commit"]), []).append(line)
     text = [
         "# What a compression costs",
         "",
         "Made by `python benchmarks/road.py`; raw figures in [road.jsonl](road.jsonl). Do not edit.",
         "",
-        f"`{last['model']}` calibrated on {last['samples']} x {last['length']} tokens of {last['text']}, blocks in "
-        f"{last['dtype']}, keep 0.8 where no sparsity is told, from the model's name to the folder reloaded and "
-        "checked, perplexity not measured. One thread, bare forward pass of the blocks and whole job in turns; median "
-        "(least to most); ratios within a pair.",
+        f"`{last['model']}` calibrated on {last['samples']} x {last['length']} tokens of {last['text']}, keep 0.8 "
+        "where no sparsity is told, from the model's name to the folder reloaded and checked, perplexity not measured. One "
+        "thread, bare forward pass of the blocks and whole job in turns, in the dtype that is faster on the machine; "
+        "median (least to most); ratios within a pair.",
         "",
         table(
-            ("method", "options", "pairs", "whole / bare", "bar", "peak memory above the imports, of the model"),
-            [_summary(name, [line for line in lines if line["case"] == name]) for name in names],
+            ("method", "options", "machine", "commit", "pairs", "whole / bare", "bar", MEMORY),
+            [_summary(*key, own) for key, own in groups.items()],
         ),
         "",
     ]
-    for name in names:
-        text += [f"## {name}", "", _stages([line for line in lines if line["case"] == name]), ""]
+    for (name, *_), own in groups.items():
+        text += [f"## {name}, {_machine(own[0]['cpu'], own[0]['dtype'])}, {own[0]['commit']}", "", _stages(own), ""]
     text.append(
         f"Commits {', '.join(sorted({line['commit'] for line in lines}))}; {last['date']}, {last['cpu']}, "
         f"{last['threads']} thread, torch {last['torch']}, transformers {last['transformers']}, Python "
@@ -112,14 +118,27 @@ def _pairs(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [line for line in lines if line["what"] == "pair"]
 
 
-def _summary(name: str, lines: list[dict[str, Any]]) -> tuple[str, ...]:
+def _machine(cpu: str, dtype: str) -> str:
+    return f"{cpu}, {dtype.removeprefix('torch.')}"
+
+
+def _summary(name: str, cpu: str, dtype: str, commit: str, lines: list[dict[str, Any]]) -> tuple[str, ...]:
     fields, bar = CASES[name]
     told = {**fields.get("options", {}), **{name: fields[name] for name in ("sparsity",) if name in fields}}
     options = ", ".join(f"{option} {value}" for option, value in told.items())
     over = [(line["peak"] - line["imported"]) / line["model_bytes"] for line in lines if line["what"] == "memory"]
     ratios = [line["whole"] / line["bare"] for line in _pairs(lines)]
     memory = f"{over[-1]:.2f} x" if over else "-"
-    return name, options or "-", str(len(ratios)), f"**{spread(ratios)}**", f"{bar}", memory
+    return (
+        name,
+        options or "-",
+        _machine(cpu, dtype),
+        commit,
+        str(len(ratios)),
+        f"**{spread(ratios)}**",
+        f"{bar}",
+        memory,
+    )
 
 
 def _stages(lines: list[dict[str, Any]]) -> str:

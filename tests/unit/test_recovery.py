@@ -216,7 +216,7 @@ def test_trainings_of_a_folder_are_a_chain(folder: Folder, tmp_path: Path, text_
     made = tune(asked(tmp_path / "one", tmp_path / "two", text_file, method="lora"))
     chain = made.manifest.training
     assert [entry.tuning.method for entry in chain] == ["distill", "lora"]
-    assert chain[1].parent["folder"] == str(tmp_path / "one")
+    assert chain[1].parent["name"] == str(tmp_path / "one")
     assert chain[1].perplexity_before == chain[0].perplexity_after
     assert "distill" in (tmp_path / "two" / "README.md").read_text()
 

@@ -13,10 +13,11 @@ from pared.allocation.svd_llm_v2 import svd_llm_v2
 from pared.allocation.swift import swift
 from pared.allocation.uniform import uniform
 from pared.allocation.units import Budget, Evidence, Unit
+from pared.allocation.whole import whole_plan
 from pared.anatomy.structure import Anatomy
 from pared.errors import ParedError
 from pared.names import did_you_mean
-from pared.plan import Decision, LowRank, Plan, Shared, SitePlan
+from pared.plan import Decision, LowRank, Plan, Shared
 
 
 @dataclass(frozen=True)
@@ -114,23 +115,7 @@ def make_plan(
     units = [Unit((site,)) for site in anatomy.sites] if units is None else units
     decisions = allocator_of(allocation).allocate(units, budget, evidence or Evidence())
     by_site = {site.name: _of_member(unit, decisions[unit.name]) for unit in units for site in unit.members}
-    plan = Plan(
-        keep=budget.keep,
-        sites=tuple(
-            SitePlan(
-                name=site.name,
-                kind=site.kind,
-                block=site.block,
-                out_features=site.out_features,
-                in_features=site.in_features,
-                decision=by_site[site.name],
-            )
-            for site in anatomy.sites
-        ),
-        uncovered=anatomy.uncovered,
-        model_parameters=anatomy.model_parameters,
-        bytes_per_parameter=bytes_per_parameter,
-    )
+    plan = whole_plan(anatomy, budget.keep, by_site, bytes_per_parameter)
     # A budget of ranks asks for no number of parameters: what comes out is what was asked for.
     return plan if budget.rank_fraction is None else plan.model_copy(update={"keep": min(plan.achieved_keep, 1.0)})
 

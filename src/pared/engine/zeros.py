@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import torch
 
 from pared.allocation.sparsity import mixture
+from pared.allocation.whole import whole_plan
 from pared.anatomy import Anatomy, Site
 from pared.errors import ParedError
-from pared.plan import NM, Decision, Dense, Plan, SitePlan, Sparse
+from pared.plan import NM, Decision, Dense, Plan, Sparse
 from pared.recipe import Recipe
 from pared.sparsity import parse, pattern
 
@@ -85,20 +86,4 @@ def plan_zeros(
     for site in anatomy.sites:
         if site.idle:
             decisions[site.name] = Dense(reason="never ran in the probe pass; nothing is known about its inputs")
-    return Plan(
-        keep=1 - target_of(recipe),
-        sites=tuple(
-            SitePlan(
-                name=site.name,
-                kind=site.kind,
-                block=site.block,
-                out_features=site.out_features,
-                in_features=site.in_features,
-                decision=decisions[site.name],
-            )
-            for site in anatomy.sites
-        ),
-        uncovered=anatomy.uncovered,
-        model_parameters=anatomy.model_parameters,
-        bytes_per_parameter=bytes_per_parameter,
-    )
+    return whole_plan(anatomy, 1 - target_of(recipe), decisions, bytes_per_parameter)

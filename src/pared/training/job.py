@@ -1,7 +1,6 @@
 """A whole training: a folder or model by name, its stages one after the other, a folder that appears whole."""
 
 import gc
-import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass
@@ -9,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from pared.calibration.precision import choose_dtype
-from pared.checkpoint import Manifest, compare, load, require_tensors, save, take_fingerprint
+from pared.checkpoint import Manifest, compare, load, mark, require_tensors, save, take_fingerprint
 from pared.checkpoint.manifest import Training, machine, versions
 from pared.engine.asked import checked_options
 from pared.engine.progress import Progress, Silent, Stopwatch, peak_memory_bytes
@@ -21,12 +20,13 @@ from pared.evaluation import perplexity
 from pared.hardware import device_of
 from pared.recipe import Evaluation
 from pared.report.card import model_card
-from pared.sources.models import find_model, is_causal
+from pared.sources.models import is_causal
 from pared.sources.texts import find_text
 from pared.sources.windows import Windows, cut, require_fits
 from pared.staging import require_free, require_space, staged
 from pared.training.examples import Examples, find_rows
 from pared.training.methods import method_of
+from pared.training.parent import parent_of
 from pared.training.parts import unpack
 from pared.training.stage import Context, Stage, TuningMethod
 from pared.training.trainer import Went, train
@@ -71,18 +71,16 @@ class _Job:
         except ValueError as error:
             raise ParedError(f"training method {self.method.name}: {error}") from None
         device_of(tuning.device)
-        if tuning.model is None:
-            raise ParedError("no model is named; give a folder that pared made")
         if tuning.out is None:
             raise ParedError("no output folder is named; give --out DIR, or 'out' in the file")
-        self.model_name, self.out = tuning.model, Path(tuning.out).expanduser()
+        self.out = Path(tuning.out).expanduser()
         require_free(self.out, overwrite)
-        if Path(self.model_name).expanduser().absolute() == self.out.absolute():
+        if tuning.model is not None and Path(tuning.model).expanduser().absolute() == self.out.absolute():
             raise ParedError(f"output {self.out} is the model itself; name another folder")
-        self.parent = Manifest.read(Path(self.model_name).expanduser())
-        require_space(self.out, self.parent.bytes_on_disk)
-        self.config = find_model(self.model_name).config()
-        self.tokenizer: PreTrainedTokenizerBase = find_model(self.model_name).tokenizer()
+        self.parent = parent_of(tuning, self.options, self.method.compresses)
+        require_space(self.out, self.parent.bytes_needed)
+        self.config = self.parent.config
+        self.tokenizer = self.parent.tokenizer()
         self.causal = is_causal(self.config.architectures or [])
         self.precision = choose_dtype(tuning.precision, _stored_dtype(self.config), device_of(tuning.device))
 
@@ -98,7 +96,7 @@ class _Job:
                 self.progress.note(f"going on with the training that {workshop.folder} holds")
             before = self.measured(workshop, windows)
             went = [self.trained(workshop, number, stages, examples) for number in range(1, len(stages) + 1)]
-            made = self.written(workshop, len(stages), went, examples, windows, before)
+            made = self.written(workshop, went, examples, windows, before)
             workshop.close()
         return made
 
@@ -109,38 +107,37 @@ class _Job:
         if record.exists():
             return Went(**json.loads(record.read_text(encoding="utf-8")))
         with self.watch("load"):
-            model = load(self.model_name if number == 1 else workshop.stage(number - 1)).to(self.tuning.device)
-            dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+            model = self.parent.load() if number == 1 else load(workshop.stage(number - 1))
+            model.to(self.tuning.device)
+            stored = model.dtype
             unpack(model)
-        steps, epochs = self.length(stage, examples)
+        steps = self.steps(stage, stages, examples)
         torch.manual_seed(self.tuning.seed)
-        context = Context(model, self.options, self.tuning, self.parent, steps, epochs)
+        context = Context(model, self.options, self.tuning, self.parent.manifest, steps, examples)
         with self.watch(stage.name):
             prepared = stage.prepare(context)
-            rate = stage.learning_rate * (self.tuning.learning_rate or self.method.learning_rate)
+            rate = prepared.rate * (self.tuning.learning_rate or self.method.learning_rate)
             state, checkpoint = workshop.state(number), workshop.last_checkpoint(number)
             went = train(
                 prepared, stage, self.tuning, rate, steps, examples, state, checkpoint, self.precision, self.progress
             )
             trained = prepared.finish()
-        with self.watch("save"), staged(folder, True, needed=self.parent.bytes_on_disk) as staging:
-            stored = next(iter(dtypes.values()))
+        with self.watch("save"), staged(folder, True, needed=self.parent.bytes_needed) as staging:
             trained.to(dtype=stored)
+            mark(trained)
             save(trained, self.tokenizer, staging)
             (staging / "went.json").write_text(json.dumps(asdict(went)), encoding="utf-8")
         workshop.forget(number)
         return went
 
-    def length(self, stage: Stage, examples: Examples) -> tuple[int, float]:
-        """Return the steps of a stage, and how often it goes through the data."""
+    def steps(self, stage: Stage, stages: tuple[Stage, ...], examples: Examples) -> int:
+        """Return the steps of a stage."""
         tuning = self.tuning
         rows = tuning.batch * tuning.accumulation
-        per_epoch = math.ceil(len(examples.train) / rows)
         if tuning.tokens is None:
-            steps = math.ceil(tuning.epochs * stage.share * per_epoch)
-        else:
-            steps = math.ceil(tuning.tokens * stage.share / (rows * examples.tokens_per_row))
-        return max(1, steps), max(1, steps) / per_epoch
+            return max(1, math.ceil(tuning.epochs * stage.share * math.ceil(len(examples.train) / rows)))
+        share = stage.share / sum(one.share for one in stages)
+        return max(1, math.ceil(tuning.tokens * share / (rows * examples.tokens_per_row)))
 
     def evaluation_windows(self) -> Windows | None:
         """Return what perplexity is measured on, None for nothing."""
@@ -153,23 +150,19 @@ class _Job:
 
     def asked_evaluation(self) -> Evaluation | None:
         """Return what to measure on, the parent's where it is left to us."""
-        asked, then = self.tuning.evaluation, self.parent.evaluation
-        if asked is None or asked.text != "auto":
-            return asked
-        if then is None:
-            return None
-        return Evaluation(text=then["text"], length=then["length"], windows=then["windows"], bos=then["bos"])
+        asked = self.tuning.evaluation
+        return asked if asked is None or asked.text != "auto" else self.parent.evaluation()
 
     def measured(self, workshop: Workshop, windows: Windows | None) -> float | None:
         """Return the perplexity of the folder before it is trained, once for all tries."""
         if windows is None:
             return None
-        if self.parent.evaluation is not None and self.parent.evaluation["digest"] == windows.digest:
-            return self.parent.perplexity_after
+        if (known := self.parent.perplexity_on(windows.digest)) is not None:
+            return known
         file = workshop.folder / "before.json"
         if not file.exists():
             with self.watch("perplexity before"):
-                value = self.perplexity(load(self.model_name), windows, "before")
+                value = self.perplexity(self.parent.load(), windows, "before")
             file.write_text(json.dumps(value), encoding="utf-8")
         return float(json.loads(file.read_text(encoding="utf-8")))
 
@@ -183,16 +176,15 @@ class _Job:
     def written(
         self,
         workshop: Workshop,
-        number: int,
         went: list[Went],
         examples: Examples,
         windows: Windows | None,
         before: float | None,
     ) -> Tuned:
         """Write the folder of the last stage where it belongs, checked by reloading and measured."""
-        with staged(self.out, self.overwrite, needed=self.parent.bytes_on_disk) as staging:
+        with staged(self.out, self.overwrite, needed=self.parent.bytes_needed) as staging:
             with self.watch("save"):
-                model = load(workshop.stage(number))
+                model = load(workshop.stage(len(went)))
                 fingerprint = take_fingerprint(model)
                 save(model, self.tokenizer, staging)
                 bytes_on_disk = require_tensors(staging)
@@ -209,7 +201,7 @@ class _Job:
             training = Training(
                 tuning=self.tuning,
                 settled={"precision": str(self.precision).removeprefix("torch."), **self.options},
-                parent={"folder": self.model_name, "digest": _digest(self.parent)},
+                parent={"name": self.parent.name, "digest": self.parent.digest},
                 data=list(examples.described),
                 stages=[asdict(one) for one in went],
                 evaluation=None if windows is None or asked is None else {**windows.describe(), "bos": asked.bos},
@@ -220,25 +212,11 @@ class _Job:
                 versions=versions(),
                 machine=machine(),
             )
-            manifest = self.parent.model_copy(
-                update={
-                    **self.remeasured(windows, after),
-                    "training": (*self.parent.training, training),
-                    "bytes_on_disk": bytes_on_disk,
-                    "fingerprint": fingerprint,
-                    "self_check": difference,
-                }
-            )
+            measured = {"bytes_on_disk": bytes_on_disk, "fingerprint": fingerprint, "self_check": difference}
+            manifest = self.parent.child(model, training, measured)
             manifest.write(staging)
             (staging / "README.md").write_text(model_card(manifest, self.out.name), encoding="utf-8")
         return Tuned(self.out, manifest)
-
-    def remeasured(self, windows: Windows | None, after: float | None) -> dict[str, Any]:
-        """Return what the manifest says of perplexity: the figures of a text that was not measured again go."""
-        then = self.parent.evaluation
-        if windows is not None and then is not None and then["digest"] == windows.digest:
-            return {"perplexity_after": after}
-        return {"evaluation": None, "perplexity_before": None, "perplexity_after": None}
 
     def settings(self, examples: Examples) -> dict[str, Any]:
         """Return everything the result depends on."""
@@ -246,15 +224,11 @@ class _Job:
         return {
             **self.tuning.model_dump(mode="json", exclude=left_out),
             "options": self.options,
-            "parent": _digest(self.parent),
+            "parent": self.parent.digest,
             "multiplied in": str(self.precision),
             "digests": [entry["digest"] for entry in examples.described],
             "versions": versions(),
         }
-
-
-def _digest(manifest: Manifest) -> str:
-    return hashlib.sha256(manifest.model_dump_json().encode()).hexdigest()
 
 
 def _stored_dtype(config: Any) -> torch.dtype:

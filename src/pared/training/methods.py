@@ -2,7 +2,7 @@
 
 from pared.errors import ParedError
 from pared.names import did_you_mean
-from pared.training import distill, full, lora
+from pared.training import basel, distill, full, lora
 from pared.training.stage import Stage, TuningMethod
 
 METHODS: dict[str, TuningMethod] = {
@@ -33,6 +33,16 @@ METHODS: dict[str, TuningMethod] = {
             learning_rate=1e-4,
             options={"teacher": distill.PARENT, "temperature": 1.0, "hidden": 0.0},
             check=distill.check,
+        ),
+        TuningMethod(
+            name="basel",
+            paper="Li et al., TMLR 2025, arXiv 2405.15877; importance bsi: arXiv 2605.01627",
+            summary="a dense model made smaller for a task: bases weighed anew on it, the useless ones dropped",
+            stages=basel.stages,
+            learning_rate=2e-5,
+            options=basel.OPTIONS,
+            check=basel.check,
+            compresses=True,
         ),
     )
 }

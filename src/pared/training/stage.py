@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel, TrainerCallback
 
 from pared.checkpoint import Manifest
+from pared.training.examples import Examples
 from pared.tuning import Tuning
 
 Batch = Mapping[str, torch.Tensor]
@@ -30,6 +31,7 @@ class Prepared:
         finish: makes of what was trained a model that can be saved; in float32 where it was trained.
         callbacks: beside those every training has.
         buffers: names of buffers that change while training and so belong to its state.
+        rate: times the learning rate that was asked for.
     """
 
     model: Any
@@ -37,6 +39,7 @@ class Prepared:
     loss: Loss = own_loss
     callbacks: list[TrainerCallback] = field(default_factory=list)
     buffers: tuple[str, ...] = ()
+    rate: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Context:
         tuning: what was asked for.
         manifest: of the folder that is trained; none for a dense model.
         steps: optimiser steps of this stage.
-        epochs: how often the data is gone through in this stage.
+        examples: rows to train on.
     """
 
     model: PreTrainedModel
@@ -57,7 +60,7 @@ class Context:
     tuning: Tuning
     manifest: Manifest | None
     steps: int
-    epochs: float
+    examples: Examples
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,7 @@ class Stage:
     Attributes:
         name: for people and files.
         prepare: makes the model ready.
-        share: of the length that was asked for, or with ``epochs`` the number of them.
-        learning_rate: times the one asked for.
+        share: epochs for every one asked for; of tokens, its part of all stages' shares.
         warmup: the share of the steps in which the learning rate rises.
         schedule: how it falls then: constant, linear, cosine, or cosine to a tenth.
     """
@@ -76,7 +78,6 @@ class Stage:
     name: str
     prepare: Callable[[Context], Prepared]
     share: float = 1.0
-    learning_rate: float = 1.0
     warmup: float = 0.0
     schedule: str = "constant"
 

@@ -1,0 +1,5 @@
+"""Basel: bases are weighed anew on a task, and the useless ones go."""
+
+from pared.training.basel.method import OPTIONS, check, stages
+
+__all__ = ["OPTIONS", "check", "stages"]

@@ -1,0 +1,103 @@
+"""Which bases stay: by their share of a weight's mass, and by one threshold over all weights. Tensors in and out."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+
+def by_mass(importance_R: torch.Tensor, share: float) -> torch.Tensor:
+    """Keep the fewest bases that hold this share of the importance, and those equal to the last of them.
+
+    Sorted from the largest, the smallest k with ``cumsum_k ≥ share · sum`` stay. Importances below 0 count as 0: those
+    bases do harm. With a share of 1 no basis of any importance goes.
+
+    Args:
+        importance_R: of every basis ``(R,)``, 0 for those that were dropped before.
+        share: q, 0 to 1.
+
+    Returns:
+        True for bases that stay, bool ``(R,)``.
+    """
+    importance_R = importance_R.double().clamp(min=0)
+    if share >= 1:
+        return importance_R > 0
+    sorted_R = importance_R.sort(descending=True).values
+    sums_R = sorted_R.cumsum(0)
+    place = int(torch.searchsorted(sums_R, share * sums_R[-1]))
+    threshold = sorted_R[min(place, len(sorted_R) - 1)]
+    return (importance_R >= threshold) & (importance_R > 0)
+
+
+class Weight(NamedTuple):
+    """What one weight may be stored as: ``(rank + new) (out + in)`` numbers, or ``out · in`` as it is."""
+
+    out_features: int
+    in_features: int
+    new: int
+
+    @property
+    def dense(self) -> int:
+        """Numbers of the weight as it is."""
+        return self.out_features * self.in_features
+
+    def stored(self, rank: int) -> int:
+        """Numbers at this many bases: the smaller of factors and the weight as it is."""
+        return min(self.dense, (rank + self.new) * (self.out_features + self.in_features))
+
+    def grows(self, rank: int) -> bool:
+        """Whether factors would be no smaller than the weight."""
+        return (rank + self.new) * (self.out_features + self.in_features) >= self.dense
+
+
+def by_budget(
+    importance: Mapping[str, torch.Tensor], weights: Mapping[str, Weight], budget: int
+) -> dict[str, torch.Tensor]:
+    """Keep the bases that are worth most for what they cost, over all weights, within a budget.
+
+    Bases are taken in the order of importance per stored number. A weight that has so many that factors would be no
+    smaller stays as it is, with all its bases: from there on more of them cost nothing.
+
+    Args:
+        importance: by weight, of every basis ``(R,)``; those of 0 and less are never kept for their own sake.
+        weights: by the same names.
+        budget: numbers that may be stored.
+
+    Returns:
+        True for bases that stay, by weight.
+
+    Raises:
+        ValueError: the new bases alone are more than the budget.
+    """
+    least = sum(weight.stored(0) for weight in weights.values())
+    if least > budget:
+        raise ValueError(f"{budget:,} numbers may be stored, and the new bases of all weights are {least:,} by "
+                         "themselves; ask for fewer new bases or a larger budget")  # fmt: skip
+    order = _by_worth(importance, weights)
+    ranks = dict.fromkeys(weights, 0)
+    spent = least
+    for name in order:
+        weight, rank = weights[name], ranks[name]
+        cost = weight.stored(rank + 1) - weight.stored(rank)
+        if spent + cost <= budget:
+            ranks[name] += 1
+            spent += cost
+    return {name: _largest(importance[name], weights[name], rank) for name, rank in ranks.items()}
+
+
+def _by_worth(importance: Mapping[str, torch.Tensor], weights: Mapping[str, Weight]) -> Sequence[str]:
+    """Return the name of the weight of every basis of any importance, the best for its cost first."""
+    names = list(importance)
+    worth = torch.cat([importance[name].double() / (weights[name].out_features + weights[name].in_features)
+                       for name in names])  # fmt: skip
+    owner = torch.cat([torch.full((len(importance[name]),), index) for index, name in enumerate(names)])
+    order = worth.sort(descending=True, stable=True)
+    return [names[index] for index in owner[order.indices][order.values > 0].tolist()]
+
+
+def _largest(importance_R: torch.Tensor, weight: Weight, rank: int) -> torch.Tensor:
+    if weight.grows(rank):
+        return torch.ones_like(importance_R, dtype=torch.bool)
+    mask_R = torch.zeros_like(importance_R, dtype=torch.bool)
+    mask_R[importance_R.argsort(descending=True, stable=True)[:rank]] = True
+    return mask_R

@@ -1,0 +1,175 @@
+"""Basel (Li et al., TMLR 2025, arXiv 2405.15877): bases of a weight are weighed anew on a task, the useless ones go.
+
+First every basis is kept and what it is worth is learned, with a few new bases beside them; then bases are dropped, a
+little at a time, by what they have come to be worth; what is left becomes two factors, which are tuned on.
+"""
+
+import math
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, TrainerCallback
+
+from pared.anatomy import bias_of, find_anatomy, weight_of
+from pared.errors import ParedError
+from pared.modules import replace_module
+from pared.training.basel.choose import Weight, by_budget, by_mass
+from pared.training.basel.factorise import put_back
+from pared.training.basel.importance import IMPORTANCES
+from pared.training.basel.layer import BasisLinear
+from pared.training.basel.pruning import FOLLOWED, Prune, follow
+from pared.training.basel.schedule import mass_of_one, prune_steps, rate_factor
+from pared.training.examples import collate
+from pared.training.precision import hold_in_float32
+from pared.training.stage import Context, Prepared, Stage, own_loss
+
+OPTIONS: dict[str, bool | int | float | str] = {
+    "keep_ratio": 0.5,
+    "keep": 0.0,
+    "prunes": 100,
+    "keeping_epochs": 1.0,
+    "pruning_epochs": 2.0,
+    "post_epochs": 3.0,
+    "new": 32,
+    "relearn": True,
+    "importance": "magnitude",
+    "probes": 1,
+    "bases": "bfloat16",
+    "skip": "",
+}
+HELD = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def check(options: Mapping[str, Any]) -> None:
+    """Refuse what cannot be.
+
+    Raises:
+        ValueError: an unknown value, or a number out of range.
+    """
+    for name, valid in (("importance", IMPORTANCES), ("bases", tuple(HELD))):
+        if options[name] not in valid:
+            raise ValueError(f"option {name}: expected one of {', '.join(valid)}, found {options[name]!r}")
+    for name in ("keep_ratio", "keep"):
+        if not (0 < options[name] <= 1 or (name == "keep" and options[name] == 0)):
+            raise ValueError(f"option {name}: expected a fraction, above 0 and at most 1, found {options[name]}")
+    for name, least in (("prunes", 1), ("probes", 1), ("new", 0), ("keeping_epochs", 0), ("post_epochs", 0)):
+        if options[name] < least:
+            raise ValueError(f"option {name}: expected {least} or more, found {options[name]}")
+    if not options["pruning_epochs"] > 0:
+        raise ValueError(f"option pruning_epochs: expected more than 0, found {options['pruning_epochs']}")
+
+
+def stages(options: Mapping[str, Any]) -> tuple[Stage, ...]:
+    """Return weighing and dropping, then tuning of the factors."""
+    selecting = options["keeping_epochs"] + options["pruning_epochs"]
+    first = Stage("bases", prepare, selecting, warmup=0.03, schedule="cosine-to-tenth")
+    if not options["post_epochs"]:
+        return (first,)
+    return (first, Stage("factors", prepare_factors, options["post_epochs"], warmup=0.03, schedule="cosine"))
+
+
+def prepare(context: Context) -> Prepared:
+    """Put bases where the covered layers stand, and drop them as training goes on."""
+    model, options = context.model, context.options
+    names, classes = covered(model, str(options["skip"])), {}
+    layers: dict[str, BasisLinear] = {}
+    generator = torch.Generator().manual_seed(context.tuning.seed)
+    model.requires_grad_(True)
+    for name in names:
+        old = model.get_submodule(name)
+        classes[name] = type(old)
+        layers[name] = BasisLinear(weight_of(old), bias_of(old), options["new"], HELD[options["bases"]], generator)
+        replace_module(model, name, layers[name])
+        layers[name].w.requires_grad_(bool(options["relearn"]))
+        if options["importance"] != "magnitude":
+            follow(layers[name])
+    hold_in_float32(model)
+    weights = {name: Weight(layer.out_features, layer.in_features, options["new"]) for name, layer in layers.items()}
+    share = options["keep_ratio"]
+    if options["keep"]:
+        share = mass_for({name: layer.coefficients for name, layer in layers.items()}, weights, options["keep"])
+    prune = _prune(context, layers, share)
+
+    def finish() -> PreTrainedModel:
+        if options["keep"]:
+            _meet(prune, weights, options["keep"])
+        for name in names:
+            put_back(model, name, classes[name])
+        return model
+
+    buffers = ("mask", *(FOLLOWED if options["importance"] != "magnitude" else ()))
+    callbacks: list[TrainerCallback] = [prune]
+    rate = rate_factor(share, options["keeping_epochs"] + options["pruning_epochs"])
+    changing = tuple(f"{name}.{buffer}" for name in names for buffer in buffers)
+    return Prepared(model, finish, callbacks=callbacks, buffers=changing, rate=rate)
+
+
+def prepare_factors(context: Context) -> Prepared:
+    """Train everything there is."""
+    model = context.model
+    model.requires_grad_(True)
+    hold_in_float32(model)
+    kept = context.options["keep"] or context.options["keep_ratio"]
+    return Prepared(model, finish=lambda: model, rate=math.sqrt(1 / kept))
+
+
+def covered(model: nn.Module, skip: str) -> list[str]:
+    """Return the names of the layers that are taken apart: those inside the blocks, but for patterns to skip.
+
+    Raises:
+        ParedError: none is left.
+    """
+    patterns = [pattern for pattern in skip.split(",") if pattern]
+    names = [site.name for site in find_anatomy(model).sites]
+    left = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in patterns)]
+    if not left:
+        raise ParedError(f"skip {skip!r} leaves none of the {len(names)} layers to take apart")
+    return left
+
+
+def mass_for(coefficients: Mapping[str, torch.Tensor], weights: Mapping[str, Weight], keep: float) -> float:
+    """Return the share of every weight's mass that leaves this fraction of the numbers, by the spectra as they are.
+
+    Raises:
+        ParedError: new bases alone are more.
+    """
+    dense = sum(weight.dense for weight in weights.values())
+
+    def stored(share: float) -> int:
+        return sum(weights[name].stored(int(by_mass(c, share).sum())) for name, c in coefficients.items())
+
+    low, high = 1e-6, 1.0
+    if sum(weight.stored(0) for weight in weights.values()) > keep * dense:
+        raise ParedError(f"keep {keep:g} leaves less than the new bases of all weights need; ask for fewer new bases "
+                         "(--option new=8)")  # fmt: skip
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if stored(middle) > keep * dense else (middle, high)
+    return low
+
+
+def _prune(context: Context, layers: Mapping[str, BasisLinear], share: float) -> Prune:
+    options, tuning = context.options, context.tuning
+    rows = collate(context.examples.train[: tuning.batch])
+    keeping = options["keeping_epochs"] / (options["keeping_epochs"] + options["pruning_epochs"])
+
+    def probe(model: nn.Module) -> torch.Tensor:
+        return own_loss(model, {name: value.to(tuning.device) for name, value in rows.items()})
+
+    try:
+        steps = prune_steps(context.steps, round(keeping * context.steps), options["prunes"])
+    except ValueError as error:
+        raise ParedError(f"method basel: {error}") from None
+    one = mass_of_one(share, options["prunes"])
+    return Prune(layers, steps, one, options["importance"], options["probes"], probe, context.model)
+
+
+def _meet(prune: Prune, weights: Mapping[str, Weight], keep: float) -> None:
+    """Drop what is more than the budget, by one threshold over all weights."""
+    dense = sum(weight.dense for weight in weights.values())
+    masks = by_budget(prune.importances(prune.steps[-1]), weights, math.floor(keep * dense))
+    for name, mask in masks.items():
+        prune.layers[name].keep_(mask)

@@ -1,0 +1,116 @@
+"""Dropping bases while the Trainer trains: what they are worth is followed, and at their steps the least go."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerState, TrainingArguments
+
+from pared.training.basel.choose import by_mass
+from pared.training.basel.importance import curvature, fisher, magnitude, taylor
+from pared.training.basel.layer import BasisLinear
+
+FOLLOWED = ("slope", "slope_square")  # buffers of a layer: running means of ∂L/∂c and of its square
+FORGET = 0.1  # of the running means at every step
+BatchLoss = Callable[[nn.Module], torch.Tensor]
+
+
+def follow(layer: BasisLinear) -> None:
+    """Give a layer the running means that importances are made of."""
+    for name in FOLLOWED:
+        layer.register_buffer(name, torch.zeros_like(layer.w))
+
+
+class Prune(TrainerCallback):
+    """Drops bases of every layer, each on its own, before certain steps.
+
+    Args:
+        layers: by name.
+        steps: before which a part is dropped, one entry a time.
+        share: of the importance that every time keeps.
+        importance: ``magnitude``, ``fisher`` or ``bsi``.
+        probes: of the curvature, for ``bsi``.
+        probe_loss: of the rows that the curvature is taken on, for ``bsi``.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, BasisLinear],
+        steps: tuple[int, ...],
+        share: float,
+        importance: str,
+        probes: int,
+        probe_loss: BatchLoss,
+        model: nn.Module,
+    ) -> None:
+        self.layers, self.steps, self.share, self.importance = dict(layers), steps, share, importance
+        self.probes, self.probe_loss, self.model = probes, probe_loss, model
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        """Drop as often as this step asks for."""
+        del args
+        for _time in range(self.steps.count(state.global_step)):
+            worth = self.importances(state.global_step)
+            for name, layer in self.layers.items():
+                layer.keep_(by_mass(worth[name], self.share))
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        """Follow the gradients of the coefficients."""
+        if self.importance == "magnitude":
+            return
+        for layer in self.layers.values():
+            slope_R = slope(layer)
+            layer.get_buffer("slope").lerp_(slope_R, FORGET)
+            layer.get_buffer("slope_square").lerp_(slope_R.square(), FORGET)
+
+    def importances(self, step: int) -> dict[str, torch.Tensor]:
+        """Return what every basis is worth now, 0 for those that were dropped."""
+        if self.importance == "magnitude":
+            return {name: magnitude(layer.coefficients) for name, layer in self.layers.items()}
+        if self.importance == "fisher":
+            return {
+                name: fisher(layer.coefficients, layer.get_buffer("slope_square"))
+                for name, layer in self.layers.items()
+            }
+        generator = torch.Generator().manual_seed(step)
+        c = {name: layer.coefficients for name, layer in self.layers.items()}
+        h = curvature(c, self.gradients_at, self.probes, 0.1, generator)
+        return {
+            name: taylor(c[name], layer.get_buffer("slope"), h[name]) * layer.mask
+            for name, layer in self.layers.items()
+        }
+
+    def gradients_at(self, coefficients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the gradients of the probe's loss with respect to coefficients, at those; the model stays as it is."""
+        layers = self.layers
+        before = {name: layer.w.detach().clone() for name, layer in layers.items()}
+        wanted = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        was_training = self.model.training
+        self.model.requires_grad_(False).eval()
+        try:
+            for name, layer in layers.items():
+                layer.w.data.copy_(coefficients[name].sqrt())
+                layer.w.requires_grad_(True)
+            with torch.enable_grad():
+                parts = torch.autograd.grad(self.probe_loss(self.model), [layer.w for layer in layers.values()])
+            return {
+                name: _by_coefficient(layer.w, part) for (name, layer), part in zip(layers.items(), parts, strict=True)
+            }
+        finally:
+            for name, layer in layers.items():
+                layer.w.data.copy_(before[name])
+            for parameter, want in wanted:
+                parameter.requires_grad_(want)
+            self.model.train(was_training)
+
+
+def slope(layer: BasisLinear) -> torch.Tensor:
+    """Return ``∂L/∂c`` of a layer after a backward pass, 0 where there is none."""
+    return torch.zeros_like(layer.w) if layer.w.grad is None else _by_coefficient(layer.w, layer.w.grad)
+
+
+def _by_coefficient(w_R: torch.Tensor, gradient_R: torch.Tensor) -> torch.Tensor:
+    """Return ``∂L/∂c`` from ``∂L/∂w``, where ``c = w²``."""
+    w_R = w_R.detach()
+    return torch.where(w_R == 0, torch.zeros_like(w_R), gradient_R / (2 * w_R))

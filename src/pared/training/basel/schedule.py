@@ -1,0 +1,40 @@
+"""When Basel prunes, how much at a time, and how fast it learns meanwhile."""
+
+import math
+
+
+def prune_steps(steps: int, first: int, times: int) -> tuple[int, ...]:
+    """Return the optimiser steps before which bases are dropped: exactly as many as asked, evenly spaced.
+
+    The released code prunes too often where steps do not divide, and fails with fewer steps than times. Here the j-th
+    of N is before step ``first + ⌊j · (steps - first) / N⌋``; several may fall together where steps are fewer than N.
+
+    Args:
+        steps: of keeping and pruning phase together.
+        first: the step the pruning phase begins with, counted from 0.
+        times: N.
+
+    Raises:
+        ValueError: no steps are left to prune in.
+    """
+    span = steps - first
+    if span < 1 or times < 1:
+        raise ValueError(f"{times} prunes in {span} steps: expected at least one of each; train on more tokens")
+    return tuple(first + index * span // times for index in range(times))
+
+
+def mass_of_one(keep_ratio: float, times: int) -> float:
+    """Return the share q of a weight's mass that one of N prunes keeps, ``q^N = keep_ratio``."""
+    return keep_ratio ** (1 / times)
+
+
+def rate_factor(keep_ratio: float, epochs: float) -> float:
+    """Return Basel's factor F of the learning rate while bases are dropped.
+
+    ``F = (1/√K - 1) / ln(1/K) · 2 (1 - 1/E) + 1/E`` with E epochs, one of them keeping: the mean of 1/√(what is left)
+    over a training in which it falls to K geometrically. 1 where nothing is dropped.
+    """
+    if keep_ratio >= 1:
+        return 1.0
+    falling = (keep_ratio**-0.5 - 1) / math.log(1 / keep_ratio) * 2
+    return falling * (1 - 1 / epochs) + 1 / epochs

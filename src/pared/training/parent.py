@@ -1,0 +1,184 @@
+"""What is trained: a folder that pared made, or a dense model that a training makes smaller itself."""
+
+import hashlib
+from pathlib import Path
+from typing import Any, Protocol
+
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from pared.allocation.whole import whole_plan
+from pared.anatomy import find_anatomy
+from pared.checkpoint import Manifest, load
+from pared.checkpoint.loader import FORMAT_VERSION
+from pared.checkpoint.manifest import Training, machine, versions
+from pared.checkpoint.save import module_map
+from pared.errors import ParedError
+from pared.plan import Decision, Dense, LowRank, Plan
+from pared.recipe import Evaluation, Recipe
+from pared.sources.models import find_model, require_dense
+from pared.sources.texts import held_out
+from pared.tuning import Tuning
+
+
+class Parent(Protocol):
+    """What a training starts from.
+
+    Attributes:
+        name: as the user gave it.
+        manifest: of a compressed folder, none of a dense model.
+        config: of the model.
+        bytes_needed: of the output, at most.
+        digest: tells it from every other.
+    """
+
+    name: str
+    manifest: Manifest | None
+    config: PretrainedConfig
+    bytes_needed: int
+    digest: str
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return its tokenizer."""
+
+    def load(self) -> PreTrainedModel:
+        """Load it on the CPU."""
+
+    def evaluation(self) -> Evaluation | None:
+        """Return what to measure perplexity on where nothing is asked for."""
+
+    def perplexity_on(self, digest: str) -> float | None:
+        """Return what is known of its perplexity on some tokens."""
+
+    def child(self, model: PreTrainedModel, training: Training, measured: dict[str, Any]) -> Manifest:
+        """Return the manifest of what it became."""
+
+
+class CompressedParent:
+    """A folder that pared made."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.manifest: Manifest | None = Manifest.read(Path(name).expanduser())
+        self._manifest: Manifest = self.manifest
+        self.config = find_model(name).config()
+        self.bytes_needed = self._manifest.bytes_on_disk
+        self.digest = hashlib.sha256(self._manifest.model_dump_json().encode()).hexdigest()
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return its tokenizer."""
+        return find_model(self.name).tokenizer()
+
+    def load(self) -> PreTrainedModel:
+        """Load it on the CPU."""
+        return load(self.name)
+
+    def evaluation(self) -> Evaluation | None:
+        """Return what it was measured on when it was compressed."""
+        then = self._manifest.evaluation
+        if then is None:
+            return None
+        return Evaluation(text=then["text"], length=then["length"], windows=then["windows"], bos=then["bos"])
+
+    def perplexity_on(self, digest: str) -> float | None:
+        """Return what its manifest says."""
+        then = self._manifest.evaluation
+        return self._manifest.perplexity_after if then is not None and then["digest"] == digest else None
+
+    def child(self, model: PreTrainedModel, training: Training, measured: dict[str, Any]) -> Manifest:
+        """Return its own manifest with one training more; figures of a text not measured again go."""
+        del model
+        now, then = training.evaluation, self._manifest.evaluation
+        same = now is not None and then is not None and now["digest"] == then["digest"]
+        figures = {"perplexity_after": training.perplexity_after} if same else {
+            "evaluation": None, "perplexity_before": None, "perplexity_after": None}  # fmt: skip
+        chain = (*self._manifest.training, training)
+        return self._manifest.model_copy(update={**measured, **figures, "training": chain})
+
+
+class DenseParent:
+    """A dense model by name, which a training makes smaller."""
+
+    manifest: Manifest | None = None
+
+    def __init__(self, tuning: Tuning, options: dict[str, Any]) -> None:
+        assert tuning.model is not None
+        self.name, self._tuning, self._options = tuning.model, tuning, options
+        self._source = find_model(self.name)
+        self.config = self._source.config()
+        require_dense(self.config, self.name)
+        self._skeleton = self._source.skeleton()
+        self._anatomy = find_anatomy(self._skeleton)
+        self.bytes_needed = self._anatomy.model_parameters * self._source.weight_bytes()
+        self.digest = hashlib.sha256(self.config.to_json_string().encode()).hexdigest()
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return its tokenizer."""
+        return self._source.tokenizer()
+
+    def load(self) -> PreTrainedModel:
+        """Load it on the CPU."""
+        return self._source.load()
+
+    def evaluation(self) -> Evaluation | None:
+        """Return the held-out part of what is trained on, if it has one."""
+        name = held_out(self._tuning.data[0])
+        return None if name is None else Evaluation(text=name)
+
+    def perplexity_on(self, digest: str) -> float | None:
+        """Return nothing: it was not measured before."""
+        del digest
+        return None
+
+    def child(self, model: PreTrainedModel, training: Training, measured: dict[str, Any]) -> Manifest:
+        """Return a manifest of its own."""
+        plan = self._plan(model)
+        evaluation = self._tuning.evaluation
+        return Manifest(
+            format_version=FORMAT_VERSION,
+            model={
+                "name": self._source.name,
+                "origin": self._source.origin,
+                "architecture": type(self._skeleton).__name__,
+            },
+            recipe=Recipe(
+                model=self.name,
+                method=self._tuning.method,
+                keep=min(1.0, max(plan.achieved_keep, 1e-9)),
+                options=self._options,
+                evaluation=evaluation,
+            ),
+            plan=plan,
+            evaluation=training.evaluation,
+            perplexity_before=training.perplexity_before,
+            perplexity_after=training.perplexity_after,
+            seconds=training.seconds,
+            peak_memory_bytes=training.peak_memory_bytes,
+            bytes_before=plan.before.bytes_on_disk,
+            versions=versions(),
+            machine=machine(),
+            training=(training,),
+            **measured,
+        )
+
+    def _plan(self, model: PreTrainedModel) -> Plan:
+        """Return what became of every site."""
+        entries = module_map(model)
+        decisions: dict[str, Decision] = {
+            site.name: LowRank(rank=entries[site.name]["rank"])
+            if site.name in entries
+            else Dense(reason="factors would be no smaller, or it was skipped")
+            for site in self._anatomy.sites
+        }
+        plan = whole_plan(self._anatomy, 1.0, decisions, model.dtype.itemsize)
+        return plan.model_copy(update={"keep": min(plan.achieved_keep, 1.0)})
+
+
+def parent_of(tuning: Tuning, options: dict[str, Any], compresses: bool) -> Parent:
+    """Return what a tuning names.
+
+    Raises:
+        ParedError: a folder that is compressed already where a dense model is needed, or the other way round.
+    """
+    if tuning.model is None:
+        raise ParedError("no model is named; give a folder that pared made")
+    return DenseParent(tuning, options) if compresses else CompressedParent(tuning.model)
