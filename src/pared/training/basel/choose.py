@@ -50,6 +50,31 @@ class Weight(NamedTuple):
         return (rank + self.new) * (self.out_features + self.in_features) >= self.dense
 
 
+def share_for(importance: Mapping[str, torch.Tensor], weights: Mapping[str, Weight], budget: int) -> float:
+    """Return the largest share of every weight's importance whose bases fit a budget of numbers, by bisection.
+
+    Args:
+        importance: by weight, of every basis ``(R,)``.
+        weights: by the same names.
+        budget: numbers that may be stored.
+
+    Raises:
+        ValueError: the new bases alone are more than the budget.
+    """
+    _require_room(weights, budget)
+
+    def stored(share: float) -> int:
+        return sum(weights[name].stored(int(by_mass(c_R, share).sum())) for name, c_R in importance.items())
+
+    if stored(1.0) <= budget:
+        return 1.0
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if stored(middle) > budget else (middle, high)
+    return low
+
+
 def by_budget(
     importance: Mapping[str, torch.Tensor], weights: Mapping[str, Weight], budget: int
 ) -> dict[str, torch.Tensor]:
@@ -59,7 +84,7 @@ def by_budget(
     smaller stays as it is, with all its bases: from there on more of them cost nothing.
 
     Args:
-        importance: by weight, of every basis ``(R,)``; those of 0 and less are never kept for their own sake.
+        importance: by weight, of every basis ``(R,)``; minus infinity for those that were dropped before.
         weights: by the same names.
         budget: numbers that may be stored.
 
@@ -69,13 +94,10 @@ def by_budget(
     Raises:
         ValueError: the new bases alone are more than the budget.
     """
-    least = sum(weight.stored(0) for weight in weights.values())
-    if least > budget:
-        raise ValueError(f"{budget:,} numbers may be stored, and the new bases of all weights are {least:,} by "
-                         "themselves; ask for fewer new bases or a larger budget")  # fmt: skip
+    _require_room(weights, budget)
     order = _by_worth(importance, weights)
     ranks = dict.fromkeys(weights, 0)
-    spent = least
+    spent = sum(weight.stored(0) for weight in weights.values())
     for name in order:
         weight, rank = weights[name], ranks[name]
         cost = weight.stored(rank + 1) - weight.stored(rank)
@@ -85,14 +107,21 @@ def by_budget(
     return {name: _largest(importance[name], weights[name], rank) for name, rank in ranks.items()}
 
 
+def _require_room(weights: Mapping[str, Weight], budget: int) -> None:
+    least = sum(weight.stored(0) for weight in weights.values())
+    if least > budget:
+        raise ValueError(f"{budget:,} numbers may be stored, and the new bases of all weights are {least:,} by "
+                         "themselves; ask for fewer new bases or a larger budget")  # fmt: skip
+
+
 def _by_worth(importance: Mapping[str, torch.Tensor], weights: Mapping[str, Weight]) -> Sequence[str]:
-    """Return the name of the weight of every basis of any importance, the best for its cost first."""
+    """Return the name of the weight of every basis that is left, the best for its cost first."""
     names = list(importance)
     worth = torch.cat([importance[name].double() / (weights[name].out_features + weights[name].in_features)
                        for name in names])  # fmt: skip
     owner = torch.cat([torch.full((len(importance[name]),), index) for index, name in enumerate(names)])
     order = worth.sort(descending=True, stable=True)
-    return [names[index] for index in owner[order.indices][order.values > 0].tolist()]
+    return [names[index] for index in owner[order.indices][order.values.isfinite()].tolist()]
 
 
 def _largest(importance_R: torch.Tensor, weight: Weight, rank: int) -> torch.Tensor:

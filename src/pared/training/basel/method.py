@@ -16,12 +16,12 @@ from transformers import PreTrainedModel, TrainerCallback
 from pared.anatomy import bias_of, find_anatomy, weight_of
 from pared.errors import ParedError
 from pared.modules import replace_module
-from pared.training.basel.choose import Weight, by_budget, by_mass
+from pared.training.basel.choose import Weight, share_for
 from pared.training.basel.factorise import put_back
 from pared.training.basel.importance import IMPORTANCES
 from pared.training.basel.layer import BasisLinear
 from pared.training.basel.pruning import FOLLOWED, Prune, follow
-from pared.training.basel.schedule import mass_of_one, prune_steps, rate_factor
+from pared.training.basel.schedule import falling, mass_of_one, prune_steps, rate_factor
 from pared.training.examples import collate
 from pared.training.precision import hold_in_float32
 from pared.training.stage import Context, Prepared, Stage, own_loss
@@ -88,14 +88,12 @@ def prepare(context: Context) -> Prepared:
             follow(layers[name])
     hold_in_float32(model)
     weights = {name: Weight(layer.out_features, layer.in_features, options["new"]) for name, layer in layers.items()}
-    share = options["keep_ratio"]
-    if options["keep"]:
-        share = mass_for({name: layer.coefficients for name, layer in layers.items()}, weights, options["keep"])
-    prune = _prune(context, layers, share)
+    share = _share(layers, weights, options)
+    prune = _prune(context, layers, weights, share)
 
     def finish() -> PreTrainedModel:
         if options["keep"]:
-            _meet(prune, weights, options["keep"])
+            prune.meet(math.floor(options["keep"] * sum(weight.dense for weight in weights.values())))
         for name in names:
             put_back(model, name, classes[name])
         return model
@@ -130,28 +128,22 @@ def covered(model: nn.Module, skip: str) -> list[str]:
     return left
 
 
-def mass_for(coefficients: Mapping[str, torch.Tensor], weights: Mapping[str, Weight], keep: float) -> float:
-    """Return the share of every weight's mass that leaves this fraction of the numbers, by the spectra as they are.
+def _share(layers: Mapping[str, BasisLinear], weights: Mapping[str, Weight], options: Mapping[str, Any]) -> float:
+    """Return K, with a budget of numbers the one that meets it by the spectra as they are.
 
     Raises:
         ParedError: new bases alone are more.
     """
-    dense = sum(weight.dense for weight in weights.values())
-
-    def stored(share: float) -> int:
-        return sum(weights[name].stored(int(by_mass(c, share).sum())) for name, c in coefficients.items())
-
-    low, high = 1e-6, 1.0
-    if sum(weight.stored(0) for weight in weights.values()) > keep * dense:
-        raise ParedError(f"keep {keep:g} leaves less than the new bases of all weights need; ask for fewer new bases "
-                         "(--option new=8)")  # fmt: skip
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (low, middle) if stored(middle) > keep * dense else (middle, high)
-    return low
+    if not options["keep"]:
+        return float(options["keep_ratio"])
+    numbers = math.floor(options["keep"] * sum(weight.dense for weight in weights.values()))
+    try:
+        return max(1e-6, share_for({name: layer.coefficients for name, layer in layers.items()}, weights, numbers))
+    except ValueError as error:
+        raise ParedError(f"keep {options['keep']:g}: {error} (--option new=8)") from None
 
 
-def _prune(context: Context, layers: Mapping[str, BasisLinear], share: float) -> Prune:
+def _prune(context: Context, layers: Mapping[str, BasisLinear], weights: Mapping[str, Weight], share: float) -> Prune:
     options, tuning = context.options, context.tuning
     rows = collate(context.examples.train[: tuning.batch])
     keeping = options["keeping_epochs"] / (options["keeping_epochs"] + options["pruning_epochs"])
@@ -163,13 +155,15 @@ def _prune(context: Context, layers: Mapping[str, BasisLinear], share: float) ->
         steps = prune_steps(context.steps, round(keeping * context.steps), options["prunes"])
     except ValueError as error:
         raise ParedError(f"method basel: {error}") from None
-    one = mass_of_one(share, options["prunes"])
-    return Prune(layers, steps, one, options["importance"], options["probes"], probe, context.model)
-
-
-def _meet(prune: Prune, weights: Mapping[str, Weight], keep: float) -> None:
-    """Drop what is more than the budget, by one threshold over all weights."""
     dense = sum(weight.dense for weight in weights.values())
-    masks = by_budget(prune.importances(prune.steps[-1]), weights, math.floor(keep * dense))
-    for name, mask in masks.items():
-        prune.layers[name].keep_(mask)
+    return Prune(
+        layers,
+        weights,
+        steps,
+        share=mass_of_one(share, options["prunes"]),
+        sizes=falling(dense, options["keep"], options["prunes"]) if options["keep"] else None,
+        importance=options["importance"],
+        probes=options["probes"],
+        probe_loss=probe,
+        model=context.model,
+    )

@@ -1,5 +1,6 @@
 """Dropping bases while the Trainer trains: what they are worth is followed, and at their steps the least go."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
-from pared.training.basel.choose import by_mass
+from pared.training.basel.choose import Weight, by_budget, by_mass, share_for
 from pared.training.basel.importance import curvature, fisher, magnitude, taylor
 from pared.training.basel.layer import BasisLinear
 
@@ -23,37 +24,69 @@ def follow(layer: BasisLinear) -> None:
 
 
 class Prune(TrainerCallback):
-    """Drops bases of every layer, each on its own, before certain steps.
+    """Drops bases before certain steps.
+
+    With a share of the mass every layer is pruned on its own, as in the paper. With sizes, coefficients are cut at the
+    share, one for all layers, that leaves so many numbers; the other importances are losses, of one unit in all layers,
+    and are cut by one threshold on the loss per number.
 
     Args:
         layers: by name.
+        weights: their shapes, by the same names.
         steps: before which a part is dropped, one entry a time.
         share: of the importance that every time keeps.
+        sizes: numbers that are left after each time, in place of the share.
         importance: ``magnitude``, ``fisher`` or ``bsi``.
         probes: of the curvature, for ``bsi``.
         probe_loss: of the rows that the curvature is taken on, for ``bsi``.
+        model: that the layers are in.
     """
 
     def __init__(
         self,
         layers: Mapping[str, BasisLinear],
+        weights: Mapping[str, Weight],
         steps: tuple[int, ...],
         share: float,
+        sizes: tuple[int, ...] | None,
         importance: str,
         probes: int,
         probe_loss: BatchLoss,
         model: nn.Module,
     ) -> None:
-        self.layers, self.steps, self.share, self.importance = dict(layers), steps, share, importance
+        self.layers, self.weights, self.steps = dict(layers), dict(weights), steps
+        self.share, self.sizes, self.importance = share, sizes, importance
         self.probes, self.probe_loss, self.model = probes, probe_loss, model
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         """Drop as often as this step asks for."""
         del args
-        for _time in range(self.steps.count(state.global_step)):
-            worth = self.importances(state.global_step)
-            for name, layer in self.layers.items():
-                layer.keep_(by_mass(worth[name], self.share))
+        for index, step in enumerate(self.steps):
+            if step == state.global_step:
+                self._drop(index)
+
+    def meet(self, size: int) -> None:
+        """Drop what is more than so many numbers, by one threshold over all layers on importance per number."""
+        self._keep(by_budget(self._left(), self.weights, size))
+
+    def _drop(self, index: int) -> None:
+        worth = self._left()
+        if self.sizes is None:
+            self._keep({name: by_mass(worth_R, self.share) for name, worth_R in worth.items()})
+        elif self.importance == "magnitude":
+            share = share_for(worth, self.weights, self.sizes[index])
+            self._keep({name: by_mass(worth_R, share) for name, worth_R in worth.items()})
+        else:
+            self._keep(by_budget(worth, self.weights, self.sizes[index]))
+
+    def _keep(self, masks: Mapping[str, torch.Tensor]) -> None:
+        for name, mask_R in masks.items():
+            self.layers[name].keep_(mask_R)
+
+    def _left(self) -> dict[str, torch.Tensor]:
+        """Return what every basis is worth, minus infinity for those that were dropped."""
+        found = self.importances()
+        return {name: found[name].masked_fill(~layer.mask, -math.inf) for name, layer in self.layers.items()}
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         """Follow the gradients of the coefficients."""
@@ -64,8 +97,8 @@ class Prune(TrainerCallback):
             layer.get_buffer("slope").lerp_(slope_R, FORGET)
             layer.get_buffer("slope_square").lerp_(slope_R.square(), FORGET)
 
-    def importances(self, step: int) -> dict[str, torch.Tensor]:
-        """Return what every basis is worth now, 0 for those that were dropped."""
+    def importances(self) -> dict[str, torch.Tensor]:
+        """Return what every basis is worth now."""
         if self.importance == "magnitude":
             return {name: magnitude(layer.coefficients) for name, layer in self.layers.items()}
         if self.importance == "fisher":
@@ -73,13 +106,10 @@ class Prune(TrainerCallback):
                 name: fisher(layer.coefficients, layer.get_buffer("slope_square"))
                 for name, layer in self.layers.items()
             }
-        generator = torch.Generator().manual_seed(step)
+        generator = torch.Generator().manual_seed(int(sum(layer.mask.sum() for layer in self.layers.values())))
         c = {name: layer.coefficients for name, layer in self.layers.items()}
         h = curvature(c, self.gradients_at, self.probes, 0.1, generator)
-        return {
-            name: taylor(c[name], layer.get_buffer("slope"), h[name]) * layer.mask
-            for name, layer in self.layers.items()
-        }
+        return {name: taylor(c[name], layer.get_buffer("slope"), h[name]) for name, layer in self.layers.items()}
 
     def gradients_at(self, coefficients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return the gradients of the probe's loss with respect to coefficients, at those; the model stays as it is."""

@@ -28,6 +28,11 @@ def mass_of_one(keep_ratio: float, times: int) -> float:
     return keep_ratio ** (1 / times)
 
 
+def falling(dense: int, keep: float, times: int) -> tuple[int, ...]:
+    """Return the numbers that are left after each of N prunes, falling geometrically to ``keep · dense``."""
+    return tuple(math.floor(dense * keep ** ((index + 1) / times)) for index in range(times))
+
+
 def rate_factor(keep_ratio: float, epochs: float) -> float:
     """Return Basel's factor F of the learning rate while bases are dropped.
 

@@ -1,0 +1,459 @@
+"""Basel: bases, what they are worth, which go, and what is left of a model."""
+
+import itertools
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import TINY_MODELS
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+from transformers.pytorch_utils import Conv1D
+from typer.testing import CliRunner
+
+from pared import ParedError
+from pared.anatomy import bias_of, weight_of
+from pared.checkpoint import Manifest, load, verify
+from pared.cli.main import app
+from pared.modules import LowRankLinear, replace_module
+from pared.plan import LowRank
+from pared.training import tune
+from pared.training.basel.choose import Weight, by_budget, by_mass, share_for
+from pared.training.basel.factorise import factors_of, put_back
+from pared.training.basel.importance import curvature, fisher, taylor
+from pared.training.basel.layer import BasisLinear
+from pared.training.basel.method import covered
+from pared.training.basel.pruning import Prune
+from pared.training.basel.schedule import falling, mass_of_one, prune_steps, rate_factor
+from pared.tuning import Tuning
+
+FAMILIES = pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "qwen3"])
+
+
+def layer_of(
+    m: int = 12, n: int = 8, new: int = 2, dtype: torch.dtype = torch.float32, bias: bool = True
+) -> BasisLinear:
+    return BasisLinear(torch.randn(m, n), torch.randn(m) if bias else None, new, dtype)
+
+
+# The schedule.
+
+
+@pytest.mark.parametrize(("steps", "first", "times"), [(30, 10, 5), (31, 10, 7), (13, 10, 9), (100, 0, 100), (2, 1, 1)])
+def test_exactly_as_many_prunes_as_asked_evenly_spaced_and_none_while_keeping(
+    steps: int, first: int, times: int
+) -> None:
+    found = prune_steps(steps, first, times)
+    assert len(found) == times
+    assert found[0] == first
+    assert found[-1] < steps
+    gaps = {later - earlier for earlier, later in itertools.pairwise(found)}
+    assert not gaps or max(gaps) - min(gaps) <= 1
+
+
+def test_no_steps_to_prune_in_is_an_error() -> None:
+    with pytest.raises(ValueError, match="5 prunes in 0 steps"):
+        prune_steps(10, 10, 5)
+
+
+@pytest.mark.parametrize(("keep", "factor"), [(0.5, 1.130), (0.2, 1.357), (0.1, 1.585), (0.05, 1.879), (1.0, 1.0)])
+def test_the_rate_factor_is_the_papers(keep: float, factor: float) -> None:
+    assert rate_factor(keep, 3) == pytest.approx(factor, abs=6e-4)
+
+
+def test_the_rate_factor_is_the_mean_of_one_over_the_root_of_what_is_left() -> None:
+    # One epoch of keeping, two in which what is left falls as K^t.
+    places = [(index + 0.5) / 100_000 for index in range(100_000)]
+    falling = sum(0.2 ** (-place / 2) for place in places) / len(places)
+    assert rate_factor(0.2, 3) == pytest.approx((1 + 2 * falling) / 3, rel=1e-6)
+
+
+# Which bases stay.
+
+
+def test_one_prune_keeps_the_fewest_bases_that_hold_the_mass() -> None:
+    for seed in range(50):
+        generator = torch.Generator().manual_seed(seed)
+        c = torch.rand(20, generator=generator, dtype=torch.float64) * (torch.rand(20, generator=generator) > 0.3)
+        for share in (0.1, 0.5, 0.9, 0.99):
+            kept = by_mass(c, share)
+            assert float(c[kept].sum()) >= share * float(c.sum()) * (1 - 1e-12)
+            assert float(c[kept].sum() - c[kept].min()) < share * float(c.sum())
+            assert not bool(kept[c == 0].any())
+
+
+def test_sizes_fall_to_what_is_asked_for_by_one_factor() -> None:
+    sizes = falling(1_000_000, 0.25, 4)
+    assert sizes == (707106, 500000, 353553, 250000)
+
+
+def test_equal_bases_stay_together() -> None:
+    assert by_mass(torch.tensor([4.0, 1.0, 1.0, 1.0, 0.0]), 0.6).tolist() == [True, True, True, True, False]
+
+
+def test_with_the_whole_mass_no_basis_that_is_worth_anything_goes() -> None:
+    c = torch.tensor([5.0, 1e-20, 0.0, 1e-12])
+    assert by_mass(c, 1.0).tolist() == [True, True, False, True]
+
+
+def test_bases_that_do_harm_go_first() -> None:
+    assert by_mass(torch.tensor([3.0, -5.0, 1.0]), 1.0).tolist() == [True, False, True]
+
+
+def test_untrained_prunes_leave_the_mass_and_a_prefix_of_the_spectrum() -> None:
+    layer = layer_of(30, 24)
+    total, times = float(layer.coefficients.sum()), 10
+    for _ in range(times):
+        layer.keep_(by_mass(layer.coefficients, mass_of_one(0.4, times)))
+    assert float(layer.coefficients.sum()) >= 0.4 * total
+    left = int(layer.mask.sum())
+    assert layer.mask.tolist() == [True] * left + [False] * (24 - left)
+    assert 1 <= left < 24
+
+
+def test_a_budget_over_all_weights_is_met_and_never_passed() -> None:
+    importance = {"a": torch.rand(16), "b": torch.rand(10) * 5, "c": torch.rand(16) * 0.1}
+    weights = {"a": Weight(16, 20, 2), "b": Weight(10, 40, 2), "c": Weight(16, 16, 2)}
+    dense = sum(weight.dense for weight in weights.values())
+    for keep in (0.3, 0.5, 0.8, 1.0):
+        masks = by_budget(importance, weights, math.floor(keep * dense))
+        stored = sum(weights[name].stored(int(mask.sum())) for name, mask in masks.items())
+        assert stored <= keep * dense
+        for name, mask in masks.items():
+            if not weights[name].grows(int(mask.sum())) and bool(mask.any()):
+                assert float(importance[name][mask].min()) >= float(importance[name][~mask].max())
+
+
+def test_a_weight_that_would_grow_keeps_all_its_bases() -> None:
+    masks = by_budget({"a": torch.ones(8)}, {"a": Weight(8, 8, 2)}, 64)
+    assert masks["a"].all()
+
+
+def test_what_was_dropped_is_not_taken_up_again_to_fill_a_budget() -> None:
+    left = torch.tensor([3.0, -math.inf, -1.0, -math.inf])
+    masks = by_budget({"a": left}, {"a": Weight(20, 20, 0)}, 160)
+    assert masks["a"].tolist() == [True, False, True, False]
+
+
+def test_a_budget_below_the_new_bases_is_refused() -> None:
+    with pytest.raises(ValueError, match="the new bases of all weights are 32 by themselves"):
+        by_budget({"a": torch.ones(8)}, {"a": Weight(8, 8, 2)}, 31)
+
+
+def test_the_mass_for_a_size_leaves_that_size() -> None:
+    torch.manual_seed(1)
+    spectra = {name: torch.rand(40).sort(descending=True).values for name in "abc"}
+    weights = {name: Weight(40, 60, 4) for name in "abc"}
+    share = share_for(spectra, weights, 3600)
+    stored = [sum(weights[name].stored(int(by_mass(c, at).sum())) for name, c in spectra.items())
+              for at in (share, min(1.0, share + 0.02))]  # fmt: skip
+    assert stored[0] <= 3600 < stored[1]
+
+
+# What a basis is worth.
+
+
+def test_taylor_is_the_loss_of_a_quadratic_with_a_diagonal_hessian() -> None:
+    h, b, c = torch.rand(9), torch.randn(9), torch.rand(9)
+
+    def loss(at: torch.Tensor) -> torch.Tensor:
+        return 0.5 * (h * at.square()).sum() + (b * at).sum()
+
+    found = taylor(c, h * c + b, h)
+    for index in range(9):
+        without = c.clone()
+        without[index] = 0
+        assert float(found[index]) == pytest.approx(float(loss(without) - loss(c)), abs=1e-6)
+
+
+def test_curvature_is_the_diagonal_of_the_hessian() -> None:
+    A = torch.randn(6, 6, dtype=torch.float64)
+    A = A @ A.T
+    c = {"one": torch.rand(4, dtype=torch.float64) + 1, "two": torch.rand(2, dtype=torch.float64) + 1}
+
+    def gradients(at: Any) -> dict[str, torch.Tensor]:
+        g = A @ torch.cat((at["one"], at["two"]))
+        return {"one": g[:4], "two": g[4:]}
+
+    diagonal = A.diag()
+    exact = curvature(c, lambda at: {"one": diagonal[:4] * at["one"], "two": diagonal[4:] * at["two"]}, 1, 0.1,
+                      torch.Generator().manual_seed(0))  # fmt: skip
+    torch.testing.assert_close(torch.cat((exact["one"], exact["two"])), diagonal)
+    mean = curvature(c, gradients, 5_000, 0.1, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(torch.cat((mean["one"], mean["two"])), diagonal, rtol=0.15, atol=0.3)
+
+
+def test_fisher_is_half_the_mean_of_the_squared_first_order_change() -> None:
+    c, gradients = torch.rand(5), torch.randn(100, 5)
+    expected = 0.5 * (gradients * c).square().mean(0)
+    torch.testing.assert_close(fisher(c, gradients.square().mean(0)), expected)
+
+
+def test_gradients_at_other_coefficients_leave_the_model_as_it_is() -> None:
+    layer = layer_of(6, 5, new=1)
+    model = nn.Sequential(layer)
+    layer.U_new.requires_grad_(False)
+    x = torch.randn(7, 5)
+    prune = Prune({"0": layer}, {}, (), 1.0, None, "bsi", 1, lambda m: m(x).square().mean(), model)
+    before, wanted = layer.w.detach().clone(), [p.requires_grad for p in model.parameters()]
+    other = layer.coefficients * 1.1
+    found = prune.gradients_at({"0": other})["0"]
+    assert torch.equal(layer.w, before)
+    assert [p.requires_grad for p in model.parameters()] == wanted
+    for index in range(len(other)):
+        step = torch.zeros_like(other)
+        step[index] = 1e-3
+        losses = []
+        for at in (other + step, other - step):
+            with torch.no_grad():
+                layer.w.copy_(at.sqrt())
+                losses.append(float(model(x).square().mean()))
+                layer.w.copy_(before)
+        assert float(found[index]) == pytest.approx((losses[0] - losses[1]) / 2e-3, rel=2e-2, abs=1e-3)
+
+
+# The layer.
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 200])
+def test_at_first_a_layer_is_the_weight_it_was_made_of(tokens: int) -> None:
+    weight, bias, x = torch.randn(12, 8), torch.randn(12), torch.randn(tokens, 8)
+    layer = BasisLinear(weight, bias, 4, torch.float32)
+    torch.testing.assert_close(layer.effective_weight(), weight, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
+
+
+def test_bases_in_bfloat16_round_the_weight_a_little() -> None:
+    weight = torch.randn(64, 48)
+    layer = BasisLinear(weight, None, 4, torch.bfloat16)
+    error = float((layer.effective_weight() - weight).norm() / weight.norm())
+    assert 1e-4 < error < 1e-2
+
+
+@pytest.mark.parametrize("tokens", [2, 300])
+def test_both_orders_of_products_are_one_function(tokens: int) -> None:
+    layer = layer_of(12, 8)
+    layer.keep_(torch.arange(8) % 2 == 0)
+    nn.init.normal_(layer.U_new)
+    x = torch.randn(tokens, 8)
+    torch.testing.assert_close(layer(x), x @ layer.effective_weight().T + layer.bias, rtol=1e-4, atol=1e-4)
+
+
+def test_bases_are_frozen_and_what_is_learned_has_gradients() -> None:
+    layer = layer_of()
+    assert not {"U", "V", "mask"} & {name for name, _ in layer.named_parameters()}
+    layer(torch.randn(5, 8)).square().sum().backward()
+    assert float(layer.w.grad.abs().min()) > 0
+    assert float(layer.U_new.grad.abs().max()) > 0
+    assert float(layer.V_new.grad.abs().max()) == 0  # as U_new is 0
+    nn.init.normal_(layer.U_new)
+    layer(torch.randn(5, 8)).square().sum().backward()
+    assert float(layer.V_new.grad.abs().max()) > 0
+
+
+@pytest.mark.parametrize("tokens", [2, 300])
+def test_a_dropped_basis_has_no_gradient_and_does_not_come_back(tokens: int) -> None:
+    layer = layer_of()
+    layer.keep_(torch.arange(8) != 3)
+    layer.keep_(torch.ones(8, dtype=torch.bool))
+    assert layer.mask.tolist() == [True] * 3 + [False] + [True] * 4
+    layer(torch.randn(tokens, 8)).square().sum().backward()
+    assert float(layer.w.grad[3]) == 0
+
+
+def test_a_mask_that_was_put_back_from_a_file_is_seen() -> None:
+    layer = layer_of()
+    x = torch.randn(3, 8)
+    layer(x)
+    layer.mask.copy_(torch.arange(8) < 2)
+    torch.testing.assert_close(layer(x), x @ layer.effective_weight().T + layer.bias, rtol=1e-4, atol=1e-4)
+
+
+# From bases to factors.
+
+
+@FAMILIES
+def test_a_model_of_bases_answers_as_before_and_its_factors_as_the_model_of_bases(family: str) -> None:
+    model = TINY_MODELS[family]()
+    ids = torch.randint(3, 64, (2, 9))
+    with torch.no_grad():
+        dense = model(ids).logits
+    classes = {}
+    for name in covered(model, ""):
+        old = model.get_submodule(name)
+        classes[name] = type(old)
+        new = BasisLinear(weight_of(old), bias_of(old), 2, torch.float32)
+        replace_module(model, name, new)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, dense, rtol=1e-3, atol=1e-3)
+        for name in classes:
+            layer = model.get_submodule(name)
+            nn.init.normal_(layer.U_new, std=0.05)
+            layer.keep_(by_mass(layer.coefficients, 0.6))
+        bases = model(ids).logits
+        ranks = {name: model.get_submodule(name).rank for name in classes}
+        decisions = {name: put_back(model, name, kind) for name, kind in classes.items()}
+        torch.testing.assert_close(model(ids).logits, bases, rtol=1e-3, atol=1e-3)
+    assert any(isinstance(decision, LowRank) for decision in decisions.values())
+    for name, decision in decisions.items():
+        if isinstance(decision, LowRank):
+            assert decision.rank <= ranks[name]
+            assert isinstance(model.get_submodule(name), LowRankLinear)
+        else:
+            assert type(model.get_submodule(name)) is classes[name]
+
+
+def test_a_weight_that_would_grow_stays_of_its_class() -> None:
+    model = nn.ModuleDict({"one": BasisLinear(torch.randn(8, 8), torch.randn(8), 2, torch.float32)})
+    decision = put_back(model, "one", Conv1D)
+    assert decision.kind == "dense"
+    assert isinstance(model["one"], Conv1D)
+
+
+def test_all_singular_values_go_to_the_factor_of_the_inputs() -> None:
+    layer = layer_of(12, 8, new=0)
+    layer.keep_(torch.arange(8) < 3)
+    down, up = factors_of(layer)
+    assert down.shape == (3, 8)
+    torch.testing.assert_close(up.T @ up, torch.eye(3, dtype=up.dtype), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close((up @ down).float(), layer.effective_weight(), rtol=1e-4, atol=1e-4)
+
+
+# The whole of it.
+
+Dense = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Dense:
+    place = tmp_path_factory.mktemp("basel")
+
+    def of(family: str) -> Path:
+        folder = place / family
+        if not folder.exists():
+            TINY_MODELS[family]().save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        return folder
+
+    return of
+
+
+def asked(folder: Path, out: Path, text_file: Path, options: dict[str, Any] | None = None, **more: Any) -> Tuning:
+    few = {"prunes": 5, "new": 2, "keeping_epochs": 1.0, "pruning_epochs": 1.0, "post_epochs": 1.0, "keep_ratio": 0.4}
+    evaluation = {"text": f"file:{text_file}", "length": 16, "windows": 4}
+    return Tuning.of({
+        "model": str(folder), "out": str(out), "method": "basel", "data": [f"file:{text_file}"], "length": 16,
+        "validation": 4, "batch": 4, "tokens": 4 * 16 * 24, "learning_rate": 1e-3, "evaluation": evaluation,
+        "options": {**few, **(options or {})}, **more,
+    })  # fmt: skip
+
+
+@FAMILIES
+def test_basel_makes_a_smaller_folder_that_answers(dense: Dense, tmp_path: Path, text_file: Path, family: str) -> None:
+    made = tune(asked(dense(family), tmp_path / "out", text_file))
+    assert verify(tmp_path / "out") == 0.0
+    plan = made.manifest.plan
+    assert plan.achieved_keep < 1
+    model = load(tmp_path / "out")
+    assert sum(p.numel() for p in {id(p): p for p in model.parameters()}.values()) == plan.after.model_parameters
+    assert [stage["steps"] for stage in made.manifest.training[-1].stages] == [16, 8]
+    assert made.manifest.perplexity_before is not None
+    assert made.manifest.perplexity_after == made.manifest.training[-1].perplexity_after
+    was = load(dense(family)).config.tie_word_embeddings
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert tied == was
+
+
+@pytest.mark.parametrize("importance", ["magnitude", "fisher", "bsi"])
+def test_a_size_in_numbers_is_met_with_every_importance(
+    dense: Dense, tmp_path: Path, text_file: Path, importance: str
+) -> None:
+    options = {"keep": 0.6, "importance": importance, "new": 1, "post_epochs": 0.0}
+    made = tune(asked(dense("llama"), tmp_path / "out", text_file, options))
+    assert 0.45 < made.manifest.plan.achieved_keep <= 0.6
+
+
+def test_without_learning_anew_what_stays_is_a_prefix_of_the_spectrum(
+    dense: Dense, tmp_path: Path, text_file: Path
+) -> None:
+    options = {"relearn": False, "new": 0, "bases": "float32", "post_epochs": 0.0}
+    made = tune(asked(dense("llama"), tmp_path / "out", text_file, options, learning_rate=1e-12))
+    before, after = load(dense("llama")), load(tmp_path / "out")
+    for site in made.manifest.plan.sites:
+        W, new = weight_of(before.get_submodule(site.name)), after.get_submodule(site.name)
+        if isinstance(site.decision, LowRank):
+            U, s, V = torch.linalg.svd(W.double(), full_matrices=False)
+            k = site.decision.rank
+            best = (U[:, :k] * s[:k]) @ V[:k]
+            torch.testing.assert_close((new.up.weight @ new.down.weight).double(), best, rtol=1e-3, atol=1e-4)
+
+
+def test_layers_to_skip_stay_dense(dense: Dense, tmp_path: Path, text_file: Path) -> None:
+    made = tune(asked(dense("llama"), tmp_path / "out", text_file, {"skip": "*mlp*"}))
+    low = {site.name for site in made.manifest.plan.sites if isinstance(site.decision, LowRank)}
+    assert low
+    assert not any("mlp" in name for name in low)
+
+
+@pytest.mark.parametrize(("phase", "importance"), [("bases", "bsi"), ("factors", "magnitude")])
+def test_a_kill_in_any_phase_ends_in_the_same_model(
+    dense: Dense, tmp_path: Path, text_file: Path, phase: str, importance: str
+) -> None:
+    tune(asked(dense("llama"), tmp_path / "whole", text_file, {"importance": importance}, checkpoint_every=3))
+    command = ["tune", str(dense("llama")), "--out", str(tmp_path / "killed"), "--method", "basel",
+               "--data", f"file:{text_file}", "--length", "16", "--validation", "4", "--batch", "4",
+               "--tokens", str(4 * 16 * 24), "--learning-rate", "0.001", "--checkpoint-every", "3",
+               "--eval", f"file:{text_file}", "--eval-length", "16", "--eval-windows", "4"]  # fmt: skip
+    options = {"prunes": 5, "new": 2, "keeping_epochs": 1.0, "pruning_epochs": 1.0, "post_epochs": 1.0,
+               "keep_ratio": 0.4, "importance": importance}  # fmt: skip
+    command += [word for name, value in options.items() for word in ("--option", f"{name}={value}")]
+    process = subprocess.Popen([sys.executable, "-m", "pared.cli.main", *command], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    work = tmp_path / ".killed.training"
+    number = 1 if phase == "bases" else 2
+    while process.poll() is None and not list((work / f"state-{number}").glob("checkpoint-*/WHOLE")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed").exists()
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    killed, whole = load(tmp_path / "killed").state_dict(), load(tmp_path / "whole").state_dict()
+    assert all(torch.equal(killed[name], whole[name]) for name in whole)
+    plans = [Manifest.read(tmp_path / name).plan for name in ("killed", "whole")]
+    assert plans[0] == plans[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"importance": "size"}, "option importance: expected one of magnitude, fisher, bsi, found 'size'"),
+        ({"keep_ratio": 0.0}, "option keep_ratio: expected a fraction, above 0 and at most 1, found 0.0"),
+        ({"keep": 1.5}, "option keep: expected a fraction"),
+        ({"pruning_epochs": 0.0}, "option pruning_epochs: expected more than 0"),
+        ({"keep": 0.05, "new": 8}, "the new bases of all weights are"),
+        ({"skip": "*"}, "leaves none of the"),
+        ({"bases": "int8"}, "option bases: expected one of bfloat16, float32"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    dense: Dense, tmp_path: Path, text_file: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ParedError) as error:
+        tune(asked(dense("llama"), tmp_path / "out", text_file, options))
+    assert message in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_compressed_folder_is_refused(dense: Dense, tmp_path: Path, text_file: Path) -> None:
+    tune(asked(dense("llama"), tmp_path / "one", text_file, {"post_epochs": 0.0}))
+    with pytest.raises(ParedError, match="is already compressed by pared"):
+        tune(asked(tmp_path / "one", tmp_path / "two", text_file))
