@@ -396,6 +396,21 @@ def test_without_learning_anew_what_stays_is_a_prefix_of_the_spectrum(
             torch.testing.assert_close((new.up.weight @ new.down.weight).double(), best, rtol=1e-3, atol=1e-4)
 
 
+def test_coefficients_may_learn_faster_than_the_rest(dense: Dense, tmp_path: Path, text_file: Path) -> None:
+    options = {"new": 0, "keep_ratio": 1.0, "post_epochs": 0.0, "bases": "float32"}
+    moved = []
+    for times in (1.0, 10.0):
+        out = tmp_path / f"{times:g}"
+        tune(asked(dense("llama"), out, text_file, {**options, "coefficient_rate": times}, tokens=64 * 40))
+        name = "model.layers.0.mlp.down_proj"
+        before, after = load(dense("llama")).get_submodule(name), load(out).get_submodule(name)
+        moved.append(float((after.weight - before.weight).norm()))
+        norm = "model.layers.0.input_layernorm.weight"
+        moved.append(float((load(out).get_parameter(norm) - load(dense("llama")).get_parameter(norm)).norm()))
+    assert moved[2] > 5 * moved[0]
+    assert moved[3] == pytest.approx(moved[1], rel=0.5)
+
+
 def test_layers_to_skip_stay_dense(dense: Dense, tmp_path: Path, text_file: Path) -> None:
     made = tune(asked(dense("llama"), tmp_path / "out", text_file, {"skip": "*mlp*"}))
     low = {site.name for site in made.manifest.plan.sites if isinstance(site.decision, LowRank)}

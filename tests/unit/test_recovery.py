@@ -148,7 +148,7 @@ def test_teacher_and_student_hold_one_embedding(folder: Folder) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.compresses])
 def test_every_method_trains_every_kind_of_folder(
     folder: Folder, tmp_path: Path, text_file: Path, method: str, kind: str
 ) -> None:
@@ -196,6 +196,21 @@ def test_a_shared_basis_is_one_tensor_still_and_no_adapter_touched_it(
             assert layer.down.weight is after.get_parameter(layer.shares)
             assert torch.equal(layer.down.weight, before.get_submodule(name).down.weight)
             assert not torch.equal(layer.up.weight, before.get_submodule(name).up.weight)
+
+
+@pytest.mark.parametrize(
+    ("part", "moves"), [("factors", set()), ("factors+norms", {"norm"}), ("all", {"norm", "embed"})]
+)
+def test_what_trains_is_what_was_asked_for(
+    folder: Folder, tmp_path: Path, text_file: Path, part: str, moves: set[str]
+) -> None:
+    before = parameters(load(folder("factors")))
+    made = tune(asked(folder("factors"), tmp_path / "out", text_file, method="full", options={"train": part}))
+    after = parameters(load(made.folder))
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert {name for name in changed if "norm" in name} == {name for name in after if "norm" in name and moves}
+    assert bool([name for name in changed if "embed" in name]) == ("embed" in moves)
+    assert all(name in changed for name in after if name.endswith((".up.weight", ".down.weight")))
 
 
 def test_adapters_one_factor_after_the_other_change_both(folder: Folder, tmp_path: Path, text_file: Path) -> None:
@@ -344,6 +359,7 @@ def test_a_loss_that_is_no_number_is_an_error_and_the_state_is_kept(
         ({"options": {"temprature": 2.0}}, "training method distill has no option 'temprature'"),
         ({"options": {"temperature": 0.0}}, "option temperature: expected more than 0, found 0.0"),
         ({"method": "lora", "options": {"targets": "left"}}, "option targets: expected one of up, down, both"),
+        ({"method": "full", "options": {"train": "none"}}, "option train: expected one of factors, factors+norms, all"),
         ({"length": 100, "validation": 10}, "nothing is left to train on"),
         ({"options": {"teacher": "/nowhere"}}, "teacher '/nowhere'"),
         ({"model": "/nowhere"}, "/nowhere: no such folder"),

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from pared.checkpoint import load
 from pared.errors import ParedError
 from pared.training.divergence import divergence
-from pared.training.full import train_factors
+from pared.training.full import train_part
 from pared.training.stage import Batch, Context, Loss, Prepared
 
 PARENT = "parent"
@@ -36,7 +36,7 @@ def check(options: Mapping[str, Any]) -> None:
 def prepare(context: Context) -> Prepared:
     """Train factors and normalisations towards the teacher, which shares what is frozen in both."""
     teacher = _teacher(context)
-    prepared = train_factors(context, towards(teacher, context.options), with_norms=True)
+    prepared = train_part(context, towards(teacher, context.options), "factors+norms")
     share_frozen(context.model, teacher)
     return prepared
 

@@ -1,27 +1,42 @@
-"""Full fine-tuning: everything that stands where linear layers stood, and nothing else."""
+"""Full fine-tuning: everything that stands where linear layers stood, or the whole model."""
+
+from collections.abc import Mapping
+from typing import Any
 
 from transformers import TrainerCallback
 
 from pared.training.keep_zeros import KeepZeros
-from pared.training.parts import compressed_layers, freeze, norms, unpack
+from pared.training.parts import compressed_layers, norms, unpack
 from pared.training.precision import hold_in_float32
 from pared.training.pruned import pruned_layers
 from pared.training.stage import Context, Loss, Prepared, own_loss
 
+PARTS = ("factors", "factors+norms", "all")
+
+
+def check(options: Mapping[str, Any]) -> None:
+    """Refuse what cannot be.
+
+    Raises:
+        ValueError: an unknown part.
+    """
+    if options["train"] not in PARTS:
+        raise ValueError(f"option train: expected one of {', '.join(PARTS)}, found {options['train']!r}")
+
 
 def prepare(context: Context) -> Prepared:
-    """Train all factors; a shared basis gets the sum of its members' gradients, and zeros stay zero."""
-    return train_factors(context, own_loss, with_norms=bool(context.options["norms"]))
+    """Train on the model's own loss; a shared basis gets the sum of its members' gradients, and zeros stay zero."""
+    return train_part(context, own_loss, str(context.options["train"]))
 
 
-def train_factors(context: Context, loss: Loss, with_norms: bool) -> Prepared:
-    """Make a model ready whose factors train, and its normalisations if that is asked for."""
+def train_part(context: Context, loss: Loss, part: str) -> Prepared:
+    """Make a model ready of which a part trains: one of ``PARTS``."""
     model = context.model
-    freeze(model)
+    model.requires_grad_(part == "all")
     unpack(model)
     for layer in compressed_layers(model).values():
         layer.requires_grad_(True)
-    if with_norms:
+    if part == "factors+norms":
         for norm in norms(model):
             norm.requires_grad_(True)
     hold_in_float32(model)

@@ -23,7 +23,8 @@ METHODS: dict[str, TuningMethod] = {
             summary="all factors on the model's own loss",
             stages=lambda _: (Stage("full", full.prepare),),
             learning_rate=2e-6,
-            options={"norms": False},
+            options={"train": "factors"},
+            check=full.check,
         ),
         TuningMethod(
             name="distill",

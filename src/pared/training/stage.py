@@ -32,6 +32,7 @@ class Prepared:
         callbacks: beside those every training has.
         buffers: names of buffers that change while training and so belong to its state.
         rate: times the learning rate that was asked for.
+        faster: ends of parameters' names, and what their learning rate is times that of the others.
     """
 
     model: Any
@@ -40,6 +41,7 @@ class Prepared:
     callbacks: list[TrainerCallback] = field(default_factory=list)
     buffers: tuple[str, ...] = ()
     rate: float = 1.0
+    faster: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,15 @@ class StageTrainer(Trainer):
             )
         return (loss, None) if return_outputs else loss
 
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Make the optimizer; parameters that learn faster have groups of their own."""
+        made = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if made:
+            for ending, times in self.prepared.faster.items():
+                _set_apart(optimizer, self.prepared.model, ending, times)
+        return optimizer
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         del state_dict
         folder = Path(output_dir or self.args.output_dir)
@@ -86,6 +95,18 @@ class StageTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         del model
         put_back(self.prepared, Path(resume_from_checkpoint) / TRAINED)
+
+
+def _set_apart(optimizer: torch.optim.Optimizer, model: nn.Module, ending: str, times: float) -> None:
+    """Move parameters whose names end so to a group whose learning rate is so many times the others'."""
+    apart = {id(parameter): parameter for name, parameter in model.named_parameters() if name.endswith(ending)}
+    moved = []
+    for group in optimizer.param_groups:
+        moved += [parameter for parameter in group["params"] if id(parameter) in apart]
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in apart]
+    if moved:
+        rate = times * optimizer.param_groups[0]["lr"]
+        optimizer.add_param_group({"params": moved, "lr": rate, "weight_decay": 0.0})
 
 
 def state_of(prepared: Prepared) -> dict[str, torch.Tensor]:

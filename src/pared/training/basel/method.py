@@ -35,6 +35,7 @@ OPTIONS: dict[str, bool | int | float | str] = {
     "post_epochs": 3.0,
     "new": 32,
     "relearn": True,
+    "coefficient_rate": 1.0,
     "importance": "magnitude",
     "probes": 1,
     "bases": "bfloat16",
@@ -58,6 +59,8 @@ def check(options: Mapping[str, Any]) -> None:
     for name, least in (("prunes", 1), ("probes", 1), ("new", 0), ("keeping_epochs", 0), ("post_epochs", 0)):
         if options[name] < least:
             raise ValueError(f"option {name}: expected {least} or more, found {options[name]}")
+    if not options["coefficient_rate"] > 0:
+        raise ValueError(f"option coefficient_rate: expected more than 0, found {options['coefficient_rate']}")
     if not options["pruning_epochs"] > 0:
         raise ValueError(f"option pruning_epochs: expected more than 0, found {options['pruning_epochs']}")
 
@@ -100,9 +103,10 @@ def prepare(context: Context) -> Prepared:
 
     buffers = ("mask", *(FOLLOWED if options["importance"] != "magnitude" else ()))
     callbacks: list[TrainerCallback] = [prune]
+    faster = {".w": options["coefficient_rate"]} if options["coefficient_rate"] != 1 else {}
     rate = rate_factor(share, options["keeping_epochs"] + options["pruning_epochs"])
     changing = tuple(f"{name}.{buffer}" for name in names for buffer in buffers)
-    return Prepared(model, finish, callbacks=callbacks, buffers=changing, rate=rate)
+    return Prepared(model, finish, callbacks=callbacks, buffers=changing, rate=rate, faster=faster)
 
 
 def prepare_factors(context: Context) -> Prepared:
