@@ -70,7 +70,7 @@ def plot(
     matplotlib.rcParams["svg.hashsalt"] = "pared"  # the same picture from the same figures
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, len(curves), figsize=(12, 4.2), sharey=True)
+    figure, (panels,) = pyplot.subplots(1, len(curves), figsize=(12, 4.2), sharey=True, squeeze=False)
     for panel, (text, named) in zip(panels, curves.items(), strict=True):
         for name, points in named.items():
             if points:

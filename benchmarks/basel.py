@@ -1,0 +1,197 @@
+"""Basel against SVD, FWSVD and SVD-LLM for one kind of text: speeches of 1945 to 1999 to train on, later ones to test.
+
+``python benchmarks/basel.py`` fills the grid, ``--ablations`` the ablations; a cell whose line is there is not run
+again, and a training that was killed goes on where it stopped. All are tuned for the same steps once compressed.
+"""
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pared
+from grid import plot, signature
+from pared.checkpoint import Manifest
+from pared.engine.asked import plan_of
+from pared.sources import find_text
+from pared.sources.models import find_model
+from pared.training import tune
+from pared.tuning import Tuning
+from record import RESULTS, append, read, table
+
+LINES, PAGE, PLOT = RESULTS / "basel.jsonl", RESULTS / "basel.md", RESULTS / "basel.svg"
+PLACE = Path(os.environ.get("PARED_CACHE", "~/.cache/pared")).expanduser() / "benchmarks" / "basel"
+SIZES = (0.45, 0.8, 0.6)  # of the whole model
+WINDOWS, LENGTH, BATCH = 20, 512, 4
+BASELINES = ("svd", "fwsvd", "svd-llm")
+# Of the papers' thousands of steps there is time for tens: everything learns faster, coefficients most.
+RATE, COEFFICIENTS = 1e-4, 30.0
+BASEL = {"prunes": 10, "keeping_epochs": 1.0, "pruning_epochs": 1.0, "post_epochs": 2.0, "new": 8,
+         "coefficient_rate": COEFFICIENTS}  # fmt: skip
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "without new bases": {"new": 0},
+    "without learning anew": {"relearn": False},
+    "importance fisher": {"importance": "fisher"},
+    "importance bsi": {"importance": "bsi"},
+}
+
+
+def texts() -> dict[str, str]:
+    """Return the speeches to train on and those to test on, as files."""
+    named = {}
+    source = Path(os.environ["PARED_DATA"]) / "lm" / "us_state_of_the_union_1945_2006.jsonl"
+    rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    for name, wanted in (("train", range(1945, 2000)), ("test", range(2000, 2007))):
+        path = PLACE / f"speeches-{name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        chosen = [json.dumps({"text": row["text"]}) for row in rows if int(row["id"][:4]) in wanted]
+        path.write_text("\n".join(chosen) + "\n", encoding="utf-8")
+        named[name] = f"file:{path}"
+    seen = set(find_text(named["train"]).documents)
+    assert not seen & set(find_text(named["test"]).documents)
+    return named
+
+
+def keep_of(size: float, model: str) -> float:
+    """Return what may stay of the covered parameters for a size of the whole model."""
+    plan = plan_of(find_model(model).skeleton(), pared.Recipe(method="svd"))
+    fixed = plan.before.model_parameters - plan.before.covered_parameters
+    return (size * plan.before.model_parameters - fixed) / plan.before.covered_parameters
+
+
+def perplexity(folder: str, text: str) -> float:
+    """Measure a model on the speeches to test on."""
+    return pared.perplexity(pared.load(folder), pared.load_tokenizer(folder), text, 1024, WINDOWS).value
+
+
+def compressed(model: str, method: str, size: float, keep: float, text: str) -> Path:
+    """Return the folder of a compression without training."""
+    out = PLACE / f"{method}-{size:g}"
+    if not (out / "pared.json").exists():
+        calibration = {"text": text, "samples": 32, "length": 1024}
+        pared.run(pared.Recipe.model_validate({"model": model, "method": method, "keep": keep, "out": str(out),
+                                               "calibration": calibration, "evaluation": None}))  # fmt: skip
+    return out
+
+
+def tuning(model: str, out: Path, text: str, tokens: int, **more: Any) -> Tuning:
+    """Return what all trainings have in common."""
+    return Tuning.of({
+        "model": model, "out": str(out), "data": [text], "tokens": tokens, "length": LENGTH, "batch": BATCH,
+        "validation": 8, "evaluation": None, "learning_rate": RATE, "checkpoint_every": 16, **more,
+    })  # fmt: skip
+
+
+def run_cell(cell: dict[str, Any], model: str, named: dict[str, str]) -> dict[str, Any]:
+    """Compress and tune one way, and measure."""
+    name, size, keep, tokens = cell["what"], cell["size"], cell["keep"], cell["tokens"]
+    out = PLACE / f"{name.replace(' ', '-')}-{size:g}-{tokens}"
+    start = time.perf_counter()
+    if name in BASELINES:
+        parent = compressed(model, name, size, keep, named["train"])
+        before = perplexity(str(parent), named["test"])
+        asked = tuning(str(parent), out, named["train"], tokens, method="full", options={"train": "all"},
+                       schedule="cosine")  # fmt: skip
+    else:
+        before = None
+        options = {**BASEL, "keep": keep, **ABLATIONS.get(name, {})}
+        asked = tuning(model, out, named["train"], 2 * tokens, method="basel", options=options)
+    if not (out / "pared.json").exists():
+        tune(asked)
+    manifest = Manifest.read(out)
+    training = manifest.training[-1]
+    return {
+        **cell,
+        "before_tuning": before,
+        "perplexity": {"speeches of 2000 to 2006": perplexity(str(out), named["test"])},
+        "model_parameters": manifest.plan.after.model_parameters,
+        "share": manifest.plan.after.model_parameters / manifest.plan.before.model_parameters,
+        "stages": training.stages,
+        "seconds": time.perf_counter() - start,
+        "training_seconds": training.seconds,
+        "peak_memory_bytes": training.peak_memory_bytes,
+    }
+
+
+def key_of(line: dict[str, Any]) -> tuple[object, ...]:
+    """Return what tells a cell from every other."""
+    return tuple(line.get(name) for name in ("what", "size", "tokens"))
+
+
+def render(lines: list[dict[str, Any]]) -> str:
+    """Return the page."""
+    dense = next(line for line in lines if line["what"] == "dense")
+    (test,) = dense["perplexity"]
+    base = dense["perplexity"][test]
+    text = [
+        "# Basel for one kind of text",
+        "",
+        "Made by `python benchmarks/basel.py`; raw figures in [basel.jsonl](basel.jsonl). Do not edit.",
+        "",
+        f"`{dense['model']}`, trained on State of the Union addresses of 1945 to 1999, perplexity on the first "
+        f"{WINDOWS} windows of 1,024 tokens of those of 2000 to 2006: dense and untuned {base:.2f}. Sizes are of the "
+        "whole model, embedding and head included. Every method is tuned on for the same number of tokens after it was compressed, "
+        "all parameters, the same learning rate and schedule; Basel's first part is as long again. Of the paper's "
+        "thousands of steps there was time for tens, so coefficients learn "
+        f"{COEFFICIENTS:g} times as fast as the rest.",
+        "",
+    ]
+    for title, names in (("Methods", ("basel", *BASELINES)), ("Ablations of Basel", ("basel", *ABLATIONS))):
+        rows = [
+            (
+                line["what"],
+                f"{line['share']:.3f}",
+                f"{line['before_tuning']:,.1f}" if line["before_tuning"] else "",
+                f"{line['perplexity'][test]:,.2f} ({line['perplexity'][test] / base:.3f} x)",
+                " + ".join(f"{stage['tokens']:,}" for stage in line["stages"]),
+                f"{line['seconds'] / 60:.0f}",
+                f"{line['peak_memory_bytes'] / 2**20:,.0f}",
+            )
+            for line in sorted(lines, key=lambda line: (-line["size"], line["perplexity"][test]))
+            if line["what"] in names
+        ]
+        if title == "Methods" or any(row[0] in ABLATIONS for row in rows):
+            header = ("method", "size", "before tuning", "perplexity", "tokens", "minutes", "peak MiB")
+            text += [f"## {title}", "", table(header, rows), ""]
+    return "\n".join([*text, "![Perplexity by size](basel.svg)", "", signature(lines)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="embedded:smollm2-135m")
+    parser.add_argument("--methods", nargs="+", default=["basel", *BASELINES])
+    parser.add_argument("--sizes", type=float, nargs="+", default=list(SIZES))
+    parser.add_argument("--tokens", type=int, default=16_384, help="of tuning after the compression")
+    parser.add_argument("--ablations", action="store_true", help="at the first of the sizes")
+    parser.add_argument("--render", action="store_true")
+    asked = parser.parse_args()
+    if not asked.render:
+        named = texts()
+        if not read(LINES):
+            found = perplexity(asked.model, named["test"])
+            append(LINES, {"what": "dense", "size": 1.0, "model": asked.model, "share": 1.0, "before_tuning": None,
+                           "perplexity": {"speeches of 2000 to 2006": found}})  # fmt: skip
+        for size in asked.sizes[:1] if asked.ablations else asked.sizes:
+            for what in ABLATIONS if asked.ablations else asked.methods:
+                cell = {"what": what, "size": size, "tokens": asked.tokens, "keep": keep_of(size, asked.model)}
+                if key_of(cell) not in {key_of(line) for line in read(LINES)}:
+                    append(LINES, run_cell(cell, asked.model, named))
+                    print(f"{key_of(cell)}: {read(LINES)[-1]['perplexity']}", flush=True)
+    lines = read(LINES)
+    (test,) = lines[0]["perplexity"]
+    base = lines[0]["perplexity"][test]
+    points = {
+        what: [(line["share"], line["perplexity"][test] / base) for line in lines if line["what"] == what]
+        for what in ("basel", *BASELINES)
+    }
+    curves = {test: points}
+    if any(points.values()):
+        plot(PLOT, curves, "size of the whole model", falling=True, most=100)
+    PAGE.write_text(render(lines), encoding="utf-8")
+    print(PAGE.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()
