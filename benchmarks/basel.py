@@ -132,10 +132,10 @@ def render(lines: list[dict[str, Any]]) -> str:
         "",
         f"`{dense['model']}`, trained on State of the Union addresses of 1945 to 1999, perplexity on the first "
         f"{WINDOWS} windows of 1,024 tokens of those of 2000 to 2006: dense and untuned {base:.2f}. Sizes are of the "
-        "whole model, embedding and head included. Every method is tuned on for the same number of tokens after it was compressed, "
-        "all parameters, the same learning rate and schedule; Basel's first part is as long again. Of the paper's "
-        "thousands of steps there was time for tens, so coefficients learn "
-        f"{COEFFICIENTS:g} times as fast as the rest.",
+        "whole model, embedding and head included. Every method is tuned for the same number of tokens after it was "
+        "compressed, all parameters, the same learning rate and schedule; Basel's first part is as long again. Of the "
+        f"paper's thousands of steps there was time for tens, so coefficients learn {COEFFICIENTS:g} times as fast as "
+        "the rest.",
         "",
     ]
     for title, names in (("Methods", ("basel", *BASELINES)), ("Ablations of Basel", ("basel", *ABLATIONS))):
