@@ -144,6 +144,23 @@ def test_teacher_and_student_hold_one_embedding(folder: Folder) -> None:
     assert student.get_input_embeddings().weight.data_ptr() == teacher.get_input_embeddings().weight.data_ptr()
 
 
+def test_rows_are_as_long_as_they_are_and_padded_only_within_their_batch(tokenizer: PreTrainedTokenizerFast) -> None:
+    from pared.sources.labelled import Example, Examples
+    from pared.sources.labelled_windows import cut_examples
+    from pared.training.examples import rows_of
+
+    texts = ("w3 w4", "w5 w6 w7 w8 w9", "w3")
+    examples = Examples("some", tuple(Example((text,), 1) for text in texts), "here")
+    rows = rows_of(cut_examples(examples, tokenizer, TINY_MODELS["bert"]().config, 32, None))
+    lengths = [len(row["input_ids"]) for row in rows]
+    assert lengths[0] - lengths[2] == 1
+    assert lengths[1] - lengths[2] == 4
+    batch = collate([rows[0], rows[2]])
+    assert batch["input_ids"].shape == (2, lengths[0])
+    assert batch["attention_mask"].sum(dim=1).tolist() == [lengths[0], lengths[2]]
+    assert batch["labels"].tolist() == [1, 1]
+
+
 # Every method on every kind.
 
 

@@ -63,10 +63,16 @@ def find_rows(tuning: Tuning, tokenizer: PreTrainedTokenizerBase, config: Pretra
 
 
 def rows_of(windows: Windows) -> list[Row]:
-    """Return one row a window; of a text the tokens are the labels."""
+    """Return one row a window, without the padding on its right; of a text the tokens are the labels."""
     labels = windows.tokens if windows.labels is None else windows.labels
     columns = {"input_ids": windows.tokens, **windows.beside, "labels": labels}
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    if windows.mask is None:
+        return rows
+    return [
+        {name: value[:length] if value.ndim else value for name, value in row.items()}
+        for row, length in zip(rows, windows.mask.sum(dim=1).tolist(), strict=True)
+    ]
 
 
 def tokens_of(row: Row) -> int:
