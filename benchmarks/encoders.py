@@ -27,12 +27,12 @@ from record import RESULTS, append, read, table
 
 LINES, PAGE = RESULTS / "encoders.jsonl", RESULTS / "encoders.md"
 PLACE = Path(os.environ.get("PARED_CACHE", "~/.cache/pared")).expanduser() / "benchmarks" / "encoders"
-FRACTION, LENGTH, BATCH, RATE = 0.33, 128, 32, 5e-5
+FRACTION, LENGTH, BATCH, RATE = 0.33, 128, 32, 1e-4
 # task -> training examples, those to score on, the metric, how many to train on, for how many epochs
 TASKS: dict[str, tuple[str, str, str, int, int]] = {
-    "SST-2": ("glue:sst2:train", "glue:sst2:dev", "accuracy", 20_000, 2),
-    "CoLA": ("glue:cola:train", "glue:cola:dev", "matthews", 8_551, 4),
-    "WNUT-17": ("ner:wnut17:train", "ner:wnut17:test", "f1", 3_394, 8),
+    "SST-2": ("glue:sst2:train", "glue:sst2:dev", "accuracy", 10_000, 1),
+    "CoLA": ("glue:cola:train", "glue:cola:dev", "matthews", 8_551, 3),
+    "WNUT-17": ("ner:wnut17:train", "ner:wnut17:test", "f1", 3_394, 3),
 }
 BASEL = {"prunes": 20, "keeping_epochs": 0.5, "pruning_epochs": 0.5, "new": 4, "coefficient_rate": 20.0}
 
