@@ -19,6 +19,7 @@ class Tuning(Strict):
         model: what is trained; a folder that pared made, or for methods that compress themselves any named model.
         method: a name that ``pared methods`` lists under training.
         data: what is trained on, by name; several are mixed.
+        template: of the prompts of instructions.
         length: tokens in a window of a text, the most tokens of an example.
         windows: the most windows or examples of each; none means all.
         validation: windows or examples at the end of each that are never trained on, to measure the loss on.
@@ -49,6 +50,7 @@ class Tuning(Strict):
     model: str | None = None
     method: str = "distill"
     data: tuple[str, ...] = ("embedded",)
+    template: str = "alpaca"
     length: Annotated[int, Field(ge=2, strict=True)] = 512
     windows: Positive | None = None
     validation: Annotated[int, Field(ge=0, strict=True)] = 8

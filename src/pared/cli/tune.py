@@ -22,6 +22,9 @@ def tune(
     data: Annotated[
         list[str] | None, typer.Option(help="A text to train on, by name; repeatable, mixed. [default: embedded]")
     ] = None,
+    template: Annotated[
+        str | None, typer.Option(help="Of the prompts of instructions: alpaca, plain. [default: alpaca]")
+    ] = None,
     length: Annotated[int | None, typer.Option(help="Tokens in a window. [default: 512]")] = None,
     windows: Annotated[int | None, typer.Option(help="The most windows of each text. [default: all]")] = None,
     validation: Annotated[
@@ -79,6 +82,7 @@ def tune(
                 "model": model,
                 "method": method,
                 "data": data,
+                "template": template,
                 "length": length,
                 "windows": windows,
                 "validation": validation,

@@ -1,10 +1,8 @@
 """Labelled examples by name: GLUE and entity recognition in the folder PARED_DATA, and the user's files."""
 
-import gzip
 import json
 import logging
 import os
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 
 from pared.errors import ParedError
 from pared.names import did_you_mean
+from pared.sources.files import read_lines
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +94,7 @@ def is_labelled(name: str) -> bool:
     if not name.startswith("file:") or ".jsonl" not in path.suffixes:
         return False
     try:
-        first = json.loads(_lines(path)[0])
+        first = json.loads(read_lines(path)[0])
     except (ParedError, ValueError, IndexError):
         return False
     return isinstance(first, dict) and ("label" in first or "labels" in first)
@@ -149,7 +148,7 @@ def _glue(name: str, task: str, split: str) -> Examples:
     width = max(*asked.texts, asked.label) + 1
 
     def rows() -> Iterator[Example]:
-        for number, line in enumerate(_lines(path), 1):
+        for number, line in enumerate(read_lines(path), 1):
             cells = line.split("\t")
             if not line.strip() or (asked.header and number == 1):
                 continue
@@ -166,7 +165,7 @@ def _entities(name: str, data_set: str, split: str) -> Examples:
 
     def rows() -> Iterator[Example]:
         words: list[tuple[str, str]] = []
-        for number, line in enumerate([*_lines(path), ""], 1):
+        for number, line in enumerate([*read_lines(path), ""], 1):
             if line.strip():
                 cells = line.split("\t") if "\t" in line else line.split()
                 if len(cells) < 2 or not cells[0].strip():
@@ -198,21 +197,10 @@ def _local(name: str, folder: str, split: str, endings: Sequence[str]) -> Path:
     )
 
 
-def _lines(path: Path) -> list[str]:
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        # Not splitlines: texts may hold U+2028, U+0085 and the other characters it also splits at.
-        return [line.removesuffix("\r") for line in raw.decode("utf-8-sig").split("\n")]
-    except OSError as error:
-        raise ParedError(f"file {path}: {error.strerror or error}") from None
-    except (UnicodeDecodeError, EOFError, zlib.error) as error:
-        raise ParedError(f"file {path}: not readable ({error})") from None
-
-
 def _rows_of_file(path: Path) -> Iterator[Example]:
     if ".jsonl" not in path.suffixes:
         raise ParedError(f"labelled file {path}: expected .jsonl or .jsonl.gz, found {path.suffix or 'no suffix'}")
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
         try:

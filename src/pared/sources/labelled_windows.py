@@ -11,7 +11,7 @@ from pared.errors import ParedError
 from pared.names import did_you_mean
 from pared.sources.labelled import SETS, Example, Examples, Label, find_examples, is_labelled
 from pared.sources.texts import find_text
-from pared.sources.windows import NO_LABEL, Windows, cut, digest_of
+from pared.sources.windows import NO_LABEL, Windows, cut, digest_of, padded
 
 log = logging.getLogger(__name__)
 
@@ -63,15 +63,15 @@ def cut_examples(
         if len(set(lengths)) > 1:
             raise ParedError(f"labelled examples {examples.name!r}: this tokenizer has no padding token; give it one")
         padding = 0
-    tokens = _padded(encoded["input_ids"], padding)
-    mask = _padded([[1] * count for count in lengths], 0)
-    segments = _padded(encoded["token_type_ids"], 0) if "token_type_ids" in encoded else None
+    tokens = padded(encoded["input_ids"], padding)
+    mask = padded([[1] * count for count in lengths], 0)
+    segments = padded(encoded["token_type_ids"], 0) if "token_type_ids" in encoded else None
     if examples.by_word:
         given = [
             _first_pieces(encoded.word_ids(index), [number_of(label) for label in _as_tuple(row.label)])
             for index, row in enumerate(rows)
         ]
-        labels = _padded(given, NO_LABEL)
+        labels = padded(given, NO_LABEL)
     else:
         labels = torch.tensor([number_of(row.label) for row in rows], dtype=torch.int64)
     mask_or_none = None if bool(mask.all()) else mask
@@ -166,9 +166,3 @@ def _first_pieces(words: Sequence[int | None], numbers: Sequence[int]) -> list[i
         NO_LABEL if word is None or word == before else numbers[word]
         for word, before in zip(words, previous, strict=False)
     ]
-
-
-def _padded(rows: Sequence[Sequence[int]], padding: int) -> torch.Tensor:
-    """Return rows of unequal length as one int64 tensor, filled up on the right."""
-    longest = max(map(len, rows))
-    return torch.tensor([[*row, *[padding] * (longest - len(row))] for row in rows], dtype=torch.int64)

@@ -1,16 +1,16 @@
 """Texts by name: the embedded one, well-known corpora, the user's files, anything the datasets library has."""
 
-import gzip
 import importlib.util
 import json
 import os
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from pared.errors import ParedError
 from pared.names import did_you_mean
+from pared.sources.files import read_text
+from pared.sources.templates import prompt
 
 EMBEDDED_SHARE = 0.8  # of pydoc_data.topics is for calibration, the rest for evaluation
 BLANK_LINES = "\n\n"
@@ -123,13 +123,7 @@ def read_documents(path: Path) -> list[str]:
         raise ParedError(
             f"text file {path}: expected .txt or .jsonl (or .gz of both), found {path.suffix or 'no suffix'}"
         )
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        content = raw.decode("utf-8-sig")
-    except OSError as error:
-        raise ParedError(f"text file {path}: {error.strerror or error}") from None
-    except (UnicodeDecodeError, EOFError, zlib.error) as error:
-        raise ParedError(f"text file {path}: not readable ({error})") from None
+    content = read_text(path, "text file")
     if kind == ".txt":
         return [content]
     # Not splitlines: JSON strings may hold U+2028, U+0085 and the other characters it also splits at.
@@ -151,13 +145,7 @@ def _row_text(path: Path, number: int, line: str) -> str:
 
 def alpaca_text(row: dict[str, str]) -> str:
     """Return the ``text`` field of the Alpaca data: the instruction prompt followed by its answer."""
-    context = "paired with an input that provides further context" if row["input"] else ""
-    task = f"Below is an instruction that describes a task{', ' + context if context else ''}."
-    middle = f"\n\n### Input:\n{row['input']}" if row["input"] else ""
-    return (
-        f"{task} Write a response that appropriately completes the request.\n\n"
-        f"### Instruction:\n{row['instruction']}{middle}\n\n### Response:\n{row['output']}"
-    )
+    return prompt("alpaca", row["instruction"], row["input"]) + row["output"]
 
 
 def wikitext_rows(content: str) -> tuple[str, ...]:

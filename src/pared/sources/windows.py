@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -145,3 +146,9 @@ def digest_of(*tensors: torch.Tensor | None) -> str:
         if tensor is not None:
             digest.update(tensor.contiguous().numpy().astype("<i8").tobytes())
     return digest.hexdigest()
+
+
+def padded(rows: Sequence[Sequence[int]], padding: int) -> torch.Tensor:
+    """Return rows of unequal length as one int64 tensor, filled up on the right."""
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[padding] * (longest - len(row))] for row in rows], dtype=torch.int64)

@@ -8,6 +8,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from pared.errors import ParedError
+from pared.sources.instructions import PREFIX, cut_instructions
 from pared.sources.labelled_windows import find_windows
 from pared.sources.windows import NO_LABEL, Windows, require_fits
 from pared.tuning import Tuning
@@ -47,7 +48,10 @@ def find_rows(tuning: Tuning, tokenizer: PreTrainedTokenizerBase, config: Pretra
     described: list[dict[str, object]] = []
     for name in tuning.data:
         wanted = None if tuning.windows is None else tuning.windows + tuning.validation
-        windows = find_windows(name, tokenizer, config, causal, tuning.length, wanted)
+        if name.startswith(PREFIX):
+            windows = cut_instructions(name, tokenizer, tuning.length, wanted, tuning.template)
+        else:
+            windows = find_windows(name, tokenizer, config, causal, tuning.length, wanted)
         require_fits(config, windows)
         rows = rows_of(windows)
         if len(rows) <= tuning.validation:

@@ -1,0 +1,132 @@
+"""Instructions with answers: prompts made by a template, and windows in which only the answer is learned."""
+
+import json
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from pared.errors import ParedError
+from pared.names import did_you_mean
+from pared.sources.files import read_lines
+from pared.sources.templates import prompt
+from pared.sources.windows import NO_LABEL, Windows, digest_of, padded
+
+log = logging.getLogger(__name__)
+
+PREFIX = "instruct:"
+# name -> file under PARED_DATA
+SETS = {
+    "gsm8k:train": "math/gsm8k_train.jsonl.gz",
+    "gsm8k:test": "math/gsm8k_test.jsonl",
+    "math500": "math/math500.jsonl",
+    "mbpp": "code/mbpp.jsonl",
+    "alpaca": "instruct/alpaca_random_9k.jsonl.gz",
+}
+# The fields of a row that are asked and answered, the first pair that is there.
+FIELDS = (
+    ("prompt", "response"),
+    ("query", "response"),
+    ("instruction", "output"),
+    ("question", "answer"),
+    ("problem", "solution"),
+    ("text", "code"),
+)
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """What is asked, perhaps an input beside it, and the answer."""
+
+    instruction: str
+    answer: str
+    input: str = ""
+
+
+def find_instructions(name: str) -> tuple[list[Instruction], str]:
+    """Find instructions by name, and say which file they are from.
+
+    Args:
+        name: ``instruct:gsm8k:train``, another known set, or ``instruct:PATH`` (.jsonl or .jsonl.gz) with the fields
+            ``prompt`` and ``response``, or another pair that is usual.
+
+    Raises:
+        ParedError: nothing of that name, unreadable, or a row without such fields; names the file and the row.
+    """
+    asked = name.removeprefix(PREFIX)
+    if asked in SETS:
+        root = os.environ.get("PARED_DATA")
+        if not root:
+            raise ParedError(f"{name!r} is read from the folder that PARED_DATA names, and it names none; set it, or "
+                             "use instruct:PATH")  # fmt: skip
+        path = Path(root) / SETS[asked]
+    else:
+        path = Path(asked).expanduser()
+        if ".jsonl" not in path.suffixes:
+            raise ParedError(f"unknown instructions {name!r}; {did_you_mean(asked, SETS)}, or a .jsonl file")
+    found = []
+    for number, line in enumerate(read_lines(path), 1):
+        if line.strip():
+            found.append(_instruction(path, number, line))
+    if not found:
+        raise ParedError(f"instructions {name!r} ({path}) have no rows")
+    return found, str(path)
+
+
+def cut_instructions(
+    name: str, tokenizer: PreTrainedTokenizerBase, length: int, count: int | None, template: str
+) -> Windows:
+    """Tokenise prompt and answer, one window each, padded on the right; only the answer and its end have labels.
+
+    Args:
+        name: as :func:`find_instructions`.
+        tokenizer: of the model.
+        length: the most tokens of a window. What is longer is cut; an example whose prompt leaves none is left out.
+        count: how many, from the first; None means all.
+        template: of the prompts.
+
+    Raises:
+        ParedError: as :func:`find_instructions`, or every answer is cut off.
+    """
+    examples, origin = find_instructions(name)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    rows: list[tuple[list[int], list[int]]] = []
+    for example in examples[:count]:
+        asked = _ids(tokenizer, prompt(template, example.instruction, example.input))
+        answer = [*_ids(tokenizer, example.answer), *end]
+        if len(asked) < length:
+            rows.append(((asked + answer)[:length], ([NO_LABEL] * len(asked) + answer)[:length]))
+    left_out = len(examples[:count]) - len(rows)
+    if not rows:
+        raise ParedError(f"instructions {name!r}: every prompt fills its {length} tokens; use a larger length")
+    if left_out:
+        log.warning(
+            "%r: %d of %d prompts fill %d tokens and are left out", name, left_out, len(rows) + left_out, length
+        )
+    tokens = padded([ids for ids, _ in rows], tokenizer.pad_token_id or 0)
+    labels = padded([labels for _, labels in rows], NO_LABEL)
+    mask = padded([[1] * len(ids) for ids, _ in rows], 0)
+    return Windows(tokens, digest_of(tokens, mask, labels), name, origin, False, mask, labels)
+
+
+def _instruction(path: Path, number: int, line: str) -> Instruction:
+    try:
+        row: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ParedError(f"{path}, row {number}: not JSON ({error})") from None
+    if isinstance(row, dict):
+        for asked, answer in FIELDS:
+            if isinstance(row.get(asked), str) and isinstance(row.get(answer), str):
+                beside = row.get("input")
+                return Instruction(row[asked], row[answer], beside if isinstance(beside, str) else "")
+    found = sorted(row) if isinstance(row, dict) else type(row).__name__
+    pairs = ", ".join(f"{asked} and {answer}" for asked, answer in FIELDS)
+    raise ParedError(f"{path}, row {number}: expected strings {pairs}; found {found}")
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids

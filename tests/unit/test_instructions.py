@@ -1,0 +1,128 @@
+"""Instructions become windows in which only the answer is learned."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from pared import ParedError
+from pared.sources.instructions import cut_instructions, find_instructions
+from pared.sources.templates import prompt, templates
+from pared.sources.windows import NO_LABEL
+
+
+def written(path: Path, rows: list[dict[str, Any]]) -> str:
+    content = "\n".join(map(json.dumps, rows)) + "\n"
+    path.write_bytes(gzip.compress(content.encode()) if path.suffix == ".gz" else content.encode())
+    return f"instruct:{path}"
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+@pytest.mark.parametrize(
+    ("asked", "answer"), [("prompt", "response"), ("query", "response"), ("question", "answer"), ("text", "code")]
+)
+def test_the_usual_fields_are_read(tmp_path: Path, asked: str, answer: str, suffix: str) -> None:
+    name = written(tmp_path / f"rows{suffix}", [{asked: "w3", answer: "w4", "other": 1}])
+    (found,), origin = find_instructions(name)
+    assert (found.instruction, found.answer, found.input) == ("w3", "w4", "")
+    assert origin == str(tmp_path / f"rows{suffix}")
+
+
+def test_only_the_answer_and_its_end_are_learned(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [{"prompt": "w3 w4 w5", "response": "w6 w7"}, {"prompt": "w3", "response": "w8"}]
+    windows = cut_instructions(written(tmp_path / "rows.jsonl", rows), tokenizer, 16, None, "plain")
+    end = tokenizer.eos_token_id
+    for row, (asked, answer) in enumerate((("w3 w4 w5\n", "w6 w7"), ("w3\n", "w8"))):
+        before = tokenizer(asked, add_special_tokens=False)["input_ids"]
+        after = [*tokenizer(answer, add_special_tokens=False)["input_ids"], end]
+        length = len(before) + len(after)
+        assert windows.tokens[row, :length].tolist() == before + after
+        assert windows.labels[row, :length].tolist() == [NO_LABEL] * len(before) + after
+        assert windows.labels[row, length:].eq(NO_LABEL).all()
+        assert windows.mask[row].tolist() == [1] * length + [0] * (windows.tokens.shape[1] - length)
+
+
+def test_prompts_that_leave_no_answer_are_left_out_and_told(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"prompt": "w3 " * 20, "response": "w6"}, {"prompt": "w3", "response": "w8 " * 30}]
+    name = written(tmp_path / "rows.jsonl", rows)
+    windows = cut_instructions(name, tokenizer, 12, None, "plain")
+    assert windows.tokens.shape == (1, 12)
+    assert bool((windows.labels != NO_LABEL).any())
+    assert "1 of 2 prompts fill 12 tokens and are left out" in caplog.text
+    with pytest.raises(ParedError, match="every prompt fills its 1 tokens"):
+        cut_instructions(name, tokenizer, 1, None, "plain")
+
+
+def test_the_template_is_alpacas() -> None:
+    assert prompt("alpaca", "Add.", "1 and 2") == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+        "response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 and 2\n\n"
+        "### Response:\n"
+    )
+    assert prompt("alpaca", "Add.").endswith("### Instruction:\nAdd.\n\n### Response:\n")
+
+
+@pytest.mark.parametrize("template", ["alpaca", "plain"])
+def test_braces_in_an_instruction_are_text(template: str) -> None:
+    made = prompt(template, "format {input} and {instruction}", "with {instruction}")
+    assert "format {input} and {instruction}" in made
+    assert "with {instruction}" in made
+    assert template in templates()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"prompt": "w3"}], "rows.jsonl, row 1: expected strings prompt and response"),
+        ([{"prompt": "w3", "response": "w4"}, {"prompt": 3, "response": "w4"}], "row 2: expected strings"),
+        ([], "have no rows"),
+    ],
+)
+def test_a_row_that_is_none_names_file_and_row(tmp_path: Path, rows: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(ParedError) as error:
+        find_instructions(written(tmp_path / "rows.jsonl", rows))
+    assert message in str(error.value)
+
+
+def test_what_is_unknown_is_refused(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PARED_DATA", raising=False)
+    name = written(tmp_path / "rows.jsonl", [{"prompt": "w3", "response": "w4"}])
+    for asked, template, message in (
+        ("instruct:gsm8k:train", "alpaca", "read from the folder that PARED_DATA names"),
+        ("instruct:gsm9k:train", "alpaca", "unknown instructions 'instruct:gsm9k:train'"),
+        (name, "alpacca", "unknown template 'alpacca'; did you mean 'alpaca'"),
+        ("instruct:/nowhere.jsonl", "alpaca", "/nowhere.jsonl: No such file"),
+    ):
+        with pytest.raises(ParedError) as error:
+            cut_instructions(asked, tokenizer, 8, None, template)
+        assert message in str(error.value)
+
+
+def test_a_model_learns_answers_from_a_file(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    from tiny_models import TINY_MODELS
+
+    from pared.training import tune
+    from pared.tuning import Tuning
+
+    TINY_MODELS["llama"]().save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    rows = [{"prompt": f"w{i} w{i}", "response": f"w{i + 1}"} for i in range(3, 50)]
+    options = {"prunes": 2, "new": 1, "keep_ratio": 0.9, "keeping_epochs": 1.0, "pruning_epochs": 1.0,
+               "post_epochs": 1.0}  # fmt: skip
+    made = tune(Tuning.of({
+        "model": str(tmp_path / "dense"), "out": str(tmp_path / "out"), "method": "basel", "options": options,
+        "data": [written(tmp_path / "rows.jsonl", rows)], "template": "plain", "length": 16, "validation": 4,
+        "batch": 16, "epochs": 2.0, "learning_rate": 1e-2, "evaluation": None,
+    }))  # fmt: skip
+    first, last = (stage["loss"] for stage in made.manifest.training[-1].stages)
+    assert last[1] < first[0]
+    assert made.manifest.training[-1].data[0]["labels"] == 2 * len(rows)
+    assert torch.isfinite(torch.tensor(last[1]))
