@@ -28,6 +28,8 @@ from pared.training.distill import share_frozen, towards
 from pared.training.divergence import divergence
 from pared.training.examples import collate
 from pared.training.parts import compressed_layers
+from pared.training.processes import Processes
+from pared.training.workshop import Workshop
 from pared.tuning import Tuning
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
@@ -337,9 +339,7 @@ def test_another_training_of_the_same_output_is_refused_and_nothing_is_lost(
 
 
 def test_a_checkpoint_that_was_not_written_to_its_end_is_not_gone_on_from(tmp_path: Path) -> None:
-    from pared.training.workshop import Workshop
-
-    with Workshop.beside(tmp_path / "out", {}) as workshop:
+    with Workshop.beside(tmp_path / "out", {}, Processes("cpu")) as workshop:
         for step, whole in ((5, True), (10, True), (15, False)):
             (workshop.state(1) / f"checkpoint-{step}").mkdir(parents=True)
             if whole:
@@ -348,12 +348,10 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_not_gone_on_from(tmp_pa
 
 
 def test_two_trainings_of_one_output_at_a_time_are_refused(tmp_path: Path) -> None:
-    from pared.training.workshop import Workshop
-
     with (
-        Workshop.beside(tmp_path / "out", {}),
+        Workshop.beside(tmp_path / "out", {}, Processes("cpu")),
         pytest.raises(ParedError, match="another process is training this output"),
-        Workshop.beside(tmp_path / "out", {}),
+        Workshop.beside(tmp_path / "out", {}, Processes("cpu")),
     ):
         pass
 
@@ -364,6 +362,37 @@ def test_a_loss_that_is_no_number_is_an_error_and_the_state_is_kept(
     with pytest.raises(ParedError, match=r"the loss is nan at step \d+; train with a smaller learning rate"):
         tune(asked(folder("factors"), tmp_path / "out", text_file, method="full", learning_rate=1e30, clip=1e30))
     assert not (tmp_path / "out").exists()
+
+
+# Several processes.
+
+
+def test_two_processes_train_as_one_with_twice_the_rows(folder: Folder, tmp_path: Path, text_file: Path) -> None:
+    settings = {"method": "full", "evaluate_every": 2, "patience": 3}
+    tune(asked(folder("factors"), tmp_path / "one", text_file, **settings, accumulation=2))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+              "-m", "pared.cli.main", "tune"]  # fmt: skip
+    arguments = [str(folder("factors")), "--out", str(tmp_path / "two"), "--data", f"file:{text_file}",
+                 "--length", "16", "--validation", "4", "--batch", "4", "--tokens", str(4 * 16 * 6),
+                 "--learning-rate", "0.01", "--method", "full", "--evaluate-every", "2", "--patience", "3"]  # fmt: skip
+    result = subprocess.run([*launch, *arguments], capture_output=True, text=True, env=_environment(), check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.count("folder: ") == 2
+    two = Manifest.read(tmp_path / "two").training[-1].stages[0]
+    one = Manifest.read(tmp_path / "one").training[-1].stages[0]
+    assert two["steps"] == one["steps"] == 3
+    assert two["tokens"] == one["tokens"]
+    assert len(two["validation"]) == len(one["validation"])
+    assert two["validation"][-1][1] < 4.7
+    assert verify(tmp_path / "two") == 0.0
+    assert not list(tmp_path.glob(".two*"))
+
+
+@pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_weights_in_pieces_are_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "true")
+    with pytest.raises(ParedError, match="training needs whole weights"):
+        Processes("cpu")
 
 
 # Bad input.

@@ -28,6 +28,7 @@ from pared.training.examples import Examples, find_rows
 from pared.training.methods import method_of
 from pared.training.parent import parent_of
 from pared.training.parts import unpack
+from pared.training.processes import Processes
 from pared.training.stage import Context, Stage, TuningMethod
 from pared.training.trainer import Went, train
 from pared.training.workshop import Workshop
@@ -62,7 +63,9 @@ def tune(tuning: Tuning, overwrite: bool = False, progress: Progress | None = No
 
 class _Job:
     def __init__(self, tuning: Tuning, overwrite: bool, progress: Progress) -> None:
-        self.tuning, self.overwrite, self.progress = tuning, overwrite, progress
+        self.processes = Processes(tuning.device)
+        self.tuning, self.overwrite = tuning, overwrite
+        self.progress = progress if self.processes.is_first else Silent()
         self.watch = Stopwatch()
         self.method: TuningMethod = method_of(tuning.method)
         self.options = checked_options(tuning.options, self.method.options, f"training method {self.method.name}")
@@ -74,7 +77,7 @@ class _Job:
         if tuning.out is None:
             raise ParedError("no output folder is named; give --out DIR, or 'out' in the file")
         self.out = Path(tuning.out).expanduser()
-        require_free(self.out, overwrite)
+        self.processes.first(lambda: require_free(self.out, overwrite))
         if tuning.model is not None and Path(tuning.model).expanduser().absolute() == self.out.absolute():
             raise ParedError(f"output {self.out} is the model itself; name another folder")
         self.parent = parent_of(tuning, self.options, self.method.compresses)
@@ -91,13 +94,13 @@ class _Job:
             examples = find_rows(tuning, self.tokenizer, self.config, self.causal)
             windows = self.evaluation_windows()
         stages = self.method.stages(self.options)
-        with Workshop.beside(self.out, self.settings(examples)) as workshop:
+        with Workshop.beside(self.out, self.settings(examples), self.processes) as workshop:
             if workshop.resumed:
                 self.progress.note(f"going on with the training that {workshop.folder} holds")
             before = self.measured(workshop, windows)
             went = [self.trained(workshop, number, stages, examples) for number in range(1, len(stages) + 1)]
             made = self.written(workshop, went, examples, windows, before)
-            workshop.close()
+            self.processes.first(workshop.close)
         return made
 
     def trained(self, workshop: Workshop, number: int, stages: tuple[Stage, ...], examples: Examples) -> Went:
@@ -119,21 +122,36 @@ class _Job:
             rate = prepared.rate * (self.tuning.learning_rate or self.method.learning_rate)
             state, checkpoint = workshop.state(number), workshop.last_checkpoint(number)
             went = train(
-                prepared, stage, self.tuning, rate, steps, examples, state, checkpoint, self.precision, self.progress
+                prepared,
+                stage,
+                self.tuning,
+                rate,
+                steps,
+                examples,
+                state,
+                checkpoint,
+                self.precision,
+                self.processes,
+                self.progress,
             )
             trained = prepared.finish()
-        with self.watch("save"), staged(folder, True, needed=self.parent.bytes_needed) as staging:
-            trained.to(dtype=stored)
-            mark(trained)
-            save(trained, self.tokenizer, staging)
-            (staging / "went.json").write_text(json.dumps(asdict(went)), encoding="utf-8")
-        workshop.forget(number)
+
+        def keep() -> None:
+            with staged(folder, True, needed=self.parent.bytes_needed) as staging:
+                trained.to(dtype=stored)
+                mark(trained)
+                save(trained, self.tokenizer, staging)
+                (staging / "went.json").write_text(json.dumps(asdict(went)), encoding="utf-8")
+            workshop.forget(number)
+
+        with self.watch("save"):
+            self.processes.first(keep)
         return went
 
     def steps(self, stage: Stage, stages: tuple[Stage, ...], examples: Examples) -> int:
         """Return the steps of a stage."""
         tuning = self.tuning
-        rows = tuning.batch * tuning.accumulation
+        rows = tuning.batch * tuning.accumulation * self.processes.count
         if tuning.tokens is None:
             return max(1, math.ceil(tuning.epochs * stage.share * math.ceil(len(examples.train) / rows)))
         share = stage.share / sum(one.share for one in stages)
@@ -160,10 +178,13 @@ class _Job:
         if (known := self.parent.perplexity_on(windows.digest)) is not None:
             return known
         file = workshop.folder / "before.json"
-        if not file.exists():
+
+        def measure() -> None:
             with self.watch("perplexity before"):
                 value = self.perplexity(self.parent.load(), windows, "before")
             file.write_text(json.dumps(value), encoding="utf-8")
+
+        self.processes.first(lambda: None if file.exists() else measure())
         return float(json.loads(file.read_text(encoding="utf-8")))
 
     def perplexity(self, model: PreTrainedModel, windows: Windows, when: str) -> float:
@@ -181,6 +202,18 @@ class _Job:
         windows: Windows | None,
         before: float | None,
     ) -> Tuned:
+        """Return the folder of the last stage where it belongs, which the first process has written."""
+        self.processes.first(lambda: self.write(workshop, went, examples, windows, before))
+        return Tuned(self.out, Manifest.read(self.out))
+
+    def write(
+        self,
+        workshop: Workshop,
+        went: list[Went],
+        examples: Examples,
+        windows: Windows | None,
+        before: float | None,
+    ) -> None:
         """Write the folder of the last stage where it belongs, checked by reloading and measured."""
         with staged(self.out, self.overwrite, needed=self.parent.bytes_needed) as staging:
             with self.watch("save"):
@@ -216,7 +249,6 @@ class _Job:
             manifest = self.parent.child(model, training, measured)
             manifest.write(staging)
             (staging / "README.md").write_text(model_card(manifest, self.out.name), encoding="utf-8")
-        return Tuned(self.out, manifest)
 
     def settings(self, examples: Examples) -> dict[str, Any]:
         """Return everything the result depends on."""
@@ -226,6 +258,7 @@ class _Job:
             "options": self.options,
             "parent": self.parent.digest,
             "multiplied in": str(self.precision),
+            "processes": self.processes.count,
             "digests": [entry["digest"] for entry in examples.described],
             "versions": versions(),
         }

@@ -15,6 +15,7 @@ from pared.engine.progress import Progress
 from pared.errors import ParedError
 from pared.training.examples import Examples, Row, collate
 from pared.training.precision import precise
+from pared.training.processes import Processes
 from pared.training.stage import Prepared, Stage
 from pared.training.validation import Validation
 from pared.training.watch import Watch, WholeCheckpoints
@@ -69,7 +70,7 @@ class StageTrainer(Trainer):
         del num_items_in_batch
         with precise(self.args.device, self.precision):
             loss = self.prepared.loss(model, inputs)
-        self.watch.saw(value := float(loss))
+        self.watch.saw(value := float(loss.detach()))
         if not math.isfinite(value):
             raise ParedError(
                 f"the loss is {value} at step {self.state.global_step + 1}; train with a smaller learning rate, "
@@ -140,6 +141,7 @@ def train(
     folder: Path,
     checkpoint: Path | None,
     precision: torch.dtype,
+    processes: Processes,
     progress: Progress,
 ) -> Went:
     """Train a stage to its end, from a checkpoint if there is one.
@@ -154,6 +156,7 @@ def train(
         folder: for checkpoints.
         checkpoint: what to go on from.
         precision: what products are made in.
+        processes: that train together.
         progress: who watches.
 
     Raises:
@@ -191,6 +194,7 @@ def train(
             use_cpu=tuning.device == "cpu",
             disable_tqdm=True,
             remove_unused_columns=False,
+            ddp_broadcast_buffers=False,  # frozen bases are buffers, and large
             dataloader_pin_memory=tuning.device != "cpu",
         ),
         train_dataset=_Rows(examples.train),
@@ -202,6 +206,7 @@ def train(
         prepared.model.gradient_checkpointing_enable({"use_reentrant": False})
     prepared.model.train()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    processes.wait()
     if validation.best is not None:
         put_back(prepared, validation.best)
     prepared.model.eval()

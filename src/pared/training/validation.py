@@ -61,17 +61,18 @@ class Validation(TrainerCallback):
         loss = mean_loss(kwargs["model"], self.rows, self.tuning.batch, args.device, self.precision)
         earlier = min((value for _, value in self.history), default=float("inf"))
         self.history.append((state.global_step, loss))
-        if not state.is_world_process_zero:
-            return
+        if state.is_world_process_zero:
+            self._write(better=loss < earlier)
+        losses = [value for _, value in self.history]
+        patience = self.tuning.patience
+        if patience is not None and len(losses) - 1 - losses.index(min(losses)) >= patience:
+            control.should_training_stop = True
+
+    def _write(self, better: bool) -> None:
         text = "".join(json.dumps(entry) + "\n" for entry in self.history)
         (self.folder / HISTORY).write_text(text, encoding="utf-8")
-        if self.tuning.patience is None:
-            return
-        if loss < earlier:
+        if better and self.tuning.patience is not None:
             save_file({name: value.contiguous() for name, value in self.state().items()}, self.folder / BEST)
-        losses = [value for _, value in self.history]
-        if len(losses) - 1 - losses.index(min(losses)) >= self.tuning.patience:
-            control.should_training_stop = True
 
 
 @torch.no_grad()

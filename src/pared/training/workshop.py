@@ -4,12 +4,13 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from pared.errors import ParedError
 from pared.locking import locked
+from pared.training.processes import Processes
 
 SETTINGS, WHOLE = "settings.json", "WHOLE"
 CHECKPOINT = "checkpoint-"
@@ -30,12 +31,13 @@ class Workshop:
 
     @classmethod
     @contextmanager
-    def beside(cls, out: Path, settings: Mapping[str, Any]) -> Iterator["Workshop"]:
+    def beside(cls, out: Path, settings: Mapping[str, Any], processes: Processes) -> Iterator["Workshop"]:
         """Open the work folder of an output folder.
 
         Args:
             out: the output.
             settings: everything a result depends on, as JSON has it.
+            processes: that train together; the first holds the lock.
 
         Raises:
             ParedError: it holds the state of another training, or another process works in it.
@@ -43,9 +45,11 @@ class Workshop:
         folder = out.absolute().parent / f".{out.name}.training"
         folder.mkdir(parents=True, exist_ok=True)
         busy = f"{folder}: another process is training this output; wait for it, or name another folder"
-        with locked(folder / "lock", busy):
-            workshop = cls(folder, settings)
-            workshop._open()
+        workshop = cls(folder, settings)
+        workshop.resumed = (folder / SETTINGS).exists()
+        processes.wait()
+        with locked(folder / "lock", busy) if processes.is_first else nullcontext():
+            processes.first(workshop._open)
             yield workshop
 
     def stage(self, number: int) -> Path:
@@ -73,7 +77,6 @@ class Workshop:
         path = self.folder / SETTINGS
         if path.exists():
             self._require_same(path)
-            self.resumed = True
             return
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(self._settings, indent=2) + "\n", encoding="utf-8")
