@@ -47,14 +47,17 @@ def towards(teacher: PreTrainedModel, options: Mapping[str, Any]) -> Loss:
 
     def loss(student: Any, batch: Batch) -> torch.Tensor:
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        wanted = {**inputs, "output_hidden_states": hidden > 0, "use_cache": False}
+        wanted = {**inputs, "output_hidden_states": hidden > 0}
         with torch.no_grad():
             target = teacher(**wanted)
         found = student(**wanted)
         seen = (
             batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(batch["input_ids"]).bool()
         )
-        result = divergence(_rows(found.logits, seen), _rows(target.logits, seen), temperature)
+        if found.logits.ndim == 2:  # classes of whole examples
+            result = divergence(found.logits, target.logits, temperature)
+        else:
+            result = divergence(_rows(found.logits, seen), _rows(target.logits, seen), temperature)
         if hidden:
             result = result + hidden * _apart(found.hidden_states[1:], target.hidden_states[1:], seen)
         return result

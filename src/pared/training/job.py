@@ -99,9 +99,9 @@ class _Job:
                 self.progress.note(f"going on with the training that {workshop.folder} holds")
             before = self.measured(workshop, windows)
             went = [self.trained(workshop, number, stages, examples) for number in range(1, len(stages) + 1)]
-            made = self.written(workshop, went, examples, windows, before)
+            self.processes.first(lambda: self.write(workshop, went, examples, windows, before))
             self.processes.first(workshop.close)
-        return made
+        return Tuned(self.out, Manifest.read(self.out))
 
     def trained(self, workshop: Workshop, number: int, stages: tuple[Stage, ...], examples: Examples) -> Went:
         """Train a stage from the folder of the one before, unless its folder is there."""
@@ -193,18 +193,6 @@ class _Job:
         assert asked is not None
         with self.progress.stage(f"perplexity {when}", len(windows.tokens), "window") as advance:
             return perplexity(model.to(self.tuning.device), self.tokenizer, windows, asked.bos, advance).value
-
-    def written(
-        self,
-        workshop: Workshop,
-        went: list[Went],
-        examples: Examples,
-        windows: Windows | None,
-        before: float | None,
-    ) -> Tuned:
-        """Return the folder of the last stage where it belongs, which the first process has written."""
-        self.processes.first(lambda: self.write(workshop, went, examples, windows, before))
-        return Tuned(self.out, Manifest.read(self.out))
 
     def write(
         self,

@@ -32,7 +32,7 @@ class Workshop:
     @classmethod
     @contextmanager
     def beside(cls, out: Path, settings: Mapping[str, Any], processes: Processes) -> Iterator["Workshop"]:
-        """Open the work folder of an output folder.
+        """Open the work folder of an output folder; it goes again if there is nothing in it to go on from.
 
         Args:
             out: the output.
@@ -50,7 +50,11 @@ class Workshop:
         processes.wait()
         with locked(folder / "lock", busy) if processes.is_first else nullcontext():
             processes.first(workshop._open)
-            yield workshop
+            try:
+                yield workshop
+            finally:
+                if processes.is_first and workshop.folder.exists() and not workshop.holds_anything():
+                    workshop.close()
 
     def stage(self, number: int) -> Path:
         """Return where a finished stage lies as an ordinary folder."""
@@ -59,6 +63,10 @@ class Workshop:
     def state(self, number: int) -> Path:
         """Return where a stage that is being trained keeps its checkpoints."""
         return self.folder / f"state-{number}"
+
+    def holds_anything(self) -> bool:
+        """Whether there is anything to go on from: a whole checkpoint, or a finished stage."""
+        return any(self.folder.glob(f"state-*/{CHECKPOINT}*/{WHOLE}")) or any(self.folder.glob("stage-*"))
 
     def last_checkpoint(self, number: int) -> Path | None:
         """Return the newest checkpoint of a stage that was written to its end."""
