@@ -1,16 +1,19 @@
 """``pared eval``: what a model, dense or compressed, is worth."""
 
-from pathlib import Path
-from typing import Annotated
+from dataclasses import asdict
+from typing import Annotated, Any
 
+import torch
 import typer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.checkpoint import load
-from pared.cli.console import ConsoleProgress, JsonFile, errors, out, quiet_libraries, write_json
+from pared.cli.console import ConsoleProgress, JsonFile, err, errors, out, quiet_libraries, write_json
 from pared.errors import ParedError
-from pared.evaluation import classify
+from pared.evaluation import Sampling, classify, evaluate_task, task_of
 from pared.evaluation import perplexity as measure
 from pared.evaluation.classification import BATCH, batches
+from pared.evaluation.tasks import require_leave, rows_of
 from pared.hardware import device_of
 from pared.recipe import Recipe
 from pared.sources.labelled import find_examples
@@ -19,6 +22,8 @@ from pared.sources.models import find_model, is_causal
 from pared.sources.texts import find_text
 from pared.sources.windows import cut
 
+WRITTEN_TOGETHER = 8  # prompts
+
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="A folder that pared made, or any named model.")],
@@ -26,56 +31,69 @@ def evaluate(
     examples: Annotated[
         str | None, typer.Option(help="Labelled examples to label: glue:sst2:dev, ner:wnut17:test, file:PATH.")
     ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks to do, with commas: gsm8k, svamp, math500, humaneval, mbpp.")
+    ] = None,
     length: Annotated[int, typer.Option(help="Tokens in a window.")] = 1024,
     windows: Annotated[int | None, typer.Option(help="Windows from the start; all if not given.")] = None,
     bos: Annotated[str, typer.Option(help="Beginning-of-sequence token before: none, text, window.")] = "none",
+    limit: Annotated[int | None, typer.Option(help="The most rows of a task, from the first.")] = None,
+    shots: Annotated[int | None, typer.Option(help="Examples before a prompt; the task's own if not given.")] = None,
+    samples: Annotated[int, typer.Option(help="Answers to every prompt of a task.")] = 1,
+    temperature: Annotated[float, typer.Option(help="Of answers; 0 takes the likeliest token.")] = 0.0,
+    allow_code_execution: Annotated[
+        bool,
+        typer.Option(
+            "--allow-code-execution", help="Run the programs a model writes; limits are no security boundary."
+        ),
+    ] = False,
     dtype: Annotated[str, typer.Option(help="What the model is loaded in; auto keeps what is stored.")] = "auto",
     device: Annotated[str, typer.Option(help="Where it runs.")] = "cpu",
     json_file: JsonFile = None,
 ) -> None:
-    """Measure a model: perplexity on a text, or for an encoder what it gets right of labelled examples."""
+    """Measure a model: perplexity on a text, tasks it does, or what an encoder gets right of labelled examples."""
     with errors():
         quiet_libraries()
-        if (perplexity is None) == (examples is None):
-            raise ParedError("pass one thing to measure: --perplexity TEXT, or --examples NAME for an encoder")
-        if perplexity is None:
-            assert examples is not None
-            _examples(model, examples, length, windows, dtype, device, json_file)
-            return
-        asked = Recipe.of(
-            {"evaluation": {"text": perplexity, "length": length, "windows": windows, "bos": bos}, "dtype": dtype},
-            origin="options",
-        ).evaluation
-        assert asked is not None
+        given = {"--perplexity TEXT": perplexity, "--examples NAME": examples, "--tasks NAMES": tasks}
+        asked = [value for value in given.values() if value is not None]
+        if len(asked) != 1:
+            raise ParedError(f"pass one thing to measure: {', '.join(given)}")
         place = device_of(device)
-        tokenizer = find_model(model).tokenizer()
-        pieces = cut(find_text(perplexity, evaluation=True), tokenizer, asked.length, asked.windows)
-        loaded = load(model, dtype).to(place)
-        with ConsoleProgress().stage(f"perplexity on {perplexity}", len(pieces.tokens), "window") as advance:
-            result = measure(loaded, tokenizer, pieces, asked.bos, advance)
-        stand_in = "; a stand-in" if pieces.stand_in else ""
-        out.print(
-            f"perplexity {result.value:.4f} on {perplexity}{stand_in}: {len(pieces.tokens)} windows of {length} "
-            f"tokens, {result.predicted:,} predicted, bos {bos}, {loaded.dtype}",
-            markup=False,
-        )
-        write_json(
-            json_file,
-            {
-                "model": model,
-                "dtype": str(loaded.dtype),
-                "perplexity": result.value,
-                "nats": result.nats,
-                "predicted": result.predicted,
-                **result.windows,
-            },
-        )
+        if perplexity is not None:
+            result = _perplexity(model, perplexity, length, windows, bos, dtype, place)
+        elif examples is not None:
+            result = _examples(model, examples, length, windows, dtype, place)
+        else:
+            sampling = Sampling(temperature=temperature, samples=samples)
+            names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+            result = _tasks(model, names, limit, shots, sampling, allow_code_execution, dtype, place)
+        write_json(json_file, {"model": model, **result})
 
 
-def _examples(
-    model: str, name: str, length: int, count: int | None, dtype: str, device: str, json_file: Path | None
-) -> None:
-    place = device_of(device)
+def _perplexity(
+    model: str, text: str, length: int, windows: int | None, bos: str, dtype: str, place: torch.device
+) -> dict[str, Any]:
+    asked = Recipe.of(
+        {"evaluation": {"text": text, "length": length, "windows": windows, "bos": bos}, "dtype": dtype},
+        origin="options",
+    ).evaluation
+    assert asked is not None
+    tokenizer = find_model(model).tokenizer()
+    pieces = cut(find_text(text, evaluation=True), tokenizer, asked.length, asked.windows)
+    loaded = load(model, dtype).to(place)
+    with ConsoleProgress().stage(f"perplexity on {text}", len(pieces.tokens), "window") as advance:
+        result = measure(loaded, tokenizer, pieces, asked.bos, advance)
+    stand_in = "; a stand-in" if pieces.stand_in else ""
+    out.print(
+        f"perplexity {result.value:.4f} on {text}{stand_in}: {len(pieces.tokens)} windows of {length} "
+        f"tokens, {result.predicted:,} predicted, bos {bos}, {loaded.dtype}",
+        markup=False,
+    )
+    found = {"dtype": str(loaded.dtype), "perplexity": result.value, "nats": result.nats}
+    return {**found, "predicted": result.predicted, **result.windows}
+
+
+def _examples(model: str, name: str, length: int, count: int | None, dtype: str, place: torch.device) -> dict[str, Any]:
     source = find_model(model)
     config = source.config()
     if is_causal(config.architectures or []):
@@ -87,5 +105,53 @@ def _examples(
         score = classify(loaded, pieces, advance)
     told = ", ".join(f"{metric} {value:.4f}" for metric, value in score.metrics.items())
     out.print(f"{told} on {name}: {score.examples:,} examples, {score.labels:,} labels, {loaded.dtype}", markup=False)
-    result = {"model": model, "dtype": str(loaded.dtype), **score.metrics, "examples": score.examples}
-    write_json(json_file, {**result, "labels": score.labels, **pieces.describe()})
+    found = {"dtype": str(loaded.dtype), **score.metrics, "examples": score.examples, "labels": score.labels}
+    return {**found, **pieces.describe()}
+
+
+def _tasks(
+    model: str,
+    names: list[str],
+    limit: int | None,
+    shots: int | None,
+    sampling: Sampling,
+    run_code: bool,
+    dtype: str,
+    place: torch.device,
+) -> dict[str, Any]:
+    source = find_model(model)
+    if not is_causal(source.config().architectures or []):
+        raise ParedError(f"{model} is no causal language model, and does no tasks that are written")
+    counts = {name: len(rows_of(task_of(name), limit)) for name in names}  # whatever is wrong with them, before loading
+    if not counts:
+        raise ParedError("--tasks names no task")
+    for name in names:
+        require_leave(task_of(name), run_code)
+    tokenizer = source.tokenizer()
+    loaded = load(model, dtype).to(place)
+    return {"dtype": str(loaded.dtype), "tasks": [
+        _task(loaded, tokenizer, name, count, limit, shots, sampling, run_code) for name, count in counts.items()
+    ]}  # fmt: skip
+
+
+def _task(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    count: int,
+    limit: int | None,
+    shots: int | None,
+    sampling: Sampling,
+    run_code: bool,
+) -> dict[str, Any]:
+    ks = tuple(k for k in (1, 10, 100) if k <= sampling.samples)
+    with ConsoleProgress().stage(name, batches(count, WRITTEN_TOGETHER), "batch") as advance:
+        result = evaluate_task(
+            model, tokenizer, name, limit, shots, sampling, run_code, ks, WRITTEN_TOGETHER, on_batch=advance
+        )
+    told = ", ".join(f"{metric} {value:.4f} ± {result.errors[metric]:.4f}" for metric, value in result.metrics.items())
+    out.print(f"{name}: {told}; {result.rows:,} rows, {result.shots} shots, {model.dtype}", markup=False)
+    walls = {wall for row in result.answers for one in row["verdicts"] for wall in one.get("without", ())}
+    if walls:
+        err.print(f"note: this machine has no {', '.join(sorted(walls))}; programs ran without", markup=False)
+    return asdict(result)

@@ -1,12 +1,167 @@
-"""Text from a model, for a person to look at."""
+"""Text from a language model: many prompts at a time, stopped where a task says."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+
+from pared.errors import ParedError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Attributes:
+        temperature: 0 takes the likeliest token each time.
+        top_p: the share of probability that is drawn from; 1 is all of it.
+        samples: continuations of every prompt.
+        seed: of the draws.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    samples: int = 1
+    seed: int = 0
+
+
+def greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int) -> str:
+    """Return what a causal language model says after a prompt, taking the likeliest token each time."""
+    ((text,),) = complete(model, tokenizer, [prompt], tokens)
+    return text
 
 
 @torch.no_grad()
-def greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int) -> str:
-    """Return what a causal language model says after a prompt, taking the likeliest token each time."""
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.get_input_embeddings().weight.device)
-    output = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+def complete(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    tokens: int,
+    stop: Sequence[str] = (),
+    sampling: Sampling | None = None,
+    batch: int = 8,
+    on_batch: Callable[[], None] = lambda: None,
+) -> list[list[str]]:
+    """Continue prompts, with the cache of keys and values, padded on the left.
+
+    Args:
+        model: a causal language model, dense or compressed; unchanged.
+        tokenizer: of the model; unchanged.
+        prompts: as they are, no special tokens but those the tokenizer adds itself.
+        tokens: the most new tokens.
+        stop: strings at which a continuation ends; neither they nor what follows is returned.
+        sampling: how tokens are chosen; the likeliest by default.
+        batch: prompts at a time; those of like length are taken together.
+        on_batch: called after every batch.
+
+    Returns:
+        For every prompt its continuations.
+
+    Raises:
+        ParedError: a prompt and its continuation are more than the model has positions, or a setting is out of range.
+    """
+    sampling = sampling or Sampling()
+    _check(sampling, tokens)
+    with _padding_left(tokenizer):
+        encoded = [tokenizer(prompt, verbose=False)["input_ids"] for prompt in prompts]
+        _require_room(model, encoded, tokens)
+        order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))
+        found: dict[int, list[str]] = {}
+        for start in range(0, len(order), batch):
+            chosen = order[start : start + batch]
+            torch.manual_seed(sampling.seed + start)
+            inputs = tokenizer.pad({"input_ids": [encoded[index] for index in chosen]}, return_tensors="pt")
+            texts = _continued(model, tokenizer, inputs, tokens, tuple(stop), sampling)
+            for place, index in enumerate(chosen):
+                own = texts[place * sampling.samples : (place + 1) * sampling.samples]
+                found[index] = [cut_at(text, stop) for text in own]
+            on_batch()
+    return [found[index] for index in range(len(prompts))]
+
+
+def cut_at(text: str, stop: Sequence[str]) -> str:
+    """Return a text up to the first of some strings."""
+    places = [place for string in stop if (place := text.find(string)) >= 0]
+    return text[: min(places, default=len(text))]
+
+
+def _continued(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: Any,
+    tokens: int,
+    stop: tuple[str, ...],
+    sampling: Sampling,
+) -> list[str]:
+    drawn: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if sampling.temperature > 0:
+        drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    asked = inputs["input_ids"].shape[1]
+    ended = {"stopping_criteria": StoppingCriteriaList([_Stopped(tokenizer, stop, asked)])} if stop else {}
+    was_training = model.training
+    output = model.eval().generate(
+        **inputs.to(model.get_input_embeddings().weight.device),
+        max_new_tokens=tokens,
+        num_return_sequences=sampling.samples,
+        pad_token_id=tokenizer.pad_token_id,
+        **drawn,
+        **ended,
+    )
+    model.train(was_training)
+    texts: list[str] = tokenizer.batch_decode(output[:, asked:], skip_special_tokens=True)
+    return texts
+
+
+class _Stopped(StoppingCriteria):
+    """Whether a continuation holds a stop string; the library's own criterion fails for some tokenizers."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...], asked: int) -> None:
+        self.tokenizer, self.stop, self.asked = tokenizer, stop, asked
+        self.tail = max(map(len, stop)) + 4  # tokens: one has a character at least, but for halves of a character
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        del scores
+        new = input_ids[:, self.asked :][:, -self.tail :]
+        texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
+        held = [any(string in text for string in self.stop) for text in texts]
+        return torch.tensor(held, device=input_ids.device)
+
+
+@contextmanager
+def _padding_left(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Let a tokenizer pad on the left, with the end of text where it has no padding."""
+    side, token = tokenizer.padding_side, tokenizer.pad_token
+    if token is None and tokenizer.eos_token is None:
+        raise ParedError("this tokenizer has neither padding nor an end of text; give it a padding token")
+    try:
+        tokenizer.padding_side = "left"
+        if token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        yield
+    finally:
+        tokenizer.padding_side, tokenizer.pad_token = side, token
+
+
+def _require_room(model: PreTrainedModel, encoded: Sequence[Sequence[int]], tokens: int) -> None:
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for index, ids in enumerate(encoded):
+        if not len(ids):
+            raise ParedError(f"prompt {index + 1} has no tokens")
+        if isinstance(positions, int) and len(ids) + tokens > positions > 0:
+            raise ParedError(
+                f"prompt {index + 1} has {len(ids)} tokens; with {tokens} new ones that is more than the {positions} "
+                "positions of this model: use fewer shots or fewer new tokens"
+            )
+
+
+def _check(sampling: Sampling, tokens: int) -> None:
+    if tokens < 1 or sampling.samples < 1:
+        raise ParedError(f"{sampling.samples} samples of {tokens} new tokens: expected at least 1 of each")
+    if sampling.temperature < 0 or not 0 < sampling.top_p <= 1:
+        raise ParedError(f"temperature {sampling.temperature:g} and top_p {sampling.top_p:g}: expected 0 or more, and "
+                         "above 0 and at most 1")  # fmt: skip
+    if sampling.samples > 1 and sampling.temperature == 0:
+        raise ParedError(f"{sampling.samples} samples at temperature 0 would all be the same; give a temperature")

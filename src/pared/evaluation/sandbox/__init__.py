@@ -1,0 +1,5 @@
+"""Programs nobody vouches for, run within limits."""
+
+from pared.evaluation.sandbox.run import Limits, Ran, run_program
+
+__all__ = ["Limits", "Ran", "run_program"]
