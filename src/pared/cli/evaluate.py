@@ -13,6 +13,7 @@ from pared.errors import ParedError
 from pared.evaluation import Sampling, classify, evaluate_task, task_of
 from pared.evaluation import perplexity as measure
 from pared.evaluation.classification import BATCH, batches
+from pared.evaluation.protocols import cut_by, protocol_of
 from pared.evaluation.tasks import require_leave, rows_of
 from pared.hardware import device_of
 from pared.recipe import Recipe
@@ -36,6 +37,12 @@ def evaluate(
     ] = None,
     length: Annotated[int, typer.Option(help="Tokens in a window.")] = 1024,
     windows: Annotated[int | None, typer.Option(help="Windows from the start; all if not given.")] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Windows overlap and begin every so many tokens; each counts its last so many.")
+    ] = None,
+    protocol: Annotated[
+        str | None, typer.Option(help="Cut and average as a paper does: svd-llm, basis-sharing, wanda, gptq.")
+    ] = None,
     bos: Annotated[str, typer.Option(help="Beginning-of-sequence token before: none, text, window.")] = "none",
     limit: Annotated[int | None, typer.Option(help="The most rows of a task, from the first.")] = None,
     shots: Annotated[int | None, typer.Option(help="Examples before a prompt; the task's own if not given.")] = None,
@@ -60,7 +67,11 @@ def evaluate(
             raise ParedError(f"pass one thing to measure: {', '.join(given)}")
         place = device_of(device)
         if perplexity is not None:
-            result = _perplexity(model, perplexity, length, windows, bos, dtype, place)
+            result = (
+                _perplexity(model, perplexity, length, windows, stride, bos, dtype, place)
+                if protocol is None
+                else _by_protocol(model, perplexity, protocol, dtype, place)
+            )
         elif examples is not None:
             result = _examples(model, examples, length, windows, dtype, place)
         else:
@@ -71,7 +82,14 @@ def evaluate(
 
 
 def _perplexity(
-    model: str, text: str, length: int, windows: int | None, bos: str, dtype: str, place: torch.device
+    model: str,
+    text: str,
+    length: int,
+    windows: int | None,
+    stride: int | None,
+    bos: str,
+    dtype: str,
+    place: torch.device,
 ) -> dict[str, Any]:
     asked = Recipe.of(
         {"evaluation": {"text": text, "length": length, "windows": windows, "bos": bos}, "dtype": dtype},
@@ -79,18 +97,37 @@ def _perplexity(
     ).evaluation
     assert asked is not None
     tokenizer = find_model(model).tokenizer()
-    pieces = cut(find_text(text, evaluation=True), tokenizer, asked.length, asked.windows)
+    pieces = cut(find_text(text, evaluation=True), tokenizer, asked.length, asked.windows, stride=stride)
     loaded = load(model, dtype).to(place)
     with ConsoleProgress().stage(f"perplexity on {text}", len(pieces.tokens), "window") as advance:
-        result = measure(loaded, tokenizer, pieces, asked.bos, advance)
+        result = measure(loaded, tokenizer, pieces, asked.bos, advance, fresh=stride)
     stand_in = "; a stand-in" if pieces.stand_in else ""
     out.print(
         f"perplexity {result.value:.4f} on {text}{stand_in}: {len(pieces.tokens)} windows of {length} "
-        f"tokens, {result.predicted:,} predicted, bos {bos}, {loaded.dtype}",
+        f"tokens{f' every {stride}' if stride else ''}, {result.predicted:,} predicted, bos {bos}, {loaded.dtype}",
         markup=False,
     )
-    found = {"dtype": str(loaded.dtype), "perplexity": result.value, "nats": result.nats}
+    found = {"dtype": str(loaded.dtype), "perplexity": result.value, "nats": result.nats, "stride": stride}
     return {**found, "predicted": result.predicted, **result.windows}
+
+
+def _by_protocol(model: str, text: str, name: str, dtype: str, place: torch.device) -> dict[str, Any]:
+    source = find_model(model)
+    tokenizer, protocol = source.tokenizer(), protocol_of(name)
+    pieces = cut_by(protocol, find_text(text, evaluation=True), tokenizer, source.config())
+    for deviation in pieces.deviations:
+        err.print(f"note: not as {name} measures: {deviation}", markup=False)
+    loaded = load(model, dtype).to(place)
+    with ConsoleProgress().stage(f"perplexity on {text}", len(pieces.windows.tokens), "window") as advance:
+        result = measure(loaded, tokenizer, pieces.windows, "none", advance, pieces.averaging)
+    out.print(
+        f"perplexity {result.value:.4f} on {text} as {name} measures ({protocol.source}): "
+        f"{len(pieces.windows.tokens)} windows of {pieces.windows.tokens.shape[1]} tokens, mean over "
+        f"{pieces.averaging}s, {result.predicted:,} predicted, {loaded.dtype}",
+        markup=False,
+    )
+    found = {"dtype": str(loaded.dtype), "perplexity": result.value, "nats": result.nats, "protocol": name}
+    return {**found, "predicted": result.predicted, "deviations": pieces.deviations, **result.windows}
 
 
 def _examples(model: str, name: str, length: int, count: int | None, dtype: str, place: torch.device) -> dict[str, Any]:

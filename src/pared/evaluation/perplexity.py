@@ -20,7 +20,7 @@ class Perplexity:
     """A perplexity and what it was measured on.
 
     Attributes:
-        value: ``exp(nats / predicted)``.
+        value: ``exp(nats / predicted)``, or of the mean of the windows' own means.
         nats: summed negative log-likelihood.
         predicted: number of predicted tokens; the first token of a window is never predicted.
         windows: description of the windows, with the digest of their tokens.
@@ -73,6 +73,8 @@ def perplexity(
     windows: Windows,
     bos: Literal["none", "text", "window"] = "none",
     on_window: Callable[[], None] = lambda: None,
+    averaging: Literal["token", "window"] = "token",
+    fresh: int | None = None,
 ) -> Perplexity:
     """Measure perplexity, each window on its own.
 
@@ -82,6 +84,9 @@ def perplexity(
         windows: the text, cut.
         bos: where a beginning-of-sequence token is put.
         on_window: called after every window.
+        averaging: every predicted token counts the same, or every window.
+        fresh: of windows that overlap, how many tokens at the end of each are counted; the first counts whole. None
+            counts all.
 
     Raises:
         ParedError: the model gives a loss that is not a number; names the window.
@@ -93,24 +98,31 @@ def perplexity(
     tokens = with_bos(windows, tokenizer, bos)
     device = model.get_input_embeddings().weight.device
     was_training = model.training
-    nats, predicted = 0.0, 0
+    nats: list[float] = []
+    predicted: list[int] = []
+    lengths = [tokens.shape[1]] * len(tokens) if windows.mask is None else windows.mask.sum(dim=1).tolist()
     try:
         model.eval()
         for number, window_T in enumerate(tokens):
-            ids_1T = window_T.unsqueeze(0).to(device)
-            logits_TV = model(input_ids=ids_1T, use_cache=False).logits[0, :-1].float()
-            loss = float(functional.cross_entropy(logits_TV, ids_1T[0, 1:], reduction="sum"))
+            ids_1T = window_T[: lengths[number]].unsqueeze(0).to(device)
+            counted = slice(-fresh, None) if fresh is not None and number else slice(None)
+            logits_TV = model(input_ids=ids_1T, use_cache=False).logits[0, :-1][counted].float()
+            aims_T = ids_1T[0, 1:][counted]
+            loss = float(functional.cross_entropy(logits_TV, aims_T, reduction="sum"))
             if not math.isfinite(loss):
                 raise ParedError(
                     f"window {number} of text {windows.text!r}: the loss is {loss}; {first_non_finite(model, ids_1T)}"
                 )
-            nats += loss
-            predicted += len(window_T) - 1
+            nats.append(loss)
+            predicted.append(len(aims_T))
             on_window()
     finally:
         model.train(was_training)
-    mean = nats / predicted
-    return Perplexity(math.exp(mean) if mean < 700 else math.inf, nats, predicted, {**windows.describe(), "bos": bos})
+    total, count = sum(nats), sum(predicted)
+    by_window = [one / many for one, many in zip(nats, predicted, strict=True)]
+    mean = total / count if averaging == "token" else sum(by_window) / len(by_window)
+    value = math.exp(mean) if mean < 700 else math.inf
+    return Perplexity(value, total, count, {**windows.describe(), "bos": bos})
 
 
 def first_non_finite(model: PreTrainedModel, ids_1T: torch.Tensor) -> str:

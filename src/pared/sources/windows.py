@@ -74,6 +74,7 @@ def cut(
     windows: int | None,
     sampling: Literal["consecutive", "random-offset"] = "consecutive",
     seed: int = 0,
+    stride: int | None = None,
 ) -> Windows:
     """Tokenise a whole text once, without special tokens, and cut it into windows that do not overlap.
 
@@ -86,9 +87,10 @@ def cut(
         windows: how many; None means as many as fit.
         sampling: where windows start.
         seed: of the random offsets.
+        stride: consecutive windows begin every so many tokens; None means that they do not overlap.
 
     Raises:
-        ParedError: the text is shorter than one window, or a window predicts nothing.
+        ParedError: the text is shorter than one window, the stride is longer, or a window predicts nothing.
     """
     if length < 2 or (windows is not None and windows < 1):
         raise ParedError(
@@ -107,7 +109,11 @@ def cut(
         starts = torch.randint(0, len(ids) - length + 1, (count,), generator=random)
         tokens = torch.stack([ids[start : start + length] for start in starts.tolist()])
     else:
-        available = len(ids) // length
+        step = length if stride is None else stride
+        if not 1 <= step <= length:
+            raise ParedError(f"text {text.name!r}: windows of {length} tokens that begin every {step}; expected 1 to "
+                             f"{length}")  # fmt: skip
+        available = (len(ids) - length) // step + 1
         if windows is not None and windows > available:
             log.warning(
                 "text %r has only %d of the %d windows of %d tokens asked for",
@@ -117,7 +123,7 @@ def cut(
                 length,
             )
         count = min(windows or available, available)
-        tokens = ids[: count * length].view(count, length)
+        tokens = ids.unfold(0, length, step)[:count].contiguous()
     return Windows(tokens, digest_of(tokens), text.name, text.origin, text.stand_in)
 
 
