@@ -18,10 +18,10 @@ def lock(file: BinaryIO, busy: str) -> None:
         import fcntl  # not on Windows
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        pass
-    except OSError:
+    except BlockingIOError:
         raise ParedError(busy) from None
+    except (ImportError, OSError):  # no such locks here, as on some network file systems
+        pass
 
 
 @contextmanager

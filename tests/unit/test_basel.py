@@ -66,14 +66,20 @@ def test_no_steps_to_prune_in_is_an_error() -> None:
 
 @pytest.mark.parametrize(("keep", "factor"), [(0.5, 1.130), (0.2, 1.357), (0.1, 1.585), (0.05, 1.879), (1.0, 1.0)])
 def test_the_rate_factor_is_the_papers(keep: float, factor: float) -> None:
-    assert rate_factor(keep, 3) == pytest.approx(factor, abs=6e-4)
+    assert rate_factor(keep, 1, 2) == pytest.approx(factor, abs=6e-4)
+
+
+@pytest.mark.parametrize(("keeping", "pruning"), [(0, 1), (0, 0.5), (0.1, 0.2), (1, 2)])
+def test_the_rate_factor_is_never_below_one_and_knows_no_unit(keeping: float, pruning: float) -> None:
+    assert rate_factor(0.05, keeping, pruning) > 1
+    assert rate_factor(0.05, 10 * keeping, 10 * pruning) == pytest.approx(rate_factor(0.05, keeping, pruning))
 
 
 def test_the_rate_factor_is_the_mean_of_one_over_the_root_of_what_is_left() -> None:
     # One epoch of keeping, two in which what is left falls as K^t.
     places = [(index + 0.5) / 100_000 for index in range(100_000)]
     falling = sum(0.2 ** (-place / 2) for place in places) / len(places)
-    assert rate_factor(0.2, 3) == pytest.approx((1 + 2 * falling) / 3, rel=1e-6)
+    assert rate_factor(0.2, 1, 2) == pytest.approx((1 + 2 * falling) / 3, rel=1e-6)
 
 
 # Which bases stay.
@@ -202,22 +208,60 @@ def test_gradients_at_other_coefficients_leave_the_model_as_it_is() -> None:
     model = nn.Sequential(layer)
     layer.U_new.requires_grad_(False)
     x = torch.randn(7, 5)
-    prune = Prune({"0": layer}, {}, (), 1.0, None, "bsi", 1, lambda m: m(x).square().mean(), model)
+    losses = (lambda m: m(x[:4]).square().mean(), lambda m: m(x[4:]).square().mean())
+    prune = prune_of(layer, model, losses, "bsi")
     before, wanted = layer.w.detach().clone(), [p.requires_grad for p in model.parameters()]
     other = layer.coefficients * 1.1
-    found = prune.gradients_at({"0": other})["0"]
+    found = prune.gradients_at({"0": other}, losses)["0"]
     assert torch.equal(layer.w, before)
     assert [p.requires_grad for p in model.parameters()] == wanted
     for index in range(len(other)):
         step = torch.zeros_like(other)
         step[index] = 1e-3
-        losses = []
+        values = []
         for at in (other + step, other - step):
             with torch.no_grad():
                 layer.w.copy_(at.sqrt())
-                losses.append(float(model(x).square().mean()))
+                values.append(sum(float(loss(model)) for loss in losses) / 2)
                 layer.w.copy_(before)
-        assert float(found[index]) == pytest.approx((losses[0] - losses[1]) / 2e-3, rel=2e-2, abs=1e-3)
+        assert float(found[index]) == pytest.approx((values[0] - values[1]) / 2e-3, rel=2e-2, abs=1e-3)
+
+
+def test_importance_is_what_the_loss_changes_by_where_the_loss_is_quadratic() -> None:
+    # Of a layer whose outputs are compared with zero over orthogonal inputs the loss is quadratic and diagonal in c.
+    layer = BasisLinear(torch.randn(6, 5), None, 0, torch.float32)
+    model = nn.Sequential(layer)
+
+    def loss(m: nn.Module) -> torch.Tensor:
+        return m(torch.eye(5)).square().sum()
+
+    found = prune_of(layer, model, (loss,), "bsi").importances()["0"]
+    with torch.no_grad():
+        whole = float(loss(model))
+        for index in range(5):
+            mask = torch.arange(5) != index
+            kept = BasisLinear(layer.effective_weight(), None, 0, torch.float32)
+            order = kept.coefficients.argsort(descending=True)
+            assert torch.allclose(kept.coefficients[order], layer.coefficients, rtol=1e-4)
+            kept.keep_(mask)
+            change = float(loss(nn.Sequential(kept))) - whole
+            assert float(found[index]) == pytest.approx(change, rel=1e-2)
+
+
+@pytest.mark.parametrize("importance", ["fisher", "bsi"])
+@pytest.mark.parametrize("more", [{"relearn": False}, {"keeping_epochs": 0.0}])
+def test_importances_know_something_from_the_first_step_and_without_learning(
+    dense: Any, tmp_path: Path, text_file: Path, importance: str, more: dict[str, Any]
+) -> None:
+    options = {"importance": importance, "keep": 0.6, "new": 1, "post_epochs": 0.0, **more}
+    made = tune(asked(dense("llama"), tmp_path / "out", text_file, options))
+    ranks = [site.decision.rank for site in made.manifest.plan.sites if isinstance(site.decision, LowRank)]
+    assert len(set(ranks)) > 2
+    assert 0.45 < made.manifest.plan.achieved_keep <= 0.6
+
+
+def prune_of(layer: BasisLinear, model: nn.Module, losses: Any, importance: str) -> Prune:
+    return Prune({"0": layer}, {}, (), 1.0, None, importance, 1, losses, model)
 
 
 # The layer.
@@ -247,9 +291,29 @@ def test_both_orders_of_products_are_one_function(tokens: int) -> None:
     torch.testing.assert_close(layer(x), x @ layer.effective_weight().T + layer.bias, rtol=1e-4, atol=1e-4)
 
 
+def test_under_autocast_the_weight_is_rounded_once() -> None:
+    weight, x = torch.randn(64, 48), torch.randn(500, 48)
+    layer = BasisLinear(weight, None, 0, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = layer(x), nn.functional.linear(x, weight)
+    assert float((found - expected).abs().max()) <= 0.02 * float(expected.abs().max())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer._sum_of_bases().dtype == torch.float32
+
+
+def test_dropped_bases_are_let_go_of() -> None:
+    layer = layer_of(12, 8)
+    layer.keep_(torch.arange(8) < 3)
+    layer(torch.randn(2, 8))
+    assert layer.U.shape == (12, 3)
+    assert layer.V.shape == (3, 8)
+    layer.keep_(torch.arange(8) < 2)
+    assert torch.linalg.matrix_rank(layer.effective_weight()) == 2
+
+
 def test_bases_are_frozen_and_what_is_learned_has_gradients() -> None:
     layer = layer_of()
-    assert not {"U", "V", "mask"} & {name for name, _ in layer.named_parameters()}
+    assert not {"U", "V", "left", "mask"} & {name for name, _ in layer.named_parameters()}
     layer(torch.randn(5, 8)).square().sum().backward()
     assert float(layer.w.grad.abs().min()) > 0
     assert float(layer.U_new.grad.abs().max()) > 0
@@ -387,6 +451,7 @@ def test_without_learning_anew_what_stays_is_a_prefix_of_the_spectrum(
     options = {"relearn": False, "new": 0, "bases": "float32", "post_epochs": 0.0}
     made = tune(asked(dense("llama"), tmp_path / "out", text_file, options, learning_rate=1e-12))
     before, after = load(dense("llama")), load(tmp_path / "out")
+    assert any(isinstance(site.decision, LowRank) for site in made.manifest.plan.sites)
     for site in made.manifest.plan.sites:
         W, new = weight_of(before.get_submodule(site.name)), after.get_submodule(site.name)
         if isinstance(site.decision, LowRank):
@@ -409,6 +474,30 @@ def test_coefficients_may_learn_faster_than_the_rest(dense: Dense, tmp_path: Pat
         moved.append(float((load(out).get_parameter(norm) - load(dense("llama")).get_parameter(norm)).norm()))
     assert moved[2] > 5 * moved[0]
     assert moved[3] == pytest.approx(moved[1], rel=0.5)
+
+
+def test_patience_does_not_undo_the_compression(dense: Dense, tmp_path: Path, text_file: Path) -> None:
+    plain = tune(asked(dense("llama"), tmp_path / "plain", text_file, learning_rate=1e-2))
+    options = {"learning_rate": 1e-2, "evaluate_every": 1, "patience": 1}
+    patient = tune(asked(dense("llama"), tmp_path / "patient", text_file, **options))
+    assert patient.manifest.training[-1].stages[0]["steps"] == 16
+    assert patient.manifest.plan.sites == plain.manifest.plan.sites
+
+
+def test_a_dense_model_trained_in_place_is_another_parent(dense: Dense, tmp_path: Path) -> None:
+    import shutil
+
+    from pared.training.parent import parent_of
+
+    shutil.copytree(dense("llama"), tmp_path / "m")
+    tuning = Tuning.of({"model": str(tmp_path / "m"), "method": "basel"})
+    before = parent_of(tuning, {}, True).digest
+    assert parent_of(tuning, {}, True).digest == before
+    model = load(tmp_path / "m")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(1.01)
+    model.save_pretrained(tmp_path / "m")
+    assert parent_of(tuning, {}, True).digest != before
 
 
 def test_layers_to_skip_stay_dense(dense: Dense, tmp_path: Path, text_file: Path) -> None:
@@ -434,7 +523,11 @@ def test_a_kill_in_any_phase_ends_in_the_same_model(
                                stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     work = tmp_path / ".killed.training"
     number = 1 if phase == "bases" else 2
-    while process.poll() is None and not list((work / f"state-{number}").glob("checkpoint-*/WHOLE")):
+    past = 10 if phase == "bases" else 1  # of the 8 steps of keeping none changes a mask
+    while process.poll() is None and not any(
+        int(mark.parent.name.removeprefix("checkpoint-")) >= past
+        for mark in (work / f"state-{number}").glob("checkpoint-*/WHOLE")
+    ):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()

@@ -46,6 +46,41 @@ def test_only_the_answer_and_its_end_are_learned(tmp_path: Path, tokenizer: PreT
         assert windows.mask[row].tolist() == [1] * length + [0] * (windows.tokens.shape[1] - length)
 
 
+def test_a_tokenizer_that_begins_every_text_begins_prompts_too(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import copy
+
+    from tokenizers.processors import TemplateProcessing
+
+    starting = copy.deepcopy(tokenizer)
+    first = starting.bos_token
+    starting.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{first} $A", special_tokens=[(first, starting.bos_token_id)]
+    )
+    name = written(tmp_path / "rows.jsonl", [{"prompt": "w3", "response": "w4"}])
+    with_start, without = (cut_instructions(name, one, 16, None, "plain") for one in (starting, tokenizer))
+    assert with_start.tokens[0].tolist() == [starting.bos_token_id, *without.tokens[0].tolist()]
+
+
+def test_of_instructions_a_teacher_is_followed_in_the_answer_alone() -> None:
+    from tiny_models import TINY_MODELS
+
+    from pared.training.distill import towards
+
+    teacher, student = TINY_MODELS["llama"](), TINY_MODELS["llama"]()
+    with torch.no_grad():
+        student.model.layers[0].mlp.up_proj.weight.mul_(0.5)
+    loss = towards(teacher, {"temperature": 1.0, "hidden": 0.0})
+    ids = torch.randint(3, 64, (1, 9))
+    labels = ids.clone()
+    labels[:, :6] = NO_LABEL
+    with torch.no_grad():
+        logs = [model(ids).logits[0, 5:8].log_softmax(-1) for model in (teacher, student)]
+        expected = float((logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean())
+    assert float(loss(student, {"input_ids": ids, "labels": labels}).detach()) == pytest.approx(expected, rel=1e-4)
+
+
 def test_prompts_that_leave_no_answer_are_left_out_and_told(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
 ) -> None:

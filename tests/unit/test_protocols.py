@@ -1,5 +1,6 @@
 """Perplexity as papers measure it: how texts are cut, what counts, and what could not be kept to."""
 
+import itertools
 import math
 
 import pytest
@@ -47,7 +48,7 @@ def test_a_short_last_window_counts_as_much_as_the_others() -> None:
     assert [len(row) for row in model.seen] == [4, 4, 2]
     by_window = []
     for row, length in zip(tokens, (4, 4, 2), strict=True):
-        steps = list(zip(row[: length - 1], row[1:length], strict=True))
+        steps = list(itertools.pairwise(row[:length]))
         nats = [-math.log(0.5 if after == (before + 1) % VOCAB else 0.5 / 63) for before, after in steps]
         by_window.append(sum(nats) / len(nats))
     assert result.value == pytest.approx(math.exp(sum(by_window) / 3), rel=1e-6)

@@ -71,7 +71,7 @@ def tune(
     json_file: JsonFile = None,
 ) -> None:  # fmt: skip
     """Train a compressed model: rank, format and zeros stay. The same command goes on after a crash."""
-    with errors("interrupted; what was trained is kept, the same command goes on from there"):
+    with errors("interrupted; the same command goes on from the last checkpoint, if there is one"):
         quiet_libraries()
         from pared.training import tune as run
 
@@ -110,8 +110,9 @@ def tune(
             },
         )
         made = run(asked, overwrite, ConsoleProgress())
-        print_trained(made.manifest, str(made.folder))
-        write_json(json_file, {"folder": str(made.folder), **made.manifest.model_dump(mode="json")})
+        if made.is_first:
+            print_trained(made.manifest, str(made.folder))
+            write_json(json_file, {"folder": str(made.folder), **made.manifest.model_dump(mode="json")})
 
 
 def print_trained(manifest: Manifest, folder: str) -> None:

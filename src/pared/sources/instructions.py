@@ -92,10 +92,11 @@ def cut_instructions(
         ParedError: as :func:`find_instructions`, or every answer is cut off.
     """
     examples, origin = find_instructions(name)
+    start = _own_start(tokenizer)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     rows: list[tuple[list[int], list[int]]] = []
     for example in examples[:count]:
-        asked = _ids(tokenizer, prompt(template, example.instruction, example.input))
+        asked = [*start, *_ids(tokenizer, prompt(template, example.instruction, example.input))]
         answer = [*_ids(tokenizer, example.answer), *end]
         if len(asked) < length:
             rows.append(((asked + answer)[:length], ([NO_LABEL] * len(asked) + answer)[:length]))
@@ -125,6 +126,12 @@ def _instruction(path: Path, number: int, line: str) -> Instruction:
     found = sorted(row) if isinstance(row, dict) else type(row).__name__
     pairs = ", ".join(f"{asked} and {answer}" for asked, answer in FIELDS)
     raise ParedError(f"{path}, row {number}: expected strings {pairs}; found {found}")
+
+
+def _own_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the token that the tokenizer itself puts before every text, if it does."""
+    first = tokenizer.bos_token_id
+    return [first] if first is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [first] else []
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 
 from pared.checkpoint import load
 from pared.errors import ParedError
+from pared.sources.models import is_causal
+from pared.sources.windows import NO_LABEL
 from pared.training.divergence import divergence
 from pared.training.full import train_part
 from pared.training.stage import Batch, Context, Loss, Prepared
@@ -44,6 +46,7 @@ def prepare(context: Context) -> Prepared:
 def towards(teacher: PreTrainedModel, options: Mapping[str, Any]) -> Loss:
     """Return the loss of a batch against a teacher, which is evaluated without gradients."""
     temperature, hidden = float(options["temperature"]), float(options["hidden"])
+    causal = is_causal([type(teacher).__name__])
 
     def loss(student: Any, batch: Batch) -> torch.Tensor:
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
@@ -51,9 +54,7 @@ def towards(teacher: PreTrainedModel, options: Mapping[str, Any]) -> Loss:
         with torch.no_grad():
             target = teacher(**wanted)
         found = student(**wanted)
-        seen = (
-            batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(batch["input_ids"]).bool()
-        )
+        seen = _seen(batch, causal)
         if found.logits.ndim == 2:  # classes of whole examples
             result = divergence(found.logits, target.logits, temperature)
         else:
@@ -93,7 +94,18 @@ def _teacher(context: Context) -> PreTrainedModel:
     if ours != its:
         raise ParedError(f"teacher {name!r} knows {its} tokens and the model {ours}; name one with the same tokenizer")
     teacher.requires_grad_(False)
-    return teacher.to(context.tuning.device)
+    return teacher.to(context.device, torch.float32 if context.precision == torch.float32 else None)
+
+
+def _seen(batch: Batch, causal: bool) -> torch.Tensor:
+    """Return which predictions count, bool ``(B, T)``: none of padding, of instructions those of the answer."""
+    real = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(batch["input_ids"]).bool()
+    labels = batch["labels"]
+    if not causal or not bool((labels[real] == NO_LABEL).any()):
+        return real
+    predicts = torch.zeros_like(real)
+    predicts[:, :-1] = labels[:, 1:] != NO_LABEL
+    return predicts & real
 
 
 def _rows(values_BTV: torch.Tensor, seen_BT: torch.Tensor) -> torch.Tensor:

@@ -3,21 +3,22 @@
 import gc
 import json
 import math
+import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.integrations import get_available_reporting_integrations
 
-from pared.calibration.precision import choose_dtype
 from pared.checkpoint import Manifest, compare, load, mark, require_tensors, save, take_fingerprint
 from pared.checkpoint.manifest import Training, machine, versions
 from pared.engine.asked import checked_options
 from pared.engine.progress import Progress, Silent, Stopwatch, peak_memory_bytes
 from pared.errors import ParedError
 from pared.evaluation import perplexity
-from pared.hardware import device_of
 from pared.recipe import Evaluation
 from pared.report.card import model_card
 from pared.sources.models import is_causal
@@ -28,6 +29,7 @@ from pared.training.examples import Examples, find_rows
 from pared.training.methods import method_of
 from pared.training.parent import parent_of
 from pared.training.parts import unpack
+from pared.training.precision import training_precision
 from pared.training.processes import Processes
 from pared.training.stage import Context, Stage, TuningMethod
 from pared.training.trainer import Went, train
@@ -37,10 +39,17 @@ from pared.tuning import Tuning
 
 @dataclass(frozen=True)
 class Tuned:
-    """A finished training: the folder and its manifest."""
+    """A finished training.
+
+    Attributes:
+        folder: that was written.
+        manifest: of it.
+        is_first: whether this is the process that tells, of several that trained together.
+    """
 
     folder: Path
     manifest: Manifest
+    is_first: bool = True
 
 
 def tune(tuning: Tuning, overwrite: bool = False, progress: Progress | None = None) -> Tuned:
@@ -73,11 +82,13 @@ class _Job:
             self.method.check(self.options)
         except ValueError as error:
             raise ParedError(f"training method {self.method.name}: {error}") from None
-        device_of(tuning.device)
+        _require_trackers(tuning.report_to)
         if tuning.out is None:
             raise ParedError("no output folder is named; give --out DIR, or 'out' in the file")
         self.out = Path(tuning.out).expanduser()
         self.processes.first(lambda: require_free(self.out, overwrite))
+        if "tensorboard" in tuning.report_to:  # by default beside the checkpoints, which go when training is done
+            os.environ.setdefault("TENSORBOARD_LOGGING_DIR", f"{self.out}-runs")
         if tuning.model is not None and Path(tuning.model).expanduser().absolute() == self.out.absolute():
             raise ParedError(f"output {self.out} is the model itself; name another folder")
         self.parent = parent_of(tuning, self.options, self.method.compresses)
@@ -85,7 +96,7 @@ class _Job:
         self.config = self.parent.config
         self.tokenizer = self.parent.tokenizer()
         self.causal = is_causal(self.config.architectures or [])
-        self.precision = choose_dtype(tuning.precision, _stored_dtype(self.config), device_of(tuning.device))
+        self.precision = training_precision(tuning.precision, _stored_dtype(self.config), self.processes.device)
 
     def run(self) -> Tuned:
         """Do everything."""
@@ -101,7 +112,7 @@ class _Job:
             went = [self.trained(workshop, number, stages, examples) for number in range(1, len(stages) + 1)]
             self.processes.first(lambda: self.write(workshop, went, examples, windows, before))
             self.processes.first(workshop.close)
-        return Tuned(self.out, Manifest.read(self.out))
+        return Tuned(self.out, Manifest.read(self.out), self.processes.is_first)
 
     def trained(self, workshop: Workshop, number: int, stages: tuple[Stage, ...], examples: Examples) -> Went:
         """Train a stage from the folder of the one before, unless its folder is there."""
@@ -111,12 +122,21 @@ class _Job:
             return Went(**json.loads(record.read_text(encoding="utf-8")))
         with self.watch("load"):
             model = self.parent.load() if number == 1 else load(workshop.stage(number - 1))
-            model.to(self.tuning.device)
             stored = model.dtype
+            model.to(self.processes.device, torch.float32 if self.precision == torch.float32 else None)
             unpack(model)
         steps = self.steps(stage, stages, examples)
         torch.manual_seed(self.tuning.seed)
-        context = Context(model, self.options, self.tuning, self.parent.manifest, steps, examples)
+        context = Context(
+            model,
+            self.options,
+            self.tuning,
+            self.parent.manifest,
+            steps,
+            examples,
+            self.processes.device,
+            self.precision,
+        )
         with self.watch(stage.name):
             prepared = stage.prepare(context)
             rate = prepared.rate * (self.tuning.learning_rate or self.method.learning_rate)
@@ -169,7 +189,11 @@ class _Job:
     def asked_evaluation(self) -> Evaluation | None:
         """Return what to measure on, the parent's where it is left to us."""
         asked = self.tuning.evaluation
-        return asked if asked is None or asked.text != "auto" else self.parent.evaluation()
+        if asked is None or asked.text != "auto":
+            return asked
+        there = self.parent.evaluation()
+        own = asked.model_dump(include=asked.model_fields_set - {"text"})
+        return None if there is None else there.model_copy(update=own)
 
     def measured(self, workshop: Workshop, windows: Windows | None) -> float | None:
         """Return the perplexity of the folder before it is trained, once for all tries."""
@@ -177,12 +201,14 @@ class _Job:
             return None
         if (known := self.parent.perplexity_on(windows.digest)) is not None:
             return known
-        file = workshop.folder / "before.json"
+        file = workshop.folder / f"before-{windows.digest[:16]}.json"
 
         def measure() -> None:
             with self.watch("perplexity before"):
                 value = self.perplexity(self.parent.load(), windows, "before")
-            file.write_text(json.dumps(value), encoding="utf-8")
+            partial = file.with_suffix(".partial")
+            partial.write_text(json.dumps(value), encoding="utf-8")
+            partial.replace(file)
 
         self.processes.first(lambda: None if file.exists() else measure())
         return float(json.loads(file.read_text(encoding="utf-8")))
@@ -192,7 +218,7 @@ class _Job:
         asked = self.asked_evaluation()
         assert asked is not None
         with self.progress.stage(f"perplexity {when}", len(windows.tokens), "window") as advance:
-            return perplexity(model.to(self.tuning.device), self.tokenizer, windows, asked.bos, advance).value
+            return perplexity(model.to(self.processes.device), self.tokenizer, windows, asked.bos, advance).value
 
     def write(
         self,
@@ -250,6 +276,19 @@ class _Job:
             "digests": [entry["digest"] for entry in examples.described],
             "versions": versions(),
         }
+
+
+def _require_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers that are not there.
+
+    Raises:
+        ParedError: transformers does not know one, or its package is missing.
+    """
+    there = get_available_reporting_integrations()
+    for name in names:
+        if name not in there:
+            raise ParedError(f"tracker {name!r} is unknown or its package is not installed; "
+                             f"here are: {', '.join(there) or 'none'}")  # fmt: skip
 
 
 def _stored_dtype(config: Any) -> torch.dtype:

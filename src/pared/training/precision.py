@@ -6,6 +6,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from pared.calibration.precision import choose_dtype
+from pared.errors import ParedError
+
+
+def training_precision(asked: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return what products are made in: as while calibrating, but never float16, in which small gradients are 0.
+
+    Raises:
+        ParedError: float16 was asked for.
+    """
+    if asked == "float16":
+        raise ParedError("in precision float16 most gradients become 0 without scaling; use bfloat16 or float32")
+    chosen = choose_dtype(asked, stored, device)
+    return torch.bfloat16 if chosen == torch.float16 else chosen
+
 
 def precise(device: torch.device, precision: torch.dtype) -> AbstractContextManager[Any]:
     """Return the context in which products are made in this dtype, whatever the weights are held in."""
@@ -17,9 +32,3 @@ def hold_in_float32(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-
-
-def hold_in(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
-    """Hold parameters in these dtypes by name, in place."""
-    for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))

@@ -3,9 +3,13 @@
 import importlib.util
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import TypeVar
 
+import torch
+
 from pared.errors import ParedError
+from pared.hardware import device_of
 
 Result = TypeVar("Result")
 
@@ -19,9 +23,10 @@ class Processes:
     Attributes:
         count: of them.
         is_first: whether this one writes and tells.
+        device: where this one trains.
 
     Raises:
-        ParedError: Accelerate is missing, or parameters would be in pieces.
+        ParedError: Accelerate is missing, the device is not here or is one by number, or parameters would be in pieces.
     """
 
     def __init__(self, device: str) -> None:
@@ -31,11 +36,18 @@ class Processes:
                                                                              "ACCELERATE_USE_DEEPSPEED")):  # fmt: skip
             raise ParedError("training needs whole weights; FSDP and DeepSpeed hold them in pieces: launch with data "
                              "parallelism (accelerate launch --multi_gpu, or torchrun --nproc-per-node N)")  # fmt: skip
+        if (number := device_of(device).index) is not None:
+            raise ParedError(
+                f"device {device!r}: a process takes the device of its own number; choose one by "
+                f"CUDA_VISIBLE_DEVICES={number} in the environment, and device cuda"
+            )
         from accelerate import PartialState
 
-        self._state = PartialState(cpu=device == "cpu")
+        # Others wait while the first measures and writes, which may take long.
+        self._state = PartialState(cpu=device == "cpu", timeout=timedelta(days=1))
         self.count: int = self._state.num_processes
         self.is_first: bool = self._state.is_main_process
+        self.device = torch.device(self._state.device)
 
     def wait(self) -> None:
         """Go on when all are here."""

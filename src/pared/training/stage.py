@@ -55,6 +55,8 @@ class Context:
         manifest: of the folder that is trained; none for a dense model.
         steps: optimiser steps of this stage.
         examples: rows to train on.
+        device: where this process trains.
+        precision: what products are made in.
     """
 
     model: PreTrainedModel
@@ -63,6 +65,8 @@ class Context:
     manifest: Manifest | None
     steps: int
     examples: Examples
+    device: torch.device
+    precision: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,8 @@ class Stage:
         share: epochs for every one asked for; of tokens, its part of all stages' shares.
         warmup: the share of the steps in which the learning rate rises.
         schedule: how it falls then: constant, linear, cosine, or cosine to a tenth.
+        patient: whether the best state may be kept and training stop early; not where the model is made smaller
+            meanwhile, as the best is then the largest.
     """
 
     name: str
@@ -82,6 +88,7 @@ class Stage:
     share: float = 1.0
     warmup: float = 0.0
     schedule: str = "constant"
+    patient: bool = True
 
 
 @dataclass(frozen=True)

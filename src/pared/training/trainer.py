@@ -19,6 +19,7 @@ from pared.training.processes import Processes
 from pared.training.stage import Prepared, Stage
 from pared.training.validation import Validation
 from pared.training.watch import Watch, WholeCheckpoints
+from pared.training.workshop import CHECKPOINT
 from pared.tuning import Tuning
 
 TRAINED = "trained.safetensors"
@@ -167,50 +168,59 @@ def train(
         raise ParedError(f"stage {stage.name!r} of method {tuning.method} has nothing to train in {tuning.model}")
     folder.mkdir(parents=True, exist_ok=True)
     schedule, more = SCHEDULES[stage.schedule if tuning.schedule == "auto" else tuning.schedule]
-    watch = Watch(stage.name, progress, examples.tokens_per_row)
-    validation = Validation(examples.validation, tuning, precision, lambda: state_of(prepared), folder)
+    watch = Watch(stage.name, progress, examples.tokens_per_row, folder)
+    validation = Validation(examples.validation, tuning, precision, lambda: state_of(prepared), folder, stage.patient)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=tuning.batch,
+        gradient_accumulation_steps=tuning.accumulation,
+        learning_rate=learning_rate,
+        lr_scheduler_type=schedule,
+        lr_scheduler_kwargs=more,
+        warmup_steps=min(math.ceil(stage.warmup * steps), steps - 1),
+        weight_decay=tuning.weight_decay,
+        max_grad_norm=tuning.clip,
+        save_strategy="steps",
+        save_steps=tuning.checkpoint_every,
+        save_total_limit=2,
+        logging_steps=10,
+        logging_nan_inf_filter=False,
+        report_to=list(tuning.report_to) or "none",
+        seed=tuning.seed,
+        use_cpu=tuning.device == "cpu",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        ddp_broadcast_buffers=False,  # frozen bases are buffers, and large
+        dataloader_pin_memory=tuning.device != "cpu",
+    )
+    arguments._n_gpu = min(arguments._n_gpu, 1)  # the Trainer would split batches over all GPUs of one process
     trainer = StageTrainer(
         prepared,
         precision,
         watch,
-        args=TrainingArguments(
-            output_dir=str(folder),
-            max_steps=steps,
-            per_device_train_batch_size=tuning.batch,
-            gradient_accumulation_steps=tuning.accumulation,
-            learning_rate=learning_rate,
-            lr_scheduler_type=schedule,
-            lr_scheduler_kwargs=more,
-            warmup_steps=math.ceil(stage.warmup * steps),
-            weight_decay=tuning.weight_decay,
-            max_grad_norm=tuning.clip,
-            save_strategy="steps",
-            save_steps=tuning.checkpoint_every,
-            save_total_limit=2,
-            logging_steps=10,
-            logging_nan_inf_filter=False,
-            report_to=list(tuning.report_to) or "none",
-            seed=tuning.seed,
-            use_cpu=tuning.device == "cpu",
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            ddp_broadcast_buffers=False,  # frozen bases are buffers, and large
-            dataloader_pin_memory=tuning.device != "cpu",
-        ),
+        args=arguments,
         train_dataset=_Rows(examples.train),
         data_collator=collate,
-        callbacks=[*prepared.callbacks, watch, validation, WholeCheckpoints()],
+        callbacks=[*prepared.callbacks, watch, validation, WholeCheckpoints(processes)],
     )
     trainer.remove_callback(PrinterCallback)
     if tuning.gradient_checkpointing:
         prepared.model.gradient_checkpointing_enable({"use_reentrant": False})
-    prepared.model.train()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    done = 0 if checkpoint is None else int(checkpoint.name.removeprefix(CHECKPOINT))
+    validation.recall(done)
+    if checkpoint is not None and (done >= steps or validation.exhausted):  # the Trainer would go one step too far
+        put_back(prepared, checkpoint / TRAINED)
+        watch.recall(arguments, done)
+    else:
+        prepared.model.train()
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        done = trainer.state.global_step
     processes.wait()
     if validation.best is not None:
         put_back(prepared, validation.best)
     prepared.model.eval()
-    return Went(stage.name, trainer.state.global_step, watch.tokens, count, watch.losses(), validation.history)
+    return Went(stage.name, done, watch.tokens, count, watch.losses(), validation.history)
 
 
 class _Rows(torch.utils.data.Dataset[Row]):

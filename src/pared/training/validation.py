@@ -34,23 +34,37 @@ class Validation(TrainerCallback):
         precision: torch.dtype,
         state: Callable[[], dict[str, torch.Tensor]],
         folder: Path,
+        patient: bool,
     ) -> None:
         self.rows, self.tuning, self.precision, self.state, self.folder = rows, tuning, precision, state, folder
+        self.patience = tuning.patience if patient else None
         self.history: list[tuple[int, float]] = []
 
     @property
     def best(self) -> Path | None:
         """The file of the best state."""
         file = self.folder / BEST
-        return file if self.tuning.patience is not None and file.exists() else None
+        return file if self.patience is not None and file.exists() else None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         """Recall what was measured before a crash."""
         del args
+        self.recall(state.global_step)
+
+    def recall(self, step: int) -> None:
+        """Recall what was measured up to a step."""
         file = self.folder / HISTORY
         lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
         measured = [tuple(json.loads(line)) for line in lines]
-        self.history = [(step, loss) for step, loss in measured if step <= state.global_step]
+        self.history = [(at, loss) for at, loss in measured if at <= step]
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether there were so many measurements without a smaller loss that training stops."""
+        losses = [value for _, value in self.history]
+        if self.patience is None or not losses:
+            return False
+        return len(losses) - 1 - losses.index(min(losses)) >= self.patience
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure if it is time."""
@@ -63,15 +77,13 @@ class Validation(TrainerCallback):
         self.history.append((state.global_step, loss))
         if state.is_world_process_zero:
             self._write(better=loss < earlier)
-        losses = [value for _, value in self.history]
-        patience = self.tuning.patience
-        if patience is not None and len(losses) - 1 - losses.index(min(losses)) >= patience:
+        if self.exhausted:
             control.should_training_stop = True
 
     def _write(self, better: bool) -> None:
         text = "".join(json.dumps(entry) + "\n" for entry in self.history)
         (self.folder / HISTORY).write_text(text, encoding="utf-8")
-        if better and self.tuning.patience is not None:
+        if better and self.patience is not None:
             save_file({name: value.contiguous() for name, value in self.state().items()}, self.folder / BEST)
 
 

@@ -1,5 +1,6 @@
 """What a training tells while it goes on, and that its checkpoints are whole."""
 
+import json
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -8,19 +9,23 @@ from typing import Any
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from pared.engine.progress import Advance, Progress
+from pared.training.processes import Processes
 from pared.training.workshop import CHECKPOINT, mark_whole
+
+LOSSES = "losses.json"
 
 
 class Watch(TrainerCallback):
     """Tells loss and tokens per second of every step.
 
     Attributes:
-        by_step: the loss of every step of this process.
+        by_step: the loss of every step of this process, with those before a crash.
         tokens: trained on, padding not counted, with what was trained on before a crash.
     """
 
-    def __init__(self, name: str, progress: Progress, tokens_per_row: float) -> None:
+    def __init__(self, name: str, progress: Progress, tokens_per_row: float, folder: Path) -> None:
         self.name, self.progress, self.tokens_per_row = name, progress, tokens_per_row
+        self._file = folder / LOSSES
         self.by_step: list[float] = []
         self.tokens = 0
         self._running: list[float] = []
@@ -35,17 +40,35 @@ class Watch(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         """Open the stage; steps done before a crash count as done."""
-        del args
+        self.recall(args, state.global_step)
         self._advance = self._stack.enter_context(self.progress.stage(self.name, state.max_steps, "step"))
         self._start, self._begun_at = time.perf_counter(), state.global_step
         for _step in range(state.global_step):
             self._advance()
 
+    def recall(self, args: TrainingArguments, step: int) -> None:
+        """Recall the losses up to a step."""
+        stored = json.loads(self._file.read_text(encoding="utf-8")) if self._file.exists() else []
+        self.by_step = stored[:step]
+        self.tokens = round(step * self._rows(args) * self.tokens_per_row)
+
+    def _rows(self, args: TrainingArguments) -> int:
+        rows: int = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return rows
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        """Keep the losses beside the checkpoint."""
+        del args
+        if state.is_world_process_zero:
+            partial = self._file.with_suffix(".partial")
+            partial.write_text(json.dumps(self.by_step), encoding="utf-8")
+            partial.replace(self._file)
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         """Tell of a step."""
         self.by_step.append(sum(self._running) / max(1, len(self._running)))
         self._running.clear()
-        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        rows = self._rows(args)
         self.tokens = round(state.global_step * rows * self.tokens_per_row)
         done = (state.global_step - self._begun_at) * rows * self.tokens_per_row
         rate = done / (time.perf_counter() - self._start)
@@ -63,9 +86,13 @@ class Watch(TrainerCallback):
 
 
 class WholeCheckpoints(TrainerCallback):
-    """Marks every checkpoint that was written to its end; only those are gone on from."""
+    """Marks every checkpoint that was written to its end, by all; only those are gone on from."""
+
+    def __init__(self, processes: Processes) -> None:
+        self.processes = processes
 
     def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         """Mark the newest."""
+        self.processes.wait()
         if state.is_world_process_zero:
             mark_whole(Path(args.output_dir) / f"{CHECKPOINT}{state.global_step}")

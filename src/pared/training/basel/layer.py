@@ -1,21 +1,10 @@
 """A linear layer as a weighted sum of its bases, while Basel learns what they are worth."""
 
-from typing import NamedTuple
-
 import torch
 from torch import nn
 from torch.nn import functional
 
 NEGLIGIBLE = 1e-3  # times the mean singular value: bases below are not taken up
-
-
-class _Left(NamedTuple):
-    """The bases a mask leaves."""
-
-    mask_R: torch.Tensor
-    left_K: torch.Tensor
-    U_OK: torch.Tensor
-    V_KN: torch.Tensor
 
 
 class BasisLinear(nn.Module):
@@ -32,8 +21,9 @@ class BasisLinear(nn.Module):
         generator: draws the new bases.
 
     Attributes:
-        U: ``(out, R)`` buffer, R the bases above 1e-3 of the mean singular value; orthonormal up to rounding.
-        V: ``(R, in)`` buffer.
+        U: ``(out, K)`` buffer, the bases that are left, at first the R above 1e-3 of the mean singular value.
+        V: ``(K, in)`` buffer.
+        left: which of the R those are, int64 ``(K,)`` buffer.
         w: ``(R,)`` float32; the coefficient of a basis is its square, so never negative.
         mask: bool ``(R,)``, True for bases that are left.
         U_new: ``(out, new)`` float32, zeros at first.
@@ -42,6 +32,7 @@ class BasisLinear(nn.Module):
 
     U: torch.Tensor
     V: torch.Tensor
+    left: torch.Tensor
     mask: torch.Tensor
 
     def __init__(
@@ -59,13 +50,13 @@ class BasisLinear(nn.Module):
         count = int((s_R / s_R.mean() > NEGLIGIBLE).sum())
         self.register_buffer("U", U_OR[:, :count].to(dtype).contiguous(), persistent=False)
         self.register_buffer("V", V_RN[:count].to(dtype).contiguous(), persistent=False)
+        self.register_buffer("left", torch.arange(count, device=place), persistent=False)
         self.register_buffer("mask", torch.ones(count, dtype=torch.bool, device=place))
         self.w = nn.Parameter(s_R[:count].sqrt().float())
         drawn = torch.randn(new, self.in_features, generator=generator).to(place)
         self.U_new = nn.Parameter(torch.zeros(self.out_features, new, device=place))
         self.V_new = nn.Parameter(drawn / max(1, new) ** 0.5)
         self.bias = None if bias_O is None else nn.Parameter(bias_O.detach().float().clone())
-        self._left: _Left | None = None
 
     @property
     def coefficients(self) -> torch.Tensor:
@@ -83,36 +74,39 @@ class BasisLinear(nn.Module):
 
     def effective_weight(self) -> torch.Tensor:
         """Return the weight ``(out, in)`` as it is now, float32, detached."""
+        self._let_go()
         with torch.no_grad():
-            W_ON = (self.U.float() * self.coefficients) @ self.V.float()
-            return W_ON + self.U_new.float() @ self.V_new.float()
+            return self._sum_of_bases() + self.U_new.float() @ self.V_new.float()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map ``(..., in)`` to ``(..., out)`` by whichever order of products is fewer operations."""
-        left_K, U_OK, V_KN = self._bases()
-        worth_K = self.w.index_select(0, left_K).square()
-        tokens, kept = x.numel() // self.in_features, len(left_K)
+        self._let_go()
+        tokens, kept = x.numel() // self.in_features, len(self.left)
         m, n = self.out_features, self.in_features
         if kept * m * n + tokens * m * n <= tokens * kept * (m + n):
-            # The weight is made in float32 from bases that may be held in less: a product of such would be rounded.
-            W_ON = (U_OK.float() * worth_K) @ V_KN.float()
-            y = functional.linear(x, W_ON.to(x.dtype), self._bias(x))
+            y = functional.linear(x, self._sum_of_bases().to(x.dtype), self._bias(x))
         else:
-            inner = functional.linear(x, V_KN.to(x.dtype)) * worth_K.to(x.dtype)
-            y = functional.linear(inner, U_OK.to(x.dtype), self._bias(x))
+            inner = functional.linear(x, self.V.to(x.dtype)) * self._worth().to(x.dtype)
+            y = functional.linear(inner, self.U.to(x.dtype), self._bias(x))
         return y + functional.linear(functional.linear(x, self.V_new.to(x.dtype)), self.U_new.to(x.dtype))
+
+    def _sum_of_bases(self) -> torch.Tensor:
+        """Return ``U diag(w²) Vᵀ`` in float32, also where products are made in less: the weight is rounded once."""
+        with torch.autocast(self.U.device.type, enabled=False):
+            return (self.U.float() * self._worth()) @ self.V.float()
+
+    def _worth(self) -> torch.Tensor:
+        return self.w.index_select(0, self.left).square()
 
     def _bias(self, x: torch.Tensor) -> torch.Tensor | None:
         return None if self.bias is None else self.bias.to(x.dtype)
 
-    def _bases(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the places of the bases that are left, and those, gathered once after every change of the mask."""
-        if self._left is None or not torch.equal(self._left.mask_R, self.mask):
-            left_K = self.mask.nonzero().flatten()
-            whole = len(left_K) == len(self.mask)
-            U_OK, V_KN = (self.U, self.V) if whole else (self.U[:, left_K].contiguous(), self.V[left_K])
-            self._left = _Left(self.mask.clone(), left_K, U_OK, V_KN)
-        return self._left.left_K, self._left.U_OK, self._left.V_KN
+    def _let_go(self) -> None:
+        """Let go of the bases that were dropped since the last look, here or by a mask put back from a file."""
+        stays_K = self.mask[self.left]
+        if not bool(stays_K.all()):
+            self.U, self.V = self.U[:, stays_K].contiguous(), self.V[stays_K].contiguous()
+            self.left = self.left[stays_K]
 
     def extra_repr(self) -> str:
         """Return the shape for printing."""

@@ -20,12 +20,13 @@ from pared.training.basel.choose import Weight, share_for
 from pared.training.basel.factorise import put_back
 from pared.training.basel.importance import IMPORTANCES
 from pared.training.basel.layer import BasisLinear
-from pared.training.basel.pruning import FOLLOWED, Prune, follow
+from pared.training.basel.pruning import BatchLoss, Prune
 from pared.training.basel.schedule import falling, mass_of_one, prune_steps, rate_factor
-from pared.training.examples import collate
-from pared.training.precision import hold_in_float32
+from pared.training.examples import Row, collate
+from pared.training.precision import hold_in_float32, precise
 from pared.training.stage import Context, Prepared, Stage, own_loss
 
+LEAST_MASS = 0.01  # for learning rates: where a budget leaves hardly more than the new bases, K says nothing
 OPTIONS: dict[str, bool | int | float | str] = {
     "keep_ratio": 0.5,
     "keep": 0.0,
@@ -68,7 +69,7 @@ def check(options: Mapping[str, Any]) -> None:
 def stages(options: Mapping[str, Any]) -> tuple[Stage, ...]:
     """Return weighing and dropping, then tuning of the factors."""
     selecting = options["keeping_epochs"] + options["pruning_epochs"]
-    first = Stage("bases", prepare, selecting, warmup=0.03, schedule="cosine-to-tenth")
+    first = Stage("bases", prepare, selecting, warmup=0.03, schedule="cosine-to-tenth", patient=False)
     if not options["post_epochs"]:
         return (first,)
     return (first, Stage("factors", prepare_factors, options["post_epochs"], warmup=0.03, schedule="cosine"))
@@ -87,8 +88,6 @@ def prepare(context: Context) -> Prepared:
         layers[name] = BasisLinear(weight_of(old), bias_of(old), options["new"], HELD[options["bases"]], generator)
         replace_module(model, name, layers[name])
         layers[name].w.requires_grad_(bool(options["relearn"]))
-        if options["importance"] != "magnitude":
-            follow(layers[name])
     hold_in_float32(model)
     weights = {name: Weight(layer.out_features, layer.in_features, options["new"]) for name, layer in layers.items()}
     share = _share(layers, weights, options)
@@ -101,11 +100,10 @@ def prepare(context: Context) -> Prepared:
             put_back(model, name, classes[name])
         return model
 
-    buffers = ("mask", *(FOLLOWED if options["importance"] != "magnitude" else ()))
     callbacks: list[TrainerCallback] = [prune]
     faster = {".w": options["coefficient_rate"]} if options["coefficient_rate"] != 1 else {}
-    rate = rate_factor(share, options["keeping_epochs"] + options["pruning_epochs"])
-    changing = tuple(f"{name}.{buffer}" for name in names for buffer in buffers)
+    rate = rate_factor(max(share, LEAST_MASS), options["keeping_epochs"], options["pruning_epochs"])
+    changing = tuple(f"{name}.mask" for name in names)
     return Prepared(model, finish, callbacks=callbacks, buffers=changing, rate=rate, faster=faster)
 
 
@@ -148,12 +146,18 @@ def _share(layers: Mapping[str, BasisLinear], weights: Mapping[str, Weight], opt
 
 
 def _prune(context: Context, layers: Mapping[str, BasisLinear], weights: Mapping[str, Weight], share: float) -> Prune:
-    options, tuning = context.options, context.tuning
-    rows = collate(context.examples.train[: tuning.batch])
+    options, train = context.options, context.examples.train
+    rows = train[:: max(1, len(train) // context.tuning.batch)][: context.tuning.batch]  # from all over the data
     keeping = options["keeping_epochs"] / (options["keeping_epochs"] + options["pruning_epochs"])
 
-    def probe(model: nn.Module) -> torch.Tensor:
-        return own_loss(model, {name: value.to(tuning.device) for name, value in rows.items()})
+    def loss_of(row: Row) -> BatchLoss:
+        batch = {name: value.to(context.device) for name, value in collate([row]).items()}
+
+        def loss(model: nn.Module) -> torch.Tensor:
+            with precise(context.device, context.precision):
+                return own_loss(model, batch)
+
+        return loss
 
     try:
         steps = prune_steps(context.steps, round(keeping * context.steps), options["prunes"])
@@ -168,6 +172,6 @@ def _prune(context: Context, layers: Mapping[str, BasisLinear], weights: Mapping
         sizes=falling(dense, options["keep"], options["prunes"]) if options["keep"] else None,
         importance=options["importance"],
         probes=options["probes"],
-        probe_loss=probe,
+        losses=tuple(loss_of(row) for row in rows),
         model=context.model,
     )

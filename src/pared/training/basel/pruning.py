@@ -1,7 +1,7 @@
 """Dropping bases while the Trainer trains: what they are worth is followed, and at their steps the least go."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,15 +12,7 @@ from pared.training.basel.choose import Weight, by_budget, by_mass, share_for
 from pared.training.basel.importance import curvature, fisher, magnitude, taylor
 from pared.training.basel.layer import BasisLinear
 
-FOLLOWED = ("slope", "slope_square")  # buffers of a layer: running means of ∂L/∂c and of its square
-FORGET = 0.1  # of the running means at every step
 BatchLoss = Callable[[nn.Module], torch.Tensor]
-
-
-def follow(layer: BasisLinear) -> None:
-    """Give a layer the running means that importances are made of."""
-    for name in FOLLOWED:
-        layer.register_buffer(name, torch.zeros_like(layer.w))
 
 
 class Prune(TrainerCallback):
@@ -38,7 +30,7 @@ class Prune(TrainerCallback):
         sizes: numbers that are left after each time, in place of the share.
         importance: ``magnitude``, ``fisher`` or ``bsi``.
         probes: of the curvature, for ``bsi``.
-        probe_loss: of the rows that the curvature is taken on, for ``bsi``.
+        losses: of the rows that gradients are taken on, one each, for ``fisher`` and ``bsi``.
         model: that the layers are in.
     """
 
@@ -51,12 +43,12 @@ class Prune(TrainerCallback):
         sizes: tuple[int, ...] | None,
         importance: str,
         probes: int,
-        probe_loss: BatchLoss,
+        losses: Sequence[BatchLoss],
         model: nn.Module,
     ) -> None:
         self.layers, self.weights, self.steps = dict(layers), dict(weights), steps
         self.share, self.sizes, self.importance = share, sizes, importance
-        self.probes, self.probe_loss, self.model = probes, probe_loss, model
+        self.probes, self.losses, self.model = probes, tuple(losses), model
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         """Drop as often as this step asks for."""
@@ -88,31 +80,27 @@ class Prune(TrainerCallback):
         found = self.importances()
         return {name: found[name].masked_fill(~layer.mask, -math.inf) for name, layer in self.layers.items()}
 
-    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        """Follow the gradients of the coefficients."""
-        if self.importance == "magnitude":
-            return
-        for layer in self.layers.values():
-            slope_R = slope(layer)
-            layer.get_buffer("slope").lerp_(slope_R, FORGET)
-            layer.get_buffer("slope_square").lerp_(slope_R.square(), FORGET)
-
     def importances(self) -> dict[str, torch.Tensor]:
         """Return what every basis is worth now."""
         if self.importance == "magnitude":
             return {name: magnitude(layer.coefficients) for name, layer in self.layers.items()}
-        if self.importance == "fisher":
-            return {
-                name: fisher(layer.coefficients, layer.get_buffer("slope_square"))
-                for name, layer in self.layers.items()
-            }
-        generator = torch.Generator().manual_seed(int(sum(layer.mask.sum() for layer in self.layers.values())))
         c = {name: layer.coefficients for name, layer in self.layers.items()}
-        h = curvature(c, self.gradients_at, self.probes, 0.1, generator)
-        return {name: taylor(c[name], layer.get_buffer("slope"), h[name]) for name, layer in self.layers.items()}
+        if self.importance == "fisher":
+            square = {name: torch.zeros_like(c_R) for name, c_R in c.items()}
+            for loss in self.losses:
+                for name, g_R in self.gradients_at(c, (loss,)).items():
+                    square[name] += g_R.square() / len(self.losses)
+            return {name: fisher(c[name], square[name]) for name in c}
+        left = int(sum(layer.mask.sum() for layer in self.layers.values()))
+        g = self.gradients_at(c, self.losses)
+        h = curvature(c, lambda at: self.gradients_at(at, self.losses), self.probes, 0.1,
+                      torch.Generator().manual_seed(left))  # fmt: skip
+        return {name: taylor(c[name], g[name], h[name]) for name in c}
 
-    def gradients_at(self, coefficients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return the gradients of the probe's loss with respect to coefficients, at those; the model stays as it is."""
+    def gradients_at(
+        self, coefficients: Mapping[str, torch.Tensor], losses: Sequence[BatchLoss]
+    ) -> dict[str, torch.Tensor]:
+        """Return the gradients of a mean of losses with respect to coefficients, at those; the model stays as it is."""
         layers = self.layers
         before = {name: layer.w.detach().clone() for name, layer in layers.items()}
         wanted = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
@@ -122,10 +110,14 @@ class Prune(TrainerCallback):
             for name, layer in layers.items():
                 layer.w.data.copy_(coefficients[name].sqrt())
                 layer.w.requires_grad_(True)
+            weights = [layer.w for layer in layers.values()]
+            sums = [torch.zeros_like(w_R) for w_R in weights]
             with torch.enable_grad():
-                parts = torch.autograd.grad(self.probe_loss(self.model), [layer.w for layer in layers.values()])
+                for loss in losses:
+                    for total, part in zip(sums, torch.autograd.grad(loss(self.model), weights), strict=True):
+                        total += part / len(losses)
             return {
-                name: _by_coefficient(layer.w, part) for (name, layer), part in zip(layers.items(), parts, strict=True)
+                name: _by_coefficient(layer.w, sum_R) for (name, layer), sum_R in zip(layers.items(), sums, strict=True)
             }
         finally:
             for name, layer in layers.items():
@@ -133,11 +125,6 @@ class Prune(TrainerCallback):
             for parameter, want in wanted:
                 parameter.requires_grad_(want)
             self.model.train(was_training)
-
-
-def slope(layer: BasisLinear) -> torch.Tensor:
-    """Return ``∂L/∂c`` of a layer after a backward pass, 0 where there is none."""
-    return torch.zeros_like(layer.w) if layer.w.grad is None else _by_coefficient(layer.w, layer.w.grad)
 
 
 def _by_coefficient(w_R: torch.Tensor, gradient_R: torch.Tensor) -> torch.Tensor:

@@ -33,13 +33,18 @@ def falling(dense: int, keep: float, times: int) -> tuple[int, ...]:
     return tuple(math.floor(dense * keep ** ((index + 1) / times)) for index in range(times))
 
 
-def rate_factor(keep_ratio: float, epochs: float) -> float:
-    """Return Basel's factor F of the learning rate while bases are dropped.
+def rate_factor(keep_ratio: float, keeping: float, pruning: float) -> float:
+    """Return Basel's factor F of the learning rate while bases are dropped: the mean of 1/√(what is left).
 
-    ``F = (1/√K - 1) / ln(1/K) · 2 (1 - 1/E) + 1/E`` with E epochs, one of them keeping: the mean of 1/√(what is left)
-    over a training in which it falls to K geometrically. 1 where nothing is dropped.
+    What is left stays 1 in the keeping phase and falls to K geometrically in the pruning phase, of which the mean is
+    ``(1/√K - 1) / ln(1/K) · 2``. With one epoch of keeping this is the paper's formula.
+
+    Args:
+        keep_ratio: K.
+        keeping: epochs, or any measure, of the keeping phase.
+        pruning: of the pruning phase, in the same measure.
     """
     if keep_ratio >= 1:
         return 1.0
     falling = (keep_ratio**-0.5 - 1) / math.log(1 / keep_ratio) * 2
-    return falling * (1 - 1 / epochs) + 1 / epochs
+    return (falling * pruning + keeping) / (keeping + pruning)
