@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from pared import __version__
+from pared.cli.bench import bench
 from pared.cli.compress import compress
 from pared.cli.convert import convert
 from pared.cli.demo import demo
@@ -37,6 +38,7 @@ app.command()(export)
 app.command()(convert)
 app.command()(search)
 app.command()(tune)
+app.command()(bench)
 app.command()(demo)
 app.add_typer(diagnose, name="diagnose")
 

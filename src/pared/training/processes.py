@@ -4,7 +4,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -44,10 +44,10 @@ class Processes:
         from accelerate import PartialState
 
         # Others wait while the first measures and writes, which may take long.
-        self._state = PartialState(cpu=device == "cpu", timeout=timedelta(days=1))
+        self._state: Any = PartialState(cpu=device == "cpu", timeout=timedelta(days=1))
         self.count: int = self._state.num_processes
         self.is_first: bool = self._state.is_main_process
-        self.device = torch.device(self._state.device)
+        self.device: torch.device = torch.device(self._state.device)
 
     def wait(self) -> None:
         """Go on when all are here."""
