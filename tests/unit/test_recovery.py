@@ -265,6 +265,8 @@ def test_trainings_of_a_folder_are_a_chain(folder: Folder, tmp_path: Path, text_
     assert chain[1].parent["name"] == str(tmp_path / "one")
     assert chain[1].perplexity_before == chain[0].perplexity_after
     assert "distill" in (tmp_path / "two" / "README.md").read_text()
+    told = CliRunner().invoke(app, ["info", str(tmp_path / "two")]).output
+    assert told.index("trained by distill") < told.index("trained by lora")
 
 
 # How long, how often, what is best.

@@ -9,6 +9,7 @@ import typer
 from pared.checkpoint import Manifest
 from pared.cli.compress import print_manifest
 from pared.cli.console import JsonFile, errors, out, quiet_libraries, write_json
+from pared.cli.tune import print_training
 from pared.plan import Dense, SitePlan
 
 
@@ -20,6 +21,8 @@ def info(folder: Annotated[Path, typer.Argument(help="A folder that pared made."
         print_manifest(manifest, str(folder))
         for told, count in sorted(Counter(map(_describe, manifest.plan.sites)).items()):
             out.print(f"{count:5} x {told}", markup=False)
+        for training in manifest.training:
+            print_training(training)
         versions = "  ".join(f"{name} {number}" for name, number in manifest.versions.items())
         out.print(f"made with {versions}", markup=False)
         write_json(json_file, manifest.model_dump(mode="json"))

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pared.checkpoint.manifest import Manifest
+from pared.checkpoint.manifest import Manifest, Training
 from pared.cli import options
 from pared.cli.console import ConsoleProgress, JsonFile, errors, out, quiet_libraries, write_json
 from pared.tuning import Tuning
@@ -116,8 +116,20 @@ def tune(
 
 
 def print_trained(manifest: Manifest, folder: str) -> None:
-    """Print what a training changed."""
+    """Print what a training changed and where it lies."""
     training = manifest.training[-1]
+    print_training(training)
+    seconds = "  ".join(f"{stage} {value:.1f}" for stage, value in training.seconds.items())
+    out.print(f"seconds by stage: {seconds}", markup=False)
+    out.print(f"peak memory: {training.peak_memory_bytes / 2**20:,.0f} MiB", markup=False)
+    out.print(f"self-check: reloaded, largest relative difference {manifest.self_check:.2g}", markup=False)
+    out.print(f"folder: {folder}", markup=False)
+
+
+def print_training(training: Training) -> None:
+    """Print how a training went."""
+    texts = ", ".join(str(row["text"]) for row in training.data)
+    out.print(f"trained by {training.tuning.method} on {texts}", markup=False)
     for stage in training.stages:
         first, last = stage["loss"]
         out.print(
@@ -129,15 +141,9 @@ def print_trained(manifest: Manifest, folder: str) -> None:
             told = ", ".join(f"{loss:.4f} (step {step})" for step, loss in stage["validation"][-3:])
             out.print(f"  loss on rows never trained on: {told}", markup=False)
     if training.perplexity_before is not None and training.perplexity_after is not None and training.evaluation:
-        before, after = training.perplexity_before, training.perplexity_after
-        on = training.evaluation
+        before, after, on = training.perplexity_before, training.perplexity_after, training.evaluation
         out.print(
             f"perplexity on {on['text']}: {before:,.2f} -> {after:,.2f} (x{after / before:.3g}), {on['windows']} "
             f"windows of {on['length']} tokens",
             markup=False,
         )
-    seconds = "  ".join(f"{stage} {value:.1f}" for stage, value in training.seconds.items())
-    out.print(f"seconds by stage: {seconds}", markup=False)
-    out.print(f"peak memory: {training.peak_memory_bytes / 2**20:,.0f} MiB", markup=False)
-    out.print(f"self-check: reloaded, largest relative difference {manifest.self_check:.2g}", markup=False)
-    out.print(f"folder: {folder}", markup=False)
