@@ -7,6 +7,7 @@ cell whose line is there is not run again.
 import argparse
 import os
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -85,15 +86,15 @@ def tuning(parent: Path, out: Path, task: str, **more: Any) -> Tuning:
     })  # fmt: skip
 
 
-def compressed(method: str, dense: Path, task: str) -> Path:
-    """Return the folder of a method at a third of the ranks; Basel at as many parameters."""
-    out = PLACE / f"{task}-{method}"
+def compressed(method: str, dense: Path, task: str, fraction: float) -> Path:
+    """Return the folder of a method at a fraction of the ranks; Basel at as many parameters."""
+    out = PLACE / f"{task}-{method}-{fraction:g}"
     if (out / "pared.json").exists():
         return out
-    recipe = {"model": str(dense), "method": method, "rank_fraction": FRACTION, "out": str(out), "evaluation": None,
+    recipe = {"model": str(dense), "method": method, "rank_fraction": fraction, "out": str(out), "evaluation": None,
               "calibration": {"text": TASKS[task][0], "samples": 1024, "length": LENGTH}}  # fmt: skip
     if method == "basel":
-        plan = plan_of(find_model(str(dense)).skeleton(), pared.Recipe(method="svd", rank_fraction=FRACTION))
+        plan = plan_of(find_model(str(dense)).skeleton(), pared.Recipe(method="svd", rank_fraction=fraction))
         tune(
             tuning(dense, out, task, method="basel", options={**BASEL, "keep": plan.achieved_keep, "post_epochs": 0.0})
         )
@@ -102,26 +103,36 @@ def compressed(method: str, dense: Path, task: str) -> Path:
     return out
 
 
+def key_of(line: dict[str, Any]) -> tuple[object, ...]:
+    """Return what tells a cell from every other."""
+    fraction = line.get("fraction", 1.0 if line["what"] == "dense" else FRACTION)
+    return line["what"], line["task"], line["tuned"], fraction
+
+
 def render(lines: list[dict[str, Any]]) -> str:
     """Return the page."""
     tasks = [task for task in TASKS if any(line["task"] == task for line in lines)]
-    found = {(line["what"], line["task"], line["tuned"]): line for line in lines}
+    found = {key_of(line): line for line in lines}
     rows = []
-    for what in dict.fromkeys(line["what"] for line in lines):
-        for tuned in (False, True):
-            own = [found.get((what, task, tuned)) for task in tasks]
-            if any(own):
-                told = [f"{100 * line['score']:.1f}" if line else "" for line in own]
-                share = next(line["keep"] for line in own if line)
-                rows.append((what, "1 epoch" if tuned else "none", f"{share:.3f}", *told))
-    header = ("method", "tuning", "covered parameters", *(f"{task} ({TASKS[task][2]})" for task in tasks))
+    for what, tuned, fraction in dict.fromkeys((key[0], key[2], key[3]) for key in map(key_of, lines)):
+        own = [found.get((what, task, tuned, fraction)) for task in tasks]
+        told = [f"{100 * line['score']:.1f}" if line else "" for line in own]
+        share = next(line["keep"] for line in own if line)
+        rows.append((what, "1 epoch" if tuned else "none", f"{fraction:g}", f"{share:.3f}", *told))
+    header = (
+        "method",
+        "tuning",
+        "rank fraction",
+        "covered parameters",
+        *(f"{task} ({TASKS[task][2]})" for task in tasks),
+    )
     return "\n".join([
-        "# Encoders at a third of the ranks",
+        "# Encoders at a third of the ranks and less",
         "",
         "Made by `python benchmarks/encoders.py`; raw figures in [encoders.jsonl](encoders.jsonl). Do not edit.",
         "",
-        f"`{lines[0]['model']}` with a head for each task, trained on it, then every linear layer of the blocks at "
-        f"{FRACTION:g} of its full rank (the FWSVD paper's budget; Basel at as many parameters), scored in percent on "
+        f"`{lines[0]['model']}` with a head for each task, trained on it, then every linear layer of the blocks at a "
+        "fraction of its full rank (0.33 is the FWSVD paper's budget; Basel at as many parameters), scored in percent on "
         "examples never trained on. Tuning is one more epoch of all parameters. Basel trains for an epoch while it "
         "compresses, which SVD and FWSVD do not.",
         "",
@@ -136,20 +147,23 @@ def main() -> None:
     parser.add_argument("--model", default="embedded:minilm-l6")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--methods", nargs="+", default=["dense", "svd", "fwsvd", "basel"])
+    parser.add_argument("--fractions", type=float, nargs="+", default=[FRACTION])
+    parser.add_argument("--untuned", action="store_true", help="without the rows that are tuned")
     parser.add_argument("--render", action="store_true")
     asked = parser.parse_args()
     for task in [] if asked.render else asked.tasks:
-        for method in asked.methods:
-            for tuned in (False,) if method == "dense" else (False, True):
+        for fraction, method in product(asked.fractions, asked.methods):
+            for tuned in (False,) if method == "dense" or asked.untuned else (False, True):
                 cell = {"what": method, "task": task, "tuned": tuned, "model": asked.model}
-                if any(cell.items() <= line.items() for line in read(LINES)):
+                cell["fraction"] = 1.0 if method == "dense" else fraction
+                if any(key_of(cell) == key_of(line) for line in read(LINES)):
                     continue
                 start = time.perf_counter()
                 dense = task_model(asked.model, task)
-                folder = dense if method == "dense" else compressed(method, dense, task)
+                folder = dense if method == "dense" else compressed(method, dense, task, fraction)
                 keep = 1.0 if method == "dense" else pared.checkpoint.Manifest.read(folder).plan.achieved_keep
                 if tuned:
-                    parent, folder = folder, PLACE / f"{task}-{method}-tuned"
+                    parent, folder = folder, PLACE / f"{task}-{method}-{fraction:g}-tuned"
                     if not (folder / "pared.json").exists():
                         tune(tuning(parent, folder, task, method="full", options={"train": "all"}, schedule="linear"))
                 row = {**cell, "keep": keep, "score": score(folder, task), "metric": TASKS[task][2]}
