@@ -132,8 +132,8 @@ def render(lines: list[dict[str, Any]]) -> str:
         "Made by `python benchmarks/encoders.py`; raw figures in [encoders.jsonl](encoders.jsonl). Do not edit.",
         "",
         f"`{lines[0]['model']}` with a head for each task, trained on it, then every linear layer of the blocks at a "
-        "fraction of its full rank (0.33 is the FWSVD paper's budget; Basel at as many parameters), scored in percent on "
-        "examples never trained on. Tuning is one more epoch of all parameters. Basel trains for an epoch while it "
+        "fraction of its full rank (0.33 is the FWSVD paper's budget; Basel at as many parameters), scored in percent "
+        "on examples never trained on. Tuning is one more epoch of all parameters. Basel trains for an epoch while it "
         "compresses, which SVD and FWSVD do not.",
         "",
         table(header, rows),
