@@ -71,7 +71,7 @@ def test_of_instructions_a_teacher_is_followed_in_the_answer_alone() -> None:
     teacher, student = TINY_MODELS["llama"](), TINY_MODELS["llama"]()
     with torch.no_grad():
         student.model.layers[0].mlp.up_proj.weight.mul_(0.5)
-    loss = towards(teacher, {"temperature": 1.0, "hidden": 0.0})
+    loss = towards(teacher, {"temperature": 1.0, "text": 0.0, "hidden": 0.0})
     ids = torch.randint(3, 64, (1, 9))
     labels = ids.clone()
     labels[:, :6] = NO_LABEL

@@ -113,21 +113,35 @@ def test_padding_does_not_teach() -> None:
     teacher, student = TINY_MODELS["llama"](), TINY_MODELS["llama"]()
     with torch.no_grad():
         student.model.layers[0].mlp.up_proj.weight.mul_(0.5)
-    loss = towards(teacher, {"temperature": 1.0, "hidden": 0.0})
+    loss = towards(teacher, {"temperature": 1.0, "text": 0.0, "hidden": 0.0})
     long, short = (_row(count) for count in (9, 5))
     padded = collate([long, {**short, "attention_mask": torch.ones(5, dtype=torch.int64)}])
     expected = (9 * float(loss(student, collate([long]))) + 5 * float(loss(student, collate([short])))) / 14
     assert float(loss(student, padded)) == pytest.approx(expected, rel=1e-4)
 
 
+def test_the_text_may_have_a_share_of_the_loss() -> None:
+    teacher, student = TINY_MODELS["llama"](), TINY_MODELS["llama"]()
+    with torch.no_grad():
+        student.model.layers[0].mlp.up_proj.weight.mul_(0.5)
+    batch = collate([_row(9)])
+    found = [float(towards(teacher, {"temperature": 1.0, "text": text, "hidden": 0.0})(student, batch).detach())
+             for text in (0.0, 0.25, 1.0)]  # fmt: skip
+    assert found[2] == pytest.approx(float(student(**batch).loss.detach()), rel=1e-5)
+    assert found[1] == pytest.approx(0.75 * found[0] + 0.25 * found[2], rel=1e-5)
+
+
 def test_hidden_states_of_the_teacher_are_wanted_too_where_that_is_asked_for() -> None:
     teacher, student = TINY_MODELS["llama"](), TINY_MODELS["llama"]()
     batch = collate([_row(9)])
-    assert float(towards(teacher, {"temperature": 1.0, "hidden": 1.0})(teacher, batch)) == pytest.approx(0, abs=1e-6)
+    assert float(towards(teacher, {"temperature": 1.0, "text": 0.0, "hidden": 1.0})(teacher, batch)) == pytest.approx(
+        0, abs=1e-6
+    )
     with torch.no_grad():
         student.model.layers[0].mlp.up_proj.weight.mul_(0.5)
     plain, more = (
-        float(towards(teacher, {"temperature": 1.0, "hidden": hidden})(student, batch)) for hidden in (0.0, 1.0)
+        float(towards(teacher, {"temperature": 1.0, "text": 0.0, "hidden": hidden})(student, batch))
+        for hidden in (0.0, 1.0)
     )
     assert more > plain
 
@@ -136,7 +150,7 @@ def test_an_encoder_is_taught_the_classes_of_its_teacher() -> None:
     teacher, student = TINY_MODELS["bert"](), TINY_MODELS["bert"]()
     batch = {"input_ids": torch.randint(3, 64, (3, 9)), "attention_mask": torch.ones(3, 9, dtype=torch.int64),
              "labels": torch.tensor([0, 1, 2])}  # fmt: skip
-    loss = towards(teacher, {"temperature": 2.0, "hidden": 0.5})
+    loss = towards(teacher, {"temperature": 2.0, "text": 0.0, "hidden": 0.5})
     assert float(loss(teacher, batch)) == pytest.approx(0, abs=1e-6)
     with torch.no_grad():
         student.classifier.weight.mul_(2)
@@ -487,6 +501,7 @@ def test_a_tracker_that_is_not_here_is_refused_before_anything_is_read(tmp_path:
         ({"method": "lorra"}, "unknown training method 'lorra'; did you mean 'lora'"),
         ({"options": {"temprature": 2.0}}, "training method distill has no option 'temprature'"),
         ({"options": {"temperature": 0.0}}, "option temperature: expected more than 0, found 0.0"),
+        ({"options": {"text": 1.5}}, "option text: expected a share, 0 to 1, found 1.5"),
         ({"method": "lora", "options": {"targets": "left"}}, "option targets: expected one of up, down, both"),
         ({"method": "full", "options": {"train": "none"}}, "option train: expected one of factors, factors+norms, all"),
         ({"length": 100, "validation": 10}, "nothing is left to train on"),

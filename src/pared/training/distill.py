@@ -1,8 +1,9 @@
 """Distillation from the dense parent: its predictions on any text are the targets (Hinton et al., arXiv 1503.02531).
 
-``L = τ² · mean_t KL(p_teacher(· | t; τ) ‖ p_student(· | t; τ)) + h · mean_l ‖H_l − Ĥ_l‖² / ‖H_l‖²``, over tokens t and,
-if ``hidden`` is h > 0, over the blocks' outputs. Factors and normalisations train. No labels are needed, and what the
-model knows beyond the text is asked for too, as the targets are whole distributions.
+``L = (1 - a) τ² · mean_t KL(teacher_t ‖ student_t) + a · L_text + h · mean_l ‖H_l − Ĥ_l‖² / ‖H_l‖²``, the predictions
+at every token t softened by τ; if ``text`` is a > 0 with the model's own loss on the text, and if ``hidden`` is h > 0
+with the blocks' outputs. Factors and normalisations train. No labels are needed, and what the model knows beyond the
+text is asked for too, as the targets are whole distributions.
 """
 
 from collections.abc import Mapping
@@ -27,10 +28,12 @@ def check(options: Mapping[str, Any]) -> None:
     """Refuse what cannot be.
 
     Raises:
-        ValueError: a temperature of 0 or less, or a negative weight.
+        ValueError: a temperature of 0 or less, a share that is none, or a negative weight.
     """
     if not options["temperature"] > 0:
         raise ValueError(f"option temperature: expected more than 0, found {options['temperature']}")
+    if not 0 <= options["text"] <= 1:
+        raise ValueError(f"option text: expected a share, 0 to 1, found {options['text']}")
     if options["hidden"] < 0:
         raise ValueError(f"option hidden: expected 0 or more, found {options['hidden']}")
 
@@ -45,7 +48,7 @@ def prepare(context: Context) -> Prepared:
 
 def towards(teacher: PreTrainedModel, options: Mapping[str, Any]) -> Loss:
     """Return the loss of a batch against a teacher, which is evaluated without gradients."""
-    temperature, hidden = float(options["temperature"]), float(options["hidden"])
+    temperature, hidden, text = (float(options[name]) for name in ("temperature", "hidden", "text"))
     causal = is_causal([type(teacher).__name__])
 
     def loss(student: Any, batch: Batch) -> torch.Tensor:
@@ -53,12 +56,14 @@ def towards(teacher: PreTrainedModel, options: Mapping[str, Any]) -> Loss:
         wanted = {**inputs, "output_hidden_states": hidden > 0}
         with torch.no_grad():
             target = teacher(**wanted)
-        found = student(**wanted)
+        found = student(**wanted, **({"labels": batch["labels"]} if text else {}))
         seen = _seen(batch, causal)
         if found.logits.ndim == 2:  # classes of whole examples
             result = divergence(found.logits, target.logits, temperature)
         else:
             result = divergence(_rows(found.logits, seen), _rows(target.logits, seen), temperature)
+        if text:
+            result = (1 - text) * result + text * found.loss
         if hidden:
             result = result + hidden * _apart(found.hidden_states[1:], target.hidden_states[1:], seen)
         return result
