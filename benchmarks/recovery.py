@@ -29,9 +29,11 @@ GRID: list[dict[str, Any]] = [
     {"method": "lora", "learning_rate": 1e-3},
     {"method": "full", "learning_rate": 2e-6},
     {"method": "full", "learning_rate": 5e-5},
-    {"method": "distill", "learning_rate": 1e-4},
+    {"method": "distill", "learning_rate": 1e-5},
+    {"method": "distill", "learning_rate": 4e-5},
+    {"method": "distill", "learning_rate": 2e-4},
 ]
-LONG: list[dict[str, Any]] = [{"method": "distill", "learning_rate": 2e-4}]
+LONG: list[dict[str, Any]] = [{"method": "distill", "learning_rate": 2e-5}]
 
 
 def compressed(model: str, keep: float) -> Path:
@@ -105,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="embedded:smollm2-135m")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.8, 0.6])
-    parser.add_argument("--tokens", type=int, default=32_768)
+    parser.add_argument("--tokens", type=int, default=16_384)
     parser.add_argument("--long", action="store_true", help="the one long distillation, at the first keep")
     parser.add_argument("--render", action="store_true")
     asked = parser.parse_args()
