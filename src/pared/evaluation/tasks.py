@@ -1,6 +1,5 @@
 """Tasks in which a model writes and what it wrote is judged: mathematics by its answer, code by running it."""
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from pared.evaluation.generation import Sampling, complete
 from pared.evaluation.passes import mean_pass_at_k
 from pared.evaluation.sandbox import Limits, run_program
 from pared.names import did_you_mean
-from pared.sources.files import read_lines
+from pared.sources.files import read_rows
 
 Row = Mapping[str, Any]
 Verdict = Mapping[str, bool]
@@ -224,13 +223,7 @@ def _read(task: Task, file: str) -> Iterator[Row]:
     path = _path(task, file)
     if not path.is_file():
         raise ParedError(f"task {task.name}: PARED_DATA has no {file} (looked for {path})")
-    for number, line in enumerate(read_lines(path), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ParedError(f"{path}, row {number}: not JSON ({error})") from None
+    for number, row in read_rows(path):
         missing = [name for name in task.fields if not isinstance(row, dict) or name not in row]
         if missing:
             found = sorted(row) if isinstance(row, dict) else type(row).__name__

@@ -1,8 +1,11 @@
-"""Files of text, gzipped or not."""
+"""Files of text and of JSON rows, gzipped or not."""
 
 import gzip
+import json
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from pared.errors import ParedError
 
@@ -26,6 +29,21 @@ def read_text(path: Path, what: str = "file") -> str:
         raise ParedError(f"{what} {path}: {error.strerror or error}") from None
 
 
-def read_lines(path: Path) -> list[str]:
+def read_lines(path: Path, what: str = "file") -> list[str]:
     """Read the lines of a file; not those of ``splitlines``, as texts hold U+2028, U+0085 and others it splits at."""
-    return [line.removesuffix("\r") for line in read_text(path).split("\n")]
+    return [line.removesuffix("\r") for line in read_text(path, what).split("\n")]
+
+
+def read_rows(path: Path, what: str = "file") -> Iterator[tuple[int, Any]]:
+    """Read a file of one JSON value a line, with the number of each, from 1; blank lines are left out.
+
+    Raises:
+        ParedError: as :func:`read_text`, or a row is not JSON; names the file and the row.
+    """
+    for number, line in enumerate(read_lines(path, what), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ParedError(f"{path}, row {number}: not JSON ({error})") from None
+            yield number, row

@@ -1,6 +1,5 @@
 """Instructions with answers: prompts made by a template, and windows in which only the answer is learned."""
 
-import json
 import logging
 import os
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pared.errors import ParedError
 from pared.names import did_you_mean
-from pared.sources.files import read_lines
+from pared.sources.files import read_rows
 from pared.sources.templates import prompt
 from pared.sources.windows import NO_LABEL, Windows, digest_of, padded
 
@@ -67,10 +66,7 @@ def find_instructions(name: str) -> tuple[list[Instruction], str]:
         path = Path(asked).expanduser()
         if ".jsonl" not in path.suffixes:
             raise ParedError(f"unknown instructions {name!r}; {did_you_mean(asked, SETS)}, or a .jsonl file")
-    found = []
-    for number, line in enumerate(read_lines(path), 1):
-        if line.strip():
-            found.append(_instruction(path, number, line))
+    found = [_instruction(path, number, row) for number, row in read_rows(path)]
     if not found:
         raise ParedError(f"instructions {name!r} ({path}) have no rows")
     return found, str(path)
@@ -113,11 +109,7 @@ def cut_instructions(
     return Windows(tokens, digest_of(tokens, mask, labels), name, origin, False, mask, labels)
 
 
-def _instruction(path: Path, number: int, line: str) -> Instruction:
-    try:
-        row: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ParedError(f"{path}, row {number}: not JSON ({error})") from None
+def _instruction(path: Path, number: int, row: Any) -> Instruction:
     if isinstance(row, dict):
         for asked, answer in FIELDS:
             if isinstance(row.get(asked), str) and isinstance(row.get(answer), str):

@@ -10,7 +10,7 @@ from typing import Any
 
 from pared.errors import ParedError
 from pared.names import did_you_mean
-from pared.sources.files import read_lines
+from pared.sources.files import read_lines, read_rows
 
 log = logging.getLogger(__name__)
 
@@ -200,13 +200,7 @@ def _local(name: str, folder: str, split: str, endings: Sequence[str]) -> Path:
 def _rows_of_file(path: Path) -> Iterator[Example]:
     if ".jsonl" not in path.suffixes:
         raise ParedError(f"labelled file {path}: expected .jsonl or .jsonl.gz, found {path.suffix or 'no suffix'}")
-    for number, line in enumerate(read_lines(path), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ParedError(f"{path}, row {number}: not JSON ({error})") from None
+    for number, row in read_rows(path):
         example = _example(row) if isinstance(row, dict) else None
         if example is None:
             found = sorted(row) if isinstance(row, dict) else type(row).__name__

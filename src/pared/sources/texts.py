@@ -1,15 +1,15 @@
 """Texts by name: the embedded one, well-known corpora, the user's files, anything the datasets library has."""
 
 import importlib.util
-import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pared.errors import ParedError
 from pared.names import did_you_mean
-from pared.sources.files import read_text
+from pared.sources.files import read_rows, read_text
 from pared.sources.templates import prompt
 
 EMBEDDED_SHARE = 0.8  # of pydoc_data.topics is for calibration, the rest for evaluation
@@ -123,18 +123,12 @@ def read_documents(path: Path) -> list[str]:
         raise ParedError(
             f"text file {path}: expected .txt or .jsonl (or .gz of both), found {path.suffix or 'no suffix'}"
         )
-    content = read_text(path, "text file")
     if kind == ".txt":
-        return [content]
-    # Not splitlines: JSON strings may hold U+2028, U+0085 and the other characters it also splits at.
-    return [_row_text(path, number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
+        return [read_text(path, "text file")]
+    return [_row_text(path, number, row) for number, row in read_rows(path, "text file")]
 
 
-def _row_text(path: Path, number: int, line: str) -> str:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ParedError(f"{path}, row {number}: not JSON ({error})") from None
+def _row_text(path: Path, number: int, row: Any) -> str:
     if isinstance(row, dict) and isinstance(row.get("text"), str):
         return row["text"]
     if isinstance(row, dict) and {"instruction", "input", "output"} <= row.keys():

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from pared.errors import ParedError
 from pared.modules import SparseLinear
 from pared.training.merge import merge_lora_keeping_zeros
-from pared.training.parts import compressed_layers, freeze, unpack
+from pared.training.parts import compressed_layers, unpack
 from pared.training.pruned import pruned_layers
 from pared.training.stage import Context, Prepared, Stage
 
@@ -51,7 +51,7 @@ def _prepare(context: Context, targets: str) -> Prepared:
     from peft import LoraConfig, get_peft_model
 
     model, options = context.model, context.options
-    freeze(model)
+    model.requires_grad_(False)
     unpack(model)
     names = _names(model, targets)
     if not names:

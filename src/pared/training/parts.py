@@ -22,11 +22,6 @@ def norms(model: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
-def freeze(model: nn.Module) -> None:
-    """Let nothing want gradients."""
-    model.requires_grad_(False)
-
-
 def unpack(model: nn.Module) -> None:
     """Give every sparse layer its dense weight, which is what trains."""
     for layer in compressed_layers(model).values():
