@@ -3,10 +3,12 @@
     PARED_DATA=/path/to/data python benchmarks/sparsity.py                   # the grid, resuming where it stopped
     PARED_DATA=/path/to/data python benchmarks/sparsity.py --shard 0/2       # every second cell, for two processes
     PARED_DATA=/path/to/data python benchmarks/sparsity.py --pruners wanda --budgets 0.6 --allocations uniform loss
+    python benchmarks/sparsity.py --dtype float32                            # where bfloat16 has no units of its own
     python benchmarks/sparsity.py --render                                   # renders the page only
 
-One JSON line a cell; a cell that is there is not measured again (delete its line to repeat it). What an allocation
-needs of the dense model is collected once for all its cells of a run.
+One JSON line a cell; a cell that is there is not measured again (delete its line to repeat it), in whatever dtype it is
+there; `uniform` and the dense model, which others are compared with, are measured in every dtype asked for. What an
+allocation needs of the dense model is collected once for all its cells of a run.
 """
 
 import argparse
@@ -25,7 +27,7 @@ from record import RESULTS, Line, append, read, table
 LINES = RESULTS / "sparsity.jsonl"
 PAGE = RESULTS / "sparsity.md"
 PLOT = RESULTS / "sparsity.svg"
-DTYPE = "bfloat16"
+DTYPES = ("bfloat16", "float32")  # a line without one is of the first
 
 PRUNERS = ("wanda", "sparsegpt", "magnitude")
 BUDGETS = ("0.6", "0.7", "0.5", "2:4", "4:8")  # the first are measured first
@@ -72,20 +74,26 @@ def recipe_of(cell: Cell, calibration: pared.Calibration) -> pared.Recipe:
 
 
 @cache
-def evidence_of(model_name: str, allocation: str, calibration: pared.Calibration) -> LayerEvidence:
+def evidence_of(model_name: str, dtype: str, allocation: str, calibration: pared.Calibration) -> LayerEvidence:
     """Collect what an allocation needs, by its name in the library: options do not change it."""
     recipe = pared.Recipe(method="wanda", sparsity=0.5, calibration=calibration, allocation=allocation)
-    return look(pared.load(model_name, DTYPE).eval(), pared.load_tokenizer(model_name), recipe)
+    return look(pared.load(model_name, dtype).eval(), pared.load_tokenizer(model_name), recipe)
 
 
-def measure(model_name: str, cell: Cell, calibration: pared.Calibration) -> Line:
+def measure(model_name: str, dtype: str, cell: Cell, calibration: pared.Calibration) -> Line:
     """Prune the model one way and measure it on every text."""
     recipe = recipe_of(cell, calibration)
-    evidence = evidence_of(model_name, recipe.allocation, calibration)
-    model, tokenizer = pared.load(model_name, DTYPE).eval(), pared.load_tokenizer(model_name)
+    evidence = evidence_of(model_name, dtype, recipe.allocation, calibration)
+    model, tokenizer = pared.load(model_name, dtype).eval(), pared.load_tokenizer(model_name)
     start = time.perf_counter()
     result = prune(model, tokenizer, recipe, Silent(), evidence=evidence)
-    row: Line = {"model": model_name, **cell._asdict(), "text": calibration.text, "samples": calibration.samples}
+    row: Line = {
+        "model": model_name,
+        "dtype": dtype,
+        **cell._asdict(),
+        "text": calibration.text,
+        "samples": calibration.samples,
+    }
     row |= {"options": recipe.allocation_options, "prune_seconds": time.perf_counter() - start}
     row |= {"achieved": 1 - result.plan.achieved_keep, "calibration": result.calibration}
     spread = [1 - site.after / site.before for site in result.plan.sites]
@@ -93,18 +101,35 @@ def measure(model_name: str, cell: Cell, calibration: pared.Calibration) -> Line
     return row | measured(model, tokenizer)
 
 
-def measure_dense(model_name: str) -> Line:
+def measure_dense(model_name: str, dtype: str) -> Line:
     """Measure the model as it is."""
-    row: Line = {"model": model_name, "pruner": "dense", "budget": "-", "allocation": "-", "achieved": 0.0}
-    return row | measured(pared.load(model_name, DTYPE).eval(), pared.load_tokenizer(model_name))
+    row: Line = {
+        "model": model_name,
+        "dtype": dtype,
+        "pruner": "dense",
+        "budget": "-",
+        "allocation": "-",
+        "achieved": 0.0,
+    }
+    return row | measured(pared.load(model_name, dtype).eval(), pared.load_tokenizer(model_name))
 
 
-def rows_of(lines: list[Line], dense: Line) -> list[tuple[str, ...]]:
-    """Return the cells of a table."""
-    uniform = {(line["pruner"], line["budget"]): line for line in lines if line["allocation"] == "uniform"}
+def dtype_of(line: Line) -> str:
+    """Return what the weights of a line were in."""
+    return str(line.get("dtype", DTYPES[0]))
+
+
+def dense_of(lines: list[Line]) -> dict[str, Line]:
+    """Return the dense model's lines by dtype."""
+    return {dtype_of(line): line for line in lines if line["pruner"] == "dense"}
+
+
+def rows_of(lines: list[Line], dense: dict[str, Line]) -> list[tuple[str, ...]]:
+    """Return the cells of the table of one pruner at one budget."""
+    uniform = {dtype_of(line): line for line in lines if line["allocation"] == "uniform"}
 
     def against(line: Line) -> str:
-        base = uniform.get((line["pruner"], line["budget"]))
+        base = uniform.get(dtype_of(line))
         if base is None or line["allocation"] == "uniform":
             return "-"
         return ", ".join(f"{line['perplexity'][t] / base['perplexity'][t]:.2f}" for t in line["perplexity"])
@@ -112,9 +137,10 @@ def rows_of(lines: list[Line], dense: Line) -> list[tuple[str, ...]]:
     return [
         (
             line["allocation"],
+            dtype_of(line),
             f"{line['achieved']:.4f}",
             f"{line.get('least_sparse', 0):.2f} to {line.get('most_sparse', 0):.2f}",
-            *ratios(line, dense),
+            *ratios(line, dense[dtype_of(line)]),
             against(line),
         )
         for line in lines
@@ -123,23 +149,27 @@ def rows_of(lines: list[Line], dense: Line) -> list[tuple[str, ...]]:
 
 def render(lines: list[Line]) -> str:
     """Return the page."""
-    dense = next(line for line in lines if line["pruner"] == "dense")
-    texts = list(dense["perplexity"])
+    dense = dense_of(lines)
+    model, texts = lines[0]["model"], list(lines[0]["perplexity"])
     order = list(ALLOCATIONS)
-    header = ("allocation", "sparsity", "of a layer", *texts, "of uniform")
+    header = ("allocation", "dtype", "sparsity", "of a layer", *texts, "of uniform")
     parts = [
         "# Pruning and its allocation",
         "",
         "Made by `python benchmarks/sparsity.py`; raw figures in [sparsity.jsonl](sparsity.jsonl). Do not edit. What "
         "they say is told in [sparsity.md](../sparsity.md#what-was-measured).",
         "",
-        f"`{dense['model']}` in {DTYPE}; calibrated on {SAMPLES} x {LENGTH} tokens of {lines[-1]['text']}; perplexity "
+        f"`{model}`; calibrated on {SAMPLES} x {LENGTH} tokens of {lines[-1]['text']}; perplexity "
         f"on the first {WINDOWS} windows of {LENGTH} tokens of each text, no beginning-of-sequence token, in brackets "
-        "as a multiple of the dense model's; the last column is the perplexity as a share of that with the uniform "
-        "allocation, text by text. C4 and the speeches (State of the Union addresses, 1945 to 2006) were never "
+        "as a multiple of the dense model's in the same dtype; the last column is the perplexity as a share of that "
+        "with the uniform allocation in the same dtype, text by text. C4 and the speeches (State of the Union "
+        "addresses, 1945 to 2006) were never "
         "calibrated on. Sparsity counts the linear layers inside the blocks.",
         "",
-        "Dense: " + ", ".join(f"{text} {value:.2f}" for text, value in dense["perplexity"].items()) + ".",
+        *(
+            f"Dense in {dtype}: " + ", ".join(f"{text} {value:.2f}" for text, value in line["perplexity"].items()) + "."
+            for dtype, line in dense.items()
+        ),
         "",
         f"![Perplexity over sparsity]({PLOT.name})",
         "",
@@ -147,7 +177,7 @@ def render(lines: list[Line]) -> str:
     for pruner in PRUNERS:
         for budget in sorted(BUDGETS, key=lambda budget: (":" in budget, budget)):
             chosen = [line for line in lines if (line["pruner"], line["budget"]) == (pruner, budget)]
-            chosen.sort(key=lambda line: order.index(line["allocation"]))
+            chosen.sort(key=lambda line: (order.index(line["allocation"]), dtype_of(line)))
             if chosen:
                 parts += [f"## {pruner}, {budget}", "", table(header, rows_of(chosen, dense)), ""]
     return "\n".join([*parts, signature(lines)])
@@ -155,13 +185,15 @@ def render(lines: list[Line]) -> str:
 
 def curves(lines: list[Line]) -> dict[str, dict[str, list[tuple[float, float]]]]:
     """Return multiples of the dense perplexity over sparsity, by text, pruner and allocation."""
-    dense = next(line for line in lines if line["pruner"] == "dense")["perplexity"]
-    found: dict[str, dict[str, list[tuple[float, float]]]] = {text: {} for text in dense}
+    dense = dense_of(lines)
+    found: dict[str, dict[str, list[tuple[float, float]]]] = {text: {} for text in lines[0]["perplexity"]}
     for line in lines:
         if line["pruner"] in ("wanda", "sparsegpt") and ":" not in line["budget"]:
             for text, points in found.items():
                 name = f"{line['pruner']}, {line['allocation']}"
-                points.setdefault(name, []).append((float(line["budget"]), line["perplexity"][text] / dense[text]))
+                points.setdefault(name, []).append(
+                    (float(line["budget"]), line["perplexity"][text] / dense[dtype_of(line)]["perplexity"][text])
+                )
     return found
 
 
@@ -171,6 +203,7 @@ def main() -> None:
     parser.add_argument("--pruners", nargs="+", default=list(PRUNERS), choices=PRUNERS)
     parser.add_argument("--budgets", nargs="+", default=list(BUDGETS), choices=BUDGETS)
     parser.add_argument("--allocations", nargs="+", default=list(ALLOCATIONS), choices=list(ALLOCATIONS))
+    parser.add_argument("--dtype", default=DTYPES[0], choices=DTYPES)
     parser.add_argument("--text", default="wikitext2:train")
     parser.add_argument("--samples", type=int, default=SAMPLES)
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="every N-th cell, from the I-th on")
@@ -182,16 +215,17 @@ def main() -> None:
         calibration = pared.Calibration(text=asked.text, samples=asked.samples, length=LENGTH)
         first, every = (int(number) for number in asked.shard.split("/"))
         require_disjoint(asked.text)
-        if first == 0 and all(line["pruner"] != "dense" for line in read(LINES)):
-            append(LINES, measure_dense(asked.model))
+        if first == 0 and asked.dtype not in dense_of(read(LINES)):
+            append(LINES, measure_dense(asked.model, asked.dtype))
         for cell in cells_of(asked.pruners, asked.budgets, asked.allocations)[first::every]:
             key = {"model": asked.model, "text": asked.text, "samples": asked.samples, **cell._asdict()}
-            if not any(key.items() <= line.items() for line in read(LINES)):
-                row = measure(asked.model, cell, calibration)
+            same = [dtype_of(line) for line in read(LINES) if key.items() <= line.items()]
+            if not same or (cell.allocation == "uniform" and asked.dtype not in same):
+                row = measure(asked.model, asked.dtype, cell, calibration)
                 append(LINES, row)
                 print(" ".join(cell), {text: round(value, 2) for text, value in row["perplexity"].items()}, flush=True)
     lines = read(LINES)
-    if any(line["pruner"] == "dense" for line in lines):
+    if lines:
         plot(PLOT, curves(lines), "sparsity", falling=False, most=100)
         PAGE.write_text(render(lines), encoding="utf-8")
         print(PAGE.read_text(encoding="utf-8"))
