@@ -10,12 +10,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pared.checkpoint import load
 from pared.cli.console import ConsoleProgress, JsonFile, err, errors, out, quiet_libraries, write_json
 from pared.errors import ParedError
-from pared.evaluation import Sampling, classify, evaluate_task, task_of
+from pared.evaluation import TASKS, Result, Sampling, classify, evaluate_task, task_of
 from pared.evaluation import perplexity as measure
+from pared.evaluation.choice import CHOICES, evaluate_choices, prepare
 from pared.evaluation.classification import BATCH, batches
 from pared.evaluation.protocols import cut_by, protocol_of
 from pared.evaluation.tasks import require_leave, rows_of
 from pared.hardware import device_of
+from pared.names import did_you_mean
 from pared.recipe import Recipe
 from pared.sources.labelled import find_examples
 from pared.sources.labelled_windows import cut_examples
@@ -33,7 +35,7 @@ def evaluate(
         str | None, typer.Option(help="Labelled examples to label: glue:sst2:dev, ner:wnut17:test, file:PATH.")
     ] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="Tasks to do, with commas: gsm8k, svamp, math500, humaneval, mbpp.")
+        str | None, typer.Option(help=f"Tasks to do, with commas: {', '.join([*CHOICES, *TASKS])}.")
     ] = None,
     length: Annotated[int, typer.Option(help="Tokens in a window.")] = 1024,
     windows: Annotated[int | None, typer.Option(help="Windows from the start; all if not given.")] = None,
@@ -76,7 +78,7 @@ def evaluate(
             result = _examples(model, examples, length, windows, dtype, place)
         else:
             sampling = Sampling(temperature=temperature, samples=samples)
-            names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+            names = list(dict.fromkeys(name.strip() for name in (tasks or "").split(",") if name.strip()))
             result = _tasks(model, names, limit, shots, sampling, allow_code_execution, dtype, place)
         write_json(json_file, {"model": model, **result})
 
@@ -156,19 +158,30 @@ def _tasks(
     dtype: str,
     place: torch.device,
 ) -> dict[str, Any]:
+    if not names:
+        raise ParedError("--tasks names no task")
+    for name in names:
+        if name not in (*CHOICES, *TASKS):
+            raise ParedError(f"unknown task {name!r}; {did_you_mean(name, [*CHOICES, *TASKS])}")
     source = find_model(model)
     if not is_causal(source.config().architectures or []):
         raise ParedError(f"{model} is no causal language model, and does no tasks that are written")
-    counts = {name: len(rows_of(task_of(name), limit)) for name in names}  # whatever is wrong with them, before loading
-    if not counts:
-        raise ParedError("--tasks names no task")
-    for name in names:
+    chosen = [name for name in names if name in CHOICES]
+    written = [name for name in names if name not in CHOICES]
+    for name in written:
         require_leave(task_of(name), run_code)
+    counts = {
+        name: len(rows_of(task_of(name), limit)) for name in written
+    }  # whatever is wrong with them, before loading
+    prepared = prepare(chosen, shots, limit) if chosen else None
     tokenizer = source.tokenizer()
     loaded = load(model, dtype).to(place)
-    return {"dtype": str(loaded.dtype), "tasks": [
-        _task(loaded, tokenizer, name, count, limit, shots, sampling, run_code) for name, count in counts.items()
-    ]}  # fmt: skip
+    results = [] if prepared is None else evaluate_choices(loaded, tokenizer, prepared, ConsoleProgress().stage)
+    for result in results:
+        _tell(result, loaded.dtype)
+    for name, count in counts.items():
+        results.append(_task(loaded, tokenizer, name, count, limit, shots, sampling, run_code))
+    return {"dtype": str(loaded.dtype), "tasks": [asdict(result) for result in results]}
 
 
 def _task(
@@ -180,15 +193,19 @@ def _task(
     shots: int | None,
     sampling: Sampling,
     run_code: bool,
-) -> dict[str, Any]:
+) -> Result:
     ks = tuple(k for k in (1, 10, 100) if k <= sampling.samples)
     with ConsoleProgress().stage(name, batches(count, WRITTEN_TOGETHER), "batch") as advance:
         result = evaluate_task(
             model, tokenizer, name, limit, shots, sampling, run_code, ks, WRITTEN_TOGETHER, on_batch=advance
         )
-    told = ", ".join(f"{metric} {value:.4f} ± {result.errors[metric]:.4f}" for metric, value in result.metrics.items())
-    out.print(f"{name}: {told}; {result.rows:,} rows, {result.shots} shots, {model.dtype}", markup=False)
+    _tell(result, model.dtype)
     walls = {wall for row in result.answers for one in row["verdicts"] for wall in one.get("without", ())}
     if walls:
         err.print(f"note: this machine has no {', '.join(sorted(walls))}; programs ran without", markup=False)
-    return asdict(result)
+    return result
+
+
+def _tell(result: Result, dtype: torch.dtype) -> None:
+    told = ", ".join(f"{metric} {value:.4f} ± {result.errors[metric]:.4f}" for metric, value in result.metrics.items())
+    out.print(f"{result.task}: {told}; {result.rows:,} rows, {result.shots} shots, {dtype}", markup=False)

@@ -1,0 +1,160 @@
+"""Questions with answers to choose from. Which answer is the likelier, and what counts, is the harness's business.
+
+Prompts, answers and metrics are those of the folder ``definitions``, in the harness's own form; its ``--include_path``
+takes the folder too.
+"""
+
+import io
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pared.errors import ParedError
+from pared.evaluation.tasks import Result
+
+DEFINITIONS = Path(__file__).parent / "definitions"
+CHOICES = tuple(sorted(path.stem for path in DEFINITIONS.glob("*.yaml")))
+BATCH = 8
+RESAMPLED = 100  # times, where a standard error has no formula
+
+Stage = Callable[[str, int, str], AbstractContextManager[Callable[[], None]]]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Tasks with their rows read and checked.
+
+    Attributes:
+        names: as asked for, in order.
+        loaded: what the harness made of them.
+        shots: examples before every question.
+        limit: the most rows of a task, and of every subject of MMLU; None means all.
+    """
+
+    names: tuple[str, ...]
+    loaded: Any
+    shots: int
+    limit: int | None
+
+
+def prepare(names: Sequence[str], shots: int | None = None, limit: int | None = None) -> Prepared:
+    """Read the rows of tasks, so that whatever is wrong with them is known before a model is loaded.
+
+    Args:
+        names: of tasks, of ``CHOICES``.
+        shots: examples before every question; None is the task's own, which is 0 for all that are here.
+        limit: the most rows of a task, from the first.
+
+    Raises:
+        ParedError: missing or malformed data (names the file and the row), examples of a task that has none apart from
+            what is measured, a limit that leaves nothing, or lm-evaluation-harness is not installed.
+    """
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise ParedError("multiple choice is scored by lm-evaluation-harness; install it with: pip install "
+                         "'pared[eval]'") from None  # fmt: skip
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # what it warns of is decided here
+
+    if limit is not None and limit < 1:
+        raise ParedError(f"tasks {', '.join(names)}: a limit of {limit} rows leaves nothing to measure")
+    loaded = TaskManager(include_path=DEFINITIONS, include_defaults=False).load(list(names))
+    for name, task in loaded["tasks"].items():
+        if shots and task.config.fewshot_split is None:
+            raise ParedError(f"task {name} has no examples to show apart from what it is evaluated on; use 0 shots")
+        there = len(task.dataset[task.config.fewshot_split]) if shots else 0
+        if shots and there < shots:
+            raise ParedError(f"task {name} has {there} examples to show, found {shots} asked for")
+        task.set_config(key="num_fewshot", value=shots or 0)
+    return Prepared(tuple(names), loaded, shots or 0, limit)
+
+
+def evaluate_choices(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Prepared, stage: Stage, batch: int = BATCH
+) -> list[Result]:
+    """Let a model choose, and count.
+
+    Args:
+        model: a causal language model, dense or compressed.
+        tokenizer: of the model.
+        tasks: what to do.
+        stage: opens a stage of progress, from its name, its length and the unit of that.
+        batch: sequences at a time.
+
+    Returns:
+        By task: the harness's metrics with its standard errors; for MMLU also by subject.
+    """
+    from lm_eval.evaluator import evaluate
+
+    scorer = _scorer(model, tokenizer, batch, stage)
+    with _quietly():
+        found = evaluate(scorer, tasks.loaded, limit=tasks.limit, bootstrap_iters=RESAMPLED)
+    return [_result(name, tasks, found) for name in tasks.names]
+
+
+def _scorer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: int, stage: Stage) -> Any:
+    """Return the harness's scorer over a loaded model, told in our progress."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Scorer(HFLM):
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:  # noqa: ARG002 - the harness's
+            return super().loglikelihood(requests, disable_tqdm=True)
+
+        def _loglikelihood_tokens(self, requests: Any, **more: Any) -> Any:
+            distinct = {(*context, *answer[:-1]) for _, context, answer in requests}  # the model sees each once
+            with stage("score answers", len(distinct), "sequence") as self.advance:
+                return super()._loglikelihood_tokens(requests, **more)
+
+        def _model_call(self, inps: Any, **more: Any) -> Any:
+            for _ in inps:
+                self.advance()
+            return super()._model_call(inps, **more)
+
+    return Scorer(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep away the harness's own bars and prints, and the processes it would fork to resample a mean."""
+    from tqdm import tqdm
+
+    silent = partial(tqdm, disable=True)
+    alone = patch.dict(os.environ, {"DISABLE_MULTIPROC": "1"})
+    with alone, patch("tqdm.tqdm", silent), patch("lm_eval.api.task.tqdm", silent), redirect_stdout(io.StringIO()):
+        yield
+
+
+def _result(name: str, tasks: Prepared, found: Any) -> Result:
+    """Return what the harness found of a task, or of a group of tasks and of each of them."""
+    members = tasks.loaded["group_map"].get(name, ())
+    metrics, errors = _metrics(found["groups" if members else "results"][name])
+    by_member = {member.removeprefix(f"{name}::"): _metrics(found["results"][member]) for member in members}
+    parts = tuple({"task": part, "metrics": own[0], "errors": own[1]} for part, own in by_member.items())
+    rows = sum(len(found["samples"][one]) for one in members or (name,))
+    return Result(name, metrics, errors, rows, tasks.shots, parts or tuple(map(_answer, found["samples"][name])))
+
+
+def _metrics(own: Any) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the metrics of a task by name and their standard errors, from the harness's ``metric,filter``."""
+    values = {key.partition(",")[0]: value for key, value in own.items() if "," in key}
+    names = [name for name in values if not name.endswith("_stderr")]
+    errors = {name: values[f"{name}_stderr"] for name in names}
+    return {name: float(values[name]) for name in names}, {
+        name: float(error) if isinstance(error, (int, float)) else 0.0  # of one row the harness says N/A
+        for name, error in errors.items()
+    }
+
+
+def _answer(sample: Any) -> dict[str, Any]:
+    """Return what is kept of a row: how likely each answer was, in nats, and what that counted."""
+    likely = [answer[0] for answer in sample["filtered_resps"]]
+    counted = {name: float(sample[name]) for name in sample["metrics"] if isinstance(sample[name], (int, float))}
+    return {"row": sample["doc_id"], "log_likelihoods": likely, "verdicts": counted}
