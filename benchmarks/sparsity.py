@@ -161,8 +161,8 @@ def render(lines: list[Line]) -> str:
         f"`{model}`; calibrated on {SAMPLES} x {LENGTH} tokens of {lines[-1]['text']}; perplexity "
         f"on the first {WINDOWS} windows of {LENGTH} tokens of each text, no beginning-of-sequence token, in brackets "
         "as a multiple of the dense model's in the same dtype; the last column is the perplexity as a share of that "
-        "with the uniform allocation, text by text; where dtypes differ, the dense lines say how little that is. C4 and the speeches (State of the Union "
-        "addresses, 1945 to 2006) were never "
+        "with the uniform allocation, text by text; where dtypes differ, the dense lines say how little that is. C4 "
+        "and the speeches (State of the Union addresses, 1945 to 2006) were never "
         "calibrated on. Sparsity counts the linear layers inside the blocks.",
         "",
         *(
