@@ -231,6 +231,22 @@ def test_distillation_brings_the_student_nearer_to_its_teacher(folder: Folder, t
     assert apart[1] < apart[0]
 
 
+@pytest.mark.parametrize("kind", ["factors", "shared", "sparse"])
+def test_distillation_through_adapters_moves_what_adapters_move_and_nears_the_teacher(
+    folder: Folder, tmp_path: Path, text_file: Path, kind: str
+) -> None:
+    before = load(folder(kind))
+    made = tune(asked(folder(kind), tmp_path / "out", text_file, method="distill", options={"adapters": 4},
+                      tokens=4 * 16 * 30))  # fmt: skip
+    after = load(made.folder)
+    changed = {name for name, value in parameters(after).items() if not torch.equal(value, parameters(before)[name])}
+    layers = compressed_layers(before)
+    assert changed == {f"{name}.values" if kind == "sparse" else f"{name}.up.weight" for name in layers}
+    assert before.config.quantization_config.modules == after.config.quantization_config.modules
+    first, last = made.manifest.training[-1].stages[0]["loss"]
+    assert last < first
+
+
 def test_a_shared_basis_is_one_tensor_still_and_no_adapter_touched_it(
     folder: Folder, tmp_path: Path, text_file: Path
 ) -> None:
@@ -502,6 +518,7 @@ def test_a_tracker_that_is_not_here_is_refused_before_anything_is_read(tmp_path:
         ({"options": {"temprature": 2.0}}, "training method distill has no option 'temprature'"),
         ({"options": {"temperature": 0.0}}, "option temperature: expected more than 0, found 0.0"),
         ({"options": {"text": 1.5}}, "option text: expected a share, 0 to 1, found 1.5"),
+        ({"options": {"adapters": -1}}, "option adapters: expected a rank, or 0 for none, found -1"),
         ({"method": "lora", "options": {"targets": "left"}}, "option targets: expected one of up, down, both"),
         ({"method": "full", "options": {"train": "none"}}, "option train: expected one of factors, factors+norms, all"),
         ({"length": 100, "validation": 10}, "nothing is left to train on"),

@@ -2,8 +2,8 @@
 
 ``L = (1 - a) τ² · mean_t KL(teacher_t ‖ student_t) + a · L_text + h · mean_l ‖H_l − Ĥ_l‖² / ‖H_l‖²``, the predictions
 at every token t softened by τ; if ``text`` is a > 0 with the model's own loss on the text, and if ``hidden`` is h > 0
-with the blocks' outputs. Factors and normalisations train. No labels are needed, and what the model knows beyond the
-text is asked for too, as the targets are whole distributions.
+with the blocks' outputs. Factors and normalisations train, or adapters on the factors. No labels are needed, and what
+the model knows beyond the text is asked for too, as the targets are whole distributions.
 """
 
 from collections.abc import Mapping
@@ -19,29 +19,37 @@ from pared.sources.models import is_causal
 from pared.sources.windows import NO_LABEL
 from pared.training.divergence import divergence
 from pared.training.full import train_part
+from pared.training.lora import adapt
 from pared.training.stage import Batch, Context, Loss, Prepared
 
 PARENT = "parent"
+ALPHA = 4  # times the rank, as of lora
 
 
 def check(options: Mapping[str, Any]) -> None:
     """Refuse what cannot be.
 
     Raises:
-        ValueError: a temperature of 0 or less, a share that is none, or a negative weight.
+        ValueError: a temperature of 0 or less, a share that is none, or a negative weight or rank.
     """
     if not options["temperature"] > 0:
         raise ValueError(f"option temperature: expected more than 0, found {options['temperature']}")
     if not 0 <= options["text"] <= 1:
         raise ValueError(f"option text: expected a share, 0 to 1, found {options['text']}")
+    if options["adapters"] < 0:
+        raise ValueError(f"option adapters: expected a rank, or 0 for none, found {options['adapters']}")
     if options["hidden"] < 0:
         raise ValueError(f"option hidden: expected 0 or more, found {options['hidden']}")
 
 
 def prepare(context: Context) -> Prepared:
-    """Train factors and normalisations towards the teacher, which shares what is frozen in both."""
+    """Train factors and normalisations, or adapters, towards the teacher, which shares what is frozen in both."""
     teacher = _teacher(context)
-    prepared = train_part(context, towards(teacher, context.options), "factors+norms")
+    loss, rank = towards(teacher, context.options), int(context.options["adapters"])
+    if rank:
+        prepared = adapt(context, "up", rank, ALPHA * rank, loss=loss)
+    else:
+        prepared = train_part(context, loss, "factors+norms")
     share_frozen(context.model, teacher)
     return prepared
 

@@ -16,7 +16,7 @@ from pared.modules import SparseLinear
 from pared.training.merge import merge_lora_keeping_zeros
 from pared.training.parts import compressed_layers, unpack
 from pared.training.pruned import pruned_layers
-from pared.training.stage import Context, Prepared, Stage
+from pared.training.stage import Context, Loss, Prepared, Stage, own_loss
 
 TARGETS, ORDERS = ("up", "down", "both"), ("together", "sequential")
 
@@ -46,11 +46,31 @@ def _on(factor: str) -> Any:
 
 
 def _prepare(context: Context, targets: str) -> Prepared:
+    options = context.options
+    return adapt(context, targets, options["rank"], options["alpha"], options["dropout"])
+
+
+def adapt(
+    context: Context, targets: str, rank: int, alpha: float, dropout: float = 0.0, loss: Loss = own_loss
+) -> Prepared:
+    """Put adapters on factors, which alone train, and are merged at the end.
+
+    Args:
+        context: of the stage.
+        targets: one of ``TARGETS``.
+        rank: of the adapters.
+        alpha: divided by the rank what they count.
+        dropout: of what they read.
+        loss: of a batch.
+
+    Raises:
+        ParedError: peft is not installed, or there is no such factor.
+    """
     if importlib.util.find_spec("peft") is None:
-        raise ParedError("method lora needs the package peft; install it with: pip install 'pared[train]'")
+        raise ParedError("adapters need the package peft; install it with: pip install 'pared[train]'")
     from peft import LoraConfig, get_peft_model
 
-    model, options = context.model, context.options
+    model = context.model
     model.requires_grad_(False)
     unpack(model)
     names = _names(model, targets)
@@ -61,13 +81,7 @@ def _prepare(context: Context, targets: str) -> Prepared:
         )
     adapted = get_peft_model(
         model,
-        LoraConfig(
-            r=options["rank"],
-            lora_alpha=options["alpha"],
-            lora_dropout=options["dropout"],
-            target_modules=names,
-            bias="none",
-        ),
+        LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names, bias="none"),
     )
 
     def finish() -> PreTrainedModel:
@@ -75,7 +89,7 @@ def _prepare(context: Context, targets: str) -> Prepared:
             return merge_lora_keeping_zeros(adapted)
         return cast("PreTrainedModel", adapted.merge_and_unload())
 
-    return Prepared(adapted, finish)
+    return Prepared(adapted, finish, loss)
 
 
 def _names(model: PreTrainedModel, targets: str) -> list[str]:

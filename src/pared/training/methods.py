@@ -32,7 +32,7 @@ METHODS: dict[str, TuningMethod] = {
             summary="factors and norms towards the predictions of the dense parent, on any text",
             stages=lambda _: (Stage("distill", distill.prepare, warmup=0.03, schedule="cosine"),),
             learning_rate=2e-5,
-            options={"teacher": distill.PARENT, "temperature": 1.0, "text": 0.0, "hidden": 0.0},
+            options={"teacher": distill.PARENT, "temperature": 1.0, "text": 0.0, "hidden": 0.0, "adapters": 0},
             check=distill.check,
         ),
         TuningMethod(
