@@ -64,6 +64,7 @@ class Recipe(Strict):
         sparsity: a budget of zeros in place of ``keep``, for methods that prune: 0.5 makes half of the weights zero.
         pattern: ``N:M`` in place of it: N of every M consecutive inputs of an output stay.
         skip: shell-style patterns of site names that are left alone and not counted in the budget.
+        blocks: name of the list of blocks that is compressed, where it is not the language model's: a vision tower's.
         allocation: how the budget is spread over the sites; ``auto`` is what the method's paper does.
         allocation_options: of the allocation, by the names that ``pared methods`` lists.
         storage: ``factors`` stores a low-rank weight as two factors, ``pivoted`` without loss in rank² fewer numbers;
@@ -91,6 +92,7 @@ class Recipe(Strict):
     sparsity: Annotated[float, Field(ge=0, lt=1)] | None = None
     pattern: Annotated[str, Field(pattern=r"^\d+:\d+$")] | None = None
     skip: tuple[str, ...] = ()
+    blocks: str | None = None
     allocation: str = "auto"
     allocation_options: dict[str, bool | int | float | str] = Field(default={})
     storage: Literal["auto", "factors", "pivoted"] = "auto"

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from pared.anatomy.structure import Anatomy
 from pared.errors import ParedError
@@ -39,13 +39,15 @@ class BlockCall:
 
     @classmethod
     def seen(cls, args: tuple[Any, ...], kwargs: dict[str, Any], block: str) -> "BlockCall":
-        """Take a call apart.
+        """Take a call apart, without a cache of keys and values: it would grow from batch to batch.
 
         Raises:
             ParedError: no hidden states among the arguments.
         """
+        args = tuple(None if isinstance(value, Cache) else value for value in args)
+        kwargs = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
         if args and isinstance(args[0], torch.Tensor):
-            return cls(args[1:], dict(kwargs), args[0], None)
+            return cls(args[1:], kwargs, args[0], None)
         if isinstance(kwargs.get("hidden_states"), torch.Tensor):
             rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
             return cls(args, rest, kwargs["hidden_states"], "hidden_states")
@@ -113,14 +115,20 @@ def hooks(handles: Iterator[Any]) -> Iterator[None]:
         yield
 
 
-def probe(model: PreTrainedModel, anatomy: Anatomy) -> tuple[Anatomy, list[BlockCall]]:
+def probe(model: PreTrainedModel, anatomy: Anatomy, read: bool = True) -> tuple[Anatomy, list[BlockCall]]:
     """Run a few tokens through the model and record which sites read the same tensor.
 
+    Args:
+        model: the whole model.
+        anatomy: of it.
+        read: whether anything of what the blocks read is needed; if not, they may be blocks that no token reaches.
+
     Returns:
-        The anatomy with ``reads`` and ``idle`` filled in, and how each block was called.
+        The anatomy with ``reads`` and ``idle`` filled in, and how each block was called; the anatomy as it was and no
+        calls, where no token reaches the blocks.
 
     Raises:
-        ParedError: the blocks are not a chain, each run once on the output of the one before.
+        ParedError: the blocks are not a chain, each run once on the output of the one before, or never run.
     """
     watch = _Watch(anatomy)
     blocks = anatomy.blocks(model)
@@ -136,6 +144,13 @@ def probe(model: PreTrainedModel, anatomy: Anatomy) -> tuple[Anatomy, list[Block
 
     with hooks(handles()):
         run_model(model, tokens)
+    if not watch.order:
+        if not read:
+            return anatomy, []
+        raise ParedError(
+            f"the blocks of {anatomy.blocks_path} are not run on text, so nothing can be calibrated on it; use a "
+            "method that reads no text (svd, magnitude, with uniform allocation)"
+        )
     watch.require_chain(len(blocks))
     return watch.result(), watch.calls
 

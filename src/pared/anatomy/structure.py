@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
 from pared.anatomy.linear import LINEAR_TYPES, bias_of, weight_of
 from pared.errors import ParedError
-from pared.names import match
+from pared.names import did_you_mean, match
 from pared.plan import Uncovered
 
 # For the report only: what a layer is usually called, from what its module is called.
@@ -108,19 +109,26 @@ class Anatomy:
         return replace(self, sites=kept, uncovered=(*self.uncovered, *left))
 
 
-def find_anatomy(model: nn.Module) -> Anatomy:
+def find_anatomy(model: nn.Module, blocks_path: str | None = None) -> Anatomy:
     """Find the blocks of a model and the linear layers in them.
 
-    The blocks are the module list with the most parameters that lies in no other. The model may be on the meta
-    device.
+    The blocks are the module list with the most parameters that lies in no other; of a model with a language model
+    inside, the largest in that. The model may be on the meta device.
+
+    Args:
+        model: of any architecture.
+        blocks_path: name of another list, for a tower that is left alone otherwise.
 
     Raises:
         ParedError: there is no such list, or no linear layer in it; says what was found instead.
     """
-    stacks = sorted(_stacks(model), key=lambda item: _count(item[1]), reverse=True)
+    stacks = dict(sorted(_stacks(model), key=lambda item: _count(item[1]), reverse=True))
     if not stacks:
         raise ParedError(f"{type(model).__name__}: no list of blocks found; nothing could be compressed")
-    path, blocks = stacks[0]
+    path = blocks_path or next((path for path in stacks if _in_language_model(model, path)), next(iter(stacks)))
+    if path not in stacks:
+        raise ParedError(f"{type(model).__name__} has no list of blocks {path!r}; {did_you_mean(path, stacks)}")
+    blocks = stacks[path]
     sites = tuple(_sites(path, blocks))
     _require_own_weights(model, sites)
     uncovered = tuple(_uncovered(path, blocks, {site.name for site in sites}))
@@ -134,9 +142,17 @@ def find_anatomy(model: nn.Module) -> Anatomy:
         blocks_path=path,
         sites=sites,
         uncovered=uncovered,
-        other_stacks=tuple(name for name, _ in stacks[1:]),
+        other_stacks=tuple(name for name in stacks if name != path),
         model_parameters=_count(model),
     )
+
+
+def _in_language_model(model: nn.Module, path: str) -> bool:
+    """Whether a list lies in what the model itself says is its decoder, beside a vision tower or another encoder."""
+    get_decoder: Any = getattr(model, "get_decoder", None)
+    decoder = get_decoder() if get_decoder is not None else None
+    names = [name for name, module in model.named_modules() if module is decoder and name]
+    return any(path.startswith(f"{name}.") for name in names)
 
 
 def _require_own_weights(model: nn.Module, sites: tuple[Site, ...]) -> None:

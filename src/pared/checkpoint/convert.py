@@ -6,7 +6,7 @@ from typing import cast
 
 from torch import nn
 
-from pared.checkpoint.load import load, load_tokenizer
+from pared.checkpoint.load import load
 from pared.checkpoint.manifest import Manifest
 from pared.checkpoint.save import mark, module_map, save
 from pared.checkpoint.verify import compare, require_tensors
@@ -14,6 +14,7 @@ from pared.errors import ParedError
 from pared.install import factors_of, install_group
 from pared.modules import LowRankLinear, PivotedLinear, SparseLinear
 from pared.plan import Dense, Plan
+from pared.sources.models import find_model
 from pared.staging import require_free, staged
 
 
@@ -62,7 +63,8 @@ def convert(
     mark(model)
     plan = _replanned(manifest.plan, {name for names in groups for name in names}, pivoted)
     with staged(out, overwrite, needed=plan.after.bytes_on_disk) as staging:
-        save(model, load_tokenizer(folder), staging)
+        source = find_model(str(folder))
+        save(model, source.tokenizer(), staging, source)
         bytes_on_disk = require_tensors(staging)
         del model
         difference = compare(load(staging), manifest.fingerprint)

@@ -53,7 +53,7 @@ def export_dense(name: str, out: Path, dtype: str = "auto", overwrite: bool = Fa
     fingerprint = take_fingerprint(model)
     make_dense(model)
     with staged(out, overwrite, needed=sum(p.numel() * p.itemsize for p in model.parameters())) as staging:
-        save(model, source.tokenizer(), staging)
+        save(model, source.tokenizer(), staging, source)
         bytes_on_disk = require_tensors(staging)
         del model
         return Exported(bytes_on_disk, compare(load(staging), fingerprint))

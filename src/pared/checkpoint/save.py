@@ -1,5 +1,6 @@
 """From a compressed model in memory to a folder."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pared.checkpoint.loader import DOWN, LOADER_NAME, MODULE_TYPES, ParedConfig, make_portable, tie
 from pared.errors import ParedError
 from pared.modules import BasisHolder
+from pared.sources.models import ModelSource
 
 AUTO_CLASSES = (
     "AutoModel",
@@ -71,11 +73,26 @@ def mark(model: PreTrainedModel) -> None:
     make_portable(model)
 
 
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
-    """Write weights, configuration, loader and tokenizer; what ``save_pretrained`` of a loaded model does too."""
+def save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path,
+    source: ModelSource | None = None,
+) -> None:
+    """Write weights, configuration, loader and tokenizer; what ``save_pretrained`` of a loaded model does too.
+
+    Args:
+        model: marked.
+        tokenizer: of it.
+        folder: where.
+        source: what it was made from, whose files for images and dialogues are copied.
+    """
     model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    for file in source.processor_files() if source is not None else ():
+        if not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
 
 
 def _auto_map(model: PreTrainedModel) -> dict[str, str]:

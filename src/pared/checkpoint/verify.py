@@ -6,11 +6,13 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from pared.checkpoint.load import load, read_map, read_shared
 from pared.checkpoint.loader import empty_module
 from pared.checkpoint.manifest import Fingerprint, Manifest
 from pared.errors import ParedError
+from pared.sources.models import find_model
 
 TOKENS, SAMPLES = 16, 64
 # Largest difference, relative to the largest output, that another machine or kernel may make.
@@ -63,16 +65,22 @@ def require_tensors(folder: Path) -> int:
         raise ParedError(f"{folder} has no .safetensors file")
     stored = _stored(files)
     shared = read_shared(str(folder))
-    for name, entry in read_map(str(folder)).items():
-        for part, expected in empty_module(entry, device="meta").state_dict().items():
-            tensor, shape = f"{name}.{part}", tuple(expected.shape)
-            if tensor in shared and tensor not in stored:
-                continue
-            found = stored[tensor].shape if tensor in stored else "missing"
-            if found != shape:
-                raise ParedError(f"{folder}: {tensor} is {found}, the map says {shape}")
-            if part == "order" and not _is_order(stored[tensor].read()):
-                raise ParedError(f"{folder}: {tensor} is no order of the {shape[0]} numbers from 0; it is damaged")
+    expected = {
+        f"{name}.{part}": empty
+        for name, entry in read_map(str(folder)).items()
+        for part, empty in empty_module(entry, device="meta").state_dict().items()
+    }
+    if expected.keys() - stored.keys() - shared.keys():
+        stored = _by_their_own_names(folder, stored, [*expected])
+    for tensor, empty in expected.items():
+        shape = tuple(empty.shape)
+        if tensor in shared and tensor not in stored:
+            continue
+        found = stored[tensor].shape if tensor in stored else "missing"
+        if found != shape:
+            raise ParedError(f"{folder}: {tensor} is {found}, the map says {shape}")
+        if tensor.endswith(".order") and not _is_order(stored[tensor].read()):
+            raise ParedError(f"{folder}: {tensor} is no order of the {shape[0]} numbers from 0; it is damaged")
     for alias, owner in shared.items():
         if alias in stored and not torch.equal(stored[alias].read(), stored[owner].read()):
             raise ParedError(
@@ -106,6 +114,15 @@ def _stored(files: list[Path]) -> dict[str, _Stored]:
         except (SafetensorError, OSError) as error:
             raise ParedError(f"{file}: unreadable or truncated ({error}); fetch or make it again") from None
     return found
+
+
+def _by_their_own_names(folder: Path, stored: dict[str, _Stored], tensors: list[str]) -> dict[str, _Stored]:
+    """Return what is stored by its name in the model: of some models transformers renames parts when it saves them."""
+    model = find_model(str(folder)).skeleton()
+    marked = {name: torch.empty(0, device="meta") for name in tensors}
+    names = {id(marked[name]): name for name in tensors}
+    renamed = {names.get(id(tensor), ""): name for name, tensor in revert_weight_conversion(model, marked).items()}
+    return stored | {own: stored[name] for own, name in renamed.items() if name in stored}
 
 
 def _is_order(order: torch.Tensor) -> bool:

@@ -1,6 +1,7 @@
 """``pared eval``: what a model, dense or compressed, is worth."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -16,6 +17,8 @@ from pared.evaluation.choice import CHOICES, evaluate_choices, prepare
 from pared.evaluation.classification import BATCH, batches
 from pared.evaluation.protocols import cut_by, protocol_of
 from pared.evaluation.tasks import require_leave, rows_of
+from pared.evaluation.vision import BATCH as BATCH_OF_IMAGES
+from pared.evaluation.vision import answer_questions, processor_of, questions_of
 from pared.hardware import device_of
 from pared.names import did_you_mean
 from pared.recipe import Recipe
@@ -36,6 +39,9 @@ def evaluate(
     ] = None,
     tasks: Annotated[
         str | None, typer.Option(help=f"Tasks to do, with commas: {', '.join([*CHOICES, *TASKS])}.")
+    ] = None,
+    vqa: Annotated[
+        str | None, typer.Option(help="Questions about images: a .jsonl file of image, question, answers.")
     ] = None,
     length: Annotated[int, typer.Option(help="Tokens in a window.")] = 1024,
     windows: Annotated[int | None, typer.Option(help="Windows from the start; all if not given.")] = None,
@@ -63,7 +69,12 @@ def evaluate(
     """Measure a model: perplexity on a text, tasks it does, or what an encoder gets right of labelled examples."""
     with errors():
         quiet_libraries()
-        given = {"--perplexity TEXT": perplexity, "--examples NAME": examples, "--tasks NAMES": tasks}
+        given = {
+            "--perplexity TEXT": perplexity,
+            "--examples NAME": examples,
+            "--tasks NAMES": tasks,
+            "--vqa FILE": vqa,
+        }
         asked = [value for value in given.values() if value is not None]
         if len(asked) != 1:
             raise ParedError(f"pass one thing to measure: {', '.join(given)}")
@@ -76,6 +87,8 @@ def evaluate(
             )
         elif examples is not None:
             result = _examples(model, examples, length, windows, dtype, place)
+        elif vqa is not None:
+            result = _vqa(model, Path(vqa), limit, dtype, place)
         else:
             sampling = Sampling(temperature=temperature, samples=samples)
             names = list(dict.fromkeys(name.strip() for name in (tasks or "").split(",") if name.strip()))
@@ -146,6 +159,15 @@ def _examples(model: str, name: str, length: int, count: int | None, dtype: str,
     out.print(f"{told} on {name}: {score.examples:,} examples, {score.labels:,} labels, {loaded.dtype}", markup=False)
     found = {"dtype": str(loaded.dtype), **score.metrics, "examples": score.examples, "labels": score.labels}
     return {**found, **pieces.describe()}
+
+
+def _vqa(model: str, path: Path, limit: int | None, dtype: str, place: torch.device) -> dict[str, Any]:
+    questions, processor = questions_of(path, limit), processor_of(model)
+    loaded = load(model, dtype).to(place)
+    with ConsoleProgress().stage(f"answer {path.name}", batches(len(questions), BATCH_OF_IMAGES), "batch") as advance:
+        result = answer_questions(loaded, processor, questions, BATCH_OF_IMAGES, advance)
+    _tell(result, loaded.dtype)
+    return {"dtype": str(loaded.dtype), "questions": str(path), **asdict(result)}
 
 
 def _tasks(

@@ -34,6 +34,10 @@ Pattern = Annotated[
 Skip = Annotated[
     list[str] | None, typer.Option(help="Pattern of site names to leave alone, not counted in the budget; repeatable.")
 ]
+Blocks = Annotated[
+    str | None,
+    typer.Option(help="Name of the list of blocks to compress, if not the language model's: a vision tower's."),
+]
 Allocation = Annotated[str | None, typer.Option(help="How the budget is spread. [default: the method's own]")]
 AllocationOptions = Annotated[
     list[str] | None,

@@ -20,6 +20,7 @@ def plan(
     sparsity: options.Sparsity = None,
     pattern: options.Pattern = None,
     skip: options.Skip = None,
+    blocks: options.Blocks = None,
     allocation: options.Allocation = None,
     storage: options.Storage = None,
     option: options.MethodOptions = None,
@@ -33,7 +34,7 @@ def plan(
             recipe,
             {
                 "model": model, "method": method, "keep": keep, "rank_fraction": rank_fraction,
-                "sparsity": sparsity, "pattern": pattern, "skip": skip,
+                "sparsity": sparsity, "pattern": pattern, "skip": skip, "blocks": blocks,
                 "allocation": allocation, "storage": storage,
                 "options": options.named_values(option), "dtype": dtype
             },

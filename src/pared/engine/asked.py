@@ -9,7 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from pared.allocation import Budget, allocator_of, make_plan
 from pared.allocation.layerwise import GRANULARITIES, LayerAllocator, layer_allocator_of, program_of
-from pared.anatomy import find_anatomy
+from pared.anatomy import Anatomy, find_anatomy
 from pared.engine.groups import candidate_units
 from pared.engine.zeros import uniform_zeros
 from pared.errors import ParedError
@@ -45,6 +45,15 @@ def method_of(recipe: Recipe) -> Method:
     if recipe.method not in EVERY_METHOD:
         raise ParedError(f"unknown method {recipe.method!r}; {did_you_mean(recipe.method, EVERY_METHOD)}")
     return EVERY_METHOD[recipe.method]
+
+
+def anatomy_of(model: PreTrainedModel, recipe: Recipe) -> Anatomy:
+    """Return the sites a recipe covers, from shapes alone.
+
+    Raises:
+        ParedError: no such blocks, no linear layer in them, or nothing is left of them.
+    """
+    return find_anatomy(model, recipe.blocks).without(recipe.skip)
 
 
 def is_pruning(recipe: Recipe) -> bool:
@@ -227,12 +236,12 @@ def plan_of(model: PreTrainedModel, recipe: Recipe, bytes_per_parameter: int | N
     options = options_of(recipe)
     if is_pruning(recipe):
         layer_allocation_of(recipe)
-        anatomy = find_anatomy(model).without(recipe.skip)
+        anatomy = anatomy_of(model, recipe)
         return uniform_zeros(anatomy, recipe, bytes_per_parameter or model.dtype.itemsize)
     allocation = allocation_of(recipe)
     rank_options_of(recipe)
     by_shape = "uniform" if allocator_of(allocation).needs else allocation
-    anatomy = find_anatomy(model).without(recipe.skip)
+    anatomy = anatomy_of(model, recipe)
     units = None
     if options.get("sharing") in ("paper", "all"):  # what is measured is not known from shapes: each weight alone
         units = candidate_units(anatomy, cast("int", options["group_size"]), str(options["sharing"]))

@@ -10,7 +10,7 @@ from typing import cast
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.allocation import Evidence, Unit, allocator_of, make_plan
-from pared.anatomy import Anatomy, find_anatomy, probe
+from pared.anatomy import Anatomy, probe
 from pared.calibration import (
     BlockInputs,
     WalkedBlock,
@@ -18,6 +18,7 @@ from pared.calibration import (
 from pared.checkpoint import mark, module_map
 from pared.engine.asked import (
     allocation_of,
+    anatomy_of,
     budget_of,
     dense_path_of,
     is_pruning,
@@ -124,9 +125,9 @@ class _Compression:
         """Probe, collect and solve, plan, install, refit."""
         result = Compressed(self.model, self.recipe)
         with self.watch("probe"):
-            anatomy = find_anatomy(self.model).without(self.recipe.skip)
+            anatomy = anatomy_of(self.model, self.recipe)
             require_finite_weights(self.model, anatomy)
-            anatomy, calls = probe(self.model, anatomy)
+            anatomy, calls = probe(self.model, anatomy, read=self.calibrated)
             units = self.units(anatomy)
             grouped = any(len(unit.members) > 1 for unit in units)
             known = None if self.allocator.needs or grouped or self.refit != "off" else self.plan(anatomy)

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pared.anatomy import Anatomy, find_anatomy, probe, weight_of
+from pared.anatomy import Anatomy, probe, weight_of
 from pared.anatomy.probe import BlockCall, call_model
 from pared.calibration import (
     Collected,
@@ -25,7 +25,7 @@ from pared.calibration import (
     gradient_accumulators,
     walk,
 )
-from pared.engine.asked import low_rank_of, options_of
+from pared.engine.asked import anatomy_of, low_rank_of, options_of
 from pared.engine.checks import require_finite_weights
 from pared.engine.progress import Progress, Silent
 from pared.engine.store import DecompositionStore
@@ -107,7 +107,7 @@ def rank_groups(
     """
     progress = progress or Silent()
     require_dense(model.config, model.config.name_or_path or type(model).__name__)
-    anatomy = find_anatomy(model).without(recipe.skip)
+    anatomy = anatomy_of(model, recipe)
     require_finite_weights(model, anatomy)
     _require_directions(anatomy, groups)
     method = low_rank_of(recipe)

@@ -59,13 +59,15 @@ def run(recipe: Recipe, overwrite: bool = False, progress: Progress | None = Non
         planned = plan_of(source.skeleton(), recipe, source.weight_bytes(recipe.dtype))
         require_space(out, planned.after.bytes_on_disk)
         model = source.load(recipe.dtype).to(recipe.device)
-        require_finite_weights(model, find_anatomy(model))  # before perplexity, which could only say "nan"
+        require_finite_weights(
+            model, find_anatomy(model, recipe.blocks)
+        )  # before perplexity, which could only say "nan"
     before = _measure(model, tokenizer, windows, recipe, "before", watch, progress)
     compressed = compress(model, tokenizer, recipe, progress, calibration)
     with staged(out, overwrite, needed=compressed.plan.after.bytes_on_disk) as staging:
         with watch("save"):
             fingerprint = take_fingerprint(model)
-            save(model, tokenizer, staging)
+            save(model, tokenizer, staging, source)
             bytes_on_disk = require_tensors(staging)
         # The reloaded model is measured, not the one in memory; there is room for only one of them.
         compressed.model = model = None

@@ -10,7 +10,7 @@ from typing import Literal
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pared.anatomy import Anatomy, find_anatomy, probe
+from pared.anatomy import Anatomy, probe
 from pared.anatomy.probe import BlockCall
 from pared.calibration import (
     STATISTICS,
@@ -28,7 +28,15 @@ from pared.calibration import (
     share_felt,
     walk,
 )
-from pared.engine.asked import calibration_windows, dense_path_of, low_rank_of, method_of, options_of, statistics_of
+from pared.engine.asked import (
+    anatomy_of,
+    calibration_windows,
+    dense_path_of,
+    low_rank_of,
+    method_of,
+    options_of,
+    statistics_of,
+)
 from pared.engine.progress import Progress, Silent, Stopwatch
 from pared.hardware import device_of
 from pared.lowrank import LowRankMethod
@@ -258,7 +266,7 @@ def collect(
         ParedError: the model or the text does not allow it.
     """
     work = Passes(model, tokenizer, recipe, progress or Silent())
-    anatomy, calls = probe(model, find_anatomy(model).without(recipe.skip))
+    anatomy, calls = probe(model, anatomy_of(model, recipe))
     windows = work.windows()
     require_fits(model.config, windows)
     inputs = work.capture(anatomy, calls, windows)

@@ -9,10 +9,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pared.allocation.layerwise import LayerEvidence
 from pared.allocation.program import ScoreHistogram
 from pared.allocation.sparsity import eigenvalues, hill_alpha
-from pared.anatomy import Anatomy, Site, bias_of, find_anatomy, probe, weight_of
+from pared.anatomy import Anatomy, Site, bias_of, probe, weight_of
 from pared.anatomy.probe import BlockCall
 from pared.calibration import Collected, WalkedBlock, share_felt
-from pared.engine.asked import layer_allocation_of, options_of, pruner_of
+from pared.engine.asked import anatomy_of, layer_allocation_of, options_of, pruner_of
 from pared.engine.checks import require_finite_weights
 from pared.engine.compressed import Compressed, remarks
 from pared.engine.passes import Passes
@@ -118,13 +118,18 @@ class _Pruning:
     def probe(self) -> tuple[Anatomy, list[BlockCall]]:
         """Find the sites, and which of them run."""
         with self.watch("probe"):
-            anatomy = find_anatomy(self.model).without(self.recipe.skip)
+            anatomy = anatomy_of(self.model, self.recipe)
             require_finite_weights(self.model, anatomy)
-            return probe(self.model, anatomy)
+            return probe(self.model, anatomy, read=self.reads)
+
+    @property
+    def reads(self) -> bool:
+        """Whether anything of what the sites read is needed."""
+        return self.method.calibrated or bool(self.allocator.needs & {"scores", "losses"})
 
     def text(self, windows: Windows | None, result: Compressed) -> Windows | None:
         """Cut the calibration text, if anything is to be read."""
-        if not (self.method.calibrated or self.allocator.needs & {"scores", "losses"}):
+        if not self.reads:
             return windows
         with self.watch("text"):
             windows = windows or self.passes.windows()

@@ -10,6 +10,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 
 from pared.errors import ParedError
 
+# The likeliest token each time, whatever the model's own generation settings are.
+GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -65,7 +68,7 @@ def complete(
     """
     sampling = sampling or Sampling()
     _check(sampling, tokens)
-    with _padding_left(tokenizer):
+    with padding_left(tokenizer):
         encoded = [tokenizer(prompt, verbose=False)["input_ids"] for prompt in prompts]
         _require_room(model, encoded, tokens)
         order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))
@@ -96,7 +99,7 @@ def _continued(
     stop: tuple[str, ...],
     sampling: Sampling,
 ) -> list[str]:
-    drawn: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    drawn = dict(GREEDY)
     if sampling.temperature > 0:
         drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
     asked = inputs["input_ids"].shape[1]
@@ -131,7 +134,7 @@ class _Stopped(StoppingCriteria):
 
 
 @contextmanager
-def _padding_left(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+def padding_left(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
     """Let a tokenizer pad on the left, with the end of text where it has no padding."""
     side, token = tokenizer.padding_side, tokenizer.pad_token
     if token is None and tokenizer.eos_token is None:

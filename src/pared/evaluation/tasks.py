@@ -201,11 +201,12 @@ def _means(
     else:
         by_row = {name: [sum(one[name] for one in own) / len(own) for own in verdicts] for name in verdicts[0][0]}
     means = {name: sum(values) / len(values) for name, values in by_row.items()}
-    errors = {name: _standard_error(values, means[name]) for name, values in by_row.items()}
+    errors = {name: standard_error(values, means[name]) for name, values in by_row.items()}
     return means, errors
 
 
-def _standard_error(values: Sequence[float], mean: float) -> float:
+def standard_error(values: Sequence[float], mean: float) -> float:
+    """Return the standard error of the mean of a sample; 0 where there is one value."""
     if len(values) < 2:
         return 0.0
     variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)

