@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from sklearn.metrics import accuracy_score, matthews_corrcoef
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from tiny_models import TINY_MODELS
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 from pared import ParedError
 from pared.cli.main import app
 from pared.evaluation import classify
-from pared.evaluation.classification import entity_metrics, example_metrics, predictions
+from pared.evaluation.classification import entity_metrics, example_metrics, predictions, score_metrics
 from pared.sources.labelled import Example, Examples
 from pared.sources.labelled_windows import cut_examples
 from pared.sources.windows import NO_LABEL
@@ -32,9 +33,23 @@ def test_metrics_of_examples_are_those_of_scikit_learn(classes: int) -> None:
         assert found["matthews"] == pytest.approx(matthews_corrcoef(labels, predicted))
 
 
+def test_f1_of_two_classes_and_correlations_of_scores_are_those_of_scikit_learn_and_scipy() -> None:
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        labels, predicted = torch.randint(0, 2, (2, 40), generator=generator)
+        assert example_metrics(predicted, labels)["f1"] == pytest.approx(f1_score(labels, predicted))
+        scores = torch.randint(0, 6, (30,), generator=generator) / 2  # with ties
+        guessed = scores + torch.randn(30, generator=generator).round(decimals=1)
+        found = score_metrics(guessed, scores)
+        assert found["pearson"] == pytest.approx(pearsonr(guessed, scores).statistic, abs=1e-6)
+        assert found["spearman"] == pytest.approx(spearmanr(guessed, scores).statistic, abs=1e-6)
+    assert score_metrics(torch.ones(4), torch.arange(4.0)) == {"pearson": 0.0, "spearman": 0.0}
+    assert "f1" not in example_metrics(torch.tensor([0, 1, 2]), torch.tensor([0, 1, 2]))
+
+
 def test_a_model_that_says_one_class_has_no_correlation() -> None:
     found = example_metrics(torch.ones(4, dtype=torch.int64), torch.tensor([0, 1, 1, 1]))
-    assert found == {"accuracy": 0.75, "matthews": 0.0}
+    assert found == {"accuracy": 0.75, "matthews": 0.0, "f1": pytest.approx(6 / 7)}
 
 
 def test_entities_count_whole_and_padding_does_not_count() -> None:

@@ -281,7 +281,6 @@ def test_glue_and_entity_files_are_read_where_they_lie(tmp_path: Path, monkeypat
     (ner / "dev.txt").write_text("cat O\nmat\n")
     (cola / "dev.tsv").write_text("gj04\t1\n")
     for name, told in {
-        "glue:stsb:train": "a regression",
         "glue:ax:train": "no GLUE task 'ax' here",
         "glue:cola:eval": "no split 'eval'; .* Valid: dev, test, train, validation",
         "glue:cola:test": r"which has no glue/CoLA/test_labelled\.tsv; found there: dev\.tsv, train\.tsv",
@@ -302,7 +301,7 @@ def test_glue_and_entity_files_are_read_where_they_lie(tmp_path: Path, monkeypat
 def test_files_that_hold_no_examples_are_refused(tmp_path: Path) -> None:
     for rows, told in (
         ([{"text": "cat"}], r"row 1: expected 'text' .* found \['text'\]"),
-        ([{"text": "cat", "label": 1.5}], "row 1: expected 'text'"),
+        ([{"text": "cat", "label": True}], "row 1: expected 'text'"),
         ([{"text": "cat", "label": True}], "row 1: expected 'text'"),
         ([{"tokens": ["cat"], "labels": [1, 2]}], "as many 'labels'"),
         (["cat"], "found str"),

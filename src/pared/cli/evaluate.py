@@ -27,6 +27,7 @@ from pared.sources.labelled_windows import cut_examples
 from pared.sources.models import find_model, is_causal
 from pared.sources.texts import find_text
 from pared.sources.windows import cut
+from pared.training.encoders import FineTuning, examples_of, fine_tuned_score, steps_of
 
 WRITTEN_TOGETHER = 8  # prompts
 
@@ -43,6 +44,12 @@ def evaluate(
     vqa: Annotated[
         str | None, typer.Option(help="Questions about images: a .jsonl file of image, question, answers.")
     ] = None,
+    fine_tune: Annotated[
+        str | None,
+        typer.Option(help="Tasks an encoder is fine-tuned for and scored on, with commas: glue:cola, ner:wnut17."),
+    ] = None,
+    epochs: Annotated[float, typer.Option(help="Of fine-tuning.")] = FineTuning.epochs,
+    learning_rate: Annotated[float, typer.Option(help="Of fine-tuning.")] = FineTuning.learning_rate,
     length: Annotated[int, typer.Option(help="Tokens in a window.")] = 1024,
     windows: Annotated[int | None, typer.Option(help="Windows from the start; all if not given.")] = None,
     stride: Annotated[
@@ -74,6 +81,7 @@ def evaluate(
             "--examples NAME": examples,
             "--tasks NAMES": tasks,
             "--vqa FILE": vqa,
+            "--fine-tune NAMES": fine_tune,
         }
         asked = [value for value in given.values() if value is not None]
         if len(asked) != 1:
@@ -87,13 +95,20 @@ def evaluate(
             )
         elif examples is not None:
             result = _examples(model, examples, length, windows, dtype, place)
+        elif fine_tune is not None:
+            how = FineTuning(epochs=epochs, learning_rate=learning_rate, examples=limit)
+            result = _fine_tuned(model, _names(fine_tune), how, place)
         elif vqa is not None:
             result = _vqa(model, Path(vqa), limit, dtype, place)
         else:
             sampling = Sampling(temperature=temperature, samples=samples)
-            names = list(dict.fromkeys(name.strip() for name in (tasks or "").split(",") if name.strip()))
-            result = _tasks(model, names, limit, shots, sampling, allow_code_execution, dtype, place)
+            result = _tasks(model, _names(tasks or ""), limit, shots, sampling, allow_code_execution, dtype, place)
         write_json(json_file, {"model": model, **result})
+
+
+def _names(given: str) -> list[str]:
+    """Return names that stand between commas, each once."""
+    return list(dict.fromkeys(name.strip() for name in given.split(",") if name.strip()))
 
 
 def _perplexity(
@@ -159,6 +174,20 @@ def _examples(model: str, name: str, length: int, count: int | None, dtype: str,
     out.print(f"{told} on {name}: {score.examples:,} examples, {score.labels:,} labels, {loaded.dtype}", markup=False)
     found = {"dtype": str(loaded.dtype), **score.metrics, "examples": score.examples, "labels": score.labels}
     return {**found, **pieces.describe()}
+
+
+def _fine_tuned(model: str, names: list[str], asked: FineTuning, place: torch.device) -> dict[str, Any]:
+    parts = {name: examples_of(name) for name in names}  # whatever is wrong with any, before the first is trained
+    if not parts:
+        raise ParedError("--fine-tune names no task")
+    found = []
+    for name, part in parts.items():
+        with ConsoleProgress().stage(f"fine-tune {name}", steps_of(len(part.train.rows), asked), "step") as advance:
+            score = fine_tuned_score(model, name, asked, place, advance)
+        told = ", ".join(f"{metric} {value:.4f}" for metric, value in score.metrics.items())
+        out.print(f"{name}: {told}; {score.examples:,} examples after {asked.epochs:g} epochs", markup=False)
+        found.append({"task": name, **asdict(asked), **asdict(score)})
+    return {"tasks": found}
 
 
 def _vqa(model: str, path: Path, limit: int | None, dtype: str, place: torch.device) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What an encoder gets right on labelled examples: accuracy, Matthews' correlation, F1 of entities."""
+"""What an encoder gets right on labelled examples, as GLUE and CoNLL count it."""
 
 import importlib.util
 from collections.abc import Callable
@@ -18,8 +18,9 @@ class Score:
     """How a model did.
 
     Attributes:
-        metrics: by name; of examples ``accuracy`` and ``matthews``, of tokens ``f1``, ``precision``, ``recall`` of
-            whole entities and ``accuracy`` of tokens. All from 0 to 1, but for Matthews' from -1.
+        metrics: by name; of examples ``accuracy`` and ``matthews``, of two classes ``f1`` of the second too; of scores
+            ``pearson`` and ``spearman``; of tokens ``f1``, ``precision``, ``recall`` of whole entities and ``accuracy``
+            of tokens. All from 0 to 1, correlations from -1.
         examples: how many were labelled.
         labels: how many labels there were.
     """
@@ -46,13 +47,13 @@ def classify(
     if windows.labels is None:
         raise ParedError(f"{windows.text!r} is a text; name labelled examples, such as glue:sst2:dev")
     predicted = predictions(model, windows, on_batch, batch)
-    by_token = windows.labels.ndim == 2
     counted = windows.labels != NO_LABEL
-    metrics = (
-        entity_metrics(predicted, windows.labels, dict(model.config.id2label))
-        if by_token
-        else example_metrics(predicted, windows.labels)
-    )
+    if windows.labels.is_floating_point():
+        metrics = score_metrics(predicted, windows.labels)
+    elif windows.labels.ndim == 2:
+        metrics = entity_metrics(predicted, windows.labels, dict(model.config.id2label))
+    else:
+        metrics = example_metrics(predicted, windows.labels)
     return Score(metrics, len(windows.tokens), int(counted.sum()))
 
 
@@ -65,7 +66,7 @@ def batches(count: int, batch: int) -> int:
 def predictions(
     model: PreTrainedModel, windows: Windows, on_batch: Callable[[], None], batch: int = BATCH
 ) -> torch.Tensor:
-    """Return the class with the largest logit, int64 of the shape of the labels; 0 where there is only padding."""
+    """Return the class with the largest logit, or the score, of the shape of the labels; 0 where there is padding."""
     was_training = model.training
     model.eval()
     device = model.get_input_embeddings().weight.device
@@ -76,7 +77,7 @@ def predictions(
         longest = int(lengths[rows].max())
         inputs = {name: tensor[rows, :longest].to(device) for name, tensor in windows.beside.items()}
         logits = model(input_ids=windows.tokens[rows, :longest].to(device), **inputs).logits
-        classes = logits.argmax(dim=-1).cpu()
+        classes = (logits.squeeze(-1).float() if found.is_floating_point() else logits.argmax(dim=-1)).cpu()
         if classes.ndim == 1:
             found[rows] = classes
         else:
@@ -87,9 +88,9 @@ def predictions(
 
 
 def example_metrics(predicted: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    """Return accuracy and Matthews' correlation of classes ``(examples,)``.
+    """Return accuracy and Matthews' correlation of classes ``(examples,)``, and where there are two F1 of the second.
 
-    Matthews' is 0 where either side has one class only, as scikit-learn has it.
+    Matthews' is 0 where either side has one class only, and F1 where neither has the second, as in scikit-learn.
     """
     classes = int(torch.maximum(predicted, labels).max()) + 1
     counts = torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes).double()
@@ -97,7 +98,29 @@ def example_metrics(predicted: torch.Tensor, labels: torch.Tensor) -> dict[str, 
     true, guessed = counts.sum(dim=1), counts.sum(dim=0)
     spread = ((total**2 - true.square().sum()) * (total**2 - guessed.square().sum())).sqrt()
     matthews = (right * total - true @ guessed) / spread if float(spread) > 0 else torch.zeros(())
-    return {"accuracy": float(right / total), "matthews": float(matthews)}
+    found = {"accuracy": float(right / total), "matthews": float(matthews)}
+    if classes <= 2:
+        positive = true[-1] + guessed[-1] if classes == 2 else torch.zeros(())
+        found["f1"] = float(2 * counts[-1, -1] / positive) if float(positive) > 0 else 0.0
+    return found
+
+
+def score_metrics(predicted: torch.Tensor, scores: torch.Tensor) -> dict[str, float]:
+    """Return Pearson's and Spearman's correlation of scores ``(examples,)``; 0 where either side does not vary."""
+    return {"pearson": _correlation(predicted, scores), "spearman": _correlation(_ranks(predicted), _ranks(scores))}
+
+
+def _correlation(one: torch.Tensor, other: torch.Tensor) -> float:
+    one, other = one.double() - one.double().mean(), other.double() - other.double().mean()
+    spread = float(one.norm() * other.norm())
+    return float(one @ other) / spread if spread > 0 else 0.0
+
+
+def _ranks(values: torch.Tensor) -> torch.Tensor:
+    """Return the rank of every value, equal ones the mean of theirs."""
+    _, place, counts = torch.unique(values, return_inverse=True, return_counts=True)
+    last = counts.cumsum(0)
+    return (last - (counts - 1) / 2)[place]
 
 
 def entity_metrics(predicted: torch.Tensor, labels: torch.Tensor, names: dict[int, str]) -> dict[str, float]:

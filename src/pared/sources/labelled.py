@@ -14,7 +14,7 @@ from pared.sources.files import read_lines, read_rows
 
 log = logging.getLogger(__name__)
 
-Label = int | str
+Label = int | float | str
 ENTAILMENT = ("entailment", "not_entailment")
 ENTITIES = ("corporation", "creative-work", "group", "location", "person", "product")
 
@@ -61,7 +61,10 @@ class Examples:
 
 @dataclass(frozen=True)
 class _Task:
-    """A GLUE task: its files, where texts and label stand in a row, and the names of its classes."""
+    """A GLUE task: its files, where texts and label stand in a row, and the names of its classes.
+
+    ``label`` counts columns from 0, negative ones from the last; a task with ``scores`` is a regression.
+    """
 
     folder: str
     texts: tuple[int, ...]
@@ -69,12 +72,14 @@ class _Task:
     header: bool = True
     classes: tuple[str, ...] = ()
     dev: str = "dev"
+    scores: bool = False
 
 
 GLUE = {
     "cola": _Task("CoLA", (3,), 1, header=False),
     "sst2": _Task("SST-2", (0,), 1),
     "mrpc": _Task("MRPC", (3, 4), 0),
+    "stsb": _Task("STS-B", (7, 8), 9, scores=True),
     "mnli": _Task("MNLI", (8, 9), -1, classes=("entailment", "neutral", "contradiction"), dev="dev_matched"),
     "qqp": _Task("QQP", (3, 4), 5),
     "qnli": _Task("QNLI", (1, 2), 3, classes=ENTAILMENT),
@@ -104,9 +109,9 @@ def find_examples(name: str) -> Examples:
     """Find labelled examples by name.
 
     Args:
-        name: ``glue:TASK:SPLIT`` (cola, sst2, mrpc, mnli, qqp, qnli, rte, wnli; train, validation or dev, test where
-            its labels are known), ``ner:NAME:SPLIT`` (``ner/NAME/SPLIT.txt`` in PARED_DATA: a word and its tag in a
-            line, a blank line between sentences), or ``file:PATH`` (.jsonl or .jsonl.gz with ``text``, perhaps
+        name: ``glue:TASK:SPLIT`` (cola, sst2, mrpc, stsb, mnli, qqp, qnli, rte, wnli; train, validation or dev, test
+            where its labels are known), ``ner:NAME:SPLIT`` (``ner/NAME/SPLIT.txt`` in PARED_DATA: a word and its tag in
+            a line, a blank line between sentences), or ``file:PATH`` (.jsonl or .jsonl.gz with ``text``, perhaps
             ``text_pair``, and ``label``; or with ``tokens`` and ``labels``).
 
     Raises:
@@ -136,8 +141,6 @@ def find_examples(name: str) -> Examples:
 
 
 def _glue(name: str, task: str, split: str) -> Examples:
-    if task == "stsb":
-        raise ParedError(f"labelled examples {name!r}: STS-B has scores, a regression; only classes have a Fisher here")
     if task not in GLUE:
         raise ParedError(f"labelled examples {name!r}: no GLUE task {task!r} here; {did_you_mean(task, GLUE)}")
     if split not in SPLITS:
@@ -155,9 +158,20 @@ def _glue(name: str, task: str, split: str) -> Examples:
             if len(cells) < width:
                 raise ParedError(f"{path}, row {number}: expected at least {width} columns, found {len(cells)}")
             label = cells[asked.label].strip()
-            yield Example(tuple(cells[i].strip() for i in asked.texts), int(label) if label.isdigit() else label)
+            texts = tuple(cells[i].strip() for i in asked.texts)
+            if asked.scores:
+                yield Example(texts, _score(label, path, number))
+            else:
+                yield Example(texts, int(label) if label.isdigit() else label)
 
     return Examples(name, tuple(rows()), str(path), asked.classes)
+
+
+def _score(label: str, path: Path, number: int) -> float:
+    try:
+        return float(label)
+    except ValueError:
+        raise ParedError(f"{path}, row {number}: expected a score, found {label!r}") from None
 
 
 def _entities(name: str, data_set: str, split: str) -> Examples:
@@ -205,8 +219,8 @@ def _rows_of_file(path: Path) -> Iterator[Example]:
         if example is None:
             found = sorted(row) if isinstance(row, dict) else type(row).__name__
             raise ParedError(
-                f"{path}, row {number}: expected 'text' (perhaps 'text_pair') and a 'label', a whole number or a "
-                f"string, or 'tokens' and as many 'labels'; found {found}"
+                f"{path}, row {number}: expected 'text' (perhaps 'text_pair') and a 'label', a number or a string, "
+                f"or 'tokens' and as many 'labels'; found {found}"
             )
         yield example
 
@@ -223,4 +237,4 @@ def _example(row: Mapping[str, Any]) -> Example | None:
 
 
 def _is_label(value: object) -> bool:
-    return isinstance(value, (int, str)) and not isinstance(value, bool)
+    return isinstance(value, (int, float, str)) and not isinstance(value, bool)

@@ -53,7 +53,7 @@ def cut_examples(
     if samples is not None and samples > len(rows):
         log.warning("%r has only %d of the %d examples asked for", examples.name, len(rows), samples)
     rows = rows[:samples]
-    number_of = _class_numbers(examples, config)
+    number_of = _scores(examples) if is_regression(config) else _class_numbers(examples, config)
     encoded = _encode(examples, rows, tokenizer, length)
     lengths = [len(ids) for ids in encoded["input_ids"]]
     if not all(lengths):
@@ -68,12 +68,13 @@ def cut_examples(
     segments = padded(encoded["token_type_ids"], 0) if "token_type_ids" in encoded else None
     if examples.by_word:
         given = [
-            _first_pieces(encoded.word_ids(index), [number_of(label) for label in _as_tuple(row.label)])
+            _first_pieces(encoded.word_ids(index), [int(number_of(label)) for label in _as_tuple(row.label)])
             for index, row in enumerate(rows)
         ]
         labels = padded(given, NO_LABEL)
     else:
-        labels = torch.tensor([number_of(row.label) for row in rows], dtype=torch.int64)
+        kind = torch.float32 if is_regression(config) else torch.int64
+        labels = torch.tensor([number_of(row.label) for row in rows], dtype=kind)
     mask_or_none = None if bool(mask.all()) else mask
     segments = segments if segments is not None and bool(segments.any()) else None  # zeros are a model's own default
     digest = digest_of(tokens, mask_or_none, labels, segments)
@@ -133,6 +134,24 @@ def _encode(examples: Examples, rows: Sequence[Example], tokenizer: PreTrainedTo
         ) from None
 
 
+def is_regression(config: PretrainedConfig) -> bool:
+    """Whether a model predicts one number, a score, and no classes."""
+    return int(config.num_labels) == 1
+
+
+def _scores(examples: Examples) -> Callable[[object], float]:
+    """Return what takes a label for the score it is."""
+
+    def score_of(label: object) -> float:
+        if isinstance(label, (int, float)):
+            return float(label)
+        raise ParedError(
+            f"labelled examples {examples.name!r}: label {label!r} is no score, and this model predicts one number"
+        )
+
+    return score_of
+
+
 def _class_numbers(examples: Examples, config: PretrainedConfig) -> Callable[[object], int]:
     """Return what turns a label into the number of the model's class."""
     classes = int(config.num_labels)
@@ -148,6 +167,9 @@ def _class_numbers(examples: Examples, config: PretrainedConfig) -> Callable[[ob
             raise ParedError(f"labelled examples {examples.name!r}: label {label}, but the model has {classes} classes")
         if str(label) in named:
             return named[str(label)]
+        if isinstance(label, float):
+            raise ParedError(f"labelled examples {examples.name!r}: label {label:g} is a score, and the model predicts "
+                             f"{classes} classes; a model of one label predicts scores")  # fmt: skip
         raise ParedError(
             f"labelled examples {examples.name!r}: the model has no class {label!r}; {did_you_mean(str(label), named)}"
         )

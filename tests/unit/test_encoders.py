@@ -1,0 +1,167 @@
+"""Encoders are given a head for a task, trained, and scored on what they were not trained on."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import TINY_MODELS
+from transformers import BertModel, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+import pared
+from pared import ParedError
+from pared.cli.main import app
+from pared.sources.labelled import find_examples
+from pared.training.encoders import FineTuning, examples_of, fine_tuned_score, steps_of, with_head
+from pared.training.parts import compressed_layers
+
+FAST = FineTuning(epochs=6, learning_rate=3e-3, batch=16)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tasks that can be learned: the class, the score and the tag of a word follow from its number."""
+    root, draw = tmp_path_factory.mktemp("data"), random.Random(0)
+
+    def words(count: int) -> list[int]:
+        return [draw.randrange(3, 15) for _ in range(count)]
+
+    for folder in ("glue/SST-2", "glue/STS-B", "glue/MRPC", "glue/MNLI", "ner/own"):
+        (root / folder).mkdir(parents=True)
+    for split, count in (("train", 200), ("dev", 60)):
+        rows = [words(4) for _ in range(count)]
+        text = [" ".join(f"w{word}" for word in row) for row in rows]
+        sst = [f"{one}\t{int(row[0] > 8)}" for one, row in zip(text, rows, strict=True)]
+        (root / "glue/SST-2" / f"{split}.tsv").write_text("\n".join(["sentence\tlabel", *sst]))
+        head = "\t".join(["index", "genre", "file", "year", "old", "s1", "s2", "sentence1", "sentence2", "score"])
+        sts = ["\t".join([*"1234567", one, "w5", f"{row[0] / 3:.2f}"]) for one, row in zip(text, rows, strict=True)]
+        (root / "glue/STS-B" / f"{split}.tsv").write_text("\n".join([head, *sts]))
+    for split, count in (("train", 120), ("test", 40)):
+        blocks = ["\n".join(f"w{word}\t{'B-x' if word > 8 else 'O'}" for word in words(5)) for _ in range(count)]
+        (root / "ner/own" / f"{split}.txt").write_text("\n\n".join(blocks))
+    head = "\t".join(map(str, range(8))) + "\tsentence1\tsentence2\tgold_label"
+    entailed = ["\t".join([*"12345678", "w3", "w4", name]) for name in ("neutral", "entailment", "contradiction")]
+    (root / "glue/MNLI" / "train.tsv").write_text("\n".join([head, *entailed]))
+    return root
+
+
+@pytest.fixture(autouse=True)
+def _where(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PARED_DATA", str(data))
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A tiny encoder without a head."""
+    folder = tmp_path_factory.mktemp("encoder") / "bert"
+    base: BertModel = TINY_MODELS["bert"]().bert
+    base.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small(encoder: Path, text_file: Path) -> Path:
+    """The same, compressed."""
+    out = encoder.parent / "small"
+    pared.run(pared.Recipe(model=str(encoder), method="svd-llm", keep=0.7, out=str(out), evaluation=None,
+                           calibration=pared.Calibration(text=f"file:{text_file}", samples=8, length=16)))  # fmt: skip
+    return out
+
+
+@pytest.mark.parametrize("kind", ["encoder", "small"])
+def test_a_task_is_learned_by_dense_and_compressed_encoders(kind: str, encoder: Path, small: Path) -> None:
+    folder = str({"encoder": encoder, "small": small}[kind])
+    before = fine_tuned_score(folder, "glue:sst2", FineTuning(epochs=0.01, learning_rate=1e-9))
+    after = fine_tuned_score(folder, "glue:sst2", FAST)
+    assert after.metrics["accuracy"] > max(0.8, before.metrics["accuracy"])
+    assert set(after.metrics) == {"accuracy", "matthews", "f1"}
+    assert after.examples == 60
+
+
+def test_scores_are_learned_as_a_regression(encoder: Path) -> None:
+    found = fine_tuned_score(str(encoder), "glue:stsb", FAST)
+    assert found.metrics["pearson"] > 0.7
+    assert found.metrics["spearman"] > 0.7
+
+
+def test_entities_are_learned(encoder: Path) -> None:
+    found = fine_tuned_score(str(encoder), "ner:own", FAST)
+    assert found.metrics["f1"] > 0.8
+
+
+def test_the_head_has_the_classes_of_the_examples(encoder: Path, small: Path) -> None:
+    heads = {name: with_head(str(encoder), find_examples(f"{name}:train")).config.id2label
+             for name in ("glue:sst2", "glue:stsb", "glue:mnli", "ner:own")}  # fmt: skip
+    assert heads == {
+        "glue:sst2": {0: "LABEL_0", 1: "LABEL_1"},
+        "glue:stsb": {0: "LABEL_0"},
+        "glue:mnli": {0: "entailment", 1: "neutral", 2: "contradiction"},  # the order of the data set itself
+        "ner:own": {0: "B-x", 1: "O"},
+    }
+    model = with_head(str(small), find_examples("glue:sst2:train"))
+    assert type(model).__name__ == "BertForSequenceClassification"
+    assert len(compressed_layers(model)) == len(compressed_layers(pared.load(small))) > 0
+    loaded = dict(pared.load(small).named_parameters())
+    assert all(torch.equal(value, model.get_parameter(f"bert.{name}")) for name, value in loaded.items())
+
+
+def test_the_same_seed_gives_the_same_score(encoder: Path) -> None:
+    asked = FineTuning(epochs=1, learning_rate=1e-3)
+    torch.manual_seed(5)
+    first = fine_tuned_score(str(encoder), "glue:sst2", asked)
+    torch.manual_seed(6)
+    assert fine_tuned_score(str(encoder), "glue:sst2", asked) == first
+
+
+def test_steps_are_told_one_by_one(encoder: Path) -> None:
+    told: list[int] = []
+    asked = FineTuning(epochs=2, batch=16, examples=50)
+    fine_tuned_score(str(encoder), "glue:sst2", asked, on_step=lambda: told.append(1))
+    assert len(told) == steps_of(200, asked) == 8
+
+
+def test_the_command_scores_every_task(small: Path, tmp_path: Path) -> None:
+    out = tmp_path / "found.json"
+    command = ["eval", str(small), "--fine-tune", "glue:sst2,ner:own", "--epochs", "1", "--limit", "32"]
+    ran = CliRunner().invoke(app, [*command, "--json", str(out)])
+    assert ran.exit_code == 0, ran.output
+    assert "glue:sst2: accuracy " in ran.output
+    assert "ner:own: f1 " in ran.output
+    assert [task["task"] for task in json.loads(out.read_text())["tasks"]] == ["glue:sst2", "ner:own"]
+
+
+def test_what_cannot_be_learned_is_refused_before_anything_is_trained(
+    encoder: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    refusals = {
+        "glue:qqp": "has no glue/QQP/train.tsv",
+        "glue:ax": "no GLUE task 'ax'",
+        "sst2": "expected glue:",
+        "glue:sst2:train": "unknown task 'glue:sst2:train'",
+    }
+    for task, said in refusals.items():
+        ran = CliRunner().invoke(app, ["eval", str(encoder), "--fine-tune", f"glue:sst2,{task}"])
+        assert ran.exit_code == 2
+        assert said in ran.output.replace("\n", "")
+        assert "accuracy" not in ran.output
+    with pytest.raises(ParedError, match="expected epochs above 0, found 0"):
+        FineTuning(epochs=0)
+    TINY_MODELS["llama"]().save_pretrained(tmp_path / "lm")
+    tokenizer.save_pretrained(tmp_path / "lm")
+    with pytest.raises(ParedError, match="is a language model; tasks of GLUE and entities are for encoders"):
+        fine_tuned_score(str(tmp_path / "lm"), "glue:sst2")
+    assert examples_of("glue:sst2").test.name == "glue:sst2:dev"
+
+
+def test_a_score_is_no_class(encoder: Path, data: Path) -> None:
+    rows = data / "scores.jsonl"
+    rows.write_text("\n".join(json.dumps({"text": f"w{i}", "label": i / 2}) for i in range(3, 9)))
+    folder = TINY_MODELS["bert"]()
+    folder.save_pretrained(data / "classes")
+    pared.load_tokenizer(encoder).save_pretrained(data / "classes")
+    ran = CliRunner().invoke(app, ["eval", str(data / "classes"), "--examples", f"file:{rows}"])
+    assert ran.exit_code == 2
+    assert "label 1.5 is a score, and the model predicts 3 classes" in ran.output.replace("\n", " ")
