@@ -3,7 +3,7 @@
 import torch
 
 from pared.errors import ParedError
-from pared.names import did_you_mean
+from pared.names import require_known
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -18,8 +18,7 @@ def dtype_of(name: str | torch.dtype) -> torch.dtype | None:
         return None
     if isinstance(name, torch.dtype):
         name = str(name).removeprefix("torch.")
-    if name not in DTYPES:
-        raise ParedError(f"unknown dtype {name!r}; {did_you_mean(name, ['auto', *DTYPES])}")
+    require_known("dtype", name, ["auto", *DTYPES])
     return DTYPES[name]
 
 

@@ -15,6 +15,22 @@ def did_you_mean(found: str, valid: Iterable[str]) -> str:
     return f"{hint}Valid: {', '.join(valid)}"
 
 
+def require_known(what: str, found: str, valid: Iterable[str]) -> None:
+    """Refuse a name that is none of the valid ones.
+
+    Args:
+        what: the names are of, in the singular.
+        found: the name.
+        valid: all there are.
+
+    Raises:
+        ParedError: it is unknown; offers the nearest.
+    """
+    valid = list(valid)
+    if found not in valid:
+        raise ParedError(f"unknown {what} {found!r}; {did_you_mean(found, valid)}")
+
+
 def match(patterns: Iterable[str], names: Iterable[str]) -> set[str]:
     """Return the names that fit any of the shell-style patterns (``*.0.*``, ``*q_proj``).
 

@@ -16,7 +16,7 @@ from pared.allocation.units import Budget, Evidence, Unit
 from pared.allocation.whole import whole_plan
 from pared.anatomy.structure import Anatomy
 from pared.errors import ParedError
-from pared.names import did_you_mean
+from pared.names import require_known
 from pared.plan import Decision, LowRank, Plan, Shared
 
 
@@ -86,8 +86,7 @@ def allocator_of(name: str) -> Allocator:
     Raises:
         ParedError: there is none.
     """
-    if name not in ALLOCATORS:
-        raise ParedError(f"unknown allocation {name!r}; {did_you_mean(name, ALLOCATORS)}")
+    require_known("allocation", name, ALLOCATORS)
     return ALLOCATORS[name]
 
 

@@ -11,7 +11,7 @@ import torch
 from pared.allocation.program import PACKAGED, Program, ScoreHistogram, judge, packaged_of, parse
 from pared.allocation.sparsity import alphapruning, er, least_loss, one_threshold, outlier_ratio, owl, uniform
 from pared.errors import ParedError
-from pared.names import did_you_mean
+from pared.names import require_known
 
 Shape = tuple[int, int]
 GRANULARITIES = ("block", "site")
@@ -195,6 +195,5 @@ def layer_allocator_of(name: str) -> LayerAllocator:
     Raises:
         ParedError: there is none.
     """
-    if name not in LAYER_ALLOCATORS:
-        raise ParedError(f"unknown allocation of zeros {name!r}; {did_you_mean(name, LAYER_ALLOCATORS)}")
+    require_known("allocation of zeros", name, LAYER_ALLOCATORS)
     return LAYER_ALLOCATORS[name]

@@ -20,7 +20,7 @@ from pared.evaluation.tasks import require_leave, rows_of
 from pared.evaluation.vision import BATCH as BATCH_OF_IMAGES
 from pared.evaluation.vision import answer_questions, processor_of, questions_of
 from pared.hardware import device_of
-from pared.names import did_you_mean
+from pared.names import require_known
 from pared.recipe import Recipe
 from pared.sources.labelled import find_examples
 from pared.sources.labelled_windows import cut_examples
@@ -212,8 +212,7 @@ def _tasks(
     if not names:
         raise ParedError("--tasks names no task")
     for name in names:
-        if name not in (*CHOICES, *TASKS):
-            raise ParedError(f"unknown task {name!r}; {did_you_mean(name, [*CHOICES, *TASKS])}")
+        require_known("task", name, [*CHOICES, *TASKS])
     source = find_model(model)
     if not is_causal(source.config().architectures or []):
         raise ParedError(f"{model} is no causal language model, and does no tasks that are written")

@@ -8,8 +8,7 @@ import typer
 from pared.checkpoint import Exported, export_dense
 from pared.cli.console import errors, out, quiet_libraries
 from pared.cli.options import Overwrite
-from pared.errors import ParedError
-from pared.names import did_you_mean
+from pared.names import require_known
 
 FORMS = ("dense",)
 
@@ -24,8 +23,7 @@ def export(
     """Write a model as a plain folder."""
     with errors():
         quiet_libraries()
-        if to not in FORMS:
-            raise ParedError(f"unknown form {to!r}; {did_you_mean(to, FORMS)}")
+        require_known("form", to, FORMS)
         print_exported(export_dense(model, out_folder, dtype, overwrite), out_folder)
 
 

@@ -14,7 +14,7 @@ from pared.engine.groups import candidate_units
 from pared.engine.zeros import uniform_zeros
 from pared.errors import ParedError
 from pared.lowrank import METHODS, LowRankMethod
-from pared.names import did_you_mean
+from pared.names import did_you_mean, require_known
 from pared.plan import Plan
 from pared.recipe import Recipe
 from pared.sources.labelled_windows import find_windows
@@ -42,8 +42,7 @@ def method_of(recipe: Recipe) -> Method:
     Raises:
         ParedError: there is none of that name.
     """
-    if recipe.method not in EVERY_METHOD:
-        raise ParedError(f"unknown method {recipe.method!r}; {did_you_mean(recipe.method, EVERY_METHOD)}")
+    require_known("method", recipe.method, EVERY_METHOD)
     return EVERY_METHOD[recipe.method]
 
 

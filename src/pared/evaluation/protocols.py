@@ -8,7 +8,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from pared.errors import ParedError
-from pared.names import did_you_mean
+from pared.names import require_known
 from pared.sources.texts import BLANK_LINES, Text
 from pared.sources.windows import Windows, digest_of, padded
 
@@ -73,8 +73,7 @@ def protocol_of(name: str) -> Protocol:
     Raises:
         ParedError: there is none.
     """
-    if name not in PROTOCOLS:
-        raise ParedError(f"unknown protocol {name!r}; {did_you_mean(name, PROTOCOLS)}")
+    require_known("protocol", name, PROTOCOLS)
     return PROTOCOLS[name]
 
 

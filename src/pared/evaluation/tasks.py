@@ -13,7 +13,7 @@ from pared.evaluation.answers import boxed, last_number, marked_number, same_exp
 from pared.evaluation.generation import Sampling, complete
 from pared.evaluation.passes import mean_pass_at_k
 from pared.evaluation.sandbox import Limits, run_program
-from pared.names import did_you_mean
+from pared.names import require_known
 from pared.sources.files import read_rows
 
 Row = Mapping[str, Any]
@@ -135,8 +135,7 @@ def task_of(name: str) -> Task:
     Raises:
         ParedError: there is none.
     """
-    if name not in TASKS:
-        raise ParedError(f"unknown task {name!r}; {did_you_mean(name, TASKS)}")
+    require_known("task", name, TASKS)
     return TASKS[name]
 
 

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from pared.errors import ParedError
-from pared.names import did_you_mean
+from pared.names import require_known
 
 FILE = Path(__file__).with_name("templates.yaml")
 
@@ -25,8 +24,7 @@ def prompt(template: str, instruction: str, beside: str = "") -> str:
     Raises:
         ParedError: there is no template of that name.
     """
-    if template not in templates():
-        raise ParedError(f"unknown template {template!r}; {did_you_mean(template, templates())}")
+    require_known("template", template, templates())
     forms = templates()[template]
     if beside and "with_input" in forms:
         return _filled(forms["with_input"], instruction, beside)

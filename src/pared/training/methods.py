@@ -1,7 +1,6 @@
 """The training methods there are."""
 
-from pared.errors import ParedError
-from pared.names import did_you_mean
+from pared.names import require_known
 from pared.training import basel, distill, full, lora
 from pared.training.stage import Stage, TuningMethod
 
@@ -55,6 +54,5 @@ def method_of(name: str) -> TuningMethod:
     Raises:
         ParedError: there is none of that name.
     """
-    if name not in METHODS:
-        raise ParedError(f"unknown training method {name!r}; {did_you_mean(name, METHODS)}")
+    require_known("training method", name, METHODS)
     return METHODS[name]

@@ -15,7 +15,7 @@ from typing import cast, get_args
 from pared.allocation.program.operators import MATRIX_ONLY, POST, PRE, REDUCE
 from pared.allocation.spread import Sign
 from pared.errors import ParedError
-from pared.names import did_you_mean
+from pared.names import did_you_mean, require_known
 
 SPREADS = range(1, 51)
 SIGNS = get_args(Sign)
@@ -56,8 +56,7 @@ class Program:
                 f"the spread of a program is 100 lambda, a whole number from {SPREADS[0]} to {SPREADS[-1]}; "
                 f"found {self.spread!r}"
             )
-        if self.sign not in SIGNS:
-            raise ParedError(f"unknown sign of a program {self.sign!r}; {did_you_mean(self.sign, SIGNS)}")
+        require_known("sign of a program", self.sign, SIGNS)
 
     @property
     def width(self) -> float:

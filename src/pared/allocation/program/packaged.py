@@ -6,8 +6,7 @@ L. Li et al., "Discovering Sparsity Allocation for Layer-wise Pruning of Large L
 from dataclasses import dataclass
 
 from pared.allocation.program.grammar import Program, parse
-from pared.errors import ParedError
-from pared.names import did_you_mean
+from pared.names import require_known
 
 
 @dataclass(frozen=True)
@@ -84,6 +83,5 @@ def packaged_of(name: str) -> Packaged:
     Raises:
         ParedError: there is none.
     """
-    if name not in PACKAGED:
-        raise ParedError(f"unknown packaged program {name!r}; {did_you_mean(name, PACKAGED)}")
+    require_known("packaged program", name, PACKAGED)
     return PACKAGED[name]

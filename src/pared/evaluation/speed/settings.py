@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pared.errors import ParedError
-from pared.names import did_you_mean
+from pared.names import require_known
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,7 @@ def preset(name: str) -> tuple[Case, ...]:
     Raises:
         ParedError: there is none of that name.
     """
-    if name not in PRESETS:
-        raise ParedError(f"unknown preset {name!r}; {did_you_mean(name, PRESETS)}")
+    require_known("preset", name, PRESETS)
     return PRESETS[name]
 
 
