@@ -25,15 +25,18 @@ PLACE = Path(os.environ.get("PARED_CACHE", "~/.cache/pared")).expanduser() / "be
 
 # What is tried at equal tokens: the papers' learning rates, and higher ones, as few tokens move little at those.
 GRID: list[dict[str, Any]] = [
-    {"method": "lora", "learning_rate": 1e-4},
     {"method": "lora", "learning_rate": 1e-3},
+    {"method": "distill", "learning_rate": 3e-5, "options": {"text": 0.5}},
+    {"method": "distill", "learning_rate": 3e-5},
+    {"method": "full", "learning_rate": 3e-5},
+    {"method": "lora", "learning_rate": 1e-4},
+    {"method": "distill", "learning_rate": 1e-3, "options": {"text": 0.5, "adapters": 8}},
+    {"method": "distill", "learning_rate": 3e-5, "options": {"text": 0.5, "hidden": 1.0}},
+    {"method": "distill", "learning_rate": 1e-4, "options": {"text": 0.5}},
     {"method": "full", "learning_rate": 2e-6},
-    {"method": "full", "learning_rate": 5e-5},
-    {"method": "distill", "learning_rate": 1e-5},
-    {"method": "distill", "learning_rate": 4e-5},
-    {"method": "distill", "learning_rate": 2e-4},
 ]
-LONG: list[dict[str, Any]] = [{"method": "distill", "learning_rate": 2e-5}]
+LONG: list[dict[str, Any]] = [{"method": "distill", "learning_rate": 3e-5, "options": {"text": 0.5}}]
+BATCH = 1  # windows a step: at so few tokens many small steps are better than few large ones, for every method
 
 
 def compressed(model: str, keep: float) -> Path:
@@ -50,7 +53,8 @@ def compressed(model: str, keep: float) -> Path:
 
 def named(cell: dict[str, Any]) -> str:
     """Return the name of a cell's folder."""
-    return "-".join(str(cell[name]) for name in ("method", "keep", "learning_rate", "tokens"))
+    options = [f"{name}-{value:g}" for name, value in cell.get("options", {}).items()]
+    return "-".join([*(str(cell[name]) for name in ("method", "keep", "learning_rate", "tokens", "batch")), *options])
 
 
 def train(parent: Path, cell: dict[str, Any]) -> dict[str, Any]:
@@ -59,7 +63,7 @@ def train(parent: Path, cell: dict[str, Any]) -> dict[str, Any]:
     if not (out / "pared.json").exists():
         asked = {name: cell[name] for name in ("method", "learning_rate", "tokens", "batch", "length")}
         tune(Tuning.of({
-            **asked, "model": str(parent), "out": str(out), "data": list(cell["data"]), "evaluation": None,
+            **asked, "options": cell.get("options", {}), "model": str(parent), "out": str(out), "data": list(cell["data"]), "evaluation": None,
             "checkpoint_every": 20, "schedule": cell["schedule"],
         }))  # fmt: skip
     training = Manifest.read(out).training[-1]
@@ -70,7 +74,8 @@ def train(parent: Path, cell: dict[str, Any]) -> dict[str, Any]:
 
 def key_of(line: dict[str, Any]) -> tuple[object, ...]:
     """Return what tells a cell from every other."""
-    return tuple(line.get(name) for name in ("method", "keep", "learning_rate", "tokens", "schedule"))
+    names = ("method", "keep", "learning_rate", "tokens", "schedule", "batch")
+    return (*(line.get(name) for name in names), tuple(sorted(line.get("options", {}).items())))
 
 
 def render(lines: list[dict[str, Any]]) -> str:
@@ -89,7 +94,8 @@ def render(lines: list[dict[str, Any]]) -> str:
     for keep in sorted({line["keep"] for line in lines if line["keep"] < 1}, reverse=True):
         rows = [
             (
-                line["method"],
+                " ".join([line["method"], *(f"{name}={value:g}" for name, value in line.get("options", {}).items())]),
+                f"{line['batch']} x {line['length']}" if line.get("batch") else "",
                 f"{line['learning_rate']:g}" if line.get("learning_rate") else "",
                 f"{sum(stage['tokens'] for stage in line['stages']):,}" if line.get("stages") else "0",
                 f"{line['seconds'][line['stages'][0]['name']] / 60:.0f}" if line.get("stages") else "",
@@ -98,7 +104,7 @@ def render(lines: list[dict[str, Any]]) -> str:
             for line in lines
             if line["keep"] == keep
         ]
-        header = ("training", "learning rate", "tokens", "minutes", *dense["perplexity"])
+        header = ("training", "a step", "learning rate", "tokens", "minutes", *dense["perplexity"])
         text += [f"## keep {keep:g}", "", table(header, rows), ""]
     return "\n".join([*text, signature(lines)])
 
@@ -135,7 +141,7 @@ def run(asked: argparse.Namespace) -> None:
             row = {"method": "none", "keep": keep, "model": asked.model}
             append(LINES, row | measured(pared.load(parent), pared.load_tokenizer(parent)))
         for one in LONG if asked.long else GRID:
-            cell = {**one, "keep": keep, "tokens": asked.tokens, "data": MIX, "batch": 4, "length": 512}
+            cell = {**one, "keep": keep, "tokens": asked.tokens, "data": MIX, "batch": BATCH, "length": 512}
             cell["schedule"] = "cosine"
             if missing(cell):
                 start = time.perf_counter()

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from pared import ParedError
 from pared.cli.main import app
 from pared.evaluation import perplexity
 from pared.evaluation.protocols import PROTOCOLS, Protocol, cut_by, protocol_of
-from pared.sources.texts import Text
+from pared.sources.texts import Text, find_text
 from pared.sources.windows import cut
 
 CONFIG = PretrainedConfig(vocab_size=VOCAB, max_position_embeddings=4096)
@@ -80,6 +81,25 @@ def test_what_could_not_be_kept_to_is_told() -> None:
     )
     found = cut_by(short(), text_of(words(0, 9), name="file:mine.txt"), TOKENIZER, CONFIG)
     assert found.deviations == ("it says nothing of the text 'file:mine.txt', which is joined by blank lines",)
+
+
+def test_sentences_of_the_penn_treebank_are_joined_as_each_paper_joins_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lm").mkdir()
+    lines = [words(index, 400) for index in range(6)]
+    (tmp_path / "lm" / "ptb.test.txt").write_text("".join(f" {line} \n" for line in lines), encoding="utf-8")
+    monkeypatch.setenv("PARED_DATA", str(tmp_path))
+    text = find_text("ptb:test")
+    assert text.documents == tuple(lines)
+    for name, join in (("svd-llm", "\n\n"), ("gptq", " ")):
+        found = cut_by(protocol_of(name), text, TOKENIZER, PretrainedConfig(vocab_size=VOCAB))
+        assert found.windows.tokens.flatten().tolist() == TOKENIZER(join.join(lines))["input_ids"][:2048]
+        assert found.deviations == ()
+    (told,) = cut_by(protocol_of("wanda"), text, TOKENIZER, PretrainedConfig(vocab_size=VOCAB)).deviations
+    assert told.startswith("it says nothing of the text 'ptb:test'")
+    with pytest.raises(ParedError, match=r"which has no lm/ptb\.train\.txt"):
+        find_text("ptb:train")
 
 
 def test_unknown_protocols_and_short_texts_are_refused() -> None:

@@ -28,6 +28,7 @@ class Protocol:
         joins: what documents are joined with, by corpus; a blank line for all others.
         documents: how many of a corpus are read, from the first; all of the others.
         windows: how many are taken of a corpus, from the first; all of the others.
+        corpora: it is of.
     """
 
     name: str
@@ -38,16 +39,24 @@ class Protocol:
     joins: Mapping[str, str] = field(default_factory=dict)
     documents: Mapping[str, int] = field(default_factory=dict)
     windows: Mapping[str, int] = field(default_factory=dict)
+    corpora: tuple[str, ...] = ("wikitext2", "ptb", "c4")
 
 
 # All tokenise the joined text once, with the special tokens the tokenizer adds itself: one at the start, if any.
 PROTOCOLS: dict[str, Protocol] = {
     protocol.name: protocol
     for protocol in (
-        Protocol("svd-llm", "AIoT-MLSys-Lab/SVD-LLM"),
+        Protocol("svd-llm", "AIoT-MLSys-Lab/SVD-LLM", documents={"c4": 2000}),
         Protocol("basis-sharing", "TUDa-HWAI/Basis_Sharing", averaging="window", last=True, documents={"c4": 2000}),
-        Protocol("wanda", "locuslab/wanda", joins={"c4": " "}, documents={"c4": 1100}, windows={"c4": 256}),
-        Protocol("gptq", "IST-DASLab/gptq", joins={"c4": " "}, documents={"c4": 1100}, windows={"c4": 256}),
+        Protocol(
+            "wanda",
+            "locuslab/wanda",
+            joins={"c4": " "},
+            documents={"c4": 1100},
+            windows={"c4": 256},
+            corpora=("wikitext2", "c4"),
+        ),
+        Protocol("gptq", "IST-DASLab/gptq", joins={"c4": " ", "ptb": " "}, documents={"c4": 1100}, windows={"c4": 256}),
     )
 }
 
@@ -95,7 +104,7 @@ def cut_by(protocol: Protocol, text: Text, tokenizer: PreTrainedTokenizerBase, c
     documents = text.documents[:wanted]
     if wanted is not None and len(documents) < wanted:
         deviations.append(f"{len(documents):,} documents of {text.origin} in place of {wanted:,}")
-    if corpus not in ("wikitext2", "c4"):
+    if corpus not in protocol.corpora:
         deviations.append(f"it says nothing of the text {text.name!r}, which is joined by blank lines")
     length = protocol.length
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pared.errors import ParedError
 from pared.names import did_you_mean
@@ -40,20 +40,32 @@ class Text:
 
 @dataclass(frozen=True)
 class _Corpus:
-    """A well-known corpus: its file under ``PARED_DATA`` and its place on the Hub."""
+    """A well-known corpus: its file under ``PARED_DATA``, how rows lie in it, and its place on the Hub."""
 
     file: str
     hub: tuple[str, str | None, str, str]  # repository, configuration, split, field
     hub_file: str | None = None
+    layout: Literal["documents", "wikitext", "sentences"] = "documents"
 
 
-_WIKITEXT = "Salesforce/wikitext"
+def _wikitext(file: str, split: str) -> _Corpus:
+    hub = ("Salesforce/wikitext", "wikitext-2-raw-v1", split, "text")
+    return _Corpus(f"lm/wikitext2_raw_{file}.txt", hub, layout="wikitext")
+
+
+def _ptb(file: str, split: str) -> _Corpus:
+    """Penn Treebank as Mikolov prepared it, a sentence a line; not free, so that users bring the file themselves."""
+    hub = ("ptb-text-only/ptb_text_only", "penn_treebank", split, "sentence")
+    return _Corpus(f"lm/ptb.{file}.txt", hub, layout="sentences")
+
+
 CORPORA = {
-    "wikitext2:train": _Corpus("lm/wikitext2_raw_train_part.txt", (_WIKITEXT, "wikitext-2-raw-v1", "train", "text")),
-    "wikitext2:validation": _Corpus(
-        "lm/wikitext2_raw_valid.txt", (_WIKITEXT, "wikitext-2-raw-v1", "validation", "text")
-    ),
-    "wikitext2:test": _Corpus("lm/wikitext2_raw_test.txt", (_WIKITEXT, "wikitext-2-raw-v1", "test", "text")),
+    "wikitext2:train": _wikitext("train_part", "train"),
+    "wikitext2:validation": _wikitext("valid", "validation"),
+    "wikitext2:test": _wikitext("test", "test"),
+    "ptb:train": _ptb("train", "train"),
+    "ptb:validation": _ptb("valid", "validation"),
+    "ptb:test": _ptb("test", "test"),
     "c4:train": _Corpus(
         "lm/c4_truncated_1480.jsonl",
         ("allenai/c4", None, "train", "text"),
@@ -71,6 +83,8 @@ HELD_OUT = {
     "wikitext2:train": "wikitext2:test",
     "wikitext2:validation": "wikitext2:test",
     "c4:train": "c4:validation",
+    "ptb:train": "ptb:test",
+    "ptb:validation": "ptb:test",
 }
 
 
@@ -83,8 +97,8 @@ def find_text(name: str, evaluation: bool = False) -> Text:
     """Find a text by name.
 
     Args:
-        name: ``embedded``, ``wikitext2:train|validation|test``, ``c4:train|validation``, ``alpaca``,
-            ``file:PATH`` (.txt, .jsonl with a ``text`` field, .gz of both) or ``NAME:SPLIT:FIELD`` of the
+        name: ``embedded``, ``wikitext2:train|validation|test``, ``ptb:train|validation|test``, ``c4:train|validation``,
+            ``alpaca``, ``file:PATH`` (.txt, .jsonl with a ``text`` field, .gz of both) or ``NAME:SPLIT:FIELD`` of the
             datasets library (``NAME[CONFIG]:SPLIT:FIELD`` with a configuration).
         evaluation: ``embedded`` has two parts; true takes the one that is never calibrated on.
 
@@ -175,8 +189,11 @@ def _corpus(name: str) -> Text:
     if not path.is_file():
         raise ParedError(f"text {name!r}: PARED_DATA names {folder}, which has no {corpus.file}; fix or unset it")
     documents = read_documents(path)
-    rows = wikitext_rows(documents[0]) if name.startswith("wikitext2") else tuple(documents)
-    return Text(name, rows, str(path))
+    if corpus.layout == "wikitext":
+        documents = [*wikitext_rows(documents[0])]
+    elif corpus.layout == "sentences":
+        documents = [line.strip() for line in documents[0].split("\n") if line.strip()]
+    return Text(name, tuple(documents), str(path))
 
 
 def _from_hub(repository: str, config: str | None, split: str, field: str, data_file: str | None) -> tuple[str, ...]:
