@@ -63,8 +63,8 @@ def train(parent: Path, cell: dict[str, Any]) -> dict[str, Any]:
     if not (out / "pared.json").exists():
         asked = {name: cell[name] for name in ("method", "learning_rate", "tokens", "batch", "length")}
         tune(Tuning.of({
-            **asked, "options": cell.get("options", {}), "model": str(parent), "out": str(out), "data": list(cell["data"]), "evaluation": None,
-            "checkpoint_every": 20, "schedule": cell["schedule"],
+            **asked, "options": cell.get("options", {}), "model": str(parent), "out": str(out),
+            "data": list(cell["data"]), "evaluation": None, "checkpoint_every": 20, "schedule": cell["schedule"],
         }))  # fmt: skip
     training = Manifest.read(out).training[-1]
     row = {**cell, "stages": training.stages, "seconds": training.seconds, "settled": training.settled}
@@ -115,6 +115,7 @@ def main() -> None:
     parser.add_argument("--keep", type=float, nargs="+", default=[0.8, 0.6])
     parser.add_argument("--tokens", type=int, default=16_384)
     parser.add_argument("--long", action="store_true", help="the one long distillation, at the first keep")
+    parser.add_argument("--first", type=int, default=len(GRID), help="only so many of the trainings")
     parser.add_argument("--render", action="store_true")
     asked = parser.parse_args()
     if not asked.render:
@@ -140,7 +141,7 @@ def run(asked: argparse.Namespace) -> None:
         if missing({"method": "none", "keep": keep}):
             row = {"method": "none", "keep": keep, "model": asked.model}
             append(LINES, row | measured(pared.load(parent), pared.load_tokenizer(parent)))
-        for one in LONG if asked.long else GRID:
+        for one in LONG if asked.long else GRID[: asked.first]:
             cell = {**one, "keep": keep, "tokens": asked.tokens, "data": MIX, "batch": BATCH, "length": 512}
             cell["schedule"] = "cosine"
             if missing(cell):
