@@ -18,7 +18,11 @@ import transformers
 
 import pared
 from grid import signature
+from pared.checkpoint import mark, save
+from pared.engine.asked import plan_of
 from pared.evaluation.speed import Settings, bench, parse_case
+from pared.modules import LowRankLinear, PivotedLinear, replace_module
+from pared.plan import LowRank
 from record import RESULTS, Line, append, read, spread, table
 
 LINES, PAGE = RESULTS / "speed.jsonl", RESULTS / "speed.md"
@@ -44,11 +48,24 @@ def make_wide() -> None:
 
 
 def folder_of(model: str, keep: float, storage: str) -> Path:
-    """Return the folder of a compression, made if it is not there; plain SVD, as speed does not depend on values."""
+    """Return the folder of a compression, made if it is not there; of the wide model, with random factors."""
     out = PLACE / f"{model}-{keep:g}-{storage}"
-    if not (out / "pared.json").exists():
-        pared.run(pared.Recipe(model=MODELS[model], method="svd", keep=keep, storage=storage, evaluation=None,
-                               out=str(out)))  # fmt: skip
+    if (out / "config.json").exists():
+        return out
+    recipe = pared.Recipe(model=MODELS[model], method="svd", keep=keep, storage=storage, evaluation=None, out=str(out))
+    if model == "embedded":
+        pared.run(recipe)
+        return out
+    loaded = pared.load(MODELS[model])
+    for site in plan_of(loaded, recipe).sites:
+        assert isinstance(site.decision, LowRank)
+        kind = PivotedLinear if site.decision.pivoted else LowRankLinear
+        layer = kind(site.in_features, site.out_features, site.decision.rank, bias=False)
+        if isinstance(layer, PivotedLinear):
+            layer.order.copy_(torch.randperm(site.in_features))
+        replace_module(loaded, site.name, layer)
+    mark(loaded)
+    save(loaded, None, out)
     return out
 
 
