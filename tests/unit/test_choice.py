@@ -228,12 +228,18 @@ def test_a_model_scores_as_with_the_plain_harness(data: Path, tokenizer: PreTrai
 
 def test_a_group_counts_every_question_once(data: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     subjects = [subject.removeprefix("mmlu_") for subject in SUBJECTS]
-    rows = [{**SAME["mmlu"][2], "subject": subject} for subject in [*subjects, *[subjects[0]] * 9]]
+    asked = [*[(subject, 0) for subject in subjects], *[(subjects[0], gold) for gold in (1, 2, 3) for _ in range(9)]]
+    rows = [{**SAME["mmlu"][2], "subject": subject, "gold": gold} for subject, gold in asked]
     write(data, "mmlu", *rows)
     (found,) = evaluate_choices(TINY_MODELS["llama"](), tokenizer, prepare(["mmlu"]), Silent().stage)
     assert found.rows == len(rows)
     assert [part["task"] for part in found.answers] == sorted(SUBJECTS)
-    assert found.metrics["acc"] in (0, 1)  # one question throughout
+    by_subject = {part["task"]: part["metrics"]["acc"] for part in found.answers}
+    own = by_subject.pop(f"mmlu_{subjects[0]}")
+    right = own * 28 + sum(by_subject.values())
+    assert 0 < own < 1 or right > 0
+    assert found.metrics["acc"] == pytest.approx(right / len(rows))
+    assert found.metrics["acc"] != pytest.approx((own + sum(by_subject.values())) / len(subjects))
 
 
 def test_progress_counts_every_sequence_the_model_sees(data: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -256,6 +262,7 @@ def test_progress_counts_every_sequence_the_model_sees(data: Path, tokenizer: Pr
         ({"question": "w1", "choices": ["w2", "w3"], "gold": -1}, "row 2: gold is -1, expected 0 to 1"),
         ({"question": "w1", "choices": ["w2", "w3"]}, "row 2: gold is missing; found choices, question"),
         ({"question": "w1", "choices": ["w2"], "gold": 0}, "row 2: choices is .*expected a list of two texts or more"),
+        ({"question": "w1", "choices": ["w2", 3], "gold": 0}, "row 2: choices is .*expected a list of two texts"),
         ({"question": " ", "choices": ["w2", "w3"], "gold": 0}, "row 2: question is ' ', expected a text"),
         ([1], "row 2: expected question, choices, gold, found list"),
     ],
@@ -265,6 +272,35 @@ def test_a_row_that_is_none_is_named(row: Any, said: str, data: Path) -> None:
     path.write_text(f"{json.dumps(SAME['arc_easy'][2])}\n{json.dumps(row)}\n", encoding="utf-8")
     with pytest.raises(pared.ParedError, match=f"{path}, {said}"):
         prepare(["arc_easy"])
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "said"),
+    [
+        ("rte", {"label": "maybe"}, "label is 'maybe', expected one of entailment, not_entailment"),
+        (
+            "boolq",
+            {"choices": ["yes", "no"]},
+            "choices is .* expected the choices no, yes, in this order",
+        ),
+        ("mmlu", {"choices": ["w1", "w2", "w3"], "gold": 0}, "expected a list of 4 texts"),
+        ("mmlu", {"choices": ["w1", "w2", "w3", "w4", "w5"], "gold": 4}, "expected a list of 4 texts"),
+        ("piqa", {"choices": ["w1", "w2", "w3"], "gold": 2}, r"choices is .* expected a list of 2 texts"),
+    ],
+)
+def test_a_row_that_would_be_scored_wrongly_is_named(name: str, fields: dict[str, Any], said: str, data: Path) -> None:
+    write(data, name, {**SAME[name][2], **fields})
+    with pytest.raises(pared.ParedError, match=f"row [12]: {said}" if name != "mmlu" else said):
+        prepare([name])
+
+
+def test_questions_that_are_too_long_are_cut_and_that_is_told(data: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    long = {"question": "w3 " * 300, "choices": ["w4", "w5"], "gold": 0}
+    write(data, "arc_easy", SAME["arc_easy"][2], long)
+    told: list[str] = []
+    evaluate_choices(TINY_MODELS["llama"](), tokenizer, prepare(["arc_easy"]), Silent().stage, note=told.append)
+    assert told == ["1 questions with their examples are longer than the 128 tokens this model takes; their beginnings "
+                    "were cut off"]  # fmt: skip
 
 
 def test_data_that_are_not_there_are_named(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,6 +327,8 @@ def test_examples_never_come_from_what_is_measured(data: Path) -> None:
         prepare(["arc_easy"], shots=1)
     with pytest.raises(pared.ParedError, match="a limit of 0 rows leaves nothing"):
         prepare(["arc_easy"], limit=0)
+    with pytest.raises(pared.ParedError, match="cannot show -1 examples"):
+        prepare(["mmlu"], shots=-1)
 
 
 def test_the_command_does_chosen_and_written_tasks_in_one_run(

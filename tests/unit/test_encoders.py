@@ -2,10 +2,12 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import TINY_MODELS
 from transformers import BertModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -74,21 +76,21 @@ def small(encoder: Path, text_file: Path) -> Path:
 @pytest.mark.parametrize("kind", ["encoder", "small"])
 def test_a_task_is_learned_by_dense_and_compressed_encoders(kind: str, encoder: Path, small: Path) -> None:
     folder = str({"encoder": encoder, "small": small}[kind])
-    before = fine_tuned_score(folder, "glue:sst2", FineTuning(epochs=0.01, learning_rate=1e-9))
-    after = fine_tuned_score(folder, "glue:sst2", FAST)
+    before = fine_tuned_score(folder, examples_of("glue:sst2"), FineTuning(epochs=0.01, learning_rate=1e-9))
+    after = fine_tuned_score(folder, examples_of("glue:sst2"), FAST)
     assert after.metrics["accuracy"] > max(0.8, before.metrics["accuracy"])
     assert set(after.metrics) == {"accuracy", "matthews", "f1"}
     assert after.examples == 60
 
 
 def test_scores_are_learned_as_a_regression(encoder: Path) -> None:
-    found = fine_tuned_score(str(encoder), "glue:stsb", FAST)
+    found = fine_tuned_score(str(encoder), examples_of("glue:stsb"), FAST)
     assert found.metrics["pearson"] > 0.7
     assert found.metrics["spearman"] > 0.7
 
 
 def test_entities_are_learned(encoder: Path) -> None:
-    found = fine_tuned_score(str(encoder), "ner:own", FAST)
+    found = fine_tuned_score(str(encoder), examples_of("ner:own"), FAST)
     assert found.metrics["f1"] > 0.8
 
 
@@ -108,18 +110,65 @@ def test_the_head_has_the_classes_of_the_examples(encoder: Path, small: Path) ->
     assert all(torch.equal(value, model.get_parameter(f"bert.{name}")) for name, value in loaded.items())
 
 
+def test_a_head_of_another_task_is_dropped(encoder: Path, tmp_path: Path) -> None:
+    first = with_head(str(encoder), find_examples("glue:sst2:train"), seed=1)
+    first.config.problem_type = "single_label_classification"
+    first.save_pretrained(tmp_path / "sst2")
+    pared.load_tokenizer(encoder).save_pretrained(tmp_path / "sst2")
+    again = with_head(str(tmp_path / "sst2"), find_examples("glue:sst2:train"), seed=2)
+    assert not torch.equal(again.classifier.weight, first.classifier.weight)
+    assert torch.equal(again.bert.embeddings.word_embeddings.weight, first.bert.embeddings.word_embeddings.weight)
+    assert with_head(str(tmp_path / "sst2"), find_examples("glue:mnli:train")).classifier.out_features == 3
+    scores = fine_tuned_score(str(tmp_path / "sst2"), examples_of("glue:stsb"), FineTuning(epochs=0.1))
+    assert set(scores.metrics) == {"pearson", "spearman"}
+
+
+def test_an_encoder_with_weights_missing_is_refused(encoder: Path, tmp_path: Path) -> None:
+    shutil.copytree(encoder, tmp_path / "holed")
+    tensors = load_file(tmp_path / "holed" / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if ".layer.0." not in name}
+    save_file(kept, tmp_path / "holed" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ParedError, match=r"encoder are missing from the checkpoint, the first is 'bert\.enc"):
+        with_head(str(tmp_path / "holed"), find_examples("glue:sst2:train"))
+
+
+def test_predictions_that_are_no_numbers_are_no_score(encoder: Path) -> None:
+    with pytest.raises(ParedError, match=r"puts out NaN or infinity for example \d+ of 'glue:stsb:dev'"):
+        fine_tuned_score(str(encoder), examples_of("glue:stsb"), FineTuning(epochs=1, learning_rate=1e9))
+
+
+def test_what_is_wrong_with_the_test_part_is_found_before_training(encoder: Path, data: Path) -> None:
+    (data / "ner" / "late").mkdir(exist_ok=True)
+    (data / "ner/late/train.txt").write_text("w3 B-x\nw4 O\n")
+    (data / "ner/late/test.txt").write_text("w3 B-y\n")
+    told: list[int] = []
+    with pytest.raises(ParedError, match="the model has no class 'B-y'"):
+        fine_tuned_score(str(encoder), examples_of("ner:late"), on_step=lambda: told.append(1))
+    assert not told
+
+
+def test_examples_are_no_longer_than_the_model_has_positions(encoder: Path, data: Path) -> None:
+    (data / "glue" / "RTE").mkdir(exist_ok=True)
+    rows = "index\tsentence1\tsentence2\tlabel\n" + "".join(f"{i}\t{'w5 ' * 200}\tw6\t{'not_' * (i % 2)}entailment\n"
+                                                             for i in range(8))  # fmt: skip
+    for split in ("train", "dev"):
+        (data / "glue/RTE" / f"{split}.tsv").write_text(rows)
+    found = fine_tuned_score(str(encoder), examples_of("glue:rte"), FineTuning(epochs=0.1, length=300))
+    assert found.examples == 8
+
+
 def test_the_same_seed_gives_the_same_score(encoder: Path) -> None:
     asked = FineTuning(epochs=1, learning_rate=1e-3)
     torch.manual_seed(5)
-    first = fine_tuned_score(str(encoder), "glue:sst2", asked)
+    first = fine_tuned_score(str(encoder), examples_of("glue:sst2"), asked)
     torch.manual_seed(6)
-    assert fine_tuned_score(str(encoder), "glue:sst2", asked) == first
+    assert fine_tuned_score(str(encoder), examples_of("glue:sst2"), asked) == first
 
 
 def test_steps_are_told_one_by_one(encoder: Path) -> None:
     told: list[int] = []
     asked = FineTuning(epochs=2, batch=16, examples=50)
-    fine_tuned_score(str(encoder), "glue:sst2", asked, on_step=lambda: told.append(1))
+    fine_tuned_score(str(encoder), examples_of("glue:sst2"), asked, on_step=lambda: told.append(1))
     assert len(told) == steps_of(200, asked) == 8
 
 
@@ -152,7 +201,7 @@ def test_what_cannot_be_learned_is_refused_before_anything_is_trained(
     TINY_MODELS["llama"]().save_pretrained(tmp_path / "lm")
     tokenizer.save_pretrained(tmp_path / "lm")
     with pytest.raises(ParedError, match="is a language model; tasks of GLUE and entities are for encoders"):
-        fine_tuned_score(str(tmp_path / "lm"), "glue:sst2")
+        fine_tuned_score(str(tmp_path / "lm"), examples_of("glue:sst2"))
     assert examples_of("glue:sst2").test.name == "glue:sst2:dev"
 
 

@@ -301,8 +301,8 @@ def test_glue_and_entity_files_are_read_where_they_lie(tmp_path: Path, monkeypat
 def test_files_that_hold_no_examples_are_refused(tmp_path: Path) -> None:
     for rows, told in (
         ([{"text": "cat"}], r"row 1: expected 'text' .* found \['text'\]"),
-        ([{"text": "cat", "label": True}], "row 1: expected 'text'"),
-        ([{"text": "cat", "label": True}], "row 1: expected 'text'"),
+        ([{"text": "cat", "label": [1]}], "row 1: expected 'text'"),
+        ([{"text": "cat", "label": [1]}], "row 1: expected 'text'"),
         ([{"tokens": ["cat"], "labels": [1, 2]}], "as many 'labels'"),
         (["cat"], "found str"),
         ([], "have no rows"),

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from tiny_models import TINY_MODELS
 from torch import nn
 from transformers import PreTrainedTokenizerFast
@@ -160,6 +161,21 @@ def test_an_encoder_is_taught_the_classes_of_its_teacher() -> None:
 def _row(count: int) -> dict[str, torch.Tensor]:
     ids = torch.randint(3, 64, (count,))
     return {"input_ids": ids, "labels": ids}
+
+
+def test_a_score_is_taught_by_its_distance() -> None:
+    config = transformers.BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                                     intermediate_size=32, num_labels=1)  # fmt: skip
+    teacher, student = (transformers.BertForSequenceClassification(config) for _ in range(2))
+    batch = {"input_ids": torch.randint(0, 64, (3, 5)), "labels": torch.zeros(3)}
+    options = {"temperature": 1.0, "hidden": 0.0, "text": 0.0}
+    loss = towards(teacher.eval(), options)(student.eval(), batch)
+    with torch.no_grad():
+        apart = [model(input_ids=batch["input_ids"]).logits for model in (teacher, student)]
+    torch.testing.assert_close(loss, (apart[0] - apart[1]).square().mean())
+    assert loss > 0
+    loss.backward()
+    assert student.classifier.weight.grad is not None
 
 
 def test_teacher_and_student_hold_one_embedding(folder: Folder) -> None:

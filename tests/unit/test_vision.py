@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import TINY_MODELS
 from tiny_tokenizer import tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoProcessor,
     CLIPVisionConfig,
@@ -161,6 +162,49 @@ def test_the_tower_is_compressed_where_that_is_asked_for(llava: Path, tmp_path: 
                                                "out": str(tmp_path / "other")}))  # fmt: skip
 
 
+def test_a_tower_that_text_does_not_reach_is_checked_too(llava: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    asked = {"model": str(llava), "blocks": TOWER, "evaluation": None, "method": "svd", "keep": 0.6, "out": str(out)}
+    pared.run(pared.Recipe.model_validate(asked))
+    assert verify(out) == 0.0
+    tensors = load_file(out / "model.safetensors")
+    noise = {name: torch.randn_like(value) if name.endswith("up.weight") else value for name, value in tensors.items()}
+    save_file(noise, out / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ParedError, match=rf"self-check failed: the outputs of layer {re.escape(TOWER)}\.0"):
+        verify(out)
+
+
+def test_a_tower_whose_tensors_have_their_older_names_is_compressed(llava: Path, tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    shutil.copytree(llava, old)
+    tensors = load_file(old / "model.safetensors")
+    renamed = {name.replace("vision_tower.", "vision_tower.vision_model."): value for name, value in tensors.items()}
+    save_file(renamed, old / "model.safetensors", metadata={"format": "pt"})
+    for number, blocks in enumerate((TOWER, LANGUAGE)):
+        out = str(tmp_path / str(number))
+        pared.run(pared.Recipe(model=str(old), blocks=blocks, method="svd", keep=0.6, evaluation=None, out=out))
+        assert verify(out) == 0.0
+        assert all(name.startswith(blocks) for name in compressed_layers(load(out)))
+
+
+def test_a_template_that_begins_a_text_does_not_begin_it_twice(
+    llava: Path, questions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor = processor_of(str(llava))
+    processor.chat_template = (
+        "{{ bos_token }} {% for part in messages[0].content %}"
+        "{{ '<image>' if part.type == 'image' else part.text }} {% endfor %}"
+    )
+    seen: list[torch.Tensor] = []
+    model = load(llava)
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", lambda **given: (seen.append(given["input_ids"]), generate(**given))[1])
+    adding = TemplateProcessing(single="w1 $A", pair="w1 $A w1 $B", special_tokens=[("w1", 1)])
+    processor.tokenizer.backend_tokenizer.post_processor = adding
+    answer_questions(model, processor, questions_of(questions)[:1])
+    assert seen[0][0, :2].tolist() == [1, 64]
+
+
 def test_a_compressed_model_answers_as_its_dense_product_does(small: Path, questions: Path, tmp_path: Path) -> None:
     export_dense(str(small), tmp_path / "dense")
     processor, asked = processor_of(str(small)), questions_of(questions)
@@ -186,7 +230,7 @@ def test_the_image_counts(llava: Path, questions: Path) -> None:
 @pytest.mark.parametrize(
     ("answer", "plain"),
     [("A red, ball.", "red ball"), ("two", "2"), ("1,000", "1000"), ("3.5", "3.5"), ("the  Cat's", "cats"),
-     ("None", "0")],
+     ("T-shirt", "t shirt"), ("None", "0")],
 )  # fmt: skip
 def test_answers_are_written_one_way(answer: str, plain: str) -> None:
     assert written_one_way(answer) == plain

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pared.checkpoint.loader import FORMAT_VERSION
 from pared.errors import ParedError
@@ -26,12 +26,15 @@ class Fingerprint(BaseModel):
         tokens: input ids of one sequence.
         outputs: a sample of the outputs at the last token.
         positions: which outputs were sampled.
+        layers: of compressed layers that the sequence does not reach (experts, a vision tower), by name, a sample of
+            what each makes of a fixed input.
     """
 
     model_config = ConfigDict(extra="forbid")
     tokens: list[int]
     positions: list[int]
     outputs: list[float]
+    layers: dict[str, list[float]] = Field(default={})
 
     @model_validator(mode="after")
     def _fits(self) -> "Fingerprint":

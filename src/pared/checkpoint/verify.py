@@ -1,32 +1,41 @@
 """The self-check: what is on disk, loaded anew, must answer what the model in memory answered."""
 
+from collections.abc import Iterable, Iterator
+from itertools import takewhile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
+from pared.anatomy import weight_of
+from pared.anatomy.probe import hooks
 from pared.checkpoint.load import load, read_map, read_shared
-from pared.checkpoint.loader import empty_module
+from pared.checkpoint.loader import MODULE_TYPES, empty_module
 from pared.checkpoint.manifest import Fingerprint, Manifest
 from pared.errors import ParedError
-from pared.sources.models import find_model
 
 TOKENS, SAMPLES = 16, 64
+LAYERS, LAYER_SAMPLES = 64, 8  # the most of those the tokens do not reach, and of their outputs
 # Largest difference, relative to the largest output, that another machine or kernel may make.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
 def take_fingerprint(model: PreTrainedModel) -> Fingerprint:
-    """Run a fixed sequence through the model and sample its outputs at the last token."""
+    """Run a fixed sequence through the model and sample its outputs at the last token, and layers it does not reach."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     tokens = [(7 + 37 * index) % vocabulary for index in range(TOKENS)]
-    outputs = _outputs(model, tokens)
+    reached: set[str] = set()
+    with hooks(_note_reached(model, reached)):
+        outputs = _outputs(model, tokens)
     step = max(1, len(outputs) // SAMPLES)
     positions = list(range(0, len(outputs), step))[:SAMPLES]
-    return Fingerprint(tokens=tokens, positions=positions, outputs=outputs[positions].tolist())
+    unreached = [name for name, _ in _compressed(model) if name not in reached]
+    few = unreached[:: max(1, len(unreached) // LAYERS)][:LAYERS]
+    layers = {name: _layer_outputs(model.get_submodule(name)).tolist() for name in few}
+    return Fingerprint(tokens=tokens, positions=positions, outputs=outputs[positions].tolist(), layers=layers)
 
 
 def compare(model: PreTrainedModel, fingerprint: Fingerprint) -> float:
@@ -40,16 +49,45 @@ def compare(model: PreTrainedModel, fingerprint: Fingerprint) -> float:
         raise ParedError(
             f"self-check failed: {len(outputs)} outputs, expected at least {max(fingerprint.positions) + 1}"
         )
-    expected = torch.tensor(fingerprint.outputs)
+    found = {"the loaded model": (outputs[fingerprint.positions], fingerprint.outputs)}
+    for name, sample in fingerprint.layers.items():
+        found[f"layer {name}"] = (_layer_outputs(model.get_submodule(name)), sample)
+    return max(_difference(what, now, then, model.dtype) for what, (now, then) in found.items())
+
+
+def _difference(what: str, found: torch.Tensor, sample: list[float], dtype: torch.dtype) -> float:
+    """Return the largest difference, relative to the largest output, if kernels can make it."""
+    expected = torch.tensor(sample)
     scale = float(expected.abs().max().clamp(min=1e-6))
-    difference = float((outputs[fingerprint.positions] - expected).abs().max()) / scale
-    allowed = TOLERANCE.get(model.dtype, 5e-2)
+    difference = float((found - expected).abs().max()) / scale
+    allowed = TOLERANCE.get(dtype, 5e-2)
     if not difference <= allowed:
         raise ParedError(
-            f"self-check failed: the loaded model's outputs differ from the saved model's by {difference:.3g} of the "
+            f"self-check failed: the outputs of {what} differ from the saved model's by {difference:.3g} of the "
             f"largest output (allowed {allowed:g}); the folder is damaged or was loaded without pared"
         )
     return difference
+
+
+def _compressed(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
+    kinds = tuple(kind for kind, _ in MODULE_TYPES.values())
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, kinds))
+
+
+def _note_reached(model: PreTrainedModel, reached: set[str]) -> Iterator[Any]:
+    """Hook every compressed layer to note its name when it runs."""
+    for name, module in _compressed(model):
+        yield module.register_forward_pre_hook(lambda *_, name=name: reached.add(name))
+
+
+@torch.no_grad()
+def _layer_outputs(layer: nn.Module) -> torch.Tensor:
+    """Return a sample of what a linear layer, compressed or not, makes of a fixed input, float32 on the CPU."""
+    like = next(layer.parameters())
+    width: int = getattr(layer, "in_features", None) or weight_of(layer).shape[1]
+    fixed = torch.cos(torch.arange(width, dtype=torch.float32)).to(like.device, like.dtype)
+    outputs = layer(fixed.unsqueeze(0))[0].float().cpu()
+    return outputs[:: max(1, len(outputs) // LAYER_SAMPLES)][:LAYER_SAMPLES]
 
 
 def require_tensors(folder: Path) -> int:
@@ -71,7 +109,7 @@ def require_tensors(folder: Path) -> int:
         for part, empty in empty_module(entry, device="meta").state_dict().items()
     }
     if expected.keys() - stored.keys() - shared.keys():
-        stored = _by_their_own_names(folder, stored, [*expected])
+        stored = _by_their_own_names(stored, expected)
     for tensor, empty in expected.items():
         shape = tuple(empty.shape)
         if tensor in shared and tensor not in stored:
@@ -116,13 +154,33 @@ def _stored(files: list[Path]) -> dict[str, _Stored]:
     return found
 
 
-def _by_their_own_names(folder: Path, stored: dict[str, _Stored], tensors: list[str]) -> dict[str, _Stored]:
-    """Return what is stored by its name in the model: of some models transformers renames parts when it saves them."""
-    model = find_model(str(folder)).skeleton()
-    marked = {name: torch.empty(0, device="meta") for name in tensors}
-    names = {id(marked[name]): name for name in tensors}
-    renamed = {names.get(id(tensor), ""): name for name, tensor in revert_weight_conversion(model, marked).items()}
-    return stored | {own: stored[name] for own, name in renamed.items() if name in stored}
+def _by_their_own_names(stored: dict[str, _Stored], tensors: Iterable[str]) -> dict[str, _Stored]:
+    """Return what is stored by its name in the model: of some models transformers renames parts when it saves them.
+
+    It changes what stands before the blocks, so a tensor is found by its name from the list of blocks on, and where two
+    stacks have such a tensor, by what stands before that too.
+    """
+    found = dict(stored)
+    tails: dict[str, list[str]] = {}
+    for name in stored:
+        tails.setdefault(_tail(name), []).append(name)
+    for tensor in tensors:
+        alike = sorted(tails.get(_tail(tensor), ()), key=lambda name: _common_end(name, tensor))
+        if tensor not in stored and alike:
+            found[tensor] = stored[alike[-1]]
+    return found
+
+
+def _tail(name: str) -> str:
+    """Return a name from its list of blocks on: ``layers.0.mlp.up_proj.weight`` of a longer one."""
+    parts = name.split(".")
+    first = next((place for place, part in enumerate(parts) if part.isdigit()), 1)
+    return ".".join(parts[max(0, first - 1) :])
+
+
+def _common_end(one: str, other: str) -> int:
+    pairs = zip(reversed(one.split(".")), reversed(other.split(".")), strict=False)
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
 
 def _is_order(order: torch.Tensor) -> bool:

@@ -30,6 +30,16 @@ from pared.sources.windows import cut
 from pared.training.encoders import FineTuning, examples_of, fine_tuned_score, steps_of
 
 WRITTEN_TOGETHER = 8  # prompts
+LENGTH = 1024
+# What each measure reads of the options, beside --device and --json.
+READS = {
+    "perplexity": ("length", "windows", "stride", "bos", "dtype"),
+    "perplexity --protocol": ("protocol", "dtype"),
+    "examples": ("length", "windows", "dtype"),
+    "tasks": ("limit", "shots", "samples", "temperature", "allow-code-execution", "dtype"),
+    "vqa": ("limit", "dtype"),
+    "fine-tune": ("epochs", "learning-rate", "length", "limit"),
+}
 
 
 def evaluate(
@@ -48,9 +58,11 @@ def evaluate(
         str | None,
         typer.Option(help="Tasks an encoder is fine-tuned for and scored on, with commas: glue:cola, ner:wnut17."),
     ] = None,
-    epochs: Annotated[float, typer.Option(help="Of fine-tuning.")] = FineTuning.epochs,
-    learning_rate: Annotated[float, typer.Option(help="Of fine-tuning.")] = FineTuning.learning_rate,
-    length: Annotated[int, typer.Option(help="Tokens in a window.")] = 1024,
+    epochs: Annotated[float | None, typer.Option(help="Of fine-tuning. [default: 3]")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of fine-tuning. [default: 5e-5]")] = None,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens in a window (1024), or the most of an example (1024; fine-tuning 128).")
+    ] = None,
     windows: Annotated[int | None, typer.Option(help="Windows from the start; all if not given.")] = None,
     stride: Annotated[
         int | None, typer.Option(help="Windows overlap and begin every so many tokens; each counts its last so many.")
@@ -58,11 +70,17 @@ def evaluate(
     protocol: Annotated[
         str | None, typer.Option(help="Cut and average as a paper does: svd-llm, basis-sharing, wanda, gptq.")
     ] = None,
-    bos: Annotated[str, typer.Option(help="Beginning-of-sequence token before: none, text, window.")] = "none",
-    limit: Annotated[int | None, typer.Option(help="The most rows of a task, from the first.")] = None,
+    bos: Annotated[
+        str | None, typer.Option(help="Beginning-of-sequence token before: none, text, window. [default: none]")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="The most rows (to train on, of fine-tuning), from the first.")
+    ] = None,
     shots: Annotated[int | None, typer.Option(help="Examples before a prompt; the task's own if not given.")] = None,
-    samples: Annotated[int, typer.Option(help="Answers to every prompt of a task.")] = 1,
-    temperature: Annotated[float, typer.Option(help="Of answers; 0 takes the likeliest token.")] = 0.0,
+    samples: Annotated[int | None, typer.Option(help="Answers to every prompt of a task. [default: 1]")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of answers; 0 takes the likeliest token. [default: 0]")
+    ] = None,
     allow_code_execution: Annotated[
         bool,
         typer.Option(
@@ -77,33 +95,51 @@ def evaluate(
     with errors():
         quiet_libraries()
         given = {
-            "--perplexity TEXT": perplexity,
-            "--examples NAME": examples,
-            "--tasks NAMES": tasks,
-            "--vqa FILE": vqa,
-            "--fine-tune NAMES": fine_tune,
+            "perplexity": perplexity,
+            "examples": examples,
+            "tasks": tasks,
+            "vqa": vqa,
+            "fine-tune": fine_tune,
         }
-        asked = [value for value in given.values() if value is not None]
+        asked = [name for name, value in given.items() if value is not None]
         if len(asked) != 1:
-            raise ParedError(f"pass one thing to measure: {', '.join(given)}")
+            raise ParedError(f"pass one thing to measure: {', '.join(f'--{name}' for name in given)}")
+        options = {
+            "length": length, "windows": windows, "stride": stride, "bos": bos, "protocol": protocol,
+            "epochs": epochs, "learning-rate": learning_rate, "limit": limit, "shots": shots, "samples": samples,
+            "temperature": temperature, "allow-code-execution": allow_code_execution or None,
+            "dtype": None if dtype == "auto" else dtype,
+        }  # fmt: skip
+        _require_read(asked[0] if protocol is None else "perplexity --protocol", options)
         place = device_of(device)
-        if perplexity is not None:
-            result = (
-                _perplexity(model, perplexity, length, windows, stride, bos, dtype, place)
-                if protocol is None
-                else _by_protocol(model, perplexity, protocol, dtype, place)
-            )
+        if perplexity is not None and protocol is not None:
+            result = _by_protocol(model, perplexity, protocol, dtype, place)
+        elif perplexity is not None:
+            result = _perplexity(model, perplexity, length or LENGTH, windows, stride, bos or "none", dtype, place)
         elif examples is not None:
-            result = _examples(model, examples, length, windows, dtype, place)
+            result = _examples(model, examples, length or LENGTH, windows, dtype, place)
         elif fine_tune is not None:
-            how = FineTuning(epochs=epochs, learning_rate=learning_rate, examples=limit)
-            result = _fine_tuned(model, _names(fine_tune), how, place)
+            how = {"epochs": epochs, "learning_rate": learning_rate, "length": length, "examples": limit}
+            chosen = FineTuning(**{name: value for name, value in how.items() if value is not None})  # type: ignore[arg-type]
+            result = _fine_tuned(model, _names(fine_tune), chosen, place)
         elif vqa is not None:
             result = _vqa(model, Path(vqa), limit, dtype, place)
         else:
-            sampling = Sampling(temperature=temperature, samples=samples)
+            sampling = Sampling(
+                temperature=0.0 if temperature is None else temperature, samples=1 if samples is None else samples
+            )
             result = _tasks(model, _names(tasks or ""), limit, shots, sampling, allow_code_execution, dtype, place)
         write_json(json_file, {"model": model, **result})
+
+
+def _require_read(measure: str, options: dict[str, Any]) -> None:
+    """Refuse options that a measure does not read."""
+    for name, value in options.items():
+        if value is not None and name not in READS[measure]:
+            raise ParedError(
+                f"--{measure} reads no --{name} (found {value}); it reads "
+                f"{', '.join(f'--{one}' for one in READS[measure])}"
+            )
 
 
 def _names(given: str) -> list[str]:
@@ -177,13 +213,13 @@ def _examples(model: str, name: str, length: int, count: int | None, dtype: str,
 
 
 def _fine_tuned(model: str, names: list[str], asked: FineTuning, place: torch.device) -> dict[str, Any]:
-    parts = {name: examples_of(name) for name in names}  # whatever is wrong with any, before the first is trained
+    parts = {name: examples_of(name) for name in names}  # a file that is missing, before the first is trained
     if not parts:
         raise ParedError("--fine-tune names no task")
     found = []
     for name, part in parts.items():
         with ConsoleProgress().stage(f"fine-tune {name}", steps_of(len(part.train.rows), asked), "step") as advance:
-            score = fine_tuned_score(model, name, asked, place, advance)
+            score = fine_tuned_score(model, part, asked, place, advance)
         told = ", ".join(f"{metric} {value:.4f}" for metric, value in score.metrics.items())
         out.print(f"{name}: {told}; {score.examples:,} examples after {asked.epochs:g} epochs", markup=False)
         found.append({"task": name, **asdict(asked), **asdict(score)})
@@ -215,8 +251,10 @@ def _tasks(
         require_known("task", name, [*CHOICES, *TASKS])
     source = find_model(model)
     if not is_causal(source.config().architectures or []):
-        raise ParedError(f"{model} is no causal language model, and does no tasks that are written")
+        raise ParedError(f"{model} is no causal language model, and does none of these tasks; see --fine-tune")
     chosen = [name for name in names if name in CHOICES]
+    if chosen and sampling != Sampling() and len(chosen) == len(names):
+        raise ParedError(f"--samples and --temperature are of answers that are written; {', '.join(chosen)} choose")
     written = [name for name in names if name not in CHOICES]
     for name in written:
         require_leave(task_of(name), run_code)
@@ -226,7 +264,10 @@ def _tasks(
     prepared = prepare(chosen, shots, limit) if chosen else None
     tokenizer = source.tokenizer()
     loaded = load(model, dtype).to(place)
-    results = [] if prepared is None else evaluate_choices(loaded, tokenizer, prepared, ConsoleProgress().stage)
+    progress = ConsoleProgress()
+    results = (
+        [] if prepared is None else evaluate_choices(loaded, tokenizer, prepared, progress.stage, note=progress.note)
+    )
     for result in results:
         _tell(result, loaded.dtype)
     for name, count in counts.items():

@@ -58,6 +58,9 @@ def run(recipe: Recipe, overwrite: bool = False, progress: Progress | None = Non
             progress.note(f"{source.name} is {source.origin}; sizes are compared with the dequantised weights")
         planned = plan_of(source.skeleton(), recipe, source.weight_bytes(recipe.dtype))
         require_space(out, planned.after.bytes_on_disk)
+        if source.sees and not source.processor_files():
+            progress.note(f"{source.name} sees images, and no files of its image processor were found: the folder will "
+                          "have none either")  # fmt: skip
         model = source.load(recipe.dtype).to(recipe.device)
         require_finite_weights(
             model, find_anatomy(model, recipe.blocks)

@@ -42,7 +42,8 @@ def classify(
         batch: examples at a time; those of like length are taken together.
 
     Raises:
-        ParedError: the windows have no labels, all labels of tokens are left out, or seqeval is missing.
+        ParedError: the windows have no labels, all labels of tokens are left out, seqeval is missing, or the model
+            puts out NaN.
     """
     if windows.labels is None:
         raise ParedError(f"{windows.text!r} is a text; name labelled examples, such as glue:sst2:dev")
@@ -77,6 +78,7 @@ def predictions(
         longest = int(lengths[rows].max())
         inputs = {name: tensor[rows, :longest].to(device) for name, tensor in windows.beside.items()}
         logits = model(input_ids=windows.tokens[rows, :longest].to(device), **inputs).logits
+        _require_finite(logits, rows, windows)
         classes = (logits.squeeze(-1).float() if found.is_floating_point() else logits.argmax(dim=-1)).cpu()
         if classes.ndim == 1:
             found[rows] = classes
@@ -85,6 +87,15 @@ def predictions(
         on_batch()
     model.train(was_training)
     return found
+
+
+def _require_finite(logits: torch.Tensor, rows: torch.Tensor, windows: Windows) -> None:
+    """Refuse predictions that are none: the largest of NaN is a class like any other."""
+    broken = ~logits.flatten(1).isfinite().all(dim=1).cpu()
+    if bool(broken.any()):
+        row = int(rows[broken][0]) + 1
+        raise ParedError(f"the model puts out NaN or infinity for example {row} of {windows.text!r}; check its "
+                         "weights, or train it more slowly")  # fmt: skip
 
 
 def example_metrics(predicted: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:

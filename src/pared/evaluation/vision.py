@@ -17,7 +17,7 @@ from pared.errors import ParedError
 from pared.evaluation.generation import GREEDY, padding_left
 from pared.evaluation.tasks import Result, standard_error
 from pared.sources.files import read_rows
-from pared.sources.models import find_model
+from pared.sources.models import find_model, first_line
 
 SHORT = "Answer the question using a single word or phrase."
 TOKENS = 16
@@ -93,8 +93,7 @@ def processor_of(name: str) -> ProcessorMixin:
     try:
         found = AutoProcessor.from_pretrained(source.location)
     except Exception as error:  # many kinds
-        raise ParedError(f"model {name!r} has no readable processor of images "
-                         f"({type(error).__name__}: {str(error).splitlines()[0][:200]})") from None  # fmt: skip
+        raise ParedError(f"model {name!r} has no readable processor of images ({first_line(error)})") from None
     if getattr(found, "image_processor", None) is None:
         raise ParedError(f"model {name!r} sees no images: it has no image processor, only a tokenizer")
     return found
@@ -150,7 +149,7 @@ def is_right(answer: str, answers: Sequence[str]) -> bool:
 def written_one_way(answer: str) -> str:
     """Return an answer in lower case, numbers as digits, without articles, punctuation and surplus blanks."""
     plain = re.sub(r"(?<=\d)[,](?=\d)", "", answer.lower())
-    plain = re.sub(r"(?<!\d)\.|\.(?!\d)|[;/\[\]\"{}()=+\\_<>@`,?!:*]", " ", plain.replace("'", ""))
+    plain = re.sub(r"(?<!\d)\.|\.(?!\d)|[-;/\[\]\"{}()=+\\_<>@`,?!:*]", " ", plain.replace("'", ""))
     return " ".join(DIGITS.get(word, word) for word in plain.split() if word not in ARTICLES)
 
 
@@ -158,7 +157,10 @@ def _inputs(processor: ProcessorMixin, questions: Sequence[Question]) -> Any:
     images = [_image(question.image) for question in questions]
     prompts = [_prompt(processor, question.text) for question in questions]
     try:
-        return processor(images=images, text=prompts, padding=True, return_tensors="pt")
+        first = processor.tokenizer.bos_token
+        begun = bool(first) and prompts[0].startswith(first)  # by the template
+        special = {"add_special_tokens": False} if begun else {}
+        return processor(images=images, text=prompts, padding=True, return_tensors="pt", **special)
     except (ValueError, TypeError, RuntimeError) as error:
         raise ParedError(
             f"{type(processor).__name__} cannot ask about {questions[0].image} ({' '.join(str(error).split())[:200]})"

@@ -248,6 +248,7 @@ def _settings(
         **budget,
         "options": options_of(recipe),
         "skip": list(recipe.skip),
+        **({"blocks": recipe.blocks} if recipe.blocks else {}),
         **{f"calibration {name}": value for name, value in recipe.calibration.model_dump().items()},
         "calibration digest": windows.digest,
         "search digest": full.digest,

@@ -63,7 +63,7 @@ class ModelSource:
         try:
             return AutoConfig.from_pretrained(self.location)
         except Exception as error:  # huggingface_hub and transformers raise many kinds
-            raise ParedError(f"model {self.name!r}: no readable config.json ({_first_line(error)})") from None
+            raise ParedError(f"model {self.name!r}: no readable config.json ({first_line(error)})") from None
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer.
@@ -74,10 +74,18 @@ class ModelSource:
         try:
             return AutoTokenizer.from_pretrained(self.location)
         except Exception as error:  # tokenizers raises its own
-            raise ParedError(f"model {self.name!r}: no readable tokenizer ({_first_line(error)})") from None
+            raise ParedError(f"model {self.name!r}: no readable tokenizer ({first_line(error)})") from None
+
+    @property
+    def sees(self) -> bool:
+        """Whether the model reads images too."""
+        listed = getattr(self.config(), "architectures", None) or []
+        return bool(set(listed) & set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()))
 
     def processor_files(self) -> list[Path]:
-        """Return the files of what turns images and dialogues into the model's inputs; none for most models."""
+        """Return the files of what turns images and dialogues into the inputs of a model that sees; none of others."""
+        if not self.sees:
+            return []
         found = (cached_file(self.location, name, **QUIETLY) for name in PROCESSOR_FILES)
         return [Path(file) for file in found if file]
 
@@ -92,7 +100,7 @@ class ModelSource:
             model, info = kind.from_pretrained(self.location, dtype=chosen, output_loading_info=True)
         except Exception as error:  # safetensors, torch and transformers each raise their own
             raise ParedError(
-                f"model {self.name!r}: unreadable or truncated checkpoint ({_first_line(error)}); fetch it again"
+                f"model {self.name!r}: unreadable or truncated checkpoint ({first_line(error)}); fetch it again"
             ) from error
         if missing := sorted(info["missing_keys"]):
             raise ParedError(
@@ -117,7 +125,7 @@ class ModelSource:
             with torch.device("meta"):
                 return kind._from_config(config)
         except Exception as error:  # whatever a nonsensical configuration leads to
-            raise ParedError(f"model {self.name!r}: config.json makes no model ({_first_line(error)})") from error
+            raise ParedError(f"model {self.name!r}: config.json makes no model ({first_line(error)})") from error
 
     def weight_bytes(self, dtype: str = "auto") -> int:
         """Bytes of one parameter in the dtype the model would be saved in."""
@@ -222,6 +230,7 @@ def _embedded(name: str) -> ModelSource:
     return ModelSource(name, str(converted(path)), f"{distribution} ({file}), dequantised to float32")
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the kind of an error and the first line of its message."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0][:200] if text else 'no message'}"

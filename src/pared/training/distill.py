@@ -66,7 +66,9 @@ def towards(teacher: PreTrainedModel, options: Mapping[str, Any]) -> Loss:
             target = teacher(**wanted)
         found = student(**wanted, **({"labels": batch["labels"]} if text else {}))
         seen = _seen(batch, causal)
-        if found.logits.ndim == 2:  # classes of whole examples
+        if found.logits.shape[-1] == 1:  # a score
+            result = nn.functional.mse_loss(found.logits.float(), target.logits.float())
+        elif found.logits.ndim == 2:  # classes of whole examples
             result = divergence(found.logits, target.logits, temperature)
         else:
             result = divergence(_rows(found.logits, seen), _rows(target.logits, seen), temperature)

@@ -1,6 +1,7 @@
 """Encoders on a task: a fresh head, fine-tuning, and the score on examples that were not trained on."""
 
 import importlib.util
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from tempfile import TemporaryDirectory
@@ -8,10 +9,12 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     PreTrainedModel,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -23,6 +26,7 @@ from pared.evaluation.classification import Score, classify
 from pared.sources.labelled import Examples, find_examples
 from pared.sources.labelled_windows import cut_examples
 from pared.sources.models import find_model, is_causal
+from pared.sources.windows import Windows
 from pared.training.examples import collate, rows_of
 
 WARMUP = 0.1  # of the steps
@@ -85,8 +89,10 @@ def examples_of(task: str) -> TaskExamples:
 def with_head(name: str, examples: Examples, seed: int = 0) -> PreTrainedModel:
     """Load an encoder, dense or compressed, with a fresh head for the classes of examples, or for their scores.
 
+    A head that it had, for whatever task, is dropped.
+
     Raises:
-        ParedError: a language model, or nothing that can be read.
+        ParedError: a language model, or nothing that can be read as an encoder; names a weight that is missing.
     """
     config = read_config(name)
     if is_causal(config.architectures or []):
@@ -98,12 +104,33 @@ def with_head(name: str, examples: Examples, seed: int = 0) -> PreTrainedModel:
         "id2label": dict(enumerate(classes)),
         "label2id": {label: number for number, label in enumerate(classes)},
     }
+    found: dict[str, Any] = {"dtype": torch.float32, "problem_type": None, "output_loading_info": True}
     try:
-        model = kind.from_pretrained(find_model(name).location, dtype=torch.float32, **named)
+        model, info = kind.from_pretrained(find_model(name).location, ignore_mismatched_sizes=True, **found, **named)
     except Exception as error:  # safetensors, torch and transformers each raise their own
         raise ParedError(f"model {name!r} cannot be given a head for {examples.name} ({type(error).__name__}: "
                          f"{' '.join(str(error).split())[:200]})") from error  # fmt: skip
+    base = f"{model.base_model_prefix}."
+    lost = sorted(key for key in info["missing_keys"] if key.startswith(base) and ".pooler." not in key)
+    if lost:
+        raise ParedError(
+            f"model {name!r}: {len(lost)} weights of the encoder are missing from the checkpoint, the first is "
+            f"{lost[0]!r}; transformers would fill them with random numbers; fetch it again"
+        )
+    _renew_head(model)
     return model.eval()
+
+
+@torch.no_grad()
+def _renew_head(model: PreTrainedModel) -> None:
+    """Draw every linear layer beside the encoder anew, as transformers draws a head that a checkpoint lacks."""
+    spread = float(getattr(model.config, "initializer_range", 0.02))
+    for part, child in model.named_children():
+        for layer in child.modules() if part != model.base_model_prefix else ():
+            if isinstance(layer, nn.Linear):
+                layer.weight.normal_(0.0, spread)
+                if layer.bias is not None:
+                    layer.bias.zero_()
 
 
 def _classes(examples: Examples) -> tuple[str, ...]:
@@ -120,8 +147,7 @@ def _classes(examples: Examples) -> tuple[str, ...]:
 
 def fine_tune(
     model: PreTrainedModel,
-    tokenizer: Any,
-    examples: Examples,
+    windows: Windows,
     asked: FineTuning | None = None,
     on_step: Callable[[], None] = lambda: None,
 ) -> PreTrainedModel:
@@ -129,18 +155,17 @@ def fine_tune(
 
     Args:
         model: with a head for them, in float32.
-        tokenizer: of the model.
-        examples: to train on.
+        windows: what to train on, cut.
         asked: for how long, and how.
         on_step: called after every step.
 
     Raises:
-        ParedError: accelerate is not installed, or an example the model has no class for.
+        ParedError: accelerate is not installed.
     """
     if importlib.util.find_spec("accelerate") is None:
         raise ParedError("training needs the package accelerate; install it with: pip install 'pared[train]'")
     asked = asked or FineTuning()
-    rows = rows_of(cut_examples(examples, tokenizer, model.config, asked.length, asked.examples))
+    rows = rows_of(windows)
     with TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -157,30 +182,24 @@ def fine_tune(
             seed=asked.seed,
             remove_unused_columns=False,
         )
-        Trainer(
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # batches are as large as was said, however many GPUs there are
+        trainer = Trainer(
             model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[_Told(on_step)]
-        ).train()
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
     return model.eval()
 
 
 def steps_of(rows: int, asked: FineTuning) -> int:
     """Return the steps of a training on so many examples."""
     counted = rows if asked.examples is None else min(rows, asked.examples)
-    return max(1, int(-(-counted // asked.batch) * asked.epochs))
-
-
-def score_on(model: PreTrainedModel, tokenizer: Any, examples: Examples, length: int = FineTuning.length) -> Score:
-    """Score a model on examples.
-
-    Raises:
-        ParedError: an example the model has no class for.
-    """
-    return classify(model, cut_examples(examples, tokenizer, model.config, length, None))
+    return max(1, math.ceil(-(-counted // asked.batch) * asked.epochs))
 
 
 def fine_tuned_score(
     name: str,
-    task: str,
+    task: TaskExamples,
     asked: FineTuning | None = None,
     device: torch.device | None = None,
     on_step: Callable[[], None] = lambda: None,
@@ -188,12 +207,16 @@ def fine_tuned_score(
     """Give an encoder a head for a task, train all of it, and score it on what it was not trained on.
 
     Raises:
-        ParedError: anything in the model, the task or the settings that does not work.
+        ParedError: anything in the model, the examples or the settings that does not work, before anything is trained.
     """
-    asked, parts = asked or FineTuning(), examples_of(task)
-    model, tokenizer = with_head(name, parts.train, asked.seed), load_tokenizer(name)
-    fine_tune(model.to(device or "cpu"), tokenizer, parts.train, asked, on_step)
-    return score_on(model, tokenizer, parts.test, asked.length)
+    asked = asked or FineTuning()
+    model, tokenizer = with_head(name, task.train, asked.seed), load_tokenizer(name)
+    positions = getattr(model.config, "max_position_embeddings", None) or asked.length
+    length = min(asked.length, positions)
+    train = cut_examples(task.train, tokenizer, model.config, length, asked.examples)
+    test = cut_examples(task.test, tokenizer, model.config, length, None)
+    fine_tune(model.to(device or "cpu"), train, asked, on_step)
+    return classify(model, test)
 
 
 class _Told(TrainerCallback):

@@ -62,11 +62,12 @@ def prepare(names: Sequence[str], shots: int | None = None, limit: int | None = 
     except ImportError:
         raise ParedError("multiple choice is scored by lm-evaluation-harness; install it with: pip install "
                          "'pared[eval]'") from None  # fmt: skip
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # what it warns of is decided here
-
     if limit is not None and limit < 1:
         raise ParedError(f"tasks {', '.join(names)}: a limit of {limit} rows leaves nothing to measure")
-    loaded = TaskManager(include_path=DEFINITIONS, include_defaults=False).load(list(names))
+    if shots is not None and shots < 0:
+        raise ParedError(f"tasks {', '.join(names)}: cannot show {shots} examples")
+    with _quietly():
+        loaded = TaskManager(include_path=DEFINITIONS, include_defaults=False).load(list(names))
     for name, task in loaded["tasks"].items():
         if shots and task.config.fewshot_split is None:
             raise ParedError(f"task {name} has no examples to show apart from what it is evaluated on; use 0 shots")
@@ -78,7 +79,12 @@ def prepare(names: Sequence[str], shots: int | None = None, limit: int | None = 
 
 
 def evaluate_choices(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Prepared, stage: Stage, batch: int = BATCH
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Prepared,
+    stage: Stage,
+    batch: int = BATCH,
+    note: Callable[[str], None] = lambda _: None,
 ) -> list[Result]:
     """Let a model choose, and count.
 
@@ -88,6 +94,7 @@ def evaluate_choices(
         tasks: what to do.
         stage: opens a stage of progress, from its name, its length and the unit of that.
         batch: sequences at a time.
+        note: is told what a reader of the result must know.
 
     Returns:
         By task: the harness's metrics with its standard errors; for MMLU also by subject.
@@ -97,6 +104,9 @@ def evaluate_choices(
     scorer = _scorer(model, tokenizer, batch, stage)
     with _quietly():
         found = evaluate(scorer, tasks.loaded, limit=tasks.limit, bootstrap_iters=RESAMPLED)
+    if scorer.cut:
+        note(f"{scorer.cut} questions with their examples are longer than the {scorer.max_length} tokens this model "
+             "takes; their beginnings were cut off")  # fmt: skip
     return [_result(name, tasks, found) for name in tasks.names]
 
 
@@ -105,11 +115,14 @@ def _scorer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: i
     from lm_eval.models.huggingface import HFLM
 
     class Scorer(HFLM):
+        cut = 0
+
         def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:  # noqa: ARG002 - the harness's
             return super().loglikelihood(requests, disable_tqdm=True)
 
         def _loglikelihood_tokens(self, requests: Any, **more: Any) -> Any:
             distinct = {(*context, *answer[:-1]) for _, context, answer in requests}  # the model sees each once
+            self.cut += sum(len(sequence) > self.max_length for sequence in distinct)
             with stage("score answers", len(distinct), "sequence") as self.advance:
                 return super()._loglikelihood_tokens(requests, **more)
 
@@ -123,13 +136,19 @@ def _scorer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: i
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Keep away the harness's own bars and prints, and the processes it would fork to resample a mean."""
+    """Keep away the harness's own bars, prints and warnings, and the processes it would fork to resample a mean."""
     from tqdm import tqdm
 
+    log = logging.getLogger("lm_eval")
+    level = log.level
+    log.setLevel(logging.ERROR)  # what it warns of here: metadata, and sequences cut, which are counted
     silent = partial(tqdm, disable=True)
     alone = patch.dict(os.environ, {"DISABLE_MULTIPROC": "1"})
     with alone, patch("tqdm.tqdm", silent), patch("lm_eval.api.task.tqdm", silent), redirect_stdout(io.StringIO()):
-        yield
+        try:
+            yield
+        finally:
+            log.setLevel(level)
 
 
 def _result(name: str, tasks: Prepared, found: Any) -> Result:

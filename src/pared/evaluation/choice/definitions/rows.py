@@ -3,8 +3,9 @@
 The harness loads this file by itself, beside the definition that names it.
 """
 
+import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ Row = Mapping[str, Any]
 
 def read(
     file: str,
-    fields: Mapping[str, str],
+    fields: Mapping[str, Any],
     shown: str | None = None,
     where: Mapping[str, str] | None = None,
     **_: object,
@@ -28,8 +29,8 @@ def read(
 
     Args:
         file: under ``PARED_DATA``: .jsonl, .jsonl.gz, or .tsv with a header.
-        fields: of a row, from name to kind: ``text``, ``choices`` (two texts or more) or ``gold`` (which of them is
-            right, from 0).
+        fields: of a row, from name to kind: ``text``; ``choices``, two texts or more, with a number so many, with a
+            list these; ``gold``, which of them is right, from 0; or a list, one of these texts.
         shown: the file of the examples.
         where: what fields of a row must be for the row to count; those are texts.
 
@@ -37,11 +38,11 @@ def read(
         ParedError: no such file, no rows, or a row that is not of this kind; names the file and the row.
     """
     chosen = dict(where or {})
-    splits = {"test": file} | ({} if shown is None else {"shown": shown})
+    kinds = {**dict.fromkeys(chosen, "text"), **fields}
     found = {}
-    for split, name in splits.items():
+    for split, name in {"test": file, **({} if shown is None else {"shown": shown})}.items():
         path = _path(name)
-        rows = _rows_of(path, path.stat().st_mtime_ns, tuple(fields.items()), tuple(chosen))
+        rows = _rows_of(path, path.stat().st_mtime_ns, json.dumps(kinds))
         kept = [row for row in rows if all(row[field] == value for field, value in chosen.items())]
         if not kept:
             of = "".join(f" of {field} {value!r}" for field, value in chosen.items())
@@ -54,41 +55,44 @@ def read(
 def _rows_of(
     path: Path,
     written: int,  # noqa: ARG001 - when, so that a file that changed is read again
-    fields: tuple[tuple[str, str], ...],
-    texts: tuple[str, ...],
+    kinds: str,
 ) -> list[dict[str, Any]]:
-    """Read and check every row of a file, once for all subjects."""
-    kinds = dict(fields) | dict.fromkeys(texts, "text")
+    """Read and check every row of a file, once for all subjects; kinds are JSON, which can be looked up."""
+    wanted = json.loads(kinds)
     rows = []
     for number, row in _read(path):
         if not isinstance(row, dict):
-            raise ParedError(f"{path}, row {number}: expected {', '.join(kinds)}, found {type(row).__name__}")
-        for name, kind in kinds.items():
+            raise ParedError(f"{path}, row {number}: expected {', '.join(wanted)}, found {type(row).__name__}")
+        for name, kind in wanted.items():
             if name not in row:
                 raise ParedError(f"{path}, row {number}: {name} is missing; found {', '.join(sorted(row))}")
-            wrong = KINDS[kind](row[name], row)
-            if wrong:
-                raise ParedError(f"{path}, row {number}: {name} is {row[name]!r}, expected {wrong}")
-        rows.append({name: row[name] for name in kinds})
+            expected = _expected(row[name], kind, row)
+            if expected:
+                raise ParedError(f"{path}, row {number}: {name} is {row[name]!r}, expected {expected}")
+        rows.append({name: row[name] for name in wanted})
     return rows
 
 
-def _not_text(value: object, row: Row) -> str:  # noqa: ARG001 - like the others
-    return "" if isinstance(value, str) and value.strip() else "a text"
+def _expected(value: Any, kind: Any, row: Row) -> str:
+    """Return what was expected in the place of a value, nothing if it is of its kind."""
+    if isinstance(kind, list):
+        return "" if value in kind else f"one of {', '.join(kind)}"
+    if kind == "text":
+        return "" if _is_text(value) else "a text"
+    if kind == "gold":
+        count = next((len(own) for own in row.values() if isinstance(own, list)), 0)
+        fits = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < count
+        return "" if fits else f"0 to {count - 1}, one of its {count} choices"
+    wanted = kind["choices"] if isinstance(kind, dict) else None
+    if isinstance(wanted, list):
+        return "" if value == wanted else f"the choices {', '.join(wanted)}, in this order"
+    texts = isinstance(value, list) and all(map(_is_text, value))
+    fits = texts and (len(value) == wanted if wanted is not None else len(value) > 1)
+    return "" if fits else f"a list of {'two texts or more' if wanted is None else f'{wanted} texts'}"
 
 
-def _not_choices(value: object, row: Row) -> str:
-    fits = isinstance(value, list) and len(value) > 1 and not any(_not_text(one, row) for one in value)
-    return "" if fits else "a list of two texts or more"
-
-
-def _not_gold(value: object, row: Row) -> str:
-    count = next((len(own) for own in row.values() if isinstance(own, list)), 0)
-    fits = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < count
-    return "" if fits else f"0 to {count - 1}, one of its {count} choices"
-
-
-KINDS: dict[str, Callable[[Any, Row], str]] = {"text": _not_text, "choices": _not_choices, "gold": _not_gold}
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
 def _path(file: str) -> Path:
