@@ -30,6 +30,7 @@ BASELINES = ("svd", "fwsvd", "svd-llm")
 RATE, COEFFICIENTS = 1e-4, 30.0
 BASEL = {"prunes": 10, "keeping_epochs": 1.0, "pruning_epochs": 1.0, "post_epochs": 2.0, "new": 8,
          "coefficient_rate": COEFFICIENTS}  # fmt: skip
+OURS = "basel, bases of outputs"
 ABLATIONS: dict[str, dict[str, Any]] = {
     "without new bases": {"new": 0},
     "without learning anew": {"relearn": False},
@@ -87,7 +88,7 @@ def tuning(model: str, out: Path, text: str, tokens: int, **more: Any) -> Tuning
 def run_cell(cell: dict[str, Any], model: str, named: dict[str, str]) -> dict[str, Any]:
     """Compress and tune one way, and measure."""
     name, size, keep, tokens = cell["what"], cell["size"], cell["keep"], cell["tokens"]
-    out = PLACE / f"{name.replace(' ', '-')}-{size:g}-{tokens}"
+    out = PLACE / f"{name.replace(' ', '-').replace(',', '')}-{size:g}-{tokens}"
     start = time.perf_counter()
     if name in BASELINES:
         parent = compressed(model, name, size, keep, named["train"])
@@ -96,7 +97,7 @@ def run_cell(cell: dict[str, Any], model: str, named: dict[str, str]) -> dict[st
                        schedule="cosine")  # fmt: skip
     else:
         before = None
-        options = {**BASEL, "keep": keep, **ABLATIONS.get(name, {})}
+        options = {**BASEL, "keep": keep, **ABLATIONS.get(name, {"basis": "outputs"} if name == OURS else {})}
         asked = tuning(model, out, named["train"], 2 * tokens, method="basel", options=options)
     if not (out / "pared.json").exists():
         tune(asked)
@@ -138,7 +139,7 @@ def render(lines: list[dict[str, Any]]) -> str:
         f"{COEFFICIENTS:g} times as fast as the rest.",
         "",
     ]
-    for title, names in (("Methods", ("basel", *BASELINES)), ("Ablations of Basel", ("basel", *ABLATIONS))):
+    for title, names in (("Methods", ("basel", OURS, *BASELINES)), ("Ablations of Basel", ("basel", *ABLATIONS))):
         rows = [
             (
                 line["what"],
@@ -161,7 +162,7 @@ def render(lines: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="embedded:smollm2-135m")
-    parser.add_argument("--methods", nargs="+", default=["basel", *BASELINES])
+    parser.add_argument("--methods", nargs="+", default=["basel", OURS, *BASELINES])
     parser.add_argument("--sizes", type=float, nargs="+", default=list(SIZES))
     parser.add_argument("--tokens", type=int, default=16_384, help="of tuning after the compression")
     parser.add_argument("--ablations", action="store_true", help="at the first of the sizes")
@@ -184,7 +185,7 @@ def main() -> None:
     base = lines[0]["perplexity"][test]
     points = {
         what: [(line["share"], line["perplexity"][test] / base) for line in lines if line["what"] == what]
-        for what in ("basel", *BASELINES)
+        for what in ("basel", OURS, *BASELINES)
     }
     curves = {test: points}
     if any(points.values()):

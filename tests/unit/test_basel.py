@@ -23,9 +23,11 @@ from pared import ParedError
 from pared.anatomy import bias_of, weight_of
 from pared.checkpoint import Manifest, load, verify
 from pared.cli.main import app
+from pared.lowrank import whitening
 from pared.modules import LowRankLinear, replace_module
 from pared.plan import LowRank
 from pared.training import tune
+from pared.training.basel.bases import bases_of_outputs, bases_of_weight
 from pared.training.basel.choose import Weight, by_budget, by_mass, share_for
 from pared.training.basel.factorise import factors_of, put_back
 from pared.training.basel.importance import curvature, fisher, taylor
@@ -275,6 +277,27 @@ def test_at_first_a_layer_is_the_weight_it_was_made_of(tokens: int) -> None:
     torch.testing.assert_close(layer(x), nn.functional.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("m", "n"), [(12, 8), (8, 12), (9, 9)])
+def test_bases_of_outputs_sum_to_the_weight_and_their_best_are_those_of_svd_llm(m: int, n: int) -> None:
+    weight, inputs = torch.randn(m, n), torch.randn(50, n) * torch.arange(1, n + 1)
+    gram = inputs.double().T @ inputs.double()
+    U, c, V = bases_of_outputs(weight, gram)
+    torch.testing.assert_close((U * c) @ V, weight.double())
+    assert torch.equal(c, c.sort(descending=True).values)
+    assert float(c.mean()) == pytest.approx(float(torch.linalg.svdvals(weight.double()).mean()))
+    for rank in (1, 3, 6):
+        kept = (U[:, :rank] * c[:rank]) @ V[:rank]
+        factors = whitening.decompose(weight, gram).factors(rank)
+        torch.testing.assert_close(kept, factors.up @ factors.down)
+        plain = bases_of_weight(weight)
+        other = (plain.U_OR[:, :rank] * plain.c_R[:rank]) @ plain.V_RN[:rank]
+        lost = [float((inputs.double() @ (weight.double() - one).T).norm()) for one in (kept, other)]
+        assert lost[0] < lost[1]
+    layer = BasisLinear(weight, None, 0, torch.float32, bases=bases_of_outputs(weight, gram))
+    x = torch.randn(4, n)
+    torch.testing.assert_close(layer(x), x @ weight.T, rtol=1e-4, atol=1e-4)
+
+
 def test_bases_in_bfloat16_round_the_weight_a_little() -> None:
     weight = torch.randn(64, 48)
     layer = BasisLinear(weight, None, 4, torch.bfloat16)
@@ -443,6 +466,17 @@ def test_a_size_in_numbers_is_met_with_every_importance(
     options = {"keep": 0.6, "importance": importance, "new": 1, "post_epochs": 0.0}
     made = tune(asked(dense("llama"), tmp_path / "out", text_file, options))
     assert 0.45 < made.manifest.plan.achieved_keep <= 0.6
+
+
+def test_bases_of_outputs_lose_less_on_the_task_before_anything_is_learned(
+    dense: Dense, tmp_path: Path, text_file: Path
+) -> None:
+    losses = {}
+    for basis in ("weight", "outputs"):
+        options = {"basis": basis, "keep": 0.5, "relearn": False, "post_epochs": 0.0}
+        made = tune(asked(dense("llama"), tmp_path / basis, text_file, learning_rate=1e-9, options=options))
+        losses[basis] = made.manifest.training[-1].stages[0]["validation"][-1][1]
+    assert losses["outputs"] < losses["weight"]
 
 
 def test_without_learning_anew_what_stays_is_a_prefix_of_the_spectrum(

@@ -4,6 +4,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from pared.training.basel.bases import Bases, bases_of_weight
+
 NEGLIGIBLE = 1e-3  # times the mean singular value: bases below are not taken up
 
 
@@ -14,14 +16,15 @@ class BasisLinear(nn.Module):
     from the first step. A dropped basis has no gradient and does not come back.
 
     Args:
-        weight_ON: the weight ``(out, in)``, decomposed in float64.
+        weight_ON: the weight ``(out, in)``.
         bias_O: its bias, trained.
         new: number of new bases.
         dtype: what U and V are held in.
         generator: draws the new bases.
+        bases: of the weight; its singular vectors and values if not given.
 
     Attributes:
-        U: ``(out, K)`` buffer, the bases that are left, at first the R above 1e-3 of the mean singular value.
+        U: ``(out, K)`` buffer, the bases that are left, at first the R worth more than 1e-3 of the mean.
         V: ``(K, in)`` buffer.
         left: which of the R those are, int64 ``(K,)`` buffer.
         w: ``(R,)`` float32; the coefficient of a basis is its square, so never negative.
@@ -42,17 +45,18 @@ class BasisLinear(nn.Module):
         new: int,
         dtype: torch.dtype,
         generator: torch.Generator | None = None,
+        bases: Bases | None = None,
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight_ON.shape
         place = weight_ON.device
-        U_OR, s_R, V_RN = torch.linalg.svd(weight_ON.detach().double(), full_matrices=False)
-        count = int((s_R / s_R.mean() > NEGLIGIBLE).sum())
+        U_OR, c_R, V_RN = bases or bases_of_weight(weight_ON)
+        count = int((c_R / c_R.mean() > NEGLIGIBLE).sum())
         self.register_buffer("U", U_OR[:, :count].to(dtype).contiguous(), persistent=False)
         self.register_buffer("V", V_RN[:count].to(dtype).contiguous(), persistent=False)
         self.register_buffer("left", torch.arange(count, device=place), persistent=False)
         self.register_buffer("mask", torch.ones(count, dtype=torch.bool, device=place))
-        self.w = nn.Parameter(s_R[:count].sqrt().float())
+        self.w = nn.Parameter(c_R[:count].sqrt().float())
         drawn = torch.randn(new, self.in_features, generator=generator).to(place)
         self.U_new = nn.Parameter(torch.zeros(self.out_features, new, device=place))
         self.V_new = nn.Parameter(drawn / max(1, new) ** 0.5)

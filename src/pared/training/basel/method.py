@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from pared.anatomy import bias_of, find_anatomy, weight_of
 from pared.errors import ParedError
 from pared.modules import replace_module
+from pared.training.basel.bases import BASES, decomposed
 from pared.training.basel.choose import Weight, share_for
 from pared.training.basel.factorise import put_back
 from pared.training.basel.importance import IMPORTANCES
@@ -39,6 +40,7 @@ OPTIONS: dict[str, bool | int | float | str] = {
     "coefficient_rate": 1.0,
     "importance": "magnitude",
     "probes": 1,
+    "basis": "weight",
     "bases": "bfloat16",
     "skip": "",
 }
@@ -51,7 +53,7 @@ def check(options: Mapping[str, Any]) -> None:
     Raises:
         ValueError: an unknown value, or a number out of range.
     """
-    for name, valid in (("importance", IMPORTANCES), ("bases", tuple(HELD))):
+    for name, valid in (("importance", IMPORTANCES), ("basis", BASES), ("bases", tuple(HELD))):
         if options[name] not in valid:
             raise ValueError(f"option {name}: expected one of {', '.join(valid)}, found {options[name]!r}")
     for name in ("keep_ratio", "keep"):
@@ -82,10 +84,10 @@ def prepare(context: Context) -> Prepared:
     layers: dict[str, BasisLinear] = {}
     generator = torch.Generator().manual_seed(context.tuning.seed)
     model.requires_grad_(True)
-    for name in names:
+    for name, bases in decomposed(context, names, str(options["basis"])):
         old = model.get_submodule(name)
-        classes[name] = type(old)
-        layers[name] = BasisLinear(weight_of(old), bias_of(old), options["new"], HELD[options["bases"]], generator)
+        classes[name], held = type(old), HELD[options["bases"]]
+        layers[name] = BasisLinear(weight_of(old), bias_of(old), options["new"], held, generator, bases)
         replace_module(model, name, layers[name])
         layers[name].w.requires_grad_(bool(options["relearn"]))
     hold_in_float32(model)
