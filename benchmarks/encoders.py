@@ -11,18 +11,17 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import transformers
 from transformers import PreTrainedModel
 
 import pared
 from grid import signature
 from pared.engine.asked import plan_of
 from pared.evaluation import classify
-from pared.sources.labelled import ENTITY_CLASSES, find_examples
+from pared.sources.labelled import find_examples
 from pared.sources.labelled_windows import cut_examples
 from pared.sources.models import find_model
 from pared.training import tune
-from pared.training.examples import collate, rows_of
+from pared.training.encoders import FineTuning, fine_tune, with_head
 from pared.tuning import Tuning
 from record import RESULTS, append, read, table
 
@@ -48,23 +47,11 @@ def task_model(model: str, task: str) -> Path:
     out = PLACE / f"{task}-dense"
     if (out / "config.json").exists():
         return out
-    train, _, metric, count, epochs = TASKS[task]
-    source = find_model(model)
-    tokenizer = source.tokenizer()
-    transformers.set_seed(0)
-    if metric == "f1":
-        names = dict(enumerate(ENTITY_CLASSES[train.split(":")[1]]))
-        built = transformers.AutoModelForTokenClassification.from_pretrained(
-            source.location, id2label=names, label2id={name: number for number, name in names.items()}
-        )
-    else:
-        built = transformers.AutoModelForSequenceClassification.from_pretrained(source.location, num_labels=2)
-    rows = rows_of(windows_of(train, built, tokenizer, count))
-    arguments = transformers.TrainingArguments(
-        output_dir=str(PLACE / "state"), num_train_epochs=epochs, per_device_train_batch_size=BATCH, warmup_steps=100,
-        learning_rate=RATE, save_strategy="no", report_to="none", use_cpu=True, seed=0, remove_unused_columns=False,
-    )  # fmt: skip
-    transformers.Trainer(model=built, args=arguments, train_dataset=rows, data_collator=collate).train()
+    train, _, _, count, epochs = TASKS[task]
+    examples, tokenizer = find_examples(train), pared.load_tokenizer(model)
+    built = with_head(model, examples)
+    asked = FineTuning(epochs=epochs, learning_rate=RATE, batch=BATCH, length=LENGTH, examples=count)
+    fine_tune(built, windows_of(train, built, tokenizer, count), asked)
     built.save_pretrained(out)
     tokenizer.save_pretrained(out)
     return out
