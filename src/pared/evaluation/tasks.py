@@ -70,7 +70,7 @@ class Result:
         errors: the standard error of each, of the mean over rows.
         rows: that were judged.
         shots: examples before each prompt.
-        answers: what was written, by row, with its verdicts; of a group of tasks, such as MMLU, what each of them found.
+        answers: what was written, by row, with its verdicts; of a group of tasks (MMLU) what each of them found.
     """
 
     task: str
