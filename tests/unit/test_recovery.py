@@ -539,7 +539,8 @@ def test_a_tracker_that_is_not_here_is_refused_before_anything_is_read(tmp_path:
         ({"method": "full", "options": {"train": "none"}}, "option train: expected one of factors, factors+norms, all"),
         ({"length": 100, "validation": 10}, "nothing is left to train on"),
         ({"options": {"teacher": "/nowhere"}}, "teacher '/nowhere'"),
-        ({"model": "/nowhere"}, "/nowhere: no such folder"),
+        ({"model": "/nowhere"}, "model '/nowhere': no such folder"),
+        ({"model": "embedded:smollm2-135m"}, "embedded:smollm2-135m is a dense model, and this method trains a folder"),
     ],
 )
 def test_what_cannot_be_is_refused(

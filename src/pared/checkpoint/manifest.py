@@ -149,7 +149,8 @@ class Manifest(BaseModel):
             return cls.model_validate(fields)
         except FileNotFoundError:
             raise ParedError(
-                f"{folder} has no {MANIFEST}: not a folder that pared made (or saved again since)"
+                f"{folder} has no {MANIFEST}: `pared compress`, `pared tune` and pared.run write one; a folder saved "
+                "by save_pretrained or exported to plain weights has none"
             ) from None
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ParedError(f"{path}: unreadable ({error})") from None

@@ -97,8 +97,10 @@ def print_manifest(manifest: Manifest, folder: str) -> None:
     if manifest.plan.shortfall:
         out.print(f"the budget is missed by {manifest.plan.shortfall:,} parameters", markup=False)
     if manifest.damping:
+        tokens = (manifest.calibration or {}).get("windows", 0) * (manifest.calibration or {}).get("length", 0)
         out.print(
-            f"rank-deficient statistics: {len(manifest.damping)} sites were damped (see pared.json)", markup=False
-        )
+            f"{len(manifest.damping)} layers read too little to tell all their inputs apart ({tokens:,} tokens of "
+            "calibration text): raise --samples or --length", markup=False
+        )  # fmt: skip
     out.print(f"self-check: reloaded, largest relative difference {manifest.self_check:.2g}", markup=False)
     out.print(f"folder: {folder}", markup=False)

@@ -19,7 +19,6 @@ from pared.errors import ParedError
 from pared.evaluation import TASKS, Sampling
 from pared.evaluation.choice import CHOICES
 from pared.hardware import device_of
-from pared.training.encoders import FineTuning
 
 LENGTH = 1024
 # What each measure reads of the options, beside --device and --json.
@@ -110,6 +109,8 @@ def evaluate(
         elif examples is not None:
             result = label(model, examples, length or LENGTH, windows, dtype, place)
         elif fine_tune is not None:
+            from pared.training.encoders import FineTuning  # the Trainer is seconds to import
+
             how = {"epochs": epochs, "learning_rate": learning_rate, "length": length, "examples": limit}
             chosen = FineTuning(**{name: value for name, value in how.items() if value is not None})  # type: ignore[arg-type]
             result = fine_tune_for(model, names_of(fine_tune), chosen, place)
@@ -129,5 +130,5 @@ def _require_read(measure: str, options: dict[str, Any]) -> None:
         if value is not None and name not in READS[measure]:
             raise ParedError(
                 f"--{measure} reads no --{name} (found {value}); it reads "
-                f"{', '.join(f'--{one}' for one in READS[measure])}"
+                f"{', '.join(f'--{one}' for one in (*READS[measure], 'device', 'json'))}"
             )

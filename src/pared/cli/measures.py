@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,7 +15,7 @@ from pared.evaluation import perplexity as measure
 from pared.evaluation.choice import CHOICES, evaluate_choices, prepare
 from pared.evaluation.classification import BATCH, batches
 from pared.evaluation.protocols import cut_by, protocol_of
-from pared.evaluation.tasks import require_leave, rows_of
+from pared.evaluation.tasks import examples_of, require_leave, rows_of
 from pared.evaluation.vision import BATCH as BATCH_OF_IMAGES
 from pared.evaluation.vision import answer_questions, processor_of, questions_of
 from pared.names import require_known
@@ -25,7 +25,9 @@ from pared.sources.labelled_windows import cut_examples
 from pared.sources.models import find_model, is_causal
 from pared.sources.texts import find_text
 from pared.sources.windows import cut
-from pared.training.encoders import FineTuning, examples_of, fine_tuned_score, steps_of
+
+if TYPE_CHECKING:
+    from pared.training.encoders import FineTuning
 
 WRITTEN_TOGETHER = 8  # prompts
 
@@ -103,8 +105,11 @@ def label(model: str, name: str, length: int, count: int | None, dtype: str, pla
     return {**found, **pieces.describe()}
 
 
-def fine_tune_for(model: str, names: list[str], asked: FineTuning, place: torch.device) -> dict[str, Any]:
+def fine_tune_for(model: str, names: list[str], asked: "FineTuning", place: torch.device) -> dict[str, Any]:
     """Train an encoder for every task, and score it."""
+    from pared.training.encoders import examples_of, fine_tuned_score, require_encoder, steps_of
+
+    require_encoder(model)
     parts = {name: examples_of(name) for name in names}  # a file that is missing, before the first is trained
     if not parts:
         raise ParedError("--fine-tune names no task")
@@ -152,9 +157,11 @@ def do_tasks(
     written = [name for name in names if name not in CHOICES]
     for name in written:
         require_leave(task_of(name), run_code)
-    counts = {
-        name: len(rows_of(task_of(name), limit)) for name in written
-    }  # whatever is wrong with them, before loading
+    counts: dict[str, int] = {}
+    for name in written:  # whatever is wrong with any, before loading
+        task = task_of(name)
+        counts[name] = len(rows_of(task, limit))
+        examples_of(task, task.shots if shots is None else shots)
     prepared = prepare(chosen, shots, limit) if chosen else None
     tokenizer = source.tokenizer()
     loaded = load(model, dtype).to(place)

@@ -12,7 +12,7 @@ def methods() -> None:
     """List the methods, where each comes from and what it needs."""
     table = Table(header_style="bold")
     for column in ("method", "what it does", "needs", "options", "allocation", "paper"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for method in EVERY_METHOD.values():
         options = "\n".join(f"{name}={value}" for name, value in method.options.items())
         needs = "calibration text" if method.calibrated else "no data"

@@ -46,7 +46,7 @@ def plan(
         decided = plan_of(source.skeleton(), asked, source.weight_bytes(asked.dtype))
         table = Table(header_style="bold")
         for column, justify in (("site", "left"), ("out x in", "right"), ("decision", "left"), ("parameters", "right")):
-            table.add_column(column, justify=justify)  # type: ignore[arg-type]
+            table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
         for site in decided.sites:
             choice = site.decision
             told = f"dense: {choice.reason}" if isinstance(choice, Dense) else str(choice)

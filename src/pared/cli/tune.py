@@ -12,7 +12,9 @@ from pared.tuning import Tuning
 
 
 def tune(
-    model: Annotated[str | None, typer.Argument(help="A folder that pared made.", show_default=False)] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="A folder that pared made; for basel a dense model.", show_default=False)
+    ] = None,
     recipe: Annotated[
         Path | None, typer.Option("--recipe", help="YAML file of a training; options given here win over it.")
     ] = None,
@@ -20,7 +22,8 @@ def tune(
         str | None, typer.Option(help="A name that `pared methods` lists under training. [default: distill]")
     ] = None,
     data: Annotated[
-        list[str] | None, typer.Option(help="A text to train on, by name; repeatable, mixed. [default: embedded]")
+        list[str] | None, typer.Option(help="What to train on, by name: a text, instruct:NAME, "
+            "or for encoders glue:NAME:train or ner:NAME:train; repeatable, mixed. [default: embedded]")
     ] = None,
     template: Annotated[
         str | None, typer.Option(help="Of the prompts of instructions: alpaca, plain. [default: alpaca]")
@@ -70,7 +73,10 @@ def tune(
     overwrite: options.Overwrite = False,
     json_file: JsonFile = None,
 ) -> None:  # fmt: skip
-    """Train a compressed model: rank, format and zeros stay. The same command goes on after a crash."""
+    """Train a compressed model: rank, format and zeros stay; or, with basel, make a dense one smaller for a task.
+
+    The same command goes on after a crash.
+    """
     with errors("interrupted; the same command goes on from the last checkpoint, if there is one"):
         quiet_libraries()
         from pared.training import tune as run

@@ -86,6 +86,17 @@ def examples_of(task: str) -> TaskExamples:
     return TaskExamples(find_examples(f"{task}:train"), find_examples(f"{task}:{'dev' if kind == 'glue' else 'test'}"))
 
 
+def require_encoder(name: str) -> None:
+    """Refuse a language model.
+
+    Raises:
+        ParedError: it is one.
+    """
+    if is_causal(read_config(name).architectures or []):
+        raise ParedError(f"{name} is a language model; fine-tuning for GLUE and entities is for encoders. Ask a "
+                         "language model what it can do as it is: --tasks rte,boolq")  # fmt: skip
+
+
 def with_head(name: str, examples: Examples, seed: int = 0) -> PreTrainedModel:
     """Load an encoder, dense or compressed, with a fresh head for the classes of examples, or for their scores.
 
@@ -94,9 +105,7 @@ def with_head(name: str, examples: Examples, seed: int = 0) -> PreTrainedModel:
     Raises:
         ParedError: a language model, or nothing that can be read as an encoder; names a weight that is missing.
     """
-    config = read_config(name)
-    if is_causal(config.architectures or []):
-        raise ParedError(f"{name} is a language model; tasks of GLUE and entities are for encoders")
+    require_encoder(name)
     transformers.set_seed(seed)
     kind = AutoModelForTokenClassification if examples.by_word else AutoModelForSequenceClassification
     classes = _classes(examples)

@@ -8,7 +8,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from pared.allocation.whole import whole_plan
 from pared.anatomy import find_anatomy
-from pared.checkpoint import Manifest, load
+from pared.checkpoint import Manifest, is_compressed, load
 from pared.checkpoint.loader import FORMAT_VERSION
 from pared.checkpoint.manifest import Training, machine, versions
 from pared.checkpoint.save import module_map
@@ -58,6 +58,9 @@ class CompressedParent:
 
     def __init__(self, name: str) -> None:
         self.name = name
+        if not (Path(name).expanduser() / "pared.json").is_file() and not is_compressed(find_model(name).config()):
+            raise ParedError(f"{name} is a dense model, and this method trains a folder that pared made; compress it "
+                             "first (pared compress), or make it smaller while it trains: --method basel")  # fmt: skip
         self.manifest: Manifest | None = Manifest.read(Path(name).expanduser())
         self._manifest: Manifest = self.manifest
         self.config = find_model(name).config()

@@ -101,8 +101,8 @@ def evaluate_choices(
     """
     from lm_eval.evaluator import evaluate
 
-    scorer = _scorer(model, tokenizer, batch, stage)
     with _quietly():
+        scorer = _scorer(model, tokenizer, batch, stage)
         found = evaluate(scorer, tasks.loaded, limit=tasks.limit, bootstrap_iters=RESAMPLED)
     if scorer.cut:
         note(f"{scorer.cut} questions with their examples are longer than the {scorer.max_length} tokens this model "
@@ -173,7 +173,7 @@ def _metrics(own: Any) -> tuple[dict[str, float], dict[str, float]]:
 
 
 def _answer(sample: Any) -> dict[str, Any]:
-    """Return what is kept of a row: how likely each answer was, in nats, and what that counted."""
+    """Return what is kept of a row: which answer is right, how likely each was, in nats, and what that counted."""
     likely = [answer[0] for answer in sample["filtered_resps"]]
     counted = {name: float(sample[name]) for name in sample["metrics"] if isinstance(sample[name], (int, float))}
-    return {"row": sample["doc_id"], "log_likelihoods": likely, "verdicts": counted}
+    return {"row": sample["doc_id"], "right": sample["target"], "log_likelihoods": likely, "verdicts": counted}

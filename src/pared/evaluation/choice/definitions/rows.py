@@ -98,7 +98,8 @@ def _is_text(value: object) -> bool:
 def _path(file: str) -> Path:
     root = os.environ.get("PARED_DATA")
     if not root:
-        raise ParedError(f"{file} is read from the folder that PARED_DATA names, and it names none; set it")
+        raise ParedError(f"{file} is read from the folder that PARED_DATA names, and it names none; set it "
+                         "(docs/evaluation.md tells what lies there)")  # fmt: skip
     path = Path(root) / file
     if not path.is_file():
         raise ParedError(f"PARED_DATA has no {file} (looked for {path})")
