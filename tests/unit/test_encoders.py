@@ -200,7 +200,7 @@ def test_what_cannot_be_learned_is_refused_before_anything_is_trained(
         FineTuning(epochs=0)
     TINY_MODELS["llama"]().save_pretrained(tmp_path / "lm")
     tokenizer.save_pretrained(tmp_path / "lm")
-    with pytest.raises(ParedError, match="is a language model; tasks of GLUE and entities are for encoders"):
+    with pytest.raises(ParedError, match="is a language model; fine-tuning for GLUE and entities is for encoders"):
         fine_tuned_score(str(tmp_path / "lm"), examples_of("glue:sst2"))
     assert examples_of("glue:sst2").test.name == "glue:sst2:dev"
 

@@ -540,7 +540,6 @@ def test_a_tracker_that_is_not_here_is_refused_before_anything_is_read(tmp_path:
         ({"length": 100, "validation": 10}, "nothing is left to train on"),
         ({"options": {"teacher": "/nowhere"}}, "teacher '/nowhere'"),
         ({"model": "/nowhere"}, "model '/nowhere': no such folder"),
-        ({"model": "embedded:smollm2-135m"}, "embedded:smollm2-135m is a dense model, and this method trains a folder"),
     ],
 )
 def test_what_cannot_be_is_refused(
@@ -550,6 +549,12 @@ def test_what_cannot_be_is_refused(
         tune(asked(folder("factors"), tmp_path / "out", text_file, **fields))
     assert message in str(error.value)
     assert not list(tmp_path.glob("*out*"))  # nor a folder that would refuse the corrected command
+
+
+def test_a_dense_model_is_refused_and_told_what_to_do(folder: Folder, tmp_path: Path, text_file: Path) -> None:
+    dense = folder("factors").parent / "dense"
+    with pytest.raises(ParedError, match="dense is a dense model, and this method trains a folder that pared made"):
+        tune(asked(dense, tmp_path / "out", text_file, method="lora"))
 
 
 @pytest.mark.parametrize(
