@@ -125,7 +125,10 @@ def find_anatomy(model: nn.Module, blocks_path: str | None = None) -> Anatomy:
     stacks = dict(sorted(_stacks(model), key=lambda item: _count(item[1]), reverse=True))
     if not stacks:
         raise ParedError(f"{type(model).__name__}: no list of blocks found; nothing could be compressed")
-    path = blocks_path or next((path for path in stacks if _in_language_model(model, path)), next(iter(stacks)))
+    inside = _language_model(model)
+    path = blocks_path or next(
+        (path for path in stacks if inside and path.startswith(f"{inside}.")), next(iter(stacks))
+    )
     if path not in stacks:
         raise ParedError(f"{type(model).__name__} has no list of blocks {path!r}; {did_you_mean(path, stacks)}")
     blocks = stacks[path]
@@ -147,12 +150,11 @@ def find_anatomy(model: nn.Module, blocks_path: str | None = None) -> Anatomy:
     )
 
 
-def _in_language_model(model: nn.Module, path: str) -> bool:
-    """Whether a list lies in what the model itself says is its decoder, beside a vision tower or another encoder."""
+def _language_model(model: nn.Module) -> str:
+    """Return the name of what the model itself says is its decoder, beside a vision tower or an encoder; "" if none."""
     get_decoder: Any = getattr(model, "get_decoder", None)
     decoder = get_decoder() if get_decoder is not None else None
-    names = [name for name, module in model.named_modules() if module is decoder and name]
-    return any(path.startswith(f"{name}.") for name in names)
+    return next((name for name, module in model.named_modules() if module is decoder), "")
 
 
 def _require_own_weights(model: nn.Module, sites: tuple[Site, ...]) -> None:

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 from pared.anatomy import weight_of
 from pared.anatomy.probe import hooks
 from pared.checkpoint.load import load, read_map, read_shared
-from pared.checkpoint.loader import MODULE_TYPES, empty_module
+from pared.checkpoint.loader import empty_module
 from pared.checkpoint.manifest import Fingerprint, Manifest
+from pared.checkpoint.save import module_map
 from pared.errors import ParedError
 
 TOKENS, SAMPLES = 16, 64
@@ -32,7 +33,7 @@ def take_fingerprint(model: PreTrainedModel) -> Fingerprint:
         outputs = _outputs(model, tokens)
     step = max(1, len(outputs) // SAMPLES)
     positions = list(range(0, len(outputs), step))[:SAMPLES]
-    unreached = [name for name, _ in _compressed(model) if name not in reached]
+    unreached = [name for name in module_map(model) if name not in reached]
     few = unreached[:: max(1, len(unreached) // LAYERS)][:LAYERS]
     layers = {name: _layer_outputs(model.get_submodule(name)).tolist() for name in few}
     return Fingerprint(tokens=tokens, positions=positions, outputs=outputs[positions].tolist(), layers=layers)
@@ -69,15 +70,10 @@ def _difference(what: str, found: torch.Tensor, sample: list[float], dtype: torc
     return difference
 
 
-def _compressed(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
-    kinds = tuple(kind for kind, _ in MODULE_TYPES.values())
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, kinds))
-
-
 def _note_reached(model: PreTrainedModel, reached: set[str]) -> Iterator[Any]:
     """Hook every compressed layer to note its name when it runs."""
-    for name, module in _compressed(model):
-        yield module.register_forward_pre_hook(lambda *_, name=name: reached.add(name))
+    for name in module_map(model):
+        yield model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: reached.add(name))
 
 
 @torch.no_grad()

@@ -1,9 +1,7 @@
 """Tasks in which a model writes and what it wrote is judged: mathematics by its answer, code by running it."""
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,7 +12,7 @@ from pared.evaluation.generation import Sampling, complete
 from pared.evaluation.passes import mean_pass_at_k
 from pared.evaluation.sandbox import Limits, run_program
 from pared.names import require_known
-from pared.sources.files import read_rows
+from pared.sources.files import data_file, read_rows
 
 Row = Mapping[str, Any]
 Verdict = Mapping[str, bool]
@@ -162,7 +160,7 @@ def rows_of(task: Task, limit: int | None = None) -> list[Row]:
         raise ParedError(f"task {task.name}: a limit of {limit} rows leaves nothing to measure")
     rows = [row for row in _read(task, task.file) if task.chosen(row)][:limit]
     if not rows:
-        raise ParedError(f"task {task.name}: {_path(task, task.file)} has no rows to evaluate on")
+        raise ParedError(f"task {task.name}: {data_file(task.file, f'task {task.name}')} has no rows to evaluate on")
     return rows
 
 
@@ -212,17 +210,8 @@ def standard_error(values: Sequence[float], mean: float) -> float:
     return float((variance / len(values)) ** 0.5)
 
 
-def _path(task: Task, file: str) -> Path:
-    root = os.environ.get("PARED_DATA")
-    if not root:
-        raise ParedError(f"task {task.name} is read from the folder that PARED_DATA names, and it names none; set it")
-    return Path(root) / file
-
-
 def _read(task: Task, file: str) -> Iterator[Row]:
-    path = _path(task, file)
-    if not path.is_file():
-        raise ParedError(f"task {task.name}: PARED_DATA has no {file} (looked for {path})")
+    path = data_file(file, f"task {task.name}")
     for number, row in read_rows(path):
         missing = [name for name in task.fields if not isinstance(row, dict) or name not in row]
         if missing:

@@ -127,7 +127,8 @@ def answer_questions(
         asked = questions[start : start + batch]
         with padding_left(processor.tokenizer):
             inputs = _inputs(processor, asked).to(model.device)
-        ids = model.generate(**inputs, **GREEDY, max_new_tokens=TOKENS, pad_token_id=_padding(processor))
+            pad = processor.tokenizer.pad_token_id
+            ids = model.generate(**inputs, **GREEDY, max_new_tokens=TOKENS, pad_token_id=pad)
         new = ids[:, inputs["input_ids"].shape[1] :]
         written += [text.strip() for text in processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
         on_batch()
@@ -189,8 +190,3 @@ def _prompt(processor: ProcessorMixin, question: str) -> str:
     if token is None:
         raise ParedError(f"{type(processor).__name__} has neither a chat template nor an image token to ask with")
     return f"USER: {token}\n{asked} ASSISTANT:"
-
-
-def _padding(processor: ProcessorMixin) -> int:
-    tokenizer = processor.tokenizer
-    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)

@@ -2,12 +2,33 @@
 
 import gzip
 import json
+import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pared.errors import ParedError
+
+
+def data_file(file: str, what: str) -> Path:
+    """Return a file of the folder that ``PARED_DATA`` names.
+
+    Args:
+        file: under it.
+        what: is read from it, for messages.
+
+    Raises:
+        ParedError: it names none, or that has no such file.
+    """
+    root = os.environ.get("PARED_DATA")
+    if not root:
+        raise ParedError(f"{what} is read from the folder that PARED_DATA names, and it names none; set it "
+                         "(docs/evaluation.md tells what lies there)")  # fmt: skip
+    path = Path(root) / file
+    if not path.is_file():
+        raise ParedError(f"{what}: PARED_DATA has no {file} (looked for {path})")
+    return path
 
 
 def read_text(path: Path, what: str = "file") -> str:

@@ -4,7 +4,6 @@ The harness loads this file by itself, beside the definition that names it.
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 from datasets import Dataset
 
 from pared.errors import ParedError
-from pared.sources.files import read_lines, read_rows
+from pared.sources.files import data_file, read_lines, read_rows
 
 Row = Mapping[str, Any]
 
@@ -41,7 +40,7 @@ def read(
     kinds = {**dict.fromkeys(chosen, "text"), **fields}
     found = {}
     for split, name in {"test": file, **({} if shown is None else {"shown": shown})}.items():
-        path = _path(name)
+        path = data_file(name, name)
         rows = _rows_of(path, path.stat().st_mtime_ns, json.dumps(kinds))
         kept = [row for row in rows if all(row[field] == value for field, value in chosen.items())]
         if not kept:
@@ -93,17 +92,6 @@ def _expected(value: Any, kind: Any, row: Row) -> str:
 
 def _is_text(value: object) -> bool:
     return isinstance(value, str) and bool(value.strip())
-
-
-def _path(file: str) -> Path:
-    root = os.environ.get("PARED_DATA")
-    if not root:
-        raise ParedError(f"{file} is read from the folder that PARED_DATA names, and it names none; set it "
-                         "(docs/evaluation.md tells what lies there)")  # fmt: skip
-    path = Path(root) / file
-    if not path.is_file():
-        raise ParedError(f"PARED_DATA has no {file} (looked for {path})")
-    return path
 
 
 def _read(path: Path) -> Iterator[tuple[int, Any]]:
