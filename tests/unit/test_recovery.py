@@ -473,13 +473,6 @@ def test_two_processes_train_as_one_with_twice_the_rows(folder: Folder, tmp_path
     assert not list(tmp_path.glob(".two*"))
 
 
-@pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
-def test_weights_in_pieces_are_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setenv(name, "true")
-    with pytest.raises(ParedError, match="training needs whole weights"):
-        Processes("cpu")
-
-
 # What is multiplied in, what is measured.
 
 
@@ -498,6 +491,18 @@ def test_a_bfloat16_folder_trains_in_every_precision(
     assert load(made.folder).dtype == torch.bfloat16
     expected = "bfloat16" if precision == "auto" else precision
     assert made.manifest.training[-1].settled["precision"] == expected
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_activations_computed_again_change_nothing(
+    folder: Folder, tmp_path: Path, text_file: Path, method: str
+) -> None:
+    made = [
+        load(tune(asked(folder("factors"), tmp_path / str(again), text_file, method=method,
+                        gradient_checkpointing=again)).folder).state_dict()
+        for again in (False, True)
+    ]  # fmt: skip
+    assert all(torch.allclose(made[0][name], made[1][name], atol=1e-6) for name in made[0])
 
 
 def test_float16_is_not_trained_in() -> None:

@@ -2,6 +2,6 @@
 
 from pared.anatomy.linear import bias_of, weight_of
 from pared.anatomy.probe import probe
-from pared.anatomy.structure import Anatomy, Site, find_anatomy
+from pared.anatomy.structure import Anatomy, Site, find_anatomy, find_blocks
 
-__all__ = ["Anatomy", "Site", "bias_of", "find_anatomy", "probe", "weight_of"]
+__all__ = ["Anatomy", "Site", "bias_of", "find_anatomy", "find_blocks", "probe", "weight_of"]

@@ -122,15 +122,7 @@ def find_anatomy(model: nn.Module, blocks_path: str | None = None) -> Anatomy:
     Raises:
         ParedError: there is no such list, or no linear layer in it; says what was found instead.
     """
-    stacks = dict(sorted(_stacks(model), key=lambda item: _count(item[1]), reverse=True))
-    if not stacks:
-        raise ParedError(f"{type(model).__name__}: no list of blocks found; nothing could be compressed")
-    inside = _language_model(model)
-    path = blocks_path or next(
-        (path for path in stacks if inside and path.startswith(f"{inside}.")), next(iter(stacks))
-    )
-    if path not in stacks:
-        raise ParedError(f"{type(model).__name__} has no list of blocks {path!r}; {did_you_mean(path, stacks)}")
+    path, stacks = _find_stack(model, blocks_path)
     blocks = stacks[path]
     sites = tuple(_sites(path, blocks))
     _require_own_weights(model, sites)
@@ -148,6 +140,28 @@ def find_anatomy(model: nn.Module, blocks_path: str | None = None) -> Anatomy:
         other_stacks=tuple(name for name in stacks if name != path),
         model_parameters=_count(model),
     )
+
+
+def find_blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the blocks of a model, whatever is in them.
+
+    Raises:
+        ParedError: there is no list of blocks.
+    """
+    path, stacks = _find_stack(model, None)
+    return list(stacks[path])
+
+
+def _find_stack(model: nn.Module, asked: str | None) -> tuple[str, dict[str, nn.ModuleList]]:
+    """Return the name of the list of blocks, and all lists there are."""
+    stacks = dict(sorted(_stacks(model), key=lambda item: _count(item[1]), reverse=True))
+    if not stacks:
+        raise ParedError(f"{type(model).__name__}: no list of blocks found; nothing could be compressed")
+    inside = _language_model(model)
+    path = asked or next((path for path in stacks if inside and path.startswith(f"{inside}.")), next(iter(stacks)))
+    if path not in stacks:
+        raise ParedError(f"{type(model).__name__} has no list of blocks {path!r}; {did_you_mean(path, stacks)}")
+    return path, stacks
 
 
 def _language_model(model: nn.Module) -> str:

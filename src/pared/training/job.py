@@ -31,8 +31,8 @@ from pared.training.parent import parent_of
 from pared.training.parts import unpack
 from pared.training.precision import training_precision
 from pared.training.processes import Processes
-from pared.training.stage import Context, Stage, TuningMethod
-from pared.training.trainer import Went, train
+from pared.training.stage import Context, Prepared, Stage, TuningMethod
+from pared.training.trainer import Went, put_back, state_of, train
 from pared.training.workshop import Workshop
 from pared.tuning import Tuning
 
@@ -120,25 +120,9 @@ class _Job:
         record = folder / "went.json"
         if record.exists():
             return Went(**json.loads(record.read_text(encoding="utf-8")))
-        with self.watch("load"):
-            model = self.parent.load() if number == 1 else load(workshop.stage(number - 1))
-            stored = model.dtype
-            model.to(self.processes.device, torch.float32 if self.precision == torch.float32 else None)
-            unpack(model)
         steps = self.steps(stage, stages, examples)
-        torch.manual_seed(self.tuning.seed)
-        context = Context(
-            model,
-            self.options,
-            self.tuning,
-            self.parent.manifest,
-            steps,
-            examples,
-            self.processes.device,
-            self.precision,
-        )
+        prepared, stored = self.prepared(workshop, number, stage, steps, examples)
         with self.watch(stage.name):
-            prepared = stage.prepare(context)
             rate = prepared.rate * (self.tuning.learning_rate or self.method.learning_rate)
             state, checkpoint = workshop.state(number), workshop.last_checkpoint(number)
             went = train(
@@ -154,6 +138,12 @@ class _Job:
                 self.processes,
                 self.progress,
             )
+        if self.processes.sharded:
+            changed = state_of(prepared)
+            del prepared
+            prepared, _ = self.prepared(workshop, number, stage, steps, examples)  # whole again
+            put_back(prepared, changed, "this training")
+        with self.watch(stage.name):
             trained = prepared.finish()
 
         def keep() -> None:
@@ -167,6 +157,29 @@ class _Job:
         with self.watch("save"):
             self.processes.first(keep)
         return went
+
+    def prepared(
+        self, workshop: Workshop, number: int, stage: Stage, steps: int, examples: Examples
+    ) -> tuple[Prepared, torch.dtype]:
+        """Return what the stage before has left, made ready, and the dtype it was stored in."""
+        with self.watch("load"):
+            model = self.parent.load() if number == 1 else load(workshop.stage(number - 1))
+            stored = model.dtype
+            model.to(self.processes.device, torch.float32 if self.precision == torch.float32 else None)
+            unpack(model)
+        torch.manual_seed(self.tuning.seed)
+        context = Context(
+            model,
+            self.options,
+            self.tuning,
+            self.parent.manifest,
+            steps,
+            examples,
+            self.processes.device,
+            self.precision,
+        )
+        with self.watch(stage.name):
+            return stage.prepare(context), stored
 
     def steps(self, stage: Stage, stages: tuple[Stage, ...], examples: Examples) -> int:
         """Return the steps of a stage."""

@@ -10,6 +10,7 @@ from transformers import TrainerCallback, TrainingArguments
 from pared.errors import ParedError
 from pared.modules import SparseLinear
 from pared.training.pruned import pruned_layers, zeros_of
+from pared.training.sharding import is_sharded
 
 
 class _Kept(NamedTuple):
@@ -49,8 +50,10 @@ class KeepZeros(TrainerCallback):
                 under FSDP and DeepSpeed.
         """
         model: nn.Module = kwargs["model"]
-        if getattr(args, "fsdp", None) or getattr(args, "deepspeed", None):
-            raise ParedError("KeepZeros needs whole weights; under FSDP or DeepSpeed they are in pieces")
+        in_shards = any(is_sharded(parameter) for parameter in model.parameters())
+        if in_shards or getattr(args, "fsdp", None) or getattr(args, "deepspeed", None):
+            raise ParedError("zeros are kept in whole weights, and FSDP and DeepSpeed hold them in shards; launch data "
+                             "parallel: accelerate launch --multi_gpu, or torchrun --nproc-per-node N")  # fmt: skip
         layers = pruned_layers(model)
         if not layers:
             raise ParedError("KeepZeros found no zeros to keep: no linear layer of the model is pruned")

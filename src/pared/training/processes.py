@@ -23,19 +23,21 @@ class Processes:
     Attributes:
         count: of them.
         is_first: whether this one writes and tells.
+        sharded: whether each holds only its part of what trains (FSDP), as ``accelerate launch --use_fsdp`` asks for.
         device: where this one trains.
 
     Raises:
-        ParedError: Accelerate is missing, the device is not here or is one by number, or parameters would be in pieces.
+        ParedError: Accelerate is missing, the device is not here or is one by number, or the launcher asks for
+            DeepSpeed or for parameters that wait in the memory of the host.
     """
 
     def __init__(self, device: str) -> None:
         if importlib.util.find_spec("accelerate") is None:
             raise ParedError("training needs the package accelerate; install it with: pip install 'pared[train]'")
-        if any(os.environ.get(name, "").lower() in ("1", "true") for name in ("ACCELERATE_USE_FSDP",
-                                                                             "ACCELERATE_USE_DEEPSPEED")):  # fmt: skip
-            raise ParedError("training needs whole weights; FSDP and DeepSpeed hold them in pieces: launch with data "
-                             "parallelism (accelerate launch --multi_gpu, or torchrun --nproc-per-node N)")  # fmt: skip
+        for name in ("ACCELERATE_USE_DEEPSPEED", "FSDP_OFFLOAD_PARAMS"):
+            if _set(name):
+                raise ParedError(f"training does not know what {name} asks for; launch with FSDP that does not offload "
+                                 "(accelerate launch --use_fsdp), or data parallel (--multi_gpu)")  # fmt: skip
         if (number := device_of(device).index) is not None:
             raise ParedError(
                 f"device {device!r}: a process takes the device of its own number; choose one by "
@@ -48,6 +50,8 @@ class Processes:
         self.count: int = self._state.num_processes
         self.is_first: bool = self._state.is_main_process
         self.device: torch.device = torch.device(self._state.device)
+        self.sharded: bool = self.count > 1 and _set("ACCELERATE_USE_FSDP")
+        os.environ.pop("ACCELERATE_USE_FSDP", None)  # what is sharded here Accelerate is not to shard again
 
     def wait(self) -> None:
         """Go on when all are here."""
@@ -58,3 +62,7 @@ class Processes:
         result = act() if self.is_first else None
         self.wait()
         return result
+
+
+def _set(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true")

@@ -1,7 +1,7 @@
 """One stage through the Trainer of transformers: what it computes in, what it saves, how it goes on after a crash."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
+from pared.anatomy import find_blocks
 from pared.engine.progress import Progress
 from pared.errors import ParedError
 from pared.training.examples import Examples, Row, collate
 from pared.training.precision import precise
 from pared.training.processes import Processes
+from pared.training.sharding import fill, gathered, save_whole, shard
 from pared.training.stage import Prepared, Stage
 from pared.training.validation import Validation
 from pared.training.watch import Watch, WholeCheckpoints
@@ -84,19 +86,27 @@ class StageTrainer(Trainer):
         made = self.optimizer is None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if made:
+            save_whole(optimizer)
             for ending, times in self.prepared.faster.items():
                 _set_apart(optimizer, self.prepared.model, ending, times)
         return optimizer
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        del state_dict
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in state_of(self.prepared).items()}, folder / TRAINED)
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what is trained, gathered from all processes by the first."""
+        state = state_of(self.prepared)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / TRAINED)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.args.should_save:
+            self.optimizer.state_dict()  # the first, which writes it, waits for what the others hold
+        super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         del model
-        put_back(self.prepared, Path(resume_from_checkpoint) / TRAINED)
+        put_back(self.prepared, load_file(Path(resume_from_checkpoint) / TRAINED), resume_from_checkpoint)
 
 
 def _set_apart(optimizer: torch.optim.Optimizer, model: nn.Module, ending: str, times: float) -> None:
@@ -111,25 +121,29 @@ def _set_apart(optimizer: torch.optim.Optimizer, model: nn.Module, ending: str, 
         optimizer.add_param_group({"params": moved, "lr": rate, "weight_decay": 0.0})
 
 
-def state_of(prepared: Prepared) -> dict[str, torch.Tensor]:
+def _changing(prepared: Prepared) -> dict[str, torch.Tensor]:
     """Return what a stage changes, by name: parameters that want gradients, once each, and the buffers it names."""
     model: nn.Module = prepared.model
     trained = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
     return trained | {name: model.get_buffer(name) for name in prepared.buffers}
 
 
-def put_back(prepared: Prepared, file: Path) -> None:
-    """Give a model the state of a file.
+def state_of(prepared: Prepared) -> dict[str, torch.Tensor]:
+    """Return what a stage changes, whole; if it is in shards, every process has to ask."""
+    return {name: gathered(tensor) for name, tensor in _changing(prepared).items()}
+
+
+def put_back(prepared: Prepared, state: Mapping[str, torch.Tensor], where: str) -> None:
+    """Give a model a state, whole in every process, and say where it is from if it cannot be.
 
     Raises:
         ParedError: it is the state of another model.
     """
-    stored, here = load_file(file), state_of(prepared)
-    if stored.keys() != here.keys() or any(stored[name].shape != here[name].shape for name in here):
-        raise ParedError(f"{file} is the state of another model; remove the folder it is in to begin anew")
-    with torch.no_grad():
-        for name, tensor in here.items():
-            tensor.copy_(stored[name])
+    here = _changing(prepared)
+    if state.keys() != here.keys() or any(state[name].shape != here[name].shape for name in here):
+        raise ParedError(f"{where} holds the state of another model; remove it to begin anew")
+    for name, tensor in here.items():
+        fill(tensor, state[name])
 
 
 def train(
@@ -206,21 +220,36 @@ def train(
     )
     trainer.remove_callback(PrinterCallback)
     if tuning.gradient_checkpointing:
-        prepared.model.gradient_checkpointing_enable({"use_reentrant": False})
+        _compute_again(prepared.model)
     done = 0 if checkpoint is None else int(checkpoint.name.removeprefix(CHECKPOINT))
     validation.recall(done)
     if checkpoint is not None and (done >= steps or validation.exhausted):  # the Trainer would go one step too far
-        put_back(prepared, checkpoint / TRAINED)
+        put_back(prepared, load_file(checkpoint / TRAINED), str(checkpoint))
         watch.recall(arguments, done)
     else:
         prepared.model.train()
+        if processes.sharded:
+            shard(prepared.model, find_blocks(prepared.model))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         done = trainer.state.global_step
     processes.wait()
     if validation.best is not None:
-        put_back(prepared, validation.best)
+        put_back(prepared, load_file(validation.best), str(validation.best))
     prepared.model.eval()
     return Went(stage.name, done, watch.tokens, count, watch.losses(), validation.history)
+
+
+def _compute_again(model: Any) -> None:
+    """Let the backward pass compute activations again.
+
+    Raises:
+        ParedError: the architecture cannot.
+    """
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise ParedError(f"gradient checkpointing: {error} Train without it") from None
 
 
 class _Rows(torch.utils.data.Dataset[Row]):

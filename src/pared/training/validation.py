@@ -1,7 +1,7 @@
 """The loss on rows that are never trained on: measured now and then, kept for the best, and a reason to stop."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,16 +75,17 @@ class Validation(TrainerCallback):
         loss = mean_loss(kwargs["model"], self.rows, self.tuning.batch, args.device, self.precision)
         earlier = min((value for _, value in self.history), default=float("inf"))
         self.history.append((state.global_step, loss))
+        best = self.state() if loss < earlier and self.patience is not None else None  # gathered from all processes
         if state.is_world_process_zero:
-            self._write(better=loss < earlier)
+            self._write(best)
         if self.exhausted:
             control.should_training_stop = True
 
-    def _write(self, better: bool) -> None:
+    def _write(self, best: Mapping[str, torch.Tensor] | None) -> None:
         text = "".join(json.dumps(entry) + "\n" for entry in self.history)
         (self.folder / HISTORY).write_text(text, encoding="utf-8")
-        if better and self.patience is not None:
-            save_file({name: value.contiguous() for name, value in self.state().items()}, self.folder / BEST)
+        if best is not None:
+            save_file({name: value.contiguous() for name, value in best.items()}, self.folder / BEST)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn import functional
 
 from pared.training.basel.bases import Bases, bases_of_weight
+from pared.training.sharding import gathered
 
 NEGLIGIBLE = 1e-3  # times the mean singular value: bases below are not taken up
 
@@ -65,7 +66,7 @@ class BasisLinear(nn.Module):
     @property
     def coefficients(self) -> torch.Tensor:
         """What every basis is worth, 0 for those that were dropped, ``(R,)`` float32, detached."""
-        return self.w.detach().square() * self.mask
+        return gathered(self.w.detach()).square() * self.mask
 
     @property
     def rank(self) -> int:
