@@ -19,6 +19,7 @@ from pared.checkpoint import Manifest, load, verify
 from pared.training import tune
 from pared.training.processes import Processes
 from pared.training.sharding import units
+from pared.training.watch import Watch
 from pared.tuning import Tuning
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
@@ -30,49 +31,56 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 TRAININGS: dict[str, dict[str, Any]] = {
     "full": {"model": "factors", "method": "full", "evaluate_every": 2, "patience": 3, "learning_rate": 1e-2},
+    "stopping": {"model": "factors", "method": "full", "evaluate_every": 1, "patience": 1, "learning_rate": 1.0},
     "shared": {"model": "shared", "method": "full", "learning_rate": 1e-2, "gradient_checkpointing": True},
-    "distill": {"model": "factors", "method": "distill", "learning_rate": 1e-2},
+    "distill": {"model": "factors", "method": "distill", "learning_rate": 1e-2, "accumulation": 2},
     "lora": {"model": "factors", "method": "lora", "learning_rate": 1e-2},
     "basel": {"model": "dense", "method": "basel", "learning_rate": 1e-3, "tokens": 1536, "options": {
         "prunes": 3, "new": 2, "pruning_epochs": 1.0, "post_epochs": 1.0, "keep": 0.5, "coefficient_rate": 3.0}},
+    "no new bases": {"model": "dense", "method": "basel", "learning_rate": 1e-3, "options": {
+        "prunes": 2, "new": 0, "post_epochs": 0.0}},
     "pruned": {"model": "sparse", "method": "full"},
     "fisher": {"model": "dense", "method": "basel", "options": {"prunes": 1, "new": 2, "importance": "fisher"}},
 }  # fmt: skip
 REFUSED = ("pruned", "fisher")
-# What both processes run: every training one after the other; `full` once more, stopped by a crash after four steps.
+KILLED = ("full", "basel")  # and once more, stopped by a crash after four steps
+# What both processes run: every training one after the other.
 SCRIPT = """
 import json, os, sys, torch
 import pared.training.watch as watch
 from pared import ParedError
 from pared.training import tune
+from pared.training.sharding import gathered as whole, is_sharded
 from pared.tuning import Tuning
 
 torch.set_num_threads(1)
 step = watch.Watch.on_step_end
 
+def weigh(self, args, state, control, **more):
+    grads = [whole(p.grad) for p in more["model"].parameters() if p.grad is not None]
+    norms.setdefault(name, []).append(float(torch.stack([g.norm() for g in grads]).norm()))
+
 def look(self, args, state, control, **more):
-    held = [p.to_local() if hasattr(p, "to_local") else p for p in more["model"].parameters()]
+    held = [p.to_local() if is_sharded(p) else p for p in more["model"].parameters()]
     whole = sum(p.numel() for p in more["model"].parameters())
     shares[name] = sum(p.numel() for p in held) / whole
     if stops and state.global_step == 4:
         raise InterruptedError
     return step(self, args, state, control, **more)
 
-watch.Watch.on_step_end = look
-shares = {}
+watch.Watch.on_step_end, watch.Watch.on_pre_optimizer_step = look, weigh
+shares, norms = {}, {}
 for name, case in json.loads(open(sys.argv[1]).read()).items():
-    os.environ["ACCELERATE_USE_FSDP"] = "true"
-    stops = name == "killed"
+    stops = name.startswith("killed")
     try:
         tune(Tuning.of(case))
     except InterruptedError:
         stops = False
-        os.environ["ACCELERATE_USE_FSDP"] = "true"
         tune(Tuning.of(case))
     except ParedError as error:
         if int(os.environ["RANK"]) == 0:
             open(case["out"] + ".refused", "w").write(str(error))
-open(f"{sys.argv[1]}-{os.environ['RANK']}", "w").write(json.dumps(shares))
+open(f"{sys.argv[1]}-{os.environ['RANK']}", "w").write(json.dumps([shares, norms]))
 """
 
 
@@ -101,7 +109,7 @@ def together(models: Path, text_file: Path, tmp_path_factory: pytest.TempPathFac
     """Every training by two processes that Accelerate's launcher started for FSDP."""
     place = tmp_path_factory.mktemp("together")
     cases = {name: settings(models, place / name, text_file, name) for name in TRAININGS}
-    cases["killed"] = {**cases["full"], "out": str(place / "killed")}
+    cases |= {f"killed {name}": {**cases[name], "out": str(place / f"killed-{name}")} for name in KILLED}
     (place / "cases.json").write_text(json.dumps(cases))
     (place / "script.py").write_text(SCRIPT)
     launch = ["-m", "accelerate.commands.launch", "--use_fsdp", "--fsdp_version", "2", "--num_processes", "2",
@@ -115,9 +123,19 @@ def together(models: Path, text_file: Path, tmp_path_factory: pytest.TempPathFac
 
 @pytest.mark.parametrize("name", [name for name in TRAININGS if name not in REFUSED])
 def test_shards_train_as_the_whole_does(
-    models: Path, together: Path, text_file: Path, tmp_path: Path, name: str
+    models: Path, together: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    tune(Tuning.of({**settings(models, tmp_path / "one", text_file, name), "accumulation": 2}))
+    norms: list[float] = []
+
+    def weigh(*_: Any, **more: Any) -> None:
+        norms.append(
+            float(torch.stack([p.grad.norm() for p in more["model"].parameters() if p.grad is not None]).norm())
+        )
+
+    monkeypatch.setattr(Watch, "on_pre_optimizer_step", weigh)
+    alone = settings(models, tmp_path / "one", text_file, name)
+    tune(Tuning.of({**alone, "accumulation": 2 * alone.get("accumulation", 1)}))
+    assert json.loads((together / "cases.json-0").read_text())[1][name] == pytest.approx(norms, rel=0.02)
     two, one = (Manifest.read(path).training[-1].stages for path in (together / name, tmp_path / "one"))
     assert [stage["steps"] for stage in two] == [stage["steps"] for stage in one]
     for ours, theirs in zip(two, one, strict=True):
@@ -133,17 +151,20 @@ def test_shards_train_as_the_whole_does(
 
 def test_each_process_holds_half_of_the_parameters(together: Path) -> None:
     for rank in (0, 1):
-        shares = json.loads((together / f"cases.json-{rank}").read_text())
-        assert set(shares) == {*TRAININGS, "killed"} - set(REFUSED)
+        shares, _ = json.loads((together / f"cases.json-{rank}").read_text())
+        assert set(shares) == {*TRAININGS, *(f"killed {name}" for name in KILLED)} - set(REFUSED)
         assert all(share == pytest.approx(0.5, abs=0.02) for share in shares.values()), shares
 
 
-def test_shards_go_on_after_a_crash_and_end_the_same(together: Path) -> None:
-    killed, whole = (load(together / name).state_dict() for name in ("killed", "full"))
+@pytest.mark.parametrize("name", KILLED)
+def test_shards_go_on_after_a_crash_and_end_the_same(together: Path, name: str) -> None:
+    killed, whole = (load(together / folder).state_dict() for folder in (f"killed-{name}", name))
     assert all(torch.equal(killed[name], whole[name]) for name in whole)
 
 
-@pytest.mark.parametrize(("name", "message"), [("pruned", "zeros are kept in whole"), ("fisher", "gradients of whole")])
+@pytest.mark.parametrize(
+    ("name", "message"), [("pruned", "zeros are kept in whole"), ("fisher", "takes gradients by itself")]
+)
 def test_what_needs_whole_weights_says_so(together: Path, name: str, message: str) -> None:
     assert message in (together / f"{name}.refused").read_text()
     assert not (together / name).exists()

@@ -32,7 +32,7 @@ from pared.training.parts import unpack
 from pared.training.precision import training_precision
 from pared.training.processes import Processes
 from pared.training.stage import Context, Prepared, Stage, TuningMethod
-from pared.training.trainer import Went, put_back, state_of, train
+from pared.training.trainer import Went, put_back, train
 from pared.training.workshop import Workshop
 from pared.tuning import Tuning
 
@@ -82,6 +82,9 @@ class _Job:
             self.method.check(self.options)
         except ValueError as error:
             raise ParedError(f"training method {self.method.name}: {error}") from None
+        if self.processes.sharded and (reason := self.method.needs_whole(self.options)):
+            raise ParedError(f"{reason}, and FSDP holds weights in shards; launch data parallel: accelerate launch "
+                             "--multi_gpu, or torchrun --nproc-per-node N")  # fmt: skip
         _require_trackers(tuning.report_to)
         if tuning.out is None:
             raise ParedError("no output folder is named; give --out DIR, or 'out' in the file")
@@ -125,7 +128,7 @@ class _Job:
         with self.watch(stage.name):
             rate = prepared.rate * (self.tuning.learning_rate or self.method.learning_rate)
             state, checkpoint = workshop.state(number), workshop.last_checkpoint(number)
-            went = train(
+            went, state_in_shards = train(
                 prepared,
                 stage,
                 self.tuning,
@@ -138,24 +141,24 @@ class _Job:
                 self.processes,
                 self.progress,
             )
-        if self.processes.sharded:
-            changed = state_of(prepared)
-            del prepared
-            prepared, _ = self.prepared(workshop, number, stage, steps, examples)  # whole again
-            put_back(prepared, changed, "this training")
-        with self.watch(stage.name):
-            trained = prepared.finish()
+        whole = None if self.processes.sharded else prepared
+        del prepared
+        gc.collect()
 
         def keep() -> None:
-            with staged(folder, True, needed=self.parent.bytes_needed) as staging:
+            ready = whole or self.prepared(workshop, number, stage, steps, examples)[0]
+            if state_in_shards is not None:
+                put_back(ready, state_in_shards, str(state))
+            with self.watch(stage.name):
+                trained = ready.finish()
+            with self.watch("save"), staged(folder, True, needed=self.parent.bytes_needed) as staging:
                 trained.to(dtype=stored)
                 mark(trained)
                 save(trained, self.tokenizer, staging)
                 (staging / "went.json").write_text(json.dumps(asdict(went)), encoding="utf-8")
             workshop.forget(number)
 
-        with self.watch("save"):
-            self.processes.first(keep)
+        self.processes.first(keep)
         return went
 
     def prepared(

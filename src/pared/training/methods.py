@@ -42,6 +42,7 @@ METHODS: dict[str, TuningMethod] = {
             learning_rate=2e-5,
             options=basel.OPTIONS,
             check=basel.check,
+            needs_whole=basel.needs_whole,
             compresses=True,
         ),
     )

@@ -1,5 +1,6 @@
 """The processes of a training: one, or several that a launcher started, of which the first writes."""
 
+import functools
 import importlib.util
 import os
 from collections.abc import Callable
@@ -35,7 +36,7 @@ class Processes:
         if importlib.util.find_spec("accelerate") is None:
             raise ParedError("training needs the package accelerate; install it with: pip install 'pared[train]'")
         for name in ("ACCELERATE_USE_DEEPSPEED", "FSDP_OFFLOAD_PARAMS"):
-            if _set(name):
+            if _is_set(name):
                 raise ParedError(f"training does not know what {name} asks for; launch with FSDP that does not offload "
                                  "(accelerate launch --use_fsdp), or data parallel (--multi_gpu)")  # fmt: skip
         if (number := device_of(device).index) is not None:
@@ -50,19 +51,52 @@ class Processes:
         self.count: int = self._state.num_processes
         self.is_first: bool = self._state.is_main_process
         self.device: torch.device = torch.device(self._state.device)
-        self.sharded: bool = self.count > 1 and _set("ACCELERATE_USE_FSDP")
-        os.environ.pop("ACCELERATE_USE_FSDP", None)  # what is sharded here Accelerate is not to shard again
+        self.sharded: bool = _asks_for_shards() and self.count > 1
 
     def wait(self) -> None:
         """Go on when all are here."""
         self._state.wait_for_everyone()
 
     def first(self, act: Callable[[], Result]) -> Result | None:
-        """Let the first act while the others wait; None for them."""
-        result = act() if self.is_first else None
-        self.wait()
+        """Let the first act while the others wait; None for them.
+
+        Raises:
+            ParedError: in the others, that the first has failed, and how.
+        """
+        from accelerate.utils import broadcast_object_list
+
+        result, failure = None, None
+        if self.is_first:
+            try:
+                result = act()
+            except Exception as error:
+                failure = error
+        (told,) = broadcast_object_list([None if failure is None else str(failure)])
+        if failure is not None:
+            raise failure
+        if told is not None:
+            raise ParedError(f"the first process failed: {told}")
         return result
 
+    def agreed(self, value: float) -> float:
+        """Return the first process's value in all."""
+        from accelerate.utils import broadcast
 
-def _set(name: str) -> bool:
+        return float(broadcast(torch.tensor(value, dtype=torch.float64, device=self.device)))
+
+
+@functools.cache
+def _asks_for_shards() -> bool:
+    """Whether the launcher of this process asks for FSDP.
+
+    That is kept from Accelerate, which would shard what is in shards already, as is a precision other than that of the
+    training.
+    """
+    asked = _is_set("ACCELERATE_USE_FSDP")
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+    return asked
+
+
+def _is_set(name: str) -> bool:
     return os.environ.get(name, "").lower() in ("1", "true")

@@ -4,26 +4,40 @@ This is FSDP by torch's ``fully_shard`` (Zhao et al., VLDB 2023, arXiv 2304.1127
 optimizer's state are divided among the processes. What is written is whole, so nothing that reads it knows of shards.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from pared.errors import ParedError
 
-def shard(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
+
+def shard(model: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> None:
     """Divide a model's parameters among the processes, in place; every block is gathered by itself.
 
     Args:
-        model: on the device it trains on, the same in every process.
+        model: on the device it trains on; what the first process holds is what is divided.
         blocks: of it, in order.
+        device: of this process.
+
+    Raises:
+        ParedError: torch cannot divide a parameter.
     """
-    for unit in units(blocks):
-        fully_shard(unit)
-    fully_shard(model)
+    for tensor in chain(model.parameters(), model.buffers()):
+        if tensor.is_floating_point() and tensor.numel():
+            distributed.broadcast(tensor.detach(), src=0)
+    mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
+    empty = {parameter for parameter in model.parameters() if not parameter.numel()}
+    try:
+        for unit in (*units(blocks), [model]):
+            fully_shard(unit if len(unit) > 1 else unit[0], mesh=mesh, ignored_params=empty)
+    except ValueError as error:
+        raise ParedError(f"FSDP cannot divide this model: {error}; launch data parallel (--multi_gpu)") from None
     model._is_accelerate_prepared = True  # type: ignore[assignment]  # gradients are reduced already: no DDP around it
 
 
@@ -49,18 +63,33 @@ def gathered(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def collected(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the whole of every tensor; if they are in shards, every process has to ask, and the first alone gets them.
+
+    One is gathered at a time, and waits in the memory of the host.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        whole = gathered(tensor)
+        if not is_sharded(tensor):
+            found[name] = whole
+        elif distributed.get_rank() == 0:
+            found[name] = whole.cpu()
+    return found
+
+
 @torch.no_grad()
 def fill(tensor: torch.Tensor, whole: torch.Tensor) -> None:
     """Give a tensor other values, of which every process has the whole."""
     tensor.copy_(_like(tensor, whole))
 
 
-def save_whole(optimizer: torch.optim.Optimizer) -> None:
-    """Let an optimizer's state be whole outside of it: gathered when it is asked for, divided when it is given."""
+def hand_out_whole(optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimizer's state be whole outside of it: collected when it is asked for, divided when it is given."""
 
-    def gather(_: Any, state: dict[str, Any]) -> dict[str, Any]:
+    def collect(_: Any, state: dict[str, Any]) -> dict[str, Any]:
         return {**state, "state": {
-            index: {name: gathered(value) if isinstance(value, torch.Tensor) else value for name, value in one.items()}
+            index: {**one, **collected({name: value for name, value in one.items() if isinstance(value, DTensor)})}
             for index, one in state["state"].items()
         }}  # fmt: skip
 
@@ -72,7 +101,7 @@ def save_whole(optimizer: torch.optim.Optimizer) -> None:
             for index, one in state["state"].items()
         }}  # fmt: skip
 
-    optimizer.register_state_dict_post_hook(gather)
+    optimizer.register_state_dict_post_hook(collect)
     optimizer.register_load_state_dict_pre_hook(divide)
 
 

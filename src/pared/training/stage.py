@@ -103,6 +103,7 @@ class TuningMethod:
         learning_rate: at the peak, if nothing else is asked for.
         options: names and default values.
         check: refuses options that cannot be, with a ValueError.
+        needs_whole: why it cannot train weights in shards with these options, nothing if it can.
         compresses: whether it makes the model smaller itself and so takes dense ones; the others take folders.
     """
 
@@ -113,4 +114,5 @@ class TuningMethod:
     learning_rate: float
     options: Mapping[str, bool | int | float | str] = field(default_factory=dict)
     check: Callable[[Mapping[str, Any]], None] = lambda options: None  # noqa: ARG005
+    needs_whole: Callable[[Mapping[str, Any]], str] = lambda options: ""  # noqa: ARG005
     compresses: bool = False

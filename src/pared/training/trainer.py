@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from pared.anatomy import find_blocks
 from pared.engine.progress import Progress
@@ -17,7 +18,7 @@ from pared.errors import ParedError
 from pared.training.examples import Examples, Row, collate
 from pared.training.precision import precise
 from pared.training.processes import Processes
-from pared.training.sharding import fill, gathered, save_whole, shard
+from pared.training.sharding import collected, fill, hand_out_whole, shard
 from pared.training.stage import Prepared, Stage
 from pared.training.validation import Validation
 from pared.training.watch import Watch, WholeCheckpoints
@@ -86,7 +87,7 @@ class StageTrainer(Trainer):
         made = self.optimizer is None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if made:
-            save_whole(optimizer)
+            hand_out_whole(optimizer)
             for ending, times in self.prepared.faster.items():
                 _set_apart(optimizer, self.prepared.model, ending, times)
         return optimizer
@@ -103,6 +104,11 @@ class StageTrainer(Trainer):
         if not self.args.should_save:
             self.optimizer.state_dict()  # the first, which writes it, waits for what the others hold
         super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:  # in the memory of the host: of what is in shards every process needs only its part
+            for owner, name in ((self.optimizer, OPTIMIZER_NAME), (self.lr_scheduler, SCHEDULER_NAME)):
+                owner.load_state_dict(torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         del model
@@ -129,8 +135,8 @@ def _changing(prepared: Prepared) -> dict[str, torch.Tensor]:
 
 
 def state_of(prepared: Prepared) -> dict[str, torch.Tensor]:
-    """Return what a stage changes, whole; if it is in shards, every process has to ask."""
-    return {name: gathered(tensor) for name, tensor in _changing(prepared).items()}
+    """Return what a stage changes, whole; if it is in shards, every process has to ask, and the first gets it."""
+    return collected(_changing(prepared))
 
 
 def put_back(prepared: Prepared, state: Mapping[str, torch.Tensor], where: str) -> None:
@@ -158,7 +164,7 @@ def train(
     precision: torch.dtype,
     processes: Processes,
     progress: Progress,
-) -> Went:
+) -> tuple[Went, dict[str, torch.Tensor] | None]:
     """Train a stage to its end, from a checkpoint if there is one.
 
     Args:
@@ -174,6 +180,9 @@ def train(
         processes: that train together.
         progress: who watches.
 
+    Returns:
+        How it went; and, if the model is in shards, its state, for a whole model of the first process.
+
     Raises:
         ParedError: nothing is trained, or the loss is not a number.
     """
@@ -183,7 +192,9 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     schedule, more = SCHEDULES[stage.schedule if tuning.schedule == "auto" else tuning.schedule]
     watch = Watch(stage.name, progress, examples.tokens_per_row, folder)
-    validation = Validation(examples.validation, tuning, precision, lambda: state_of(prepared), folder, stage.patient)
+    validation = Validation(
+        examples.validation, tuning, precision, lambda: state_of(prepared), folder, stage.patient, processes.agreed
+    )
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -229,14 +240,18 @@ def train(
     else:
         prepared.model.train()
         if processes.sharded:
-            shard(prepared.model, find_blocks(prepared.model))
+            shard(prepared.model, find_blocks(prepared.model), processes.device)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         done = trainer.state.global_step
     processes.wait()
-    if validation.best is not None:
-        put_back(prepared, load_file(validation.best), str(validation.best))
+    state = None if validation.best is None else load_file(validation.best)
+    if processes.sharded:
+        state = state or state_of(prepared)
+    elif state is not None:
+        put_back(prepared, state, str(validation.best))
+        state = None
     prepared.model.eval()
-    return Went(stage.name, done, watch.tokens, count, watch.losses(), validation.history)
+    return Went(stage.name, done, watch.tokens, count, watch.losses(), validation.history), state
 
 
 def _compute_again(model: Any) -> None:

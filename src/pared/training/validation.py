@@ -35,7 +35,9 @@ class Validation(TrainerCallback):
         state: Callable[[], dict[str, torch.Tensor]],
         folder: Path,
         patient: bool,
+        agreed: Callable[[float], float],
     ) -> None:
+        self.agreed = agreed
         self.rows, self.tuning, self.precision, self.state, self.folder = rows, tuning, precision, state, folder
         self.patience = tuning.patience if patient else None
         self.history: list[tuple[int, float]] = []
@@ -72,7 +74,7 @@ class Validation(TrainerCallback):
         due = every is not None and state.global_step % every == 0
         if not self.rows or not (due or state.global_step == state.max_steps):
             return
-        loss = mean_loss(kwargs["model"], self.rows, self.tuning.batch, args.device, self.precision)
+        loss = self.agreed(mean_loss(kwargs["model"], self.rows, self.tuning.batch, args.device, self.precision))
         earlier = min((value for _, value in self.history), default=float("inf"))
         self.history.append((state.global_step, loss))
         best = self.state() if loss < earlier and self.patience is not None else None  # gathered from all processes

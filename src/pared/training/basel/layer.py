@@ -59,8 +59,8 @@ class BasisLinear(nn.Module):
         self.register_buffer("mask", torch.ones(count, dtype=torch.bool, device=place))
         self.w = nn.Parameter(c_R[:count].sqrt().float())
         drawn = torch.randn(new, self.in_features, generator=generator).to(place)
-        self.U_new = nn.Parameter(torch.zeros(self.out_features, new, device=place))
-        self.V_new = nn.Parameter(drawn / max(1, new) ** 0.5)
+        self.U_new = nn.Parameter(torch.zeros(self.out_features, new, device=place), requires_grad=new > 0)
+        self.V_new = nn.Parameter(drawn / max(1, new) ** 0.5, requires_grad=new > 0)
         self.bias = None if bias_O is None else nn.Parameter(bias_O.detach().float().clone())
 
     @property

@@ -68,6 +68,13 @@ def check(options: Mapping[str, Any]) -> None:
         raise ValueError(f"option pruning_epochs: expected more than 0, found {options['pruning_epochs']}")
 
 
+def needs_whole(options: Mapping[str, Any]) -> str:
+    """Return why these options do not train weights in shards, nothing if they do."""
+    return (
+        "" if options["importance"] == "magnitude" else f"importance {options['importance']} takes gradients by itself"
+    )
+
+
 def stages(options: Mapping[str, Any]) -> tuple[Stage, ...]:
     """Return weighing and dropping, then tuning of the factors."""
     selecting = options["keeping_epochs"] + options["pruning_epochs"]

@@ -8,11 +8,9 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
-from pared.errors import ParedError
 from pared.training.basel.choose import Weight, by_budget, by_mass, share_for
 from pared.training.basel.importance import curvature, fisher, magnitude, taylor
 from pared.training.basel.layer import BasisLinear
-from pared.training.sharding import is_sharded
 
 BatchLoss = Callable[[nn.Module], torch.Tensor]
 
@@ -51,18 +49,6 @@ class Prune(TrainerCallback):
         self.layers, self.weights, self.steps = dict(layers), dict(weights), steps
         self.share, self.sizes, self.importance = share, sizes, importance
         self.probes, self.losses, self.model = probes, tuple(losses), model
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Refuse what cannot be followed.
-
-        Raises:
-            ParedError: gradients are wanted by themselves, and every process has only a part of the weights.
-        """
-        if self.importance != "magnitude" and any(is_sharded(layer.w) for layer in self.layers.values()):
-            raise ParedError(
-                f"option importance: {self.importance} takes gradients of whole weights, and FSDP has them in shards; "
-                "take magnitude, or launch data parallel (accelerate launch --multi_gpu)"
-            )
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         """Drop as often as this step asks for."""
