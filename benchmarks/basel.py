@@ -26,12 +26,15 @@ PLACE = Path(os.environ.get("PARED_CACHE", "~/.cache/pared")).expanduser() / "be
 SIZES = (0.45, 0.8, 0.6)  # of the whole model
 WINDOWS, LENGTH, BATCH = 10, 256, 1
 BASELINES = ("svd", "fwsvd", "svd-llm")
+OURS = "basel, bases of outputs"
+METHODS = ("basel", OURS, *BASELINES)
 # Of the paper's thousands of steps there is time for a hundred: everything learns faster, coefficients most.
 RATE, COEFFICIENTS = 1e-4, 30.0
 BASEL = {"prunes": 10, "keeping_epochs": 1.0, "pruning_epochs": 1.0, "post_epochs": 2.0, "new": 8,
          "coefficient_rate": COEFFICIENTS}  # fmt: skip
-OURS = "basel, bases of outputs"
+TOKENS, FEW = 16_384, 8_192  # of tuning after the compression, and of that of the ablations
 ABLATIONS: dict[str, dict[str, Any]] = {
+    OURS: {},
     "without new bases": {"new": 0},
     "without learning anew": {"relearn": False},
     "importance fisher": {"importance": "fisher"},
@@ -97,7 +100,8 @@ def run_cell(cell: dict[str, Any], model: str, named: dict[str, str]) -> dict[st
                        schedule="cosine")  # fmt: skip
     else:
         before = None
-        options = {**BASEL, "keep": keep, **ABLATIONS.get(name, {"basis": "outputs"} if name == OURS else {})}
+        options = {**BASEL, "keep": keep, "basis": "outputs" if name in ABLATIONS else "weight",
+                   **ABLATIONS.get(name, {})}  # fmt: skip
         asked = tuning(model, out, named["train"], 2 * tokens, method="basel", options=options)
     if not (out / "pared.json").exists():
         tune(asked)
@@ -139,7 +143,7 @@ def render(lines: list[dict[str, Any]]) -> str:
         f"{COEFFICIENTS:g} times as fast as the rest.",
         "",
     ]
-    for title, names in (("Methods", ("basel", OURS, *BASELINES)), ("Ablations of Basel", ("basel", *ABLATIONS))):
+    for title, tokens, names in (("Methods", TOKENS, METHODS), (f"Ablations of {OURS}", FEW, tuple(ABLATIONS))):
         rows = [
             (
                 line["what"],
@@ -151,9 +155,9 @@ def render(lines: list[dict[str, Any]]) -> str:
                 f"{line['peak_memory_bytes'] / 2**20:,.0f}",
             )
             for line in sorted(lines, key=lambda line: (-line["size"], line["perplexity"][test]))
-            if line["what"] in names
+            if line["what"] in names and line.get("tokens") == tokens
         ]
-        if title == "Methods" or any(row[0] in ABLATIONS for row in rows):
+        if rows:
             header = ("method", "size", "before tuning", "perplexity", "tokens", "minutes", "peak MiB")
             text += [f"## {title}", "", table(header, rows), ""]
     return "\n".join([*text, "![Perplexity by size](basel.svg)", "", signature(lines)])
@@ -162,10 +166,9 @@ def render(lines: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="embedded:smollm2-135m")
-    parser.add_argument("--methods", nargs="+", default=["basel", OURS, *BASELINES])
+    parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--sizes", type=float, nargs="+", default=list(SIZES))
-    parser.add_argument("--tokens", type=int, default=16_384, help="of tuning after the compression")
-    parser.add_argument("--ablations", action="store_true", help="at the first of the sizes")
+    parser.add_argument("--ablations", action="store_true", help="at the first of the sizes, on half of the tokens")
     parser.add_argument("--render", action="store_true")
     asked = parser.parse_args()
     if not asked.render:
@@ -176,7 +179,8 @@ def main() -> None:
                            "perplexity": {"speeches of 2000 to 2006": found}})  # fmt: skip
         for size in asked.sizes[:1] if asked.ablations else asked.sizes:
             for what in ABLATIONS if asked.ablations else asked.methods:
-                cell = {"what": what, "size": size, "tokens": asked.tokens, "keep": keep_of(size, asked.model)}
+                tokens = FEW if asked.ablations else TOKENS
+                cell = {"what": what, "size": size, "tokens": tokens, "keep": keep_of(size, asked.model)}
                 if key_of(cell) not in {key_of(line) for line in read(LINES)}:
                     append(LINES, run_cell(cell, asked.model, named))
                     print(f"{key_of(cell)}: {read(LINES)[-1]['perplexity']}", flush=True)
@@ -184,8 +188,10 @@ def main() -> None:
     (test,) = lines[0]["perplexity"]
     base = lines[0]["perplexity"][test]
     points = {
-        what: [(line["share"], line["perplexity"][test] / base) for line in lines if line["what"] == what]
-        for what in ("basel", OURS, *BASELINES)
+        what: [
+            (line["share"], line["perplexity"][test] / base) for line in lines if key_of(line)[::2] == (what, TOKENS)
+        ]
+        for what in METHODS
     }
     curves = {test: points}
     if any(points.values()):

@@ -46,8 +46,8 @@ def compressed(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Outc
         model=MODEL,
         method="svd-llm",
         keep=0.8,
-        calibration=pared.Calibration(text=corpus.calibration, samples=64, length=1024),
-        evaluation=pared.Evaluation(text=corpus.evaluation, length=1024, windows=20),
+        calibration=pared.Calibration(text=corpus.calibration, samples=16, length=1024),
+        evaluation=pared.Evaluation(text=corpus.evaluation, length=1024, windows=4),
         out=str(tmp_path_factory.mktemp("real") / "smol"),
     )
     return pared.run(recipe)
