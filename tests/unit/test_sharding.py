@@ -39,6 +39,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
         "prunes": 3, "new": 2, "pruning_epochs": 1.0, "post_epochs": 1.0, "keep": 0.5, "coefficient_rate": 3.0}},
     "no new bases": {"model": "dense", "method": "basel", "learning_rate": 1e-3, "options": {
         "prunes": 2, "new": 0, "post_epochs": 0.0}},
+    "lora of pruned": {"model": "sparse", "method": "lora", "learning_rate": 1e-2},
     "pruned": {"model": "sparse", "method": "full"},
     "fisher": {"model": "dense", "method": "basel", "options": {"prunes": 1, "new": 2, "importance": "fisher"}},
 }  # fmt: skip
