@@ -27,8 +27,8 @@ PLACE = Path(os.environ.get("PARED_CACHE", "~/.cache/pared")).expanduser() / "be
 GRID: list[dict[str, Any]] = [
     {"method": "lora", "learning_rate": 1e-3},
     {"method": "distill", "learning_rate": 3e-5, "options": {"text": 0.5}},
-    {"method": "distill", "learning_rate": 3e-5},
     {"method": "full", "learning_rate": 3e-5},
+    {"method": "distill", "learning_rate": 3e-5},
     {"method": "lora", "learning_rate": 1e-4},
     {"method": "distill", "learning_rate": 1e-3, "options": {"text": 0.5, "adapters": 8}},
     {"method": "distill", "learning_rate": 3e-5, "options": {"text": 0.5, "hidden": 1.0}},
