@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import pared
+from pared.cli import measures
 from pared.cli.main import app
 from pared.engine import Silent
 from pared.evaluation.choice import CHOICES, evaluate_choices, prepare
@@ -351,3 +352,36 @@ def test_the_command_does_chosen_and_written_tasks_in_one_run(
     assert wrong.exit_code == 2
     assert "did you mean 'arc_easy'?" in wrong.output
     assert os.environ.get("DISABLE_MULTIPROC") is None
+    assert not list(tmp_path.glob(".found.json*"))
+
+
+def test_a_killed_run_goes_on_after_the_tasks_it_has_done(
+    data: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, out = tmp_path / "model", tmp_path / "found.json"
+    model = TINY_MODELS["llama"]()
+    model.config.max_position_embeddings = 512
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    command = ["eval", str(folder), "--tasks", "rte,piqa", "--json"]
+    assert CliRunner().invoke(app, [*command, str(tmp_path / "whole.json")]).exit_code == 0
+    done: list[str] = []
+    score = measures.evaluate_choices
+
+    def killed_at_the_second(*arguments: Any, **more: Any) -> Any:
+        done.append("")
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        return score(*arguments, **more)
+
+    monkeypatch.setattr(measures, "evaluate_choices", killed_at_the_second)
+    assert CliRunner().invoke(app, [*command, str(out)]).exit_code != 0
+    assert not out.exists()
+    other = CliRunner().invoke(app, [*command, str(out), "--limit", "1"])
+    assert "keeps an unfinished run with limit None, and 1 is asked for" in other.output.replace("\n", " ")
+    again = CliRunner().invoke(app, [*command, str(out)])
+    assert again.exit_code == 0, again.output
+    assert "going on after rte" in again.output
+    assert len(done) == 3  # rte, piqa that was killed, piqa
+    assert json.loads(out.read_text()) == json.loads((tmp_path / "whole.json").read_text())
+    assert not list(tmp_path.glob(".found.json*"))

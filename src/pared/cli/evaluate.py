@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from pared.cli.console import JsonFile, errors, quiet_libraries, write_json
+from pared.cli.kept import Kept
 from pared.cli.measures import (
     ask_about_images,
     do_tasks,
@@ -101,7 +102,7 @@ def evaluate(
             "dtype": None if dtype == "auto" else dtype,
         }  # fmt: skip
         _require_read(asked[0] if protocol is None else "perplexity --protocol", options)
-        place = device_of(device)
+        place, kept = device_of(device), Kept(json_file)
         if perplexity is not None and protocol is not None:
             result = perplexity_by_protocol(model, perplexity, protocol, dtype, place)
         elif perplexity is not None:
@@ -113,15 +114,18 @@ def evaluate(
 
             how = {"epochs": epochs, "learning_rate": learning_rate, "length": length, "examples": limit}
             chosen = FineTuning(**{name: value for name, value in how.items() if value is not None})  # type: ignore[arg-type]
-            result = fine_tune_for(model, names_of(fine_tune), chosen, place)
+            result = fine_tune_for(model, names_of(fine_tune), chosen, place, kept)
         elif vqa is not None:
             result = ask_about_images(model, Path(vqa), limit, dtype, place)
         else:
             sampling = Sampling(
                 temperature=0.0 if temperature is None else temperature, samples=1 if samples is None else samples
             )
-            result = do_tasks(model, names_of(tasks or ""), limit, shots, sampling, allow_code_execution, dtype, place)
+            result = do_tasks(
+                model, names_of(tasks or ""), limit, shots, sampling, allow_code_execution, dtype, place, kept
+            )
         write_json(json_file, {"model": model, **result})
+        kept.finish()
 
 
 def _require_read(measure: str, options: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.checkpoint import load
 from pared.cli.console import ConsoleProgress, err, out
+from pared.cli.kept import Kept
 from pared.errors import ParedError
 from pared.evaluation import TASKS, Result, Sampling, classify, evaluate_task, task_of
 from pared.evaluation import perplexity as measure
@@ -105,22 +106,24 @@ def label(model: str, name: str, length: int, count: int | None, dtype: str, pla
     return {**found, **pieces.describe()}
 
 
-def fine_tune_for(model: str, names: list[str], asked: "FineTuning", place: torch.device) -> dict[str, Any]:
-    """Train an encoder for every task, and score it."""
+def fine_tune_for(model: str, names: list[str], asked: "FineTuning", place: torch.device, kept: Kept) -> dict[str, Any]:
+    """Train an encoder for every task, and score it; what is done is kept."""
     from pared.training.encoders import examples_of, fine_tuned_score, require_encoder, steps_of
 
     require_encoder(model)
     parts = {name: examples_of(name) for name in names}  # a file that is missing, before the first is trained
     if not parts:
         raise ParedError("--fine-tune names no task")
-    found = []
+    kept.begin({"model": model, "digest": find_model(model).digest(), **asdict(asked), "device": str(place)})
     for name, part in parts.items():
+        if kept.has(name):
+            continue
         with ConsoleProgress().stage(f"fine-tune {name}", steps_of(len(part.train.rows), asked), "step") as advance:
             score = fine_tuned_score(model, part, asked, place, advance)
         told = ", ".join(f"{metric} {value:.4f}" for metric, value in score.metrics.items())
         out.print(f"{name}: {told}; {score.examples:,} examples after {asked.epochs:g} epochs", markup=False)
-        found.append({"task": name, **asdict(asked), **asdict(score)})
-    return {"tasks": found}
+        kept.add(name, {"task": name, **asdict(asked), **asdict(score)})
+    return {"tasks": kept.results(names)}
 
 
 def ask_about_images(model: str, path: Path, limit: int | None, dtype: str, place: torch.device) -> dict[str, Any]:
@@ -142,8 +145,9 @@ def do_tasks(
     run_code: bool,
     dtype: str,
     place: torch.device,
+    kept: Kept,
 ) -> dict[str, Any]:
-    """Let a model do tasks: those in which it chooses, then those in which it writes."""
+    """Let a model do tasks: those in which it chooses, then those in which it writes; what is done is kept."""
     if not names:
         raise ParedError("--tasks names no task")
     for name in names:
@@ -162,18 +166,21 @@ def do_tasks(
         task = task_of(name)
         counts[name] = len(rows_of(task, limit))
         examples_of(task, task.shots if shots is None else shots)
-    prepared = prepare(chosen, shots, limit) if chosen else None
+    settings = {"limit": limit, "shots": shots, **asdict(sampling), "dtype": dtype, "device": str(place)}
+    kept.begin({"model": model, "digest": source.digest(), **settings})
+    prepared = [prepare([name], shots, limit) for name in chosen if not kept.has(name)]
     tokenizer = source.tokenizer()
     loaded = load(model, dtype).to(place)
     progress = ConsoleProgress()
-    results = (
-        [] if prepared is None else evaluate_choices(loaded, tokenizer, prepared, progress.stage, note=progress.note)
-    )
-    for result in results:
+    for part in prepared:
+        (result,) = evaluate_choices(loaded, tokenizer, part, progress.stage, note=progress.note)
         _tell(result, loaded.dtype)
+        kept.add(result.task, asdict(result))
     for name, count in counts.items():
-        results.append(_task(loaded, tokenizer, name, count, limit, shots, sampling, run_code))
-    return {"dtype": str(loaded.dtype), "tasks": [asdict(result) for result in results]}
+        if not kept.has(name):
+            result = _task(loaded, tokenizer, name, count, limit, shots, sampling, run_code)
+            kept.add(name, asdict(result))
+    return {"dtype": str(loaded.dtype), "tasks": kept.results([*chosen, *written])}
 
 
 def _task(

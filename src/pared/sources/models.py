@@ -1,5 +1,6 @@
 """Models by name: the embedded one, a local folder, a GGUF file, a Hub id."""
 
+import hashlib
 import importlib.util
 import logging
 import re
@@ -39,6 +40,7 @@ PROCESSOR_FILES = (
     "chat_template.json",
     "chat_template.jinja",
 )
+PIECES, PIECE = 64, 4096  # of every file of weights, evenly spaced, for a digest
 QUIETLY: dict[str, bool] = {
     "_raise_exceptions_for_gated_repo": False,
     "_raise_exceptions_for_missing_entries": False,
@@ -75,6 +77,19 @@ class ModelSource:
             return AutoTokenizer.from_pretrained(self.location)
         except Exception as error:  # tokenizers raises its own
             raise ParedError(f"model {self.name!r}: no readable tokenizer ({first_line(error)})") from None
+
+    def digest(self) -> str:
+        """Return what tells a model from every other: its configuration, and of its weights a sample or the commit."""
+        digest, folder = hashlib.sha256(self.config().to_json_string().encode()), Path(self.location)
+        digest.update(str(getattr(self.config(), "_commit_hash", None)).encode())
+        for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else []:
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}".encode())
+            with file.open("rb") as content:
+                for index in range(PIECES):
+                    content.seek(index * max(0, size - PIECE) // (PIECES - 1))
+                    digest.update(content.read(PIECE))
+        return digest.hexdigest()
 
     @property
     def sees(self) -> bool:

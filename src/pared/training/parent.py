@@ -112,7 +112,7 @@ class DenseParent:
         self._skeleton = self._source.skeleton()
         self._anatomy = find_anatomy(self._skeleton)
         self.bytes_needed = self._anatomy.model_parameters * self._source.weight_bytes()
-        self.digest = _digest_of(self.config, Path(self._source.location))
+        self.digest = self._source.digest()
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return its tokenizer."""
@@ -185,20 +185,3 @@ def parent_of(tuning: Tuning, options: dict[str, Any], compresses: bool) -> Pare
     if tuning.model is None:
         raise ParedError("no model is named; give a folder that pared made")
     return DenseParent(tuning, options) if compresses else CompressedParent(tuning.model)
-
-
-BLOCKS, BLOCK = 64, 4096  # of every file of weights, evenly spaced
-
-
-def _digest_of(config: PretrainedConfig, folder: Path) -> str:
-    """Return a digest of a dense model: its configuration, and a sample of its weights, or on the Hub its commit."""
-    digest = hashlib.sha256(config.to_json_string().encode())
-    digest.update(str(getattr(config, "_commit_hash", None)).encode())
-    for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else []:
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
-        with file.open("rb") as content:
-            for index in range(BLOCKS):
-                content.seek(index * max(0, size - BLOCK) // (BLOCKS - 1))
-                digest.update(content.read(BLOCK))
-    return digest.hexdigest()
