@@ -23,7 +23,7 @@ class Tuning(Strict):
         length: tokens in a window of a text, the most tokens of an example.
         windows: the most windows or examples of each; none means all.
         validation: windows or examples at the end of each that are never trained on, to measure the loss on.
-        epochs: how often the data is gone through.
+        epochs: how often the data is gone through; none is the method's own.
         tokens: how many tokens are trained on, in place of ``epochs``; rounded up to a whole step.
         batch: windows a step and process.
         accumulation: batches whose gradients make one step.
@@ -54,7 +54,7 @@ class Tuning(Strict):
     length: Annotated[int, Field(ge=2, strict=True)] = 512
     windows: Positive | None = None
     validation: Annotated[int, Field(ge=0, strict=True)] = 8
-    epochs: Annotated[float, Field(gt=0)] = 1.0
+    epochs: Annotated[float, Field(gt=0)] | None = None
     tokens: Positive | None = None
     batch: Positive = 8
     accumulation: Positive = 1
@@ -78,7 +78,7 @@ class Tuning(Strict):
     def _sensible(self) -> "Tuning":
         if not self.data:
             raise ValueError("data names nothing to train on")
-        if self.tokens is not None and self.epochs != 1.0:
+        if self.tokens is not None and self.epochs is not None:
             raise ValueError(f"tokens {self.tokens} and epochs {self.epochs:g} are two lengths; give one")
         if self.patience is not None and self.evaluate_every is None:
             raise ValueError("patience counts measurements; say how often to measure with evaluate_every")

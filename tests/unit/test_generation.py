@@ -19,6 +19,7 @@ from pared.evaluation import Sampling, complete, evaluate_task, task_of
 from pared.evaluation.answers import boxed, last_number, marked_number, normalised, same_expression, same_number
 from pared.evaluation.generation import cut_at
 from pared.evaluation.passes import mean_pass_at_k, pass_at_k
+from pared.evaluation.tasks import rows_of
 from pared.install import dense_linear
 from pared.modules import LowRankLinear, replace_module
 
@@ -150,8 +151,6 @@ def test_every_answer_of_math500_is_found_in_its_own_solution(monkeypatch: pytes
 
     if not os.environ.get("PARED_DATA"):
         pytest.skip("the data are not at hand: PARED_DATA is not set")
-    from pared.evaluation.tasks import rows_of
-
     rows = rows_of(task_of("math500"))
     right = sum(same_expression(boxed(row["solution"]), row["answer"]) for row in rows)
     assert right >= 0.99 * len(rows)
@@ -209,6 +208,26 @@ def test_gsm8k_is_judged_by_mark_and_by_last_number(data: Any, monkeypatch: pyte
     assert result.errors["exact_match"] == pytest.approx((0.25 * 0.75 / 3) ** 0.5)
 
 
+@pytest.mark.parametrize(
+    ("task", "row", "message"),
+    [
+        ("gsm8k", {"question": "q", "answer": 3}, r"row 1: expected answer to be str, found 3"),
+        ("gsm8k", {"question": "q", "answer": "three"}, r"row 1: answer 'three' says no number to judge by"),
+        ("svamp", {"context": "q", "answer": "three"}, r"row 1: answer 'three' says no number to judge by"),
+        (
+            "mbpp",
+            {"text": "t", "code": "c", "task_id": "11", "test_list": []},
+            r"expected task_id to be int, found '11'",
+        ),
+        ("mbpp", {"text": "t", "code": "c", "task_id": 11, "test_list": None}, r"expected test_list to be list, found"),
+    ],
+)
+def test_a_row_that_cannot_be_judged_is_named(data: Any, task: str, row: dict[str, Any], message: str) -> None:
+    data(task_of(task).file, [row])
+    with pytest.raises(ParedError, match=message):
+        rows_of(task_of(task))
+
+
 def test_shots_stand_before_the_prompt_as_they_are_solved(data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import gzip
 
@@ -253,8 +272,6 @@ def test_every_task_is_solved_by_its_own_solutions(monkeypatch: pytest.MonkeyPat
 
     if not os.environ.get("PARED_DATA"):
         pytest.skip("the data are not at hand: PARED_DATA is not set")
-    from pared.evaluation.tasks import rows_of
-
     for name, metric in (
         ("humaneval", "pass@1"),
         ("mbpp", "pass@1"),

@@ -94,6 +94,19 @@ def test_prompts_that_leave_no_answer_are_left_out_and_told(
         cut_instructions(name, tokenizer, 1, None, "plain")
 
 
+def test_lines_after_the_first_are_the_input() -> None:
+    assert prompt("alpaca", "Add.\n1\n2") == prompt("alpaca", "Add.", "1\n2")
+    assert "Add.\n1\n2" in prompt("plain", "Add.\n1\n2")
+
+
+def test_what_mbpp_is_measured_on_is_not_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"text": f"t{number}", "code": "c", "task_id": number} for number in (3, 11, 510, 601, 974)]
+    (tmp_path / "code").mkdir()
+    written(tmp_path / "code" / "mbpp.jsonl", rows)
+    monkeypatch.setenv("PARED_DATA", str(tmp_path))
+    assert [found.instruction for found in find_instructions("instruct:mbpp:train")[0]] == ["t601", "t974"]
+
+
 def test_the_template_is_alpacas() -> None:
     assert prompt("alpaca", "Add.", "1 and 2") == (
         "Below is an instruction that describes a task, paired with an input that provides further context. Write a "

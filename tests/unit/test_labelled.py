@@ -298,6 +298,28 @@ def test_glue_and_entity_files_are_read_where_they_lie(tmp_path: Path, monkeypat
         find_examples("glue:cola:train")
 
 
+def test_a_label_the_task_does_not_have_is_named_with_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PARED_DATA", str(tmp_path))
+    for folder, row in (("SST-2", "fine\t7"), ("RTE", "0\ta\tb\tmaybe")):
+        (tmp_path / "glue" / folder).mkdir(parents=True)
+        (tmp_path / "glue" / folder / "dev.tsv").write_text(f"header\n{row}\n")
+    with pytest.raises(ParedError, match=r"dev\.tsv, row 2: expected a label of 0, 1, found '7'"):
+        find_examples("glue:sst2:dev")
+    with pytest.raises(ParedError, match=r"row 2: expected a label of entailment, not_entailment, found 'maybe'"):
+        find_examples("glue:rte:dev")
+
+
+def test_rows_that_are_torn_in_the_data_set_itself_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PARED_DATA", str(tmp_path))
+    (tmp_path / "glue" / "QQP").mkdir(parents=True)
+    rows = ["id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate", "1\t2\t3\ta\tb\t1", "4\t5\t6\ttorn"]
+    (tmp_path / "glue" / "QQP" / "train.tsv").write_text("\n".join(rows) + "\n")
+    assert [row.texts for row in find_examples("glue:qqp:train").rows] == [("a", "b")]
+    assert "row 3: 4 columns; left out" in caplog.text
+
+
 def test_files_that_hold_no_examples_are_refused(tmp_path: Path) -> None:
     for rows, told in (
         ([{"text": "cat"}], r"row 1: expected 'text' .* found \['text'\]"),

@@ -83,6 +83,14 @@ def test_what_could_not_be_kept_to_is_told() -> None:
     assert found.deviations == ("it says nothing of the text 'file:mine.txt', which is joined by blank lines",)
 
 
+def test_another_split_and_fewer_windows_than_a_paper_takes_are_told() -> None:
+    c4 = short(windows={"c4": 3}, documents={"c4": 1})
+    (split,) = cut_by(c4, text_of(words(0, 12), name="c4:train"), TOKENIZER, CONFIG).deviations
+    assert split == "'c4:train' in place of c4:validation"
+    (fewer,) = cut_by(c4, text_of(words(0, 11), name="c4:validation"), TOKENIZER, CONFIG).deviations
+    assert fewer == "2 windows, which is all there are, in place of 3"
+
+
 def test_sentences_of_the_penn_treebank_are_joined_as_each_paper_joins_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

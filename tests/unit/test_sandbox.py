@@ -39,11 +39,22 @@ def run(source: str, limits: Limits = FEW) -> Ran:
     return ran
 
 
-@pytest.mark.parametrize("source", ["", "print('hello')", "import sys; sys.exit(0)", "import math, json, re, heapq"])
+@pytest.mark.parametrize(
+    "source", ["", "print('hello')", "import sys; sys.stdout = None", "import math, json, re, heapq"]
+)
 def test_a_program_that_ends_well_passes(source: str) -> None:
     ran = run(source)
     assert ran.passed, ran
     assert ran.why == ""
+
+
+@pytest.mark.parametrize(
+    "source", ["exit(0)", "raise SystemExit", "import os; os._exit(0)", "import sys; sys.exit(64)"]
+)
+def test_a_program_that_ends_before_its_tests_does_not_pass(source: str) -> None:
+    ran = run(f"{source}\nassert False\n")
+    assert not ran.passed
+    assert "before its last line" in ran.why
 
 
 @pytest.mark.parametrize(

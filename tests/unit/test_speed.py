@@ -77,6 +77,15 @@ def test_what_is_multiplied_is_counted_once() -> None:
     assert describe(tied, "x")["multiplied"] == sum(p.numel() for p in tied.parameters())
 
 
+def test_a_basis_that_layers_share_is_multiplied_by_each_of_them() -> None:
+    alone, shared = TINY_MODELS["llama"](), TINY_MODELS["llama"]()
+    for name in Q:
+        put_low_rank(alone, [name], 4)
+    put_low_rank(shared, Q, 4)
+    assert describe(shared, "x")["parameters"] < describe(alone, "x")["parameters"]
+    assert describe(shared, "x")["multiplied"] == describe(alone, "x")["multiplied"]
+
+
 def test_two_models_are_timed_in_turns(folders: tuple[Path, Path]) -> None:
     runs = []
     result = bench([str(folder) for folder in folders], FEW, lambda: runs.append(1))

@@ -276,6 +276,12 @@ def test_a_row_that_asks_nothing_is_named(questions: Path, row: Any, said: str) 
         questions_of(questions)
 
 
+def test_a_blank_line_is_no_question_and_counts_for_no_limit(questions: Path) -> None:
+    rows = questions.read_text().splitlines()
+    questions.write_text("\n".join([rows[0], "", *rows[1:]]) + "\n", encoding="utf-8")
+    assert len(questions_of(questions, 2)) == 2
+
+
 def test_what_cannot_be_asked_is_refused(llava: Path, questions: Path, tmp_path: Path) -> None:
     (questions.parent / "red.png").write_bytes(b"no image")
     with pytest.raises(ParedError, match=r"image .*red\.png: not readable"):

@@ -83,7 +83,7 @@ def evaluate(
     json_file: JsonFile = None,
 ) -> None:
     """Measure a model: perplexity on a text, tasks it does, or what an encoder gets right of labelled examples."""
-    with errors():
+    with errors("interrupted; tasks that were done are kept beside the file of --json"):
         quiet_libraries()
         given = {
             "perplexity": perplexity,
@@ -125,7 +125,7 @@ def evaluate(
                 model, names_of(tasks or ""), limit, shots, sampling, allow_code_execution, dtype, place, kept
             )
         write_json(json_file, {"model": model, **result})
-        kept.finish()
+        kept.finish([task["task"] for task in result.get("tasks", ())])
 
 
 def _require_read(measure: str, options: dict[str, Any]) -> None:

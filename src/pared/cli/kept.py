@@ -40,22 +40,29 @@ class Kept:
     def add(self, task: str, result: dict[str, Any]) -> None:
         """Keep what was measured."""
         self._results[task] = result
-        write_json(self.path, {"settings": self._settings, "tasks": self._results})
+        self._write()
 
     def results(self, tasks: list[str]) -> list[dict[str, Any]]:
         """Return the results of tasks, in this order."""
         return [self._results[task] for task in tasks]
 
-    def finish(self) -> None:
-        """Let go of what was kept, once it is where it belongs."""
-        if self.path is not None:
+    def finish(self, tasks: list[str]) -> None:
+        """Let go of what was kept of tasks, once it is where it belongs."""
+        for task in tasks:
+            del self._results[task]
+        if self._results:
+            self._write()
+        elif self.path is not None:
             self.path.unlink(missing_ok=True)
+
+    def _write(self) -> None:
+        write_json(self.path, {"settings": self._settings, "tasks": self._results})
 
     def _recall(self, path: Path) -> None:
         try:
             kept = json.loads(path.read_text(encoding="utf-8"))
-            settings, self._results = kept["settings"], dict(kept["tasks"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            settings, self._results = dict(kept["settings"]), {task: dict(one) for task, one in kept["tasks"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ParedError(f"{path}, kept by an unfinished run, is not readable ({error}); remove it") from None
         if other := [name for name, value in self._settings.items() if settings.get(name) != value]:
             raise ParedError(

@@ -1,5 +1,6 @@
 """What ``pared eval`` measures, and how it tells."""
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,6 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.checkpoint import load
+from pared.checkpoint.manifest import versions
 from pared.cli.console import ConsoleProgress, err, out
 from pared.cli.kept import Kept
 from pared.errors import ParedError
@@ -15,6 +17,7 @@ from pared.evaluation import TASKS, Result, Sampling, classify, evaluate_task, t
 from pared.evaluation import perplexity as measure
 from pared.evaluation.choice import CHOICES, evaluate_choices, prepare
 from pared.evaluation.classification import BATCH, batches
+from pared.evaluation.generation import require_possible
 from pared.evaluation.protocols import cut_by, protocol_of
 from pared.evaluation.tasks import examples_of, require_leave, rows_of
 from pared.evaluation.vision import BATCH as BATCH_OF_IMAGES
@@ -114,7 +117,7 @@ def fine_tune_for(model: str, names: list[str], asked: "FineTuning", place: torc
     parts = {name: examples_of(name) for name in names}  # a file that is missing, before the first is trained
     if not parts:
         raise ParedError("--fine-tune names no task")
-    kept.begin({"model": model, "digest": find_model(model).digest(), **asdict(asked), "device": str(place)})
+    kept.begin({**_identity(model), **asdict(asked), "device": str(place)})
     for name, part in parts.items():
         if kept.has(name):
             continue
@@ -134,6 +137,11 @@ def ask_about_images(model: str, path: Path, limit: int | None, dtype: str, plac
         result = answer_questions(loaded, processor, questions, BATCH_OF_IMAGES, advance)
     _tell(result, loaded.dtype)
     return {"dtype": str(loaded.dtype), "questions": str(path), **asdict(result)}
+
+
+def _identity(model: str) -> dict[str, Any]:
+    """Return what tells this model, these data and these programs from others."""
+    return {"model": model, "digest": find_model(model).digest(), "data": os.environ.get("PARED_DATA"), **versions()}
 
 
 def do_tasks(
@@ -161,13 +169,14 @@ def do_tasks(
     written = [name for name in names if name not in CHOICES]
     for name in written:
         require_leave(task_of(name), run_code)
+        require_possible(sampling, task_of(name).tokens)
     counts: dict[str, int] = {}
     for name in written:  # whatever is wrong with any, before loading
         task = task_of(name)
         counts[name] = len(rows_of(task, limit))
         examples_of(task, task.shots if shots is None else shots)
     settings = {"limit": limit, "shots": shots, **asdict(sampling), "dtype": dtype, "device": str(place)}
-    kept.begin({"model": model, "digest": source.digest(), **settings})
+    kept.begin({**_identity(model), **settings})
     prepared = [prepare([name], shots, limit) for name in chosen if not kept.has(name)]
     tokenizer = source.tokenizer()
     loaded = load(model, dtype).to(place)

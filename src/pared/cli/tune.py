@@ -33,7 +33,9 @@ def tune(
     validation: Annotated[
         int | None, typer.Option(help="Windows at the end of each text, not trained on, for its loss. [default: 8]")
     ] = None,
-    epochs: Annotated[float | None, typer.Option(help="How often the data is gone through. [default: 1]")] = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="How often the data is gone through. [default: lora 2, others 1]")
+    ] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens to train on, in place of --epochs.")] = None,
     batch: Annotated[int | None, typer.Option(help="Windows in a batch. [default: 8]")] = None,
     accumulation: Annotated[int | None, typer.Option(help="Batches in a step. [default: 1]")] = None,
@@ -124,6 +126,13 @@ def tune(
 def print_trained(manifest: Manifest, folder: str) -> None:
     """Print what a training changed and where it lies."""
     training = manifest.training[-1]
+    before, after = manifest.plan.before, manifest.plan.after
+    out.print(
+        f"covered parameters {before.covered_parameters:,} -> {after.covered_parameters:,} "
+        f"({manifest.plan.achieved_keep:.1%}), whole model {before.model_parameters:,} -> {after.model_parameters:,}, "
+        f"bytes on disk {manifest.bytes_on_disk:,}",
+        markup=False,
+    )
     print_training(training)
     seconds = "  ".join(f"{stage} {value:.1f}" for stage, value in training.seconds.items())
     out.print(f"seconds by stage: {seconds}", markup=False)

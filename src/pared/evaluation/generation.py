@@ -67,7 +67,7 @@ def complete(
         ParedError: a prompt and its continuation are more than the model has positions, or a setting is out of range.
     """
     sampling = sampling or Sampling()
-    _check(sampling, tokens)
+    require_possible(sampling, tokens)
     with padding_left(tokenizer):
         encoded = [tokenizer(prompt, verbose=False)["input_ids"] for prompt in prompts]
         _require_room(model, encoded, tokens)
@@ -160,7 +160,12 @@ def _require_room(model: PreTrainedModel, encoded: Sequence[Sequence[int]], toke
             )
 
 
-def _check(sampling: Sampling, tokens: int) -> None:
+def require_possible(sampling: Sampling, tokens: int) -> None:
+    """Refuse what cannot be drawn.
+
+    Raises:
+        ParedError: no samples, no tokens, a temperature or share out of range, or many samples of one likeliest text.
+    """
     if tokens < 1 or sampling.samples < 1:
         raise ParedError(f"{sampling.samples} samples of {tokens} new tokens: expected at least 1 of each")
     if sampling.temperature < 0 or not 0 < sampling.top_p <= 1:

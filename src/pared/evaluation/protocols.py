@@ -13,6 +13,7 @@ from pared.sources.texts import BLANK_LINES, Text
 from pared.sources.windows import Windows, digest_of, padded
 
 Averaging = Literal["token", "window"]
+SPLITS = {"wikitext2": "test", "ptb": "test", "c4": "validation"}  # that papers measure on
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,9 @@ def cut_by(protocol: Protocol, text: Text, tokenizer: PreTrainedTokenizerBase, c
     documents = text.documents[:wanted]
     if wanted is not None and len(documents) < wanted:
         deviations.append(f"{len(documents):,} documents of {text.origin} in place of {wanted:,}")
+    split = text.name.partition(":")[2]
+    if corpus in protocol.corpora and split and split != SPLITS[corpus]:
+        deviations.append(f"{text.name!r} in place of {corpus}:{SPLITS[corpus]}")
     if corpus not in protocol.corpora:
         deviations.append(f"it says nothing of the text {text.name!r}, which is joined by blank lines")
     length = protocol.length
@@ -117,6 +121,9 @@ def cut_by(protocol: Protocol, text: Text, tokenizer: PreTrainedTokenizerBase, c
         raise ParedError(f"text {text.name!r} has {len(ids)} tokens, fewer than one window of {length} of the protocol "
                          f"{protocol.name}; use a longer text")  # fmt: skip
     whole = len(ids) // length
+    taken = protocol.windows.get(corpus, 0)
+    if whole < taken:
+        deviations.append(f"{whole:,} windows, which is all there are, in place of {taken:,}")
     pieces = list(ids[: whole * length].view(whole, length))[: protocol.windows.get(corpus)]
     mask = None
     rest = ids[whole * length :]

@@ -25,7 +25,8 @@ class Task:
     Attributes:
         name: what users call it.
         file: under ``PARED_DATA``.
-        fields: a row must have.
+        fields: a row must have, and of what type.
+        right: of a row, the answer that is judged against; None where the row's own says none. None needs no look.
         prompt: of a row, without its answer.
         answer: of a row, as it stands behind the prompt in an example.
         stop: strings that end an answer.
@@ -40,12 +41,13 @@ class Task:
 
     name: str
     file: str
-    fields: tuple[str, ...]
+    fields: Mapping[str, type | tuple[type, ...]]
     prompt: Callable[[Row], str]
     answer: Callable[[Row], str]
     stop: tuple[str, ...]
     tokens: int
     judge: Callable[[Row, str], Verdict] | None = None
+    right: Callable[[Row], object] | None = None
     program: Callable[[Row, str], str] | None = None
     shots_file: str | None = None
     chosen: Callable[[Row], bool] = field(default=lambda row: True)  # noqa: ARG005
@@ -218,7 +220,16 @@ def _read(task: Task, file: str) -> Iterator[Row]:
             found = sorted(row) if isinstance(row, dict) else type(row).__name__
             raise ParedError(f"{path}, row {number}: expected {', '.join(task.fields)}; {missing[0]} is missing, found "
                              f"{found}")  # fmt: skip
+        for name, kind in task.fields.items():
+            if not isinstance(row[name], kind):
+                raise ParedError(f"{path}, row {number}: expected {name} to be {_kinds(kind)}, found {row[name]!r}")
+        if task.right is not None and task.right(row) is None:
+            raise ParedError(f"{path}, row {number}: answer {str(row['answer'])[-60:]!r} says no number to judge by")
         yield row
+
+
+def _kinds(kind: type | tuple[type, ...]) -> str:
+    return " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
 
 
 # The tasks.
@@ -258,7 +269,8 @@ TASKS: dict[str, Task] = {
         Task(
             name="gsm8k",
             file="math/gsm8k_test.jsonl",
-            fields=("question", "answer"),
+            fields={"question": str, "answer": str},
+            right=lambda row: marked_number(row["answer"]),
             prompt=_question,
             answer=lambda row: f" {row['answer']}",
             stop=("Question:", "\n\n\n"),
@@ -270,7 +282,8 @@ TASKS: dict[str, Task] = {
         Task(
             name="svamp",
             file="math/svamp_test.jsonl",
-            fields=("context", "answer"),
+            fields={"context": str, "answer": (str, int, float)},
+            right=lambda row: last_number(str(row["answer"])),
             prompt=_question,
             answer=lambda row: f" {row['answer']}",
             stop=("Question:", "\n\n\n"),
@@ -280,7 +293,7 @@ TASKS: dict[str, Task] = {
         Task(
             name="math500",
             file="math/math500.jsonl",
-            fields=("problem", "answer"),
+            fields={"problem": str, "answer": str},
             prompt=lambda row: f"Problem:\n{row['problem']}\n\nSolution:",
             answer=lambda row: f" {row['solution']}",
             stop=("Problem:",),
@@ -290,7 +303,7 @@ TASKS: dict[str, Task] = {
         Task(
             name="humaneval",
             file="code/HumanEval.jsonl",
-            fields=("prompt", "test", "entry_point"),
+            fields={"prompt": str, "test": str, "entry_point": str},
             prompt=lambda row: str(row["prompt"]),
             answer=lambda row: str(row["canonical_solution"]),
             stop=("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@"),
@@ -300,7 +313,7 @@ TASKS: dict[str, Task] = {
         Task(
             name="mbpp",
             file="code/mbpp.jsonl",
-            fields=("text", "code", "task_id", "test_list"),
+            fields={"text": str, "code": str, "task_id": int, "test_list": list},
             prompt=_mbpp_prompt,
             answer=lambda row: f"{row['code']}\n[DONE]",
             stop=("[DONE]", "\nYou are an expert"),

@@ -7,6 +7,7 @@ before they are compared, as in VQA (Antol et al., 2015): lower case, numbers as
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def questions_of(path: Path, limit: int | None = None) -> list[Question]:
 
 
 def _questions(path: Path, limit: int | None) -> Iterator[Question]:
-    for number, row in read_rows(path, "file of questions"):
+    for number, row in islice(read_rows(path, "file of questions"), limit):
         fields = row if isinstance(row, dict) else {}
         answers = fields.get("answers")
         answers = answers if isinstance(answers, list) and answers else [None]
@@ -75,8 +76,6 @@ def _questions(path: Path, limit: int | None) -> Iterator[Question]:
         if not image.is_file():
             raise ParedError(f"{path}, row {number}: no image {image}")
         yield Question(image, fields["question"], tuple(answers))
-        if number == limit:
-            return
 
 
 def _is_text(value: object) -> bool:

@@ -17,12 +17,13 @@ from pared.sources.windows import NO_LABEL, Windows, digest_of, padded
 log = logging.getLogger(__name__)
 
 PREFIX = "instruct:"
+MBPP_TRAIN = range(601, 975)  # the authors' part to train on; `pared eval --tasks mbpp` measures on another
 # name -> file under PARED_DATA
 SETS = {
     "gsm8k:train": "math/gsm8k_train.jsonl.gz",
     "gsm8k:test": "math/gsm8k_test.jsonl",
     "math500": "math/math500.jsonl",
-    "mbpp": "code/mbpp.jsonl",
+    "mbpp:train": "code/mbpp.jsonl",
     "alpaca": "instruct/alpaca_random_9k.jsonl.gz",
 }
 # The fields of a row that are asked and answered, the first pair that is there.
@@ -66,7 +67,10 @@ def find_instructions(name: str) -> tuple[list[Instruction], str]:
         path = Path(asked).expanduser()
         if ".jsonl" not in path.suffixes:
             raise ParedError(f"unknown instructions {name!r}; {did_you_mean(asked, SETS)}, or a .jsonl file")
-    found = [_instruction(path, number, row) for number, row in read_rows(path)]
+    rows = list(read_rows(path))
+    if asked == "mbpp:train":
+        rows = [(number, row) for number, row in rows if isinstance(row, dict) and row.get("task_id") in MBPP_TRAIN]
+    found = [_instruction(path, number, row) for number, row in rows]
     if not found:
         raise ParedError(f"instructions {name!r} ({path}) have no rows")
     return found, str(path)

@@ -15,6 +15,7 @@ from pared.sources.files import read_lines, read_rows
 log = logging.getLogger(__name__)
 
 Label = int | float | str
+BINARY = ("0", "1")
 ENTAILMENT = ("entailment", "not_entailment")
 ENTITIES = ("corporation", "creative-work", "group", "location", "person", "product")
 
@@ -63,7 +64,9 @@ class Examples:
 class _Task:
     """A GLUE task: its files, where texts and label stand in a row, and the names of its classes.
 
-    ``label`` counts columns from 0, negative ones from the last; a task with ``scores`` is a regression.
+    ``label`` counts columns from 0, negative ones from the last; a task with ``scores`` is a regression, and of one
+    without names for its classes they are 0 and 1. A task that is ``torn`` has rows that are too short in the data set
+    itself, which are left out.
     """
 
     folder: str
@@ -73,6 +76,7 @@ class _Task:
     classes: tuple[str, ...] = ()
     dev: str = "dev"
     scores: bool = False
+    torn: bool = False
 
 
 GLUE = {
@@ -81,7 +85,7 @@ GLUE = {
     "mrpc": _Task("MRPC", (3, 4), 0),
     "stsb": _Task("STS-B", (7, 8), 9, scores=True),
     "mnli": _Task("MNLI", (8, 9), -1, classes=("entailment", "neutral", "contradiction"), dev="dev_matched"),
-    "qqp": _Task("QQP", (3, 4), 5),
+    "qqp": _Task("QQP", (3, 4), 5, torn=True),
     "qnli": _Task("QNLI", (1, 2), 3, classes=ENTAILMENT),
     "rte": _Task("RTE", (1, 2), 3, classes=ENTAILMENT),
     "wnli": _Task("WNLI", (1, 2), 3),
@@ -155,6 +159,9 @@ def _glue(name: str, task: str, split: str) -> Examples:
             cells = line.split("\t")
             if not line.strip() or (asked.header and number == 1):
                 continue
+            if len(cells) < width and asked.torn:
+                log.warning("%s, row %d: %d columns; left out", path, number, len(cells))
+                continue
             if len(cells) < width:
                 raise ParedError(f"{path}, row {number}: expected at least {width} columns, found {len(cells)}")
             label = cells[asked.label].strip()
@@ -162,6 +169,9 @@ def _glue(name: str, task: str, split: str) -> Examples:
             if asked.scores:
                 yield Example(texts, _score(label, path, number))
             else:
+                valid = asked.classes or BINARY
+                if label not in valid:
+                    raise ParedError(f"{path}, row {number}: expected a label of {', '.join(valid)}, found {label!r}")
                 yield Example(texts, int(label) if label.isdigit() else label)
 
     return Examples(name, tuple(rows()), str(path), asked.classes)

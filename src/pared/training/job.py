@@ -189,7 +189,10 @@ class _Job:
         tuning = self.tuning
         rows = tuning.batch * tuning.accumulation * self.processes.count
         if tuning.tokens is None:
-            return max(1, math.ceil(tuning.epochs * stage.share * math.ceil(len(examples.train) / rows)))
+            return max(
+                1,
+                math.ceil((tuning.epochs or self.method.epochs) * stage.share * math.ceil(len(examples.train) / rows)),
+            )
         share = stage.share / sum(one.share for one in stages)
         return max(1, math.ceil(tuning.tokens * share / (rows * examples.tokens_per_row)))
 

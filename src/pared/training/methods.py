@@ -13,6 +13,7 @@ METHODS: dict[str, TuningMethod] = {
             summary="adapters on the factors, merged: rank and format stay",
             stages=lora.stages,
             learning_rate=1e-4,
+            epochs=2.0,
             options={"rank": 8, "alpha": 32, "dropout": 0.0, "targets": "up", "order": "together"},
             check=lora.check,
         ),
@@ -30,8 +31,8 @@ METHODS: dict[str, TuningMethod] = {
             paper="Hinton et al., 2015, arXiv 1503.02531",
             summary="factors and norms towards the predictions of the dense parent, on any text",
             stages=lambda _: (Stage("distill", distill.prepare, warmup=0.03, schedule="cosine"),),
-            learning_rate=2e-5,
-            options={"teacher": distill.PARENT, "temperature": 1.0, "text": 0.0, "hidden": 0.0, "adapters": 0},
+            learning_rate=3e-5,
+            options={"teacher": distill.PARENT, "temperature": 1.0, "text": 0.5, "hidden": 0.0, "adapters": 0},
             check=distill.check,
         ),
         TuningMethod(

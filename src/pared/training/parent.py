@@ -110,7 +110,8 @@ class DenseParent:
         self.config = self._source.config()
         require_dense(self.config, self.name)
         self._skeleton = self._source.skeleton()
-        self._anatomy = find_anatomy(self._skeleton)
+        skipped = [pattern for pattern in str(options.get("skip", "")).split(",") if pattern]
+        self._anatomy = find_anatomy(self._skeleton).without(skipped)
         self.bytes_needed = self._anatomy.model_parameters * self._source.weight_bytes()
         self.digest = self._source.digest()
 
@@ -169,7 +170,7 @@ class DenseParent:
         decisions: dict[str, Decision] = {
             site.name: LowRank(rank=entries[site.name]["rank"])
             if site.name in entries
-            else Dense(reason="factors would be no smaller, or it was skipped")
+            else Dense(reason="factors would be no smaller")
             for site in self._anatomy.sites
         }
         plan = whole_plan(self._anatomy, 1.0, decisions, model.dtype.itemsize)

@@ -101,6 +101,7 @@ class TuningMethod:
         summary: one line for people.
         stages: from the options to what is trained one after the other.
         learning_rate: at the peak, if nothing else is asked for.
+        epochs: if nothing else is asked for.
         options: names and default values.
         check: refuses options that cannot be, with a ValueError.
         needs_whole: why it cannot train weights in shards with these options, nothing if it can.
@@ -112,6 +113,7 @@ class TuningMethod:
     summary: str
     stages: Callable[[Mapping[str, Any]], tuple[Stage, ...]]
     learning_rate: float
+    epochs: float = 1.0
     options: Mapping[str, bool | int | float | str] = field(default_factory=dict)
     check: Callable[[Mapping[str, Any]], None] = lambda options: None  # noqa: ARG005
     needs_whole: Callable[[Mapping[str, Any]], str] = lambda options: ""  # noqa: ARG005

@@ -230,6 +230,7 @@ def train(
         callbacks=[*prepared.callbacks, watch, validation, WholeCheckpoints(processes)],
     )
     trainer.remove_callback(PrinterCallback)
+    validation.log = trainer.log
     if tuning.gradient_checkpointing:
         _compute_again(prepared.model)
     done = 0 if checkpoint is None else int(checkpoint.name.removeprefix(CHECKPOINT))

@@ -24,6 +24,7 @@ class Validation(TrainerCallback):
 
     Attributes:
         history: (step, loss).
+        log: is told of every loss, for trackers.
         best: the file of the best state if it is wanted, none before there is one.
     """
 
@@ -41,6 +42,7 @@ class Validation(TrainerCallback):
         self.rows, self.tuning, self.precision, self.state, self.folder = rows, tuning, precision, state, folder
         self.patience = tuning.patience if patient else None
         self.history: list[tuple[int, float]] = []
+        self.log: Callable[[dict[str, float]], None] = lambda _: None
 
     @property
     def best(self) -> Path | None:
@@ -77,6 +79,7 @@ class Validation(TrainerCallback):
         loss = self.agreed(mean_loss(kwargs["model"], self.rows, self.tuning.batch, args.device, self.precision))
         earlier = min((value for _, value in self.history), default=float("inf"))
         self.history.append((state.global_step, loss))
+        self.log({"validation_loss": loss})
         best = self.state() if loss < earlier and self.patience is not None else None  # gathered from all processes
         if state.is_world_process_zero:
             self._write(best)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pared.errors import ParedError
 SUPERVISOR = Path(__file__).with_name("supervisor.py")
 GRACE = 10.0  # seconds over the limit until the supervisor itself is ended
 SHOWN = 2000  # characters of output
+FIRST, STATUSES = 65, 48  # of the exit statuses that mean nothing by themselves
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Ran:
     """What became of a program.
 
     Attributes:
-        passed: whether it ended by itself, with status 0.
+        passed: whether it came to its last line.
         why: how it failed, in words.
         output: the end of what it wrote.
         without: walls that this machine does not have; ``namespaces``, ``landlock``.
@@ -69,15 +71,17 @@ def run_program(source: str, limits: Limits | None = None) -> Ran:
     limits = limits or Limits()
     with tempfile.TemporaryDirectory(prefix="pared-program-", ignore_cleanup_errors=True) as folder:
         program = Path(folder) / "program.py"
-        program.write_text(source, encoding="utf-8", errors="surrogatepass")
+        end = FIRST + secrets.randbelow(STATUSES)  # a status that the program does not know beforehand
+        last = f"\nprint(end='', flush=True)\n__import__('os')._exit({end})\n"
+        program.write_text(source + last, encoding="utf-8", errors="surrogatepass")
         command = [sys.executable, "-I", str(SUPERVISOR), json.dumps(asdict(limits)), str(program)]
         told, log = _supervised(command, limits.seconds + GRACE)
         output = _read(Path(folder) / "output")
     if told is None:
         return Ran(False, f"its supervisor ended ({log or 'no word'})", output)
     status, why, without = int(told["exit"]), str(told["why"]), tuple(told["without"])
-    if not why and status != 0:
-        why = _signal(status) or f"ended with status {status}"
+    if not why and status != end:
+        why = _signal(status) or f"ended with status {status} before its last line"
     return Ran(not why, why, output, without)
 
 

@@ -132,7 +132,7 @@ class _Worker:
         except BrokenPipeError:
             raise self._ended() from None
         told = self._answer()
-        self.about["memory"] = told.pop("memory")
+        self.about["memory"]["peak"] = told.pop("memory")["peak"]  # in use is what it was once loaded
         return told
 
     def close(self) -> None:

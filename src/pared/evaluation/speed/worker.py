@@ -53,17 +53,16 @@ def run(model: PreTrainedModel, case: Case, ids: torch.Tensor) -> dict[str, floa
 def describe(model: PreTrainedModel, name: str) -> dict[str, Any]:
     """Return what of a model decides its speed."""
     embedding = model.get_input_embeddings().weight
-    head = model.get_output_embeddings()
-    parameters = {id(p): p for p in model.parameters()}
-    total = sum(p.numel() for p in parameters.values())
-    tied = head is not None and head.weight is embedding
-    multiplied = total if tied else total - embedding.numel()  # an embedding that is only looked up is not multiplied
+    parameters = list(model.parameters())
+    total = sum(p.numel() for p in parameters)
+    # Every layer multiplies a basis that several share; an embedding that is looked up is not multiplied.
+    multiplied = sum(p.numel() for _, p in model.named_parameters(remove_duplicate=False)) - embedding.numel()
     folder = Path(name).expanduser()
     files = list(folder.glob("*.safetensors")) if folder.is_dir() else []
     return {
         "parameters": total,
         "multiplied": multiplied,
-        "bytes": sum(p.numel() * p.element_size() for p in parameters.values()),
+        "bytes": sum(p.numel() * p.element_size() for p in parameters),
         "bytes_on_disk": sum(file.stat().st_size for file in files) or None,
         "flops_per_token": 2 * multiplied,
         "dtype": str(model.dtype).removeprefix("torch."),

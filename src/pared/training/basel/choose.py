@@ -119,7 +119,9 @@ def _by_worth(importance: Mapping[str, torch.Tensor], weights: Mapping[str, Weig
     names = list(importance)
     worth = torch.cat([importance[name].double() / (weights[name].out_features + weights[name].in_features)
                        for name in names])  # fmt: skip
-    owner = torch.cat([torch.full((len(importance[name]),), index) for index, name in enumerate(names)])
+    owner = torch.cat(
+        [torch.full((len(importance[name]),), index, device=worth.device) for index, name in enumerate(names)]
+    )
     order = worth.sort(descending=True, stable=True)
     return [names[index] for index in owner[order.indices][order.values.isfinite()].tolist()]
 
