@@ -9,12 +9,16 @@ import json
 import os
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+
+import torch
 
 import pared
 from grid import plot, signature
 from pared.checkpoint import Manifest
 from pared.engine.asked import plan_of
+from pared.engine.progress import peak_memory_bytes
 from pared.sources import find_text
 from pared.sources.models import find_model
 from pared.training import tune
@@ -22,6 +26,7 @@ from pared.tuning import Tuning
 from record import RESULTS, append, read, table
 
 LINES, PAGE, PLOT = RESULTS / "basel.jsonl", RESULTS / "basel.md", RESULTS / "basel.svg"
+MEMORY = RESULTS / "basel_memory.jsonl"
 PLACE = Path(os.environ.get("PARED_CACHE", "~/.cache/pared")).expanduser() / "benchmarks" / "basel"
 SIZES = (0.45, 0.8, 0.6)  # of the whole model
 WINDOWS, LENGTH, BATCH = 10, 256, 1
@@ -138,7 +143,9 @@ def render(lines: list[dict[str, Any]]) -> str:
         f"`{dense['model']}`, trained on State of the Union addresses of 1945 to 1999, perplexity on the first "
         f"{WINDOWS} windows of 1,024 tokens of those of 2000 to 2006: dense and untuned {base:.2f}. Sizes are of the "
         "whole model, embedding and head included. Every method is tuned for the same number of tokens after it was "
-        "compressed, all parameters, the same learning rate and schedule; Basel's first part is as long again. Of the "
+        "compressed, all parameters, a cosine from 1e-4; Basel's from that times 1/sqrt(keep), as in the paper, with "
+        "a short warm-up, and its first part is as long again, with 10 prunes and 8 new bases (paper: 100 and 32). Of "
+        "the "
         f"paper's thousands of steps there was time for a hundred of {LENGTH} tokens, so coefficients learn "
         f"{COEFFICIENTS:g} times as fast as the rest.",
         "",
@@ -158,9 +165,36 @@ def render(lines: list[dict[str, Any]]) -> str:
             if line["what"] in names and line.get("tokens") == tokens
         ]
         if rows:
-            header = ("method", "size", "before tuning", "perplexity", "tokens", "minutes", "peak MiB")
+            header = ("method", "size", "before tuning", "perplexity", "tokens", "minutes", "process's peak MiB")
             text += [f"## {title}", "", table(header, rows), ""]
+    peaks = [
+        (line["what"], f"{line['trained_parameters']:,}", f"{line['peak_memory_bytes'] / 2**20:,.0f}")
+        for line in read(MEMORY)
+    ]
+    if peaks:
+        told = f"Four steps of {BATCH} x {LENGTH} tokens, each in a process of its own, imports and reading included."
+        text += ["## Memory", "", told, "", table(("training", "parameters trained", "peak MiB"), peaks), ""]
     return "\n".join([*text, "![Perplexity by size](basel.svg)", "", signature(lines)])
+
+
+def measure_memory(what: str, model: str, named: dict[str, str]) -> None:
+    """Note the peak of a few steps of full fine-tuning, or of Basel with every basis still there."""
+    if what == "basel":
+        with TemporaryDirectory() as place:
+            few = {**BASEL, "keep": 0.9, "prunes": 1, "pruning_epochs": 1.0, "post_epochs": 0.0}
+            asked = tuning(model, Path(place) / "out", named["train"], 4 * LENGTH, method="basel", options=few)
+            training = tune(asked).manifest.training[-1]
+            trained, peak = training.stages[0]["trained_parameters"], training.peak_memory_bytes
+    else:
+        dense = pared.load(model).float().train()
+        optimizer = torch.optim.AdamW(dense.parameters())
+        for _ in range(4):
+            tokens = torch.randint(0, 1000, (BATCH, LENGTH))
+            dense(input_ids=tokens, labels=tokens).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        trained, peak = sum(one.numel() for one in dense.parameters()), peak_memory_bytes()
+    append(MEMORY, {"what": what, "model": model, "trained_parameters": trained, "peak_memory_bytes": peak})
 
 
 def main() -> None:
@@ -169,9 +203,12 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--sizes", type=float, nargs="+", default=list(SIZES))
     parser.add_argument("--ablations", action="store_true", help="at the first of the sizes, on half of the tokens")
+    parser.add_argument("--memory", choices=["full fine-tuning", "basel"], help="only the peak of a few steps")
     parser.add_argument("--render", action="store_true")
     asked = parser.parse_args()
-    if not asked.render:
+    if asked.memory:
+        measure_memory(asked.memory, asked.model, texts())
+    elif not asked.render:
         named = texts()
         if not read(LINES):
             found = perplexity(asked.model, named["test"])
