@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from real_model import MODEL, ROOT, Corpus
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,13 +23,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def corpus() -> Iterator[Corpus]:
     patch = pytest.MonkeyPatch()
     patch.delenv("PARED_CACHE", raising=False)  # the converted model is kept between runs
-    torch.set_num_threads(os.cpu_count() or 1)  # until this module ends: small tensors are slower on many
     beside = ROOT.parent / "shared" / "data"
     folder = os.environ.get("PARED_DATA") or (str(beside) if beside.is_dir() else None)
     if folder:
         patch.setenv("PARED_DATA", folder)
     yield Corpus("wikitext2:train", "wikitext2:test") if folder else Corpus("embedded", "embedded")
-    torch.set_num_threads(1)
     patch.undo()
 
 
