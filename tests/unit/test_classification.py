@@ -16,7 +16,7 @@ from pared import ParedError
 from pared.cli.main import app
 from pared.evaluation import classify
 from pared.evaluation.classification import entity_metrics, example_metrics, predictions, score_metrics
-from pared.sources.labelled import Example, Examples
+from pared.sources.examples import Example, Examples
 from pared.sources.labelled_windows import cut_examples
 from pared.sources.windows import NO_LABEL
 

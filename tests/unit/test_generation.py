@@ -223,7 +223,7 @@ def test_gsm8k_is_judged_by_mark_and_by_last_number(data: Any, monkeypatch: pyte
     ],
 )
 def test_a_row_that_cannot_be_judged_is_named(data: Any, task: str, row: dict[str, Any], message: str) -> None:
-    data(task_of(task).file, [row])
+    data(task_of(task).data.file, [row])
     with pytest.raises(ParedError, match=message):
         rows_of(task_of(task))
 
@@ -305,7 +305,7 @@ def test_a_model_does_a_task_from_the_command_line(
     ("name", "rows", "more", "message"),
     [
         ("gsm9k", None, {}, "unknown task 'gsm9k'; did you mean 'gsm8k'"),
-        ("svamp", None, {}, "PARED_DATA has no math/svamp_test.jsonl"),
+        ("svamp", None, {}, "which has no math/svamp_test.jsonl; found there: "),
         ("svamp", [], {}, "has no rows to evaluate on"),
         (
             "svamp",
@@ -328,7 +328,7 @@ def test_bad_tasks_and_data_are_refused_by_name(
     data: Any, name: str, rows: list[dict[str, Any]] | None, more: dict[str, Any], message: str
 ) -> None:
     if rows is not None:
-        data(task_of(name).file, rows)
+        data(task_of(name).data.file, rows)
     with pytest.raises(ParedError) as error:
         evaluate_task(None, None, name, **more)
     assert message in str(error.value)

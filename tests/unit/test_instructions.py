@@ -144,7 +144,7 @@ def test_what_is_unknown_is_refused(
     monkeypatch.delenv("PARED_DATA", raising=False)
     name = written(tmp_path / "rows.jsonl", [{"prompt": "w3", "response": "w4"}])
     for asked, template, message in (
-        ("instruct:gsm8k:train", "alpaca", "read from the folder that PARED_DATA names"),
+        ("instruct:gsm8k:train", "alpaca", "Hub data set openai/gsm8k[main], split 'train': cannot be read ("),
         ("instruct:gsm9k:train", "alpaca", "unknown instructions 'instruct:gsm9k:train'"),
         (name, "alpacca", "unknown template 'alpacca'; did you mean 'alpaca'"),
         ("instruct:/nowhere.jsonl", "alpaca", "/nowhere.jsonl: No such file"),

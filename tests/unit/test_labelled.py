@@ -295,6 +295,8 @@ def test_glue_and_entity_files_are_read_where_they_lie(tmp_path: Path, monkeypat
             find_examples(name)
     monkeypatch.delenv("PARED_DATA")
     with pytest.raises(ParedError, match="the folder that PARED_DATA names, and it names none"):
+        find_examples("ner:own:train")
+    with pytest.raises(ParedError, match=r"Hub data set nyu-mll/glue\[cola\], split 'train': cannot be read \("):
         find_examples("glue:cola:train")
 
 

@@ -189,7 +189,7 @@ def test_teacher_and_student_hold_one_embedding(folder: Folder) -> None:
 
 
 def test_rows_are_as_long_as_they_are_and_padded_only_within_their_batch(tokenizer: PreTrainedTokenizerFast) -> None:
-    from pared.sources.labelled import Example, Examples
+    from pared.sources.examples import Example, Examples
     from pared.sources.labelled_windows import cut_examples
     from pared.training.examples import rows_of
 

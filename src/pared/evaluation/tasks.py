@@ -12,7 +12,8 @@ from pared.evaluation.generation import Sampling, complete
 from pared.evaluation.passes import mean_pass_at_k
 from pared.evaluation.sandbox import Limits, run_program
 from pared.names import require_known
-from pared.sources.files import data_file, read_rows
+from pared.sources.data_sets import DataSet
+from pared.sources.hub import HubSet
 
 Row = Mapping[str, Any]
 Verdict = Mapping[str, bool]
@@ -24,7 +25,7 @@ class Task:
 
     Attributes:
         name: what users call it.
-        file: under ``PARED_DATA``.
+        data: what it is measured on.
         fields: a row must have, and of what type.
         right: of a row, the answer that is judged against; None where the row's own says none. None needs no look.
         prompt: of a row, without its answer.
@@ -33,14 +34,14 @@ class Task:
         tokens: the most of an answer.
         judge: from a row and an answer to a verdict by metric; none for code.
         program: from a row and an answer to the program that passes if the answer is right; none but for code.
-        shots_file: where examples are from, ``file`` itself if not given.
-        chosen: rows of the file that are evaluated on.
+        shots_data: where examples are from, ``data`` itself if not given.
+        chosen: rows of the data that are evaluated on.
         shown: rows that examples are taken from, in their order.
         shots: examples before the prompt, if nothing is asked for.
     """
 
     name: str
-    file: str
+    data: DataSet
     fields: Mapping[str, type | tuple[type, ...]]
     prompt: Callable[[Row], str]
     answer: Callable[[Row], str]
@@ -49,7 +50,7 @@ class Task:
     judge: Callable[[Row, str], Verdict] | None = None
     right: Callable[[Row], object] | None = None
     program: Callable[[Row, str], str] | None = None
-    shots_file: str | None = None
+    shots_data: DataSet | None = None
     chosen: Callable[[Row], bool] = field(default=lambda row: True)  # noqa: ARG005
     shown: Callable[[Row], bool] = field(default=lambda row: True)  # noqa: ARG005
     shots: int = 0
@@ -156,13 +157,13 @@ def rows_of(task: Task, limit: int | None = None) -> list[Row]:
     """Return the rows a task is evaluated on.
 
     Raises:
-        ParedError: PARED_DATA does not name the data, or a row is not one of the task's; names file and row.
+        ParedError: the data cannot be read, or a row is not one of the task's; names file and row.
     """
     if limit is not None and limit < 1:
         raise ParedError(f"task {task.name}: a limit of {limit} rows leaves nothing to measure")
-    rows = [row for row in _read(task, task.file) if task.chosen(row)][:limit]
+    rows = [row for row in _read(task, task.data) if task.chosen(row)][:limit]
     if not rows:
-        raise ParedError(f"task {task.name}: {data_file(task.file, f'task {task.name}')} has no rows to evaluate on")
+        raise ParedError(f"task {task.name}: {task.data.origin(f'task {task.name}')} has no rows to evaluate on")
     return rows
 
 
@@ -174,9 +175,9 @@ def examples_of(task: Task, shots: int) -> str:
     """
     if not shots:
         return ""
-    if task.shots_file is None and not task.shots:
+    if task.shots_data is None and not task.shots:
         raise ParedError(f"task {task.name} has no examples to show apart from what it is evaluated on; use 0 shots")
-    rows = [row for row in _read(task, task.shots_file or task.file) if task.shown(row)][:shots]
+    rows = [row for row in _read(task, task.shots_data or task.data) if task.shown(row)][:shots]
     if len(rows) < shots:
         raise ParedError(f"task {task.name} has {len(rows)} examples to show, found {shots} asked for")
     return "".join(f"{task.prompt(row)}{task.answer(row)}\n\n" for row in rows)
@@ -212,19 +213,17 @@ def standard_error(values: Sequence[float], mean: float) -> float:
     return float((variance / len(values)) ** 0.5)
 
 
-def _read(task: Task, file: str) -> Iterator[Row]:
-    path = data_file(file, f"task {task.name}")
-    for number, row in read_rows(path):
+def _read(task: Task, data: DataSet) -> Iterator[Row]:
+    for which, row in data.rows(f"task {task.name}"):
         missing = [name for name in task.fields if not isinstance(row, dict) or name not in row]
         if missing:
             found = sorted(row) if isinstance(row, dict) else type(row).__name__
-            raise ParedError(f"{path}, row {number}: expected {', '.join(task.fields)}; {missing[0]} is missing, found "
-                             f"{found}")  # fmt: skip
+            raise ParedError(f"{which}: expected {', '.join(task.fields)}; {missing[0]} is missing, found {found}")
         for name, kind in task.fields.items():
             if not isinstance(row[name], kind):
-                raise ParedError(f"{path}, row {number}: expected {name} to be {_kinds(kind)}, found {row[name]!r}")
+                raise ParedError(f"{which}: expected {name} to be {_kinds(kind)}, found {row[name]!r}")
         if task.right is not None and task.right(row) is None:
-            raise ParedError(f"{path}, row {number}: answer {str(row['answer'])[-60:]!r} says no number to judge by")
+            raise ParedError(f"{which}: answer {str(row['answer'])[-60:]!r} says no number to judge by")
         yield row
 
 
@@ -237,6 +236,11 @@ def _kinds(kind: type | tuple[type, ...]) -> str:
 
 def _question(row: Row) -> str:
     return f"Question: {row.get('question', row.get('context'))}\nAnswer:"
+
+
+def _svamp(row: Row) -> Row:
+    """Return a row of the Hub as the file has it: the story and its question are one text."""
+    return {"context": f"{row['Body']} {row['Question']}", "answer": row["Answer"]}
 
 
 def _gsm8k(row: Row, text: str) -> Verdict:
@@ -268,7 +272,7 @@ TASKS: dict[str, Task] = {
     for task in (
         Task(
             name="gsm8k",
-            file="math/gsm8k_test.jsonl",
+            data=DataSet("math/gsm8k_test.jsonl", HubSet("openai/gsm8k", "main", "test")),
             fields={"question": str, "answer": str},
             right=lambda row: marked_number(row["answer"]),
             prompt=_question,
@@ -276,12 +280,12 @@ TASKS: dict[str, Task] = {
             stop=("Question:", "\n\n\n"),
             tokens=256,
             judge=_gsm8k,
-            shots_file="math/gsm8k_train.jsonl.gz",
+            shots_data=DataSet("math/gsm8k_train.jsonl.gz", HubSet("openai/gsm8k", "main", "train")),
             shots=5,
         ),
         Task(
             name="svamp",
-            file="math/svamp_test.jsonl",
+            data=DataSet("math/svamp_test.jsonl", HubSet("ChilleD/SVAMP", split="test"), _svamp),
             fields={"context": str, "answer": (str, int, float)},
             right=lambda row: last_number(str(row["answer"])),
             prompt=_question,
@@ -292,7 +296,7 @@ TASKS: dict[str, Task] = {
         ),
         Task(
             name="math500",
-            file="math/math500.jsonl",
+            data=DataSet("math/math500.jsonl", HubSet("HuggingFaceH4/MATH-500", split="test")),
             fields={"problem": str, "answer": str},
             prompt=lambda row: f"Problem:\n{row['problem']}\n\nSolution:",
             answer=lambda row: f" {row['solution']}",
@@ -302,7 +306,7 @@ TASKS: dict[str, Task] = {
         ),
         Task(
             name="humaneval",
-            file="code/HumanEval.jsonl",
+            data=DataSet("code/HumanEval.jsonl", HubSet("openai/openai_humaneval", split="test")),
             fields={"prompt": str, "test": str, "entry_point": str},
             prompt=lambda row: str(row["prompt"]),
             answer=lambda row: str(row["canonical_solution"]),
@@ -312,7 +316,7 @@ TASKS: dict[str, Task] = {
         ),
         Task(
             name="mbpp",
-            file="code/mbpp.jsonl",
+            data=DataSet("code/mbpp.jsonl", HubSet("google-research-datasets/mbpp", "full", "train+test+prompt")),
             fields={"text": str, "code": str, "task_id": int, "test_list": list},
             prompt=_mbpp_prompt,
             answer=lambda row: f"{row['code']}\n[DONE]",

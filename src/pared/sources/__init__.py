@@ -1,6 +1,7 @@
 """What the user names: models, texts and labelled examples."""
 
-from pared.sources.labelled import Examples, find_examples, is_labelled
+from pared.sources.examples import Examples
+from pared.sources.labelled import find_examples, is_labelled
 from pared.sources.labelled_windows import cut_examples, find_windows
 from pared.sources.models import ModelSource, find_model
 from pared.sources.texts import Text, find_text

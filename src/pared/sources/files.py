@@ -12,7 +12,7 @@ from pared.errors import ParedError
 
 
 def data_file(file: str, what: str) -> Path:
-    """Return a file of the folder that ``PARED_DATA`` names.
+    """Return a file of the folder that ``PARED_DATA`` names, or the same one gzipped.
 
     Args:
         file: under it.
@@ -26,9 +26,11 @@ def data_file(file: str, what: str) -> Path:
         raise ParedError(f"{what} is read from the folder that PARED_DATA names, and it names none; set it "
                          "(docs/evaluation.md tells what lies there)")  # fmt: skip
     path = Path(root) / file
-    if not path.is_file():
-        raise ParedError(f"{what}: PARED_DATA has no {file} (looked for {path})")
-    return path
+    for found in (path, path.with_name(f"{path.name}.gz")):
+        if found.is_file():
+            return found
+    there = ", ".join(sorted(beside.name for beside in path.parent.glob("*"))) or "nothing"
+    raise ParedError(f"{what}: PARED_DATA names {root}, which has no {file}; found there: {there}; fix or unset it")
 
 
 def read_text(path: Path, what: str = "file") -> str:

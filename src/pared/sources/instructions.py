@@ -1,7 +1,6 @@
 """Instructions with answers: prompts made by a template, and windows in which only the answer is learned."""
 
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,9 @@ from transformers import PreTrainedTokenizerBase
 
 from pared.errors import ParedError
 from pared.names import did_you_mean
+from pared.sources.data_sets import DataSet
 from pared.sources.files import read_rows
+from pared.sources.hub import HubSet
 from pared.sources.templates import prompt
 from pared.sources.windows import NO_LABEL, Windows, digest_of, padded
 
@@ -18,13 +19,12 @@ log = logging.getLogger(__name__)
 
 PREFIX = "instruct:"
 MBPP_TRAIN = range(601, 975)  # the authors' part to train on; `pared eval --tasks mbpp` measures on another
-# name -> file under PARED_DATA
 SETS = {
-    "gsm8k:train": "math/gsm8k_train.jsonl.gz",
-    "gsm8k:test": "math/gsm8k_test.jsonl",
-    "math500": "math/math500.jsonl",
-    "mbpp:train": "code/mbpp.jsonl",
-    "alpaca": "instruct/alpaca_random_9k.jsonl.gz",
+    "gsm8k:train": DataSet("math/gsm8k_train.jsonl.gz", HubSet("openai/gsm8k", "main", "train")),
+    "gsm8k:test": DataSet("math/gsm8k_test.jsonl", HubSet("openai/gsm8k", "main", "test")),
+    "math500": DataSet("math/math500.jsonl", HubSet("HuggingFaceH4/MATH-500", split="test")),
+    "mbpp:train": DataSet("code/mbpp.jsonl", HubSet("google-research-datasets/mbpp", "full", "train")),
+    "alpaca": DataSet("instruct/alpaca_random_9k.jsonl.gz", HubSet("tatsu-lab/alpaca")),
 }
 # The fields of a row that are asked and answered, the first pair that is there.
 FIELDS = (
@@ -47,7 +47,7 @@ class Instruction:
 
 
 def find_instructions(name: str) -> tuple[list[Instruction], str]:
-    """Find instructions by name, and say which file they are from.
+    """Find instructions by name, and say where they are from.
 
     Args:
         name: ``instruct:gsm8k:train``, another known set, or ``instruct:PATH`` (.jsonl or .jsonl.gz) with the fields
@@ -58,22 +58,20 @@ def find_instructions(name: str) -> tuple[list[Instruction], str]:
     """
     asked = name.removeprefix(PREFIX)
     if asked in SETS:
-        root = os.environ.get("PARED_DATA")
-        if not root:
-            raise ParedError(f"{name!r} is read from the folder that PARED_DATA names, and it names none; set it, or "
-                             "use instruct:PATH")  # fmt: skip
-        path = Path(root) / SETS[asked]
+        origin = SETS[asked].origin(f"{name!r}")
+        rows = list(SETS[asked].rows(f"{name!r}"))
     else:
         path = Path(asked).expanduser()
         if ".jsonl" not in path.suffixes:
             raise ParedError(f"unknown instructions {name!r}; {did_you_mean(asked, SETS)}, or a .jsonl file")
-    rows = list(read_rows(path))
+        origin = str(path)
+        rows = [(f"{path}, row {number}", row) for number, row in read_rows(path)]
     if asked == "mbpp:train":
-        rows = [(number, row) for number, row in rows if isinstance(row, dict) and row.get("task_id") in MBPP_TRAIN]
-    found = [_instruction(path, number, row) for number, row in rows]
+        rows = [(which, row) for which, row in rows if isinstance(row, dict) and row.get("task_id") in MBPP_TRAIN]
+    found = [_instruction(which, row) for which, row in rows]
     if not found:
-        raise ParedError(f"instructions {name!r} ({path}) have no rows")
-    return found, str(path)
+        raise ParedError(f"instructions {name!r} ({origin}) have no rows")
+    return found, origin
 
 
 def cut_instructions(
@@ -113,7 +111,7 @@ def cut_instructions(
     return Windows(tokens, digest_of(tokens, mask, labels), name, origin, False, mask, labels)
 
 
-def _instruction(path: Path, number: int, row: Any) -> Instruction:
+def _instruction(which: str, row: Any) -> Instruction:
     if isinstance(row, dict):
         for asked, answer in FIELDS:
             if isinstance(row.get(asked), str) and isinstance(row.get(answer), str):
@@ -121,7 +119,7 @@ def _instruction(path: Path, number: int, row: Any) -> Instruction:
                 return Instruction(row[asked], row[answer], beside if isinstance(beside, str) else "")
     found = sorted(row) if isinstance(row, dict) else type(row).__name__
     pairs = ", ".join(f"{asked} and {answer}" for asked, answer in FIELDS)
-    raise ParedError(f"{path}, row {number}: expected strings {pairs}; found {found}")
+    raise ParedError(f"{which}: expected strings {pairs}; found {found}")
 
 
 def _own_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:

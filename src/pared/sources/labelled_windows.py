@@ -9,7 +9,8 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from pared.errors import ParedError
 from pared.names import did_you_mean
-from pared.sources.labelled import SETS, Example, Examples, Label, find_examples, is_labelled
+from pared.sources.examples import Example, Examples, Label
+from pared.sources.labelled import SETS, find_examples, is_labelled
 from pared.sources.texts import find_text
 from pared.sources.windows import NO_LABEL, Windows, cut, digest_of, padded
 

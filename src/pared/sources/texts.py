@@ -1,15 +1,14 @@
 """Texts by name: the embedded one, well-known corpora, the user's files, anything the datasets library has."""
 
-import importlib.util
-import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pared.errors import ParedError
 from pared.names import did_you_mean
-from pared.sources.files import read_rows, read_text
+from pared.sources.data_sets import is_local
+from pared.sources.files import data_file, read_rows, read_text
+from pared.sources.hub import HubSet
 from pared.sources.templates import prompt
 
 EMBEDDED_SHARE = 0.8  # of pydoc_data.topics is for calibration, the rest for evaluation
@@ -43,20 +42,20 @@ class _Corpus:
     """A well-known corpus: its file under ``PARED_DATA``, how rows lie in it, and its place on the Hub."""
 
     file: str
-    hub: tuple[str, str | None, str, str]  # repository, configuration, split, field
-    hub_file: str | None = None
+    hub: HubSet
+    field: str = "text"  # of a row there
     layout: Literal["documents", "wikitext", "sentences"] = "documents"
 
 
 def _wikitext(file: str, split: str) -> _Corpus:
-    hub = ("Salesforce/wikitext", "wikitext-2-raw-v1", split, "text")
+    hub = HubSet("Salesforce/wikitext", "wikitext-2-raw-v1", split)
     return _Corpus(f"lm/wikitext2_raw_{file}.txt", hub, layout="wikitext")
 
 
 def _ptb(file: str, split: str) -> _Corpus:
     """Penn Treebank as Mikolov prepared it, a sentence a line; not free, so that users bring the file themselves."""
-    hub = ("ptb-text-only/ptb_text_only", "penn_treebank", split, "sentence")
-    return _Corpus(f"lm/ptb.{file}.txt", hub, layout="sentences")
+    hub = HubSet("ptb-text-only/ptb_text_only", "penn_treebank", split)
+    return _Corpus(f"lm/ptb.{file}.txt", hub, "sentence", layout="sentences")
 
 
 CORPORA = {
@@ -66,17 +65,11 @@ CORPORA = {
     "ptb:train": _ptb("train", "train"),
     "ptb:validation": _ptb("valid", "validation"),
     "ptb:test": _ptb("test", "test"),
-    "c4:train": _Corpus(
-        "lm/c4_truncated_1480.jsonl",
-        ("allenai/c4", None, "train", "text"),
-        "en/c4-train.00000-of-01024.json.gz",
-    ),
+    "c4:train": _Corpus("lm/c4_truncated_1480.jsonl", HubSet("allenai/c4", file="en/c4-train.00000-of-01024.json.gz")),
     "c4:validation": _Corpus(
-        "lm/c4_demo_300.jsonl",
-        ("allenai/c4", None, "train", "text"),
-        "en/c4-validation.00000-of-00008.json.gz",
+        "lm/c4_demo_300.jsonl", HubSet("allenai/c4", file="en/c4-validation.00000-of-00008.json.gz")
     ),
-    "alpaca": _Corpus("instruct/alpaca_random_9k.jsonl.gz", ("tatsu-lab/alpaca", None, "train", "text")),
+    "alpaca": _Corpus("instruct/alpaca_random_9k.jsonl.gz", HubSet("tatsu-lab/alpaca")),
 }
 HELD_OUT = {
     "embedded": "embedded:eval",
@@ -115,7 +108,7 @@ def find_text(name: str, evaluation: bool = False) -> Text:
     elif name.count(":") == 2:
         dataset, split, field = name.split(":")
         repository, _, config = dataset.removesuffix("]").partition("[")
-        text = Text(name, _from_hub(repository, config or None, split, field, None), f"Hub data set {dataset}")
+        text = Text(name, _from_hub(HubSet(repository, config or None, split), field), f"Hub data set {dataset}")
     else:
         raise ParedError(
             f"unknown text {name!r}; {did_you_mean(name, ['embedded', *CORPORA])}, file:PATH, NAME:SPLIT:FIELD"
@@ -182,12 +175,9 @@ def _embedded(name: str) -> Text:
 
 def _corpus(name: str) -> Text:
     corpus = CORPORA[name]
-    folder = os.environ.get("PARED_DATA")
-    if not folder:
-        return Text(name, _from_hub(*corpus.hub, corpus.hub_file), f"Hub data set {corpus.hub[0]}")
-    path = Path(folder) / corpus.file
-    if not path.is_file():
-        raise ParedError(f"text {name!r}: PARED_DATA names {folder}, which has no {corpus.file}; fix or unset it")
+    if not is_local():
+        return Text(name, _from_hub(corpus.hub, corpus.field), f"Hub data set {corpus.hub.repository}")
+    path = data_file(corpus.file, f"text {name!r}")
     documents = read_documents(path)
     if corpus.layout == "wikitext":
         documents = [*wikitext_rows(documents[0])]
@@ -196,27 +186,8 @@ def _corpus(name: str) -> Text:
     return Text(name, tuple(documents), str(path))
 
 
-def _from_hub(repository: str, config: str | None, split: str, field: str, data_file: str | None) -> tuple[str, ...]:
-    if importlib.util.find_spec("datasets") is None:
-        raise ParedError(
-            f"{repository} is read from the Hub and needs the package datasets; install it with: "
-            "pip install datasets, or name a folder of local copies in PARED_DATA"
-        )
-    import datasets
-
-    try:
-        rows: Iterable[dict[str, object]] = datasets.load_dataset(
-            repository, config, split=split, data_files={split: data_file} if data_file else None
-        )
-        first = next(iter(rows))
-    except StopIteration:
-        raise ParedError(f"Hub data set {repository}, split {split!r}, has no rows") from None
-    except Exception as error:  # datasets and huggingface_hub raise many kinds
-        raise ParedError(
-            f"Hub data set {repository}, split {split!r}: cannot be read "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:160]}); "
-            "offline, name a folder of local copies in PARED_DATA or use file:PATH"
-        ) from None
-    if field not in first:
-        raise ParedError(f"Hub data set {repository} has no field {field!r}; {did_you_mean(field, first)}")
+def _from_hub(where: HubSet, field: str) -> tuple[str, ...]:
+    rows = where.rows()
+    if field not in rows[0]:
+        raise ParedError(f"Hub data set {where.repository} has no field {field!r}; {did_you_mean(field, rows[0])}")
     return tuple(str(row[field]) for row in rows)

@@ -23,7 +23,8 @@ from transformers import (
 from pared.checkpoint import load_tokenizer, read_config
 from pared.errors import ParedError
 from pared.evaluation.classification import Score, classify
-from pared.sources.labelled import Examples, find_examples
+from pared.sources.examples import Examples
+from pared.sources.labelled import find_examples
 from pared.sources.labelled_windows import cut_examples
 from pared.sources.models import find_model, is_causal
 from pared.sources.windows import Windows

@@ -1,4 +1,4 @@
-"""Tasks in which a model chooses, scored by lm-evaluation-harness from the files of ``PARED_DATA``."""
+"""Tasks in which a model chooses, scored by lm-evaluation-harness."""
 
 from pared.evaluation.choice.scoring import CHOICES, Prepared, evaluate_choices, prepare
 

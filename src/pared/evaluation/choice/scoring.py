@@ -1,13 +1,13 @@
 """Questions with answers to choose from. Which answer is the likelier, and what counts, is the harness's business.
 
 Prompts, answers and metrics are those of the folder ``definitions``, in the harness's own form; its ``--include_path``
-takes the folder too.
+takes the folder too. Where ``PARED_DATA`` names no folder, all of a task is the harness's, its rows from the Hub.
 """
 
 import io
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
@@ -19,10 +19,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.errors import ParedError
 from pared.evaluation.tasks import Result
+from pared.sources.data_sets import is_local
+from pared.sources.hub import unreadable
 
 DEFINITIONS = Path(__file__).parent / "definitions"
 CHOICES = tuple(sorted(path.stem for path in DEFINITIONS.glob("*.yaml")))
+# The harness's folders with its own definitions of these tasks; reading all it has takes half a minute.
+FOLDERS = ("arc", "glue", "hellaswag", "lambada", "mathqa", "mmlu/default", "openbookqa", "piqa", "super_glue",
+           "winogrande")  # fmt: skip
 BATCH = 8
+EXAMPLES_SEED = 1234  # the harness's own, of which examples are shown
 RESAMPLED = 100  # times, where a standard error has no formula
 
 Stage = Callable[[str, int, str], AbstractContextManager[Callable[[], None]]]
@@ -58,7 +64,7 @@ def prepare(names: Sequence[str], shots: int | None = None, limit: int | None = 
             what is measured, a limit that leaves nothing, or lm-evaluation-harness is not installed.
     """
     try:
-        from lm_eval.tasks import TaskManager
+        from lm_eval import tasks
     except ImportError:
         raise ParedError("multiple choice is scored by lm-evaluation-harness; install it with: pip install "
                          "'pared[eval]'") from None  # fmt: skip
@@ -67,14 +73,18 @@ def prepare(names: Sequence[str], shots: int | None = None, limit: int | None = 
     if shots is not None and shots < 0:
         raise ParedError(f"tasks {', '.join(names)}: cannot show {shots} examples")
     with _quietly():
-        loaded = TaskManager(include_path=DEFINITIONS, include_defaults=False).load(list(names))
+        folders = [DEFINITIONS] if is_local() else [Path(tasks.__file__).parent / folder for folder in FOLDERS]
+        manager = tasks.TaskManager(include_path=folders, include_defaults=False)
+        loaded = manager.load(list(names)) if is_local() else _from_hub(manager, names)
     for name, task in loaded["tasks"].items():
-        if shots and task.config.fewshot_split is None:
+        apart = task.config.fewshot_split or task.config.training_split
+        if shots and apart is None:
             raise ParedError(f"task {name} has no examples to show apart from what it is evaluated on; use 0 shots")
-        there = len(task.dataset[task.config.fewshot_split]) if shots else 0
+        there = len(task.dataset[apart]) if shots else 0
         if shots and there < shots:
             raise ParedError(f"task {name} has {there} examples to show, found {shots} asked for")
         task.set_config(key="num_fewshot", value=shots or 0)
+        task.set_fewshot_seed(EXAMPLES_SEED)
     return Prepared(tuple(names), loaded, shots or 0, limit)
 
 
@@ -108,6 +118,13 @@ def evaluate_choices(
         note(f"{scorer.cut} questions with their examples are longer than the {scorer.max_length} tokens this model "
              "takes; their beginnings were cut off")  # fmt: skip
     return [_result(name, tasks, found) for name in tasks.names]
+
+
+def _from_hub(manager: Any, names: Sequence[str]) -> Any:
+    try:
+        return manager.load(list(names))
+    except Exception as error:  # datasets and huggingface_hub raise many kinds
+        raise unreadable(f"the data of {', '.join(names)} on the Hub", error) from None
 
 
 def _scorer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: int, stage: Stage) -> Any:
@@ -153,12 +170,18 @@ def _quietly() -> Iterator[None]:
 
 def _result(name: str, tasks: Prepared, found: Any) -> Result:
     """Return what the harness found of a task, or of a group of tasks and of each of them."""
-    members = tasks.loaded["group_map"].get(name, ())
+    members = _members(name, tasks.loaded["group_map"])
     metrics, errors = _metrics(found["groups" if members else "results"][name])
     by_member = {member.removeprefix(f"{name}::"): _metrics(found["results"][member]) for member in members}
     parts = tuple({"task": part, "metrics": own[0], "errors": own[1]} for part, own in by_member.items())
     rows = sum(len(found["samples"][one]) for one in members or (name,))
     return Result(name, metrics, errors, rows, tasks.shots, parts or tuple(map(_answer, found["samples"][name])))
+
+
+def _members(name: str, groups: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return the tasks of a group, and of the groups in it; none of what is no group."""
+    children = groups.get(name, ())
+    return [member for child in children for member in (_members(child, groups) if child in groups else [child])]
 
 
 def _metrics(own: Any) -> tuple[dict[str, float], dict[str, float]]:
