@@ -7,21 +7,22 @@ from typing import Any
 
 import pytest
 import torch
-from test_shared import Q, put_low_rank
 from tiny_models import TINY_MODELS
+from torch import nn
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+import pared
 from pared import ParedError
-from pared.anatomy import weight_of
+from pared.checkpoint import load
+from pared.checkpoint.export import make_dense
 from pared.cli.main import app
 from pared.evaluation import Sampling, complete, evaluate_task, task_of
 from pared.evaluation.answers import boxed, last_number, marked_number, normalised, same_expression, same_number
 from pared.evaluation.generation import cut_at
 from pared.evaluation.passes import mean_pass_at_k, pass_at_k
 from pared.evaluation.tasks import rows_of
-from pared.install import dense_linear
-from pared.modules import LowRankLinear, replace_module
+from pared.modules import LowRankLinear, PivotedLinear, SparseLinear
 
 PROMPTS = ["w3 w4 w5", "w6", "w7 w8 w9 w10 w11 w12", "w3 w4"]
 
@@ -36,17 +37,41 @@ def test_prompts_together_say_what_each_says_alone(tokenizer: PreTrainedTokenize
     assert any(text for (text,) in together)
 
 
+KINDS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
+    "factors": (LowRankLinear, {"method": "svd-llm", "storage": "factors", "keep": 0.6}),
+    "pivoted": (PivotedLinear, {"method": "svd-llm", "storage": "pivoted", "keep": 0.6}),
+    "shared": (LowRankLinear, {"method": "basis-sharing", "options": {"sharing": "all"}, "keep": 0.7}),
+    "sparse": (SparseLinear, {"method": "wanda", "sparsity": 0.5}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_compressed_model_writes_token_for_token_what_its_product_writes(
-    tokenizer: PreTrainedTokenizerFast,
+    kind: str, tokenizer: PreTrainedTokenizerFast, calibration: pared.Calibration, tmp_path: Path
 ) -> None:
-    model, dense = TINY_MODELS["llama"](), TINY_MODELS["llama"]()
-    put_low_rank(model, list(Q), 12)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, LowRankLinear):
-            old = dense.get_submodule(name)
-            assert weight_of(old).shape == module.weight.shape
-            replace_module(dense, name, dense_linear(old, module.weight.detach()))
+    module, recipe = KINDS[kind]
+    TINY_MODELS["llama"]().save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    pared.run(pared.Recipe.model_validate({"calibration": calibration, "model": str(tmp_path / "dense"),
+                                           "out": str(tmp_path / "out"), "evaluation": None, **recipe}))  # fmt: skip
+    model, dense = load(tmp_path / "out"), make_dense(load(tmp_path / "out"))
+    assert any(isinstance(own, module) for own in model.modules())
+    assert any(getattr(own, "shares", None) for own in model.modules()) == (kind == "shared")
+    assert not any(isinstance(own, module) for own in dense.modules())
     assert complete(model, tokenizer, PROMPTS, 24) == complete(dense, tokenizer, PROMPTS, 24)
+
+
+def test_a_model_without_a_generation_config_is_named(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    model = TINY_MODELS["llama"]()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    expected = complete(model, tokenizer, PROMPTS, 4)
+    assert complete(load(tmp_path), tokenizer, PROMPTS, 4) == expected  # transformers makes one
+    model.generation_config = None
+    with pytest.raises(ParedError, match="LlamaForCausalLM has no generation config, so that it cannot continue"):
+        complete(model, tokenizer, PROMPTS, 4)
+    with pytest.raises(ParedError, match="LlamaModel has no head for the next token"):
+        complete(model.model, tokenizer, PROMPTS, 4)
 
 
 def test_nothing_of_model_and_tokenizer_is_changed(tokenizer: PreTrainedTokenizerFast) -> None:

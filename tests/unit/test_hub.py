@@ -183,6 +183,10 @@ def test_choices_on_the_hub_are_those_in_files(
     here = evaluate_choices(model, tokenizer, prepare(names), Silent().stage)
     for ours, theirs in zip(here, there, strict=True):
         assert (ours.task, ours.rows, ours.metrics) == (theirs.task, theirs.rows, pytest.approx(theirs.metrics))
+        if ours.task != "mmlu":
+            assert [row["right"] for row in ours.answers] == [row["right"] for row in theirs.answers], ours.task
+        gold = SAME[ours.task][2].get("gold")
+        assert ours.task == "mmlu" or gold is None or ours.answers[0]["right"] == gold, ours.task
     assert {part["task"] for part in there[-1].answers} >= set(SUBJECTS)
 
 

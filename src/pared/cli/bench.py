@@ -1,7 +1,7 @@
 """``pared bench``: speed and memory of a model, alone or against another."""
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -72,7 +72,7 @@ def print_bench(result: Bench) -> None:
     for timed in result.timed:
         first = " / ".join(f"{statistics.median(own):.3f} s" for own in timed.first_token if own)
         ratio = _spread(timed.ratios) if timed.ratios else ""
-        rates = (f"{timed.tokens_per_second(index):,.1f}" for index in range(len(names)))
+        rates = (_spread([timed.case.tokens / one for one in own], 1) for own in timed.seconds)
         speeds.add_row(str(timed.case), *rates, first, ratio, f"{timed.ideal:.2f}" if timed.ideal else "")
     out.print(speeds)
 
@@ -83,8 +83,9 @@ def as_json(timed: Timed) -> dict[str, Any]:
     return {**asdict(timed), **medians, "ratios": timed.ratios}
 
 
-def _spread(values: tuple[float, ...]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+def _spread(values: Sequence[float], digits: int = 2) -> str:
+    median, least, most = (f"{value:,.{digits}f}" for value in (statistics.median(values), min(values), max(values)))
+    return f"{median} ({least} to {most})"
 
 
 def _mib(count: int | None) -> str:

@@ -189,7 +189,7 @@ def do_tasks(
         if not kept.has(name):
             result = _task(loaded, tokenizer, name, count, limit, shots, sampling, run_code)
             kept.add(name, asdict(result))
-    return {"dtype": str(loaded.dtype), "tasks": kept.results([*chosen, *written])}
+    return {**settings, "dtype": str(loaded.dtype), "tasks": kept.results([*chosen, *written])}
 
 
 def _task(

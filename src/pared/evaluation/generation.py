@@ -64,10 +64,15 @@ def complete(
         For every prompt its continuations.
 
     Raises:
-        ParedError: a prompt and its continuation are more than the model has positions, or a setting is out of range.
+        ParedError: a model that has no generation config or cannot write, a prompt and its continuation that are more
+            than it has positions, or a setting out of range.
     """
     sampling = sampling or Sampling()
     require_possible(sampling, tokens)
+    if not model.can_generate() or model.generation_config is None:
+        lacks = "no generation config" if model.can_generate() else "no head for the next token"
+        raise ParedError(f"{type(model).__name__} has {lacks}, so that it cannot continue a prompt; expected a causal "
+                         "language model with a generation_config.json, or none beside its config.json")  # fmt: skip
     with padding_left(tokenizer):
         encoded = [tokenizer(prompt, verbose=False)["input_ids"] for prompt in prompts]
         _require_room(model, encoded, tokens)

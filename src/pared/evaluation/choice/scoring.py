@@ -175,7 +175,7 @@ def _result(name: str, tasks: Prepared, found: Any) -> Result:
     by_member = {member.removeprefix(f"{name}::"): _metrics(found["results"][member]) for member in members}
     parts = tuple({"task": part, "metrics": own[0], "errors": own[1]} for part, own in by_member.items())
     rows = sum(len(found["samples"][one]) for one in members or (name,))
-    return Result(name, metrics, errors, rows, tasks.shots, parts or tuple(map(_answer, found["samples"][name])))
+    return Result(name, metrics, errors, rows, tasks.shots, parts or _answers(name, tasks, found["samples"][name]))
 
 
 def _members(name: str, groups: Mapping[str, Sequence[str]]) -> list[str]:
@@ -195,8 +195,16 @@ def _metrics(own: Any) -> tuple[dict[str, float], dict[str, float]]:
     }
 
 
-def _answer(sample: Any) -> dict[str, Any]:
+def _answers(name: str, tasks: Prepared, samples: Sequence[Any]) -> tuple[dict[str, Any], ...]:
+    """Return what is kept of every row."""
+    task = tasks.loaded["tasks"][name]
+    # Where beginnings differ and the end does not, the text of a question is, to the harness, which beginning is right.
+    right = task.doc_to_text if task.multiple_input else task.doc_to_target
+    return tuple(_answer(sample, right(sample["doc"])) for sample in samples)
+
+
+def _answer(sample: Any, right: Any) -> dict[str, Any]:
     """Return what is kept of a row: which answer is right, how likely each was, in nats, and what that counted."""
     likely = [answer[0] for answer in sample["filtered_resps"]]
     counted = {name: float(sample[name]) for name in sample["metrics"] if isinstance(sample[name], (int, float))}
-    return {"row": sample["doc_id"], "right": sample["target"], "log_likelihoods": likely, "verdicts": counted}
+    return {"row": sample["doc_id"], "right": right, "log_likelihoods": likely, "verdicts": counted}
