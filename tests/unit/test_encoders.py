@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import pared
 from pared import ParedError
 from pared.cli.main import app
 from pared.sources.labelled import find_examples
+from pared.training import encoders
 from pared.training.encoders import FineTuning, examples_of, fine_tuned_score, steps_of, with_head
 from pared.training.parts import compressed_layers
 
@@ -180,6 +182,34 @@ def test_the_command_scores_every_task(small: Path, tmp_path: Path) -> None:
     assert "glue:sst2: accuracy " in ran.output
     assert "ner:own: f1 " in ran.output
     assert [task["task"] for task in json.loads(out.read_text())["tasks"]] == ["glue:sst2", "ner:own"]
+
+
+def test_a_killed_fine_tuning_goes_on_after_the_tasks_it_has_done(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, kept = tmp_path / "found.json", tmp_path / ".found.json.unfinished"
+    command = ["eval", str(small), "--fine-tune", "glue:sst2,ner:own", "--epochs", "1", "--limit", "32", "--json"]
+    assert CliRunner().invoke(app, [*command, str(tmp_path / "whole.json")]).exit_code == 0
+    trained: list[str] = []
+
+    def killed_at_the_second(*arguments: Any, **more: Any) -> Any:
+        trained.append("")
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        return fine_tuned_score(*arguments, **more)
+
+    monkeypatch.setattr(encoders, "fine_tuned_score", killed_at_the_second)
+    assert CliRunner().invoke(app, [*command, str(out)]).exit_code != 0
+    assert not out.exists()
+    again = CliRunner().invoke(app, [*command, str(out)])
+    assert "going on after glue:sst2" in again.output
+    assert len(trained) == 3
+    assert json.loads(out.read_text()) == json.loads((tmp_path / "whole.json").read_text())
+    kept.write_text('{"settings": ')
+    broken = CliRunner().invoke(app, [*command, str(out)])
+    assert broken.exit_code == 2
+    assert "kept by an unfinished run, is not readable" in " ".join(broken.output.split())
+    assert len(trained) == 3
 
 
 def test_what_cannot_be_learned_is_refused_before_anything_is_trained(
