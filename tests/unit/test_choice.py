@@ -310,7 +310,7 @@ def test_data_that_are_not_there_are_named(data: Path, monkeypatch: pytest.Monke
     with pytest.raises(pared.ParedError, match=r"piqa_valid\.jsonl has no rows"):
         prepare(["piqa"])
     path.unlink()
-    with pytest.raises(pared.ParedError, match=r"which has no mc/piqa_valid\.jsonl; found there: arc_"):
+    with pytest.raises(pared.ParedError, match=r"which has no mc/piqa_valid\.jsonl; found beside it: arc_"):
         prepare(["piqa"])
     table = data / "glue" / "RTE" / "dev.tsv"
     table.write_text("index\tsentence1\tsentence2\tlabel\n0\tw1\tw2\n", encoding="utf-8")
@@ -318,7 +318,7 @@ def test_data_that_are_not_there_are_named(data: Path, monkeypatch: pytest.Monke
         prepare(["rte"])
     monkeypatch.delenv("PARED_DATA")
     with pytest.raises(
-        pared.ParedError, match=r"the data of openbookqa on the Hub: cannot be read \(.*\); offline, name a folder of"
+        pared.ParedError, match=r"the data of openbookqa on the Hub: cannot be read \(.*\); if this machine"
     ):
         prepare(["openbookqa"])
 

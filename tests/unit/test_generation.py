@@ -68,7 +68,7 @@ def test_a_model_without_a_generation_config_is_named(tokenizer: PreTrainedToken
     expected = complete(model, tokenizer, PROMPTS, 4)
     assert complete(load(tmp_path), tokenizer, PROMPTS, 4) == expected  # transformers makes one
     model.generation_config = None
-    with pytest.raises(ParedError, match="LlamaForCausalLM has no generation config, so that it cannot continue"):
+    with pytest.raises(ParedError, match="LlamaForCausalLM has no generation config; give it one"):
         complete(model, tokenizer, PROMPTS, 4)
     with pytest.raises(ParedError, match="LlamaModel has no head for the next token"):
         complete(model.model, tokenizer, PROMPTS, 4)
@@ -330,7 +330,7 @@ def test_a_model_does_a_task_from_the_command_line(
     ("name", "rows", "more", "message"),
     [
         ("gsm9k", None, {}, "unknown task 'gsm9k'; did you mean 'gsm8k'"),
-        ("svamp", None, {}, "which has no math/svamp_test.jsonl; found there: "),
+        ("svamp", None, {}, "which has no math/svamp_test.jsonl; found beside it: "),
         ("svamp", [], {}, "has no rows to evaluate on"),
         (
             "svamp",

@@ -283,11 +283,11 @@ def test_glue_and_entity_files_are_read_where_they_lie(tmp_path: Path, monkeypat
     for name, told in {
         "glue:ax:train": "no GLUE task 'ax' here",
         "glue:cola:eval": "no split 'eval'; .* Valid: dev, test, train, validation",
-        "glue:cola:test": r"which has no glue/CoLA/test_labelled\.tsv; found there: dev\.tsv, train\.tsv",
-        "glue:mnli:dev": r"no glue/MNLI/dev_matched\.tsv; found there: nothing",
+        "glue:cola:test": r"which has no glue/CoLA/test_labelled\.tsv; found beside it: dev\.tsv, train\.tsv",
+        "glue:mnli:dev": r"no glue/MNLI/dev_matched\.tsv; found beside it: nothing",
         "glue:cola:dev": "row 1: expected at least 4 columns, found 2",
         "ner:own:dev": "line 2: expected a word and its tag, found 'mat'",
-        "ner:other:dev": "found there: nothing",
+        "ner:other:dev": "found beside it: nothing",
         "glue:cola": "unknown labelled examples 'glue:cola'; did you mean 'glue:cola:train'",
         "cola": "unknown labelled examples 'cola'",
     }.items():

@@ -168,7 +168,7 @@ def test_hub_text_without_the_datasets_library_says_how_to_get_it(monkeypatch: p
     monkeypatch.delenv("PARED_DATA", raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     for name in ("wikitext2:test", "owner/set[config]:train:text"):
-        with pytest.raises(ParedError, match="needs the package datasets; install it with: pip install datasets"):
+        with pytest.raises(ParedError, match="is read by the package datasets; install it with: pip install datasets"):
             find_text(name)
 
 

@@ -72,7 +72,7 @@ def print_bench(result: Bench) -> None:
     for timed in result.timed:
         first = " / ".join(f"{statistics.median(own):.3f} s" for own in timed.first_token if own)
         ratio = _spread(timed.ratios) if timed.ratios else ""
-        rates = (_spread([timed.case.tokens / one for one in own], 1) for own in timed.seconds)
+        rates = (_spread(timed.rates(index), 1) for index in range(len(names)))
         speeds.add_row(str(timed.case), *rates, first, ratio, f"{timed.ideal:.2f}" if timed.ideal else "")
     out.print(speeds)
 

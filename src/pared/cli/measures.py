@@ -1,6 +1,5 @@
 """What ``pared eval`` measures, and how it tells."""
 
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +23,7 @@ from pared.evaluation.vision import BATCH as BATCH_OF_IMAGES
 from pared.evaluation.vision import answer_questions, processor_of, questions_of
 from pared.names import require_known
 from pared.recipe import Recipe
+from pared.sources.files import data_folder
 from pared.sources.labelled import find_examples
 from pared.sources.labelled_windows import cut_examples
 from pared.sources.models import find_model, is_causal
@@ -141,7 +141,7 @@ def ask_about_images(model: str, path: Path, limit: int | None, dtype: str, plac
 
 def _identity(model: str) -> dict[str, Any]:
     """Return what tells this model, these data and these programs from others."""
-    return {"model": model, "digest": find_model(model).digest(), "data": os.environ.get("PARED_DATA"), **versions()}
+    return {"model": model, "digest": find_model(model).digest(), "data": str(data_folder() or "the Hub"), **versions()}
 
 
 def do_tasks(
@@ -189,7 +189,7 @@ def do_tasks(
         if not kept.has(name):
             result = _task(loaded, tokenizer, name, count, limit, shots, sampling, run_code)
             kept.add(name, asdict(result))
-    return {**settings, "dtype": str(loaded.dtype), "tasks": kept.results([*chosen, *written])}
+    return {**_identity(model), **settings, "dtype": str(loaded.dtype), "tasks": kept.results([*chosen, *written])}
 
 
 def _task(

@@ -69,10 +69,11 @@ def complete(
     """
     sampling = sampling or Sampling()
     require_possible(sampling, tokens)
-    if not model.can_generate() or model.generation_config is None:
-        lacks = "no generation config" if model.can_generate() else "no head for the next token"
-        raise ParedError(f"{type(model).__name__} has {lacks}, so that it cannot continue a prompt; expected a causal "
-                         "language model with a generation_config.json, or none beside its config.json")  # fmt: skip
+    if not model.can_generate():
+        raise ParedError(f"{type(model).__name__} has no head for the next token; expected a causal language model")
+    if model.generation_config is None:
+        raise ParedError(f"{type(model).__name__} has no generation config; give it one: model.generation_config = "
+                         "GenerationConfig.from_model_config(model.config)")  # fmt: skip
     with padding_left(tokenizer):
         encoded = [tokenizer(prompt, verbose=False)["input_ids"] for prompt in prompts]
         _require_room(model, encoded, tokens)

@@ -12,7 +12,7 @@ from pared.evaluation.generation import Sampling, complete
 from pared.evaluation.passes import mean_pass_at_k
 from pared.evaluation.sandbox import Limits, run_program
 from pared.names import require_known
-from pared.sources.data_sets import DataSet
+from pared.sources.data_sets import GSM8K_TEST, GSM8K_TRAIN, MATH500, MBPP, DataSet
 from pared.sources.hub import HubSet
 
 Row = Mapping[str, Any]
@@ -272,7 +272,7 @@ TASKS: dict[str, Task] = {
     for task in (
         Task(
             name="gsm8k",
-            data=DataSet("math/gsm8k_test.jsonl", HubSet("openai/gsm8k", "main", "test")),
+            data=GSM8K_TEST,
             fields={"question": str, "answer": str},
             right=lambda row: marked_number(row["answer"]),
             prompt=_question,
@@ -280,12 +280,17 @@ TASKS: dict[str, Task] = {
             stop=("Question:", "\n\n\n"),
             tokens=256,
             judge=_gsm8k,
-            shots_data=DataSet("math/gsm8k_train.jsonl.gz", HubSet("openai/gsm8k", "main", "train")),
+            shots_data=GSM8K_TRAIN,
             shots=5,
         ),
         Task(
             name="svamp",
-            data=DataSet("math/svamp_test.jsonl", HubSet("ChilleD/SVAMP", split="test"), _svamp),
+            data=DataSet(
+                "math/svamp_test.jsonl",
+                HubSet("ChilleD/SVAMP", split="test"),
+                ("Body", "Question", "Answer"),
+                _svamp,
+            ),
             fields={"context": str, "answer": (str, int, float)},
             right=lambda row: last_number(str(row["answer"])),
             prompt=_question,
@@ -296,7 +301,7 @@ TASKS: dict[str, Task] = {
         ),
         Task(
             name="math500",
-            data=DataSet("math/math500.jsonl", HubSet("HuggingFaceH4/MATH-500", split="test")),
+            data=MATH500,
             fields={"problem": str, "answer": str},
             prompt=lambda row: f"Problem:\n{row['problem']}\n\nSolution:",
             answer=lambda row: f" {row['solution']}",
@@ -316,7 +321,7 @@ TASKS: dict[str, Task] = {
         ),
         Task(
             name="mbpp",
-            data=DataSet("code/mbpp.jsonl", HubSet("google-research-datasets/mbpp", "full", "train+test+prompt")),
+            data=MBPP,
             fields={"text": str, "code": str, "task_id": int, "test_list": list},
             prompt=_mbpp_prompt,
             answer=lambda row: f"{row['code']}\n[DONE]",

@@ -1,12 +1,12 @@
 """The text a search may look at: the end of the training text, neither calibrated on nor tested on."""
 
-import os
 import re
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 
 from pared.errors import ParedError
+from pared.sources.files import data_folder
 from pared.sources.texts import BLANK_LINES, CORPORA, HELD_OUT, Text, find_text
 
 SHARE = 0.2  # of the training text
@@ -65,6 +65,6 @@ def require_training(name: str) -> None:
 
 def _held_out_files() -> set[Path]:
     """Return the local copies of splits that results are reported on."""
-    folder = os.environ.get("PARED_DATA")
+    folder = data_folder()
     held_out = (corpus.file for name, corpus in CORPORA.items() if HELD_OUT_NAME.search(name.partition(":")[2]))
-    return {(Path(folder) / file).resolve() for file in held_out} if folder else set()
+    return {(folder / file).resolve() for file in held_out} if folder else set()

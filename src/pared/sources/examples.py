@@ -30,7 +30,7 @@ class Examples:
     Attributes:
         name: what the user called them.
         rows: all with one label, or all with one a word.
-        origin: the file they were read from.
+        origin: the file or the data set on the Hub that they were read from.
         classes: the order the data set itself gives its classes, for a model that has no names for its own.
     """
 

@@ -11,26 +11,34 @@ from typing import Any
 from pared.errors import ParedError
 
 
-def data_file(file: str, what: str) -> Path:
+def data_folder() -> Path | None:
+    """Return the folder of well-known data that ``PARED_DATA`` names; None if they are read from the Hub."""
+    named = os.environ.get("PARED_DATA")
+    return Path(named) if named else None
+
+
+def data_file(file: str, what: str, instead: str = "unset PARED_DATA to read it from the Hub") -> Path:
     """Return a file of the folder that ``PARED_DATA`` names, or the same one gzipped.
 
     Args:
         file: under it.
         what: is read from it, for messages.
+        instead: what a user who has not got the file can do, for messages.
 
     Raises:
         ParedError: it names none, or that has no such file.
     """
-    root = os.environ.get("PARED_DATA")
-    if not root:
+    root = data_folder()
+    if root is None:
         raise ParedError(f"{what} is read from the folder that PARED_DATA names, and it names none; set it "
-                         "(docs/evaluation.md tells what lies there)")  # fmt: skip
-    path = Path(root) / file
+                         f"(docs/evaluation.md tells what lies there), or {instead}")  # fmt: skip
+    path = root / file
     for found in (path, path.with_name(f"{path.name}.gz")):
         if found.is_file():
             return found
     there = ", ".join(sorted(beside.name for beside in path.parent.glob("*"))) or "nothing"
-    raise ParedError(f"{what}: PARED_DATA names {root}, which has no {file}; found there: {there}; fix or unset it")
+    raise ParedError(f"{what}: PARED_DATA names {root}, which has no {file}; found beside it: {there}; put it "
+                     f"there, or {instead}")  # fmt: skip
 
 
 def read_text(path: Path, what: str = "file") -> str:

@@ -7,16 +7,15 @@ from pathlib import Path
 
 from pared.errors import ParedError
 from pared.names import did_you_mean
-from pared.sources.data_sets import is_local
 from pared.sources.examples import Example, Examples
-from pared.sources.files import data_file, read_lines
+from pared.sources.files import data_file, data_folder, read_lines
 from pared.sources.hub import HubSet
 
 log = logging.getLogger(__name__)
 
 BINARY = ("0", "1")
 ENTAILMENT = ("entailment", "not_entailment")
-SPLITS = {"train": "train", "validation": "dev", "dev": "dev", "test": "test_labelled"}
+SPLITS = {"train": "train", "validation": "dev", "dev": "dev", "test": "test"}
 
 
 @dataclass(frozen=True)
@@ -72,14 +71,15 @@ def glue(name: str, task: str, split: str) -> Examples:
     if split not in SPLITS:
         raise ParedError(f"labelled examples {name!r}: no split {split!r}; {did_you_mean(split, SPLITS)}")
     asked, part = GLUE[task], SPLITS[split]
-    part = asked.dev if part == "dev" else part
-    if is_local():
-        path = data_file(f"glue/{asked.folder}/{part}.tsv", f"labelled examples {name!r}")
+    if data_folder() is not None:
+        files = {"train": "train", "dev": asked.dev, "test": f"{asked.dev.replace('dev', 'test')}_labelled"}
+        path = data_file(f"glue/{asked.folder}/{files[part]}.tsv", f"labelled examples {name!r}")
         return Examples(name, tuple(_rows_of_file(asked, path)), str(path), asked.classes)
-    if part == "test_labelled":
+    if part == "test":
         raise ParedError(f"labelled examples {name!r}: the Hub has no labels of the test part; use glue:{task}:dev, or "
                          "name a folder that has them in PARED_DATA")  # fmt: skip
-    where = HubSet("nyu-mll/glue", task.partition("-")[0], part.replace("dev", "validation"))
+    split_there = part if part == "train" else asked.dev.replace("dev", "validation")
+    where = HubSet("nyu-mll/glue", task.partition("-")[0], split_there)
     return Examples(name, tuple(_rows_on_hub(asked, where)), str(where), asked.classes)
 
 
@@ -107,10 +107,10 @@ def _rows_of_file(task: _Task, path: Path) -> Iterator[Example]:
 
 def _rows_on_hub(task: _Task, where: HubSet) -> Iterator[Example]:
     valid = task.classes or BINARY
-    for number, row in enumerate(where.rows(), 1):
+    for which, row in where.rows(*task.fields, "label"):
         texts, label = tuple(row[field].strip() for field in task.fields), row["label"]
         if not task.scores and label not in range(len(valid)):
-            raise ParedError(f"{where}, row {number}: expected a label from 0 to {len(valid) - 1}, found {label!r}")
+            raise ParedError(f"{which}: expected a label from 0 to {len(valid) - 1}, found {label!r}")
         yield Example(texts, task.classes[label] if task.classes else label)
 
 

@@ -1,7 +1,7 @@
 """Data sets of the Hub, read by the datasets library."""
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,38 +26,50 @@ class HubSet:
 
     def __str__(self) -> str:
         config = "" if self.config is None else f"[{self.config}]"
-        return f"Hub data set {self.repository}{config}, split {self.split!r}"
+        part = f"split {self.split!r}" if self.file is None else self.file
+        return f"Hub data set {self.repository}{config}, {part}"
 
-    def rows(self) -> Sequence[Mapping[str, Any]]:
-        """Read the rows, one at least.
+    def rows(self, *fields: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Yield each row, one at least, behind the words that say which it is.
+
+        Args:
+            fields: that a row must have.
 
         Raises:
-            ParedError: the datasets library is not installed, the data set cannot be read, or has no rows.
+            ParedError: the datasets library is not installed, the data set cannot be read or has no rows, or a row has
+                not the fields; names the row.
         """
+        number = 0
+        for number, row in enumerate(self._read(), 1):
+            missing = [field for field in fields if row.get(field) is None]
+            if missing:
+                raise ParedError(f"{self}, row {number}: expected {', '.join(fields)}; {missing[0]} is missing, found "
+                                 f"{', '.join(sorted(row))}")  # fmt: skip
+            yield f"{self}, row {number}", row
+        if not number:
+            raise ParedError(f"{self} has no rows")
+
+    def _read(self) -> Iterable[Mapping[str, Any]]:
         if importlib.util.find_spec("datasets") is None:
             raise ParedError(
-                f"{self.repository} is read from the Hub and needs the package datasets; install it with: "
-                "pip install datasets, or name a folder of local copies in PARED_DATA"
+                f"{self} is read by the package datasets; install it with: pip install datasets, or name a folder of "
+                "local copies in PARED_DATA"
             )
         import datasets
 
         files = {self.split: self.file} if self.file else None
         try:
-            rows: Sequence[Mapping[str, Any]] = datasets.load_dataset(
+            rows: Iterable[Mapping[str, Any]] = datasets.load_dataset(
                 self.repository, self.config, split=self.split, data_files=files
             )
-            empty = not len(rows)
         except Exception as error:  # datasets and huggingface_hub raise many kinds
             raise unreadable(self, error) from None
-        if empty:
-            raise ParedError(f"{self} has no rows")
         return rows
 
 
 def unreadable(what: object, error: Exception) -> ParedError:
     """Return the error of data on the Hub that cannot be read."""
     return ParedError(
-        f"{what}: cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:160]}); "
-        "offline, name a folder of local copies in PARED_DATA (docs/evaluation.md tells what lies there) or a file of "
-        "your own"
+        f"{what}: cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:160]}); if this machine is "
+        "offline, name a folder of local copies in PARED_DATA (docs/evaluation.md tells what lies there)"
     )

@@ -9,9 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from pared.errors import ParedError
 from pared.names import did_you_mean
-from pared.sources.data_sets import DataSet
+from pared.sources.data_sets import ALPACA, GSM8K_TEST, GSM8K_TRAIN, MATH500, MBPP
 from pared.sources.files import read_rows
-from pared.sources.hub import HubSet
 from pared.sources.templates import prompt
 from pared.sources.windows import NO_LABEL, Windows, digest_of, padded
 
@@ -20,11 +19,11 @@ log = logging.getLogger(__name__)
 PREFIX = "instruct:"
 MBPP_TRAIN = range(601, 975)  # the authors' part to train on; `pared eval --tasks mbpp` measures on another
 SETS = {
-    "gsm8k:train": DataSet("math/gsm8k_train.jsonl.gz", HubSet("openai/gsm8k", "main", "train")),
-    "gsm8k:test": DataSet("math/gsm8k_test.jsonl", HubSet("openai/gsm8k", "main", "test")),
-    "math500": DataSet("math/math500.jsonl", HubSet("HuggingFaceH4/MATH-500", split="test")),
-    "mbpp:train": DataSet("code/mbpp.jsonl", HubSet("google-research-datasets/mbpp", "full", "train")),
-    "alpaca": DataSet("instruct/alpaca_random_9k.jsonl.gz", HubSet("tatsu-lab/alpaca")),
+    "gsm8k:train": GSM8K_TRAIN,
+    "gsm8k:test": GSM8K_TEST,
+    "math500": MATH500,
+    "mbpp:train": MBPP,
+    "alpaca": ALPACA,
 }
 # The fields of a row that are asked and answered, the first pair that is there.
 FIELDS = (
@@ -58,8 +57,8 @@ def find_instructions(name: str) -> tuple[list[Instruction], str]:
     """
     asked = name.removeprefix(PREFIX)
     if asked in SETS:
-        origin = SETS[asked].origin(f"{name!r}")
-        rows = list(SETS[asked].rows(f"{name!r}"))
+        what = f"instructions {name!r}"
+        origin, rows = SETS[asked].origin(what), list(SETS[asked].rows(what))
     else:
         path = Path(asked).expanduser()
         if ".jsonl" not in path.suffixes:

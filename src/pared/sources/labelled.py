@@ -67,7 +67,7 @@ def find_examples(name: str) -> Examples:
 
 def _entities(name: str, data_set: str, split: str) -> Examples:
     file = f"ner/{data_set}/{'dev' if split == 'validation' else split}.txt"
-    path = data_file(file, f"labelled examples {name!r}")
+    path = data_file(file, f"labelled examples {name!r}", "use file:PATH")
 
     def rows() -> Iterator[Example]:
         words: list[tuple[str, str]] = []

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from pared.errors import ParedError
 from pared.names import did_you_mean
-from pared.sources.data_sets import is_local
-from pared.sources.files import data_file, read_rows, read_text
+from pared.sources.data_sets import ALPACA
+from pared.sources.files import data_file, data_folder, read_rows, read_text
 from pared.sources.hub import HubSet
 from pared.sources.templates import prompt
 
@@ -39,10 +39,10 @@ class Text:
 
 @dataclass(frozen=True)
 class _Corpus:
-    """A well-known corpus: its file under ``PARED_DATA``, how rows lie in it, and its place on the Hub."""
+    """A well-known corpus: its file under ``PARED_DATA``, how rows lie in it, and its place on the Hub, if any."""
 
     file: str
-    hub: HubSet
+    hub: HubSet | None
     field: str = "text"  # of a row there
     layout: Literal["documents", "wikitext", "sentences"] = "documents"
 
@@ -52,24 +52,23 @@ def _wikitext(file: str, split: str) -> _Corpus:
     return _Corpus(f"lm/wikitext2_raw_{file}.txt", hub, layout="wikitext")
 
 
-def _ptb(file: str, split: str) -> _Corpus:
+def _ptb(file: str) -> _Corpus:
     """Penn Treebank as Mikolov prepared it, a sentence a line; not free, so that users bring the file themselves."""
-    hub = HubSet("ptb-text-only/ptb_text_only", "penn_treebank", split)
-    return _Corpus(f"lm/ptb.{file}.txt", hub, "sentence", layout="sentences")
+    return _Corpus(f"lm/ptb.{file}.txt", None, layout="sentences")
 
 
 CORPORA = {
     "wikitext2:train": _wikitext("train_part", "train"),
     "wikitext2:validation": _wikitext("valid", "validation"),
     "wikitext2:test": _wikitext("test", "test"),
-    "ptb:train": _ptb("train", "train"),
-    "ptb:validation": _ptb("valid", "validation"),
-    "ptb:test": _ptb("test", "test"),
+    "ptb:train": _ptb("train"),
+    "ptb:validation": _ptb("valid"),
+    "ptb:test": _ptb("test"),
     "c4:train": _Corpus("lm/c4_truncated_1480.jsonl", HubSet("allenai/c4", file="en/c4-train.00000-of-01024.json.gz")),
     "c4:validation": _Corpus(
         "lm/c4_demo_300.jsonl", HubSet("allenai/c4", file="en/c4-validation.00000-of-00008.json.gz")
     ),
-    "alpaca": _Corpus("instruct/alpaca_random_9k.jsonl.gz", HubSet("tatsu-lab/alpaca")),
+    "alpaca": _Corpus(ALPACA.file, ALPACA.hub),
 }
 HELD_OUT = {
     "embedded": "embedded:eval",
@@ -108,7 +107,7 @@ def find_text(name: str, evaluation: bool = False) -> Text:
     elif name.count(":") == 2:
         dataset, split, field = name.split(":")
         repository, _, config = dataset.removesuffix("]").partition("[")
-        text = Text(name, _from_hub(HubSet(repository, config or None, split), field), f"Hub data set {dataset}")
+        text = _from_hub(name, HubSet(repository, config or None, split), field)
     else:
         raise ParedError(
             f"unknown text {name!r}; {did_you_mean(name, ['embedded', *CORPORA])}, file:PATH, NAME:SPLIT:FIELD"
@@ -175,9 +174,10 @@ def _embedded(name: str) -> Text:
 
 def _corpus(name: str) -> Text:
     corpus = CORPORA[name]
-    if not is_local():
-        return Text(name, _from_hub(corpus.hub, corpus.field), f"Hub data set {corpus.hub.repository}")
-    path = data_file(corpus.file, f"text {name!r}")
+    if corpus.hub is not None and data_folder() is None:
+        return _from_hub(name, corpus.hub, corpus.field)
+    instead = {} if corpus.hub is not None else {"instead": "use file:PATH"}
+    path = data_file(corpus.file, f"text {name!r}", **instead)
     documents = read_documents(path)
     if corpus.layout == "wikitext":
         documents = [*wikitext_rows(documents[0])]
@@ -186,8 +186,5 @@ def _corpus(name: str) -> Text:
     return Text(name, tuple(documents), str(path))
 
 
-def _from_hub(where: HubSet, field: str) -> tuple[str, ...]:
-    rows = where.rows()
-    if field not in rows[0]:
-        raise ParedError(f"Hub data set {where.repository} has no field {field!r}; {did_you_mean(field, rows[0])}")
-    return tuple(str(row[field]) for row in rows)
+def _from_hub(name: str, where: HubSet, field: str) -> Text:
+    return Text(name, tuple(str(row[field]) for _, row in where.rows(field)), str(where))

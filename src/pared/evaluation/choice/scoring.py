@@ -1,7 +1,8 @@
 """Questions with answers to choose from. Which answer is the likelier, and what counts, is the harness's business.
 
-Prompts, answers and metrics are those of the folder ``definitions``, in the harness's own form; its ``--include_path``
-takes the folder too. Where ``PARED_DATA`` names no folder, all of a task is the harness's, its rows from the Hub.
+Rows of the files of ``PARED_DATA`` have prompts, answers and metrics of the folder ``definitions``, in the form of the
+harness, whose ``--include_path`` takes the folder too. Where that names no folder, a task is the harness's own,
+rows and all, from the Hub.
 """
 
 import io
@@ -11,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -19,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.errors import ParedError
 from pared.evaluation.tasks import Result
-from pared.sources.data_sets import is_local
+from pared.sources.files import data_folder
 from pared.sources.hub import unreadable
 
 DEFINITIONS = Path(__file__).parent / "definitions"
@@ -73,18 +76,20 @@ def prepare(names: Sequence[str], shots: int | None = None, limit: int | None = 
     if shots is not None and shots < 0:
         raise ParedError(f"tasks {', '.join(names)}: cannot show {shots} examples")
     with _quietly():
-        folders = [DEFINITIONS] if is_local() else [Path(tasks.__file__).parent / folder for folder in FOLDERS]
-        manager = tasks.TaskManager(include_path=folders, include_defaults=False)
-        loaded = manager.load(list(names)) if is_local() else _from_hub(manager, names)
+        if data_folder() is not None:
+            loaded = tasks.TaskManager(include_path=DEFINITIONS, include_defaults=False).load(list(names))
+        else:
+            folders = [Path(tasks.__file__).parent / folder for folder in FOLDERS]
+            loaded = _from_hub(tasks.TaskManager(include_path=folders, include_defaults=False), names, limit)
     for name, task in loaded["tasks"].items():
         apart = task.config.fewshot_split or task.config.training_split
         if shots and apart is None:
             raise ParedError(f"task {name} has no examples to show apart from what it is evaluated on; use 0 shots")
         there = len(task.dataset[apart]) if shots else 0
-        if shots and there < shots:
+        spare = task.config.fewshot_split is None  # the harness draws one more, in case one is the question itself
+        if shots and there < shots + spare:
             raise ParedError(f"task {name} has {there} examples to show, found {shots} asked for")
         task.set_config(key="num_fewshot", value=shots or 0)
-        task.set_fewshot_seed(EXAMPLES_SEED)
     return Prepared(tuple(names), loaded, shots or 0, limit)
 
 
@@ -111,6 +116,8 @@ def evaluate_choices(
     """
     from lm_eval.evaluator import evaluate
 
+    for task in tasks.loaded["tasks"].values():
+        task.set_fewshot_seed(EXAMPLES_SEED)
     with _quietly():
         scorer = _scorer(model, tokenizer, batch, stage)
         found = evaluate(scorer, tasks.loaded, limit=tasks.limit, bootstrap_iters=RESAMPLED)
@@ -120,11 +127,34 @@ def evaluate_choices(
     return [_result(name, tasks, found) for name in tasks.names]
 
 
-def _from_hub(manager: Any, names: Sequence[str]) -> Any:
+def _from_hub(manager: Any, names: Sequence[str], limit: int | None) -> Any:
+    """Return the harness's own tasks with their rows, each of which can be asked."""
+    for name in names:
+        if name not in manager.all_tasks:
+            raise ParedError(f"lm-evaluation-harness {version('lm_eval')} has no task {name}, 0.4.13 has; install "
+                             "that, or name a folder of local copies in PARED_DATA")  # fmt: skip
     try:
-        return manager.load(list(names))
+        loaded = manager.load(list(names))
     except Exception as error:  # datasets and huggingface_hub raise many kinds
         raise unreadable(f"the data of {', '.join(names)} on the Hub", error) from None
+    for name, task in loaded["tasks"].items():
+        _require_questions(name, task, limit)
+    return loaded
+
+
+def _require_questions(name: str, task: Any, limit: int | None) -> None:
+    """Refuse a row that the definition of its task makes no question of."""
+    asked = [task.doc_to_text, task.doc_to_target]
+    if task.config.doc_to_choice is not None:
+        asked.append(task.doc_to_choice)
+    for number, row in enumerate(islice(task.eval_docs, limit), 1):
+        try:
+            for part in asked:
+                part(row)
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+            raise ParedError(f"task {name}, row {number} of Hub data set {task.DATASET_PATH}: expected a question "
+                             f"with its answers, found {dict(row)!s:.300} ({why})") from None  # fmt: skip
 
 
 def _scorer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: int, stage: Stage) -> Any:

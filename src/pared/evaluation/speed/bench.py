@@ -31,9 +31,13 @@ class Timed:
     first_token: tuple[tuple[float, ...], ...]
     ideal: float | None
 
+    def rates(self, model: int) -> tuple[float, ...]:
+        """Return the tokens per second of a model, of every repeat."""
+        return tuple(self.case.tokens / seconds for seconds in self.seconds[model])
+
     def tokens_per_second(self, model: int) -> float:
         """Return the median of a model."""
-        return self.case.tokens / statistics.median(self.seconds[model])
+        return statistics.median(self.rates(model))
 
     @property
     def ratios(self) -> tuple[float, ...]:
