@@ -10,6 +10,7 @@ vocabulary: its products are those of a model of billions, and speed does not de
 
 import argparse
 import os
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +95,22 @@ def measure(model: str, keep: float, storage: str, dtype: str) -> list[Line]:
     ]
 
 
+def share_of_ideal(line: Line) -> float:
+    """Return the median ratio of a case as a share of the ideal one."""
+    return float(statistics.median(line["ratios"]) / line["ideal"])
+
+
+def missed(lines: list[Line]) -> str:
+    """Say where decoding by the wide model at half of its parameters stays below the bar."""
+    asked = [line for line in lines if line["model"] == "wide" and line["keep"] == 0.5 and "decode" in line["case"]]
+    below = [f"{line['storage']}, {line['case']} ({share_of_ideal(line):.2f})" for line in asked
+             if round(share_of_ideal(line), 2) < BAR]  # fmt: skip
+    why = "putting a pivoted layer's outputs in order is one more pass over them, which one token a step feels"
+    return f"Missed: {'; '.join(below)}: {why} ([pivot_speed](pivot_speed.md))." if below else "It is reached."
+
+
 def row_of(line: Line) -> tuple[Any, ...]:
     """Return a row of the page."""
-    middle = sorted(line["ratios"])[len(line["ratios"]) // 2]
     resident = [memory.get("resident", 0) / 2**20 for memory in line["memory"]]
     return (
         line["case"],
@@ -105,7 +119,7 @@ def row_of(line: Line) -> tuple[Any, ...]:
         f"{line['tokens_per_second'][0]:,.1f} / {line['tokens_per_second'][1]:,.1f}",
         spread(line["ratios"]),
         f"{line['ideal']:.2f}",
-        f"{middle / line['ideal']:.2f}",
+        f"{share_of_ideal(line):.2f}",
         f"{resident[0]:,.0f} / {resident[1]:,.0f}",
     )
 
@@ -121,7 +135,7 @@ def render(lines: list[Line]) -> str:
         "`prefill:1x512` is a pass over one prompt of 512 tokens, `decode:8x32+16` takes 16 tokens behind 8 prompts of "
         "32, with the cache. Ideal is the quotient of the parameters multiplied for a token, the head included; "
         "attention, norms and the work of Python are in neither. Decoding at keep 0.5 is meant to reach "
-        f"{BAR} of it for widths of 2,048 and more.",
+        f"{BAR} of it for widths of 2,048 and more. {missed(lines)}",
         "",
     ]  # fmt: skip
     header = ("case", "keep", "storage", "tokens a second / dense", "times as fast", "ideal", "of ideal", "MiB / dense")
