@@ -105,13 +105,13 @@ def missed(lines: list[Line]) -> str:
     asked = [line for line in lines if line["model"] == "wide" and line["keep"] == 0.5 and "decode" in line["case"]]
     below = [f"{line['storage']}, {line['case']} ({share_of_ideal(line):.2f})" for line in asked
              if round(share_of_ideal(line), 2) < BAR]  # fmt: skip
-    why = "putting a pivoted layer's outputs in order is one more pass over them, which one token a step feels"
+    why = "a pivoted layer has two operations more than two factors, and one token a step pays for them alone"
     return f"Missed: {'; '.join(below)}: {why} ([pivot_speed](pivot_speed.md))." if below else "It is reached."
 
 
 def row_of(line: Line) -> tuple[Any, ...]:
     """Return a row of the page."""
-    resident = [memory.get("resident", 0) / 2**20 for memory in line["memory"]]
+    peak = [memory.get("peak", 0) / 2**20 for memory in line["memory"]]
     return (
         line["case"],
         f"{line['keep']:g}",
@@ -120,7 +120,7 @@ def row_of(line: Line) -> tuple[Any, ...]:
         spread(line["ratios"]),
         f"{line['ideal']:.2f}",
         f"{share_of_ideal(line):.2f}",
-        f"{resident[0]:,.0f} / {resident[1]:,.0f}",
+        f"{peak[0]:,.0f} / {peak[1]:,.0f}",
     )
 
 
@@ -138,7 +138,16 @@ def render(lines: list[Line]) -> str:
         f"{BAR} of it for widths of 2,048 and more. {missed(lines)}",
         "",
     ]  # fmt: skip
-    header = ("case", "keep", "storage", "tokens a second / dense", "times as fast", "ideal", "of ideal", "MiB / dense")
+    header = (
+        "case",
+        "keep",
+        "storage",
+        "tokens a second / dense",
+        "times as fast",
+        "ideal",
+        "of ideal",
+        "peak MiB / dense",
+    )
     for model, dtype in dict.fromkeys((line["model"], line["dtype"]) for line in lines):
         own = [line for line in lines if (line["model"], line["dtype"]) == (model, dtype)]
         title = "4 random blocks of width 2,048" if model == "wide" else f"`{MODELS[model]}`"

@@ -1,7 +1,9 @@
 """Models are timed in turns, each in its own process; what is ideal is counted, not timed."""
 
+import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from pared import ParedError
 from pared.checkpoint import mark, save
 from pared.cli.main import app
 from pared.evaluation.speed import PRESETS, Case, Settings, Timed, bench, parse_case, preset
+from pared.evaluation.speed.bench import _Worker
 from pared.evaluation.speed.worker import describe, run
 
 FEW = Settings((Case("prefill", 2, 8), Case("decode", 1, 4, 5), Case("forward", 3, 6)), repeats=2)
@@ -100,6 +103,24 @@ def test_two_models_are_timed_in_turns(folders: tuple[Path, Path]) -> None:
         assert timed.ideal == pytest.approx(dense["multiplied"] / low["multiplied"])
         assert bool(timed.first_token[0]) == (case.kind == "decode")
         assert low["memory"]["peak"] >= low["memory"]["resident"] > 0
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_memory_in_use_is_that_after_the_first_run_when_weights_have_been_read(
+    known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = iter([(50, 60), (70, 90)])
+
+    def told(_: _Worker) -> dict[str, dict[str, int]]:
+        return {"memory": dict(zip(("resident", "peak"), next(seen), strict=True)) if known else {}}
+
+    monkeypatch.setattr(_Worker, "_answer", told)
+    worker = _Worker.__new__(_Worker)
+    worker._ran, worker.about = False, {"memory": {"resident": 10, "peak": 20} if known else {}}
+    worker._process = SimpleNamespace(stdin=io.StringIO())
+    worker.run(0)
+    worker.run(0)
+    assert worker.about["memory"] == ({"resident": 50, "peak": 90} if known else {})  # some systems tell none
 
 
 def test_ratios_are_those_within_pairs() -> None:

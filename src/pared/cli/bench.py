@@ -19,7 +19,7 @@ SIZES: dict[str, Callable[[dict[str, Any]], str]] = {
     "bytes of weights": lambda model: f"{model['bytes']:,} ({model['dtype']})",
     "bytes on disk": lambda model: f"{model['bytes_on_disk']:,}" if model["bytes_on_disk"] else "-",
     "FLOPs a token, without attention": lambda model: f"{model['flops_per_token']:,}",
-    "memory once loaded": lambda model: _mib(model["memory"].get("resident")),
+    "memory in use": lambda model: _mib(model["memory"].get("resident")),
     "peak memory": lambda model: _mib(model["memory"].get("peak")),
 }
 

@@ -111,7 +111,7 @@ class _Worker:
     """The process of one model."""
 
     def __init__(self, name: str, settings: Settings) -> None:
-        self.name = name
+        self.name, self._ran = name, False
         command = [sys.executable, "-m", "pared.evaluation.speed.worker", name, json.dumps(settings.to_json())]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                          stderr=subprocess.PIPE, text=True)  # fmt: skip
@@ -136,7 +136,11 @@ class _Worker:
         except BrokenPipeError:
             raise self._ended() from None
         told = self._answer()
-        self.about["memory"]["peak"] = told.pop("memory")["peak"]  # in use is what it was once loaded
+        memory = told.pop("memory")
+        if self._ran:
+            memory.pop("resident", None)  # as the first run left it: until then weights may be on the disk only
+        self.about["memory"] |= memory
+        self._ran = True
         return told
 
     def close(self) -> None:
