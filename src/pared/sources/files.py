@@ -17,28 +17,29 @@ def data_folder() -> Path | None:
     return Path(named) if named else None
 
 
-def data_file(file: str, what: str, instead: str = "unset PARED_DATA to read it from the Hub") -> Path:
+def data_file(file: str, what: str, instead: str | None = None) -> Path:
     """Return a file of the folder that ``PARED_DATA`` names, or the same one gzipped.
 
     Args:
         file: under it.
         what: is read from it, for messages.
-        instead: what a user who has not got the file can do, for messages.
+        instead: what a user who has not got the file can do, for messages; None where the Hub has it.
 
     Raises:
         ParedError: it names none, or that has no such file.
     """
     root = data_folder()
     if root is None:
+        otherwise = f", or {instead}" if instead else ""
         raise ParedError(f"{what} is read from the folder that PARED_DATA names, and it names none; set it "
-                         f"(docs/evaluation.md tells what lies there), or {instead}")  # fmt: skip
+                         f"(docs/evaluation.md tells what lies there){otherwise}")  # fmt: skip
     path = root / file
     for found in (path, path.with_name(f"{path.name}.gz")):
         if found.is_file():
             return found
     there = ", ".join(sorted(beside.name for beside in path.parent.glob("*"))) or "nothing"
     raise ParedError(f"{what}: PARED_DATA names {root}, which has no {file}; found beside it: {there}; put it "
-                     f"there, or {instead}")  # fmt: skip
+                     f"there, or {instead or 'unset PARED_DATA to read it from the Hub'}")  # fmt: skip
 
 
 def read_text(path: Path, what: str = "file") -> str:

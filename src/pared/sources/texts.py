@@ -176,8 +176,7 @@ def _corpus(name: str) -> Text:
     corpus = CORPORA[name]
     if corpus.hub is not None and data_folder() is None:
         return _from_hub(name, corpus.hub, corpus.field)
-    instead = {} if corpus.hub is not None else {"instead": "use file:PATH"}
-    path = data_file(corpus.file, f"text {name!r}", **instead)
+    path = data_file(corpus.file, f"text {name!r}", "use file:PATH" if corpus.hub is None else None)
     documents = read_documents(path)
     if corpus.layout == "wikitext":
         documents = [*wikitext_rows(documents[0])]

@@ -15,7 +15,7 @@ from typing import Any
 from pared.errors import ParedError
 
 SUPERVISOR = Path(__file__).with_name("supervisor.py")
-GRACE = 10.0  # seconds over the limit until the supervisor itself is ended
+GRACE = 60.0  # seconds over the limit until the supervisor itself is ended: on a loaded machine a fork bomb dies slowly
 SHOWN = 2000  # characters of output
 FIRST, STATUSES = 65, 48  # of the exit statuses that mean nothing by themselves
 
