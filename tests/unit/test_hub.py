@@ -190,7 +190,7 @@ def test_texts_come_from_the_hub(hub: Put) -> None:
     for number, corpus in enumerate(CORPORA.values()):
         if corpus.hub is not None:
             where = corpus.hub
-            hub(where.repository, where.config, where.file or where.split, {corpus.field: f"text {number}"})
+            hub(where.repository, where.config, where.file or where.split, {"text": f"text {number}"})
     for number, (name, corpus) in enumerate(CORPORA.items()):
         if corpus.hub is None:
             with pytest.raises(ParedError, match=f"text '{name}' is read from the folder .* or use file:PATH"):

@@ -175,8 +175,9 @@ def do_tasks(
         task = task_of(name)
         counts[name] = len(rows_of(task, limit))
         examples_of(task, task.shots if shots is None else shots)
-    settings = {"limit": limit, "shots": shots, **asdict(sampling), "dtype": dtype, "device": str(place)}
-    kept.begin({**_identity(model), **settings})
+    asked = {"limit": limit, "shots": shots, **asdict(sampling), "dtype": dtype, "device": str(place)}
+    settings = {**_identity(model), **asked}
+    kept.begin(settings)
     prepared = [prepare([name], shots, limit) for name in chosen if not kept.has(name)]
     tokenizer = source.tokenizer()
     loaded = load(model, dtype).to(place)
@@ -189,7 +190,7 @@ def do_tasks(
         if not kept.has(name):
             result = _task(loaded, tokenizer, name, count, limit, shots, sampling, run_code)
             kept.add(name, asdict(result))
-    return {**_identity(model), **settings, "dtype": str(loaded.dtype), "tasks": kept.results([*chosen, *written])}
+    return {**settings, "dtype": str(loaded.dtype), "tasks": kept.results([*chosen, *written])}
 
 
 def _task(

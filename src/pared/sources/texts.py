@@ -42,8 +42,7 @@ class _Corpus:
     """A well-known corpus: its file under ``PARED_DATA``, how rows lie in it, and its place on the Hub, if any."""
 
     file: str
-    hub: HubSet | None
-    field: str = "text"  # of a row there
+    hub: HubSet | None  # whose rows have a ``text``
     layout: Literal["documents", "wikitext", "sentences"] = "documents"
 
 
@@ -175,7 +174,7 @@ def _embedded(name: str) -> Text:
 def _corpus(name: str) -> Text:
     corpus = CORPORA[name]
     if corpus.hub is not None and data_folder() is None:
-        return _from_hub(name, corpus.hub, corpus.field)
+        return _from_hub(name, corpus.hub, "text")
     path = data_file(corpus.file, f"text {name!r}", "use file:PATH" if corpus.hub is None else None)
     documents = read_documents(path)
     if corpus.layout == "wikitext":

@@ -58,6 +58,7 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
+@torch.no_grad()
 def gathered(tensor: torch.Tensor) -> torch.Tensor:
     """Return the whole of a tensor; if it is in shards, every process has to ask.
 
