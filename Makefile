@@ -1,11 +1,11 @@
-# make install | demo | test. Only python3 (3.10 or newer) with venv and pip, make and git are needed.
+# make install | demo | test | test-slow. Only python3 (3.10 or newer) with venv and pip, make and git are needed.
 PYTHON ?= python3
 # A plain `torch` from PyPI is a CUDA build of several GB on Linux; this release has a CPU wheel on many mirrors
 # (pip install --index-url https://download.pytorch.org/whl/cpu torch==2.13.0).
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test test-slow lint clean
 
 install: .venv/installed
 
@@ -28,6 +28,10 @@ lint: install
 # In the order of their names the tests of the real model come first; they take longest.
 test: lint
 	$(BIN)/pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder
+
+# What repeats a promise at real scale or tries it a great many times: the tests marked `slow`.
+test-slow: install
+	$(BIN)/pytest --numprocesses 2 --dist worksteal -m slow $(ARGS)
 
 clean:
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
