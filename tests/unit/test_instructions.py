@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from pared import ParedError
 from pared.sources.instructions import cut_instructions, find_instructions
 from pared.sources.templates import prompt, templates
+from pared.sources.texts import alpaca_text, find_text
 from pared.sources.windows import NO_LABEL
 
 
@@ -94,9 +95,40 @@ def test_prompts_that_leave_no_answer_are_left_out_and_told(
         cut_instructions(name, tokenizer, 1, None, "plain")
 
 
-def test_lines_after_the_first_are_the_input() -> None:
-    assert prompt("alpaca", "Add.\n1\n2") == prompt("alpaca", "Add.", "1\n2")
-    assert "Add.\n1\n2" in prompt("plain", "Add.\n1\n2")
+PLAIN = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n"
+    "### Response:"
+)
+
+
+@pytest.mark.parametrize(
+    ("instruction", "beside"),
+    [
+        ("Classify.\n\nA: a cat\nB: a dog", ""),
+        ("  Sort these:\n3\n1\n", ""),
+        ("Say why.\r\nBriefly.", ""),
+        ("Add.\nShow the sum.", "1\n2"),
+        ("Add.", "1 and 2"),
+        ("Add.", ""),
+    ],
+)
+def test_an_instruction_of_several_lines_without_an_input_has_no_input_section(
+    tmp_path: Path, instruction: str, beside: str
+) -> None:
+    row = {"instruction": instruction, "input": beside, "output": "w5"}
+    form = WITH_INPUT if beside else PLAIN
+    expected = form.format(**row)
+    assert alpaca_text(row).rsplit("\nw5", 1)[0] == expected
+    written(tmp_path / "rows.jsonl", [row])
+    assert find_text(f"file:{tmp_path}/rows.jsonl").documents == (alpaca_text(row),)
+    (found,), _ = find_instructions(f"instruct:{tmp_path}/rows.jsonl")
+    assert prompt("alpaca", found.instruction, found.input).removesuffix("\n") == expected
+    assert prompt("plain", instruction).startswith(instruction)
 
 
 def test_what_mbpp_is_measured_on_is_not_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,15 +19,13 @@ def templates() -> Mapping[str, Mapping[str, str]]:
 
 
 def prompt(template: str, instruction: str, beside: str = "") -> str:
-    """Return the prompt of an instruction and an input beside it; of several lines all but the first are the input.
+    """Return the prompt of an instruction and perhaps an input beside it; an instruction may have several lines.
 
     Raises:
         ParedError: there is no template of that name.
     """
     require_known("template", template, templates())
     forms = templates()[template]
-    if not beside and "with_input" in forms:
-        instruction, _, beside = instruction.strip().partition("\n")
     if beside and "with_input" in forms:
         return _filled(forms["with_input"], instruction, beside)
     return _filled(forms["plain"], f"{instruction}\n\n{beside}" if beside else instruction, "")
