@@ -131,6 +131,14 @@ def test_an_instruction_of_several_lines_without_an_input_has_no_input_section(
     assert prompt("plain", instruction).startswith(instruction)
 
 
+def test_lines_after_the_first_are_the_input_in_basels_template_alone() -> None:
+    assert prompt("basel", "Add.\n1\n2") == prompt("basel", "Add.", "1\n2")
+    assert prompt("basel", "Add.\n1", "2") == prompt("alpaca", "Add.\n1", "2")
+    for template in ("alpaca", "alpaca-lora", "plain"):
+        assert "Add.\n1\n2" in prompt(template, "Add.\n1\n2")
+        assert "### Input" not in prompt(template, "Add.\n1\n2")
+
+
 def test_what_mbpp_is_measured_on_is_not_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"text": f"t{number}", "code": "c", "task_id": number} for number in (3, 11, 510, 601, 974)]
     (tmp_path / "code").mkdir()
@@ -139,16 +147,46 @@ def test_what_mbpp_is_measured_on_is_not_trained_on(tmp_path: Path, monkeypatch:
     assert [found.instruction for found in find_instructions("instruct:mbpp:train")[0]] == ["t601", "t974"]
 
 
-def test_the_template_is_alpacas() -> None:
-    assert prompt("alpaca", "Add.", "1 and 2") == (
-        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
-        "response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 and 2\n\n"
-        "### Response:\n"
+ADD_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 and 2\n\n"
+    "### Response:"
+)
+ADD = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\nAdd.\n\n### Response:"
+)
+
+
+@pytest.mark.parametrize(("template", "end"), [("alpaca", ""), ("basel", ""), ("alpaca-lora", "\n")])
+def test_templates_are_the_official_ones_to_the_last_character(template: str, end: str) -> None:
+    assert prompt(template, "Add.", "1 and 2") == ADD_WITH_INPUT + end
+    assert prompt(template, "Add.") == ADD + end
+
+
+def test_every_template_is_tested_to_the_last_character() -> None:
+    assert set(templates()) == {"alpaca", "basel", "alpaca-lora", "plain"}
+    assert prompt("plain", "Add.", "1 and 2") == "Add.\n\n1 and 2\n"
+    assert prompt("plain", "Add.") == "Add.\n"
+
+
+def test_an_answer_is_tokenised_as_it_stands_behind_its_prompt(tmp_path: Path) -> None:
+    """A tokenizer that marks the beginning of a text would mark the answer's, were it tokenised by itself."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({"?": 0, "▁ask": 1, "▁word": 2, "word": 3, ":": 4}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation(), pre_tokenizers.Split("\n", "isolated")]
     )
-    assert prompt("alpaca", "Add.").endswith("### Instruction:\nAdd.\n\n### Response:\n")
+    marking = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?", eos_token="?")
+    assert marking("word", add_special_tokens=False)["input_ids"] == [2]
+    name = written(tmp_path / "rows.jsonl", [{"prompt": "ask", "response": "word"}])
+    windows = cut_instructions(name, marking, 99, None, "alpaca")
+    answer = windows.tokens[0][windows.labels[0] != NO_LABEL].tolist()
+    assert answer == [3, 0]
 
 
-@pytest.mark.parametrize("template", ["alpaca", "plain"])
+@pytest.mark.parametrize("template", ["alpaca", "basel", "alpaca-lora", "plain"])
 def test_braces_in_an_instruction_are_text(template: str) -> None:
     made = prompt(template, "format {input} and {instruction}", "with {instruction}")
     assert "format {input} and {instruction}" in made

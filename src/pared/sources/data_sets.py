@@ -58,3 +58,4 @@ GSM8K_TEST = DataSet("math/gsm8k_test.jsonl", HubSet("openai/gsm8k", "main", "te
 MATH500 = DataSet("math/math500.jsonl", HubSet("HuggingFaceH4/MATH-500", split="test"))
 MBPP = DataSet("code/mbpp.jsonl", HubSet("google-research-datasets/mbpp", "full", "train+test+prompt"))
 ALPACA = DataSet("instruct/alpaca_random_9k.jsonl.gz", HubSet("tatsu-lab/alpaca"))
+ALPACA_CLEANED = DataSet("instruct/alpaca_cleaned.jsonl.gz", HubSet("yahma/alpaca-cleaned"))

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pared.errors import ParedError
 from pared.names import did_you_mean
-from pared.sources.data_sets import ALPACA, GSM8K_TEST, GSM8K_TRAIN, MATH500, MBPP
+from pared.sources.data_sets import ALPACA, ALPACA_CLEANED, GSM8K_TEST, GSM8K_TRAIN, MATH500, MBPP
 from pared.sources.files import read_rows
 from pared.sources.templates import prompt
 from pared.sources.windows import NO_LABEL, Windows, digest_of, padded
@@ -24,6 +24,7 @@ SETS = {
     "math500": MATH500,
     "mbpp:train": MBPP,
     "alpaca": ALPACA,
+    "alpaca-cleaned": ALPACA_CLEANED,
 }
 # The fields of a row that are asked and answered, the first pair that is there.
 FIELDS = (
@@ -93,8 +94,8 @@ def cut_instructions(
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     rows: list[tuple[list[int], list[int]]] = []
     for example in examples[:count]:
-        asked = [*start, *_ids(tokenizer, prompt(template, example.instruction, example.input))]
-        answer = [*_ids(tokenizer, example.answer), *end]
+        asked, answer = _pieces(tokenizer, prompt(template, example.instruction, example.input), example.answer)
+        asked, answer = [*start, *asked], [*answer, *end]
         if len(asked) < length:
             rows.append(((asked + answer)[:length], ([NO_LABEL] * len(asked) + answer)[:length]))
     left_out = len(examples[:count]) - len(rows)
@@ -125,6 +126,14 @@ def _own_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the token that the tokenizer itself puts before every text, if it does."""
     first = tokenizer.bos_token_id
     return [first] if first is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [first] else []
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, asked: str, answer: str) -> tuple[list[int], list[int]]:
+    """Return the tokens of a prompt, and those of its answer as one text with it where no token spans the two."""
+    prompt_ids, whole = _ids(tokenizer, asked), _ids(tokenizer, asked + answer)
+    if whole[: len(prompt_ids)] == prompt_ids:
+        return prompt_ids, whole[len(prompt_ids) :]
+    return prompt_ids, _ids(tokenizer, answer)
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -1,6 +1,7 @@
 """Prompts: an instruction put into a template, which is data."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -11,24 +12,41 @@ from pared.names import require_known
 FILE = Path(__file__).with_name("templates.yaml")
 
 
+@dataclass(frozen=True)
+class Template:
+    """How an instruction becomes a prompt.
+
+    Attributes:
+        plain: the form of an instruction alone; ``{instruction}`` stands for it.
+        with_input: the form of an instruction with an input beside it, ``{input}``; none puts the input after the
+            instruction, in a paragraph of its own.
+        split_lines: whether the lines after the first are the input of an instruction that has none beside it.
+    """
+
+    plain: str
+    with_input: str | None = None
+    split_lines: bool = False
+
+
 @cache
-def templates() -> Mapping[str, Mapping[str, str]]:
-    """Return the templates by name, each with a form ``plain`` and perhaps one ``with_input``."""
-    loaded: dict[str, dict[str, str]] = yaml.safe_load(FILE.read_text(encoding="utf-8"))
-    return loaded
+def templates() -> Mapping[str, Template]:
+    """Return the templates by name."""
+    return {name: Template(**form) for name, form in yaml.safe_load(FILE.read_text(encoding="utf-8")).items()}
 
 
 def prompt(template: str, instruction: str, beside: str = "") -> str:
-    """Return the prompt of an instruction and perhaps an input beside it; an instruction may have several lines.
+    """Return the prompt of an instruction and an input beside it.
 
     Raises:
         ParedError: there is no template of that name.
     """
     require_known("template", template, templates())
-    forms = templates()[template]
-    if beside and "with_input" in forms:
-        return _filled(forms["with_input"], instruction, beside)
-    return _filled(forms["plain"], f"{instruction}\n\n{beside}" if beside else instruction, "")
+    form = templates()[template]
+    if form.split_lines and not beside:
+        instruction, _, beside = instruction.partition("\n")
+    if beside and form.with_input is not None:
+        return _filled(form.with_input, instruction, beside)
+    return _filled(form.plain, f"{instruction}\n\n{beside}" if beside else instruction, "")
 
 
 def _filled(form: str, instruction: str, beside: str) -> str:

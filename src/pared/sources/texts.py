@@ -143,8 +143,8 @@ def _row_text(path: Path, number: int, row: Any) -> str:
 
 
 def alpaca_text(row: dict[str, str]) -> str:
-    """Return the ``text`` field of the Alpaca data: the instruction prompt followed by its answer."""
-    return prompt("alpaca", row["instruction"], row["input"]) + row["output"]
+    """Return the ``text`` field of the Alpaca data: the instruction prompt, and its answer on the line behind it."""
+    return prompt("alpaca", row["instruction"], row["input"]) + "\n" + row["output"]
 
 
 def wikitext_rows(content: str) -> tuple[str, ...]:
