@@ -49,7 +49,7 @@ class Training(BaseModel):
     Attributes:
         tuning: what was asked for.
         settled: the method's options, and what ``auto`` stood for.
-        parent: the name of what was trained, and a SHA-256 of its manifest, or its configuration.
+        parent: the name of what was trained, and the digest of all of its files.
         data: what was trained on, with the digest of the tokens.
         stages: name, steps, tokens, trained parameters, loss and validation losses of each.
         evaluation: what perplexity was measured on; none if it was not.

@@ -11,8 +11,8 @@ from pared.cli.compress import print_manifest
 from pared.cli.console import ConsoleProgress, JsonFile, errors, out, quiet_libraries, write_json
 from pared.engine import reusable, run
 from pared.evaluation import greedy
+from pared.files import cache_folder
 from pared.recipe import Recipe
-from pared.sources.gguf import cache_folder
 from pared.sources.models import find_model
 
 PROMPT = "The most important thing about a good tool is"

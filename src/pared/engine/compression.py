@@ -1,6 +1,5 @@
 """One model, compressed in place: probe, plan, walk, solve, install."""
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +15,7 @@ from pared.calibration import (
     WalkedBlock,
 )
 from pared.checkpoint import mark, module_map
+from pared.digests import model_digest
 from pared.engine.asked import (
     allocation_of,
     anatomy_of,
@@ -215,13 +215,9 @@ class _Compression:
 
     def key(self, trials: Windows, windows: Windows | None) -> str:
         """Return what the perplexity of a trial depends on, but for the decisions tried."""
-        weights = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            weights.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {tensor.double().sum().item()!r} "
-                           f"{tensor.double().abs().sum().item()!r}".encode())  # fmt: skip
         calibrated = None if windows is None else windows.digest
         asked = [self.method.name, self.options, self.budget.pivoted, self.recipe.calibration.model_dump()]
-        return json.dumps([weights.hexdigest(), trials.digest, calibrated, *asked, pared_version("pared")])
+        return json.dumps([model_digest(self.model), trials.digest, calibrated, *asked, pared_version("pared")])
 
     def trial(self, solver: Solver, windows: Windows) -> Callable[[Mapping[str, Decision]], float]:
         """Return what measures decisions, on tokens that are not calibrated on."""

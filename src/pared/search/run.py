@@ -1,6 +1,5 @@
 """A whole search: a model by name, its scores once, candidates one after the other, the best of them in a file."""
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,10 +9,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.allocation.program import parse
+from pared.digests import model_digest
 from pared.engine.asked import is_pruning, options_of
 from pared.engine.progress import Progress, Silent
 from pared.errors import ParedError
@@ -203,15 +202,6 @@ def local(measure: Measure, workers: int) -> Iterator[Pool]:
         yield pool
 
 
-def weights_digest(model: PreTrainedModel) -> str:
-    """Return the SHA-256 of all parameters and buffers, names and dtypes included."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 def _windows(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, look: Look
 ) -> tuple[Windows, Windows]:
@@ -241,7 +231,7 @@ def _settings(
     return {
         "pared": version("pared"),
         "model": recipe.model or type(model).__name__,
-        "weights": weights_digest(model),
+        "weights": model_digest(model),
         "dtype": str(model.dtype),
         "device": recipe.device,
         "method": recipe.method,

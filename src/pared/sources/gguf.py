@@ -1,25 +1,19 @@
 """GGUF files as ordinary folders: dequantised once, kept in the user's cache."""
 
 import contextlib
-import hashlib
 import importlib.util
 import io
 import logging
-import os
 from pathlib import Path
 
-import platformdirs
 import torch
 
+from pared.digests import file_digest
 from pared.errors import ParedError
+from pared.files import cache_folder
 from pared.staging import staged
 
 log = logging.getLogger(__name__)
-
-
-def cache_folder() -> Path:
-    """Return the user's cache folder of pared, ``PARED_CACHE`` if that is set."""
-    return Path(os.environ.get("PARED_CACHE") or platformdirs.user_cache_dir("pared"))
 
 
 def converted(gguf: Path) -> Path:
@@ -30,7 +24,7 @@ def converted(gguf: Path) -> Path:
     Raises:
         ParedError: the file cannot be read, or the cache cannot be written.
     """
-    place = cache_folder() / "models" / f"{gguf.stem}-{_digest(gguf)[:16]}"
+    place = cache_folder() / "models" / f"{gguf.stem}-{file_digest(gguf)[:16]}"
     if place.is_dir():
         return place
     if importlib.util.find_spec("gguf") is None:
@@ -62,11 +56,3 @@ def _convert(gguf: Path, folder: Path) -> None:
         raise ParedError(f"{gguf}: cannot be read as GGUF ({type(error).__name__}: {told[:200]})") from error
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as handle:
-        while chunk := handle.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import cached_file
 
+from pared.digests import folder_digest
 from pared.errors import ParedError
 from pared.hardware import dtype_of
 from pared.names import did_you_mean
@@ -40,7 +41,6 @@ PROCESSOR_FILES = (
     "chat_template.json",
     "chat_template.jinja",
 )
-PIECES, PIECE = 64, 4096  # of every file of weights, evenly spaced, for a digest
 QUIETLY: dict[str, bool] = {
     "_raise_exceptions_for_gated_repo": False,
     "_raise_exceptions_for_missing_entries": False,
@@ -79,17 +79,21 @@ class ModelSource:
             raise ParedError(f"model {self.name!r}: no readable tokenizer ({first_line(error)})") from None
 
     def digest(self) -> str:
-        """Return what tells a model from every other: its configuration, and of its weights a sample or the commit."""
-        digest, folder = hashlib.sha256(self.config().to_json_string().encode()), Path(self.location)
-        digest.update(str(getattr(self.config(), "_commit_hash", None)).encode())
-        for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else []:
-            size = file.stat().st_size
-            digest.update(f"{file.name} {size}".encode())
-            with file.open("rb") as content:
-                for index in range(PIECES):
-                    content.seek(index * max(0, size - PIECE) // (PIECES - 1))
-                    digest.update(content.read(PIECE))
-        return digest.hexdigest()
+        """Return what tells a model from every other: of all bytes of its files, or of its commit on the Hub.
+
+        Raises:
+            ParedError: a file cannot be read.
+        """
+        folder = Path(self.location)
+        try:
+            if folder.is_dir():
+                return folder_digest(folder)
+            commit = getattr(self.config(), "_commit_hash", None)
+            if commit is not None:
+                return hashlib.sha256(f"{self.location}@{commit}".encode()).hexdigest()
+            return folder_digest(Path(str(cached_file(self.location, "config.json"))).parent)
+        except OSError as error:
+            raise ParedError(f"model {self.name!r}: cannot be read ({error})") from None
 
     @property
     def sees(self) -> bool:

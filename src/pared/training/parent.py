@@ -1,6 +1,5 @@
 """What is trained: a folder that pared made, or a dense model that a training makes smaller itself."""
 
-import hashlib
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,7 +64,7 @@ class CompressedParent:
         self._manifest: Manifest = self.manifest
         self.config = find_model(name).config()
         self.bytes_needed = self._manifest.bytes_on_disk
-        self.digest = hashlib.sha256(self._manifest.model_dump_json().encode()).hexdigest()
+        self.digest = find_model(name).digest()
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return its tokenizer."""
