@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pared.recipe import DType, Evaluation
 from pared.strict import Strict, read_fields, validated
@@ -28,6 +28,7 @@ class Tuning(Strict):
         batch: windows a step and process.
         accumulation: batches whose gradients make one step.
         learning_rate: of AdamW at its peak; none is the method's own.
+        warmup: how long it rises at first: below 1 a share of the steps, from 1 on steps; none is the method's own.
         schedule: how it falls; ``auto`` is the method's own.
         clip: gradients are scaled to at most this norm.
         weight_decay: of AdamW.
@@ -38,7 +39,7 @@ class Tuning(Strict):
         precision: what is multiplied in; ``auto`` is the dtype of the model, or for float32 models bfloat16 where that
             is measured to be faster. What is trained is held in float32.
         report_to: trackers by the names Accelerate has for them.
-        options: of the method, by the names that ``pared methods`` lists.
+        options: of the method, by the names that ``pared methods`` lists; a list of names is one text with commas.
         evaluation: what perplexity is measured on before and after; ``auto`` is what the folder was measured on when it
             was compressed, ``null`` measures nothing.
         seed: of order, dropout and what a method draws.
@@ -59,6 +60,7 @@ class Tuning(Strict):
     batch: Positive = 8
     accumulation: Positive = 1
     learning_rate: Annotated[float, Field(gt=0)] | None = None
+    warmup: Annotated[float, Field(ge=0)] | None = None
     schedule: Literal["auto", "constant", "linear", "cosine"] = "auto"
     clip: Annotated[float, Field(gt=0)] = 1.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -73,6 +75,22 @@ class Tuning(Strict):
     seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0
     device: str = "cpu"
     out: str | None = None
+
+    @field_validator("warmup", mode="after")
+    @classmethod
+    def _whole_steps(cls, value: float | None) -> float | None:
+        if value is not None and value >= 1 and not value.is_integer():
+            raise ValueError(
+                f"warmup is a share of the steps below 1, and a whole number of steps from 1; found {value}"
+            )
+        return value
+
+    @field_validator("options", mode="before")
+    @classmethod
+    def _lists_are_texts(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            return value
+        return {name: ",".join(map(str, one)) if isinstance(one, (list, tuple)) else one for name, one in value.items()}
 
     @model_validator(mode="after")
     def _sensible(self) -> "Tuning":

@@ -297,7 +297,7 @@ def test_adapters_one_factor_after_the_other_change_both(folder: Folder, tmp_pat
     options = {"order": "sequential"}
     before = load(folder("factors"))
     made = tune(asked(folder("factors"), tmp_path / "out", text_file, method="lora", options=options))
-    assert [stage["name"] for stage in made.manifest.training[-1].stages] == ["lora down", "lora up"]
+    assert [stage["name"] for stage in made.manifest.training[-1].stages] == ["lora up", "lora down"]
     assert [stage["steps"] for stage in made.manifest.training[-1].stages] == [3, 3]
     after = load(made.folder)
     for name, layer in compressed_layers(after).items():
@@ -543,7 +543,10 @@ def test_a_tracker_that_is_not_here_is_refused_before_anything_is_read(tmp_path:
         ({"options": {"temperature": 0.0}}, "option temperature: expected more than 0, found 0.0"),
         ({"options": {"text": 1.5}}, "option text: expected a share, 0 to 1, found 1.5"),
         ({"options": {"adapters": -1}}, "option adapters: expected a rank, or 0 for none, found -1"),
-        ({"method": "lora", "options": {"targets": "left"}}, "option targets: expected one of up, down, both"),
+        ({"method": "lora", "options": {"factor": "left"}}, "option factor: expected one of up, down, both"),
+        ({"method": "lora", "options": {"targets": "up"}}, "is option factor: factor=up"),
+        ({"method": "lora", "options": {"dropout": 1.0}}, "option dropout: expected a share, 0 to below 1, found 1.0"),
+        ({"method": "lora", "warmup": 1.5}, "a whole number of steps from 1; found 1.5"),
         ({"method": "full", "options": {"train": "none"}}, "option train: expected one of factors, factors+norms, all"),
         ({"length": 100, "validation": 10}, "nothing is left to train on"),
         ({"options": {"teacher": "/nowhere"}}, "teacher '/nowhere'"),

@@ -40,6 +40,10 @@ def tune(
     batch: Annotated[int | None, typer.Option(help="Windows in a batch. [default: 8]")] = None,
     accumulation: Annotated[int | None, typer.Option(help="Batches in a step. [default: 1]")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="At its peak. [default: the method's own]")] = None,
+    warmup: Annotated[
+        float | None,
+        typer.Option(help="Steps in which it rises, or below 1 their share. [default: the method's own]"),
+    ] = None,
     schedule: Annotated[str | None, typer.Option(help="constant, linear, cosine. [default: the method's own]")] = None,
     clip: Annotated[float | None, typer.Option(help="Largest norm of a step's gradient. [default: 1]")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Of AdamW. [default: 0]")] = None,
@@ -99,6 +103,7 @@ def tune(
                 "batch": batch,
                 "accumulation": accumulation,
                 "learning_rate": learning_rate,
+                "warmup": warmup,
                 "schedule": schedule,
                 "clip": clip,
                 "weight_decay": weight_decay,

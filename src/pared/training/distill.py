@@ -46,10 +46,7 @@ def prepare(context: Context) -> Prepared:
     """Train factors and normalisations, or adapters, towards the teacher, which shares what is frozen in both."""
     teacher = _teacher(context)
     loss, rank = towards(teacher, context.options), int(context.options["adapters"])
-    if rank:
-        prepared = adapt(context, "up", rank, ALPHA * rank, loss=loss)
-    else:
-        prepared = train_part(context, loss, "factors+norms")
+    prepared = adapt(context, rank, ALPHA * rank, loss=loss) if rank else train_part(context, loss, "factors+norms")
     share_frozen(context.model, teacher)
     return prepared
 

@@ -1,70 +1,103 @@
-"""Adapters on factors (LoRA: Hu et al., ICLR 2022, arXiv 2106.09685), merged into them: rank and format stay.
+"""Adapters (LoRA: Hu et al., ICLR 2022, arXiv 2106.09685), merged into what they adapt: rank and format stay.
 
-By default on every ``up``; Basis Sharing's protocol is r 8, alpha 32, learning rate 1e-4, constant, 2 epochs. A shared
-``down`` takes none, as every layer's change would land in the one tensor. SVD-LLM trains one factor after the other
-(``order: sequential``): first every ``down``, then every ``up``.
+By default on ``up`` of every layer that pared made; a pattern names others, dense ones too. A shared ``down`` takes
+none, as every layer's change would land in the one tensor. SVD-LLM trains one factor after the other
+(``order: sequential``): first every ``up``, then every ``down``, each for as long as was asked.
 """
 
 import importlib.util
+import re
+import warnings
 from collections.abc import Mapping
 from typing import Any, cast
 
+from torch import nn
 from transformers import PreTrainedModel
 
+from pared.anatomy import find_blocks
+from pared.anatomy.linear import LINEAR_TYPES
 from pared.errors import ParedError
-from pared.modules import SparseLinear
+from pared.modules import LowRankLinear, PivotedLinear
+from pared.names import match
 from pared.training.merge import merge_lora_keeping_zeros
-from pared.training.parts import compressed_layers, unpack
+from pared.training.parts import COMPRESSED, compressed_layers, unpack
 from pared.training.pruned import pruned_layers
 from pared.training.stage import Context, Loss, Prepared, Stage, own_loss
 
-TARGETS, ORDERS = ("up", "down", "both"), ("together", "sequential")
+FACTORS, ORDERS = ("up", "down", "both"), ("together", "sequential")
+ALL, PEFT = "compressed", "peft"  # in place of patterns: every layer that pared made; what PEFT adapts by itself
+OPTIONS: dict[str, bool | int | float | str] = {
+    "rank": 8,
+    "alpha": 32,
+    "dropout": 0.0,
+    "targets": ALL,
+    "factor": "up",
+    "order": "together",
+}
 
 
 def check(options: Mapping[str, Any]) -> None:
     """Refuse what cannot be.
 
     Raises:
-        ValueError: an unknown value, or a rank below 1.
+        ValueError: an unknown value, or a number out of range.
     """
-    for name, valid in (("targets", TARGETS), ("order", ORDERS)):
+    for name, valid in (("factor", FACTORS), ("order", ORDERS)):
         if options[name] not in valid:
             raise ValueError(f"option {name}: expected one of {', '.join(valid)}, found {options[name]!r}")
+    if options["targets"] in FACTORS:
+        raise ValueError(f"option targets names layers by pattern, such as *.q_proj,*.v_proj; which factor of them is "
+                         f"adapted is option factor: factor={options['targets']}")  # fmt: skip
+    if not _patterns(options["targets"]):
+        raise ValueError(f"option targets: expected {ALL}, {PEFT} or patterns of layers with commas, found ''")
     if options["rank"] < 1:
         raise ValueError(f"option rank: expected 1 or more, found {options['rank']}")
+    if not options["alpha"] > 0:
+        raise ValueError(f"option alpha: expected more than 0, found {options['alpha']}")
+    if not 0 <= options["dropout"] < 1:
+        raise ValueError(f"option dropout: expected a share, 0 to below 1, found {options['dropout']}")
 
 
 def stages(options: Mapping[str, Any]) -> tuple[Stage, ...]:
     """Return one stage, or SVD-LLM's two."""
     if options["order"] == "together":
-        return (Stage("lora", lambda context: _prepare(context, options["targets"])),)
-    return tuple(Stage(f"lora {factor}", _on(factor), share=0.5) for factor in ("down", "up"))
+        return (Stage("lora", lambda context: _prepare(context, context.options["factor"])),)
+    return tuple(Stage(f"lora {factor}", _on(factor)) for factor in ("up", "down"))
 
 
 def _on(factor: str) -> Any:
     return lambda context: _prepare(context, factor)
 
 
-def _prepare(context: Context, targets: str) -> Prepared:
+def _prepare(context: Context, factor: str) -> Prepared:
     options = context.options
-    return adapt(context, targets, options["rank"], options["alpha"], options["dropout"])
+    if options["order"] == "sequential":  # what the second stage would miss is told before the first is trained
+        _require_some(context, options["targets"], "down")
+    return adapt(context, options["rank"], options["alpha"], options["dropout"], options["targets"], factor)
 
 
 def adapt(
-    context: Context, targets: str, rank: int, alpha: float, dropout: float = 0.0, loss: Loss = own_loss
+    context: Context,
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    targets: str = ALL,
+    factor: str = "up",
+    loss: Loss = own_loss,
 ) -> Prepared:
-    """Put adapters on factors, which alone train, and are merged at the end.
+    """Put adapters on layers, which alone train, and are merged at the end.
 
     Args:
         context: of the stage.
-        targets: one of ``TARGETS``.
         rank: of the adapters.
         alpha: divided by the rank what they count.
         dropout: of what they read.
+        targets: ``compressed``, ``peft``, or patterns of layers with commas; a name without a star is the end of one.
+        factor: of low-rank layers, one of ``FACTORS``; other layers are adapted themselves.
         loss: of a batch.
 
     Raises:
-        ParedError: peft is not installed, or there is no such factor.
+        ParedError: peft is not installed, a pattern matches no layer, or they have no such factor.
     """
     if importlib.util.find_spec("peft") is None:
         raise ParedError("adapters need the package peft; install it with: pip install 'pared[train]'")
@@ -73,16 +106,12 @@ def adapt(
     model = context.model
     model.requires_grad_(False)
     unpack(model)
-    names = _names(model, targets)
-    if not names:
-        raise ParedError(
-            f"{context.tuning.model} has no {targets!r} factor to adapt"
-            + ("; every basis of it is shared: adapt up" if targets == "down" else "")
-        )
-    adapted = get_peft_model(
-        model,
-        LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names, bias="none"),
-    )
+    names = _require_some(context, targets, factor)
+    exactly = "|".join(map(re.escape, names))  # PEFT takes the names of a list for ends of names
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=exactly, bias="none")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set")  # PEFT sets it itself, layer by layer
+        adapted = get_peft_model(model, config)
 
     def finish() -> PreTrainedModel:
         if pruned_layers(model):
@@ -92,15 +121,74 @@ def adapt(
     return Prepared(adapted, finish, loss)
 
 
-def _names(model: PreTrainedModel, targets: str) -> list[str]:
-    """Return full names of the layers that get an adapter; a sparse layer is adapted itself."""
+def _require_some(context: Context, targets: str, factor: str) -> list[str]:
+    names = adapted_names(context.model, targets, factor)
+    if not names:
+        raise ParedError(
+            f"{context.tuning.model} has no {factor!r} factor to adapt in the layers {targets}"
+            + ("; every basis of theirs is shared: adapt up, with order=together" if factor == "down" else "")
+        )
+    return names
+
+
+def adapted_names(model: PreTrainedModel, targets: str, factor: str) -> list[str]:
+    """Return the full names of the linear layers that get an adapter; a sparse or dense layer is adapted itself.
+
+    Args:
+        model: that pared compressed.
+        targets: as of :func:`adapt`.
+        factor: as of :func:`adapt`.
+
+    Raises:
+        ParedError: a pattern matches no layer, or PEFT has no default for the architecture.
+    """
+    layers = adaptable(model)
+    if targets == ALL:
+        chosen = set(compressed_layers(model))
+    else:
+        patterns = _default_of_peft(model) if targets == PEFT else _patterns(targets)
+        chosen = match([_as_pattern(one, layers) for one in patterns], layers)
     names: list[str] = []
-    for name, layer in compressed_layers(model).items():
-        if isinstance(layer, SparseLinear):
+    for name, layer in layers.items():
+        if name not in chosen:
+            continue
+        if not isinstance(layer, (LowRankLinear, PivotedLinear)):
             names.append(name)
             continue
-        if targets in ("up", "both"):
+        if factor in ("up", "both"):
             names.append(f"{name}.up")
-        if targets in ("down", "both") and layer.down is not None and layer.shares is None:
+        if factor in ("down", "both") and layer.down is not None and layer.shares is None:
             names.append(f"{name}.down")
     return names
+
+
+def adaptable(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Return what may be adapted by name: layers that pared made, and the other linear layers inside the blocks."""
+    compressed = compressed_layers(model)
+    inside = {id(part) for layer in compressed.values() for part in layer.modules()}
+    in_blocks = {id(part) for block in find_blocks(model) for part in block.modules()} - inside
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, COMPRESSED) or (isinstance(module, LINEAR_TYPES) and id(module) in in_blocks)
+    }
+
+
+def _patterns(targets: str) -> list[str]:
+    return [pattern for part in targets.split(",") if (pattern := part.strip())]
+
+
+def _as_pattern(asked: str, names: Mapping[str, object]) -> str:
+    """Return a pattern; a name without a star that is no whole one is the end of names, as PEFT takes it."""
+    return asked if asked in names or any(sign in asked for sign in "*?[") else f"*.{asked}"
+
+
+def _default_of_peft(model: PreTrainedModel) -> list[str]:
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
+
+    kind = str(model.config.get_text_config().model_type)
+    found = DEFAULTS.get(kind) or DEFAULTS.get(str(model.config.model_type))
+    if not isinstance(found, (list, tuple, set)):
+        raise ParedError(f"PEFT has no default targets for a model of type {kind!r}; name the layers to adapt: "
+                         "--option targets=*.q_proj,*.v_proj")  # fmt: skip
+    return sorted(found)

@@ -10,11 +10,11 @@ METHODS: dict[str, TuningMethod] = {
         TuningMethod(
             name="lora",
             paper="Hu et al., ICLR 2022, arXiv 2106.09685; SVD-LLM's order: arXiv 2403.07378",
-            summary="adapters on the factors, merged: rank and format stay",
+            summary="adapters on the factors, or on layers named by pattern, merged: rank and format stay",
             stages=lora.stages,
             learning_rate=1e-4,
             epochs=2.0,
-            options={"rank": 8, "alpha": 32, "dropout": 0.0, "targets": "up", "order": "together"},
+            options=lora.OPTIONS,
             check=lora.check,
         ),
         TuningMethod(

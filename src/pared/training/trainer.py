@@ -152,6 +152,11 @@ def put_back(prepared: Prepared, state: Mapping[str, torch.Tensor], where: str) 
         fill(tensor, state[name])
 
 
+def warmup_steps(asked: float, steps: int) -> int:
+    """Return the steps in which the learning rate rises: a share of them below 1, so many from 1; always one fewer."""
+    return min(math.ceil(asked * steps) if asked < 1 else int(asked), steps - 1)
+
+
 def train(
     prepared: Prepared,
     stage: Stage,
@@ -203,7 +208,7 @@ def train(
         learning_rate=learning_rate,
         lr_scheduler_type=schedule,
         lr_scheduler_kwargs=more,
-        warmup_steps=min(math.ceil(stage.warmup * steps), steps - 1),
+        warmup_steps=warmup_steps(stage.warmup if tuning.warmup is None else tuning.warmup, steps),
         weight_decay=tuning.weight_decay,
         max_grad_norm=tuning.clip,
         save_strategy="steps",
