@@ -6,8 +6,11 @@ import tempfile
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["PARED_CACHE"] = tempfile.mkdtemp(prefix="pared-tests-cache-")
+# What float32 models are multiplied in is measured elsewhere; a test must not hang on the units of a processor.
+os.environ["PARED_COMPUTE_DTYPE"] = "float32"
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="pared-tests-modules-")
 
+import gc
 import random
 import shutil
 from collections.abc import Iterator
@@ -27,6 +30,13 @@ def _folders_of_the_session() -> Iterator[None]:
     yield
     shutil.rmtree(os.environ["PARED_CACHE"], ignore_errors=True)
     shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _collections_leave_out_what_is_imported() -> None:
+    """Of torch and transformers there are half a million objects, and every training collects garbage three times."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

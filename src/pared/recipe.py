@@ -21,7 +21,8 @@ class Calibration(Strict):
         length: tokens in a window.
         seed: seed of the random offsets.
         sampling: ``consecutive`` windows from the start, or windows at ``random-offset`` tokens.
-        dtype: what the blocks compute in; ``auto`` measures whether bfloat16 is faster on this machine.
+        dtype: what the blocks compute in; ``auto`` measures whether bfloat16 is faster on this machine,
+            unless the environment variable PARED_COMPUTE_DTYPE settles it.
             Statistics are accumulated in float32 or better whatever this says.
         batch: windows in one forward pass.
     """

@@ -31,7 +31,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 TRAININGS: dict[str, dict[str, Any]] = {
     "full": {"model": "factors", "method": "full", "evaluate_every": 2, "patience": 3, "learning_rate": 1e-2},
-    "stopping": {"model": "factors", "method": "full", "evaluate_every": 1, "patience": 1, "learning_rate": 1.0},
+    "stopping": {"model": "factors", "method": "full", "evaluate_every": 2, "patience": 1, "learning_rate": 1e-2},
     "shared": {"model": "shared", "method": "full", "learning_rate": 1e-2, "gradient_checkpointing": True},
     "distill": {"model": "factors", "method": "distill", "learning_rate": 1e-2, "accumulation": 2},
     "lora": {"model": "factors", "method": "lora", "learning_rate": 1e-2},
@@ -47,7 +47,7 @@ REFUSED = ("pruned", "fisher")
 KILLED = ("full", "basel")  # and once more, stopped by a crash after four steps
 # What both processes run: every training one after the other.
 SCRIPT = """
-import json, os, sys, torch
+import gc, json, os, sys, torch
 import pared.training.watch as watch
 from pared import ParedError
 from pared.training import tune
@@ -55,6 +55,7 @@ from pared.training.sharding import gathered as whole, is_sharded
 from pared.tuning import Tuning
 
 torch.set_num_threads(1)
+gc.freeze()
 step = watch.Watch.on_step_end
 
 def weigh(self, args, state, control, **more):

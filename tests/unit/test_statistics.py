@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from pared.calibration import Gram, choose_dtype, statistics
+from pared import ParedError
+from pared.calibration import Gram, choose_dtype, precision, statistics
 from pared.calibration.precision import exact_products
 
 CPU = torch.device("cpu")
@@ -169,7 +170,25 @@ def test_asked_dtype_is_taken_and_half_models_stay_as_they_are():
 def test_float32_model_runs_in_bfloat16_only_where_that_is_clearly_faster(
     monkeypatch: pytest.MonkeyPatch, speedup: float, chosen: torch.dtype
 ):
-    from pared.calibration import precision
-
+    monkeypatch.delenv("PARED_COMPUTE_DTYPE")
+    precision._bfloat16_is_faster.cache_clear()
     monkeypatch.setattr(precision, "_seconds", lambda dtype, _: 1.0 if dtype == torch.float32 else 1 / speedup)
     assert choose_dtype("auto", torch.float32, CPU) == chosen
+    monkeypatch.setattr(precision, "_seconds", lambda *_: pytest.fail("a process measured twice and may choose twice"))
+    assert choose_dtype("auto", torch.float32, CPU) == chosen
+    precision._bfloat16_is_faster.cache_clear()
+
+
+@pytest.mark.parametrize("settled", ["float32", "bfloat16"])
+def test_the_environment_settles_what_a_float32_model_runs_in(monkeypatch: pytest.MonkeyPatch, settled: str):
+    monkeypatch.setenv("PARED_COMPUTE_DTYPE", settled)
+    monkeypatch.setattr(precision, "_bfloat16_is_faster", lambda _: pytest.fail("it was measured"))
+    assert choose_dtype("auto", torch.float32, CPU) == getattr(torch, settled)
+    assert choose_dtype("auto", torch.float16, CPU) == torch.float16
+    assert choose_dtype("float32", torch.float32, CPU) == torch.float32
+
+
+def test_no_dtype_in_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PARED_COMPUTE_DTYPE", "bf16")
+    with pytest.raises(ParedError, match="PARED_COMPUTE_DTYPE 'bf16'"):
+        choose_dtype("auto", torch.float32, CPU)

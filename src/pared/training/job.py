@@ -29,7 +29,7 @@ from pared.training.examples import Examples, find_rows
 from pared.training.methods import method_of
 from pared.training.parent import parent_of
 from pared.training.parts import unpack
-from pared.training.precision import training_precision
+from pared.training.precision import PRECISIONS, training_precision
 from pared.training.processes import Processes
 from pared.training.stage import Context, Prepared, Stage, TuningMethod
 from pared.training.trainer import Went, put_back, train
@@ -99,7 +99,9 @@ class _Job:
         self.config = self.parent.config
         self.tokenizer = self.parent.tokenizer()
         self.causal = is_causal(self.config.architectures or [])
-        self.precision = training_precision(tuning.precision, _stored_dtype(self.config), self.processes.device)
+        measured = training_precision(tuning.precision, _stored_dtype(self.config), self.processes.device)
+        # Each process measures by itself, but all must multiply alike.
+        self.precision = PRECISIONS[int(self.processes.agreed(PRECISIONS.index(measured)))]
 
     def run(self) -> Tuned:
         """Do everything."""

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from pared.anatomy import find_anatomy, probe, weight_of
-from pared.calibration import capture, choose_dtype, walk
+from pared.calibration import capture, walk
 from pared.lowrank import whitening
 from pared.training.examples import collate
 from pared.training.stage import Context
@@ -71,8 +71,7 @@ def decomposed(context: Context, names: Sequence[str], kind: str) -> Iterator[tu
     train = context.examples.train
     rows = collate(train[:: max(1, len(train) // ROWS)][:ROWS])
     beside = {name: value for name, value in rows.items() if name in ("attention_mask", "token_type_ids")}
-    dtype = choose_dtype("auto", model.dtype, context.device)
-    inputs = capture(model, anatomy, rows["input_ids"], BATCH, calls, dtype, context.device, beside)
+    inputs = capture(model, anatomy, rows["input_ids"], BATCH, calls, context.precision, context.device, beside)
     for walked in walk(anatomy.blocks(model), anatomy, inputs, lambda _: frozenset({"gram"})):
         for name in (site.name for site in anatomy.sites_of(walked.index) if site.name in set(names)):
             weight_ON, gram = weight_of(model.get_submodule(name)), walked.statistics.get(name, {}).get("gram")
