@@ -15,7 +15,7 @@ import pytest
 import torch
 from tiny_models import TINY_MODELS
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, TrainerState
 from transformers.pytorch_utils import Conv1D
 from typer.testing import CliRunner
 
@@ -23,6 +23,7 @@ from pared import ParedError
 from pared.anatomy import bias_of, weight_of
 from pared.checkpoint import Manifest, load, verify
 from pared.cli.main import app
+from pared.engine.progress import Silent
 from pared.lowrank import whitening
 from pared.modules import LowRankLinear, replace_module
 from pared.plan import LowRank
@@ -33,8 +34,9 @@ from pared.training.basel.factorise import factors_of, put_back
 from pared.training.basel.importance import curvature, fisher, taylor
 from pared.training.basel.layer import BasisLinear
 from pared.training.basel.method import covered
+from pared.training.basel.penalty import L1
 from pared.training.basel.pruning import Prune
-from pared.training.basel.schedule import falling, mass_of_one, prune_steps, rate_factor
+from pared.training.basel.schedule import falling, mass_after, prune_steps, rate_factor
 from pared.tuning import Tuning
 
 FAMILIES = pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "qwen3"])
@@ -120,11 +122,78 @@ def test_untrained_prunes_leave_the_mass_and_a_prefix_of_the_spectrum() -> None:
     layer = layer_of(30, 24)
     total, times = float(layer.coefficients.sum()), 10
     for _ in range(times):
-        layer.keep_(by_mass(layer.coefficients, mass_of_one(0.4, times)))
+        layer.keep_(by_mass(layer.coefficients, mass_after(0.4, 1, times)))
     assert float(layer.coefficients.sum()) >= 0.4 * total
     left = int(layer.mask.sum())
     assert layer.mask.tolist() == [True] * left + [False] * (24 - left)
     assert 1 <= left < 24
+
+
+def pruned_untrained(widths: dict[str, int], keep_ratio: float, times: int) -> Prune:
+    layers = {name: layer_of(width, width, new=0) for name, width in widths.items()}
+    weights = {name: Weight(width, width, 0) for name, width in widths.items()}
+    prune = Prune(layers, weights, tuple(range(times)), keep_ratio, None, "magnitude", 1, (), nn.ModuleDict())
+    for step in range(times):
+        prune.on_step_begin(None, TrainerState(global_step=step))
+    return prune
+
+
+@pytest.mark.parametrize("times", [1, 7, 100])
+@pytest.mark.parametrize("keep_ratio", [0.05, 0.2, 0.5])
+def test_the_mass_is_met_in_narrow_layers_however_many_prunes_there_are(keep_ratio: float, times: int) -> None:
+    """A prune of 100 may drop 3% of the mass; where the least basis holds more, none ever fell: 20 to 46% were left."""
+    widths = {"eight": 8, "sixteen": 16, "thirty": 30, "wide": 64}
+    prune = pruned_untrained(widths, keep_ratio, times)
+    for name, layer in prune.layers.items():
+        c_R = layer.w.detach().square()
+        fewest = by_mass(c_R, keep_ratio)
+        assert torch.equal(layer.mask, fewest), name
+        left = float(c_R[layer.mask].sum() / c_R.sum())
+        assert float(layer.mass) == pytest.approx(left, rel=1e-5)
+        least = float(c_R[layer.mask].min() / c_R.sum())
+        assert keep_ratio <= left < keep_ratio + least
+    reached = prune.reached()
+    assert reached["mass_asked"] == keep_ratio
+    assert reached["mass_left_most"] == max(float(layer.mass) for layer in prune.layers.values())
+    assert reached["bases"] == sum(len(layer.mask) for layer in prune.layers.values())
+    assert reached["bases_left"] < reached["bases"]
+
+
+def test_a_mass_that_one_basis_alone_is_more_than_is_told() -> None:
+    prune = pruned_untrained({"eight": 8, "wide": 64}, 0.05, 100)
+    left = float(prune.layers["eight"].mass)
+    assert left > 0.1
+    (told,) = prune.shortfalls()
+    assert "keep_ratio 0.05 is missed in" in told
+    assert f"most in eight ({left:.3g} in 1 of 8 bases)" in told
+    assert pruned_untrained({"wide": 64}, 0.5, 100).shortfalls() == []
+
+
+def test_a_prune_takes_no_more_than_is_due_of_what_is_left_over() -> None:
+    prune = pruned_untrained({"eight": 8}, 0.05, 100)
+    layer = layer_of(8, 8, new=0)
+    again = Prune({"eight": layer}, prune.weights, prune.steps, 0.05, None, "magnitude", 1, (), nn.ModuleDict())
+    for step in range(100):
+        again.on_step_begin(None, TrainerState(global_step=step))
+        assert float(layer.mass) >= mass_after(0.05, step + 1, 100) - 1e-6
+
+
+def test_the_penalty_is_the_mass_that_is_left_and_pulls_at_coefficients_alone() -> None:
+    layers = {"a": layer_of(6, 5, new=1), "b": layer_of(7, 9, new=1)}
+    penalty = L1(layers, 3.0, first=4)
+    assert float(penalty.penalty().detach()) == pytest.approx(1.0)
+    with torch.no_grad():
+        layers["a"].w.mul_(0.5)
+    value = penalty.penalty()
+    assert float(value.detach()) == pytest.approx((0.25 + 1) / 2)
+    value.backward()
+    for name, layer in layers.items():
+        before = float(layer.w.detach().square().sum()) * (4 if name == "a" else 1)
+        torch.testing.assert_close(layer.w.grad, layer.w.detach() / before)  # 2 w / Σc₀, of two layers the mean
+        assert layer.U_new.grad is None
+    for step, begun in ((3, False), (4, True), (9, True)):
+        penalty.on_step_begin(None, TrainerState(global_step=step))
+        assert penalty.begun == begun
 
 
 def test_a_budget_over_all_weights_is_met_and_never_passed() -> None:
@@ -479,6 +548,40 @@ def test_bases_of_outputs_lose_less_on_the_task_before_anything_is_learned(
     assert losses["outputs"] < losses["weight"]
 
 
+def test_what_was_reached_is_in_the_manifest_and_told(dense: Dense, tmp_path: Path, text_file: Path) -> None:
+    notes: list[str] = []
+
+    class Listening(Silent):
+        def note(self, message: str) -> None:
+            notes.append(message)
+
+    options = {"keep_ratio": 0.02, "prunes": 100, "post_epochs": 0.0}
+    made = tune(asked(dense("llama"), tmp_path / "out", text_file, options), progress=Listening())
+    (stage,) = made.manifest.training[-1].stages
+    reached, plan = stage["reached"], made.manifest.plan
+    assert reached["mass_asked"] == 0.02
+    assert 0.02 <= reached["mass_left"] <= reached["mass_left_most"] <= 1
+    assert reached["parameters"] == plan.after.covered_parameters
+    assert reached["parameters_before"] == plan.before.covered_parameters
+    assert stage["notes"]
+    assert stage["notes"][0] in notes
+    assert "keep_ratio 0.02 is missed in" in stage["notes"][0]
+
+
+def test_a_penalty_in_place_of_importance_leaves_fewer_bases_for_the_same_mass(
+    dense: Dense, tmp_path: Path, text_file: Path
+) -> None:
+    left = []
+    for weight in (1e-6, 30.0):
+        options = {"l1": weight, "post_epochs": 0.0, "new": 0, "keep_ratio": 0.7, "coefficient_rate": 20.0}
+        made = tune(asked(dense("llama"), tmp_path / f"{weight:g}", text_file, options, tokens=4 * 16 * 40))
+        (stage,) = made.manifest.training[-1].stages
+        assert 0.7 <= stage["reached"]["mass_left"] < 0.85
+        left.append(stage["reached"]["bases_left"])
+        assert verify(tmp_path / f"{weight:g}") == 0.0
+    assert left[1] < left[0]
+
+
 def test_without_learning_anew_what_stays_is_a_prefix_of_the_spectrum(
     dense: Dense, tmp_path: Path, text_file: Path
 ) -> None:
@@ -580,6 +683,8 @@ def test_a_kill_in_any_phase_ends_in_the_same_model(
         ({"importance": "size"}, "option importance: expected one of magnitude, fisher, bsi, found 'size'"),
         ({"keep_ratio": 0.0}, "option keep_ratio: expected a fraction, above 0 and at most 1, found 0.0"),
         ({"keep": 1.5}, "option keep: expected a fraction"),
+        ({"l1": -1.0}, "option l1: expected 0 for none, or the weight of the penalty, found -1.0"),
+        ({"l1": 1.0, "importance": "bsi"}, "goes with importance=magnitude and relearn=true alone"),
         ({"pruning_epochs": 0.0}, "option pruning_epochs: expected more than 0"),
         ({"keep": 0.05, "new": 8}, "the new bases of all weights are"),
         ({"skip": "*"}, "leave no site"),

@@ -157,6 +157,10 @@ def print_training(training: Training) -> None:
             f"parameters trained, loss {first:.4f} -> {last:.4f}",
             markup=False,
         )
+        if reached := stage.get("reached"):
+            told = ", ".join(f"{name.replace('_', ' ')} {value:,.4g}" if isinstance(value, float)
+                             else f"{name.replace('_', ' ')} {value:,}" for name, value in reached.items())  # fmt: skip
+            out.print(f"  reached: {told}", markup=False)
         if stage["validation"]:
             told = ", ".join(f"{loss:.4f} (step {step})" for step, loss in stage["validation"][-3:])
             out.print(f"  loss on rows never trained on: {told}", markup=False)

@@ -153,6 +153,9 @@ class _Job:
                 put_back(ready, state_in_shards, str(state))
             with self.watch(stage.name):
                 trained = ready.finish()
+            went.reached, went.notes = ready.reached, ready.notes
+            for note in went.notes:
+                self.progress.note(note)
             with self.watch("save"), staged(folder, True, needed=self.parent.bytes_needed) as staging:
                 trained.to(dtype=stored)
                 mark(trained)

@@ -33,6 +33,8 @@ class Prepared:
         buffers: names of buffers that change while training and so belong to its state.
         rate: times the learning rate that was asked for.
         faster: ends of parameters' names, and what their learning rate is times that of the others.
+        reached: figures for the record, there once ``finish`` has been called.
+        notes: what a user should know of the result, there then too.
     """
 
     model: Any
@@ -42,6 +44,8 @@ class Prepared:
     buffers: tuple[str, ...] = ()
     rate: float = 1.0
     faster: Mapping[str, float] = field(default_factory=dict)
+    reached: dict[str, float | int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,8 @@ class Went:
         trained_parameters: numbers that were trained.
         loss: mean over the first and over the last tenth of the steps.
         validation: (step, loss) on the rows never trained on.
+        reached: figures of the method's own, such as the mass that Basel has left.
+        notes: what a user should know of the result.
     """
 
     name: str
@@ -53,6 +55,8 @@ class Went:
     trained_parameters: int
     loss: tuple[float, float]
     validation: list[tuple[int, float]] = field(default_factory=list)
+    reached: dict[str, float | int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 class StageTrainer(Trainer):

@@ -41,13 +41,17 @@ class Weight(NamedTuple):
         """Numbers of the weight as it is."""
         return self.out_features * self.in_features
 
+    def factors(self, rank: int) -> int:
+        """Numbers of two factors of this rank."""
+        return rank * (self.out_features + self.in_features)
+
     def stored(self, rank: int) -> int:
         """Numbers at this many bases: the smaller of factors and the weight as it is."""
-        return min(self.dense, (rank + self.new) * (self.out_features + self.in_features))
+        return min(self.dense, self.factors(rank + self.new))
 
     def grows(self, rank: int) -> bool:
         """Whether factors would be no smaller than the weight."""
-        return (rank + self.new) * (self.out_features + self.in_features) >= self.dense
+        return self.factors(rank + self.new) >= self.dense
 
 
 def share_for(importance: Mapping[str, torch.Tensor], weights: Mapping[str, Weight], budget: int) -> float:

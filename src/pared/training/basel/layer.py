@@ -30,6 +30,7 @@ class BasisLinear(nn.Module):
         left: which of the R those are, int64 ``(K,)`` buffer.
         w: ``(R,)`` float32; the coefficient of a basis is its square, so never negative.
         mask: bool ``(R,)``, True for bases that are left.
+        mass: float32 buffer, the share of the bases' worth that prunes have left: the product over all of them.
         U_new: ``(out, new)`` float32, zeros at first.
         V_new: ``(new, in)`` float32, drawn from N(0, 1 / new).
     """
@@ -38,6 +39,7 @@ class BasisLinear(nn.Module):
     V: torch.Tensor
     left: torch.Tensor
     mask: torch.Tensor
+    mass: torch.Tensor
 
     def __init__(
         self,
@@ -57,6 +59,7 @@ class BasisLinear(nn.Module):
         self.register_buffer("V", V_RN[:count].to(dtype).contiguous(), persistent=False)
         self.register_buffer("left", torch.arange(count, device=place), persistent=False)
         self.register_buffer("mask", torch.ones(count, dtype=torch.bool, device=place))
+        self.register_buffer("mass", torch.ones((), device=place))
         self.w = nn.Parameter(c_R[:count].sqrt().float())
         drawn = torch.randn(new, self.in_features, generator=generator).to(place)
         self.U_new = nn.Parameter(torch.zeros(self.out_features, new, device=place), requires_grad=new > 0)

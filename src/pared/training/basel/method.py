@@ -1,7 +1,8 @@
 """Basel (Li et al., TMLR 2025, arXiv 2405.15877): bases of a weight are weighed anew on a task, the useless ones go.
 
 First every basis is kept and what it is worth is learned, with a few new bases beside them; then bases are dropped, a
-little at a time, by what they have come to be worth; what is left becomes two factors, which are tuned on.
+little at a time, by what they have come to be worth; what is left becomes two factors, which are tuned on. In the
+ablation with ``l1`` nothing is dropped meanwhile: a penalty pulls coefficients to 0, and the cut comes at the end.
 """
 
 import math
@@ -16,13 +17,15 @@ from transformers import PreTrainedModel, TrainerCallback
 from pared.anatomy import bias_of, find_anatomy, weight_of
 from pared.errors import ParedError
 from pared.modules import replace_module
+from pared.plan import LowRank
 from pared.training.basel.bases import BASES, decomposed
 from pared.training.basel.choose import Weight, share_for
 from pared.training.basel.factorise import put_back
 from pared.training.basel.importance import IMPORTANCES
 from pared.training.basel.layer import BasisLinear
+from pared.training.basel.penalty import L1
 from pared.training.basel.pruning import BatchLoss, Prune
-from pared.training.basel.schedule import falling, mass_of_one, prune_steps, rate_factor
+from pared.training.basel.schedule import falling, prune_steps, rate_factor
 from pared.training.examples import Row, collate
 from pared.training.precision import hold_in_float32, precise
 from pared.training.stage import Context, Prepared, Stage, own_loss
@@ -39,6 +42,7 @@ OPTIONS: dict[str, bool | int | float | str] = {
     "relearn": True,
     "coefficient_rate": 1.0,
     "importance": "magnitude",
+    "l1": 0.0,
     "probes": 1,
     "basis": "weight",
     "bases": "bfloat16",
@@ -66,10 +70,21 @@ def check(options: Mapping[str, Any]) -> None:
         raise ValueError(f"option coefficient_rate: expected more than 0, found {options['coefficient_rate']}")
     if not options["pruning_epochs"] > 0:
         raise ValueError(f"option pruning_epochs: expected more than 0, found {options['pruning_epochs']}")
+    _check_penalty(options)
+
+
+def _check_penalty(options: Mapping[str, Any]) -> None:
+    if options["l1"] < 0:
+        raise ValueError(f"option l1: expected 0 for none, or the weight of the penalty, found {options['l1']}")
+    if options["l1"] and (options["importance"] != "magnitude" or not options["relearn"]):
+        raise ValueError("option l1 is a penalty on coefficients that are learned, in place of dropping bases by "
+                         "importance: it goes with importance=magnitude and relearn=true alone")  # fmt: skip
 
 
 def needs_whole(options: Mapping[str, Any]) -> str:
     """Return why these options do not train weights in shards, nothing if they do."""
+    if options["l1"]:
+        return "the penalty l1 is on whole coefficients"
     return (
         "" if options["importance"] == "magnitude" else f"importance {options['importance']} takes gradients by itself"
     )
@@ -101,19 +116,29 @@ def prepare(context: Context) -> Prepared:
     weights = {name: Weight(layer.out_features, layer.in_features, options["new"]) for name, layer in layers.items()}
     share = _share(layers, weights, options)
     prune = _prune(context, layers, weights, share)
+    penalty = L1(layers, options["l1"], _first_of_pruning(context)) if options["l1"] else None
 
     def finish() -> PreTrainedModel:
         if options["keep"]:
             prune.meet(math.floor(options["keep"] * sum(weight.dense for weight in weights.values())))
+        elif penalty:
+            prune.meet_mass()
+        ready.reached.update(prune.reached())
+        ready.notes.extend(prune.shortfalls())
+        stored = 0
         for name in names:
-            put_back(model, name, classes[name])
+            decision, weight = put_back(model, name, classes[name]), weights[name]
+            stored += weight.factors(decision.rank) if isinstance(decision, LowRank) else weight.dense
+        ready.reached.update(parameters_before=sum(weight.dense for weight in weights.values()), parameters=stored)
         return model
 
-    callbacks: list[TrainerCallback] = [prune]
+    callbacks: list[TrainerCallback] = [prune, *([penalty] if penalty else [])]
     faster = {".w": options["coefficient_rate"]} if options["coefficient_rate"] != 1 else {}
     rate = rate_factor(max(share, LEAST_MASS), options["keeping_epochs"], options["pruning_epochs"])
-    changing = tuple(f"{name}.mask" for name in names)
-    return Prepared(model, finish, callbacks=callbacks, buffers=changing, rate=rate, faster=faster)
+    changing = tuple(f"{name}.{buffer}" for name in names for buffer in ("mask", "mass"))
+    loss = penalty.loss if penalty else own_loss
+    ready = Prepared(model, finish, loss, callbacks, buffers=changing, rate=rate, faster=faster)
+    return ready
 
 
 def prepare_factors(context: Context) -> Prepared:
@@ -154,10 +179,15 @@ def _share(layers: Mapping[str, BasisLinear], weights: Mapping[str, Weight], opt
         raise ParedError(f"keep {options['keep']:g}: {error} (--option new=8)") from None
 
 
+def _first_of_pruning(context: Context) -> int:
+    """Return the step the pruning phase begins with, counted from 0."""
+    keeping, pruning = context.options["keeping_epochs"], context.options["pruning_epochs"]
+    return round(keeping / (keeping + pruning) * context.steps)
+
+
 def _prune(context: Context, layers: Mapping[str, BasisLinear], weights: Mapping[str, Weight], share: float) -> Prune:
     options, train = context.options, context.examples.train
     rows = train[:: max(1, len(train) // context.tuning.batch)][: context.tuning.batch]  # from all over the data
-    keeping = options["keeping_epochs"] / (options["keeping_epochs"] + options["pruning_epochs"])
 
     def loss_of(row: Row) -> BatchLoss:
         batch = {name: value.to(context.device) for name, value in collate([row]).items()}
@@ -169,15 +199,15 @@ def _prune(context: Context, layers: Mapping[str, BasisLinear], weights: Mapping
         return loss
 
     try:
-        steps = prune_steps(context.steps, round(keeping * context.steps), options["prunes"])
+        steps = prune_steps(context.steps, _first_of_pruning(context), options["prunes"])
     except ValueError as error:
         raise ParedError(f"method basel: {error}") from None
     dense = sum(weight.dense for weight in weights.values())
     return Prune(
         layers,
         weights,
-        steps,
-        share=mass_of_one(share, options["prunes"]),
+        () if options["l1"] else steps,
+        share=share,
         sizes=falling(dense, options["keep"], options["prunes"]) if options["keep"] else None,
         importance=options["importance"],
         probes=options["probes"],

@@ -11,22 +11,25 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from pared.training.basel.choose import Weight, by_budget, by_mass, share_for
 from pared.training.basel.importance import curvature, fisher, magnitude, taylor
 from pared.training.basel.layer import BasisLinear
+from pared.training.basel.schedule import mass_after
 
+NEAR = 0.1  # of the mass asked for that more may be left before it is told
 BatchLoss = Callable[[nn.Module], torch.Tensor]
 
 
 class Prune(TrainerCallback):
     """Drops bases before certain steps.
 
-    With a share of the mass every layer is pruned on its own, as in the paper. With sizes, coefficients are cut at the
-    share, one for all layers, that leaves so many numbers; the other importances are losses, of one unit in all layers,
-    and are cut by one threshold on the loss per number.
+    With a share of the mass every layer is pruned on its own, as in the paper; what a prune could not drop, as the
+    least basis holds more than it may take, the next ones may. With sizes, coefficients are cut at the share, one for
+    all layers, that leaves so many numbers; the other importances are losses, of one unit in all layers, and are cut by
+    one threshold on the loss per number.
 
     Args:
         layers: by name.
         weights: their shapes, by the same names.
         steps: before which a part is dropped, one entry a time.
-        share: of the importance that every time keeps.
+        share: K, of the importance that is left after all times; after j of N it is ``K^(j/N)``.
         sizes: numbers that are left after each time, in place of the share.
         importance: ``magnitude``, ``fisher`` or ``bsi``.
         probes: of the curvature, for ``bsi``.
@@ -61,15 +64,61 @@ class Prune(TrainerCallback):
         """Drop what is more than so many numbers, by one threshold over all layers on importance per number."""
         self._keep(by_budget(self._left(), self.weights, size))
 
+    def meet_mass(self) -> None:
+        """Drop, layer by layer, all but the fewest bases that hold what is to be left in the end."""
+        self._drop_mass(self.share)
+
+    def reached(self) -> dict[str, float | int]:
+        """Return what is left of bases, and of the mass: mean and largest over the layers, and what was asked for."""
+        layers = self.layers.values()
+        counts = {
+            "bases": sum(len(layer.mask) for layer in layers),
+            "bases_left": sum(int(layer.mask.sum()) for layer in layers),
+        }
+        if self.sizes is not None:
+            return dict(counts)
+        masses = [float(layer.mass) for layer in layers]
+        return {
+            "mass_asked": self.share,
+            "mass_left": sum(masses) / len(masses),
+            "mass_left_most": max(masses),
+            **counts,
+        }
+
+    def shortfalls(self) -> list[str]:
+        """Say where more of the mass is left than was asked for, as whole bases are dropped."""
+        over = {name: float(layer.mass) for name, layer in self.layers.items()
+                if float(layer.mass) > (1 + NEAR) * self.share}  # fmt: skip
+        if self.sizes is not None or not over:
+            return []
+        worst = max(over, key=lambda name: over[name])
+        mean = sum(float(layer.mass) for layer in self.layers.values()) / len(self.layers)
+        few = self.layers[worst].mask
+        return [
+            f"keep_ratio {self.share:g} is missed in {len(over)} of {len(self.layers)} layers, on the average "
+            f"{mean:.3g} of the mass is left: the fewest bases that hold so much hold more, most in {worst} "
+            f"({over[worst]:.3g} in {int(few.sum())} of {len(few)} bases)"
+        ]
+
     def _drop(self, index: int) -> None:
-        worth = self._left()
         if self.sizes is None:
-            self._keep({name: by_mass(worth_R, self.share) for name, worth_R in worth.items()})
-        elif self.importance == "magnitude":
+            self._drop_mass(mass_after(self.share, index + 1, len(self.steps)))
+            return
+        worth = self._left()
+        if self.importance == "magnitude":
             share = share_for(worth, self.weights, self.sizes[index])
             self._keep({name: by_mass(worth_R, share) for name, worth_R in worth.items()})
         else:
             self._keep(by_budget(worth, self.weights, self.sizes[index]))
+
+    def _drop_mass(self, wanted: float) -> None:
+        """Drop what is more than this share of the mass, counted from the first prune on."""
+        for name, worth_R in self._left().items():
+            layer, worth_R = self.layers[name], worth_R.double().clamp(min=0)
+            mask_R = by_mass(worth_R, min(1.0, wanted / float(layer.mass)))
+            layer.keep_(mask_R)
+            if float(worth_R.sum()) > 0:
+                layer.mass *= float(worth_R[mask_R].sum() / worth_R.sum())
 
     def _keep(self, masks: Mapping[str, torch.Tensor]) -> None:
         for name, mask_R in masks.items():

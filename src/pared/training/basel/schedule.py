@@ -23,9 +23,9 @@ def prune_steps(steps: int, first: int, times: int) -> tuple[int, ...]:
     return tuple(first + index * span // times for index in range(times))
 
 
-def mass_of_one(keep_ratio: float, times: int) -> float:
-    """Return the share q of a weight's mass that one of N prunes keeps, ``q^N = keep_ratio``."""
-    return keep_ratio ** (1 / times)
+def mass_after(keep_ratio: float, done: int, times: int) -> float:
+    """Return the share of a weight's mass that is left after so many of N prunes, ``K^(done/N)``."""
+    return keep_ratio ** (done / times)
 
 
 def falling(dense: int, keep: float, times: int) -> tuple[int, ...]:
