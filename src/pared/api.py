@@ -4,8 +4,10 @@ from typing import Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pared.arguments import require_model, require_tokenizer
 from pared.evaluation import Perplexity
 from pared.evaluation import perplexity as measure
+from pared.recipe import Evaluation
 from pared.sources.texts import find_text
 from pared.sources.windows import cut
 
@@ -37,4 +39,9 @@ def perplexity(
     Example:
         >>> pared.perplexity(model, tokenizer, "wikitext2:test", windows=20).value  # doctest: +SKIP
     """
-    return measure(model, tokenizer, cut(find_text(text, evaluation=True), tokenizer, length, windows), bos)
+    require_model(model, "pared.perplexity")
+    require_tokenizer(tokenizer, "pared.perplexity")
+    asked = Evaluation(text=text, length=length, windows=windows, bos=bos)
+    return measure(
+        model, tokenizer, cut(find_text(asked.text, evaluation=True), tokenizer, asked.length, asked.windows), asked.bos
+    )

@@ -18,6 +18,8 @@ def dtype_of(name: str | torch.dtype) -> torch.dtype | None:
         return None
     if isinstance(name, torch.dtype):
         name = str(name).removeprefix("torch.")
+    if not isinstance(name, str):
+        raise ParedError(f"dtype: expected one of auto, {', '.join(DTYPES)}, found {name!r}")
     require_known("dtype", name, ["auto", *DTYPES])
     return DTYPES[name]
 

@@ -6,16 +6,14 @@ A plan is the only thing allocation produces and the only thing solvers, format,
 import math
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from pared.strict import Strict
 
 INDEX_BYTES = 4  # of an int32
 
 
-class _Data(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Dense(_Data):
+class Dense(Strict):
     """The weight stays as it is; ``reason`` says why."""
 
     kind: Literal["dense"] = "dense"
@@ -26,7 +24,7 @@ class Dense(_Data):
         return out_features * in_features
 
 
-class LowRank(_Data):
+class LowRank(Strict):
     """Two factors, ``up (out, rank)`` and ``down (rank, in)``, stand in for the weight.
 
     Attributes:
@@ -51,7 +49,7 @@ class LowRank(_Data):
         return INDEX_BYTES * in_features if self.pivoted else 0
 
 
-class Shared(_Data):
+class Shared(Strict):
     """One basis, ``down (rank, in)``, for the same weight of several blocks; every site has its own ``up (out, rank)``.
 
     Attributes:
@@ -81,7 +79,7 @@ class Shared(_Data):
         return f"rank {self.rank}{', pivoted' if self.pivoted else ''}, basis of {self.owner}"
 
 
-class Sparse(_Data):
+class Sparse(Strict):
     """Some weights are zero, anywhere in the matrix, and are not stored.
 
     Attributes:
@@ -106,7 +104,7 @@ class Sparse(_Data):
         return f"sparsity {self.sparsity:.4g}"
 
 
-class NM(_Data):
+class NM(Strict):
     """At most N of every M consecutive inputs of an output are stored.
 
     Attributes:
@@ -159,7 +157,7 @@ def pivoted_rank_for(budget: int, out_features: int, in_features: int) -> int:
     return rank
 
 
-class SitePlan(_Data):
+class SitePlan(Strict):
     """One site, its shape ``(out, in)`` and what is decided for it."""
 
     name: str
@@ -200,7 +198,7 @@ class SitePlan(_Data):
         return 0 if isinstance(self.decision, Dense) else self.decision.index_bytes(self.out_features, self.in_features)
 
 
-class Uncovered(_Data):
+class Uncovered(Strict):
     """A weight inside the blocks that no method is applied to, and why."""
 
     name: str
@@ -209,7 +207,7 @@ class Uncovered(_Data):
     reason: str
 
 
-class Sizes(_Data):
+class Sizes(Strict):
     """The three sizes that are always told side by side."""
 
     covered_parameters: int
@@ -217,7 +215,7 @@ class Sizes(_Data):
     bytes_on_disk: int
 
 
-class Plan(_Data):
+class Plan(Strict):
     """Every site's decision, what is not covered, and the sizes before and after.
 
     Attributes:

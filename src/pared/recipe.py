@@ -1,14 +1,27 @@
 """What the user asked for: one versioned file that can express all of a compression."""
 
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from pared.strict import Strict, read_fields, validated
+from pared.strict import Name, Strict, Whole, read_fields, validated
 
-DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+def _torch_name(value: object) -> object:
+    """Return the name of a dtype or device of torch, which this page need not import."""
+    return str(value).removeprefix("torch.") if type(value).__module__ == "torch" else value
+
+
+def _text_name(value: object) -> object:
+    return f"file:{os.fspath(value)}" if isinstance(value, os.PathLike) else value
+
+
+DType = Annotated[Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_torch_name)]
+Device = Annotated[str, BeforeValidator(_torch_name)]
+TextName = Annotated[str, BeforeValidator(_text_name)]  # a path is the text file there
 
 
 class Calibration(Strict):
@@ -27,13 +40,13 @@ class Calibration(Strict):
         batch: windows in one forward pass.
     """
 
-    text: str = "embedded"
-    samples: Annotated[int, Field(ge=1, strict=True)] = 256
-    length: Annotated[int, Field(ge=2, strict=True)] = 2048
-    seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 0
+    text: TextName = "embedded"
+    samples: Annotated[Whole, Field(ge=1, strict=True)] = 256
+    length: Annotated[Whole, Field(ge=2, strict=True)] = 2048
+    seed: Annotated[Whole, Field(ge=0, lt=2**63, strict=True)] = 0
     sampling: Literal["consecutive", "random-offset"] = "consecutive"
     dtype: DType = "auto"
-    batch: Annotated[int, Field(ge=1, strict=True)] = 4
+    batch: Annotated[Whole, Field(ge=1, strict=True)] = 4
 
 
 class Evaluation(Strict):
@@ -46,9 +59,9 @@ class Evaluation(Strict):
         bos: where a beginning-of-sequence token is put: nowhere, before the text, before every window.
     """
 
-    text: str = "auto"
-    length: Annotated[int, Field(ge=2, strict=True)] = 1024
-    windows: Annotated[int, Field(ge=1, strict=True)] | None = 20
+    text: TextName = "auto"
+    length: Annotated[Whole, Field(ge=2, strict=True)] = 1024
+    windows: Annotated[Whole, Field(ge=1, strict=True)] | None = 20
     bos: Literal["none", "text", "window"] = "none"
 
 
@@ -86,7 +99,7 @@ class Recipe(Strict):
     """
 
     version: Literal[1] = 1
-    model: str | None = None
+    model: Name | None = None
     method: str = "svd-llm"
     keep: Annotated[float, Field(gt=0, le=1)] = 0.8
     rank_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -104,8 +117,8 @@ class Recipe(Strict):
     calibration: Calibration = Calibration()
     evaluation: Evaluation | None = Evaluation()
     dtype: DType = "auto"
-    device: str = "cpu"
-    out: str | None = None
+    device: Device = "cpu"
+    out: Name | None = None
 
     @field_validator("keep", mode="before")
     @classmethod
@@ -147,7 +160,7 @@ class Recipe(Strict):
         return f"keep {self.keep:g}" if self.pattern is None else f"pattern {self.pattern}"
 
     @classmethod
-    def of(cls, fields: dict[str, Any], origin: str = "recipe") -> "Recipe":
+    def of(cls, fields: Any, origin: str = "recipe") -> "Recipe":
         """Build a recipe from plain data.
 
         Raises:

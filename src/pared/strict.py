@@ -1,34 +1,122 @@
-"""What users write in files: strict models, whose first mistake is told in one line."""
+"""What users write, in files and in Python: strict models, whose first mistake is told in one line."""
 
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from typing_extensions import Self
 
 from pared.errors import ParedError
 from pared.names import did_you_mean
 
+# What pydantic calls the errors of something that is no mapping, or no list.
+_NO_MAPPING = ("model_type", "model_attributes_type", "dict_type", "mapping_type")
+_NO_LIST = ("tuple_type", "list_type")
 
-class Strict(BaseModel):
-    """A model without unknown keys, never changed."""
+
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)
+
+
+class _InOneLine(ModelMetaclass):
+    """Makes a model from Python as :func:`validated` makes it from a file: with one error of ours."""
+
+    def __call__(self: Any, *args: Any, **fields: Any) -> Any:
+        if args:
+            raise ParedError(
+                f"{self.__name__} takes named fields, such as {_example(self)}; found {_shown(args[0])}"
+                + (f"; a mapping is read by {self.__name__}.of" if isinstance(args[0], Mapping) else "")
+            )
+        with _told(self, self.__name__):
+            return super().__call__(**fields)
+
+
+class Strict(BaseModel, metaclass=_InOneLine):
+    """A model without unknown keys, never changed; what is wrong with one is told by a :class:`ParedError`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @classmethod
+    def model_validate(cls, obj: Any, **more: Any) -> Self:
+        """Build one from plain data; :func:`validated` also says where they are from.
+
+        Raises:
+            ParedError: an unknown key or a value out of range.
+        """
+        with _told(cls, cls.__name__):
+            return super().model_validate(obj, **more)
+
+    @classmethod
+    def model_validate_json(cls, json_data: str | bytes | bytearray, **more: Any) -> Self:
+        """Build one from JSON.
+
+        Raises:
+            ParedError: not JSON, an unknown key or a value out of range.
+        """
+        with _told(cls, cls.__name__):
+            return super().model_validate_json(json_data, **more)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse to change it.
+
+        Raises:
+            ParedError: always; tells how to make another.
+        """
+        kind = type(self).__name__
+        if name not in type(self).model_fields:
+            raise ParedError(f"{kind} has no {name!r}; {did_you_mean(name, type(self).model_fields)}")
+        raise ParedError(
+            f"a {kind} is frozen and {name} stays {getattr(self, name)!r}; make another: "
+            f"{kind.lower()}.model_copy(update={{{name!r}: {value!r}}})"
+        )
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Return a copy with other values, which are checked as everywhere.
+
+        Raises:
+            ParedError: an unknown key or a value out of range.
+        """
+        if not update:
+            return super().model_copy(deep=deep)
+        given = {name: getattr(self, name) for name in self.model_fields_set}
+        return validated(type(self), {**given, **update}, type(self).__name__)
 
 
 Asked = TypeVar("Asked", bound=Strict)
 
 
-def validated(model: type[Asked], fields: dict[str, Any], origin: str) -> Asked:
+def _plain_int(value: object) -> object:
+    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
+
+
+def _plain_str(value: object) -> object:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+# An integer of numpy's or torch's is one too, and a path is its name.
+Whole = Annotated[int, BeforeValidator(_plain_int)]
+Name = Annotated[str, BeforeValidator(_plain_str)]
+
+
+def validated(model: type[Asked], fields: Any, origin: str) -> Asked:
     """Build a model from plain data.
 
     Raises:
-        ParedError: an unknown key (quoted, with the nearest valid one) or a value out of range.
+        ParedError: no mapping, an unknown key (quoted, with the nearest valid one) or a value out of range.
     """
-    try:
-        return model.model_validate(fields)
-    except ValidationError as error:
-        raise ParedError(f"{origin}: {_explain(model, error)}") from None
+    if isinstance(fields, model):
+        return fields
+    if isinstance(fields, Mapping):
+        fields = dict(fields)
+    with _told(model, origin):
+        return model.__pydantic_validator__.validate_python(fields)
 
 
 def read_fields(path: str | Path, what: str) -> dict[str, Any]:
@@ -47,25 +135,62 @@ def read_fields(path: str | Path, what: str) -> dict[str, Any]:
         raise ParedError(f"{what} {path}: {error.strerror or error}") from None
     except (yaml.YAMLError, ValueError) as error:  # not UTF-8, or a date or number that cannot be
         raise ParedError(f"{what} {path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    except TypeError:
+        raise ParedError(f"{what}: expected the path of a file, found {_shown(path)}") from None
     if not isinstance(fields, dict):
         raise ParedError(f"{what} {path}: expected a mapping of keys, found {type(fields).__name__}")
     return fields
+
+
+@contextmanager
+def _told(model: type[BaseModel], origin: str) -> Iterator[None]:
+    """Turn what pydantic has to say into one error of ours."""
+    try:
+        yield
+    except ValidationError as error:
+        raise ParedError(f"{origin}: {_explain(model, error)}") from None
 
 
 def _explain(model: type[BaseModel], error: ValidationError) -> str:
     """Tell pydantic's first complaint in one line, with the nearest valid key for an unknown one."""
     first = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        section = model if len(first["loc"]) == 1 else _section(model, str(first["loc"][0]))
+    kind, found = first["type"], first["input"]
+    if kind == "extra_forbidden":
+        section = _section(model, first["loc"][:-1])
         return f"unknown key {where!r}; {did_you_mean(str(first['loc'][-1]), section.model_fields)}"
-    if first["type"] == "value_error":  # ours: says what was found
+    if kind == "value_error":  # ours: says what was found
         return str(first["ctx"]["error"])
-    return f"{where}: {first['msg']}; found {first['input']!r}"
+    if kind in _NO_MAPPING:
+        section = _section(model, first["loc"])
+        keys = "" if section is model and first["loc"] else f" ({', '.join(section.model_fields)})"
+        return f"{where + ': ' if where else ''}expected a mapping of its fields{keys}, found {_shown(found)}"
+    if kind in _NO_LIST and isinstance(found, str):
+        return f"{where}: expected a list of strings, such as [{found!r}]; found {found!r}"
+    return f"{where}: {first['msg']}; found {_shown(found)}"
 
 
-def _section(model: type[BaseModel], name: str) -> type[BaseModel]:
-    """Return the model inside of a model that a key holds."""
-    annotation = model.model_fields[name].annotation
-    candidates = (annotation, *get_args(annotation))
-    return next(one for one in candidates if isinstance(one, type) and issubclass(one, BaseModel))
+def _section(model: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseModel]:
+    """Return the model that stands at a path of keys inside of a model, or the innermost on the way that is known."""
+    for part in path:
+        field = model.model_fields.get(str(part))
+        model = model if field is None else next(_models_in(field.annotation), model)
+    return model
+
+
+def _models_in(annotation: Any) -> Any:
+    """Yield the models that an annotation names, such as ``Evaluation | None``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _models_in(inner)
+
+
+def _shown(value: object) -> str:
+    """Return what was found, short enough to read."""
+    text = repr(value)
+    return text if len(text) <= 120 else f"{type(value).__name__} {text[:100]}..."
+
+
+def _example(model: type[BaseModel]) -> str:
+    return f"{model.__name__}({next((name for name in model.model_fields if name != 'version'), '')}=...)"

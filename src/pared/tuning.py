@@ -5,10 +5,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pared.recipe import DType, Evaluation
-from pared.strict import Strict, read_fields, validated
+from pared.recipe import Device, DType, Evaluation, TextName
+from pared.strict import Name, Strict, Whole, read_fields, validated
 
-Positive = Annotated[int, Field(ge=1, strict=True)]
+Positive = Annotated[Whole, Field(ge=1, strict=True)]
 
 
 class Tuning(Strict):
@@ -48,13 +48,13 @@ class Tuning(Strict):
     """
 
     version: Literal[1] = 1
-    model: str | None = None
+    model: Name | None = None
     method: str = "distill"
-    data: tuple[str, ...] = ("embedded",)
+    data: tuple[TextName, ...] = ("embedded",)
     template: str = "alpaca"
-    length: Annotated[int, Field(ge=2, strict=True)] = 512
+    length: Annotated[Whole, Field(ge=2, strict=True)] = 512
     windows: Positive | None = None
-    validation: Annotated[int, Field(ge=0, strict=True)] = 8
+    validation: Annotated[Whole, Field(ge=0, strict=True)] = 8
     epochs: Annotated[float, Field(gt=0)] | None = None
     tokens: Positive | None = None
     batch: Positive = 8
@@ -72,9 +72,9 @@ class Tuning(Strict):
     report_to: tuple[str, ...] = ()
     options: dict[str, bool | int | float | str] = Field(default={})
     evaluation: Evaluation | None = Evaluation()
-    seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0
-    device: str = "cpu"
-    out: str | None = None
+    seed: Annotated[Whole, Field(ge=0, lt=2**32, strict=True)] = 0
+    device: Device = "cpu"
+    out: Name | None = None
 
     @field_validator("warmup", mode="after")
     @classmethod
@@ -105,7 +105,7 @@ class Tuning(Strict):
         return self
 
     @classmethod
-    def of(cls, fields: dict[str, Any], origin: str = "tuning") -> "Tuning":
+    def of(cls, fields: Any, origin: str = "tuning") -> "Tuning":
         """Build a tuning from plain data.
 
         Raises:

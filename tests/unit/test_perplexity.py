@@ -186,5 +186,5 @@ def test_windows_that_predict_nothing_are_refused(tmp_path, length: int, windows
     """``length=1`` once ended in a division by zero, and ``windows=0`` measured the whole text."""
     path = tmp_path / "count.txt"
     path.write_text(" ".join(["w3"] * 40), encoding="utf-8")
-    with pytest.raises(ParedError, match="expected at least 1 window of at least 2 tokens"):
+    with pytest.raises(ParedError, match="greater than or equal to"):
         pared.perplexity(counting(0.25), TOKENIZER, f"file:{path}", length=length, windows=windows)

@@ -4,7 +4,6 @@ import random
 from itertools import pairwise
 
 import pytest
-from pydantic import ValidationError
 
 from pared.allocation import Budget, Evidence, Unit, make_plan, uniform
 from pared.anatomy.structure import Anatomy, Site
@@ -67,19 +66,19 @@ def test_plan_survives_json():
 )
 def test_edited_plan_that_makes_no_sense_is_refused(change: dict[str, object]):
     fields = planned(site("a", 40, 60), keep=0.7).model_dump(mode="json")
-    with pytest.raises(ValidationError):
+    with pytest.raises(ParedError):
         Plan.model_validate({**fields, **change})
 
 
 @pytest.mark.parametrize("rank", [0, -1])
 def test_rank_below_one_is_no_decision(rank: int):
-    with pytest.raises(ValidationError):
+    with pytest.raises(ParedError):
         LowRank(rank=rank)
 
 
 def test_unknown_kind_of_decision_is_refused():
     fields = planned(site("a", 40, 60), keep=0.7).sites[0].model_dump(mode="json")
-    with pytest.raises(ValidationError, match="decision"):
+    with pytest.raises(ParedError, match="decision"):
         SitePlan.model_validate({**fields, "decision": {"kind": "low_rnk", "rank": 3}})
 
 
@@ -194,5 +193,5 @@ def test_unknown_allocation_suggests_the_nearest():
 
 
 def test_a_rank_above_what_the_weight_has_is_refused():
-    with pytest.raises(ValueError, match="rank 5, but a 4 x 9 weight has at most 4"):
+    with pytest.raises(ParedError, match="rank 5, but a 4 x 9 weight has at most 4"):
         SitePlan(name="q", kind="q", block=0, out_features=4, in_features=9, decision=LowRank(rank=5))

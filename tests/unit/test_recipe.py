@@ -3,12 +3,16 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
 
 from pared.cli.options import recipe_of
 from pared.errors import ParedError
+from pared.plan import Plan
 from pared.recipe import Calibration, Evaluation, Recipe
+from pared.tuning import Tuning
 
 FULL = Recipe(
     model="org/name",
@@ -50,8 +54,62 @@ def test_short_recipe_gets_the_defaults(write: Any):
 
 
 def test_recipe_cannot_be_changed_by_accident():
-    with pytest.raises(ValueError, match="frozen"):
+    with pytest.raises(ParedError, match=r"frozen and keep stays 0\.8; make another"):
         Recipe().keep = 0.5  # type: ignore[misc]
+    with pytest.raises(ParedError, match="no 'kep'; did you mean 'keep'"):
+        Recipe().kep = 0.5  # type: ignore[attr-defined]
+
+
+def test_a_copy_is_checked_like_a_recipe():
+    recipe = Recipe(keep=0.5).model_copy(update={"method": "svd"})
+    assert (recipe.keep, recipe.method, recipe.model_fields_set) == (0.5, "svd", {"keep", "method"})
+    with pytest.raises(ParedError, match="unknown key 'kep'; did you mean 'keep'"):
+        recipe.model_copy(update={"kep": 0.4})
+    with pytest.raises(ParedError, match="found 80"):
+        recipe.model_copy(update={"keep": 80})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Recipe(kep=0.5), "unknown key 'kep'; did you mean 'keep'"),
+        (lambda: Recipe(calibration={"smaples": 3}), "unknown key 'calibration.smaples'; did you mean 'samples'"),
+        (lambda: Calibration(smaples=3), "Calibration: unknown key 'smaples'; did you mean 'samples'"),
+        (lambda: Evaluation(windws=3), "Evaluation: unknown key 'windws'; did you mean 'windows'"),
+        (lambda: Tuning(mehod="lora"), "did you mean 'method'"),
+        (lambda: Plan(kep=0.5), "Plan: "),
+        (lambda: Recipe({"method": "svd"}), "takes named fields, such as Recipe(model=...); found {'method': 'svd'}"),
+        (lambda: Recipe(skip="*.0.*"), "skip: expected a list of strings, such as ['*.0.*']; found '*.0.*'"),
+        (lambda: Tuning(data="embedded"), "data: expected a list of strings, such as ['embedded']"),
+        (lambda: Recipe(calibration="c4:train"), "calibration: expected a mapping of its fields (text, samples"),
+        (lambda: Recipe(evaluation="c4:train"), "evaluation: expected a mapping of its fields (text, length"),
+        (lambda: Recipe(keep=80), "found 80"),
+        (lambda: Recipe(method=None), "method: "),
+        (lambda: Calibration(samples="8"), "samples: "),
+        (lambda: Recipe.of("svd"), "expected a mapping of its fields"),
+        (lambda: Recipe.of(None), "expected a mapping of its fields"),
+        (lambda: Recipe.load(None), "expected the path of a file, found None"),
+    ],
+)
+def test_what_is_wrong_in_python_is_told_as_on_the_command_line(make: Any, message: str):
+    with pytest.raises(ParedError) as error:
+        make()
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_what_python_calls_otherwise_is_taken():
+    recipe = Recipe(
+        model=Path("/m"),
+        out=Path("o"),
+        device=torch.device("cpu"),
+        dtype=torch.bfloat16,
+        calibration=Calibration(text=Path("a.txt"), samples=np.int64(3)),
+    )
+    assert (recipe.model, recipe.out, recipe.device, recipe.dtype) == ("/m", "o", "cpu", "bfloat16")
+    assert recipe.calibration == Calibration(text="file:a.txt", samples=3)
+    assert Tuning(data=(Path("a.txt"), "embedded")).data == ("file:a.txt", "embedded")
+    assert Recipe.of(recipe) is recipe
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from pared.arguments import name_from
 from pared.checkpoint.loader import QUANT_METHOD, ParedConfig
 from pared.errors import ParedError
 from pared.sources.models import find_model
@@ -21,8 +22,9 @@ def load(name: str | Path, dtype: str | torch.dtype = "auto") -> PreTrainedModel
     Raises:
         ParedError: not a model, truncated, or of a newer format version.
     """
-    read_config(str(name))
-    return find_model(str(name)).load(dtype)
+    name = name_from(name, "pared.load")
+    read_config(name)
+    return find_model(name).load(dtype)
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
@@ -31,7 +33,7 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         ParedError: there is none.
     """
-    return find_model(str(name)).tokenizer()
+    return find_model(name_from(name, "pared.load_tokenizer")).tokenizer()
 
 
 def read_config(name: str) -> PretrainedConfig:

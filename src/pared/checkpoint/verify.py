@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from pared.anatomy import weight_of
 from pared.anatomy.probe import hooks
+from pared.arguments import name_from
 from pared.checkpoint.load import load, read_map, read_shared
 from pared.checkpoint.loader import empty_module
 from pared.checkpoint.manifest import Fingerprint, Manifest
@@ -193,7 +194,7 @@ def verify(folder: str | Path) -> float:
     Raises:
         ParedError: anything is missing, damaged or different.
     """
-    folder = Path(folder)
+    folder = Path(name_from(folder, "pared.verify"))
     manifest = Manifest.read(folder)
     require_tensors(folder)
     return compare(load(str(folder)), manifest.fingerprint)

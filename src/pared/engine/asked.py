@@ -205,6 +205,19 @@ def has_targets(recipe: Recipe) -> bool:
     return again or refit_of(recipe) != "off"
 
 
+def calibrates(recipe: Recipe) -> bool:
+    """Whether the model is run on a text: for statistics, a refit, or an allocation that looks at what it answers."""
+    if is_pruning(recipe):
+        return method_of(recipe).calibrated or bool(layer_allocation_of(recipe)[0].needs & {"scores", "losses"})
+    influence = "influence" in allocator_of(allocation_of(recipe)).needs
+    return method_of(recipe).calibrated or refit_of(recipe) != "off" or influence
+
+
+def tries(recipe: Recipe) -> bool:
+    """Whether the allocation tries what it proposes, on windows that are not calibrated on."""
+    return not is_pruning(recipe) and "trial" in allocator_of(allocation_of(recipe)).needs
+
+
 def settled(recipe: Recipe) -> dict[str, object]:
     """Return what a recipe's ``auto`` stands for, for the record."""
     if is_pruning(recipe):

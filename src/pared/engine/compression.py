@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.allocation import Evidence, Unit, allocator_of, make_plan
 from pared.anatomy import Anatomy, probe
+from pared.arguments import recipe_from, require_model, require_tokenizer
 from pared.calibration import (
     BlockInputs,
     WalkedBlock,
@@ -20,6 +21,7 @@ from pared.engine.asked import (
     allocation_of,
     anatomy_of,
     budget_of,
+    calibrates,
     dense_path_of,
     is_pruning,
     low_rank_of,
@@ -27,6 +29,7 @@ from pared.engine.asked import (
     rank_options_of,
     refit_of,
     trial_windows,
+    tries,
 )
 from pared.engine.checks import require_finite_weights
 from pared.engine.compressed import Compressed, remarks
@@ -38,6 +41,7 @@ from pared.engine.refit import dense_blocks, sequential, update
 from pared.engine.solver import Solver, StatisticsOfSite, without
 from pared.errors import ParedError
 from pared.evaluation import perplexity
+from pared.hardware import device_of
 from pared.lowrank.methods import mean_gram
 from pared.plan import Decision, Plan
 from pared.recipe import Recipe
@@ -75,8 +79,16 @@ def compress(
         ParedError: anything in the model, the recipe or the text that does not work; nothing is changed unless the
             message says so.
     """
+    require_model(model, "pared.compress")
+    recipe = recipe_from(recipe, "pared.compress")
     options_of(recipe)  # what can be refused is refused first
     _require_compressible(model)
+    device_of(recipe.device)
+    if windows is not None and not isinstance(windows, Windows):
+        raise ParedError(f"pared.compress takes windows as pared.sources.cut makes them, found a "
+                         f"{type(windows).__name__}; name a text in the recipe's calibration instead")  # fmt: skip
+    if tries(recipe) or (windows is None and calibrates(recipe)):
+        require_tokenizer(tokenizer, "pared.compress")
     was_training = model.training
     model.eval()
     try:
@@ -189,7 +201,7 @@ class _Compression:
     @property
     def calibrated(self) -> bool:
         """Whether anything is done on text."""
-        return self.method.calibrated or self.refit != "off" or "influence" in self.allocator.needs
+        return calibrates(self.recipe)
 
     def units(self, anatomy: Anatomy) -> list[Unit]:
         """Return what is decomposed: sites, and groups of them that may share a basis."""
@@ -206,7 +218,7 @@ class _Compression:
         idle = {site.name for site in anatomy.sites if site.idle}
         units = [Unit(tuple(replace(s, idle=s.name in idle) for s in unit.members)) for unit in solver.units]
         evidence = Evidence(solver.spectra, self.influence, options=self.spread)
-        if "trial" in self.allocator.needs:
+        if tries(self.recipe):
             trials = trial_windows(self.recipe, self.tokenizer)
             require_fits(self.model.config, trials)
             evidence = replace(evidence, trial=self.trial(solver, trials), key=self.key(trials, windows))

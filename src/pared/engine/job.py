@@ -7,10 +7,11 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.anatomy import find_anatomy
+from pared.arguments import recipe_from
 from pared.checkpoint import Manifest, compare, load, require_tensors, save, take_fingerprint, verify
 from pared.checkpoint.loader import FORMAT_VERSION
 from pared.checkpoint.manifest import machine, versions
-from pared.engine.asked import calibration_windows, method_of, plan_of, settled
+from pared.engine.asked import calibrates, calibration_windows, method_of, plan_of, settled
 from pared.engine.checks import require_finite_weights
 from pared.engine.compression import compress
 from pared.engine.progress import Progress, Silent, Stopwatch, peak_memory_bytes
@@ -47,6 +48,7 @@ def run(recipe: Recipe, overwrite: bool = False, progress: Progress | None = Non
     Raises:
         ParedError: anything wrong; nothing was written or overwritten.
     """
+    recipe = recipe_from(recipe, "pared.run")
     progress = progress or Silent()
     watch = Stopwatch()
     source, out = _checked(recipe, overwrite)
@@ -124,7 +126,7 @@ def _checked(recipe: Recipe, overwrite: bool) -> tuple[ModelSource, Path]:
 
 
 def _calibration_windows(recipe: Recipe, source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> Windows | None:
-    if not method_of(recipe).calibrated:
+    if not calibrates(recipe):
         return None
     windows = calibration_windows(recipe, tokenizer, source.config(), is_causal(source.config().architectures or []))
     require_fits(source.config(), windows)

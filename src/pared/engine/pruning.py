@@ -12,7 +12,7 @@ from pared.allocation.sparsity import eigenvalues, hill_alpha
 from pared.anatomy import Anatomy, Site, bias_of, probe, weight_of
 from pared.anatomy.probe import BlockCall
 from pared.calibration import Collected, WalkedBlock, share_felt
-from pared.engine.asked import anatomy_of, layer_allocation_of, options_of, pruner_of
+from pared.engine.asked import anatomy_of, calibrates, layer_allocation_of, options_of, pruner_of
 from pared.engine.checks import require_finite_weights
 from pared.engine.compressed import Compressed, remarks
 from pared.engine.passes import Passes
@@ -125,7 +125,7 @@ class _Pruning:
     @property
     def reads(self) -> bool:
         """Whether anything of what the sites read is needed."""
-        return self.method.calibrated or bool(self.allocator.needs & {"scores", "losses"})
+        return calibrates(self.recipe)
 
     def text(self, windows: Windows | None, result: Compressed) -> Windows | None:
         """Cut the calibration text, if anything is to be read."""

@@ -97,6 +97,8 @@ def perplexity(
     require_fits(model.config, windows)
     tokens = with_bos(windows, tokenizer, bos)
     device = model.get_input_embeddings().weight.device
+    if device.type == "meta":
+        raise ParedError(f"{architecture} is on the meta device and holds no values; load it with its weights")
     was_training = model.training
     nats: list[float] = []
     predicted: list[int] = []

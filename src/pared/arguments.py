@@ -1,0 +1,97 @@
+"""What Python callers hand over: a loaded model, its tokenizer, a recipe, a name; anything else is told in one line."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pared.errors import ParedError
+from pared.recipe import Recipe
+
+
+def require_model(model: object, function: str) -> None:
+    """Refuse what is no loaded model.
+
+    Args:
+        model: what was handed over; a model with PEFT adapters is one.
+        function: that it was handed to, for messages.
+
+    Raises:
+        ParedError: says how to load a model by its name.
+    """
+    if isinstance(model, PreTrainedModel) or (callable(model) and hasattr(model, "config") and type(model) is not type):
+        return
+    if isinstance(model, (str, os.PathLike)):
+        raise ParedError(
+            f"{function} takes a loaded model, found the name {os.fspath(model)!r}; load it first: "
+            f"pared.load({os.fspath(model)!r})"
+        )
+    if isinstance(model, PreTrainedTokenizerBase):
+        raise ParedError(f"{function} takes a loaded model first and its tokenizer second; found the tokenizer first")
+    raise ParedError(f"{function} takes a loaded model of transformers, found {_kind(model)}; pared.load(NAME) gives "
+                     "one")  # fmt: skip
+
+
+def require_tokenizer(tokenizer: object, function: str) -> None:
+    """Refuse what does not turn text into tokens.
+
+    Args:
+        tokenizer: what was handed over.
+        function: that it was handed to, for messages.
+
+    Raises:
+        ParedError: says how to load a tokenizer by the name of its model.
+    """
+    if isinstance(tokenizer, (str, os.PathLike)):
+        raise ParedError(
+            f"{function} takes a loaded tokenizer, found the name {os.fspath(tokenizer)!r}; load it first: "
+            f"pared.load_tokenizer({os.fspath(tokenizer)!r})"
+        )
+    if isinstance(tokenizer, PreTrainedModel) or not callable(tokenizer):
+        raise ParedError(
+            f"{function} needs the model's tokenizer to read text, found {_kind(tokenizer)}; "
+            "pared.load_tokenizer(NAME) gives one"
+        )
+
+
+def recipe_from(recipe: Any, function: str) -> Recipe:
+    """Return a recipe; a mapping is read as one.
+
+    Args:
+        recipe: what was handed over.
+        function: that it was handed to, for messages.
+
+    Raises:
+        ParedError: neither, or a mapping that is no recipe.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, Mapping):
+        return Recipe.of(recipe, origin=f"the recipe of {function}")
+    hint = "Recipe(method='svd-llm', keep=0.8)"
+    if isinstance(recipe, (str, os.PathLike)):
+        hint = f"Recipe(method={os.fspath(recipe)!r}), or Recipe.load(PATH) for a file"
+    raise ParedError(f"{function} takes a Recipe, found {_kind(recipe)}; such as {hint}")
+
+
+def name_from(name: object, function: str) -> str:
+    """Return the name of a model.
+
+    Args:
+        name: a string or a path.
+        function: that it was handed to, for messages.
+
+    Raises:
+        ParedError: neither.
+    """
+    if isinstance(name, (str, os.PathLike)):
+        found = os.fspath(name)
+        return found if isinstance(found, str) else os.fsdecode(found)
+    raise ParedError(f"{function} takes a name: embedded:smollm2-135m, a folder or a Hub id; found {_kind(name)}")
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    return repr(value) if value is None or isinstance(value, (str, int, float)) else f"a {type(value).__name__}"

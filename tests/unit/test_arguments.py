@@ -1,0 +1,106 @@
+# ruff: noqa: ARG005 - a wrong call need not use what a right one would
+"""Python callers who hand over the wrong thing are told in one line, as on the command line."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tiny_models import TINY_MODELS
+from transformers import PreTrainedTokenizerFast
+
+import pared
+from pared import ParedError
+
+
+@pytest.fixture(scope="module")
+def model() -> transformers.PreTrainedModel:
+    return TINY_MODELS["llama"]()
+
+
+def on_meta() -> transformers.PreTrainedModel:
+    with torch.device("meta"):
+        return transformers.LlamaForCausalLM._from_config(TINY_MODELS["llama"]().config)
+
+
+def quantised() -> transformers.PreTrainedModel:
+    model = TINY_MODELS["llama"]()
+    model.config.quantization_config = {"quant_method": "gptq"}
+    return model
+
+
+SVD_LLM = pared.Recipe(method="svd-llm", keep=0.6)
+WRONG: dict[str, tuple[Any, str]] = {
+    "a name": (
+        lambda m, t: ("gpt2", t, SVD_LLM),
+        r"takes a loaded model, found the name 'gpt2'; load",
+    ),
+    "a path": (lambda m, t: (Path("gpt2"), t, SVD_LLM), "found the name 'gpt2'"),
+    "none": (lambda m, t: (None, t, SVD_LLM), "takes a loaded model of transformers, found None"),
+    "a class": (lambda m, t: (type(m), t, SVD_LLM), "found the class LlamaForCausalLM"),
+    "a module": (lambda m, t: (torch.nn.Linear(3, 3), t, SVD_LLM), "found a Linear"),
+    "swapped": (lambda m, t: (t, m, SVD_LLM), "model first and its tokenizer second"),
+    "on meta": (lambda m, t: (on_meta(), t, pared.Recipe(method="svd")), "meta device"),
+    "quantised": (lambda m, t: (quantised(), t, SVD_LLM), r"is quantised \(gptq\)"),
+    "no tokenizer": (lambda m, t: (m, None, SVD_LLM), "needs the model's tokenizer to read text, found None"),
+    "its name": (lambda m, t: (m, "gpt2", SVD_LLM), r"takes a loaded tokenizer.*pared\.load_tokenizer\('gpt2'\)"),
+    "model twice": (lambda m, t: (m, m, SVD_LLM), "needs the model's tokenizer"),
+    "no recipe": (lambda m, t: (m, t, None), "takes a Recipe, found None"),
+    "a method": (lambda m, t: (m, t, "svd"), r"takes a Recipe, found 'svd'; such as Recipe\(method='svd'\)"),
+    "a misspelt mapping": (lambda m, t: (m, t, {"kep": 0.5}), "unknown key 'kep'; did you mean 'keep'"),
+    "a device": (lambda m, t: (m, t, pared.Recipe(method="svd", device="gpu")), "device 'gpu' cannot be used"),
+    "windows": (lambda m, t: (m, t, SVD_LLM, None, torch.zeros(2, 8)), "windows as .* found a Tensor"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_compress_tells_what_it_was_given(
+    wrong: str, model: transformers.PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    arguments, message = WRONG[wrong]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ParedError, match=message):
+        pared.compress(*arguments(model, tokenizer))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_mapping_is_a_recipe_and_a_data_free_method_needs_no_tokenizer() -> None:
+    result = pared.compress(TINY_MODELS["llama"](), None, {"method": "svd", "keep": 0.5})  # type: ignore[arg-type]
+    assert result.recipe == pared.Recipe(method="svd", keep=0.5)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, t: pared.run("gpt2"), r"takes a Recipe, found 'gpt2'"),
+        (lambda m, t: pared.run({"modl": "x"}), "did you mean 'model'"),
+        (lambda m, t: pared.load(None), "pared.load takes a name"),
+        (lambda m, t: pared.load(m), "found a LlamaForCausalLM"),
+        (lambda m, t: pared.load("embedded:smollm2-135m", 16), "dtype: expected one of auto"),
+        (lambda m, t: pared.load_tokenizer(None), "takes a name"),
+        (lambda m, t: pared.verify(m), "pared.verify takes a name"),
+        (lambda m, t: pared.perplexity("gpt2", t), "found the name 'gpt2'"),
+        (lambda m, t: pared.perplexity(m, None), "needs the model's tokenizer"),
+        (lambda m, t: pared.perplexity(m, t, None), "text: "),
+        (lambda m, t: pared.perplexity(m, t, ["a b", "c"]), "text: "),
+        (lambda m, t: pared.perplexity(m, t, length="16"), "length: "),
+        (lambda m, t: pared.perplexity(m, t, length=16.5), "length: "),
+        (lambda m, t: pared.perplexity(m, t, length=16, windows="all"), "windows: "),
+        (lambda m, t: pared.perplexity(m, t, length=16, windows=0), "windows: "),
+        (lambda m, t: pared.perplexity(m, t, length=16, bos="yes"), "bos: "),
+        (lambda m, t: pared.perplexity(on_meta(), t, length=16, windows=1), "meta device"),
+    ],
+)
+def test_everything_public_tells_what_it_was_given(
+    call: Any, message: str, model: transformers.PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with pytest.raises(ParedError, match=message) as error:
+        call(model, tokenizer)
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_in_training_mode_is_compressed_and_trains_on(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = TINY_MODELS["llama"]().train()
+    pared.compress(model, tokenizer, pared.Recipe(method="svd", keep=0.5))
+    assert model.training
