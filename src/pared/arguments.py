@@ -20,7 +20,7 @@ def require_model(model: object, function: str) -> None:
     Raises:
         ParedError: says how to load a model by its name.
     """
-    if isinstance(model, PreTrainedModel) or (callable(model) and hasattr(model, "config") and type(model) is not type):
+    if isinstance(model, PreTrainedModel) or (hasattr(model, "config") and not isinstance(model, type)):
         return
     if isinstance(model, (str, os.PathLike)):
         raise ParedError(
