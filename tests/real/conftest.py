@@ -1,11 +1,11 @@
-"""The embedded real model, compressed once for the whole tier."""
+"""The embedded real model, compressed once for the whole tier, on few tokens; on many in the slow tier."""
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from real_model import MODEL, ROOT, Corpus
+from real_model import FEW, MODEL, Corpus, Scale
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import pared
@@ -23,11 +23,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def corpus() -> Iterator[Corpus]:
     patch = pytest.MonkeyPatch()
     patch.delenv("PARED_CACHE", raising=False)  # the converted model is kept between runs
-    beside = ROOT.parent / "shared" / "data"
-    folder = os.environ.get("PARED_DATA") or (str(beside) if beside.is_dir() else None)
-    if folder:
-        patch.setenv("PARED_DATA", folder)
-    yield Corpus("wikitext2:train", "wikitext2:test") if folder else Corpus("embedded", "embedded")
+    named = os.environ.get("PARED_DATA")
+    yield Corpus("wikitext2:train", "wikitext2:test") if named else Corpus("embedded", "embedded")
     patch.undo()
 
 
@@ -38,13 +35,19 @@ def dense(corpus: Corpus) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 @pytest.fixture(scope="module")
-def compressed(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+def scale(request: pytest.FixtureRequest) -> Scale:
+    """Few tokens, unless a test asks for the tokens of the published figures."""
+    return getattr(request, "param", FEW)
+
+
+@pytest.fixture(scope="module")
+def compressed(corpus: Corpus, scale: Scale, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     recipe = pared.Recipe(
         model=MODEL,
         method="svd-llm",
         keep=0.8,
-        calibration=pared.Calibration(text=corpus.calibration, samples=16, length=1024),
-        evaluation=pared.Evaluation(text=corpus.evaluation, length=1024, windows=4),
+        calibration=pared.Calibration(text=corpus.calibration, samples=scale.samples, length=scale.length),
+        evaluation=pared.Evaluation(text=corpus.evaluation, length=scale.length, windows=4),
         out=str(tmp_path_factory.mktemp("real") / "smol"),
     )
     return pared.run(recipe)
