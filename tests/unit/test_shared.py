@@ -21,7 +21,7 @@ import pared
 from pared import ParedError
 from pared.anatomy import bias_of, weight_of
 from pared.checkpoint import export_dense, make_dense, mark, module_map, require_tensors, save
-from pared.checkpoint.loader import ParedConfig
+from pared.checkpoint.format import ParedConfig
 from pared.checkpoint.save import shared_tensors
 from pared.modules import BasisHolder, LowRankLinear, PivotedLinear, replace_module, share
 

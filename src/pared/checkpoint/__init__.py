@@ -4,7 +4,8 @@ from pared.checkpoint.convert import convert
 from pared.checkpoint.export import Exported, export_dense, make_dense
 from pared.checkpoint.load import is_compressed, load, load_tokenizer, read_config
 from pared.checkpoint.manifest import Manifest
-from pared.checkpoint.save import mark, module_map, save
+from pared.checkpoint.portable import module_map
+from pared.checkpoint.save import mark, save
 from pared.checkpoint.verify import compare, require_tensors, take_fingerprint, verify
 
 __all__ = [

@@ -8,7 +8,8 @@ from torch import nn
 
 from pared.checkpoint.load import load
 from pared.checkpoint.manifest import Manifest
-from pared.checkpoint.save import mark, module_map, save
+from pared.checkpoint.portable import module_map
+from pared.checkpoint.save import mark, save
 from pared.checkpoint.verify import compare, require_tensors
 from pared.errors import ParedError
 from pared.install import factors_of, install_group

@@ -8,8 +8,9 @@ from transformers import PreTrainedModel
 
 from pared.anatomy import bias_of, weight_of
 from pared.checkpoint.load import load
-from pared.checkpoint.loader import is_portable, tie
-from pared.checkpoint.save import module_map, save
+from pared.checkpoint.loader import tie
+from pared.checkpoint.portable import is_portable, module_map, own_class
+from pared.checkpoint.save import save
 from pared.checkpoint.verify import compare, require_tensors, take_fingerprint
 from pared.errors import ParedError
 from pared.modules import SparseLinear, replace_module
@@ -88,4 +89,4 @@ def _forget_compression(model: PreTrainedModel) -> None:
             if attribute in owner.__dict__:
                 delattr(owner, attribute)
     if is_portable(type(model)):
-        model.__class__ = type(model).__bases__[1]
+        model.__class__ = own_class(type(model))

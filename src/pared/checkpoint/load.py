@@ -7,7 +7,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.arguments import name_from
-from pared.checkpoint.loader import QUANT_METHOD, ParedConfig
+from pared.checkpoint.format import QUANT_METHOD, ParedConfig
 from pared.errors import ParedError
 from pared.sources.models import find_model
 

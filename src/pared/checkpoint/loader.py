@@ -1,113 +1,24 @@
-"""How a compressed folder becomes a model again: the transformers quantizer and the format's map.
+"""How a compressed folder becomes a model again: the transformers quantizer.
 
-This file and the files of ``modules/`` are also what every saved folder carries as ``modeling_pared.py``, for machines
-without the package (``trust_remote_code=True``). So it may use torch, transformers and ``modules/`` only.
+This file, ``format``, ``portable`` and the files of ``modules/`` are also what every saved folder carries as
+``modeling_pared.py``, for machines without the package (``trust_remote_code=True``). So they may use torch,
+transformers and each other only.
 """
 
-import ast
-import os
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from pared.modules.low_rank import LowRankLinear
-from pared.modules.packing import pack
-from pared.modules.pivoted import PivotedLinear
+from pared.checkpoint.format import DOWN, MODULE_TYPES, QUANT_METHOD, ParedConfig
+from pared.checkpoint.portable import IS_COPY, make_portable
+from pared.modules.adapters import teach_peft
 from pared.modules.replace import replace_module
 from pared.modules.shared import BasisHolder, share
 from pared.modules.sparse import SparseLinear
-
-QUANT_METHOD = "pared"
-FORMAT_VERSION = 1
-LOADER_NAME = "modeling_pared"
-DOWN = ".down.weight"
-IS_COPY = __name__.rpartition(".")[2] == LOADER_NAME
-
-# kind in the map -> (module class, the keys its entry has beside `kind`)
-MODULE_TYPES: dict[str, tuple[type[LowRankLinear | PivotedLinear | SparseLinear], frozenset[str]]] = {
-    "low_rank": (LowRankLinear, frozenset({"in_features", "out_features", "rank", "bias"})),
-    "pivoted": (PivotedLinear, frozenset({"in_features", "out_features", "rank", "bias"})),
-    "sparse": (SparseLinear, frozenset({"in_features", "out_features", "bias", "stored", "kept", "group"})),
-}
-
-
-class ParedConfig(QuantizationConfigMixin):
-    """The map of a compressed checkpoint: ``quantization_config`` in ``config.json``.
-
-    Args:
-        format_version: of the folder's layout.
-        modules: for every changed module, by full name, its kind, shape and exact rank.
-        shared: for every tensor that is not stored, as it is that of another module, the name of the one that is.
-        quant_method: always ``pared``.
-
-    Raises:
-        ValueError: written by a newer version, a key this version does not know, or a malformed map.
-    """
-
-    def __init__(
-        self,
-        format_version: int = FORMAT_VERSION,
-        modules: dict[str, dict[str, Any]] | None = None,
-        shared: dict[str, str] | None = None,
-        quant_method: str = QUANT_METHOD,
-        **unknown: object,
-    ) -> None:
-        if format_version > FORMAT_VERSION or unknown:
-            raise ValueError(
-                f"checkpoint of pared format version {format_version}"
-                f"{f' with unknown keys {sorted(unknown)}' if unknown else ''}; this loader reads version "
-                f"{FORMAT_VERSION}: update pared"
-            )
-        self.quant_method = quant_method
-        self.format_version = format_version
-        self.modules = _checked(modules or {})
-        self.shared = _checked_shared(shared or {}, self.modules)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as they are stored, without a list of shared tensors where there are none."""
-        fields: dict[str, Any] = super().to_dict()
-        return fields if self.shared else {key: value for key, value in fields.items() if key != "shared"}
-
-
-def _checked(modules: Any) -> dict[str, dict[str, Any]]:
-    """Return the map if every entry of it has a known kind and exactly that kind's keys."""
-    if not isinstance(modules, dict):
-        raise ValueError(f"the map of modules is {type(modules).__name__}, expected an entry by module name")
-    for name, entry in modules.items():
-        kind = entry.get("kind") if isinstance(entry, dict) else None
-        if kind not in MODULE_TYPES or entry.keys() - {"kind"} != MODULE_TYPES[kind][1]:
-            raise ValueError(f"map entry {name}: unknown or malformed {entry}; known kinds: {sorted(MODULE_TYPES)}")
-    return modules
-
-
-def _checked_shared(shared: Any, modules: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """Return the shared tensors if every one of them and its owner are a ``down`` of the map, of one shape."""
-    if not isinstance(shared, dict):
-        raise ValueError(f"the shared tensors are {type(shared).__name__}, expected the owner's name by tensor name")
-    shapes = {
-        name + DOWN: {key: entry[key] for key in ("kind", "in_features", "rank")}
-        for name, entry in modules.items()
-        if "rank" in entry
-    }
-    for alias, owner in shared.items():
-        for tensor in (alias, owner):
-            if not isinstance(tensor, str) or tensor not in shapes:
-                raise ValueError(f"shared tensor {alias}: {tensor} is not the {DOWN[1:]} of a module in the map")
-        if owner in shared:
-            raise ValueError(f"shared tensor {alias}: its owner {owner} is shared itself, expected one that is stored")
-        if shapes[alias] != shapes[owner]:
-            raise ValueError(
-                f"shared tensor {alias}: {shapes[alias]} in the map, but its owner {owner} is {shapes[owner]}"
-            )
-    return shared
 
 
 class ParedQuantizer(HfQuantizer):
@@ -211,72 +122,6 @@ def _submodule(model: nn.Module, path: str) -> Any:
         return None
 
 
-class PortableMixin:
-    """Saves the loader with the model, so that the folder loads on machines without the package."""
-
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """Save as transformers does, and write the loader beside it."""
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{LOADER_NAME}.py").write_text(loader_source(), encoding="utf-8")
-        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-
-
-_portable: dict[type, type] = {}
-
-
-def is_portable(cls: type) -> bool:
-    """Whether a model class saves the loader with itself, be it by this module or by a folder's own copy of it."""
-    return any(base.__name__ == PortableMixin.__name__ for base in cls.__mro__)
-
-
-def portable_class(cls: type) -> type:
-    """Return the subclass of a transformers model class, of the same name, that saves the loader with itself."""
-    if is_portable(cls):
-        return cls
-    if cls not in _portable:
-        _portable[cls] = type(cls.__name__, (PortableMixin, cls), {"__module__": __name__, "__doc__": cls.__doc__})
-    return _portable[cls]
-
-
-def make_portable(model: PreTrainedModel) -> None:
-    """Make a model save the loader with itself, in place."""
-    model.__class__ = portable_class(type(model))
-
-
-def __getattr__(name: str) -> Any:
-    """Return the portable twin of a transformers class: what ``auto_map`` names, and what pickle looks up."""
-    if name.startswith("_") or not isinstance(cls := getattr(transformers, name, None), type):
-        raise AttributeError(f"module {__name__} has no attribute {name}")
-    return portable_class(cls)
-
-
-def loader_source() -> str:
-    """Return the text of ``modeling_pared.py``: this very file where it is one, else put together from its parts."""
-    if IS_COPY:
-        return Path(__file__).read_text(encoding="utf-8")
-    owners = [
-        replace_module.__module__,
-        BasisHolder.__module__,
-        pack.__module__,
-        *(cls.__module__ for cls, _ in MODULE_TYPES.values()),
-        __name__,
-    ]
-    parts = [Path(str(sys.modules[owner].__file__)).read_text(encoding="utf-8") for owner in dict.fromkeys(owners)]
-    return "\n\n".join(_without_own_imports(part) for part in parts)
-
-
-def _without_own_imports(source: str) -> str:
-    """Return a file's text without what it imports from the package, as all of that is in the text beside it."""
-    own = {
-        line
-        for node in ast.parse(source).body
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pared.")
-        for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
-    }
-    return "\n".join(line for number, line in enumerate(source.splitlines(), start=1) if number not in own)
-
-
 # The package and folders' own copies may meet in one process, in any order: the package takes over, a copy gives way.
 if not IS_COPY:
     AUTO_QUANTIZATION_CONFIG_MAPPING.pop(QUANT_METHOD, None)
@@ -284,3 +129,5 @@ if not IS_COPY:
 if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
     register_quantization_config(QUANT_METHOD)(ParedConfig)
     register_quantizer(QUANT_METHOD)(ParedQuantizer)
+
+teach_peft()

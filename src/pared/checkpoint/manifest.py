@@ -10,7 +10,7 @@ import torch
 import transformers
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pared.checkpoint.loader import FORMAT_VERSION
+from pared.checkpoint.format import FORMAT_VERSION
 from pared.errors import ParedError
 from pared.plan import Plan
 from pared.recipe import Recipe

@@ -1,14 +1,16 @@
 """From a compressed model in memory to a folder."""
 
 import shutil
+import sys
 from pathlib import Path
-from typing import Any
 
 import transformers
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pared.checkpoint.loader import DOWN, LOADER_NAME, MODULE_TYPES, ParedConfig, make_portable, tie
+from pared.checkpoint.format import DOWN, LOADER_NAME, ParedConfig
+from pared.checkpoint.loader import tie
+from pared.checkpoint.portable import has_importable_code, make_portable, module_map, own_class
 from pared.errors import ParedError
 from pared.modules import BasisHolder
 from pared.sources.models import ModelSource
@@ -24,16 +26,6 @@ AUTO_CLASSES = (
     "AutoModelForImageTextToText",
 )
 SHARD_SIZE = "5GB"
-
-
-def module_map(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Return the entry of every module that stands where a linear layer stood, from the modules themselves."""
-    entries: dict[str, dict[str, Any]] = {}
-    for name, module in model.named_modules():
-        for kind, (cls, _) in MODULE_TYPES.items():
-            if isinstance(module, cls):
-                entries[name] = {"kind": kind, **module.entry()}
-    return entries
 
 
 def shared_tensors(model: nn.Module) -> dict[str, str]:
@@ -96,15 +88,32 @@ def save(
 
 
 def _auto_map(model: PreTrainedModel) -> dict[str, str]:
-    """Name the loader's class for every Auto class that would load this architecture or its base."""
-    found: dict[str, str] = {}
+    """Name the loader's class for every Auto class that would load this architecture or its base.
+
+    A class of the model's own comes along where its code can (see ``portable.own_code``). One that no other process can
+    import, as it is defined in a script or a notebook, is loaded by whoever defines it again, and is not named.
+    """
+    config, own = model.config, own_class(type(model)).__name__
+    told = {auto: ref for auto, ref in (getattr(config, "auto_map", None) or {}).items() if isinstance(ref, str)}
+    models = {auto: ref.rpartition(".")[2] for auto, ref in told.items() if auto.startswith("AutoModel")}
+    found = {auto: f"{LOADER_NAME}.{name}" for auto, name in models.items()}
     for auto in AUTO_CLASSES:
         mapping = getattr(transformers, auto)._model_mapping
-        listed = mapping.get(type(model.config), ())
-        classes = listed if isinstance(listed, (list, tuple)) else (listed,)
-        names = {cls.__name__ for cls in classes}
-        if type(model).__name__ in names:
-            found[auto] = f"{LOADER_NAME}.{type(model).__name__}"
+        listed = mapping.get(type(config), ())
+        names = {cls.__name__ for cls in (listed if isinstance(listed, (list, tuple)) else (listed,))}
+        if own in names:
+            found[auto] = f"{LOADER_NAME}.{own}"
         elif auto == "AutoModel" and names:
             found[auto] = f"{LOADER_NAME}.{sorted(names)[0]}"
-    return found
+    if has_importable_code(type(config)):
+        found["AutoConfig"] = f"{LOADER_NAME}.{type(config).__name__}"
+    return {auto: ref for auto, ref in found.items() if _can_be_found(model, ref)}
+
+
+def _can_be_found(model: PreTrainedModel, ref: str) -> bool:
+    """Whether the loader can give a class: one of transformers, or one whose code comes along."""
+    name, own = ref.rpartition(".")[2], own_class(type(model))
+    for cls in (own, type(model.config), getattr(sys.modules.get(own.__module__), name, None)):
+        if isinstance(cls, type) and cls.__name__ == name:
+            return cls.__module__.startswith("transformers.") or has_importable_code(cls)
+    return hasattr(transformers, name)

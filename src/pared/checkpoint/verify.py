@@ -16,7 +16,7 @@ from pared.arguments import name_from
 from pared.checkpoint.load import load, read_map, read_shared
 from pared.checkpoint.loader import empty_module
 from pared.checkpoint.manifest import Fingerprint, Manifest
-from pared.checkpoint.save import module_map
+from pared.checkpoint.portable import module_map
 from pared.errors import ParedError
 
 TOKENS, SAMPLES = 16, 64

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pared.anatomy import find_anatomy
 from pared.arguments import recipe_from
 from pared.checkpoint import Manifest, compare, load, require_tensors, save, take_fingerprint, verify
-from pared.checkpoint.loader import FORMAT_VERSION
+from pared.checkpoint.format import FORMAT_VERSION
 from pared.checkpoint.manifest import machine, versions
 from pared.engine.asked import calibrates, calibration_windows, method_of, plan_of, settled
 from pared.engine.checks import require_finite_weights

@@ -42,7 +42,7 @@ class SparseLinear(nn.Linear):
         group: M of N:M; 0 if zeros are anywhere.
 
     Attributes:
-        weight: dense ``(out, in)``; an empty tensor while packed, as models' own initialisation touches it.
+        weight: dense ``(out, in)``; while packed one zero seen as so many, as models' own initialisation looks at it.
         values: the stored weights ``(stored,)``; None once unpacked.
         bits: uint8 ``(bytes,)``, one bit a weight, or for N:M the places, if less; :mod:`pared.modules.packing`.
     """
@@ -61,7 +61,8 @@ class SparseLinear(nn.Linear):
         nn.Module.__init__(self)  # that of nn.Linear would make a dense weight
         self.in_features, self.out_features, self.stored = in_features, out_features, stored
         self.groups = NMGroups(kept, group) if group else None
-        self.weight = torch.empty(0, device=device, dtype=dtype)  # no parameter: not saved
+        # No parameter, so not saved, and of one number; but of the shape and kind that code of architectures looks at.
+        self.weight = torch.zeros(1, device=device, dtype=dtype).expand(out_features, in_features)
         self.weight._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers would, slowly
         self.values: Any = nn.Parameter(torch.zeros(stored, device=device, dtype=dtype))
         self.bits: torch.Tensor

@@ -24,6 +24,15 @@ model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)
 
 With neither, transformers only warns about an unknown quantisation type and fills the factorised layers with random
 numbers. `pared verify {folder}` tells whether a copy answers as the original did.
+
+LoRA with PEFT takes the names that the layers have in the dense model:
+
+```python
+from peft import LoraConfig, get_peft_model
+
+adapted = get_peft_model(model, LoraConfig(target_modules={targets}))
+merged = adapted.merge_and_unload()  # after training; save_pretrained as any model
+```
 """
 
 
@@ -68,7 +77,7 @@ def model_card(manifest: Manifest, folder: str) -> str:
             *_trained(manifest),
             "## Load",
             "",
-            LOADING.format(folder=folder),
+            LOADING.format(folder=folder, targets=_targets(manifest)),
             "## Recipe",
             "",
             "```yaml",
@@ -79,6 +88,14 @@ def model_card(manifest: Manifest, folder: str) -> str:
             "",
         ]
     )
+
+
+def _targets(manifest: Manifest) -> str:
+    """Return two names for adapters as they are written in Python: queries and values, or the first that there are."""
+    leaves = list(dict.fromkeys(site.name.rpartition(".")[2] for site in manifest.plan.sites))
+    usual = [name for name in ("q_proj", "v_proj") if name in leaves]
+    names = usual if len(usual) == 2 else leaves[:2]
+    return "[" + ", ".join(f'"{name}"' for name in names) + "]"
 
 
 def _trained(manifest: Manifest) -> list[str]:

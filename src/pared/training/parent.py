@@ -8,9 +8,9 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from pared.allocation.whole import whole_plan
 from pared.anatomy import find_anatomy
 from pared.checkpoint import Manifest, is_compressed, load
-from pared.checkpoint.loader import FORMAT_VERSION
+from pared.checkpoint.format import FORMAT_VERSION
 from pared.checkpoint.manifest import Training, machine, versions
-from pared.checkpoint.save import module_map
+from pared.checkpoint.portable import module_map
 from pared.errors import ParedError
 from pared.plan import Decision, Dense, LowRank, Plan
 from pared.recipe import Evaluation, Recipe

@@ -1,0 +1,152 @@
+"""The format's map: what may stand in ``quantization_config``, and nothing else gets past reading it.
+
+This file is a part of the loader that a saved folder carries, so it may use torch, transformers and ``modules/`` only.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from pared.modules.low_rank import LowRankLinear
+from pared.modules.packing import LARGEST_GROUP
+from pared.modules.pivoted import PivotedLinear
+from pared.modules.sparse import SparseLinear
+
+QUANT_METHOD = "pared"
+FORMAT_VERSION = 1
+LOADER_NAME = "modeling_pared"
+DOWN = ".down.weight"
+
+# Limits of a map. No model comes near them; a damaged or hostile folder must not make anything of such a size.
+LARGEST_SIDE = 2**24
+MOST_MODULES = 10**6
+LONGEST_NAME = 1000
+
+# kind in the map -> (module class, the keys its entry has beside `kind`)
+MODULE_TYPES: dict[str, tuple[type[LowRankLinear | PivotedLinear | SparseLinear], frozenset[str]]] = {
+    "low_rank": (LowRankLinear, frozenset({"in_features", "out_features", "rank", "bias"})),
+    "pivoted": (PivotedLinear, frozenset({"in_features", "out_features", "rank", "bias"})),
+    "sparse": (SparseLinear, frozenset({"in_features", "out_features", "bias", "stored", "kept", "group"})),
+}
+
+Entry = dict[str, Any]
+# key -> the least and the most it may be, given the rest of its entry; checked in this order
+RANGES: dict[str, tuple[int, Callable[[Entry], int]]] = {
+    "in_features": (1, lambda _: LARGEST_SIDE),
+    "out_features": (1, lambda _: LARGEST_SIDE),
+    "rank": (1, lambda entry: min(entry["in_features"], entry["out_features"])),
+    "stored": (0, lambda entry: entry["in_features"] * entry["out_features"]),
+    "group": (0, lambda entry: min(entry["in_features"], LARGEST_GROUP)),
+    "kept": (0, lambda entry: entry["group"]),
+}
+
+
+class ParedConfig(QuantizationConfigMixin):
+    """The map of a compressed checkpoint: ``quantization_config`` in ``config.json``.
+
+    Args:
+        format_version: of the folder's layout.
+        modules: for every changed module, by full name, its kind, shape and exact rank.
+        shared: for every tensor that is not stored, as it is that of another module, the name of the one that is.
+        quant_method: always ``pared``.
+
+    Raises:
+        ValueError: written by a newer version, a key this version does not know, or a malformed map.
+    """
+
+    def __init__(
+        self,
+        format_version: int = FORMAT_VERSION,
+        modules: dict[str, Entry] | None = None,
+        shared: dict[str, str] | None = None,
+        quant_method: str = QUANT_METHOD,
+        **unknown: object,
+    ) -> None:
+        if type(format_version) is not int or format_version < 1:
+            raise ValueError(f"format_version: found {brief(format_version)}, expected a whole number from 1")
+        if format_version > FORMAT_VERSION or unknown:
+            raise ValueError(
+                f"checkpoint of pared format version {brief(format_version)}"
+                f"{f' with unknown keys {brief(sorted(unknown))}' if unknown else ''}; this loader reads version "
+                f"{FORMAT_VERSION}: update pared"
+            )
+        self.quant_method = quant_method
+        self.format_version = format_version
+        self.modules = _checked({} if modules is None else modules)
+        self.shared = _checked_shared({} if shared is None else shared, self.modules)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as they are stored, without a list of shared tensors where there are none."""
+        fields: dict[str, Any] = super().to_dict()
+        return fields if self.shared else {key: value for key, value in fields.items() if key != "shared"}
+
+
+def brief(value: object) -> str:
+    """Return a value as it is quoted in a message: of any size, never more than a line."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits; nesting without end
+        return f"a {type(value).__name__} that is too long to print"
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _called(name: object) -> str:
+    return name[:LONGEST_NAME] if isinstance(name, str) else brief(name)
+
+
+def _checked(modules: Any) -> dict[str, Entry]:
+    """Return the map if every entry of it has a known kind, exactly that kind's keys, and values in range."""
+    if not isinstance(modules, dict):
+        raise ValueError(f"the map of modules is {type(modules).__name__}, expected an entry by module name")
+    if len(modules) > MOST_MODULES:
+        raise ValueError(f"the map has {len(modules)} modules, expected {MOST_MODULES} at most")
+    for name, entry in modules.items():
+        if not isinstance(name, str) or not 0 < len(name) <= LONGEST_NAME:
+            raise ValueError(f"map entry {brief(name)}: expected a name of 1 to {LONGEST_NAME} characters")
+        _check_entry(name, entry)
+    return modules
+
+
+def _check_entry(name: str, entry: Any) -> None:
+    kind = entry.get("kind") if isinstance(entry, dict) else None
+    if not isinstance(kind, str) or kind not in MODULE_TYPES or entry.keys() - {"kind"} != MODULE_TYPES[kind][1]:
+        raise ValueError(f"map entry {name}: unknown or malformed {brief(entry)}; known kinds: {sorted(MODULE_TYPES)}")
+    if type(entry["bias"]) is not bool:
+        raise ValueError(f"map entry {name}: bias is {brief(entry['bias'])}, expected true or false")
+    for key in RANGES.keys() & entry.keys():
+        if type(entry[key]) is not int:
+            raise ValueError(f"map entry {name}: {key} is {brief(entry[key])}, expected a whole number")
+    for key, (least, most) in RANGES.items():
+        if key in entry and not least <= entry[key] <= most(entry):
+            raise ValueError(f"map entry {name}: {key} is {brief(entry[key])}, expected {least} to {most(entry)}")
+    if kind == "sparse" and entry["group"]:
+        inputs, group, kept = entry["in_features"], entry["group"], entry["kept"]
+        if inputs % group or not kept or entry["stored"] != entry["out_features"] * inputs // group * kept:
+            raise ValueError(f"map entry {name}: {kept}:{group} does not fit {brief(entry)}")
+    elif kind == "sparse" and entry["kept"]:
+        raise ValueError(f"map entry {name}: kept is {entry['kept']} without a group")
+
+
+def _checked_shared(shared: Any, modules: dict[str, Entry]) -> dict[str, str]:
+    """Return the shared tensors if every one of them and its owner are a ``down`` of the map, of one shape."""
+    if not isinstance(shared, dict):
+        raise ValueError(f"the shared tensors are {type(shared).__name__}, expected the owner's name by tensor name")
+    shapes = {
+        name + DOWN: {key: entry[key] for key in ("kind", "in_features", "rank")}
+        for name, entry in modules.items()
+        if "rank" in entry
+    }
+    for alias, owner in shared.items():
+        for tensor in (alias, owner):
+            if not isinstance(tensor, str) or tensor not in shapes:
+                raise ValueError(
+                    f"shared tensor {_called(alias)}: {_called(tensor)} is not the {DOWN[1:]} of a module in the map"
+                )
+        if owner in shared:
+            raise ValueError(f"shared tensor {alias}: its owner {owner} is shared itself, expected one that is stored")
+        if shapes[alias] != shapes[owner]:
+            raise ValueError(
+                f"shared tensor {alias}: {shapes[alias]} in the map, but its owner {owner} is {shapes[owner]}"
+            )
+    return shared

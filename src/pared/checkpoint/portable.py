@@ -1,0 +1,232 @@
+"""A compressed model that saves what is needed to load it: its map as it is now, the loader, the code of its own class.
+
+This file is a part of the loader that a saved folder carries, so it may use torch, transformers and ``modules/`` only.
+"""
+
+import ast
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from pared.checkpoint.format import DOWN, LOADER_NAME, MODULE_TYPES, ParedConfig
+from pared.importing import when_imported
+from pared.modules.adapters import teach_peft
+from pared.modules.packing import pack
+from pared.modules.replace import replace_module
+from pared.modules.shared import BasisHolder
+
+IS_COPY = __name__.rpartition(".")[2] == LOADER_NAME
+DYNAMIC = "transformers_modules."  # where transformers puts code that came with a folder
+
+
+def module_map(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return the entry of every module that stands where a linear layer stood, from the modules themselves."""
+    entries: dict[str, dict[str, Any]] = {}
+    for name, module in model.named_modules():
+        for kind, (cls, _) in MODULE_TYPES.items():
+            if isinstance(module, cls):
+                entries[name] = {"kind": kind, **module.entry()}
+    return entries
+
+
+def still_shared(model: nn.Module, shared: dict[str, str]) -> dict[str, str]:
+    """Return which of the shared tensors are so still: a layer that an adapter was merged into has its own.
+
+    Args:
+        model: of which modules may have been replaced since.
+        shared: the tensor that each was, as in the map; names with or without the base's prefix.
+
+    Returns:
+        The same where nothing changed; where an owner left its group, the first that stayed owns the basis.
+    """
+    kept: dict[str, str] = {}
+    heirs: dict[str, str] = {}
+    for alias, owner in shared.items():
+        if not _shares(model, alias):
+            continue
+        heir = heirs.setdefault(owner, owner if _shares(model, owner) else alias)
+        if heir != alias:
+            kept[alias] = heir
+    return kept
+
+
+def _shares(model: nn.Module, tensor: str) -> bool:
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    path = tensor.removesuffix(DOWN)
+    for name in (path, path.removeprefix(prefix), prefix + path):
+        try:
+            return getattr(model.get_submodule(name), "shares", None) is not None
+        except AttributeError:
+            continue
+    return False
+
+
+class PortableMixin:
+    """Saves the loader with the model, so that the folder loads on machines without the package.
+
+    The class of a model with this in front keeps the name and module of the model's own class: PEFT records them.
+    """
+
+    _auto_class = None
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Do nothing: transformers would save the file of the class and name it in ``auto_map`` past the loader."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle by the model's own class, as this one is found under no name."""
+        reduced: Any = super().__reduce_ex__(max(2, int(protocol)))
+        return _new, (own_class(reduced[1][0]), *reduced[1][1:]), *reduced[2:]
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> Any:
+        """Tie as transformers does, but for what is not shared any more."""
+        for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
+            known = self.__dict__.get(attribute) or {}
+            factors = {alias: owner for alias, owner in known.items() if alias.endswith(DOWN)}
+            kept = still_shared(self, factors)  # type: ignore[arg-type]
+            if kept != factors:
+                setattr(self, attribute, {key: value for key, value in known.items() if key not in factors} | kept)
+        return super().tie_weights(*args, **kwargs)  # type: ignore[misc]
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Save as transformers does, and write the loader beside it."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        _describe_anew(self)
+        own = own_code(self)
+        (folder / f"{LOADER_NAME}.py").write_text(loader_source(own), encoding="utf-8")
+        for file in code_files(own):
+            shutil.copyfile(file, folder / file.name)
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+
+def _describe_anew(model: PreTrainedModel) -> None:
+    """Make the map say what the modules are by now: merging an adapter changes ranks, and who shares a basis."""
+    told = getattr(model.config, "quantization_config", None)
+    entries = module_map(model)
+    if isinstance(told, ParedConfig) and told.modules != entries and told.modules.keys() == entries.keys():
+        model.config.quantization_config = ParedConfig(modules=entries, shared=still_shared(model, told.shared))
+        PortableMixin.tie_weights(model)
+
+
+_portable: dict[type, type] = {}
+
+
+def is_portable(cls: type) -> bool:
+    """Whether a model class saves the loader with itself, be it by this module or by a folder's own copy of it."""
+    return any(base.__name__ == PortableMixin.__name__ for base in cls.__mro__)
+
+
+def own_class(cls: type) -> type:
+    """Return the class that a portable one was made of."""
+    return next(base for base in cls.__mro__ if not is_portable(base))
+
+
+def portable_class(cls: type) -> type:
+    """Return the subclass of a model class, of the same name and module, that saves the loader with itself."""
+    if is_portable(cls):
+        return cls
+    if cls not in _portable:
+        _portable[cls] = type(
+            cls.__name__, (PortableMixin, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__}
+        )
+    return _portable[cls]
+
+
+def make_portable(model: PreTrainedModel) -> None:
+    """Make a model save the loader with itself, in place."""
+    model.__class__ = portable_class(type(model))
+
+
+def _new(cls: type, *rest: Any) -> Any:
+    portable = portable_class(cls)
+    return portable.__new__(portable, *rest)
+
+
+def __getattr__(name: str) -> Any:
+    """Return the portable twin of a transformers class: what ``auto_map`` names."""
+    if name.startswith("_") or not isinstance(cls := getattr(transformers, name, None), type):
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    return portable_class(cls)
+
+
+def has_importable_code(cls: type) -> bool:
+    """Whether a class lies outside of transformers, in a file that another process can import."""
+    module = sys.modules.get(cls.__module__)
+    outside = not cls.__module__.startswith(("transformers.", "__main__"))
+    return outside and getattr(module, "__file__", None) is not None and hasattr(module, cls.__name__)
+
+
+def own_code(model: PreTrainedModel) -> dict[str, type]:
+    """Return the classes outside of transformers, by name, that ``auto_map`` has the loader give."""
+    refs = [ref.split("--")[-1] for ref in (getattr(model.config, "auto_map", None) or {}).values() if type(ref) is str]
+    cls = own_class(type(model))
+    home = sys.modules.get(cls.__module__)
+    found: dict[str, type] = {}
+    for name in (ref.removeprefix(f"{LOADER_NAME}.") for ref in refs if ref.startswith(f"{LOADER_NAME}.")):
+        for candidate in (cls, type(model.config), getattr(home, name, None)):
+            if isinstance(candidate, type) and candidate.__name__ == name and has_importable_code(candidate):
+                found[name] = own_class(candidate)
+                break
+    return found
+
+
+def code_files(own: dict[str, type]) -> list[Path]:
+    """Return the files that classes which came with a folder need beside the loader."""
+    files: dict[str, Path] = {}
+    for cls in own.values():
+        if cls.__module__.startswith(DYNAMIC):
+            file = Path(str(sys.modules[cls.__module__].__file__))
+            for needed in (file, *map(Path, get_relative_import_files(file))):
+                if needed.stem != LOADER_NAME:
+                    files[needed.name] = needed
+    return list(files.values())
+
+
+def loader_source(own: dict[str, type] | None = None) -> str:
+    """Return the text of ``modeling_pared.py``: this very file where it is one, else put together from its parts.
+
+    Args:
+        own: classes outside of transformers that it gives too.
+    """
+    if IS_COPY:
+        return Path(__file__).read_text(encoding="utf-8")
+    owners = [
+        when_imported.__module__,
+        replace_module.__module__,
+        BasisHolder.__module__,
+        pack.__module__,
+        *(cls.__module__ for cls, _ in MODULE_TYPES.values()),
+        teach_peft.__module__,
+        ParedConfig.__module__,
+        __name__,
+        f"{__package__}.loader",
+    ]
+    parts = [Path(str(sys.modules[owner].__file__)).read_text(encoding="utf-8") for owner in dict.fromkeys(owners)]
+    return "\n\n".join([*(_without_own_imports(part) for part in parts), *map(_import_line, (own or {}).values())])
+
+
+def _import_line(cls: type) -> str:
+    """Return the lines that give the portable twin of a class: from a file beside the loader, or from a package."""
+    module, name = cls.__module__, cls.__name__
+    origin = f".{module.rpartition('.')[2]}" if module.startswith(DYNAMIC) else module
+    twin = f"portable_class(_{name})" if issubclass(cls, PreTrainedModel) else f"_{name}"
+    return f"from {origin} import {name} as _{name}\n\n{name} = {twin}\n"
+
+
+def _without_own_imports(source: str) -> str:
+    """Return a file's text without what it imports from the package, as all of that is in the text beside it."""
+    own = {
+        line
+        for node in ast.parse(source).body
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pared.")
+        for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+    }
+    return "\n".join(line for number, line in enumerate(source.splitlines(), start=1) if number not in own)

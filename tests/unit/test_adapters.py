@@ -1,0 +1,254 @@
+"""LoRA on compressed models by the usual names of the layers."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from tiny_models import TINY_MODELS, VOCAB
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+import pared
+from pared import Recipe
+from pared.checkpoint import mark, module_map
+from pared.install import install_group
+from pared.lowrank import Factors
+from pared.modules import LowRankLinear
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
+TOKENS = torch.randint(0, VOCAB, (2, 16), generator=torch.Generator().manual_seed(1))
+KINDS: dict[str, dict[str, Any]] = {
+    "factors": {"method": "svd", "keep": 0.6, "storage": "factors"},
+    "pivoted": {"method": "svd", "keep": 0.6, "storage": "pivoted"},
+    "sparse": {"method": "magnitude", "sparsity": 0.5},
+    "2:4": {"method": "magnitude", "pattern": "2:4"},
+}
+Made = Callable[[str], PreTrainedModel]
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model(input_ids=TOKENS).logits
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> bool:
+    return float((found - expected).norm() / expected.norm()) < tolerance
+
+
+def share_bases(model: PreTrainedModel, pivoted: bool) -> None:
+    """Give the queries and the values of all blocks one basis of rank 12 each."""
+    for leaf in ("q_proj", "v_proj"):
+        names = [name for name, _ in model.named_modules() if name.endswith(leaf)]
+        stacked = torch.cat([model.get_submodule(name).weight.detach() for name in names])
+        U, S, V = torch.linalg.svd(stacked, full_matrices=False)
+        install_group(model, names, Factors(V[:12], U[:, :12] * S[:12]), pivoted)
+    mark(model)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Callable[[str], Path]:
+    """A compressed folder of every kind, made once: llama, and qwen2 with biases."""
+    made: dict[str, Path] = {}
+
+    def folder_of(kind: str) -> Path:
+        if kind not in made:
+            family, kind_of = ("qwen2", kind.removeprefix("bias ")) if kind.startswith("bias ") else ("llama", kind)
+            model = TINY_MODELS[family]()
+            if kind_of.startswith("shared"):
+                share_bases(model, pivoted=kind_of.endswith("pivoted"))
+            else:
+                pared.compress(model, tokenizer, Recipe(**KINDS[kind_of]))
+            made[kind] = tmp_path_factory.mktemp(kind.replace(":", "_").replace(" ", "_"))
+            model.save_pretrained(made[kind])
+        return made[kind]
+
+    return folder_of
+
+
+def loaded(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def adapted(model: PreTrainedModel, adapter: str = "default", **config: Any) -> Any:
+    """Put an adapter of random numbers on ``q_proj`` and ``v_proj``."""
+    asked = LoraConfig(**{"r": 2, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **config})
+    result: Any = get_peft_model(model, asked, adapter_name=adapter)
+    randomise(result)
+    return result
+
+
+def randomise(model: Any) -> None:
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.2)
+
+
+ALL = ["factors", "pivoted", "shared", "shared pivoted", "sparse", "2:4", "bias factors", "bias pivoted"]
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_an_adapter_by_the_usual_names_trains_saves_loads_and_merges_exactly(
+    kind: str, folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = loaded(folders(kind))
+    dense = logits(model)
+    with_adapter = adapted(model)
+    before = {name: p.clone() for name, p in with_adapter.named_parameters() if p.requires_grad}
+    assert before
+    assert all("lora_" in name for name in before)
+    with_adapter(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    torch.optim.SGD([p for p in with_adapter.parameters() if p.requires_grad], lr=0.1).step()
+    assert all(not torch.equal(p, before[name]) for name, p in with_adapter.named_parameters() if p.requires_grad)
+    expected = logits(with_adapter)
+    assert not close(expected, dense, 1e-3)
+    with with_adapter.disable_adapter():
+        assert torch.equal(logits(with_adapter), dense)
+    with_adapter.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(loaded(folders(kind)), tmp_path)
+    assert close(logits(again), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again.merge_adapter()
+        assert close(logits(again), expected)
+        again.unmerge_adapter()
+        assert close(logits(again), expected)
+        merged = again.merge_and_unload()
+    assert close(logits(merged), expected)
+    assert type(merged).__name__ == type(model).__name__
+    assert not any("lora" in name for name, _ in merged.named_modules())
+
+
+@pytest.mark.parametrize("kind", ["factors", "pivoted", "shared", "shared pivoted", "bias factors"])
+@pytest.mark.filterwarnings("ignore:an adapter is merged")
+def test_a_merged_model_saves_with_its_new_ranks(kind: str, folders: Callable[[str], Path], tmp_path: Path) -> None:
+    model = loaded(folders(kind))
+    old = module_map(model)
+    with_adapter = adapted(model)
+    expected = logits(with_adapter)
+    merged = with_adapter.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    again = loaded(tmp_path)
+    assert close(logits(again), expected)
+    for name, entry in module_map(again).items():
+        changed = name.endswith(("q_proj", "v_proj"))
+        assert entry["rank"] == old[name]["rank"] + 2 * changed
+        assert entry["kind"] == ("low_rank" if changed else old[name]["kind"])
+
+
+def test_merging_into_one_member_leaves_a_shared_basis_as_it_was(
+    folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = loaded(folders("shared"))
+    first = next(name for name, module in model.named_modules() if getattr(module, "shares", None) and "q_proj" in name)
+    basis = model.get_submodule(first).down.weight
+    stored = basis.detach().clone()
+    with_adapter = adapted(model, target_modules=[first])
+    expected = logits(with_adapter)
+    with pytest.warns(UserWarning, match="factors of its own"):
+        merged = with_adapter.merge_and_unload()
+    assert torch.equal(basis, stored)
+    assert close(logits(merged), expected)
+    merged.tie_weights()
+    assert close(logits(merged), expected)
+    merged.save_pretrained(tmp_path)
+    assert close(logits(loaded(tmp_path)), expected)
+
+
+def test_unmerging_gives_the_very_factors_back(folders: Callable[[str], Path]) -> None:
+    model = loaded(folders("pivoted"))
+    dense = logits(model)
+    with_adapter = adapted(model)
+    with_adapter.merge_adapter()
+    with_adapter.unmerge_adapter()
+    with with_adapter.disable_adapter():
+        assert torch.equal(logits(with_adapter), dense)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": r".*self_attn\.(q|v)_proj"},
+        {"target_modules": r".*(q_proj|v_proj).*"},
+        {"target_modules": "all-linear"},
+        {"use_rslora": True, "lora_alpha": 7},
+        {"lora_dropout": 0.3},
+        {"modules_to_save": ["lm_head"]},
+        {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"v_proj": 5}},
+        {"layers_to_transform": [1]},
+        {"init_lora_weights": "gaussian"},
+        {"target_modules": ["q_proj", "up", "lm_head"]},
+        {"target_modules": ["q_proj", "q_proj.up"]},
+    ],
+    ids=str,
+)
+def test_every_way_to_ask_for_adapters_works_and_merges(config: dict[str, Any], folders: Callable[[str], Path]) -> None:
+    with_adapter = adapted(loaded(folders("factors")), **config).eval()
+    expected = logits(with_adapter)
+    assert close(logits(with_adapter.merge_and_unload(safe_merge=True)), expected)
+
+
+def test_several_adapters_are_switched_and_merged_together(folders: Callable[[str], Path]) -> None:
+    with_adapter = adapted(loaded(folders("factors")), "one")
+    with_adapter.add_adapter("two", LoraConfig(r=3, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    randomise(with_adapter)
+    one = logits(with_adapter)
+    with_adapter.set_adapter("two")
+    two = logits(with_adapter)
+    assert not close(one, two, 1e-3)
+    with_adapter.base_model.set_adapter(["one", "two"])
+    both = logits(with_adapter)
+    with_adapter.set_adapter("one")
+    assert torch.equal(logits(with_adapter), one)
+    assert close(logits(with_adapter.merge_and_unload(adapter_names=["one", "two"])), both)
+
+
+def test_an_adapter_wider_than_the_layer_merges_into_no_more_than_the_whole_weight(
+    folders: Callable[[str], Path],
+) -> None:
+    with_adapter = adapted(loaded(folders("factors")), r=40)
+    expected = logits(with_adapter)
+    merged = with_adapter.merge_and_unload()
+    assert close(logits(merged), expected)
+    entries = module_map(merged).values()
+    assert all(entry["rank"] <= min(entry["in_features"], entry["out_features"]) for entry in entries)
+
+
+@pytest.mark.parametrize(
+    "config", [{"use_dora": True}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}], ids=str
+)
+def test_what_is_more_than_two_added_matrices_is_refused(
+    config: dict[str, Any], folders: Callable[[str], Path]
+) -> None:
+    with pytest.raises(ValueError, match="factorised layer"):
+        adapted(loaded(folders("factors")), **config)
+
+
+def test_an_adapted_model_can_be_copied(folders: Callable[[str], Path]) -> None:
+    with_adapter = adapted(loaded(folders("factors")))
+    assert torch.equal(logits(copy.deepcopy(with_adapter)), logits(with_adapter))
+
+
+def test_a_model_compressed_in_memory_takes_adapters_too(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = TINY_MODELS["llama"]()
+    pared.compress(model, tokenizer, Recipe(method="svd", keep=0.6))
+    with_adapter = adapted(model)
+    expected = logits(with_adapter)
+    merged = with_adapter.merge_and_unload()
+    assert close(logits(merged), expected)
+    assert any(isinstance(module, LowRankLinear) for module in merged.modules())
+
+
+@pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
+def test_an_adapter_records_the_class_of_transformers(
+    task: str | None, folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with_adapter = adapted(loaded(folders("factors")), task_type=task)
+    with_adapter.save_pretrained(tmp_path)
+    again = AutoPeftModelForCausalLM.from_pretrained(tmp_path)
+    assert close(logits(again), logits(with_adapter))
