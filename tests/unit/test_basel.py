@@ -2,17 +2,13 @@
 
 import itertools
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import kill_when
 from tiny_models import TINY_MODELS
 from torch import nn
 from transformers import PreTrainedTokenizerFast, TrainerState
@@ -656,18 +652,16 @@ def test_a_kill_in_any_phase_ends_in_the_same_model(
     options = {"prunes": 5, "new": 2, "keeping_epochs": 1.0, "pruning_epochs": 1.0, "post_epochs": 1.0,
                "keep_ratio": 0.4, "importance": importance}  # fmt: skip
     command += [word for name, value in options.items() for word in ("--option", f"{name}={value}")]
-    process = subprocess.Popen([sys.executable, "-m", "pared.cli.main", *command], stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     work = tmp_path / ".killed.training"
     number = 1 if phase == "bases" else 2
     past = 10 if phase == "bases" else 1  # of the 8 steps of keeping none changes a mask
-    while process.poll() is None and not any(
-        int(mark.parent.name.removeprefix("checkpoint-")) >= past
-        for mark in (work / f"state-{number}").glob("checkpoint-*/WHOLE")
-    ):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_when(
+        command,
+        lambda: any(
+            int(mark.parent.name.removeprefix("checkpoint-")) >= past
+            for mark in (work / f"state-{number}").glob("checkpoint-*/WHOLE")
+        ),
+    )
     assert not (tmp_path / "killed").exists()
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output

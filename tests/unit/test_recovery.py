@@ -4,10 +4,7 @@ import errno
 import json
 import math
 import os
-import signal
-import subprocess
-import sys
-import time
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from processes import PATIENCE, kill_when, start
 from tiny_models import TINY_MODELS
 from torch import nn
 from transformers import PreTrainedTokenizerFast
@@ -369,13 +367,8 @@ def test_a_training_killed_at_any_step_goes_on_and_ends_the_same(
                  "--length", "16", "--validation", "4", "--batch", "4", "--tokens", str(4 * 16 * 30),
                  "--learning-rate", "0.01", "--method", "distill", "--checkpoint-every", "5",
                  "--evaluate-every", "5"]  # fmt: skip
-    command = [sys.executable, "-m", "pared.cli.main", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=_environment())
     state = tmp_path / ".killed.training" / "state-1"
-    while process.poll() is None and not list(state.glob("checkpoint-*/WHOLE")):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_when(arguments, lambda: any(state.glob("checkpoint-*/WHOLE")))
     assert not (tmp_path / "killed").exists()
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
@@ -384,10 +377,6 @@ def test_a_training_killed_at_any_step_goes_on_and_ends_the_same(
     assert resumed.stages[0]["validation"] == whole.stages[0]["validation"]
     mine, theirs = parameters(load(tmp_path / "killed")), parameters(load(tmp_path / "whole"))
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
-
-
-def _environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def test_another_training_of_the_same_output_is_refused_and_nothing_is_lost(
@@ -453,14 +442,18 @@ def _no_space(*_: Any) -> None:
 def test_two_processes_train_as_one_with_twice_the_rows(folder: Folder, tmp_path: Path, text_file: Path) -> None:
     settings = {"method": "full", "evaluate_every": 2, "patience": 3}
     tune(asked(folder("factors"), tmp_path / "one", text_file, **settings, accumulation=2))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-              "-m", "pared.cli.main", "tune"]  # fmt: skip
-    arguments = [str(folder("factors")), "--out", str(tmp_path / "two"), "--data", f"file:{text_file}",
+    arguments = ["tune", str(folder("factors")), "--out", str(tmp_path / "two"), "--data", f"file:{text_file}",
                  "--length", "16", "--validation", "4", "--batch", "4", "--tokens", str(4 * 16 * 6),
                  "--learning-rate", "0.01", "--method", "full", "--evaluate-every", "2", "--patience", "3"]  # fmt: skip
-    result = subprocess.run([*launch, *arguments], capture_output=True, text=True, env=_environment(), check=False)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert result.stdout.count("folder: ") == 1
+    told = [tmp_path / f"told-{rank}" for rank in (0, 1)]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # as torchrun tells its processes
+    both = [start(arguments, told[rank], {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in (0, 1)]
+    for process, path in zip(both, told, strict=True):
+        process.join(PATIENCE)
+        assert process.exitcode == 0, path.read_text()[-2000:]
+    assert sum(path.read_text().count("folder: ") for path in told) == 1
     two = Manifest.read(tmp_path / "two").training[-1].stages[0]
     one = Manifest.read(tmp_path / "one").training[-1].stages[0]
     assert two["steps"] == one["steps"] == 3

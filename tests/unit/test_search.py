@@ -4,15 +4,13 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import kill_when
 from tiny_models import TINY_MODELS
 from tiny_tokenizer import tiny_tokenizer
 from typer.testing import CliRunner
@@ -365,12 +363,7 @@ def test_a_killed_search_goes_on_to_the_very_journal_of_one_that_was_not(
     assert whole.exit_code == 0, whole.stderr
     command = words(tiny, text_file, tmp_path / "cut", "--workers", "2", iterations=60)
     journal = tmp_path / "cut" / "journal.jsonl"
-    process = subprocess.Popen([sys.executable, "-m", "pared.cli.main", *command], stderr=subprocess.DEVNULL,
-                               stdout=subprocess.DEVNULL)  # fmt: skip
-    while process.poll() is None and (not journal.exists() or journal.read_bytes().count(b"\n") < 20):
-        time.sleep(0.01)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+    kill_when(command, lambda: journal.exists() and journal.read_bytes().count(b"\n") >= 20)
     assert journal.read_bytes().count(b"\n") < (tmp_path / "whole" / "journal.jsonl").read_bytes().count(b"\n")
     again = CliRunner().invoke(app, command)
     assert again.exit_code == 0, again.stderr

@@ -1,0 +1,58 @@
+"""Commands in processes of their own, which a test may kill, without the seconds that imports take.
+
+They are forked from a server that has imported what they need, once for all tests of a session.
+"""
+
+import gc
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(
+    ["pared.cli.main", "pared.engine", "pared.training", "pared.search", "transformers.trainer", "accelerate"]
+)
+PATIENCE = 300  # seconds; no test waits longer for what never comes
+
+
+def start(
+    words: Sequence[str], told: Path | None = None, environment: Mapping[str, str] | None = None
+) -> ForkServerProcess:
+    """Start ``pared`` with these words, on one thread.
+
+    Args:
+        words: of the command line, without ``pared``.
+        told: where what it prints goes; none for nowhere.
+        environment: variables beside those of the first test that started one.
+    """
+    process = _FORKS.Process(target=_run, args=(list(words), str(told or os.devnull), dict(environment or {})))
+    process.start()
+    return process
+
+
+def kill_when(words: Sequence[str], seen: Callable[[], bool]) -> None:
+    """Start ``pared`` and kill it as soon as this is seen; it must not have ended before."""
+    process, until = start(words), time.monotonic() + PATIENCE
+    while process.is_alive() and not seen():
+        assert time.monotonic() < until, "what the process was to be killed at never came"
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    assert process.exitcode == -9, f"it ended by itself, with {process.exitcode}, before it could be killed"
+
+
+def _run(words: list[str], told: str, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    output = os.open(told, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    import torch
+
+    from pared.cli.main import app
+
+    torch.set_num_threads(1)
+    gc.freeze()  # collections leave out what is imported
+    app(words)
