@@ -273,10 +273,12 @@ def test_a_program_file_that_is_none_is_refused(recipe: Any, tmp_path: Path) -> 
             layer_allocation_of(recipe(allocation="dsa", allocation_options={"program": str(path)}))
 
 
-def test_ranks_without_a_program_are_refused_before_anything_is_read(recipe: Any, tokenizer: Any) -> None:
-    asked = recipe("svd-llm", keep=0.8, allocation="dsa")
-    with pytest.raises(ParedError, match="none is published for ranks"):
+def test_a_program_that_does_not_exist_is_refused_before_anything_is_read(recipe: Any) -> None:
+    asked = recipe("svd-llm", keep=0.8, allocation="dsa", allocation_options={"program": "dsa-redme"})
+    with pytest.raises(ParedError, match="did you mean 'dsa-readme'"):
         plan_of(TINY_MODELS["llama"](), asked)
+    with pytest.raises(ParedError, match="score_tokens: expected a number of tokens"):
+        layer_allocation_of(recipe(allocation="dsa", allocation_options={"score_tokens": -1}))
     with pytest.raises(ParedError, match="allocation uniform has no option 'program'; it has none"):
         plan_of(TINY_MODELS["llama"](), recipe("svd-llm", keep=0.8, allocation_options={"program": "x"}))
 

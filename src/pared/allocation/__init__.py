@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 from pared.allocation.by_program import dsa
 from pared.allocation.effective_rank import effective_rank
-from pared.allocation.layerwise import program_of
 from pared.allocation.loss import loss
+from pared.allocation.program import DEFAULT_OF_RANKS
 from pared.allocation.rank_fraction import rank_fraction
 from pared.allocation.sensitivity import sensitivity
 from pared.allocation.svd_llm_v2 import svd_llm_v2
@@ -45,10 +45,6 @@ def _rank_fraction(units: Sequence[Unit], budget: Budget, _: Evidence) -> dict[s
     return rank_fraction(units, budget.rank_fraction, budget.pivoted)
 
 
-def _dsa(units: Sequence[Unit], budget: Budget, evidence: Evidence) -> dict[str, Decision]:
-    return dsa(units, budget, evidence, program_of(str(evidence.options.get("program", ""))))
-
-
 ALLOCATORS = {
     allocator.name: allocator
     for allocator in (
@@ -70,10 +66,10 @@ ALLOCATORS = {
         ),
         Allocator(
             "dsa",
-            "a DSA program over the spectra of a block: its text, or FOUND.json of a search",
-            _dsa,
+            "a DSA program over the spectra of a block: its text, FOUND.json of a search, or a packaged one",
+            dsa,
             frozenset({"spectra", "options"}),
-            {"program": ""},
+            {"program": DEFAULT_OF_RANKS, "score_tokens": 0},
         ),
         Allocator("svd-llm-v2", "within a kind, less is taken where uniform ranks lose more", svd_llm_v2),
     )

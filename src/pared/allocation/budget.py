@@ -9,11 +9,26 @@ from pared.allocation.units import Budget, Unit
 from pared.errors import ParedError
 from pared.plan import Decision, Dense
 
+PAPER_TOKENS = 256 * 2048  # of the calibration text of SVD-LLM, SVD-LLM V2 and Swift-SVD
+
 
 def tails(singular_values_R: torch.Tensor) -> torch.Tensor:
     """Return ``tail(k) = Σ_{j>k} s_j²`` for k = 0 to R, float64 ``(R + 1,)``."""
     squares_R = singular_values_R.double().square()
     return torch.cat([squares_R.flip(0).cumsum(0).flip(0), squares_R.new_zeros(1)])
+
+
+def loss_on_paper_tokens(singular_values_R: torch.Tensor, rank: int) -> float:
+    """Return the error a rank leaves, ``sqrt(Σ_{j>rank} s_j²)``, as it is summed over the papers' calibration text.
+
+    Formulas that take the logarithm of a loss (SVD-LLM V2, Swift-SVD) read it off 256 windows of 2,048 tokens.
+    Spectra here are per token, so that a plan does not depend on how much text there was.
+
+    Args:
+        singular_values_R: what leaving out each direction costs, per token.
+        rank: that is kept.
+    """
+    return math.sqrt(PAPER_TOKENS * float(tails(singular_values_R)[min(rank, len(singular_values_R))]))
 
 
 def require_one_rank_each(parameters: int, least: int, units: int) -> None:

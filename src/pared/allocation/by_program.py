@@ -1,19 +1,22 @@
 """Ranks by a DSA program: what it makes of a block's spectra decides which share of the block's parameters goes."""
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 
 import torch
 
 from pared.allocation.budget import set_aside, within_budget
-from pared.allocation.program import Program, Verdict, judge
+from pared.allocation.program import DEFAULT_OF_RANKS, PACKAGED, Program, Verdict, judge, named
 from pared.allocation.units import Budget, Evidence, Unit
 from pared.errors import ParedError
 from pared.plan import Decision
 
+log = logging.getLogger(__name__)
+
 
 def by_program(
-    units: Sequence[Unit], budget: Budget, evidence: Evidence, program: Program
+    units: Sequence[Unit], budget: Budget, evidence: Evidence, program: Program, tokens: int = 1
 ) -> tuple[dict[str, Decision], Verdict]:
     """Return the decision of every unit, and the shares that a program takes from blocks.
 
@@ -26,6 +29,7 @@ def by_program(
         budget: the fraction to keep, and what a rank costs.
         evidence: the spectra.
         program: what to judge the spectra by.
+        tokens: spectra are read as sums over so many tokens; 1 as they are, per token.
 
     Returns:
         The decisions, none if the program is rejected; and why, or the shares of the blocks in their order.
@@ -35,7 +39,10 @@ def by_program(
     """
     open_units, fixed, left = set_aside(units, budget)
     blocks = sorted({unit.block for unit in open_units})
-    spectra = [torch.cat([evidence.spectra[u.name] for u in open_units if u.block == block]) for block in blocks]
+    spectra = [
+        torch.cat([evidence.spectra[u.name] for u in open_units if u.block == block]) * math.sqrt(tokens)
+        for block in blocks
+    ]
     sizes_L = torch.tensor([sum(u.parameters for u in open_units if u.block == block) for block in blocks])
     verdict = judge(program, spectra, 1 - left / float(sizes_L.sum()), sizes_L)
     if verdict.sparsities_L is None:
@@ -51,14 +58,26 @@ def shared_out(
     return within_budget(units, {u.name: _wished(u, keeps[u.block], budget.pivoted) for u in units}, parameters, budget)
 
 
-def dsa(units: Sequence[Unit], budget: Budget, evidence: Evidence, program: Program) -> dict[str, Decision]:
-    """Return the decision of every unit by a program that must not be rejected.
+def dsa(units: Sequence[Unit], budget: Budget, evidence: Evidence) -> dict[str, Decision]:
+    """Return the decision of every unit by the program that the options name.
+
+    The default, which is defined for all spectra that are not zero, gives every unit the same share where it tells no
+    block from another.
 
     Raises:
-        ParedError: it is; says why. Or the budget does not buy one rank for every unit.
+        ParedError: another program is rejected; says why. Or the budget does not buy one rank for every unit.
     """
-    decisions, verdict = by_program(units, budget, evidence, program)
-    if verdict.reasons:
+    options = {"program": DEFAULT_OF_RANKS, "score_tokens": 0, **evidence.options}
+    program, tokens = named(str(options["program"]), tokens=1)
+    if options["program"] in PACKAGED:
+        tokens = 1  # those of packaged programs are of Wanda's scores
+    decisions, verdict = by_program(units, budget, evidence, program, int(str(options["score_tokens"])) or tokens)
+    if verdict.reasons and options["program"] == DEFAULT_OF_RANKS:
+        log.warning("allocation dsa: %s; every unit keeps the same share", verdict.reasons[0])
+        open_units, fixed, left = set_aside(units, budget)
+        keep = left / max(sum(unit.parameters for unit in open_units), 1)
+        decisions = fixed | shared_out(open_units, {unit.block: keep for unit in open_units}, left, budget)
+    elif verdict.reasons:
         raise ParedError(f"allocation dsa: {'; '.join(verdict.reasons)}")
     return {unit.name: decisions[unit.name] for unit in units}
 

@@ -1,17 +1,19 @@
 """How sparse each block or site becomes, by name: what every allocator of zeros needs, and what it is given."""
 
-import json
+import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from pared.allocation.program import PACKAGED, Program, ScoreHistogram, judge, packaged_of, parse
+from pared.allocation.program import DEFAULT_OF_ZEROS, PACKAGED, ScoreHistogram, as_scores, judge, named
 from pared.allocation.sparsity import alphapruning, er, least_loss, one_threshold, outlier_ratio, owl, uniform
 from pared.errors import ParedError
 from pared.names import require_known
+
+log = logging.getLogger(__name__)
 
 Shape = tuple[int, int]
 GRANULARITIES = ("block", "site")
@@ -23,7 +25,7 @@ class LayerEvidence:
 
     Attributes:
         shapes: ``(out, in)`` of its weights.
-        scores: Wanda's scores of all its weights, from the dense model.
+        scores: Wanda's scores of all its weights, ``|W_ij| √E[x_j²]``, from the dense model; per token of the text.
         losses: the expected loss of letting each of its weights go, ``½ w² E[x²] E[g²]``, nats a token.
         alphas: the mean exponent of the tails of its weights' spectra.
     """
@@ -82,42 +84,17 @@ def _alphapruning(evidence: LayerEvidence, sparsity: float, options: Mapping[str
     return alphapruning(torch.tensor(evidence.alphas), sparsity, options["epsilon"], _weights(evidence, options))
 
 
-def program_of(text: str) -> Program:
-    """Return a DSA program: one that is packaged, by name, the text of one, or that of a ``FOUND.json`` of a search.
-
-    Raises:
-        ParedError: it is none of them.
-    """
-    if not text:
-        raise ParedError(
-            "allocation dsa of ranks needs a program, and none is published for ranks; `pared search --method svd-llm` "
-            "finds one: --allocation-option program=FOUND.json"
-        )
-    if text.endswith(".json"):
-        return _found(Path(text))
-    return parse(text) if ":" in text else packaged_of(text).program
-
-
-def _found(path: Path) -> Program:
-    """Return the program that a search wrote."""
-    try:
-        found = json.loads(path.expanduser().read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ParedError(f"program {path}: {error.strerror or error}") from None
-    except ValueError as error:
-        raise ParedError(f"program {path}: not JSON ({error})") from None
-    if not isinstance(found, dict) or not isinstance(found.get("program"), str):
-        raise ParedError(f"program {path}: expected an object with a 'program', as `pared search` writes FOUND.json")
-    return parse(found["program"])
-
-
 def _dsa(evidence: LayerEvidence, sparsity: float, options: Mapping[str, Any]) -> torch.Tensor:
     legacy = options["legacy_nan_to_zero"]
-    program = program_of(options["program"])
-    verdict = judge(program, evidence.scores, sparsity, _weights(evidence, options), legacy_nan_to_zero=legacy)
-    if verdict.sparsities_L is None:
-        raise ParedError(f"allocation dsa: {'; '.join(verdict.reasons)}")
-    return verdict.sparsities_L
+    program, tokens = named(options["program"])
+    scores = [as_scores(one).scaled(math.sqrt(options["score_tokens"] or tokens)) for one in evidence.scores]
+    verdict = judge(program, scores, sparsity, _weights(evidence, options), legacy_nan_to_zero=legacy)
+    if verdict.sparsities_L is not None:
+        return verdict.sparsities_L
+    if options["program"] == DEFAULT_OF_ZEROS:
+        log.warning("allocation dsa: %s; every unit gets the same sparsity", verdict.reasons[0])
+        return uniform(len(scores), sparsity)
+    raise ParedError(f"allocation dsa: {'; '.join(verdict.reasons)}")
 
 
 def _loss(evidence: LayerEvidence, sparsity: float, options: Mapping[str, Any]) -> torch.Tensor:
@@ -176,7 +153,7 @@ LAYER_ALLOCATORS = {
             f"a DSA program over Wanda's scores: its text, FOUND.json of a search, or one of {', '.join(PACKAGED)}",
             _dsa,
             frozenset({"scores"}),
-            {**UNIT, "program": "dsa-readme", "legacy_nan_to_zero": False},
+            {**UNIT, "program": DEFAULT_OF_ZEROS, "score_tokens": 0, "legacy_nan_to_zero": False},
         ),
         LayerAllocator(
             "loss",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from pared.allocation.budget import set_aside, tails, within_budget
+from pared.allocation.budget import loss_on_paper_tokens, set_aside, within_budget
 from pared.allocation.units import Budget, Evidence, Unit
 from pared.plan import Decision
 
@@ -16,8 +16,10 @@ from pared.plan import Decision
 def svd_llm_v2(units: Sequence[Unit], budget: Budget, evidence: Evidence) -> dict[str, Decision]:
     """Take ``r_i = |g| R_c l_i / Σ_g l`` of unit i, with ``l_i = 1 / ln L_i`` and L_i its loss at uniform ranks.
 
-    The formula needs ``L_i > 1``; losses scale with the number of tokens and of activations. The losses of a kind are
-    multiplied by one number if the least of them is below e, so that the formula has a meaning at any scale.
+    The formula needs ``L_i > 1``; losses scale with the number of tokens, which is the paper's here whatever was
+    calibrated on, and of activations. The losses of a kind are multiplied by one number if the least of them is below
+    e, so that the formula has a meaning at any scale; a weight that loses nothing has no part in that number, and is
+    taken from as the one that loses least.
 
     Args:
         units: what can be decided.
@@ -42,12 +44,12 @@ def svd_llm_v2(units: Sequence[Unit], budget: Budget, evidence: Evidence) -> dic
 
 def removal_ratios(losses: Sequence[float], removed: float) -> list[float]:
     """Return the fraction to remove of every member of a group, their mean being ``removed``; each below 1."""
-    least = min(losses)
-    scale = math.e / least if 0 < least < math.e else 1.0
+    least = min((loss for loss in losses if loss > 0), default=math.e)
+    scale = math.e / least if least < math.e else 1.0
     inverse_logs = [1 / math.log(max(loss * scale, math.e)) for loss in losses]
     mean = sum(inverse_logs) / len(inverse_logs)
     return [min(removed * inverse / mean, 1 - 1e-6) for inverse in inverse_logs]
 
 
 def _loss(unit: Unit, budget: Budget, spectrum_R: torch.Tensor) -> float:
-    return math.sqrt(float(tails(spectrum_R)[min(budget.rank(unit), len(spectrum_R))]))
+    return loss_on_paper_tokens(spectrum_R, budget.rank(unit))

@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 
-from pared.allocation.budget import set_aside, tails
+from pared.allocation.budget import loss_on_paper_tokens, set_aside
 from pared.allocation.units import Budget, Evidence, Unit
 from pared.errors import ParedError
 from pared.plan import Decision, Dense
@@ -51,10 +51,7 @@ def swift(units: Sequence[Unit], budget: Budget, evidence: Evidence) -> dict[str
         ranks: dict[str, int] = {}
         for members in kinds.values():
             uniform, full = budget.rank(members[0], share), budget.most_rank(members[0])
-            losses = [
-                math.sqrt(float(tails(evidence.spectra[unit.name])[min(uniform, len(evidence.spectra[unit.name]))]))
-                for unit in members
-            ]
+            losses = [loss_on_paper_tokens(evidence.spectra[unit.name], uniform) for unit in members]
             chosen = swift_ranks(uniform, full, [beta[unit.block] for unit in members], losses, alpha)
             ranks |= {unit.name: rank for unit, rank in zip(members, chosen, strict=True)}
         if (key := tuple(ranks.values())) in tried:

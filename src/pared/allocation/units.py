@@ -101,7 +101,8 @@ class Evidence:
     """What an allocator may know beside shapes; an allocator declares which of it it needs.
 
     Attributes:
-        spectra: of every unit that is not idle, what leaving out each direction costs, falling.
+        spectra: of every unit that is not idle, what leaving out each direction costs, falling; per token, wherever
+            that depends on a text.
         influence: for every block, ShortGPT's Block Influence, 1 - the mean cosine of what it reads and puts out.
         trial: the perplexity, on tokens kept apart from the calibration windows, of the model with these decisions and
             everything else dense.

@@ -14,7 +14,17 @@ from pared.calibration.gradient_statistics import (
 from pared.calibration.labels import Given, Labels, NextToken, Sampled, choose_labels
 from pared.calibration.precision import choose_dtype
 from pared.calibration.saved import save_blocks, saved_blocks
-from pared.calibration.statistics import CROSS, STATISTICS, Collected, Gram, MeanGram, Statistic, cross_of
+from pared.calibration.statistics import (
+    CROSS,
+    STATISTICS,
+    Collected,
+    Gram,
+    MeanGram,
+    Statistic,
+    cross_of,
+    per_token,
+    require_statistics,
+)
 from pared.calibration.walk import DensePath, Shapes, WalkedBlock, walk
 
 __all__ = [
@@ -43,6 +53,8 @@ __all__ = [
     "choose_labels",
     "cross_of",
     "gradient_accumulators",
+    "per_token",
+    "require_statistics",
     "save_blocks",
     "saved_blocks",
     "share_felt",

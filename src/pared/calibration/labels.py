@@ -4,7 +4,7 @@ The loss is the cross entropy, summed. Legend: R rows of logits (the tokens of a
 C classes or tokens of the vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
@@ -27,7 +27,8 @@ class Labels(Protocol):
 class Sampled:
     """Labels drawn from the model's own predictions: the true Fisher, which needs none from outside.
 
-    The labels of a window depend on the seed and the number of the window alone, not on the batch it is in.
+    The labels of a window depend on the seed and the number of the window alone, not on the batch it is in; a window
+    that was there before has the labels it had, so that a text that is given twice says what it says once.
 
     Attributes:
         seed: of the draws.
@@ -36,13 +37,15 @@ class Sampled:
 
     seed: int
     like: torch.Tensor | None = None
+    _first: dict[bytes, int] = field(default_factory=dict, compare=False, repr=False)
 
     def __call__(self, window: int, tokens_T: torch.Tensor, p_RC: torch.Tensor) -> torch.Tensor:
         """Draw one label for every row: the first whose cumulative probability exceeds a uniform number.
 
         ``torch.multinomial`` draws a number for every class, which takes longer than a large part of the model.
         """
-        generator = torch.Generator().manual_seed(1_000_003 * self.seed + window)
+        number = self._first.setdefault(tokens_T.cpu().numpy().tobytes(), window)
+        generator = torch.Generator().manual_seed(1_000_003 * self.seed + number)
         uniform_R1 = torch.rand(len(p_RC), 1, generator=generator).to(p_RC.device)
         drawn_R = _first_above(p_RC, uniform_R1)
         if self.like is None:

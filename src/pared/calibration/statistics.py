@@ -1,12 +1,14 @@
 """Statistics of what a site reads and puts out: small accumulators with ``update`` and ``merge``."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
 
 from pared.calibration.precision import exact_products
+from pared.errors import ParedError
+from pared.names import did_you_mean
 
 PANEL = 192  # columns of one panel of a Gram; only panels on and above the diagonal are multiplied
 # Rows that are converted to float32 at a time, so that what was converted is still in a cache when it is used.
@@ -222,6 +224,41 @@ class StatisticKind:
 
     accumulator: Callable[[int, torch.device], Statistic]
     of: Literal["input", "output"]
+
+
+SUMMED = frozenset({"gram", "energy", "output_gram", "fisher"})  # statistics whose value grows with the tokens
+
+
+def per_token(name: str, collected: Collected, tokens: int = 0) -> torch.Tensor:
+    """Return a statistic per token of the text, so that what is made of it does not depend on how much text there was.
+
+    A sum is divided by the tokens. A site that only a part of them reaches (an expert) counts for that part: its mean
+    Gram is weighed by it, as what its outputs cost the loss is.
+
+    Args:
+        name: of the statistic.
+        collected: what was seen of it.
+        tokens: of the text, padding aside; those that reached the site where they are not known.
+    """
+    tokens = max(tokens or collected.tokens, 1)
+    if name.partition(":")[0] in SUMMED:
+        return collected.value / tokens
+    return collected.value * (collected.tokens / tokens) if name == "mean_gram" else collected.value
+
+
+def require_statistics(names: Collection[str], known: Collection[str]) -> None:
+    """Refuse names of statistics that do not exist.
+
+    Raises:
+        ParedError: there is one, or there is no name at all; says which exist.
+    """
+    if isinstance(names, str) or not names:
+        raise ParedError(f"statistics: expected a set of names, got {names!r}; there are {', '.join(sorted(known))}")
+    for name in sorted(names):
+        kind, colon, number = name.partition(":")
+        groups = number.isascii() and number.isdigit() and int(number) > 0
+        if name not in known and not (kind == "fisher" and kind in known and colon and groups):
+            raise ParedError(f"unknown statistic {name!r}; {did_you_mean(name, known)}")
 
 
 STATISTICS = {

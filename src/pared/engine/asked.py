@@ -8,7 +8,8 @@ from typing import cast
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.allocation import Budget, allocator_of, make_plan
-from pared.allocation.layerwise import GRANULARITIES, LayerAllocator, layer_allocator_of, program_of
+from pared.allocation.layerwise import GRANULARITIES, LayerAllocator, layer_allocator_of
+from pared.allocation.program import SCORE_TOKENS, named
 from pared.anatomy import Anatomy, find_anatomy
 from pared.engine.groups import candidate_units
 from pared.engine.zeros import uniform_zeros
@@ -147,7 +148,7 @@ def layer_allocation_of(recipe: Recipe) -> tuple[LayerAllocator, dict[str, objec
     if options["granularity"] not in GRANULARITIES:
         raise ParedError(f"option granularity: expected one of {', '.join(GRANULARITIES)}, found "
                          f"{options['granularity']!r}")  # fmt: skip
-    return allocator, _with_program(options)
+    return allocator, _with_program(options, SCORE_TOKENS)
 
 
 def rank_options_of(recipe: Recipe) -> dict[str, object]:
@@ -157,16 +158,23 @@ def rank_options_of(recipe: Recipe) -> dict[str, object]:
         ParedError: there is no such allocation, or an option of it is unknown or of another type.
     """
     allocator = allocator_of(allocation_of(recipe))
-    return _with_program(checked_options(recipe.allocation_options, allocator.options, f"allocation {allocator.name}"))
+    options = checked_options(recipe.allocation_options, allocator.options, f"allocation {allocator.name}")
+    return _with_program(options, 1)
 
 
-def _with_program(options: dict[str, object]) -> dict[str, object]:
+def _with_program(options: dict[str, object], tokens: int) -> dict[str, object]:
     """Return the options with the program itself in place of the file that holds it, so that the record is whole."""
     if "program" not in options:
         return options
-    named = str(options["program"])
-    program = program_of(named)
-    return {**options, "program": str(program) if named.endswith(".json") else named}
+    asked = int(str(options["score_tokens"]))
+    if asked < 0:
+        raise ParedError(f"option score_tokens: expected a number of tokens, or 0 for the program's own; got {asked}")
+    text = str(options["program"])
+    if not text.endswith(".json"):
+        named(text)
+        return options
+    program, tokens = named(text, tokens)
+    return {**options, "program": str(program), "score_tokens": asked or tokens}
 
 
 def allocation_of(recipe: Recipe) -> str:

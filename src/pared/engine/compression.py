@@ -196,7 +196,8 @@ class _Compression:
 
     def solver(self, plan: Plan | None, keep_dense: bool = False) -> Solver:
         """Return a solver of this method and budget."""
-        return Solver(self.model, self.method, self.options, self.budget, plan, keep_dense, self.dense_path)
+        tokens = self.passes.tokens
+        return Solver(self.model, self.method, self.options, self.budget, plan, keep_dense, self.dense_path, tokens)
 
     @property
     def calibrated(self) -> bool:

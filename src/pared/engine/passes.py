@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pared.anatomy import Anatomy, probe
 from pared.anatomy.probe import BlockCall
 from pared.calibration import (
+    GRADIENT_STATISTICS,
     STATISTICS,
     BlockInputs,
     Collected,
@@ -24,6 +25,7 @@ from pared.calibration import (
     choose_dtype,
     choose_labels,
     gradient_accumulators,
+    require_statistics,
     save_blocks,
     share_felt,
     walk,
@@ -38,8 +40,9 @@ from pared.engine.asked import (
     statistics_of,
 )
 from pared.engine.progress import Progress, Silent, Stopwatch
+from pared.errors import ParedError
 from pared.hardware import device_of
-from pared.lowrank import LowRankMethod
+from pared.lowrank import METHODS, LowRankMethod
 from pared.lowrank.methods import nothing
 from pared.recipe import Recipe
 from pared.sources.models import is_causal
@@ -72,6 +75,8 @@ class Passes:
 
     def __post_init__(self) -> None:
         self.felt: Felt = {}
+        self.tokens = 0  # of the text, padding aside, once it is captured
+        self.felt_tokens = 0  # of those, the ones that went through a backward pass
 
     @cached_property
     def method(self) -> LowRankMethod:
@@ -117,6 +122,7 @@ class Passes:
     def capture(self, anatomy: Anatomy, calls: list[BlockCall], windows: Windows) -> BlockInputs:
         """Get the input of the first block and the calls of all."""
         asked = self.recipe.calibration
+        self.tokens = windows.real_tokens
         with self.watch("capture"):
             device = device_of(self.recipe.device)
             dtype = choose_dtype(asked.dtype, self.model.dtype, device)
@@ -196,8 +202,11 @@ class Passes:
             loss: how labels are chosen.
             share: of the batches, from the first on, at least one.
         """
-        inputs = inputs.first(math.ceil(share * len(inputs.calls)))
-        tokens = windows.tokens[: sum(len(hidden) for hidden in inputs.hidden)]
+        if share < 1:  # windows that are there twice are one observation: a share is of those that differ
+            differing = len(set(map(tuple, windows.tokens.tolist()))) / len(windows.tokens)
+            inputs = inputs.first(math.ceil(share * math.ceil(differing * len(inputs.calls))))
+        windows = windows.first(sum(len(hidden) for hidden in inputs.hidden))
+        self.felt_tokens = windows.real_tokens
         felt = gradient_accumulators(anatomy, names, inputs.device)
         labels = choose_labels(self.model, loss, self.recipe.calibration.seed, windows.labels)
         steps = len(anatomy.blocks(self.model)) * len(inputs.calls)
@@ -205,7 +214,7 @@ class Passes:
             self.watch("backward"),
             self.progress.stage(f"gradients ({inputs.dtype})", steps, "batch") as advance,
         ):
-            backward(self.model, anatomy, inputs, tokens, felt, labels, advance)
+            backward(self.model, anatomy, inputs, windows.tokens, felt, labels, advance)
         return felt
 
     def walk(
@@ -266,11 +275,21 @@ def collect(
         ParedError: the model or the text does not allow it.
     """
     work = Passes(model, tokenizer, recipe, progress or Silent())
+    require_statistics(names, {*STATISTICS, *GRADIENT_STATISTICS})
+    gradients = not STATISTICS.keys() >= names
+    if gradients and (apart := sorted(names & (STATISTICS.keys() - GRADIENT_STATISTICS.keys()))):
+        raise ParedError(f"statistic {apart[0]} is of what sites put out; collect it apart from gradients")
+    if gradients and "loss" not in work.options:
+        having = [name for name, method in METHODS.items() if "loss" in method.options]
+        raise ParedError(
+            f"method {recipe.method} has no option loss, which says whose gradients {', '.join(sorted(names))} are of; "
+            f"collect them with a recipe of {' or '.join(having)}"
+        )
     anatomy, calls = probe(model, anatomy_of(model, recipe))
     windows = work.windows()
     require_fits(model.config, windows)
     inputs = work.capture(anatomy, calls, windows)
-    if {name.partition(":")[0] for name in names} - STATISTICS.keys():
+    if gradients:
         felt = work.feel(anatomy, inputs, windows, names, work.loss)
         blocks = range(len(anatomy.blocks(model)))
         save_blocks(

@@ -11,7 +11,7 @@ from pared.allocation.program import ScoreHistogram
 from pared.allocation.sparsity import eigenvalues, hill_alpha
 from pared.anatomy import Anatomy, Site, bias_of, probe, weight_of
 from pared.anatomy.probe import BlockCall
-from pared.calibration import Collected, WalkedBlock, share_felt
+from pared.calibration import Collected, WalkedBlock, per_token, share_felt
 from pared.engine.asked import anatomy_of, calibrates, layer_allocation_of, options_of, pruner_of
 from pared.engine.checks import require_finite_weights
 from pared.engine.compressed import Compressed, remarks
@@ -172,7 +172,7 @@ class _Pruning:
             with self.watch("allocate"):
                 for name, own in walked.statistics.items():
                     if name in unit_of and own["energy"].tokens:
-                        histograms[unit_of[name]].update(wanda.scores(self.weight(name), own["energy"].value))
+                        histograms[unit_of[name]].update(wanda.scores(self.weight(name), self.per_token(own)))
         return LayerEvidence(shapes, scores=histograms)
 
     def alpha(self, unit: list[Site]) -> float:
@@ -183,9 +183,13 @@ class _Pruning:
         found = [hill_alpha(eigenvalues(self.weight(site.name)), tail) for site in unit]
         return sum(found) / len(found)
 
+    def per_token(self, own: Mapping[str, Collected]) -> torch.Tensor:
+        """Return ``E[x²]`` of every input feature over the tokens of the text, ``(in,)``."""
+        return per_token("energy", own["energy"], self.passes.tokens)
+
     def losses(self, name: str, felt: Mapping[str, Collected]) -> torch.Tensor:
         """Return ``½ w² E[x²] E[g²]`` for every weight of a site, in nats a token, ``(out, in)``."""
-        input_energy_N = felt["energy"].value / felt["energy"].tokens
+        input_energy_N = per_token("energy", felt["energy"], self.passes.felt_tokens)
         output_energy_O = felt["output_gradient_diagonal"].value
         return 0.5 * self.weight(name).double().square() * input_energy_N * output_energy_O[:, None]
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from pared.allocation import Budget, Unit
 from pared.anatomy import Site, weight_of
-from pared.calibration import CROSS, Collected, MeanGram, cross_of
+from pared.calibration import CROSS, Collected, MeanGram, cross_of, per_token
 from pared.engine.groups import Comparison, compare
 from pared.engine.store import DecompositionStore
 from pared.errors import ParedError
@@ -43,6 +43,7 @@ class Solver:
         plan: Plan | None,
         keep_dense: bool = False,
         dense_path: float = 0.0,
+        tokens: int = 0,
     ) -> None:
         """Start.
 
@@ -54,9 +55,10 @@ class Solver:
             plan: the ranks; none if they depend on what is found, which is then kept until ``finish``.
             keep_dense: keep the dense weights too, for a refit.
             dense_path: share of what the dense model puts out in what is decomposed, where statistics tell of both.
+            tokens: of the text, which costs are averaged over; those that reach a site where they are not known.
         """
         self._model, self._method, self._options, self._budget = model, method, options, budget
-        self._keep_dense, self._dense_path = keep_dense, dense_path
+        self._keep_dense, self._dense_path, self._tokens = keep_dense, dense_path, tokens
         self._targets: dict[str, torch.Tensor] = {}
         self._planned = None if plan is None else _planned(plan)
         self._stack = ExitStack()
@@ -98,7 +100,7 @@ class Solver:
             if not site.idle and any(one.tokens == 0 for name, one in own.items() if name != CROSS):
                 self.unreached.add(site.name)
             elif not site.idle and (self._planned is None or unit.name in self._planned):
-                values[site.name] = {key: one.value for key, one in own.items() if key != CROSS}
+                values[site.name] = {key: per_token(key, one, self._tokens) for key, one in own.items() if key != CROSS}
                 self._aim(site, own)
         if self._planned is not None and unit.name in self._planned and len(values) < len(unit.members):
             self.missed.append(unit)
@@ -184,6 +186,11 @@ class Solver:
             else:
                 assert self._method.group_rule is not None
                 found = self._method.group_rule(weights, own, self._options)
+        except KeyError as missing:  # of statistics that were saved for another method
+            raise ParedError(
+                f"site {unit.name}: method {self._method.name} needs the statistic {missing}; those given hold "
+                f"{', '.join(sorted(own[0])) or 'none'}"
+            ) from missing
         except (ValueError, RuntimeError) as error:
             raise ParedError(f"site {unit.name}: {error}") from error
         if found.damping:

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.anatomy import Anatomy
 from pared.anatomy.probe import BlockCall
+from pared.calibration import per_token
 from pared.engine.passes import Passes
 from pared.engine.progress import Progress
 from pared.errors import ParedError
@@ -55,7 +56,7 @@ def energies(
     windows: Windows,
     progress: Progress,
 ) -> Tensors:
-    """Return Σ x² of every input feature, by site, of the dense model; sites that no token reached are left out.
+    """Return E[x²] of every input feature, by site, of the dense model; sites that no token reached are left out.
 
     Args:
         model: dense.
@@ -72,5 +73,5 @@ def energies(
     for walked in passes.walk(anatomy, inputs, energy, name="scores of the dense model"):
         for name, own in walked.statistics.items():
             if own["energy"].tokens:
-                found[name] = own["energy"].value.clone()
+                found[name] = per_token("energy", own["energy"], passes.tokens)
     return found

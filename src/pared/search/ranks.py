@@ -13,6 +13,7 @@ from pared.allocation.by_program import by_program, shared_out
 from pared.allocation.program import Program
 from pared.anatomy import Anatomy, weight_of
 from pared.anatomy.probe import BlockCall
+from pared.calibration import per_token
 from pared.engine.asked import low_rank_of, options_of
 from pared.engine.passes import Passes
 from pared.engine.progress import Progress
@@ -73,8 +74,9 @@ def decompositions(
             if site.idle or not all(one.tokens for one in own.values()):
                 continue
             W_ON = weight_of(model.get_submodule(site.name)).detach()
+            values = {name: per_token(name, statistic, passes.tokens) for name, statistic in own.items()}
             try:
-                one = method.decompose(W_ON, {name: statistic.value for name, statistic in own.items()}, options)
+                one = method.decompose(W_ON, values, options)
             except (ValueError, RuntimeError) as error:
                 raise ParedError(f"site {site.name}: {error}") from error
             factors = one.factors(len(one.singular_values_R))

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pared.allocation.program import parse
+from pared.allocation.program import SCORE_TOKENS, parse
 from pared.digests import model_digest
 from pared.engine.asked import is_pruning, options_of
 from pared.engine.progress import Progress, Silent
@@ -241,6 +241,7 @@ def _settings(
         **({"blocks": recipe.blocks} if recipe.blocks else {}),
         **{f"calibration {name}": value for name, value in recipe.calibration.model_dump().items()},
         "calibration digest": windows.digest,
+        "score_tokens": SCORE_TOKENS if is_pruning(recipe) else 1,  # programs read numbers of so many tokens
         "search digest": full.digest,
         **{("search seed" if name == "seed" else name): value for name, value in asdict(rules).items()},
         **asdict(look),
@@ -307,6 +308,7 @@ def _write(
     told = {
         "pared_program": FORMAT,
         "program": program,
+        "score_tokens": settings["score_tokens"],
         "method": settings["method"],
         **{name: settings[name] for name in ("sparsity", "keep") if name in settings},
         "perplexity": {"search": best.fitness, "full": value},

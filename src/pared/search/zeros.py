@@ -1,5 +1,6 @@
 """Zeros for candidates: every site's scores are ordered once, and a mask is one comparison with that order."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from pared.allocation.program import Program, ScoreHistogram, Scores, judge
+from pared.allocation.program import SCORE_TOKENS, Program, ScoreHistogram, Scores, judge
 from pared.anatomy import Anatomy, Site, weight_of
 from pared.errors import ParedError
 from pared.search.evolution import Allocation
@@ -56,7 +57,7 @@ class Ordered:
         Args:
             site: where.
             W_ON: the dense weight.
-            energy_N: sum of squares of every input; not read by ``magnitude``.
+            energy_N: E[x²] of every input; not read by ``magnitude``.
             pruner: one of ``PRUNERS``.
         """
         W_ON = W_ON.detach()
@@ -97,7 +98,7 @@ class ZerosTrial:
         Args:
             model: dense.
             anatomy: after the probe pass.
-            energies: Σ x² of every input feature, by site; a site that is missing stays dense and is not counted.
+            energies: E[x²] of every input feature, by site; a site that is missing stays dense and is not counted.
             pruner: one of ``PRUNERS``.
             sparsity: of the covered weights.
 
@@ -118,7 +119,9 @@ class ZerosTrial:
                     raise ParedError(f"site {site.name}: {error}") from error
         self.blocks = tuple(by_block)
         self._units = tuple(tuple(sites) for sites in by_block.values())
-        self._scores: Sequence[Scores] = [scores[block].scores() for block in self.blocks]
+        self._scores: Sequence[Scores] = [
+            scores[block].scores().scaled(math.sqrt(SCORE_TOKENS)) for block in self.blocks
+        ]
         sizes = [sum(one.dense_ON.numel() for one in unit) for unit in self._units]
         self._sizes_L = torch.tensor(sizes, dtype=torch.float64)
 

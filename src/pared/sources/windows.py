@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -49,6 +49,18 @@ class Windows:
         """What a model is given beside the tokens, by the name of its argument."""
         named = {"attention_mask": self.mask, "token_type_ids": self.segments}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    @property
+    def real_tokens(self) -> int:
+        """How many tokens there are, padding aside."""
+        return self.tokens.numel() if self.mask is None else int(self.mask.sum())
+
+    def first(self, windows: int) -> "Windows":
+        """Return the first windows, under the digest of all."""
+        mask, labels, segments = (
+            None if tensor is None else tensor[:windows] for tensor in (self.mask, self.labels, self.segments)
+        )
+        return replace(self, tokens=self.tokens[:windows], mask=mask, labels=labels, segments=segments)
 
     def describe(self) -> dict[str, object]:
         """Return what a manifest records of these windows."""

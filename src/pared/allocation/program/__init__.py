@@ -2,18 +2,30 @@
 
 from pared.allocation.program.evaluate import Verdict, allocation_key, faults, importance, judge, sparsities
 from pared.allocation.program.grammar import Program, parse
+from pared.allocation.program.named import Named, named
 from pared.allocation.program.operators import POST, PRE, REDUCE
-from pared.allocation.program.packaged import PACKAGED, Packaged, packaged_of
+from pared.allocation.program.packaged import (
+    DEFAULT_OF_RANKS,
+    DEFAULT_OF_ZEROS,
+    PACKAGED,
+    SCORE_TOKENS,
+    Packaged,
+    packaged_of,
+)
 from pared.allocation.program.scores import ScoreHistogram, Scores, as_scores
 from pared.allocation.program.variation import EVERYTHING, RELEASED, Space, crossover, mutate, random_program
 
 __all__ = [
+    "DEFAULT_OF_RANKS",
+    "DEFAULT_OF_ZEROS",
     "EVERYTHING",
     "PACKAGED",
     "POST",
     "PRE",
     "REDUCE",
     "RELEASED",
+    "SCORE_TOKENS",
+    "Named",
     "Packaged",
     "Program",
     "ScoreHistogram",
@@ -27,6 +39,7 @@ __all__ = [
     "importance",
     "judge",
     "mutate",
+    "named",
     "packaged_of",
     "parse",
     "random_program",

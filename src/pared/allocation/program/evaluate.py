@@ -5,12 +5,14 @@ from dataclasses import dataclass
 
 import torch
 
+from pared.allocation.program import rounding
 from pared.allocation.program.grammar import Program
 from pared.allocation.program.operators import POST, PRE, REDUCE
 from pared.allocation.program.scores import ScoreHistogram, Scores, as_scores
 from pared.allocation.spread import SAME, Sign, require_sparsity, same, shares, spread
 from pared.errors import ParedError
 
+ROUNDING = 0.01  # share of the differences between blocks that rounding may decide
 KEY_DIGITS = 9  # allocations that agree to so many decimals are one
 
 
@@ -57,29 +59,43 @@ def importance(
     Raises:
         ParedError: there are no blocks, or a number is not finite; says of which block and by which operator.
     """
+    return _evaluated(program, scores_by_block, legacy_nan_to_zero, legacy_inf_to_minus_one)[0]
+
+
+def _evaluated(
+    program: Program,
+    scores_by_block: Sequence[Scores | ScoreHistogram | torch.Tensor],
+    nan_to_zero: bool,
+    inf_to_minus_one: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a program's number for every block, and how far rounding may have moved it, both ``(L,)``."""
     shares(len(scores_by_block), None)
-    legacy = legacy_nan_to_zero or legacy_inf_to_minus_one
-    reduced = []
+    legacy = nan_to_zero or inf_to_minus_one
+    reduced, bounds = [], []
     for block, found in enumerate(scores_by_block):
         scores = as_scores(found)
         x_N, w_N = scores.values_N, scores.weights_N
+        e_N = rounding.UNIT * x_N.abs()
         for name in program.pre:
-            x_N = PRE[name].apply(x_N, w_N)
-            _require_finite(program, name, x_N, block, legacy)
-        reduced.append(REDUCE[program.reduce].apply(x_N, w_N).cpu())
-        _require_finite(program, program.reduce, reduced[-1], block, legacy)
-    y_L = torch.stack(reduced)
+            y_N = PRE[name].apply(x_N, w_N)
+            _require_finite(program, name, y_N, block, legacy)
+            x_N, e_N = y_N, rounding.of_vector(name, x_N, w_N, e_N, y_N)
+        y = REDUCE[program.reduce].apply(x_N, w_N)
+        _require_finite(program, program.reduce, y, block, legacy)
+        bounds.append(rounding.of_reduction(program.reduce, x_N, w_N, e_N, y).cpu())
+        reduced.append(y.cpu())
+    y_L, e_L = torch.stack(reduced), torch.stack(bounds)
     for name in program.post:
-        y_L = POST[name].apply(y_L)
+        x_L, y_L = y_L, POST[name].apply(y_L)
+        e_L = rounding.of_scalars(name, x_L, e_L, y_L)
         for block, y in enumerate(y_L):
             _require_finite(program, name, y, block, legacy)
-    if legacy_nan_to_zero:
-        y_L = torch.where(y_L.isnan(), 0.0, y_L)
-    if legacy_inf_to_minus_one:
-        y_L = torch.where(y_L.isinf(), -1.0, y_L)
+    for undefined, replaced_L, value in ((nan_to_zero, y_L.isnan(), 0.0), (inf_to_minus_one, y_L.isinf(), -1.0)):
+        if undefined:
+            y_L, e_L = torch.where(replaced_L, value, y_L), torch.where(replaced_L, 0.0, e_L)
     for block, y in enumerate(y_L):
         _require_finite(program, "the end", y, block, False)
-    return y_L
+    return y_L, e_L
 
 
 def sparsities(
@@ -114,7 +130,8 @@ def judge(
     """Return the sparsities of a program, or why it is rejected before anything is pruned.
 
     Rejected are numbers that are not finite, numbers that are the same for all blocks (a range of at most
-    1e-8 of their size, where the paper's check would be absolute), and sparsities outside [0, 1) or of another mean.
+    1e-8 of their size, where the paper's check would be absolute) or differ by little more than the rounding of what
+    they were made from, and sparsities outside [0, 1) or of another mean.
 
     Args:
         program: what to judge.
@@ -131,15 +148,10 @@ def judge(
     shares(len(blocks), weights)
     require_sparsity(sparsity)
     try:
-        importance_L = importance(
-            program,
-            blocks,
-            legacy_nan_to_zero=legacy_nan_to_zero,
-            legacy_inf_to_minus_one=legacy_inf_to_minus_one,
-        )
+        importance_L, bound_L = _evaluated(program, blocks, legacy_nan_to_zero, legacy_inf_to_minus_one)
     except ParedError as undefined:
         return Verdict(program, reasons=(str(undefined),))
-    if constant := _constant(importance_L):
+    if constant := _constant(importance_L) or _rounding(importance_L, bound_L):
         return Verdict(program, importance_L, reasons=(constant,))
     found_L = sparsities(importance_L, sparsity, program.width, program.sign, weights)
     reasons = faults(found_L, sparsity, weights)
@@ -177,6 +189,17 @@ def _constant(importance_L: torch.Tensor) -> str:
     return (
         f"the importance is the same for all {len(importance_L)} blocks, {low:.9g} to {high:.9g}; "
         f"a range above {SAME:g} of its size is needed to tell them apart"
+    )
+
+
+def _rounding(importance_L: torch.Tensor, bound_L: torch.Tensor) -> str:
+    """Return why an importance is one of rounding, where all that was computed cancels; empty if it is not."""
+    width, bound = float(importance_L.max() - importance_L.min()), float(bound_L.max())
+    if bound <= ROUNDING * width:  # false for NaN too
+        return ""
+    return (
+        f"the importance differs by {width:.3g} between {len(importance_L)} blocks, and the rounding of what it is "
+        f"made from may move it by {bound:.3g}: nothing but cancellation is left to tell them apart"
     )
 
 

@@ -71,15 +71,15 @@ class Post:
     apply: Callable[[torch.Tensor], torch.Tensor]
 
 
-def _mean(x_N: torch.Tensor, w_N: torch.Tensor) -> torch.Tensor:
+def mean_of(x_N: torch.Tensor, w_N: torch.Tensor) -> torch.Tensor:
     """Return the mean, exactly the value where all are equal."""
     least = x_N.min()
     return least + ((x_N - least) * w_N).sum() / w_N.sum()
 
 
-def _std(x_N: torch.Tensor, w_N: torch.Tensor) -> torch.Tensor:
+def std_of(x_N: torch.Tensor, w_N: torch.Tensor) -> torch.Tensor:
     """Return the unbiased standard deviation, without squaring anything large or small."""
-    deviation_N = x_N - _mean(x_N, w_N)
+    deviation_N = x_N - mean_of(x_N, w_N)
     largest, more = deviation_N.abs().max(), w_N.sum() - 1
     if not more > 0:
         return largest.new_tensor(torch.nan)
@@ -89,11 +89,11 @@ def _std(x_N: torch.Tensor, w_N: torch.Tensor) -> torch.Tensor:
 
 
 def _norm(x_N: torch.Tensor, w_N: torch.Tensor) -> torch.Tensor:
-    return (x_N - _mean(x_N, w_N)) / _std(x_N, w_N)
+    return (x_N - mean_of(x_N, w_N)) / std_of(x_N, w_N)
 
 
 def _normalize(x_N: torch.Tensor, w_N: torch.Tensor) -> torch.Tensor:
-    return torch.zeros_like(x_N) if _std(x_N, w_N) == 0 else _norm(x_N, w_N)
+    return torch.zeros_like(x_N) if std_of(x_N, w_N) == 0 else _norm(x_N, w_N)
 
 
 def _min_max(x_N: torch.Tensor, w_N: torch.Tensor) -> torch.Tensor:
@@ -111,7 +111,7 @@ def _log_softmax(x_N: torch.Tensor, w_N: torch.Tensor) -> torch.Tensor:
 def _geometric_mean(x_N: torch.Tensor, w_N: torch.Tensor) -> torch.Tensor:
     if x_N.min() == 0:
         return x_N.new_zeros(())
-    return _mean(x_N.log(), w_N).exp()
+    return mean_of(x_N.log(), w_N).exp()
 
 
 def _norm2(x_N: torch.Tensor, w_N: torch.Tensor) -> torch.Tensor:
@@ -170,11 +170,11 @@ PRE = {
 REDUCE = {
     operator.name: operator
     for operator in (
-        Reduce("MEAN", "Σ x / n", _mean),
-        Reduce("VAR", "Σ (x - mean)² / (n - 1)", lambda x_N, w_N: _std(x_N, w_N).square()),
-        Reduce("STD", "√VAR", _std),
+        Reduce("MEAN", "Σ x / n", mean_of),
+        Reduce("VAR", "Σ (x - mean)² / (n - 1)", lambda x_N, w_N: std_of(x_N, w_N).square()),
+        Reduce("STD", "√VAR", std_of),
         Reduce("GEOMETRIC_MEAN", "exp(Σ ln x / n), 0 where a value is 0", _geometric_mean),
-        Reduce("L1_NORM", "Σ |x| / n", lambda x_N, w_N: _mean(x_N.abs(), w_N)),
+        Reduce("L1_NORM", "Σ |x| / n", lambda x_N, w_N: mean_of(x_N.abs(), w_N)),
         Reduce("FROBENIUS_NORM", "√(Σ x²)", _norm2),
         Reduce("ENTROPY", "-Σ p ln p, p = x / Σ x over values above 0", _entropy),
         Reduce("PAPER_ENTROPY", "-Σ x ln x", lambda x_N, w_N: -(torch.special.xlogy(x_N, x_N) * w_N).sum()),

@@ -1,4 +1,4 @@
-"""The programs that DSA's authors published, what is known to be wrong with each, and the best that our search found.
+"""The programs that DSA's authors published, what is known to be wrong with each, and those that our search led to.
 
 L. Li et al., "Discovering Sparsity Allocation for Layer-wise Pruning of Large Language Models", NeurIPS 2024.
 """
@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from pared.allocation.program.grammar import Program, parse
 from pared.names import require_known
+
+SCORE_TOKENS = 2048  # of one sample: Wanda's code, which DSA's is built on, sums within samples and takes their mean
+DEFAULT_OF_ZEROS, DEFAULT_OF_RANKS = "log-spread", "spectral-entropy"
 
 
 @dataclass(frozen=True)
@@ -18,12 +21,14 @@ class Packaged:
         program: the program.
         provenance: where it is printed, and what was claimed for it there.
         remark: what to know before using it.
+        tokens: over how many tokens the norms in its scores are summed.
     """
 
     name: str
     program: Program
     provenance: str
     remark: str
+    tokens: int = SCORE_TOKENS
 
 
 PACKAGED = {
@@ -71,7 +76,26 @@ PACKAGED = {
             "pared search, evolution of 320 candidates, seed 0: SmolLM2-135M-Instruct in bfloat16, wanda at 70%, the "
             "last 20% of the WikiText-2 training part here; candidate 167 (benchmarks/search/evolution)",
             "The deviation of tanh of the scores: blocks whose scores vary little below 1, or are all above it, are "
-            "pruned most. tanh makes it depend on the scale of scores, and so on the number of calibration tokens.",
+            "pruned most. tanh makes it depend on the scale of scores, which are those of the search: sums over 65,536 "
+            "tokens, whatever is calibrated on.",
+            tokens=128 * 512,
+        ),
+        Packaged(
+            DEFAULT_OF_ZEROS,
+            parse("W:(ABSLOG)-(STD)-(ATAN)-(15)-(KEEP)"),
+            "candidate 89 of the random search, written with ABSLOG: SmolLM2-135M-Instruct, wanda at 70%, 376 where "
+            "uniform has 759 and found-wanda-0.7 297 (benchmarks/search/random)",
+            "The deviation of the log-scores, which no scale changes and which is defined for all finite scores: "
+            "blocks whose scores spread widely are pruned least. The default of zeros; where it tells no block from "
+            "another all get the same.",
+        ),
+        Packaged(
+            DEFAULT_OF_RANKS,
+            parse("W:(POW)-(ENTROPY)-(NO_OP)-(10)-(KEEP)"),
+            "ours, after the effective rank of D-Rank (arXiv 2509.25622); not searched",
+            "The entropy of the squared singular values of a block, the logarithm of their effective rank, which no "
+            "scale changes: blocks whose spectra are flat keep most. The default of ranks; where it tells no block "
+            "from another all keep the same.",
         ),
     )
 }
