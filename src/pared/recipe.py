@@ -3,10 +3,11 @@
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from pared.presets import FromPreset
 from pared.strict import Name, Strict, Whole, read_fields, validated
 
 
@@ -24,6 +25,9 @@ Device = Annotated[str, BeforeValidator(_torch_name)]
 TextName = Annotated[str, BeforeValidator(_text_name)]  # a path is the text file there
 
 
+Sampling = Literal["consecutive", "shuffled", "random-offset"]
+
+
 class Calibration(Strict):
     """The text the statistics are collected on.
 
@@ -33,7 +37,8 @@ class Calibration(Strict):
         samples: number of token windows.
         length: tokens in a window.
         seed: seed of the random offsets.
-        sampling: ``consecutive`` windows from the start, or windows at ``random-offset`` tokens.
+        sampling: ``consecutive`` windows from the start, ``shuffled`` ones of all of those that lie side by side, or
+            windows at ``random-offset`` tokens.
         dtype: what the blocks compute in; ``auto`` measures whether bfloat16 is faster on this machine,
             unless the environment variable PARED_COMPUTE_DTYPE settles it.
             Statistics are accumulated in float32 or better whatever this says.
@@ -44,7 +49,7 @@ class Calibration(Strict):
     samples: Annotated[Whole, Field(ge=1, strict=True)] = 256
     length: Annotated[Whole, Field(ge=2, strict=True)] = 2048
     seed: Annotated[Whole, Field(ge=0, lt=2**63, strict=True)] = 0
-    sampling: Literal["consecutive", "random-offset"] = "consecutive"
+    sampling: Sampling = "consecutive"
     dtype: DType = "auto"
     batch: Annotated[Whole, Field(ge=1, strict=True)] = 4
 
@@ -65,10 +70,11 @@ class Evaluation(Strict):
     bos: Literal["none", "text", "window"] = "none"
 
 
-class Recipe(Strict):
+class Recipe(FromPreset):
     """A whole compression: model in, method, budget, data, folder out.
 
     Attributes:
+        preset: a protocol by name, which ``pared presets`` lists; what is given beside it wins.
         version: version of this file's layout.
         model: ``embedded:smollm2-135m``, a Hub id, a local folder, or a ``.gguf`` file. Unused by
             :func:`pared.compress`, which is given the model itself.
@@ -98,6 +104,7 @@ class Recipe(Strict):
         out: the folder to write.
     """
 
+    COMMAND: ClassVar[Literal["compress", "tune"]] = "compress"
     version: Literal[1] = 1
     model: Name | None = None
     method: str = "svd-llm"

@@ -193,4 +193,6 @@ def _shown(value: object) -> str:
 
 
 def _example(model: type[BaseModel]) -> str:
-    return f"{model.__name__}({next((name for name in model.model_fields if name != 'version'), '')}=...)"
+    return (
+        f"{model.__name__}({next((name for name in model.model_fields if name not in ('version', 'preset')), '')}=...)"
+    )

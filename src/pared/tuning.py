@@ -1,20 +1,22 @@
 """What the user asked for of a training: one model, one method, data, how long, a folder out."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from pared.presets import FromPreset
 from pared.recipe import Device, DType, Evaluation, TextName
-from pared.strict import Name, Strict, Whole, read_fields, validated
+from pared.strict import Name, Whole, read_fields, validated
 
 Positive = Annotated[Whole, Field(ge=1, strict=True)]
 
 
-class Tuning(Strict):
+class Tuning(FromPreset):
     """A whole training: folder or model in, folder out.
 
     Attributes:
+        preset: a protocol by name, which ``pared presets`` lists; what is given beside it wins.
         version: version of this file's layout.
         model: what is trained; a folder that pared made, or for methods that compress themselves any named model.
         method: a name that ``pared methods`` lists under training.
@@ -47,6 +49,7 @@ class Tuning(Strict):
         out: the folder to write.
     """
 
+    COMMAND: ClassVar[Literal["compress", "tune"]] = "tune"
     version: Literal[1] = 1
     model: Name | None = None
     method: str = "distill"

@@ -226,9 +226,7 @@ def test_mistake_in_a_file_names_the_file(write: Any):
 
 
 def test_demo_recipe_of_the_package_is_valid():
-    import pared
-
-    recipe = Recipe.load(Path(pared.__file__).parent / "recipes" / "demo.yaml")
+    recipe = Recipe.of({"preset": "demo"})
     assert recipe.model == "embedded:smollm2-135m"
 
 

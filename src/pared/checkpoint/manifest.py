@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pared.checkpoint.format import FORMAT_VERSION
 from pared.errors import ParedError
 from pared.plan import Plan
+from pared.presets import RECORDED
 from pared.recipe import Recipe
 from pared.tuning import Tuning
 
@@ -48,6 +49,7 @@ class Training(BaseModel):
 
     Attributes:
         tuning: what was asked for.
+        preset: the protocol it began with, its source, and by field where it was left; none without one.
         settled: the method's options, and what ``auto`` stood for.
         parent: the name of what was trained, and the digest of all of its files.
         data: what was trained on, with the digest of the tokens.
@@ -63,6 +65,7 @@ class Training(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     tuning: Tuning
+    preset: dict[str, Any] | None = None
     settled: dict[str, Any]
     parent: dict[str, str]
     data: list[dict[str, Any]]
@@ -83,6 +86,7 @@ class Manifest(BaseModel):
         format_version: of the folder.
         model: what was compressed, and where it came from.
         recipe: what was asked for.
+        preset: the protocol it began with, its source, and by field where it was left; none without one.
         settled: what ``auto`` stood for in it.
         plan: what was decided.
         damping: sites whose Gram was rank-deficient, with the relative damping used.
@@ -108,6 +112,7 @@ class Manifest(BaseModel):
     format_version: int
     model: dict[str, str]
     recipe: Recipe
+    preset: dict[str, Any] | None = None
     settled: dict[str, Any] = {}
     plan: Plan
     damping: dict[str, float] = {}
@@ -146,7 +151,7 @@ class Manifest(BaseModel):
             if isinstance(fields, dict) and fields.get("format_version", 0) > FORMAT_VERSION:
                 raise ParedError(f"{path}: format version {fields['format_version']}, this pared reads "
                                  f"{FORMAT_VERSION}: update pared")  # fmt: skip
-            return cls.model_validate(fields)
+            return cls.model_validate(fields, context=RECORDED)
         except FileNotFoundError:
             raise ParedError(
                 f"{folder} has no {MANIFEST}: `pared compress`, `pared tune` and pared.run write one; a folder saved "

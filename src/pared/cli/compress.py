@@ -4,6 +4,7 @@ from pared.checkpoint import Manifest
 from pared.cli import options
 from pared.cli.console import ConsoleProgress, JsonFile, errors, out, print_rows, quiet_libraries, write_json
 from pared.engine import run
+from pared.presets import told
 from pared.report import comparison
 
 RUINED = 100  # times the perplexity of the dense model
@@ -12,6 +13,7 @@ RUINED = 100  # times the perplexity of the dense model
 def compress(
     model: options.Model = None,
     recipe: options.RecipeFile = None,
+    preset: options.Preset = None,
     method: options.Method = None,
     keep: options.Keep = None,
     rank_fraction: options.RankFraction = None,
@@ -48,6 +50,7 @@ def compress(
             recipe,
             {
                 "model": model,
+                "preset": preset,
                 "method": method,
                 "keep": keep,
                 "rank_fraction": rank_fraction,
@@ -94,6 +97,8 @@ def print_manifest(manifest: Manifest, folder: str) -> None:
             out.print("the model is ruined: try another method, a larger keep or more samples", markup=False)
     seconds = "  ".join(f"{stage} {value:.1f}" for stage, value in manifest.seconds.items())
     out.print(f"seconds by stage: {seconds}", markup=False)
+    if manifest.preset and (changed := told(manifest.preset)):
+        out.print(changed, markup=False)
     if manifest.plan.shortfall:
         out.print(f"the budget is missed by {manifest.plan.shortfall:,} parameters", markup=False)
     if manifest.damping:

@@ -1,6 +1,5 @@
 """``pared demo``: the main job on what is embedded, with a sentence from before and after."""
 
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
 
@@ -29,8 +28,7 @@ def demo(
     with errors():
         quiet_libraries()
         place = folder or cache_folder() / "demo"
-        shipped = Recipe.load(Path(str(files("pared.recipes") / "demo.yaml")))
-        recipe = shipped.model_copy(update={"out": str(place)})
+        recipe = Recipe.of({"preset": "demo", "out": str(place)})
         given = recipe.calibration
         out.print(
             f"pared compress {recipe.model} --method {recipe.method} --keep {recipe.keep:g} --data {given.text} "

@@ -17,6 +17,7 @@ from pared.cli.export import export
 from pared.cli.info import info
 from pared.cli.methods import methods
 from pared.cli.plan import plan
+from pared.cli.presets import presets
 from pared.cli.search import search
 from pared.cli.tune import tune
 from pared.cli.verify import verify
@@ -34,6 +35,7 @@ app.command("eval")(evaluate)
 app.command()(verify)
 app.command()(info)
 app.command()(methods)
+app.command()(presets)
 app.command()(export)
 app.command()(convert)
 app.command()(search)

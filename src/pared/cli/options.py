@@ -8,6 +8,7 @@ import yaml
 
 from pared.errors import ParedError
 from pared.recipe import Recipe
+from pared.strict import read_fields
 from pared.tuning import Tuning
 
 Model = Annotated[
@@ -15,6 +16,10 @@ Model = Annotated[
     typer.Argument(help="embedded:smollm2-135m, a Hub id, a local folder, or a .gguf file.", show_default=False),
 ]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="YAML file; options given here win over it.")]
+Preset = Annotated[
+    str | None,
+    typer.Option(help="A protocol by name, which `pared presets` lists; options given beside it win and are told."),
+]
 Method = Annotated[str | None, typer.Option(help="A name that `pared methods` lists. [default: svd-llm]")]
 Keep = Annotated[
     float | None,
@@ -135,7 +140,11 @@ def asked_of(kind: type[Asked], file: Path | None, given: dict[str, Any]) -> Ask
     Raises:
         ParedError: the file or an option is wrong.
     """
-    fields: dict[str, Any] = kind.load(file).model_dump(exclude_unset=True) if file else {}
+    what = kind.__name__.lower()
+    fields: dict[str, Any] = {}
+    if file:
+        kind.load(file)  # a mistake in the file is told of the file alone
+        fields = read_fields(file, what)  # what it says itself, over which options are laid, and both over a preset
     if given.get("evaluation.text") == "none":
         if any(given.get(f"evaluation.{key}") is not None for key in ("length", "windows")):
             raise ParedError("--eval none measures nothing; --eval-length and --eval-windows have no meaning with it")
@@ -149,5 +158,4 @@ def asked_of(kind: type[Asked], file: Path | None, given: dict[str, Any]) -> Ask
         if section:
             target = fields[section] = dict(fields.get(section) or {})
         target[leaf] = str(value) if isinstance(value, Path) else value
-    what = kind.__name__.lower()
     return kind.of(fields, origin=f"{what} {file} with options" if file else "options")

@@ -14,6 +14,7 @@ from pared.sources.models import find_model, require_dense
 def plan(
     model: options.Model = None,
     recipe: options.RecipeFile = None,
+    preset: options.Preset = None,
     method: options.Method = None,
     keep: options.Keep = None,
     rank_fraction: options.RankFraction = None,
@@ -33,7 +34,7 @@ def plan(
         asked = options.recipe_of(
             recipe,
             {
-                "model": model, "method": method, "keep": keep, "rank_fraction": rank_fraction,
+                "model": model, "preset": preset, "method": method, "keep": keep, "rank_fraction": rank_fraction,
                 "sparsity": sparsity, "pattern": pattern, "skip": skip, "blocks": blocks,
                 "allocation": allocation, "storage": storage,
                 "options": options.named_values(option), "dtype": dtype

@@ -8,6 +8,7 @@ import typer
 from pared.checkpoint.manifest import Manifest, Training
 from pared.cli import options
 from pared.cli.console import ConsoleProgress, JsonFile, errors, out, quiet_libraries, write_json
+from pared.presets import told
 from pared.tuning import Tuning
 
 
@@ -18,6 +19,7 @@ def tune(
     recipe: Annotated[
         Path | None, typer.Option("--recipe", help="YAML file of a training; options given here win over it.")
     ] = None,
+    preset: options.Preset = None,
     method: Annotated[
         str | None, typer.Option(help="A name that `pared methods` lists under training. [default: distill]")
     ] = None,
@@ -92,6 +94,7 @@ def tune(
             recipe,
             {
                 "model": model,
+                "preset": preset,
                 "method": method,
                 "data": data,
                 "template": template,
@@ -150,6 +153,8 @@ def print_training(training: Training) -> None:
     """Print how a training went."""
     texts = ", ".join(str(row["text"]) for row in training.data)
     out.print(f"trained by {training.tuning.method} on {texts}", markup=False)
+    if training.preset and (changed := told(training.preset)):
+        out.print(f"  {changed}", markup=False)
     for stage in training.stages:
         first, last = stage["loss"]
         out.print(
@@ -158,12 +163,12 @@ def print_training(training: Training) -> None:
             markup=False,
         )
         if reached := stage.get("reached"):
-            told = ", ".join(f"{name.replace('_', ' ')} {value:,.4g}" if isinstance(value, float)
+            figures = ", ".join(f"{name.replace('_', ' ')} {value:,.4g}" if isinstance(value, float)
                              else f"{name.replace('_', ' ')} {value:,}" for name, value in reached.items())  # fmt: skip
-            out.print(f"  reached: {told}", markup=False)
+            out.print(f"  reached: {figures}", markup=False)
         if stage["validation"]:
-            told = ", ".join(f"{loss:.4f} (step {step})" for step, loss in stage["validation"][-3:])
-            out.print(f"  loss on rows never trained on: {told}", markup=False)
+            measured = ", ".join(f"{loss:.4f} (step {step})" for step, loss in stage["validation"][-3:])
+            out.print(f"  loss on rows never trained on: {measured}", markup=False)
     if training.perplexity_before is not None and training.perplexity_after is not None and training.evaluation:
         before, after, on = training.perplexity_before, training.perplexity_after, training.evaluation
         out.print(

@@ -18,6 +18,7 @@ from pared.engine.progress import Progress, Silent, Stopwatch, peak_memory_bytes
 from pared.errors import ParedError
 from pared.evaluation import perplexity
 from pared.hardware import device_of
+from pared.presets import record_of, require_asked, told
 from pared.recipe import Recipe
 from pared.report.card import model_card
 from pared.sources.models import ModelSource, find_model, is_causal, require_dense
@@ -52,6 +53,9 @@ def run(recipe: Recipe, overwrite: bool = False, progress: Progress | None = Non
     progress = progress or Silent()
     watch = Stopwatch()
     source, out = _checked(recipe, overwrite)
+    preset = record_of(recipe)
+    if preset and (changed := told(preset)):
+        progress.note(changed)
     with watch("load"):
         tokenizer = source.tokenizer()
         calibration = _calibration_windows(recipe, source, tokenizer)
@@ -85,6 +89,7 @@ def run(recipe: Recipe, overwrite: bool = False, progress: Progress | None = Non
             format_version=FORMAT_VERSION,
             model={"name": source.name, "origin": source.origin, "architecture": type(model).__name__},
             recipe=recipe,
+            preset=preset,
             settled=settled(recipe),
             plan=compressed.plan,
             damping=compressed.damping,
@@ -111,6 +116,7 @@ def run(recipe: Recipe, overwrite: bool = False, progress: Progress | None = Non
 def _checked(recipe: Recipe, overwrite: bool) -> tuple[ModelSource, Path]:
     """Refuse whatever can be refused without reading weights."""
     method_of(recipe)
+    require_asked(recipe)
     device_of(recipe.device)
     if recipe.model is None:
         raise ParedError("no model is named; give embedded:smollm2-135m, a folder, a .gguf file or a Hub id")

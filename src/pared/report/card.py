@@ -1,8 +1,11 @@
 """The model card that lies in every folder: what this is, how it was made, how to load it."""
 
+from typing import Any
+
 import yaml
 
 from pared.checkpoint.manifest import Manifest
+from pared.presets import told
 from pared.report.table import comparison
 
 LOADING = """\
@@ -66,7 +69,7 @@ def model_card(manifest: Manifest, folder: str) -> str:
             f"# {manifest.model['name']}, {_smaller(manifest):.0%} smaller",
             "",
             f"Made from `{manifest.model['name']}` ({manifest.model['origin']}) by "
-            f"pared {manifest.versions['pared']} with the method `{recipe.method}`.",
+            f"pared {manifest.versions['pared']} with the method `{recipe.method}`{_protocol(manifest.preset)}.",
             "",
             "| | before | after | |",
             "|---|---:|---:|---:|",
@@ -106,7 +109,7 @@ def _trained(manifest: Manifest) -> list[str]:
     for entry in manifest.training:
         tokens = sum(stage["tokens"] for stage in entry.stages)
         text = ", ".join(str(row["text"]) for row in entry.data)
-        line = f"- `{entry.tuning.method}` on {tokens:,} tokens of {text}"
+        line = f"- `{entry.tuning.method}` on {tokens:,} tokens of {text}{_protocol(entry.preset)}"
         if entry.evaluation and entry.perplexity_before is not None and entry.perplexity_after is not None:
             line += (
                 f"; perplexity on {entry.evaluation['text']}: {entry.perplexity_before:,.2f} before, "
@@ -114,6 +117,12 @@ def _trained(manifest: Manifest) -> list[str]:
             )
         lines.append(line)
     return [*lines, ""]
+
+
+def _protocol(preset: dict[str, Any] | None) -> str:
+    """Tell the preset of a recipe or a training, and what was changed of it."""
+    words = told(preset) if preset else ""
+    return f", {words}" if words else ""
 
 
 def _settled(manifest: Manifest) -> str:

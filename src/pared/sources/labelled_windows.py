@@ -2,13 +2,14 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from pared.errors import ParedError
 from pared.names import did_you_mean
+from pared.recipe import Sampling
 from pared.sources.examples import Example, Examples, Label
 from pared.sources.labelled import SETS, find_examples, is_labelled
 from pared.sources.texts import find_text
@@ -23,7 +24,7 @@ def cut_examples(
     config: PretrainedConfig,
     length: int,
     samples: int | None,
-    sampling: Literal["consecutive", "random-offset"] = "consecutive",
+    sampling: Sampling = "consecutive",
     seed: int = 0,
 ) -> Windows:
     """Tokenise examples as their model was trained, with special tokens, and pad them on the right to one length.
@@ -34,7 +35,7 @@ def cut_examples(
         config: of the model, which knows the numbers of its classes.
         length: the most tokens of an example; a longer one is cut. All are padded to the longest there is.
         samples: how many; None means all.
-        sampling: ``consecutive`` takes the first, ``random-offset`` a seeded choice.
+        sampling: ``consecutive`` takes the first, the others a seeded choice.
         seed: of the choice.
 
     Returns:
@@ -48,7 +49,7 @@ def cut_examples(
     if length < 1 or (samples is not None and samples < 1):
         raise ParedError(f"labelled examples {examples.name!r}: cannot cut {samples} examples of {length} tokens")
     rows = list(examples.rows)
-    if sampling == "random-offset":
+    if sampling != "consecutive":
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
         rows = [rows[index] for index in order]
     if samples is not None and samples > len(rows):
@@ -89,7 +90,7 @@ def find_windows(
     causal: bool,
     length: int,
     samples: int | None,
-    sampling: Literal["consecutive", "random-offset"] = "consecutive",
+    sampling: Sampling = "consecutive",
     seed: int = 0,
 ) -> Windows:
     """Return what a name to calibrate on stands for, cut: labelled examples, or the windows of a text.

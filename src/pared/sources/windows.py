@@ -4,12 +4,12 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from pared.errors import ParedError
+from pared.recipe import Sampling
 from pared.sources.texts import Text
 
 log = logging.getLogger(__name__)
@@ -84,13 +84,14 @@ def cut(
     tokenizer: PreTrainedTokenizerBase,
     length: int,
     windows: int | None,
-    sampling: Literal["consecutive", "random-offset"] = "consecutive",
+    sampling: Sampling = "consecutive",
     seed: int = 0,
     stride: int | None = None,
 ) -> Windows:
     """Tokenise a whole text once, without special tokens, and cut it into windows that do not overlap.
 
-    ``random-offset`` windows start at seeded random tokens and may overlap.
+    ``random-offset`` windows start at seeded random tokens and may overlap; ``shuffled`` ones are so many of the
+    consecutive ones, in the order that ``torch.randperm`` puts them in.
 
     Args:
         text: the text.
@@ -98,7 +99,7 @@ def cut(
         length: tokens in a window.
         windows: how many; None means as many as fit.
         sampling: where windows start.
-        seed: of the random offsets.
+        seed: of the random offsets, or of the order.
         stride: consecutive windows begin every so many tokens; None means that they do not overlap.
 
     Raises:
@@ -135,7 +136,10 @@ def cut(
                 length,
             )
         count = min(windows or available, available)
-        tokens = ids.unfold(0, length, step)[:count].contiguous()
+        order = torch.arange(available)
+        if sampling == "shuffled":
+            order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
+        tokens = ids.unfold(0, length, step)[order[:count]].contiguous()
     return Windows(tokens, digest_of(tokens), text.name, text.origin, text.stand_in)
 
 

@@ -19,6 +19,7 @@ from pared.engine.asked import checked_options
 from pared.engine.progress import Progress, Silent, Stopwatch, peak_memory_bytes
 from pared.errors import ParedError
 from pared.evaluation import perplexity
+from pared.presets import record_of, require_asked, told
 from pared.recipe import Evaluation
 from pared.report.card import model_card
 from pared.sources.models import find_model, is_causal
@@ -85,6 +86,7 @@ class _Job:
         if self.processes.sharded and (reason := self.method.needs_whole(self.options)):
             raise ParedError(f"{reason}, and FSDP holds weights in shards; launch data parallel: accelerate launch "
                              "--multi_gpu, or torchrun --nproc-per-node N")  # fmt: skip
+        require_asked(tuning)
         _require_trackers(tuning.report_to)
         if tuning.out is None:
             raise ParedError("no output folder is named; give --out DIR, or 'out' in the file")
@@ -106,6 +108,8 @@ class _Job:
     def run(self) -> Tuned:
         """Do everything."""
         tuning = self.tuning
+        if (preset := record_of(tuning)) and (changed := told(preset)):
+            self.progress.note(changed)
         with self.watch("load"):
             examples = find_rows(tuning, self.tokenizer, self.config, self.causal)
             windows = self.evaluation_windows()
@@ -271,6 +275,7 @@ class _Job:
             asked = self.asked_evaluation()
             training = Training(
                 tuning=self.tuning,
+                preset=record_of(self.tuning),
                 settled={"precision": str(self.precision).removeprefix("torch."), **self.options},
                 parent={"name": self.parent.name, "digest": self.parent.digest},
                 data=list(examples.described),
