@@ -1,14 +1,18 @@
 """Dtypes and devices by the names users type."""
 
-import torch
+from typing import TYPE_CHECKING
 
 from pared.errors import ParedError
 from pared.names import require_known
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+if TYPE_CHECKING:  # names can be checked without it
+    import torch
+
+DTYPES = ("float32", "bfloat16", "float16")
+DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "npu", "xla", "mtia", "meta")
 
 
-def dtype_of(name: str | torch.dtype) -> torch.dtype | None:
+def dtype_of(name: "str | torch.dtype") -> "torch.dtype | None":
     """Return the dtype of a name, None for ``auto``.
 
     Raises:
@@ -16,20 +20,33 @@ def dtype_of(name: str | torch.dtype) -> torch.dtype | None:
     """
     if name == "auto":
         return None
-    if isinstance(name, torch.dtype):
-        name = str(name).removeprefix("torch.")
+    told = name if isinstance(name, str) or type(name).__name__ != "dtype" else str(name).removeprefix("torch.")
+    require_dtype(told)
+    import torch
+
+    found: torch.dtype = getattr(torch, str(told))
+    return found
+
+
+def require_dtype(name: object) -> None:
+    """Refuse the name of a dtype that no model is stored or computed in.
+
+    Raises:
+        ParedError: names the nearest there is.
+    """
     if not isinstance(name, str):
         raise ParedError(f"dtype: expected one of auto, {', '.join(DTYPES)}, found {name!r}")
     require_known("dtype", name, ["auto", *DTYPES])
-    return DTYPES[name]
 
 
-def device_of(name: str) -> torch.device:
+def device_of(name: str) -> "torch.device":
     """Return the device of a name.
 
     Raises:
         ParedError: torch does not know it, or this machine does not have it.
     """
+    import torch
+
     try:
         device = torch.device(name)
         if device.type == "meta":

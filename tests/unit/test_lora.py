@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 import pared
 from pared import ParedError
 from pared.modules import LowRankLinear, PivotedLinear, SparseLinear
-from pared.training import lora
+from pared.training import METHODS, lora
 from pared.training.parts import compressed_layers
 from pared.training.stage import Context
 from pared.training.trainer import warmup_steps
@@ -47,7 +47,7 @@ def model(tokenizer: PreTrainedTokenizerFast, calibration: pared.Calibration) ->
 
 def prepared(model: PreTrainedModel, **options: Any) -> Any:
     tuning = Tuning.of({"model": "folder", "method": "lora", "options": options})
-    settled = {**lora.OPTIONS, **tuning.options}
+    settled = {**METHODS["lora"].options, **tuning.options}
     lora.check(settled)
     context = Context(model, settled, tuning, None, 1, None, torch.device("cpu"), torch.float32)
     return lora.stages(settled)[0].prepare(context)

@@ -2,22 +2,22 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from pared.allocation.by_program import dsa
-from pared.allocation.effective_rank import effective_rank
-from pared.allocation.loss import loss
-from pared.allocation.program import DEFAULT_OF_RANKS
+from pared.allocation.program.packaged import DEFAULT_OF_RANKS
 from pared.allocation.rank_fraction import rank_fraction
-from pared.allocation.sensitivity import sensitivity
-from pared.allocation.svd_llm_v2 import svd_llm_v2
-from pared.allocation.swift import swift
-from pared.allocation.uniform import uniform
 from pared.allocation.units import Budget, Evidence, Unit
 from pared.allocation.whole import whole_plan
-from pared.anatomy.structure import Anatomy
 from pared.errors import ParedError
+from pared.lazy import deferred
 from pared.names import require_known
 from pared.plan import Decision, LowRank, Plan, Shared
+
+if TYPE_CHECKING:
+    from pared.anatomy.structure import Anatomy
+
+
+Allocate = Callable[[Sequence[Unit], Budget, Evidence], dict[str, Decision]]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Allocator:
 
     name: str
     summary: str
-    allocate: Callable[[Sequence[Unit], Budget, Evidence], dict[str, Decision]]
+    allocate: Allocate
     needs: frozenset[str] = frozenset({"spectra"})
     options: Mapping[str, bool | int | float | str] = field(default_factory=dict)
 
@@ -45,33 +45,50 @@ def _rank_fraction(units: Sequence[Unit], budget: Budget, _: Evidence) -> dict[s
     return rank_fraction(units, budget.rank_fraction, budget.pivoted)
 
 
+def _in(module: str) -> Allocate:
+    """Return the allocator of a module, which has its name."""
+    return deferred(f"{__name__}.{module}:{module}")
+
+
 ALLOCATORS = {
     allocator.name: allocator
     for allocator in (
-        Allocator("uniform", "the same fraction of every weight", uniform, frozenset()),
+        Allocator("uniform", "the same fraction of every weight", _in("uniform"), frozenset()),
         Allocator("rank-fraction", "FWSVD's budget, the same fraction of every rank", _rank_fraction, frozenset()),
-        Allocator("loss", "the least sum of losses over all weights, dense ones included", loss),
-        Allocator("effective-rank", "D-Rank: by effective rank, with a share of q and k moved to v", effective_rank),
+        Allocator(
+            "loss",
+            "the least sum of losses over all weights, dense ones included",
+            _in("loss"),
+        ),
+        Allocator(
+            "effective-rank",
+            "D-Rank: by effective rank, with a share of q and k moved to v",
+            _in("effective_rank"),
+        ),
         Allocator(
             "swift",
             "Swift-SVD: by loss and influence of the block, eleven mixtures tried on a text",
-            swift,
+            _in("swift"),
             frozenset({"spectra", "influence", "trial"}),
         ),
         Allocator(
             "sensitivity",
             "ASVD: every weight at six sizes, by the perplexity each leaves; many evaluations, kept on disk",
-            sensitivity,
+            _in("sensitivity"),
             frozenset({"spectra", "trial"}),
         ),
         Allocator(
             "dsa",
             "a DSA program over the spectra of a block: its text, FOUND.json of a search, or a packaged one",
-            dsa,
+            deferred("pared.allocation.by_program:dsa"),
             frozenset({"spectra", "options"}),
             {"program": DEFAULT_OF_RANKS, "score_tokens": 0},
         ),
-        Allocator("svd-llm-v2", "within a kind, less is taken where uniform ranks lose more", svd_llm_v2),
+        Allocator(
+            "svd-llm-v2",
+            "within a kind, less is taken where uniform ranks lose more",
+            _in("svd_llm_v2"),
+        ),
     )
 }
 
@@ -87,7 +104,7 @@ def allocator_of(name: str) -> Allocator:
 
 
 def make_plan(
-    anatomy: Anatomy,
+    anatomy: "Anatomy",
     allocation: str,
     budget: Budget,
     bytes_per_parameter: int,
@@ -122,4 +139,4 @@ def _of_member(unit: Unit, decision: Decision) -> Decision:
     return decision
 
 
-__all__ = ["ALLOCATORS", "Allocator", "Budget", "Evidence", "Unit", "allocator_of", "make_plan", "uniform"]
+__all__ = ["ALLOCATORS", "Allocator", "Budget", "Evidence", "Unit", "allocator_of", "make_plan"]

@@ -2,13 +2,16 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import torch
-
-from pared.anatomy.structure import Site
 from pared.plan import Decision, LowRank, pivoted_rank_for, rank_for
 
-Spectra = Mapping[str, torch.Tensor]  # unit name -> what leaving out each direction costs, falling
+if TYPE_CHECKING:
+    import torch
+
+    from pared.anatomy.structure import Site
+
+Spectra = Mapping[str, "torch.Tensor"]  # unit name -> what leaving out each direction costs, falling
 Trial = Callable[[Mapping[str, Decision]], float]
 
 
@@ -20,7 +23,7 @@ class Unit:
         members: the sites, in the model's order; all have the same ``in_features``.
     """
 
-    members: tuple[Site, ...]
+    members: "tuple[Site, ...]"
 
     @property
     def name(self) -> str:

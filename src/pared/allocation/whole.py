@@ -1,12 +1,15 @@
 """A decision for every site, put together to the plan of a whole model."""
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from pared.anatomy import Anatomy
 from pared.plan import Decision, Plan, SitePlan
 
+if TYPE_CHECKING:
+    from pared.anatomy import Anatomy
 
-def whole_plan(anatomy: Anatomy, keep: float, decisions: Mapping[str, Decision], bytes_per_parameter: int) -> Plan:
+
+def whole_plan(anatomy: "Anatomy", keep: float, decisions: Mapping[str, Decision], bytes_per_parameter: int) -> Plan:
     """Return the plan of a model.
 
     Args:

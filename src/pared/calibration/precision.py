@@ -32,7 +32,8 @@ def choose_dtype(asked: str, model_dtype: torch.dtype, device: torch.device) -> 
         return model_dtype
     if settled := os.environ.get(VARIABLE):
         require_known(f"dtype in the environment variable {VARIABLE}", settled, DTYPES)
-        return DTYPES[settled]
+        found: torch.dtype = getattr(torch, settled)
+        return found
     return torch.bfloat16 if _bfloat16_is_faster(device) else model_dtype
 
 

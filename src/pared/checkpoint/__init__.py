@@ -1,12 +1,17 @@
 """The format on disk: saving, loading through transformers, and the check after a save."""
 
-from pared.checkpoint.convert import convert
-from pared.checkpoint.export import Exported, export_dense, make_dense
-from pared.checkpoint.load import is_compressed, load, load_tokenizer, read_config
-from pared.checkpoint.manifest import Manifest
-from pared.checkpoint.portable import module_map
-from pared.checkpoint.save import mark, save
-from pared.checkpoint.verify import compare, require_tensors, take_fingerprint, verify
+from typing import TYPE_CHECKING
+
+from pared.lazy import lazy_package
+
+if TYPE_CHECKING:
+    from pared.checkpoint.convert import convert
+    from pared.checkpoint.export import Exported, export_dense, make_dense
+    from pared.checkpoint.load import is_compressed, load, load_tokenizer, read_config
+    from pared.checkpoint.manifest import Manifest
+    from pared.checkpoint.portable import module_map
+    from pared.checkpoint.save import mark, save
+    from pared.checkpoint.verify import compare, require_tensors, take_fingerprint, verify
 
 __all__ = [
     "Exported",
@@ -26,3 +31,16 @@ __all__ = [
     "take_fingerprint",
     "verify",
 ]
+
+lazy_package(
+    __name__,
+    {
+        "pared.checkpoint.convert": ["convert"],
+        "pared.checkpoint.export": ["Exported", "export_dense", "make_dense"],
+        "pared.checkpoint.load": ["is_compressed", "load", "load_tokenizer", "read_config"],
+        "pared.checkpoint.manifest": ["Manifest"],
+        "pared.checkpoint.portable": ["module_map"],
+        "pared.checkpoint.save": ["mark", "save"],
+        "pared.checkpoint.verify": ["compare", "require_tensors", "take_fingerprint", "verify"],
+    },
+)

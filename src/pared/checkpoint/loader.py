@@ -5,11 +5,10 @@ This file, ``format``, ``portable`` and the files of ``modules/`` are also what 
 transformers and each other only.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
@@ -20,16 +19,20 @@ from pared.modules.replace import replace_module
 from pared.modules.shared import BasisHolder, share
 from pared.modules.sparse import SparseLinear
 
+# Where transformers is imported after this package, this file is read while modeling_utils is only half imported.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 class ParedQuantizer(HfQuantizer):
     """Puts the modules of the map in place before transformers loads the weights."""
 
     requires_calibration = True
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: object) -> None:
+    def _process_model_before_weight_loading(self, model: "PreTrainedModel", **_: object) -> None:
         install_empty(model, self.quantization_config.modules, self.quantization_config.shared)
 
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: object) -> None:
+    def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: object) -> None:
         for module in model.modules():
             if isinstance(module, SparseLinear) and not module.values.is_meta:  # what is offloaded stays packed
                 module.unpack_()

@@ -6,11 +6,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pared.checkpoint.format import FORMAT_VERSION
 from pared.errors import ParedError
 from pared.plan import Plan
 from pared.presets import RECORDED
@@ -18,6 +15,7 @@ from pared.recipe import Recipe
 from pared.tuning import Tuning
 
 MANIFEST = "pared.json"
+FORMAT_VERSION = 1  # that of the loader, which is copied into every folder and so has to name it itself
 
 
 class Fingerprint(BaseModel):
@@ -169,13 +167,15 @@ def versions() -> dict[str, str]:
     """Return the versions a result depends on."""
     return {
         "pared": version("pared"),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "torch": version("torch"),
+        "transformers": version("transformers"),
         "python": platform.python_version(),
     }
 
 
 def machine() -> dict[str, str]:
     """Return what this machine is, as far as results depend on it."""
+    import torch
+
     gpu = {"cuda": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {"platform": platform.platform(), "threads": str(torch.get_num_threads()), **gpu}

@@ -8,11 +8,10 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import transformers
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from pared.checkpoint.format import DOWN, LOADER_NAME, MODULE_TYPES, ParedConfig
@@ -21,6 +20,10 @@ from pared.modules.adapters import teach_peft
 from pared.modules.packing import pack
 from pared.modules.replace import replace_module
 from pared.modules.shared import BasisHolder
+
+# Where transformers is imported after this package, this file is read while modeling_utils is only half imported.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 IS_COPY = __name__.rpartition(".")[2] == LOADER_NAME
 DYNAMIC = "transformers_modules."  # where transformers puts code that came with a folder
@@ -107,7 +110,7 @@ class PortableMixin:
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
 
-def _describe_anew(model: PreTrainedModel) -> None:
+def _describe_anew(model: "PreTrainedModel") -> None:
     """Make the map say what the modules are by now: merging an adapter changes ranks, and who shares a basis."""
     told = getattr(model.config, "quantization_config", None)
     entries = module_map(model)
@@ -140,7 +143,7 @@ def portable_class(cls: type) -> type:
     return _portable[cls]
 
 
-def make_portable(model: PreTrainedModel) -> None:
+def make_portable(model: "PreTrainedModel") -> None:
     """Make a model save the loader with itself, in place."""
     model.__class__ = portable_class(type(model))
 
@@ -164,7 +167,7 @@ def has_importable_code(cls: type) -> bool:
     return outside and getattr(module, "__file__", None) is not None and hasattr(module, cls.__name__)
 
 
-def own_code(model: PreTrainedModel) -> dict[str, type]:
+def own_code(model: "PreTrainedModel") -> dict[str, type]:
     """Return the classes outside of transformers, by name, that ``auto_map`` has the loader give."""
     refs = [ref.split("--")[-1] for ref in (getattr(model.config, "auto_map", None) or {}).values() if type(ref) is str]
     cls = own_class(type(model))
@@ -217,7 +220,7 @@ def _import_line(cls: type) -> str:
     """Return the lines that give the portable twin of a class: from a file beside the loader, or from a package."""
     module, name = cls.__module__, cls.__name__
     origin = f".{module.rpartition('.')[2]}" if module.startswith(DYNAMIC) else module
-    twin = f"portable_class(_{name})" if issubclass(cls, PreTrainedModel) else f"_{name}"
+    twin = f"portable_class(_{name})" if issubclass(cls, transformers.PreTrainedModel) else f"_{name}"
     return f"from {origin} import {name} as _{name}\n\n{name} = {twin}\n"
 
 

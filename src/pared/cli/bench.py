@@ -3,16 +3,18 @@
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from pared.cli.console import ConsoleProgress, JsonFile, errors, out, quiet_libraries, write_json
 from pared.errors import ParedError
-from pared.evaluation.speed import Bench, Settings, Timed, parse_case, preset
-from pared.evaluation.speed import bench as measure
-from pared.hardware import device_of, dtype_of
+from pared.evaluation.speed import Settings, parse_case, preset
+from pared.hardware import device_of, require_dtype
+
+if TYPE_CHECKING:
+    from pared.evaluation.speed import Bench, Timed
 
 SIZES: dict[str, Callable[[dict[str, Any]], str]] = {
     "parameters": lambda model: f"{model['parameters']:,}",
@@ -43,12 +45,14 @@ def bench(
     """Measure tokens per second, time to the first token, memory and sizes."""
     with errors():
         quiet_libraries()
-        device_of(device)
-        dtype_of(dtype)
+        require_dtype(dtype)
         if repeats < 1 or threads < 1:
             raise ParedError(f"{repeats} repeats on {threads} threads: expected at least 1 of each")
         cases = tuple(map(parse_case, case)) if case else preset(preset_name)
         settings = Settings(cases, repeats, threads, dtype, device)
+        device_of(device)
+        from pared.evaluation.speed import bench as measure
+
         names = [model] if against is None else [model, against]
         with ConsoleProgress().stage("bench", len(cases) * repeats * len(names), "run") as advance:
             result = measure(names, settings, advance)
@@ -57,7 +61,7 @@ def bench(
                                "timed": [as_json(timed) for timed in result.timed]})  # fmt: skip
 
 
-def print_bench(result: Bench) -> None:
+def print_bench(result: "Bench") -> None:
     """Print sizes and speeds side by side."""
     sizes = Table(header_style="bold")
     for column in ("", *(model["name"] for model in result.models)):
@@ -77,7 +81,7 @@ def print_bench(result: Bench) -> None:
     out.print(speeds)
 
 
-def as_json(timed: Timed) -> dict[str, Any]:
+def as_json(timed: "Timed") -> dict[str, Any]:
     """Return one case with its medians."""
     medians = {"tokens_per_second": [timed.tokens_per_second(index) for index in range(len(timed.seconds))]}
     return {**asdict(timed), **medians, "ratios": timed.ratios}

@@ -1,11 +1,13 @@
 """``pared compress``: a model in, a smaller folder out."""
 
-from pared.checkpoint import Manifest
+from typing import TYPE_CHECKING
+
 from pared.cli import options
 from pared.cli.console import ConsoleProgress, JsonFile, errors, out, print_rows, quiet_libraries, write_json
-from pared.engine import run
 from pared.presets import told
-from pared.report import comparison
+
+if TYPE_CHECKING:
+    from pared.checkpoint import Manifest
 
 RUINED = 100  # times the perplexity of the dense model
 
@@ -79,13 +81,17 @@ def compress(
                 "out": out,
             },
         )
+        from pared.engine import run
+
         outcome = run(asked, overwrite, ConsoleProgress())
         print_manifest(outcome.manifest, str(outcome.folder))
         write_json(json_file, {"folder": str(outcome.folder), **outcome.manifest.model_dump(mode="json")})
 
 
-def print_manifest(manifest: Manifest, folder: str) -> None:
+def print_manifest(manifest: "Manifest", folder: str) -> None:
     """Print the table of a finished compression and where it lies."""
+    from pared.report import comparison
+
     print_rows(manifest.model["name"], comparison(manifest))
     if manifest.perplexity_after is not None and manifest.evaluation:
         on = manifest.evaluation

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,9 +14,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
-from pared.engine.progress import Advance
 from pared.errors import ParedError
-from pared.report.table import Row
+from pared.importing import when_imported
+
+if TYPE_CHECKING:
+    from pared.engine.progress import Advance
+    from pared.report.table import Row
 
 out = Console(soft_wrap=True, highlight=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -29,7 +32,7 @@ class ConsoleProgress:
     """Bars with rate and remaining time on a terminal, plain lines now and then in a log."""
 
     @contextmanager
-    def stage(self, name: str, total: int, unit: str) -> Iterator[Advance]:
+    def stage(self, name: str, total: int, unit: str) -> "Iterator[Advance]":
         """Open a stage of ``total`` steps."""
         with (_bar if err.is_terminal else _lines)(name, total, unit) as advance:
             yield advance
@@ -40,7 +43,7 @@ class ConsoleProgress:
 
 
 @contextmanager
-def _bar(name: str, total: int, unit: str) -> Iterator[Advance]:
+def _bar(name: str, total: int, unit: str) -> "Iterator[Advance]":
     rate = TextColumn("{task.fields[rate]}")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn(),
                TimeElapsedColumn())  # fmt: skip
@@ -58,7 +61,7 @@ def _bar(name: str, total: int, unit: str) -> Iterator[Advance]:
 
 
 @contextmanager
-def _lines(name: str, total: int, unit: str) -> Iterator[Advance]:
+def _lines(name: str, total: int, unit: str) -> "Iterator[Advance]":
     start = printed = time.perf_counter()
     done = 0
 
@@ -101,7 +104,7 @@ JsonFile = Annotated[
 ]
 
 
-def print_rows(title: str, rows: list[Row]) -> None:
+def print_rows(title: str, rows: "list[Row]") -> None:
     """Print a comparison of before and after."""
     table = Table(title=title, title_justify="left", header_style="bold")
     for column in ("", "before", "after", ""):
@@ -125,9 +128,11 @@ def write_json(path: Path | None, result: dict[str, Any]) -> None:
 
 
 def quiet_libraries() -> None:
-    """Keep the progress bars of other libraries out of the output."""
-    import transformers
+    """Keep the progress bars of other libraries out of the output, once they are imported."""
+    when_imported("transformers.utils.logging", _quieten)
 
-    transformers.utils.logging.disable_progress_bar()
+
+def _quieten(logging: Any) -> None:
+    logging.disable_progress_bar()
     if not sys.flags.dev_mode:
-        transformers.utils.logging.set_verbosity_error()
+        logging.set_verbosity_error()

@@ -5,13 +5,10 @@ from typing import Annotated
 
 import typer
 
-from pared.checkpoint import Manifest, export_dense, is_compressed, read_config, require_tensors
-from pared.checkpoint import convert as store
 from pared.cli.console import JsonFile, errors, out, quiet_libraries, write_json
 from pared.cli.export import print_exported
 from pared.cli.options import Overwrite
 from pared.errors import ParedError
-from pared.report import model_card
 
 
 def convert(
@@ -40,6 +37,8 @@ def convert(
 def _to_dense(folder: Path, out_folder: Path, _: bool, overwrite: bool, json_file: Path | None) -> None:
     if not folder.is_dir():
         raise ParedError(f"{folder}: no such folder")
+    from pared.checkpoint import export_dense, is_compressed, read_config, require_tensors
+
     if not is_compressed(read_config(str(folder))):
         raise ParedError(f"{folder} has nothing to convert: its weights are plain already")
     before = require_tensors(folder)
@@ -50,7 +49,12 @@ def _to_dense(folder: Path, out_folder: Path, _: bool, overwrite: bool, json_fil
 
 
 def _to_low_rank(folder: Path, out_folder: Path, pivot: bool, overwrite: bool, json_file: Path | None) -> None:
+    from pared.checkpoint import Manifest
+
     before = Manifest.read(folder)
+    from pared.checkpoint import convert as store
+    from pared.report import model_card
+
     after = store(folder, out_folder, pivot, overwrite, model_card)
     for what, old, new in (
         ("covered parameters", before.plan.after.covered_parameters, after.plan.after.covered_parameters),

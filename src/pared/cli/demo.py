@@ -5,11 +5,8 @@ from typing import Annotated
 
 import typer
 
-from pared.checkpoint import load
 from pared.cli.compress import print_manifest
 from pared.cli.console import ConsoleProgress, JsonFile, errors, out, quiet_libraries, write_json
-from pared.engine import reusable, run
-from pared.evaluation import greedy
 from pared.files import cache_folder
 from pared.recipe import Recipe
 from pared.sources.models import find_model
@@ -35,6 +32,10 @@ def demo(
             f"--samples {given.samples} --length {given.length} --out {place}",
             markup=False,
         )
+        from pared.checkpoint import load
+        from pared.engine import reusable, run
+        from pared.evaluation import greedy
+
         outcome = reusable(recipe)
         if outcome is None:
             outcome = run(recipe, overwrite=folder is None, progress=ConsoleProgress())

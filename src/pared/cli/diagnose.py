@@ -8,7 +8,6 @@ from rich.table import Table
 
 from pared.cli import options
 from pared.cli.console import ConsoleProgress, JsonFile, errors, out, quiet_libraries, write_json
-from pared.engine.diagnose import rank_groups as measure
 from pared.errors import ParedError
 from pared.sources.models import find_model, require_dense
 
@@ -78,6 +77,8 @@ def rank_groups(
             raise ParedError("name a model: embedded:smollm2-135m, a folder or a Hub id")
         source = find_model(asked.model)
         require_dense(source.config(), asked.model)
+        from pared.engine.diagnose import rank_groups as measure
+
         tokenizer = source.tokenizer()
         loaded = source.load(asked.dtype).to(asked.device)
         result = measure(loaded, tokenizer, asked, groups, ConsoleProgress())

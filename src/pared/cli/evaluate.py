@@ -7,17 +7,8 @@ import typer
 
 from pared.cli.console import JsonFile, errors, quiet_libraries, write_json
 from pared.cli.kept import Kept
-from pared.cli.measures import (
-    ask_about_images,
-    do_tasks,
-    fine_tune_for,
-    label,
-    names_of,
-    perplexity_by_protocol,
-    perplexity_on,
-)
 from pared.errors import ParedError
-from pared.evaluation import TASKS, Sampling
+from pared.evaluation import TASKS
 from pared.evaluation.choice import CHOICES
 from pared.hardware import device_of
 
@@ -102,6 +93,17 @@ def evaluate(
             "dtype": None if dtype == "auto" else dtype,
         }  # fmt: skip
         _require_read(asked[0] if protocol is None else "perplexity --protocol", options)
+        from pared.cli.measures import (
+            ask_about_images,
+            do_tasks,
+            fine_tune_for,
+            label,
+            names_of,
+            perplexity_by_protocol,
+            perplexity_on,
+        )
+        from pared.evaluation import Sampling
+
         place, kept = device_of(device), Kept(json_file)
         if perplexity is not None and protocol is not None:
             result = perplexity_by_protocol(model, perplexity, protocol, dtype, place)

@@ -1,14 +1,16 @@
 """``pared export``: any model that has a name, as a folder that needs nothing of pared."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pared.checkpoint import Exported, export_dense
 from pared.cli.console import errors, out, quiet_libraries
 from pared.cli.options import Overwrite
 from pared.names import require_known
+
+if TYPE_CHECKING:
+    from pared.checkpoint import Exported
 
 FORMS = ("dense",)
 
@@ -24,10 +26,12 @@ def export(
     with errors():
         quiet_libraries()
         require_known("form", to, FORMS)
+        from pared.checkpoint import export_dense
+
         print_exported(export_dense(model, out_folder, dtype, overwrite), out_folder)
 
 
-def print_exported(exported: Exported, folder: Path) -> None:
+def print_exported(exported: "Exported", folder: Path) -> None:
     """Print what was written as plain weights, and that it was checked."""
     out.print(f"self-check: reloaded, largest relative difference {exported.self_check:.2g}", markup=False)
     out.print(f"folder: {folder}  ({exported.bytes_on_disk:,} bytes of weights)", markup=False)

@@ -6,6 +6,7 @@ from pared.allocation import ALLOCATORS
 from pared.allocation.layerwise import LAYER_ALLOCATORS
 from pared.cli.console import out
 from pared.engine import EVERY_METHOD
+from pared.training import METHODS
 
 
 def methods() -> None:
@@ -29,8 +30,6 @@ def methods() -> None:
 
 def print_training() -> None:
     """List what `pared tune` trains with."""
-    from pared.training import METHODS  # the Trainer is seconds to import
-
     for method in METHODS.values():
         options = "".join(f", {name}={value}" for name, value in method.options.items())
         out.print(

@@ -1,17 +1,21 @@
 """``pared search``: which program spreads zeros, or ranks, best over a model."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pared.cli import console, options
 from pared.cli.console import ConsoleProgress, JsonFile, errors, quiet_libraries, write_json
 from pared.errors import ParedError
-from pared.search.evolution import Rules, Strategy
-from pared.search.run import FOUND, Found, Look, run
+from pared.names import require_known
 from pared.search.trace import against, draw, require_plotting
 
+if TYPE_CHECKING:
+    from pared.search.evolution import Strategy
+    from pared.search.run import Found
+
 DEFAULT_LENGTH = 1024
+STRATEGIES = ("evolution", "random")
 
 
 def search(
@@ -83,7 +87,11 @@ def search(
                 "device": device,
             },
         )
-        rules = Rules(iterations, population, sample_ratio, top, seed, strategy_of(strategy), workers)
+        found_strategy = strategy_of(strategy)
+        from pared.search.evolution import Rules
+        from pared.search.run import Look, run
+
+        rules = Rules(iterations, population, sample_ratio, top, seed, found_strategy, workers)
         look = Look(windows, length, final_windows, halving)
         pools = None
         if ray is not None:
@@ -98,19 +106,20 @@ def search(
         write_json(json_file, {"folder": str(found.folder), **found.told})
 
 
-def strategy_of(name: str) -> Strategy:
+def strategy_of(name: str) -> "Strategy":
     """Return a strategy by name.
 
     Raises:
         ParedError: there is none.
     """
-    if name in ("evolution", "random"):
-        return name  # type: ignore[return-value]
-    raise ParedError(f"strategy of a search: expected evolution or random, found {name!r}")
+    require_known("strategy", name, STRATEGIES)
+    return name  # type: ignore[return-value]
 
 
-def tell(found: Found) -> None:
+def tell(found: "Found") -> None:
     """Print the best program, what it is worth and how it is used."""
+    from pared.search.run import FOUND
+
     told = found.told
     console.out.print(f"best program: {found.program}", markup=False)
     for name, key in (("dense", "dense"), ("uniform", "uniform"), ("best", "perplexity")):

@@ -1,15 +1,17 @@
 """``pared tune``: a compressed model in, the same one trained out."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pared.checkpoint.manifest import Manifest, Training
 from pared.cli import options
 from pared.cli.console import ConsoleProgress, JsonFile, errors, out, quiet_libraries, write_json
 from pared.presets import told
 from pared.tuning import Tuning
+
+if TYPE_CHECKING:
+    from pared.checkpoint.manifest import Manifest, Training
 
 
 def tune(
@@ -87,8 +89,6 @@ def tune(
     """
     with errors("interrupted; the same command goes on from the last checkpoint, if there is one"):
         quiet_libraries()
-        from pared.training import tune as run
-
         asked = options.asked_of(
             Tuning,
             recipe,
@@ -125,13 +125,15 @@ def tune(
                 "out": out_folder,
             },
         )
+        from pared.training import tune as run
+
         made = run(asked, overwrite, ConsoleProgress())
         if made.is_first:
             print_trained(made.manifest, str(made.folder))
             write_json(json_file, {"folder": str(made.folder), **made.manifest.model_dump(mode="json")})
 
 
-def print_trained(manifest: Manifest, folder: str) -> None:
+def print_trained(manifest: "Manifest", folder: str) -> None:
     """Print what a training changed and where it lies."""
     training = manifest.training[-1]
     before, after = manifest.plan.before, manifest.plan.after
@@ -149,7 +151,7 @@ def print_trained(manifest: Manifest, folder: str) -> None:
     out.print(f"folder: {folder}", markup=False)
 
 
-def print_training(training: Training) -> None:
+def print_training(training: "Training") -> None:
     """Print how a training went."""
     texts = ", ".join(str(row["text"]) for row in training.data)
     out.print(f"trained by {training.tuning.method} on {texts}", markup=False)

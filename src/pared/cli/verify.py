@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from pared.checkpoint import verify as check
 from pared.cli.console import JsonFile, errors, out, quiet_libraries, write_json
 
 
@@ -15,6 +14,11 @@ def verify(
     """Load a folder and compare its outputs with those recorded before it was saved."""
     with errors():
         quiet_libraries()
+        from pared.checkpoint import Manifest
+
+        Manifest.read(folder)  # before anything that takes long to import
+        from pared.checkpoint import verify as check
+
         difference = check(folder)
         out.print(f"{folder}: ok, largest relative difference {difference:.2g}", markup=False)
         write_json(json_file, {"folder": str(folder), "difference": difference})

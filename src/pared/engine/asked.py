@@ -3,26 +3,25 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import cast
-
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, cast
 
 from pared.allocation import Budget, allocator_of, make_plan
 from pared.allocation.layerwise import GRANULARITIES, LayerAllocator, layer_allocator_of
-from pared.allocation.program import SCORE_TOKENS, named
-from pared.anatomy import Anatomy, find_anatomy
-from pared.engine.groups import candidate_units
-from pared.engine.zeros import uniform_zeros
+from pared.allocation.program.packaged import SCORE_TOKENS
 from pared.errors import ParedError
 from pared.lowrank import METHODS, LowRankMethod
 from pared.names import did_you_mean, require_known
 from pared.plan import Plan
 from pared.recipe import Recipe
-from pared.sources.labelled_windows import find_windows
 from pared.sources.texts import find_text
-from pared.sources.windows import Windows, cut, digest_of
 from pared.sparsity import METHODS as PRUNING_METHODS
 from pared.sparsity import PruningMethod
+
+if TYPE_CHECKING:  # what a recipe asks for is looked up and refused without torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from pared.anatomy import Anatomy
+    from pared.sources.windows import Windows
 
 log = logging.getLogger(__name__)
 
@@ -47,12 +46,14 @@ def method_of(recipe: Recipe) -> Method:
     return EVERY_METHOD[recipe.method]
 
 
-def anatomy_of(model: PreTrainedModel, recipe: Recipe) -> Anatomy:
+def anatomy_of(model: "PreTrainedModel", recipe: Recipe) -> "Anatomy":
     """Return the sites a recipe covers, from shapes alone.
 
     Raises:
         ParedError: no such blocks, no linear layer in them, or nothing is left of them.
     """
+    from pared.anatomy import find_anatomy
+
     return find_anatomy(model, recipe.blocks).without(recipe.skip)
 
 
@@ -166,6 +167,8 @@ def _with_program(options: dict[str, object], tokens: int) -> dict[str, object]:
     """Return the options with the program itself in place of the file that holds it, so that the record is whole."""
     if "program" not in options:
         return options
+    from pared.allocation.program import named
+
     asked = int(str(options["score_tokens"]))
     if asked < 0:
         raise ParedError(f"option score_tokens: expected a number of tokens, or 0 for the program's own; got {asked}")
@@ -245,7 +248,7 @@ def dense_path_of(recipe: Recipe) -> float:
     return low_rank_of(recipe).dense_path if recipe.dense_path == "auto" else recipe.dense_path
 
 
-def plan_of(model: PreTrainedModel, recipe: Recipe, bytes_per_parameter: int | None = None) -> Plan:
+def plan_of(model: "PreTrainedModel", recipe: Recipe, bytes_per_parameter: int | None = None) -> Plan:
     """Decide every site from shapes alone; the model may be on the meta device.
 
     Where ranks or zeros depend on the data, those of uniform allocation stand in: the sizes are right to a rank.
@@ -253,6 +256,9 @@ def plan_of(model: PreTrainedModel, recipe: Recipe, bytes_per_parameter: int | N
     Raises:
         ParedError: unknown method or allocation, nothing to compress, or a budget too small.
     """
+    from pared.engine.groups import candidate_units
+    from pared.engine.zeros import uniform_zeros
+
     options = options_of(recipe)
     if is_pruning(recipe):
         layer_allocation_of(recipe)
@@ -269,8 +275,8 @@ def plan_of(model: PreTrainedModel, recipe: Recipe, bytes_per_parameter: int | N
 
 
 def calibration_windows(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, causal: bool
-) -> Windows:
+    recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", config: "PretrainedConfig", causal: bool
+) -> "Windows":
     """Cut a recipe's calibration text, or its labelled examples.
 
     Args:
@@ -282,11 +288,13 @@ def calibration_windows(
     Raises:
         ParedError: the text is unknown, or shorter than one window.
     """
+    from pared.sources.labelled_windows import find_windows
+
     asked = recipe.calibration
     return find_windows(asked.text, tokenizer, config, causal, asked.length, asked.samples, asked.sampling, asked.seed)
 
 
-def trial_windows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Windows:
+def trial_windows(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> "Windows":
     """Cut the windows that follow those a recipe calibrates on, for allocators that try what they propose.
 
     A text that has no more of them gives the last that are calibrated on, and says so in the log.
@@ -294,6 +302,8 @@ def trial_windows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Windows
     Raises:
         ParedError: the text is unknown, or shorter than one window.
     """
+    from pared.sources.windows import cut, digest_of
+
     asked = recipe.calibration
     text = find_text(asked.text)
     if asked.sampling == "random-offset":

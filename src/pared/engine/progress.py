@@ -7,8 +7,6 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
-import torch
-
 
 class Advance(Protocol):
     """Marks a step as done."""
@@ -57,6 +55,8 @@ class Stopwatch:
 
 def peak_memory_bytes() -> int:
     """Return the highest resident memory of this process so far; with CUDA, the highest allocated memory."""
+    import torch
+
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")

@@ -1,9 +1,14 @@
 """What a model is worth, dense or compressed."""
 
-from pared.evaluation.classification import Score, classify
-from pared.evaluation.generation import Sampling, complete, greedy
-from pared.evaluation.perplexity import Perplexity, perplexity
-from pared.evaluation.tasks import TASKS, Result, Task, evaluate_task, task_of
+from typing import TYPE_CHECKING
+
+from pared.lazy import lazy_package
+
+if TYPE_CHECKING:
+    from pared.evaluation.classification import Score, classify
+    from pared.evaluation.generation import Sampling, complete, greedy
+    from pared.evaluation.perplexity import Perplexity, perplexity
+    from pared.evaluation.tasks import TASKS, Result, Task, evaluate_task, task_of
 
 __all__ = [
     "TASKS",
@@ -19,3 +24,13 @@ __all__ = [
     "perplexity",
     "task_of",
 ]
+
+lazy_package(
+    __name__,
+    {
+        "pared.evaluation.classification": ["Score", "classify"],
+        "pared.evaluation.generation": ["Sampling", "complete", "greedy"],
+        "pared.evaluation.perplexity": ["Perplexity", "perplexity"],
+        "pared.evaluation.tasks": ["TASKS", "Result", "Task", "evaluate_task", "task_of"],
+    },
+)

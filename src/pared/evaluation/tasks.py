@@ -2,18 +2,20 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from pared.errors import ParedError
 from pared.evaluation.answers import boxed, last_number, marked_number, same_expression, same_number
-from pared.evaluation.generation import Sampling, complete
 from pared.evaluation.passes import mean_pass_at_k
 from pared.evaluation.sandbox import Limits, run_program
 from pared.names import require_known
 from pared.sources.data_sets import GSM8K_TEST, GSM8K_TRAIN, MATH500, MBPP, DataSet
 from pared.sources.hub import HubSet
+
+if TYPE_CHECKING:  # which tasks there are is told without them
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from pared.evaluation.generation import Sampling
 
 Row = Mapping[str, Any]
 Verdict = Mapping[str, bool]
@@ -83,12 +85,12 @@ class Result:
 
 
 def evaluate_task(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
     name: str,
     limit: int | None = None,
     shots: int | None = None,
-    sampling: Sampling | None = None,
+    sampling: "Sampling | None" = None,
     run_code: bool = False,
     ks: Sequence[int] = (1,),
     batch: int = 8,
@@ -113,6 +115,8 @@ def evaluate_task(
     Raises:
         ParedError: an unknown task, missing or malformed data, code to run without leave, or k above the samples.
     """
+    from pared.evaluation.generation import Sampling, complete
+
     task, sampling = task_of(name), sampling or Sampling()
     require_leave(task, run_code)
     if task.runs and max(ks) > sampling.samples:

@@ -1,6 +1,19 @@
 """The mathematics of low rank: tensors in, tensors out."""
 
-from pared.lowrank.decomposition import Decomposition, Factors
-from pared.lowrank.methods import METHODS, LowRankMethod
+from typing import TYPE_CHECKING
+
+from pared.lazy import lazy_package
+
+if TYPE_CHECKING:
+    from pared.lowrank.decomposition import Decomposition, Factors
+    from pared.lowrank.methods import METHODS, LowRankMethod
 
 __all__ = ["METHODS", "Decomposition", "Factors", "LowRankMethod"]
+
+lazy_package(
+    __name__,
+    {
+        "pared.lowrank.decomposition": ["Decomposition", "Factors"],
+        "pared.lowrank.methods": ["METHODS", "LowRankMethod"],
+    },
+)

@@ -2,15 +2,18 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from pared.lazy import deferred
 
-from pared.lowrank import asvd, fwsvd, loss_optimal, sharing, svd, whitening
-from pared.lowrank.decomposition import Decomposition
+if TYPE_CHECKING:  # what a method is called and which options it has is read without it
+    import torch
 
-Statistics = Mapping[str, torch.Tensor]
-GroupRule = Callable[[Sequence[torch.Tensor], Sequence[Statistics], Mapping[str, Any]], Decomposition]
+    from pared.lowrank.decomposition import Decomposition
+
+Statistics = Mapping[str, "torch.Tensor"]
+Rule = Callable[["torch.Tensor", Statistics, Mapping[str, Any]], "Decomposition"]
+GroupRule = Callable[[Sequence["torch.Tensor"], Sequence[Statistics], Mapping[str, Any]], "Decomposition"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class LowRankMethod:
     paper: str
     summary: str
     needs: Callable[[Sequence[tuple[int, int]]], frozenset[str]]
-    rule: Callable[[torch.Tensor, Mapping[str, torch.Tensor], Mapping[str, Any]], Decomposition]
+    rule: Rule
     gradients: Callable[[Mapping[str, Any]], frozenset[str]] = lambda _: frozenset()
     options: Mapping[str, bool | int | float | str] = field(default_factory=dict)
     allocation: str = "uniform"
@@ -54,10 +57,10 @@ class LowRankMethod:
 
     def decompose(
         self,
-        W_ON: torch.Tensor,
-        statistics: Mapping[str, torch.Tensor],
+        W_ON: "torch.Tensor",
+        statistics: Statistics,
         options: Mapping[str, object] | None = None,
-    ) -> Decomposition:
+    ) -> "Decomposition":
         """Decompose one weight ``(out, in)``, with the default of every option that is not given."""
         return self.rule(W_ON, statistics, {**self.options, **(options or {})})
 
@@ -125,7 +128,8 @@ def _one_of(options: Mapping[str, Any], name: str, valid: Sequence[str]) -> str:
     return str(options[name])
 
 
-def _fisher(options: Mapping[str, Any]) -> frozenset[str]:
+def fisher(options: Mapping[str, Any]) -> frozenset[str]:
+    """Need the Fisher information of every weight; of as many examples squared together as the option says."""
     _one_of(options, "loss", LOSSES)
     batch = options["fisher_batch"]
     if batch < 1:
@@ -133,49 +137,11 @@ def _fisher(options: Mapping[str, Any]) -> frozenset[str]:
     return frozenset({"fisher" if batch == 1 else f"fisher:{batch}"})
 
 
-def _fisher_weighted(
-    W_ON: torch.Tensor, statistics: Mapping[str, torch.Tensor], options: Mapping[str, Any]
-) -> Decomposition:
-    (name,) = _fisher(options)
-    return fwsvd.decompose(W_ON, statistics[name], options["fisher_power"])
-
-
-def _output_gradient(options: Mapping[str, Any]) -> frozenset[str]:
+def output_gradient(options: Mapping[str, Any]) -> frozenset[str]:
+    """Need the second moments of the outputs' gradients, as far as the weighting asked for looks at them."""
     _one_of(options, "loss", LOSSES)
     weighting = _one_of(options, "output_weighting", WEIGHTINGS)
     return frozenset() if weighting == "none" else frozenset({f"output_gradient_{weighting}"})
-
-
-def _weighting(W_ON: torch.Tensor, statistics: Statistics, options: Mapping[str, Any]) -> torch.Tensor:
-    return next((statistics[name] for name in _output_gradient(options)), W_ON.new_ones(()))
-
-
-def _loss_optimal(W_ON: torch.Tensor, statistics: Statistics, options: Mapping[str, Any]) -> Decomposition:
-    return loss_optimal.decompose(W_ON, statistics["mean_gram"], _weighting(W_ON, statistics, options))
-
-
-def _loss_optimal_group(
-    W_ON: Sequence[torch.Tensor], statistics: Sequence[Statistics], options: Mapping[str, Any]
-) -> Decomposition:
-    weightings = [_weighting(weight, own, options) for weight, own in zip(W_ON, statistics, strict=True)]
-    roots = [loss_optimal.root(B, len(weight)) for B, weight in zip(weightings, W_ON, strict=True)]
-    return loss_optimal.decompose_weighted(
-        sharing.stacked(W_ON),
-        sharing.pooled(statistics, "mean_gram"),
-        torch.cat(roots) if roots[0].ndim == 1 else sharing.block_diagonal(roots),
-    )
-
-
-def _whitened_group(
-    W_ON: Sequence[torch.Tensor], statistics: Sequence[Statistics], _: Mapping[str, Any]
-) -> Decomposition:
-    return whitening.decompose(sharing.stacked(W_ON), sharing.pooled(statistics, "gram"))
-
-
-def _whitened(W_ON: torch.Tensor, statistics: Mapping[str, torch.Tensor], _: Mapping[str, Any]) -> Decomposition:
-    if "gram" in statistics:
-        return whitening.decompose(W_ON, statistics["gram"])
-    return whitening.decompose_by_outputs(W_ON, statistics["output_gram"])
 
 
 METHODS = {
@@ -186,15 +152,15 @@ METHODS = {
             paper="Eckart and Young, 1936",
             summary="least error of the weight itself; needs no data",
             needs=nothing,
-            rule=lambda W_ON, _, __: svd.decompose(W_ON),
+            rule=deferred("pared.lowrank.rules:plain"),
         ),
         LowRankMethod(
             name="fwsvd",
             paper="Hsu et al., ICLR 2022 (arXiv 2207.00112)",
             summary="least error of the weight, input features weighted by the Fisher information of the task loss",
             needs=nothing,
-            rule=_fisher_weighted,
-            gradients=_fisher,
+            rule=deferred("pared.lowrank.rules:fisher_weighted"),
+            gradients=fisher,
             options={"fisher_batch": 1, "fisher_power": 0.5, "loss": "labels"},
         ),
         LowRankMethod(
@@ -202,7 +168,7 @@ METHODS = {
             paper="Yuan et al., 2023 (arXiv 2312.05821), exact SVD",
             summary="least error of the weight, input channels scaled by their mean magnitude to the power alpha",
             needs=magnitude,
-            rule=lambda W_ON, statistics, options: asvd.decompose(W_ON, statistics["magnitude"], options["alpha"]),
+            rule=deferred("pared.lowrank.rules:scaled"),
             options={"alpha": 0.5},
         ),
         LowRankMethod(
@@ -210,14 +176,14 @@ METHODS = {
             paper="Wang et al., ICLR 2025 (arXiv 2403.07378), whitening",
             summary="least error of the layer's output on the calibration data",
             needs=either_gram,
-            rule=_whitened,
+            rule=deferred("pared.lowrank.rules:whitened"),
         ),
         LowRankMethod(
             name="svd-llm-v2",
             paper="Wang et al., NAACL 2025 (arXiv 2503.12340)",
             summary="svd-llm with more kept, within a kind of layer, where uniform ranks lose more",
             needs=either_gram,
-            rule=_whitened,
+            rule=deferred("pared.lowrank.rules:whitened"),
             allocation="svd-llm-v2",
         ),
         LowRankMethod(
@@ -225,7 +191,7 @@ METHODS = {
             paper="Qi et al., ICML 2026 (arXiv 2604.01609)",
             summary="svd-llm by eigenvectors of the outputs' covariance; ranks by loss and influence, tried on a text",
             needs=either_gram,
-            rule=_whitened,
+            rule=deferred("pared.lowrank.rules:whitened"),
             allocation="swift",
         ),
         LowRankMethod(
@@ -233,25 +199,25 @@ METHODS = {
             paper="J. Wang et al., ICLR 2025 (arXiv 2410.03765)",
             summary="svd-llm with one basis for the same weight of neighbouring blocks, where that loses less",
             needs=either_gram,
-            rule=_whitened,
+            rule=deferred("pared.lowrank.rules:whitened"),
             options={"group_size": 2, "sharing": "measured"},
             refit=lambda keep: "update" if keep <= UPDATE else "off",
             dense_path=DENSE_PATH,
-            group_rule=_whitened_group,
+            group_rule=deferred("pared.lowrank.rules:whitened_group"),
         ),
         LowRankMethod(
             name="loss-optimal",
             paper="ours; K-FAC (Martens and Grosse, 2015) on both sides",
             summary="least expected increase of the loss, inputs and output gradients weighted, one global budget",
             needs=mean_gram,
-            rule=_loss_optimal,
-            gradients=_output_gradient,
+            rule=deferred("pared.lowrank.rules:both_sides"),
+            gradients=output_gradient,
             options={"output_weighting": "full", "loss": "sampled", "group_size": 1, "sharing": "measured"},
             allocation="loss",
             pivoted=True,
             statistics=lambda keep: "sequential" if keep <= SEQUENTIAL else "once",
             dense_path=DENSE_PATH,
-            group_rule=_loss_optimal_group,
+            group_rule=deferred("pared.lowrank.rules:both_sides_group"),
             input_gram="mean_gram",
         ),
     )

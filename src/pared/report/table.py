@@ -1,9 +1,10 @@
 """The rows a compression is told in: always the three sizes side by side."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from pared.checkpoint.manifest import Manifest
-from pared.plan import Plan
+if TYPE_CHECKING:
+    from pared.checkpoint.manifest import Manifest
+    from pared.plan import Plan
 
 
 class Row(NamedTuple):
@@ -15,7 +16,7 @@ class Row(NamedTuple):
     share: str
 
 
-def sizes(plan: Plan, bytes_before: int, bytes_after: int) -> list[Row]:
+def sizes(plan: "Plan", bytes_before: int, bytes_after: int) -> list[Row]:
     """Return the three sizes: covered parameters, whole-model parameters, bytes of weights on disk."""
     before, after = plan.before, plan.after
     return [
@@ -25,7 +26,7 @@ def sizes(plan: Plan, bytes_before: int, bytes_after: int) -> list[Row]:
     ]
 
 
-def comparison(manifest: Manifest) -> list[Row]:
+def comparison(manifest: "Manifest") -> list[Row]:
     """Return the rows of a finished compression."""
     rows = sizes(manifest.plan, manifest.bytes_before, manifest.bytes_on_disk)
     before, after = manifest.perplexity_before, manifest.perplexity_after

@@ -6,8 +6,6 @@ import io
 import logging
 from pathlib import Path
 
-import torch
-
 from pared.digests import file_digest
 from pared.errors import ParedError
 from pared.files import cache_folder
@@ -40,6 +38,7 @@ def converted(gguf: Path) -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     try:

@@ -7,22 +7,17 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-import transformers
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-)
-from transformers.utils import cached_file
+from typing import TYPE_CHECKING, Any
 
 from pared.digests import folder_digest
 from pared.errors import ParedError
 from pared.hardware import dtype_of
 from pared.names import did_you_mean
 from pared.sources.gguf import converted
+
+if TYPE_CHECKING:  # that there is no such model is told without them
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -56,23 +51,27 @@ class ModelSource:
     location: str
     origin: str
 
-    def config(self) -> PretrainedConfig:
+    def config(self) -> "PretrainedConfig":
         """Read the configuration.
 
         Raises:
             ParedError: there is none, or it cannot be read.
         """
+        from transformers import AutoConfig
+
         try:
             return AutoConfig.from_pretrained(self.location)
         except Exception as error:  # huggingface_hub and transformers raise many kinds
             raise ParedError(f"model {self.name!r}: no readable config.json ({first_line(error)})") from None
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
         """Load the tokenizer.
 
         Raises:
             ParedError: the folder holds none.
         """
+        from transformers import AutoTokenizer
+
         try:
             return AutoTokenizer.from_pretrained(self.location)
         except Exception as error:  # tokenizers raises its own
@@ -91,6 +90,8 @@ class ModelSource:
             commit = getattr(self.config(), "_commit_hash", None)
             if commit is not None:
                 return hashlib.sha256(f"{self.location}@{commit}".encode()).hexdigest()
+            from transformers.utils import cached_file
+
             return folder_digest(Path(str(cached_file(self.location, "config.json"))).parent)
         except OSError as error:
             raise ParedError(f"model {self.name!r}: cannot be read ({error})") from None
@@ -98,17 +99,21 @@ class ModelSource:
     @property
     def sees(self) -> bool:
         """Whether the model reads images too."""
+        from transformers.models.auto import modeling_auto
+
         listed = getattr(self.config(), "architectures", None) or []
-        return bool(set(listed) & set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()))
+        return bool(set(listed) & set(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()))
 
     def processor_files(self) -> list[Path]:
         """Return the files of what turns images and dialogues into the inputs of a model that sees; none of others."""
         if not self.sees:
             return []
+        from transformers.utils import cached_file
+
         found = (cached_file(self.location, name, **QUIETLY) for name in PROCESSOR_FILES)
         return [Path(file) for file in found if file]
 
-    def load(self, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
+    def load(self, dtype: "str | torch.dtype" = "auto") -> "PreTrainedModel":
         """Load the model in the class its configuration names, in evaluation mode, on the CPU.
 
         Raises:
@@ -132,12 +137,14 @@ class ModelSource:
             )
         return model.eval()
 
-    def skeleton(self) -> PreTrainedModel:
+    def skeleton(self) -> "PreTrainedModel":
         """Build the model on the meta device: every shape, no memory.
 
         Raises:
             ParedError: the configuration is not one a model can be built from.
         """
+        import torch
+
         config = self.config()
         kind = architecture(config, self.name)
         try:
@@ -148,20 +155,24 @@ class ModelSource:
 
     def weight_bytes(self, dtype: str = "auto") -> int:
         """Bytes of one parameter in the dtype the model would be saved in."""
+        import torch
+
         declared = dtype_of(dtype) or getattr(self.config(), "dtype", None) or torch.float32
         return (getattr(torch, declared, torch.float32) if isinstance(declared, str) else declared).itemsize
 
 
-def architecture(config: PretrainedConfig, name: str) -> Any:
+def architecture(config: "PretrainedConfig", name: str) -> Any:
     """Return the transformers class that ``config.architectures`` names.
 
     Raises:
         ParedError: it names none, or one this transformers does not have.
     """
+    import transformers
+
     listed = getattr(config, "architectures", None) or []
     for candidate in listed:
         found = getattr(transformers, candidate, None)
-        if isinstance(found, type) and issubclass(found, PreTrainedModel):
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
             return found
     raise ParedError(
         f"model {name!r}: config.json names architectures {listed}, none of which transformers "
@@ -174,12 +185,18 @@ def is_causal(architectures: Iterable[str]) -> bool:
 
     One that sees images too is one, unless an encoder reads its text.
     """
+    from transformers.models.auto import modeling_auto
+
     named = set(architectures)
-    seeing = named & set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values())
-    return bool(named & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())) or any(map(_only_decodes, seeing))
+    seeing = named & set(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values())
+    return bool(named & set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())) or any(
+        map(_only_decodes, seeing)
+    )
 
 
 def _only_decodes(architecture: str) -> bool:
+    import transformers
+
     config = getattr(transformers, architecture).config_class()
     return not getattr(config, "is_encoder_decoder", False)
 
@@ -213,7 +230,7 @@ def find_model(name: str) -> ModelSource:
     return ModelSource(name, name, "Hugging Face Hub")
 
 
-def require_dense(config: PretrainedConfig, name: str) -> None:
+def require_dense(config: "PretrainedConfig", name: str) -> None:
     """Refuse a model whose weights are not plain floating point numbers.
 
     Raises:

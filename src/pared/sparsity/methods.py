@@ -2,16 +2,18 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from pared.sparsity import magnitude, sparsegpt, wanda
-from pared.sparsity.masks import Pruned
+from pared.lazy import deferred
 from pared.sparsity.pattern import Pattern
 
-Statistics = Mapping[str, torch.Tensor]
-Rule = Callable[[torch.Tensor, Pattern, Statistics, Mapping[str, Any]], Pruned]
+if TYPE_CHECKING:  # what a method is called and which options it has is read without it
+    import torch
+
+    from pared.sparsity.masks import Pruned
+
+Statistics = Mapping[str, "torch.Tensor"]
+Rule = Callable[["torch.Tensor", Pattern, Statistics, Mapping[str, Any]], "Pruned"]
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,11 @@ class PruningMethod:
 
     def prune(
         self,
-        W_ON: torch.Tensor,
+        W_ON: "torch.Tensor",
         pattern: Pattern,
         statistics: Statistics,
         options: Mapping[str, object] | None = None,
-    ) -> Pruned:
+    ) -> "Pruned":
         """Prune one weight ``(out, in)``, with the default of every option that is not given.
 
         Raises:
@@ -93,16 +95,14 @@ METHODS = {
             paper="Han et al., NeurIPS 2015 (arXiv 1506.02626)",
             summary="the smallest weights of every matrix go; needs no data",
             needs=nothing,
-            rule=lambda W_ON, pattern, _, __: magnitude.prune(W_ON, pattern),
+            rule=deferred("pared.sparsity.rules:by_magnitude"),
         ),
         PruningMethod(
             name="wanda",
             paper="Sun et al., ICLR 2024 (arXiv 2306.11695)",
             summary="within every output, the smallest weights times the norm of their input go; none is changed",
             needs=energy,
-            rule=lambda W_ON, pattern, statistics, options: wanda.prune(
-                W_ON, statistics["energy"], pattern, options["variant"]
-            ),
+            rule=deferred("pared.sparsity.rules:by_wanda"),
             options={"variant": False},
         ),
         PruningMethod(
@@ -110,10 +110,8 @@ METHODS = {
             paper="Frantar and Alistarh, ICML 2023 (arXiv 2301.00774)",
             summary="what hurts the layer's output least goes, input by input, and later weights make up for it",
             needs=gram,
-            rule=lambda W_ON, pattern, statistics, options: sparsegpt.prune(
-                W_ON, statistics["gram"], pattern, options["block"], options["damping"]
-            ),
-            options={"block": sparsegpt.BLOCK, "damping": sparsegpt.DAMPING},
+            rule=deferred("pared.sparsity.rules:by_sparsegpt"),
+            options={"block": 128, "damping": 0.01},
         ),
     )
 }

@@ -20,7 +20,7 @@ from pared.sources.windows import NO_LABEL
 from pared.training.divergence import divergence
 from pared.training.full import train_part
 from pared.training.lora import adapt
-from pared.training.stage import Batch, Context, Loss, Prepared
+from pared.training.stage import Batch, Context, Loss, Prepared, Stage
 
 PARENT = "parent"
 ALPHA = 4  # times the rank, as of lora
@@ -40,6 +40,11 @@ def check(options: Mapping[str, Any]) -> None:
         raise ValueError(f"option adapters: expected a rank, or 0 for none, found {options['adapters']}")
     if options["hidden"] < 0:
         raise ValueError(f"option hidden: expected 0 or more, found {options['hidden']}")
+
+
+def stages(_: Mapping[str, Any]) -> tuple[Stage, ...]:
+    """Return the one stage."""
+    return (Stage("distill", prepare, warmup=0.03, schedule="cosine"),)
 
 
 def prepare(context: Context) -> Prepared:

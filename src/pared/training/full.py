@@ -9,7 +9,7 @@ from pared.training.keep_zeros import KeepZeros
 from pared.training.parts import compressed_layers, norms, unpack
 from pared.training.precision import hold_in_float32
 from pared.training.pruned import pruned_layers
-from pared.training.stage import Context, Loss, Prepared, own_loss
+from pared.training.stage import Context, Loss, Prepared, Stage, own_loss
 
 PARTS = ("factors", "factors+norms", "all")
 
@@ -22,6 +22,11 @@ def check(options: Mapping[str, Any]) -> None:
     """
     if options["train"] not in PARTS:
         raise ValueError(f"option train: expected one of {', '.join(PARTS)}, found {options['train']!r}")
+
+
+def stages(_: Mapping[str, Any]) -> tuple[Stage, ...]:
+    """Return the one stage."""
+    return (Stage("full", prepare),)
 
 
 def prepare(context: Context) -> Prepared:

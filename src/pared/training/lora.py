@@ -26,14 +26,6 @@ from pared.training.stage import Context, Loss, Prepared, Stage, own_loss
 
 FACTORS, ORDERS = ("up", "down", "both"), ("together", "sequential")
 ALL, PEFT = "compressed", "peft"  # in place of patterns: every layer that pared made; what PEFT adapts by itself
-OPTIONS: dict[str, bool | int | float | str] = {
-    "rank": 8,
-    "alpha": 32,
-    "dropout": 0.0,
-    "targets": ALL,
-    "factor": "up",
-    "order": "together",
-}
 
 
 def check(options: Mapping[str, Any]) -> None:

@@ -1,8 +1,9 @@
 """The training methods there are."""
 
+from pared.lazy import deferred
 from pared.names import require_known
-from pared.training import basel, distill, full, lora
-from pared.training.stage import Stage, TuningMethod
+from pared.training.options import BASEL, LORA
+from pared.training.stage import TuningMethod
 
 METHODS: dict[str, TuningMethod] = {
     method.name: method
@@ -11,39 +12,39 @@ METHODS: dict[str, TuningMethod] = {
             name="lora",
             paper="Hu et al., ICLR 2022, arXiv 2106.09685; SVD-LLM's order: arXiv 2403.07378",
             summary="adapters on the factors, or on layers named by pattern, merged: rank and format stay",
-            stages=lora.stages,
+            stages=deferred("pared.training.lora:stages"),
             learning_rate=1e-4,
             epochs=2.0,
-            options=lora.OPTIONS,
-            check=lora.check,
+            options=LORA,
+            check=deferred("pared.training.lora:check"),
         ),
         TuningMethod(
             name="full",
             paper="Basis Sharing's recovery: Wang et al., ICLR 2025, arXiv 2410.03765",
             summary="all factors on the model's own loss",
-            stages=lambda _: (Stage("full", full.prepare),),
+            stages=deferred("pared.training.full:stages"),
             learning_rate=2e-6,
             options={"train": "factors"},
-            check=full.check,
+            check=deferred("pared.training.full:check"),
         ),
         TuningMethod(
             name="distill",
             paper="Hinton et al., 2015, arXiv 1503.02531",
             summary="factors and norms towards the predictions of the dense parent, on any text",
-            stages=lambda _: (Stage("distill", distill.prepare, warmup=0.03, schedule="cosine"),),
+            stages=deferred("pared.training.distill:stages"),
             learning_rate=3e-5,
-            options={"teacher": distill.PARENT, "temperature": 1.0, "text": 0.5, "hidden": 0.0, "adapters": 0},
-            check=distill.check,
+            options={"teacher": "parent", "temperature": 1.0, "text": 0.5, "hidden": 0.0, "adapters": 0},
+            check=deferred("pared.training.distill:check"),
         ),
         TuningMethod(
             name="basel",
             paper="Li et al., TMLR 2025, arXiv 2405.15877; importance bsi: arXiv 2605.01627",
             summary="a dense model made smaller for a task: bases weighed anew on it, the useless ones dropped",
-            stages=basel.stages,
+            stages=deferred("pared.training.basel.method:stages"),
             learning_rate=2e-5,
-            options=basel.OPTIONS,
-            check=basel.check,
-            needs_whole=basel.needs_whole,
+            options=BASEL,
+            check=deferred("pared.training.basel.method:check"),
+            needs_whole=deferred("pared.training.basel.method:needs_whole"),
             compresses=True,
         ),
     )

@@ -2,20 +2,22 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import PreTrainedModel, TrainerCallback
-
-from pared.checkpoint import Manifest
-from pared.training.examples import Examples
 from pared.tuning import Tuning
 
-Batch = Mapping[str, torch.Tensor]
-Loss = Callable[[Any, Batch], torch.Tensor]
+if TYPE_CHECKING:  # what a method is called and which options it has is read without them
+    import torch
+    from transformers import PreTrainedModel, TrainerCallback
+
+    from pared.checkpoint import Manifest
+    from pared.training.examples import Examples
+
+Batch = Mapping[str, "torch.Tensor"]
+Loss = Callable[[Any, Batch], "torch.Tensor"]
 
 
-def own_loss(model: Any, batch: Batch) -> torch.Tensor:
+def own_loss(model: Any, batch: Batch) -> "torch.Tensor":
     """Return the model's own loss on labels: the mean over predicted tokens, or over examples."""
     loss: torch.Tensor = model(**batch).loss
     return loss
@@ -38,9 +40,9 @@ class Prepared:
     """
 
     model: Any
-    finish: Callable[[], PreTrainedModel]
+    finish: "Callable[[], PreTrainedModel]"
     loss: Loss = own_loss
-    callbacks: list[TrainerCallback] = field(default_factory=list)
+    callbacks: "list[TrainerCallback]" = field(default_factory=list)
     buffers: tuple[str, ...] = ()
     rate: float = 1.0
     faster: Mapping[str, float] = field(default_factory=dict)
@@ -63,14 +65,14 @@ class Context:
         precision: what products are made in.
     """
 
-    model: PreTrainedModel
+    model: "PreTrainedModel"
     options: Mapping[str, Any]
     tuning: Tuning
-    manifest: Manifest | None
+    manifest: "Manifest | None"
     steps: int
-    examples: Examples
-    device: torch.device
-    precision: torch.dtype
+    examples: "Examples"
+    device: "torch.device"
+    precision: "torch.dtype"
 
 
 @dataclass(frozen=True)

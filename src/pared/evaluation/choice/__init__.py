@@ -1,5 +1,17 @@
 """Tasks in which a model chooses, scored by lm-evaluation-harness."""
 
-from pared.evaluation.choice.scoring import CHOICES, Prepared, evaluate_choices, prepare
+from typing import TYPE_CHECKING
+
+from pared.lazy import lazy_package
+
+if TYPE_CHECKING:
+    from pared.evaluation.choice.scoring import CHOICES, Prepared, evaluate_choices, prepare
 
 __all__ = ["CHOICES", "Prepared", "evaluate_choices", "prepare"]
+
+lazy_package(
+    __name__,
+    {
+        "pared.evaluation.choice.scoring": ["CHOICES", "Prepared", "evaluate_choices", "prepare"],
+    },
+)

@@ -15,15 +15,16 @@ from functools import partial
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
-
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.errors import ParedError
 from pared.evaluation.tasks import Result
 from pared.sources.files import data_folder
 from pared.sources.hub import unreadable
+
+if TYPE_CHECKING:  # which tasks there are is told without them
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEFINITIONS = Path(__file__).parent / "definitions"
 CHOICES = tuple(sorted(path.stem for path in DEFINITIONS.glob("*.yaml")))
@@ -94,8 +95,8 @@ def prepare(names: Sequence[str], shots: int | None = None, limit: int | None = 
 
 
 def evaluate_choices(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
     tasks: Prepared,
     stage: Stage,
     batch: int = BATCH,
@@ -157,7 +158,7 @@ def _require_questions(name: str, task: Any, limit: int | None) -> None:
                              f"with its answers, found {dict(row)!s:.300} ({why})") from None  # fmt: skip
 
 
-def _scorer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: int, stage: Stage) -> Any:
+def _scorer(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch: int, stage: Stage) -> Any:
     """Return the harness's scorer over a loaded model, told in our progress."""
     from lm_eval.models.huggingface import HFLM
 

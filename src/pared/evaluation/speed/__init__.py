@@ -1,6 +1,19 @@
 """How fast models are, and what memory they take: one against another, in turns."""
 
-from pared.evaluation.speed.bench import Bench, Timed, bench
-from pared.evaluation.speed.settings import PRESETS, Case, Settings, parse_case, preset
+from typing import TYPE_CHECKING
+
+from pared.lazy import lazy_package
+
+if TYPE_CHECKING:
+    from pared.evaluation.speed.bench import Bench, Timed, bench
+    from pared.evaluation.speed.settings import PRESETS, Case, Settings, parse_case, preset
 
 __all__ = ["PRESETS", "Bench", "Case", "Settings", "Timed", "bench", "parse_case", "preset"]
+
+lazy_package(
+    __name__,
+    {
+        "pared.evaluation.speed.bench": ["Bench", "Timed", "bench"],
+        "pared.evaluation.speed.settings": ["PRESETS", "Case", "Settings", "parse_case", "preset"],
+    },
+)

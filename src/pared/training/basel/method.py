@@ -31,23 +31,6 @@ from pared.training.precision import hold_in_float32, precise
 from pared.training.stage import Context, Prepared, Stage, own_loss
 
 LEAST_MASS = 0.01  # for learning rates: where a budget leaves hardly more than the new bases, K says nothing
-OPTIONS: dict[str, bool | int | float | str] = {
-    "keep_ratio": 0.5,
-    "keep": 0.0,
-    "prunes": 100,
-    "keeping_epochs": 1.0,
-    "pruning_epochs": 2.0,
-    "post_epochs": 3.0,
-    "new": 32,
-    "relearn": True,
-    "coefficient_rate": 1.0,
-    "importance": "magnitude",
-    "l1": 0.0,
-    "probes": 1,
-    "basis": "weight",
-    "bases": "bfloat16",
-    "skip": "",
-}
 HELD = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 

@@ -1,0 +1,216 @@
+"""What is told or refused without torch, and what ``import pared`` does to transformers."""
+
+import ast
+import importlib
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import typer
+
+import pared
+from pared.allocation import ALLOCATORS
+from pared.allocation.layerwise import LAYER_ALLOCATORS
+from pared.checkpoint import format, manifest
+from pared.cli.main import COMMANDS, LazyCommands
+from pared.importing import when_imported
+from pared.lazy import deferred
+from pared.lowrank import METHODS
+from pared.sparsity import METHODS as PRUNING_METHODS
+from pared.sparsity import sparsegpt
+from pared.training import METHODS as TRAINING_METHODS
+
+SOURCE = Path(pared.__file__).parent
+LAZY = sorted(path for path in SOURCE.rglob("__init__.py") if "lazy_package(" in path.read_text(encoding="utf-8"))
+
+
+def package_of(path: Path) -> str:
+    return ".".join(("pared", *path.parent.relative_to(SOURCE).parts))
+
+
+# Lazy packages.
+
+
+@pytest.mark.parametrize("path", LAZY, ids=package_of)
+def test_a_lazy_package_has_what_type_checkers_are_told(path: Path) -> None:
+    package = importlib.import_module(package_of(path))
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    (checked,) = (node for node in tree.body if isinstance(node, ast.If))
+    told = {
+        alias.name: node.module for node in checked.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    assert package.__dict__["_homes"] == told
+    assert set(package.__all__) == set(told)
+    assert set(told) <= set(dir(package))
+    for name, home in told.items():
+        assert getattr(package, name) is getattr(importlib.import_module(str(home)), name)
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'compres'"):
+        pared.compres  # noqa: B018
+    assert not hasattr(pared, "__wrapped__")
+
+
+def test_every_declaration_names_a_function_there_is() -> None:
+    registries = (METHODS, PRUNING_METHODS, ALLOCATORS, LAYER_ALLOCATORS, TRAINING_METHODS)
+    paths = {
+        value.path
+        for registry in registries
+        for entry in registry.values()
+        for value in vars(entry).values()
+        if hasattr(value, "path")
+    }
+    assert len(paths) > 20
+    for path in paths:
+        module, _, name = path.partition(":")
+        assert callable(getattr(importlib.import_module(module), name)), path
+
+
+def test_a_deferred_function_is_the_function() -> None:
+    join = deferred("os.path:join")
+    assert join("a", "b") == str(Path("a", "b"))
+    assert join.__name__ == "join"
+
+
+def test_the_manifest_has_the_version_of_the_format() -> None:
+    assert manifest.FORMAT_VERSION == format.FORMAT_VERSION
+
+
+def test_declared_defaults_are_those_of_the_mathematics() -> None:
+    assert PRUNING_METHODS["sparsegpt"].options == {"block": sparsegpt.BLOCK, "damping": sparsegpt.DAMPING}
+
+
+# Commands.
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_list_of_commands_tells_what_their_own_help_does(name: str) -> None:
+    command = LazyCommands(name="pared").get_command(None, name)
+    assert command.name == name
+    assert (command.help or "").split("\n\n")[0].replace("\n", " ") == COMMANDS[name][1]
+    assert isinstance(command, (typer.core.TyperCommand, typer.core.TyperGroup))
+
+
+WITHOUT_TORCH = """
+import sys
+from pathlib import Path
+from types import ModuleType
+from typer.testing import CliRunner
+import pared
+from pared.checkpoint import format, manifest
+from pared.cli.main import app
+
+for words, code, told in {cases!r}:
+    result = CliRunner().invoke(app, words)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, (words, result.exit_code, result.output)
+    assert told in result.output, (words, told, result.output)
+    complaints = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(complaints) <= 1, (words, result.stderr)
+    loaded = sorted({{"torch", "transformers", "numpy", "datasets"}} & set(sys.modules))
+    assert not loaded, (words, loaded)
+"""
+CASES: list[tuple[list[str], int, str]] = [
+    (["--version"], 0, "pared "),
+    (["--help"], 0, "compress"),
+    (["methods"], 0, "svd-llm"),
+    (["presets"], 0, "basis-sharing-paper"),
+    *([([*name.split(), "--help"], 0, "--help") for name in [*COMMANDS, "diagnose rank-groups"]]),
+    (["compres"], 2, "Did you mean 'compress'"),
+    (["compress", "--metod", "svd"], 2, "--method"),
+    (["verify", "no/such/folder"], 2, "no such folder"),
+    (["info", "no/such/folder"], 2, "no such folder"),
+]
+
+
+def fresh(script: str) -> None:
+    """Run a script in a process that has imported nothing."""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_needs_no_torch_imports_none() -> None:
+    fresh(WITHOUT_TORCH.format(cases=CASES))
+
+
+# Registration with transformers; that it works with `pared` imported first is tested with the folders.
+
+
+@pytest.mark.parametrize("before", ["transformers", "transformers.quantizers"])
+def test_transformers_learns_the_format_where_it_is_imported_first(before: str) -> None:
+    fresh(
+        f"import sys, {before}\n"
+        "import pared\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING\n"
+        "assert AUTO_QUANTIZER_MAPPING['pared'].__module__ == 'pared.checkpoint.loader'\n"
+        # Here too: a function goes before the submodule that is called as it is, whatever was imported first.
+        "import pared.checkpoint.verify, pared.evaluation.perplexity\n"
+        "from pared.checkpoint import verify\n"
+        "assert callable(verify) and callable(pared.checkpoint.verify) and callable(pared.evaluation.perplexity)\n"
+    )
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Name a module that was never imported."""
+    name = "imported_in_a_test_only"
+    (tmp_path / f"{name}.py").write_text("import time\ntime.sleep(0.05)\nready = True\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield name
+    sys.modules.pop(name, None)
+
+
+def test_what_waits_for_a_module_runs_once_after_it(module: str) -> None:
+    seen: list[bool] = []
+
+    def then(imported: ModuleType) -> None:
+        seen.append(imported.ready)
+
+    when_imported(module, then)
+    when_imported(module, then)
+    assert seen == []
+    made = importlib.import_module(module)
+    assert seen == [True]
+    assert made.__spec__ is not None
+    assert type(made.__spec__.loader).__name__ == type(made.__loader__).__name__ == "SourceFileLoader"
+    importlib.reload(made)
+    assert seen == [True]
+
+
+def test_what_waits_for_a_module_that_is_there_runs_at_once(module: str) -> None:
+    importlib.import_module(module)
+    seen: list[str] = []
+    when_imported(module, lambda imported: seen.append(imported.__name__))
+    assert seen == [module]
+
+
+def test_what_waits_for_a_module_sees_it_whole_whichever_thread_imports_it(module: str) -> None:
+    seen: list[bool] = []
+    importer = threading.Thread(target=importlib.import_module, args=(module,))
+    importer.start()
+    while module not in sys.modules:
+        assert importer.is_alive()
+    when_imported(module, lambda imported: seen.append(imported.ready))
+    importer.join()
+    importlib.import_module(module)
+    assert seen == [True]
+
+
+def test_a_failure_of_ours_does_not_break_the_import_of_another_library(module: str) -> None:
+    def then(_: ModuleType) -> None:
+        raise RuntimeError("ours")
+
+    when_imported(module, then)
+    with pytest.warns(UserWarning, match=rf"{module}: pared could not set itself up \(RuntimeError\('ours'\)\)"):
+        importlib.import_module(module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        importlib.import_module(module)
