@@ -99,11 +99,8 @@ def test_the_list_of_commands_tells_what_their_own_help_does(name: str) -> None:
 
 WITHOUT_TORCH = """
 import sys
-from pathlib import Path
-from types import ModuleType
 from typer.testing import CliRunner
 import pared
-from pared.checkpoint import format, manifest
 from pared.cli.main import app
 
 for words, code, told in {cases!r}:
