@@ -1,5 +1,6 @@
 """One process at a time, where the system can say so."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,3 +35,33 @@ def locked(path: Path, busy: str) -> Iterator[None]:
     with path.open("a+b") as file:
         lock(file, busy)
         yield
+
+
+@contextmanager
+def locked_folder(path: Path) -> Iterator[bool]:
+    """Hold the lock of a folder itself, which moves with it and ends with the process.
+
+    Yields:
+        Whether this system and file system has such locks.
+
+    Raises:
+        BlockingIOError: another process holds it.
+        OSError: the folder cannot be opened.
+    """
+    try:
+        import fcntl  # not on Windows
+    except ImportError:
+        yield False
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        could = True
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:  # as on some network file systems
+            could = False
+        yield could
+    finally:
+        os.close(handle)

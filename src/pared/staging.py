@@ -1,49 +1,90 @@
-"""An output folder appears whole or not at all: it is made beside its place and renamed."""
+"""An output folder appears whole or not at all: it is made beside its place and changes places with what is there."""
 
 import errno
+import logging
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 
+from pared.apart import require_apart
 from pared.errors import ParedError
+from pared.leftovers import REPLACED, ROOM, STAGING, held, remove, tidy
+from pared.locking import locked_folder
+from pared.record import foreign
+from pared.swap import exchange
+
+log = logging.getLogger(__name__)
 
 RESERVE = 32 * 1024 * 1024  # bytes for tokenizer, manifest and card
-MODEL_FILES = ("pared.json", "config.json")  # only a folder that holds one of these is ever replaced
+LONGEST_NAME, LONGEST_PATH, INSIDE = 255, 4096, 200  # bytes; the last for what lies in the folder
 
 
-def require_free(out: Path, overwrite: bool) -> None:
-    """Check that an output folder may be written.
+def require_free(out: Path, overwrite: bool, inputs: Iterable[Path] = (), ours: bool = False) -> None:
+    """Check that an output folder may be written; what a killed run left beside it is put back or removed first.
+
+    Args:
+        out: the folder to be made.
+        overwrite: whether a folder that pared wrote may be replaced.
+        inputs: files and folders that are read to make it.
+        ours: whether the folder lies where only pared works, so that what is in it needs no proof.
 
     Raises:
-        ParedError: it is there already and ``overwrite`` was not asked for, it is no model folder, it is a file or a
-            link, or nothing can be written where it would lie.
+        ParedError: it is there already and ``overwrite`` was not asked for; something in it was not written by pared;
+            it is, holds or lies inside what is read; it is a file, a link or a mount; its name is too long; or nothing
+            can be written where it would lie.
     """
     try:
-        _require_free(out, overwrite)
+        _require_free(out, overwrite, inputs, ours)
     except OSError as error:
         raise ParedError(f"output {out}: {error.strerror or error}") from None
 
 
-def _require_free(out: Path, overwrite: bool) -> None:
+def _require_free(out: Path, overwrite: bool, inputs: Iterable[Path], ours: bool) -> None:
     whole = out.absolute()
+    require_short(out)
     if whole in (Path.cwd(), *Path.cwd().parents, Path.home()):
         raise ParedError(f"output {out} is a folder you work in; name a new one inside it")
     place = next(folder for folder in whole.parents if folder.exists())
     if not (place.is_dir() and os.access(place, os.W_OK)):
         raise ParedError(f"output {out}: {place} is not a folder that can be written to; name another place")
+    require_apart(out, inputs)
+    tidy(out)
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise ParedError(f"output {out} is a {'link' if out.is_symlink() else 'file'}; name a folder")
+    if out.is_dir() and os.path.ismount(out):
+        raise ParedError(f"output {out} is a mount, which cannot be replaced; name a folder inside it")
     if not out.is_dir() or not any(out.iterdir()):
         return
     if not overwrite:
         raise ParedError(f"output folder {out} is there already; name another or pass --overwrite")
-    if not any((out / name).exists() for name in MODEL_FILES):
-        raise ParedError(f"output folder {out} holds something that is not a model; it is not replaced: name another")
+    if not ours and (found := foreign(out)) is not None:
+        raise ParedError(f"output folder {out} is not replaced, as not all in it is pared's: {found}; name another, or "
+                         "move away what is yours")  # fmt: skip
+
+
+def require_short(out: Path) -> None:
+    """Refuse a name beside which a hidden, longer one would not fit.
+
+    Raises:
+        ParedError: the name or the whole path is too long; says how long it may be.
+    """
+    whole = out.absolute()
+    place = next((folder for folder in whole.parents if folder.is_dir()), Path(whole.anchor))
+    try:
+        longest = os.pathconf(place, "PC_NAME_MAX")
+    except (AttributeError, OSError, ValueError):
+        longest = LONGEST_NAME
+    for name in whole.parts[len(place.parts) :]:
+        if (length := len(os.fsencode(name))) > longest - ROOM:
+            raise ParedError(f"output {name[:40]}…: a name of {length} bytes; expected {longest - ROOM} at most, as "
+                             "hidden folders beside it have longer ones")  # fmt: skip
+    if (length := len(os.fsencode(whole))) > LONGEST_PATH - INSIDE - ROOM:
+        raise ParedError(f"output …{str(out)[-40:]}: a path of {length:,} bytes; expected "
+                         f"{LONGEST_PATH - INSIDE - ROOM:,} at most")  # fmt: skip
 
 
 def require_space(out: Path, needed: int) -> None:
@@ -61,77 +102,82 @@ def require_space(out: Path, needed: int) -> None:
 
 
 @contextmanager
-def staged(out: Path, overwrite: bool = False, needed: int = 0) -> Iterator[Path]:
-    """Give a folder beside ``out`` to write to, and rename it to ``out`` if nothing went wrong.
+def staged(
+    out: Path, overwrite: bool = False, needed: int = 0, inputs: Iterable[Path] = (), ours: bool = False
+) -> Iterator[Path]:
+    """Give a folder beside ``out`` to write to, and let it take the place of ``out`` if nothing went wrong.
 
-    On any error, and on Ctrl-C, the staging folder is removed and what was at ``out`` is as it was. What a killed
-    process left is removed by the next one that stages the same folder.
+    On any error, and on Ctrl-C, the staging folder is removed and what was at ``out`` is as it was. Where the system
+    can exchange two folders in one step there is a whole folder at ``out`` at any time; elsewhere a process killed
+    between two renames leaves none there, and the next one that names it puts the old one back. It also removes what
+    killed processes left, and says so.
 
     Args:
         out: the folder to be made.
-        overwrite: whether a model folder there may be replaced.
+        overwrite: whether a folder there that pared wrote may be replaced.
         needed: bytes the disk must have free.
+        inputs: files and folders that are read to make it.
+        ours: whether the folder lies where only pared works.
 
     Raises:
         ParedError: ``out`` is taken, or was taken meanwhile, or the disk is or becomes full.
     """
-    require_free(out, overwrite)
+    inputs = list(inputs)
+    require_free(out, overwrite, inputs, ours)
     require_space(out, needed)
-    staging = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(out)
-        staging = _beside(out)
-        staging.chmod(0o755)
-        yield staging
-        for file in staging.rglob("*"):  # safetensors writes files that only their owner can read
-            file.chmod(0o755 if file.is_dir() else 0o644)
-        require_free(out, overwrite)  # another job may have been faster
-        _swap(staging, out)
+        with held(out, STAGING) as staging:
+            try:
+                staging.chmod(0o755)
+                yield staging
+                _finish(staging)
+                require_free(out, overwrite, inputs, ours)  # another job may have been faster
+                _swap(staging, out, ours)
+            finally:
+                if staging.exists():
+                    remove(staging)
     except (OSError, SafetensorError) as error:
         if getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error):
             raise ParedError(f"the disk filled up while writing {out}; the partial folder was removed") from None
         raise ParedError(f"writing {out} failed ({error}); the partial folder was removed") from error
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
 
 
-def _beside(out: Path) -> Path:
-    """Make an empty folder beside ``out``, named after it and this process."""
-    return Path(tempfile.mkdtemp(prefix=f".{out.name}.staging-{os.getpid()}-", dir=out.parent))
+def _finish(folder: Path) -> None:
+    """Let everybody read what was written, and have it on the disk before anything else goes."""
+    for path in (*folder.rglob("*"), folder):
+        path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes files that only their owner can read
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EBADF):  # not for folders there
+                raise
+        finally:
+            os.close(handle)
 
 
-def _sweep(out: Path) -> None:
-    """Remove the staging folders of ``out`` whose process is gone, but for those that hold a replaced folder."""
-    prefix = f".{out.name}.staging-"
-    for path in out.parent.glob(f"{prefix}*"):
-        pid = path.name.removeprefix(prefix).partition("-")[0]
-        if pid.isdigit() and not _alive(int(pid)) and not (path / out.name).exists():
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
-def _swap(staging: Path, out: Path) -> None:
+def _swap(staging: Path, out: Path, ours: bool) -> None:
     if not out.exists():
         staging.rename(out)
-        return
-    old = _beside(out)
-    try:
-        out.rename(old / out.name)
-        staging.rename(out)
-    except BaseException:  # Ctrl-C too: what is in `old` is about to be removed
-        if not out.exists():
-            (old / out.name).rename(out)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
+    elif exchange(staging, out):
+        if not ours and any(staging.iterdir()) and (found := foreign(staging, thorough=False)) is not None:
+            exchange(staging, out)  # came while the new one was written
+            raise ParedError(f"output folder {out} is not replaced, as not all in it is pared's: {found}")
+    else:
+        _swap_in_two(staging, out)
+
+
+def _swap_in_two(staging: Path, out: Path) -> None:
+    """Move the old folder aside and the new one to its place; whoever is killed between leaves the old one aside."""
+    with held(out, REPLACED) as old, locked_folder(out):  # the lock moves with the folder: nobody takes it for lost
+        try:
+            out.rename(old)
+            staging.rename(out)
+        except BaseException:  # Ctrl-C too
+            if not out.exists():
+                old.rename(out)
+            raise
+        finally:
+            if old.exists():
+                remove(old)

@@ -21,7 +21,16 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 import pared
 from pared import ParedError, Recipe
-from pared.checkpoint import export_dense, is_compressed, make_dense, mark, module_map, read_config, require_tensors
+from pared.checkpoint import (
+    export_dense,
+    is_compressed,
+    make_dense,
+    mark,
+    module_map,
+    read_config,
+    record,
+    require_tensors,
+)
 from pared.checkpoint.format import ParedConfig
 from pared.checkpoint.portable import PortableMixin
 from pared.modules import LowRankLinear
@@ -418,6 +427,9 @@ def test_a_changed_weight_does_not_pass(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.mlp.down_proj.up.weight"] *= 1.5
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ParedError, match=r"model\.safetensors is not what was written"):
+        pared.verify(folder)
+    record(folder)
     with pytest.raises(ParedError, match="self-check failed"):
         pared.verify(folder)
 
@@ -426,8 +438,10 @@ def test_weights_that_are_no_numbers_do_not_pass(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"][0] = float("nan")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ParedError, match=r"self-check failed.*nan"):
-        pared.verify(folder)
+    record(folder)
+    for read in (pared.verify, pared.load):
+        with pytest.raises(ParedError, match=r"model\.norm\.weight holds NaN or infinity in 1 of 32 numbers"):
+            read(folder)
 
 
 @pytest.mark.parametrize("length", [0, 4, 100, 5000, -1])

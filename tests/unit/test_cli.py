@@ -210,10 +210,14 @@ def test_existing_folder_is_kept_unless_overwrite_is_said(dense: Path, text: Pat
     out.mkdir()
     (out / "mine.txt").write_text("precious")
     refused(compress(dense, text, out), str(out), "--overwrite")
-    refused(compress(dense, text, out, "--overwrite"), str(out), "not a model")
+    refused(compress(dense, text, out, "--overwrite"), str(out), "no list of files that pared wrote")
     refused(pared("demo", "--out", out), str(out))
+    assert compress(dense, text, tmp_path / "made")[0] == 0
+    shutil.copytree(tmp_path / "made", out, dirs_exist_ok=True)
+    refused(compress(dense, text, out, "--overwrite"), str(out), "mine.txt (a file that pared did not write)")
     assert (out / "mine.txt").read_text() == "precious"
-    (out / "config.json").write_text("{}")
+    (out / "mine.txt").unlink()
+    shutil.rmtree(tmp_path / "made")
     code, _, err = compress(dense, text, out, "--overwrite")
     assert code == 0, err
     assert left_over(tmp_path) == ["out"]
@@ -263,7 +267,7 @@ def test_methods_and_version_are_listed() -> None:
 def test_the_model_itself_is_never_the_output(dense: Path, text: Path) -> None:
     """Regression: --overwrite with the input as the output deleted the dense model."""
     before = left_over(dense)
-    refused(compress(dense, text, dense, "--overwrite"), "the model itself")
+    refused(compress(dense, text, dense, "--overwrite"), "which is read")
     assert left_over(dense) == before
 
 

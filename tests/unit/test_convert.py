@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import pared
 from pared import ParedError, Recipe
-from pared.checkpoint import Manifest, convert, export_dense, module_map, require_tensors
+from pared.checkpoint import Manifest, convert, export_dense, module_map, record, require_tensors
 from pared.modules import LowRankLinear, PivotedLinear
 
 TOKENS = torch.randint(0, VOCAB, (2, 16), generator=torch.Generator().manual_seed(1))
@@ -220,8 +220,8 @@ def test_nothing_to_convert_is_told(two: Path, pivoted: Path, tmp_path: Path) ->
 
 
 def test_a_folder_is_not_converted_into_itself_or_over_another(two: Path, pivoted: Path, tmp_path: Path) -> None:
-    refused(command("convert", two, "--out", two), "is there already")
-    refused(command("convert", two, "--out", two, "--overwrite"), "is the folder itself")
+    refused(command("convert", two, "--out", two), "which is read")
+    refused(command("convert", two, "--out", two, "--overwrite"), "which is read")
     refused(command("convert", two, "--out", pivoted), "is there already")
     shutil.copytree(two, tmp_path / "out")
     assert command("convert", two, "--out", tmp_path / "out", "--overwrite")[0] == 0
@@ -231,8 +231,11 @@ def test_a_folder_is_not_converted_into_itself_or_over_another(two: Path, pivote
 def test_a_damaged_weight_fails_the_self_check_and_nothing_is_written(two: Path, tmp_path: Path) -> None:
     damaged = Path(shutil.copytree(two, tmp_path / "damaged"))
     change(damaged, "model.layers.1.mlp.down_proj.up.weight", lambda tensor: tensor * 1.5)
+    refused(command("convert", damaged, "--out", tmp_path / "out"), "model.safetensors is not what was written")
+    record(damaged)
     refused(command("convert", damaged, "--out", tmp_path / "out"), "self-check failed")
     change(damaged, "model.layers.1.mlp.down_proj.up.weight", lambda tensor: tensor / 0)
+    record(damaged)
     refused(command("convert", damaged, "--out", tmp_path / "out"), "model.layers.1.mlp.down_proj", "NaN or infinity")
     assert left_over(tmp_path) == ["damaged"]
 

@@ -137,7 +137,7 @@ def test_what_is_plain_or_not_there_or_asked_for_twice_is_refused(pruned: Pruned
     refused(command("convert", small.parent / "dense", *out), "its weights are plain already")
     refused(command("convert", tmp_path / "nowhere", *out), "no such folder")
     refused(command("convert", small, "--no-pivot", *out), "--dense and --no-pivot")
-    refused(command("convert", small, "--dense", "--overwrite", "--out", small), "is the model itself")
+    refused(command("convert", small, "--dense", "--overwrite", "--out", small), "which is read")
     assert left_over(tmp_path) == []
     assert pared.verify(small) == 0.0
 

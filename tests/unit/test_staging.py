@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import os
 import shutil
 from collections import namedtuple
@@ -12,8 +13,10 @@ from tiny_models import TINY_MODELS
 from transformers import PreTrainedTokenizerFast
 
 import pared
+import pared.staging as staging_module
 from pared import ParedError, Recipe
 from pared.checkpoint import Manifest
+from pared.record import write_sums
 from pared.staging import RESERVE, staged
 
 # What the safetensors of this environment says on a full disk; it is not an OSError.
@@ -37,7 +40,16 @@ def out(tmp_path: Path) -> Path:
     folder = tmp_path / "out"
     folder.mkdir()
     (folder / "config.json").write_text("old")
+    write_sums(folder)
     return folder
+
+
+SUMS = f"{hashlib.sha256(b'old').hexdigest()}  config.json\n"
+OLD = {"config.json": "old", "SHA256SUMS": SUMS}
+
+
+def in_place(files: dict[str, str]) -> dict[str, str]:
+    return {f"out/{name}": content for name, content in files.items()}
 
 
 def test_the_folder_appears_whole(tmp_path: Path) -> None:
@@ -49,11 +61,10 @@ def test_the_folder_appears_whole(tmp_path: Path) -> None:
 
 
 def test_overwrite_replaces_the_whole_folder(out: Path, tmp_path: Path) -> None:
-    (out / "left over").write_text("old")
     with staged(out, overwrite=True) as staging:
-        (staging / "config.json").write_text("new")
-        assert contents(out) == {"config.json": "old", "left over": "old"}
-    assert contents(tmp_path) == {"out/config.json": "new"}
+        (staging / "weights").write_text("new")
+        assert contents(out) == OLD
+    assert contents(tmp_path) == {"out/weights": "new"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -67,7 +78,7 @@ def test_an_empty_folder_is_free(tmp_path: Path) -> None:
 def test_a_folder_that_is_there_is_refused_unasked(out: Path, tmp_path: Path) -> None:
     with pytest.raises(ParedError, match=r"out is there already; name another or pass --overwrite"), staged(out):
         pytest.fail("the body ran")
-    assert contents(tmp_path) == {"out/config.json": "old"}
+    assert contents(tmp_path) == in_place(OLD)
 
 
 @pytest.mark.parametrize("overwrite", [True, False])
@@ -101,6 +112,7 @@ def test_an_error_inside_leaves_nothing_and_touches_nothing(tmp_path: Path, erro
     if there:
         out.mkdir()
         (out / "config.json").write_text("old")
+        write_sums(out)
     before = contents(tmp_path)
     with pytest.raises(type(error)):
         break_off(out, error)
@@ -130,10 +142,11 @@ def test_an_interrupted_replacement_puts_the_old_folder_back(
             raise error
         return rename(self, target)
 
+    monkeypatch.setattr(staging_module, "exchange", lambda *_: False)  # as on systems that cannot
     monkeypatch.setattr(Path, "rename", interrupted)
     with pytest.raises(told), staged(out, overwrite=True) as staging:
         (staging / "config.json").write_text("new")
-    assert contents(out) == {"config.json": "old"}
+    assert contents(out) == OLD
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -141,7 +154,7 @@ def test_an_interrupted_replacement_puts_the_old_folder_back(
 def test_a_disk_that_fills_up_is_told_in_one_line(out: Path, tmp_path: Path, error: Exception) -> None:
     with pytest.raises(ParedError, match=r"disk filled up while writing .*out"):
         break_off(out, error)
-    assert contents(tmp_path) == {"out/config.json": "old"}
+    assert contents(tmp_path) == in_place(OLD)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -181,7 +194,7 @@ def test_a_job_makes_a_folder_that_passes_its_check(job: Recipe, tmp_path: Path)
     assert [path.name for path in (tmp_path / "jobs").iterdir()] == ["out"]
     assert outcome.manifest == Manifest.read(tmp_path / "jobs" / "out")
     assert outcome.manifest.self_check == 0.0
-    assert outcome.manifest.recipe == job
+    assert outcome.manifest.recipe == job.model_copy(update={"model": "dense", "out": "out"})
     assert pared.verify(outcome.folder) == 0.0
 
 
@@ -243,7 +256,7 @@ def test_a_folder_that_is_no_model_is_never_replaced(tmp_path: Path) -> None:
     """Regression: --overwrite deleted whatever it was pointed at."""
     (tmp_path / "documents").mkdir()
     (tmp_path / "documents" / "thesis.txt").write_text("precious")
-    with pytest.raises(ParedError, match="not a model"), staged(tmp_path / "documents", overwrite=True):
+    with pytest.raises(ParedError, match="not all in it is pared's"), staged(tmp_path / "documents", overwrite=True):
         pytest.fail("the body ran")
     assert contents(tmp_path) == {"documents/thesis.txt": "precious"}
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from pared.checkpoint.manifest import Manifest
     from pared.checkpoint.portable import module_map
     from pared.checkpoint.save import mark, save
+    from pared.checkpoint.seal import record
     from pared.checkpoint.verify import compare, require_tensors, take_fingerprint, verify
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "mark",
     "module_map",
     "read_config",
+    "record",
     "require_tensors",
     "save",
     "take_fingerprint",
@@ -41,6 +43,7 @@ lazy_package(
         "pared.checkpoint.manifest": ["Manifest"],
         "pared.checkpoint.portable": ["module_map"],
         "pared.checkpoint.save": ["mark", "save"],
+        "pared.checkpoint.seal": ["record"],
         "pared.checkpoint.verify": ["compare", "require_tensors", "take_fingerprint", "verify"],
     },
 )

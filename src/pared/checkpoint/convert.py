@@ -6,10 +6,11 @@ from typing import cast
 
 from torch import nn
 
-from pared.checkpoint.load import load
+from pared.checkpoint.load import load, require_recorded
 from pared.checkpoint.manifest import Manifest
 from pared.checkpoint.portable import module_map
 from pared.checkpoint.save import mark, save
+from pared.checkpoint.seal import seal
 from pared.checkpoint.verify import compare, require_tensors
 from pared.errors import ParedError
 from pared.install import factors_of, install_group
@@ -46,11 +47,10 @@ def convert(
             folder does not answer as the old one; nothing was written.
     """
     folder = Path(folder)
-    require_free(out, overwrite)
-    if folder.absolute().resolve() == out.absolute().resolve():
-        raise ParedError(f"output {out} is the folder itself; name another")
+    require_free(out, overwrite, [folder])
     manifest = Manifest.read(folder)
     require_tensors(folder)
+    require_recorded(folder)  # else what is damaged would be listed as whole
     model = load(folder)
     groups = _groups(model, LowRankLinear if pivoted else PivotedLinear)
     if not groups:
@@ -63,7 +63,7 @@ def convert(
             raise ParedError(f"{folder}: {names[0]}: {error}") from error
     mark(model)
     plan = _replanned(manifest.plan, {name for names in groups for name in names}, pivoted)
-    with staged(out, overwrite, needed=plan.after.bytes_on_disk) as staging:
+    with staged(out, overwrite, needed=plan.after.bytes_on_disk, inputs=[folder]) as staging:
         source = find_model(str(folder))
         save(model, source.tokenizer(), staging, source)
         bytes_on_disk = require_tensors(staging)
@@ -71,11 +71,7 @@ def convert(
         difference = compare(load(staging), manifest.fingerprint)
         form = "pivots and coefficients" if pivoted else "two factors"
         update = {"plan": plan, "bytes_on_disk": bytes_on_disk, "self_check": difference, "converted": form}
-        manifest = manifest.model_copy(update=update)
-        manifest.write(staging)
-        if card is not None:
-            (staging / "README.md").write_text(card(manifest, out.name), encoding="utf-8")
-    return manifest
+        return seal(staging, manifest.model_copy(update=update), out.name, [], card)
 
 
 def _nothing(model: nn.Module, pivoted: bool) -> str:

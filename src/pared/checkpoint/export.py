@@ -11,8 +11,9 @@ from pared.checkpoint.load import load
 from pared.checkpoint.loader import tie
 from pared.checkpoint.portable import is_portable, module_map, own_class
 from pared.checkpoint.save import save
+from pared.checkpoint.seal import seal_plain
 from pared.checkpoint.verify import compare, require_tensors, take_fingerprint
-from pared.errors import ParedError
+from pared.inputs import inputs_of
 from pared.modules import SparseLinear, replace_module
 from pared.sources.models import find_model
 from pared.staging import require_free, staged
@@ -46,18 +47,20 @@ def export_dense(name: str, out: Path, dtype: str = "auto", overwrite: bool = Fa
         ParedError: not a model, the output is taken or is the model itself, the disk is full, or the new folder does
             not answer as the model; nothing was written.
     """
-    require_free(out, overwrite)
     source = find_model(name)
-    if Path(source.location).absolute().resolve() == out.absolute().resolve():
-        raise ParedError(f"output {out} is the model itself; name another folder")
+    read = [Path(source.location), *inputs_of({"model": name})]
+    require_free(out, overwrite, read)
     model = load(name, dtype)
     fingerprint = take_fingerprint(model)
     make_dense(model)
-    with staged(out, overwrite, needed=sum(p.numel() * p.itemsize for p in model.parameters())) as staging:
+    needed = sum(p.numel() * p.itemsize for p in model.parameters())
+    with staged(out, overwrite, needed, read) as staging:
         save(model, source.tokenizer(), staging, source)
         bytes_on_disk = require_tensors(staging)
         del model
-        return Exported(bytes_on_disk, compare(load(staging), fingerprint))
+        difference = compare(load(staging), fingerprint)
+        seal_plain(staging, inputs_of({"model": name}))
+    return Exported(bytes_on_disk, difference)
 
 
 @torch.no_grad()

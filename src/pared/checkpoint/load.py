@@ -1,5 +1,6 @@
 """From a name or a folder to a model, dense or compressed alike."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -7,24 +8,51 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.arguments import name_from
+from pared.checkpoint.finite import require_finite
 from pared.checkpoint.format import QUANT_METHOD, ParedConfig
 from pared.errors import ParedError
+from pared.record import MANIFEST, recorded, require_own_sum, require_whole
 from pared.sources.models import find_model
 
+log = logging.getLogger(__name__)
 
-def load(name: str | Path, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
+
+def load(name: str | Path, dtype: str | torch.dtype = "auto", check: bool = False) -> PreTrainedModel:
     """Load a model, dense or compressed, in evaluation mode on the CPU.
 
     Args:
         name: a folder that pared made, or any name of a model that pared knows.
         dtype: ``auto`` keeps what is stored; else ``float32``, ``bfloat16`` or ``float16``.
+        check: read every file of a folder that pared made and compare its SHA-256 with the recorded one first.
 
     Raises:
-        ParedError: not a model, truncated, or of a newer format version.
+        ParedError: not a model, truncated, of a newer format version, NaN or infinity in a weight, or not the files
+            that were written.
     """
     name = name_from(name, "pared.load")
     read_config(name)
-    return find_model(name).load(dtype)
+    source = find_model(name)
+    if check:
+        require_recorded(Path(source.location))
+    model = source.load(dtype)
+    require_finite(model, name)
+    return model
+
+
+def require_recorded(folder: Path) -> None:
+    """Check every file of a folder against the SHA-256 that was recorded for it; tell where none was.
+
+    Raises:
+        ParedError: a file is missing or not the one that was written.
+    """
+    manifest = folder / MANIFEST
+    if manifest.is_file():
+        require_own_sum(manifest)
+    files = recorded(folder)
+    if files is None:
+        log.warning("%s lists no SHA-256 of its files; an earlier pared, or another program, wrote it", folder)
+    else:
+        require_whole(folder, files)
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:

@@ -9,12 +9,13 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pared.errors import ParedError
+from pared.files import write_whole
 from pared.plan import Plan
 from pared.presets import RECORDED
 from pared.recipe import Recipe
+from pared.record import MANIFEST, checksum
 from pared.tuning import Tuning
 
-MANIFEST = "pared.json"
 FORMAT_VERSION = 1  # that of the loader, which is copied into every folder and so has to name it itself
 
 
@@ -102,6 +103,9 @@ class Manifest(BaseModel):
         converted: how `pared convert` stored the weights anew, if it did; everything measured but ``bytes_on_disk`` and
             ``self_check`` is from before.
         training: how the model was trained since, one entry a training; perplexity is that of the last.
+        inputs: SHA-256 of the local files and folders it was made of, by the last names that the recipe has for them.
+        files: SHA-256 of every other file of the folder, by name; none in folders of before they were listed.
+        checksum: SHA-256 of all else in here.
         versions: of the software.
         machine: where it ran.
     """
@@ -127,12 +131,17 @@ class Manifest(BaseModel):
     self_check: float
     converted: str | None = None
     training: tuple[Training, ...] = ()
+    inputs: dict[str, str] = {}
+    files: dict[str, str] = {}
+    checksum: str = ""
     versions: dict[str, str]
     machine: dict[str, str]
 
-    def write(self, folder: Path) -> None:
-        """Write ``pared.json``."""
-        (folder / MANIFEST).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    def write(self, folder: Path) -> "Manifest":
+        """Write ``pared.json``, and return this manifest with its checksum."""
+        told = self.model_copy(update={"checksum": checksum(json.loads(self.model_dump_json()))})
+        write_whole(folder / MANIFEST, told.model_dump_json(indent=2) + "\n")
+        return told
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":

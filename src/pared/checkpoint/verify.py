@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from pared.anatomy import weight_of
 from pared.anatomy.probe import hooks
 from pared.arguments import name_from
-from pared.checkpoint.load import load, read_map, read_shared
+from pared.checkpoint.load import load, read_map, read_shared, require_recorded
 from pared.checkpoint.loader import empty_module
 from pared.checkpoint.manifest import Fingerprint, Manifest
 from pared.checkpoint.portable import module_map
@@ -186,7 +186,7 @@ def _is_order(order: torch.Tensor) -> bool:
 
 
 def verify(folder: str | Path) -> float:
-    """Check a folder: manifest, files, map, and the answers of the model loaded from it.
+    """Check a folder: manifest, map, the SHA-256 of every file, and the answers of the model loaded from it.
 
     Returns:
         The largest difference from the recorded outputs, relative to the largest output; 0.0 where nothing differs.
@@ -197,6 +197,7 @@ def verify(folder: str | Path) -> float:
     folder = Path(name_from(folder, "pared.verify"))
     manifest = Manifest.read(folder)
     require_tensors(folder)
+    require_recorded(folder)
     return compare(load(str(folder)), manifest.fingerprint)
 
 

@@ -9,16 +9,23 @@ from pared.cli.console import JsonFile, errors, out, quiet_libraries, write_json
 
 
 def verify(
-    folder: Annotated[Path, typer.Argument(help="A folder that pared made.")], json_file: JsonFile = None
+    folder: Annotated[Path, typer.Argument(help="A folder that pared made.")],
+    take_over: Annotated[
+        bool, typer.Option("--record", help="Take over files as they are now, such as a card you edited; then check.")
+    ] = False,
+    json_file: JsonFile = None,
 ) -> None:
-    """Load a folder and compare its outputs with those recorded before it was saved."""
+    """Compare a folder's files with their recorded SHA-256, and what it answers with what was recorded before."""
     with errors():
         quiet_libraries()
         from pared.checkpoint import Manifest
 
         Manifest.read(folder)  # before anything that takes long to import
+        from pared.checkpoint import record
         from pared.checkpoint import verify as check
 
+        if take_over:
+            record(folder)
         difference = check(folder)
         out.print(f"{folder}: ok, largest relative difference {difference:.2g}", markup=False)
         write_json(json_file, {"folder": str(folder), "difference": difference})

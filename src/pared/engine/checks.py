@@ -3,6 +3,7 @@
 from transformers import PreTrainedModel
 
 from pared.anatomy import Anatomy, weight_of
+from pared.checkpoint.finite import is_finite
 from pared.errors import ParedError
 
 
@@ -18,5 +19,5 @@ def require_finite_weights(model: PreTrainedModel, anatomy: Anatomy) -> None:
             raise ParedError(f"site {site.name} is on the meta device (offloaded); load the model without offloading")
         if not weight.is_floating_point():
             raise ParedError(f"site {site.name} holds {weight.dtype}; pared needs floating point weights")
-        if not bool(weight.isfinite().all()):
+        if not is_finite(weight):
             raise ParedError(f"site {site.name} has NaN or infinity in its weight; the checkpoint is damaged")

@@ -7,10 +7,12 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.anatomy import find_anatomy
+from pared.apart import require_apart
 from pared.arguments import recipe_from
 from pared.checkpoint import Manifest, compare, load, require_tensors, save, take_fingerprint, verify
 from pared.checkpoint.format import FORMAT_VERSION
 from pared.checkpoint.manifest import machine, versions
+from pared.checkpoint.seal import published_recipe, seal
 from pared.engine.asked import calibrates, calibration_windows, method_of, plan_of, settled
 from pared.engine.checks import require_finite_weights
 from pared.engine.compression import compress
@@ -18,6 +20,7 @@ from pared.engine.progress import Progress, Silent, Stopwatch, peak_memory_bytes
 from pared.errors import ParedError
 from pared.evaluation import perplexity
 from pared.hardware import device_of
+from pared.inputs import inputs_of
 from pared.presets import record_of, require_asked, told
 from pared.recipe import Recipe
 from pared.report.card import model_card
@@ -73,7 +76,8 @@ def run(recipe: Recipe, overwrite: bool = False, progress: Progress | None = Non
         )  # before perplexity, which could only say "nan"
     before = _measure(model, tokenizer, windows, recipe, "before", watch, progress)
     compressed = compress(model, tokenizer, recipe, progress, calibration)
-    with staged(out, overwrite, needed=compressed.plan.after.bytes_on_disk) as staging:
+    read = [*inputs_of(recipe.model_dump()), Path(source.location)]
+    with staged(out, overwrite, needed=compressed.plan.after.bytes_on_disk, inputs=read) as staging:
         with watch("save"):
             fingerprint = take_fingerprint(model)
             save(model, tokenizer, staging, source)
@@ -108,8 +112,7 @@ def run(recipe: Recipe, overwrite: bool = False, progress: Progress | None = Non
             versions=versions(),
             machine=machine(),
         )  # fmt: skip
-        manifest.write(staging)
-        (staging / "README.md").write_text(model_card(manifest, out.name), encoding="utf-8")
+        manifest = seal(staging, manifest, out.name, inputs_of(recipe.model_dump()), model_card)
     return Outcome(out, manifest)
 
 
@@ -123,10 +126,9 @@ def _checked(recipe: Recipe, overwrite: bool) -> tuple[ModelSource, Path]:
     if recipe.out is None:
         raise ParedError("no output folder is named; give --out DIR, or 'out' in the recipe")
     out = Path(recipe.out).expanduser()
-    require_free(out, overwrite)
+    require_free(out, overwrite, inputs_of(recipe.model_dump()))
     source = find_model(recipe.model)
-    if Path(source.location).absolute() == out.absolute():
-        raise ParedError(f"output {out} is the model itself; name another folder")
+    require_apart(out, [Path(source.location)])  # of an embedded model or a .gguf file in the cache
     require_dense(source.config(), recipe.model)
     return source, out
 
@@ -185,7 +187,7 @@ def reusable(recipe: Recipe) -> Outcome | None:
     folder = Path(recipe.out or "").expanduser()
     try:
         manifest = Manifest.read(folder)
-        if manifest.recipe != recipe or manifest.versions != versions():
+        if manifest.recipe != published_recipe(recipe) or manifest.versions != versions():
             return None
         verify(folder)
     except ParedError:

@@ -87,7 +87,9 @@ def model_card(manifest: Manifest, folder: str) -> str:
             yaml.safe_dump(shown, sort_keys=False).rstrip(),
             "```",
             "",
-            _settled(manifest) + "The exact ranks, data digests, versions and timings are in `pared.json`.",
+            _settled(manifest)
+            + _inputs(manifest)
+            + "The exact ranks, data digests, versions and timings are in `pared.json`.",
             "",
         ]
     )
@@ -129,6 +131,12 @@ def _settled(manifest: Manifest) -> str:
     """Say what the recipe's ``auto`` stood for."""
     told = ", ".join(f"{name} {value}" for name, value in manifest.settled.items())
     return f"`auto` stood for: {told}. " if told else ""
+
+
+def _inputs(manifest: Manifest) -> str:
+    """Tell the local files and folders that the recipe names, which lay somewhere else for whoever repeats it."""
+    told = ", ".join(f"`{name}` {digest[:16]}…" for name, digest in manifest.inputs.items())
+    return f"Local files and folders it names, by their SHA-256: {told}. " if told else ""
 
 
 def _smaller(manifest: Manifest) -> float:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -12,11 +12,13 @@ from typing import Any, Protocol
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.allocation.program import SCORE_TOKENS, parse
+from pared.apart import require_apart
 from pared.digests import model_digest
 from pared.engine.asked import is_pruning, options_of
 from pared.engine.progress import Progress, Silent
 from pared.errors import ParedError
 from pared.hardware import device_of
+from pared.inputs import inputs_of, told_apart, without_places
 from pared.recipe import Recipe
 from pared.search.evolution import Candidate, Measured, Result, Rules, best_so_far, evolve
 from pared.search.journal import Journal
@@ -28,6 +30,7 @@ from pared.search.split import search_texts
 from pared.search.zeros import require_pruner
 from pared.sources.models import find_model, is_causal, require_dense
 from pared.sources.windows import Windows, cut, require_fits
+from pared.staging import require_short
 
 JOURNAL, FOUND = "journal.jsonl", "FOUND.json"
 FORMAT = 1
@@ -113,7 +116,7 @@ def run(
         raise ParedError("name a model: embedded:smollm2-135m, a folder or a Hub id")
     source = find_model(recipe.model)
     require_dense(source.config(), recipe.model)
-    require_place(out)
+    require_place(out, inputs_of(recipe.model_dump()))
     search_texts(recipe.calibration.text)
     tokenizer = source.tokenizer()
     model = source.load(recipe.dtype).to(recipe.device)
@@ -183,12 +186,14 @@ def check(recipe: Recipe) -> None:
         raise ParedError("Wanda's variant chooses zeros row by row from all scores; search without it")
 
 
-def require_place(out: Path) -> None:
-    """Check that a folder is new, empty, or that of a search.
+def require_place(out: Path, inputs: Iterable[Path] = ()) -> None:
+    """Check that a folder is new, empty, or that of a search, and apart from what is read.
 
     Raises:
         ParedError: it is something else.
     """
+    require_short(out)
+    require_apart(out, inputs)
     if out.exists() and not out.is_dir():
         raise ParedError(f"output {out} is a file; name a folder")
     if out.is_dir() and any(out.iterdir()) and not (out / JOURNAL).exists():
@@ -228,7 +233,7 @@ def _settings(
 ) -> dict[str, Any]:
     """Return everything that results depend on."""
     budget = {"sparsity": recipe.sparsity} if is_pruning(recipe) else {"keep": recipe.keep, "storage": recipe.storage}
-    return {
+    settings = {
         "pared": version("pared"),
         "model": recipe.model or type(model).__name__,
         "weights": model_digest(model),
@@ -246,6 +251,8 @@ def _settings(
         **{("search seed" if name == "seed" else name): value for name, value in asdict(rules).items()},
         **asdict(look),
     }
+    private = told_apart(inputs_of(recipe.model_dump()))  # the folder may be published
+    return {name: without_places(value, private) for name, value in settings.items()}
 
 
 def _references(

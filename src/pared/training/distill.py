@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from pared.checkpoint import load
 from pared.errors import ParedError
+from pared.inputs import found_again
 from pared.sources.models import is_causal
 from pared.sources.windows import NO_LABEL
 from pared.training.divergence import divergence
@@ -102,7 +103,7 @@ def _teacher(context: Context) -> PreTrainedModel:
     if name == PARENT:
         if context.manifest is None:
             raise ParedError("this model has no dense parent on record; name a teacher: --option teacher=MODEL")
-        name = context.manifest.model["name"]
+        name = found_again(context.manifest.model["name"], context.manifest.inputs)
     try:
         teacher = load(name)
     except ParedError as error:

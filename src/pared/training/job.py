@@ -15,10 +15,12 @@ from transformers.integrations import get_available_reporting_integrations
 
 from pared.checkpoint import Manifest, compare, load, mark, require_tensors, save, take_fingerprint
 from pared.checkpoint.manifest import Training, machine, versions
+from pared.checkpoint.seal import seal
 from pared.engine.asked import checked_options
 from pared.engine.progress import Progress, Silent, Stopwatch, peak_memory_bytes
 from pared.errors import ParedError
 from pared.evaluation import perplexity
+from pared.inputs import inputs_of
 from pared.presets import record_of, require_asked, told
 from pared.recipe import Evaluation
 from pared.report.card import model_card
@@ -91,11 +93,10 @@ class _Job:
         if tuning.out is None:
             raise ParedError("no output folder is named; give --out DIR, or 'out' in the file")
         self.out = Path(tuning.out).expanduser()
-        self.processes.first(lambda: require_free(self.out, overwrite))
+        self.read = inputs_of(tuning.model_dump())
+        self.processes.first(lambda: require_free(self.out, overwrite, self.read))
         if "tensorboard" in tuning.report_to:  # by default beside the checkpoints, which go when training is done
             os.environ.setdefault("TENSORBOARD_LOGGING_DIR", f"{self.out}-runs")
-        if tuning.model is not None and Path(tuning.model).expanduser().absolute() == self.out.absolute():
-            raise ParedError(f"output {self.out} is the model itself; name another folder")
         self.parent = parent_of(tuning, self.options, self.method.compresses)
         require_space(self.out, self.parent.bytes_needed)
         self.config = self.parent.config
@@ -160,7 +161,7 @@ class _Job:
             went.reached, went.notes = ready.reached, ready.notes
             for note in went.notes:
                 self.progress.note(note)
-            with self.watch("save"), staged(folder, True, needed=self.parent.bytes_needed) as staging:
+            with self.watch("save"), staged(folder, True, self.parent.bytes_needed, ours=True) as staging:
                 trained.to(dtype=stored)
                 mark(trained)
                 save(trained, self.tokenizer, staging)
@@ -257,7 +258,7 @@ class _Job:
         before: float | None,
     ) -> None:
         """Write the folder of the last stage where it belongs, checked by reloading and measured."""
-        with staged(self.out, self.overwrite, needed=self.parent.bytes_needed) as staging:
+        with staged(self.out, self.overwrite, self.parent.bytes_needed, self.read) as staging:
             with self.watch("save"):
                 model = load(workshop.stage(len(went)))
                 fingerprint = take_fingerprint(model)
@@ -290,8 +291,7 @@ class _Job:
             )
             measured = {"bytes_on_disk": bytes_on_disk, "fingerprint": fingerprint, "self_check": difference}
             manifest = self.parent.child(model, training, measured)
-            manifest.write(staging)
-            (staging / "README.md").write_text(model_card(manifest, self.out.name), encoding="utf-8")
+            seal(staging, manifest, self.out.name, self.read, model_card)
 
     def settings(self, examples: Examples) -> dict[str, Any]:
         """Return everything the result depends on."""

@@ -1,5 +1,6 @@
 """What is trained: a folder that pared made, or a dense model that a training makes smaller itself."""
 
+import logging
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,11 +13,14 @@ from pared.checkpoint.format import FORMAT_VERSION
 from pared.checkpoint.manifest import Training, machine, versions
 from pared.checkpoint.portable import module_map
 from pared.errors import ParedError
+from pared.inputs import found_again
 from pared.plan import Decision, Dense, LowRank, Plan
 from pared.recipe import Evaluation, Recipe
 from pared.sources.models import find_model, require_dense
 from pared.sources.texts import held_out
 from pared.tuning import Tuning
+
+log = logging.getLogger(__name__)
 
 
 class Parent(Protocol):
@@ -79,7 +83,12 @@ class CompressedParent:
         then = self._manifest.evaluation
         if then is None:
             return None
-        return Evaluation(text=then["text"], length=then["length"], windows=then["windows"], bos=then["bos"])
+        text = found_again(str(then["text"]), self._manifest.inputs)
+        if text == then["text"] and text.startswith("file:"):
+            log.warning("%s was measured on %s, and where that lies is not known here; name it with --eval file:PATH",
+                        self.name, text)  # fmt: skip
+            return None
+        return Evaluation(text=text, length=then["length"], windows=then["windows"], bos=then["bos"])
 
     def perplexity_on(self, digest: str) -> float | None:
         """Return what its manifest says."""

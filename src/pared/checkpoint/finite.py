@@ -1,0 +1,35 @@
+"""NaN and infinity in weights: a damaged download shows there, in rows that no check by answers may read."""
+
+import torch
+from transformers import PreTrainedModel
+
+from pared.errors import ParedError
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a floating point tensor holds numbers only; one pass without a copy, at the speed of memory."""
+    if not tensor.numel():
+        return True
+    least, most = (tensor.float() if tensor.itemsize < 2 else tensor).detach().aminmax()  # a NaN makes both NaN
+    return bool(least.isfinite() & most.isfinite())
+
+
+def require_finite(model: PreTrainedModel, name: str) -> None:
+    """Check that no parameter holds NaN or infinity; buffers may, as masks do.
+
+    Args:
+        model: loaded.
+        name: of it, for the message.
+
+    Raises:
+        ParedError: one does; names the first and how many numbers of it are affected.
+    """
+    for tensor, values in model.named_parameters():
+        if values.is_meta or not values.is_floating_point() or is_finite(values):
+            continue
+        wrong = int((~values.float().isfinite()).sum())
+        raise ParedError(
+            f"model {name!r}: {tensor} holds NaN or infinity in {wrong:,} of {values.numel():,} numbers, as "
+            f"{values.dtype}; the checkpoint is damaged: fetch it again; or its numbers are too large for that dtype: "
+            "load it in float32"
+        )

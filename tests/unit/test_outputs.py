@@ -1,0 +1,366 @@
+"""Nothing of a user's is lost, and nothing private is published: what an output may be, and what is told in it."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+from test_cli import pared as command
+from tiny_models import TINY_MODELS
+from transformers import PreTrainedTokenizerFast
+
+import pared
+from pared import Calibration, ParedError, Recipe
+from pared.apart import require_apart
+from pared.checkpoint import Manifest, export_dense, record
+from pared.inputs import found_again, inputs_of, remember, told_apart, without_places
+from pared.record import foreign, recorded
+from pared.staging import require_free, staged
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A dense model, a text, and what was made of them."""
+    place = tmp_path_factory.mktemp("secret-user")
+    TINY_MODELS["llama"]().save_pretrained(place / "llama")
+    tokenizer.save_pretrained(place / "llama")
+    (place / "words.txt").write_text(" ".join(f"w{number % 61 + 3}" for number in range(2000)))
+    recipe = Recipe(
+        model=str(place / "llama"), method="svd-llm", keep=0.6, out=str(place / "made"),
+        calibration=Calibration(text=f"file:{place}/words.txt", samples=4, length=16, dtype="float32"),
+        evaluation=pared.Evaluation(text=f"file:{place}/words.txt", length=16, windows=2),
+    )  # fmt: skip
+    pared.run(recipe)
+    export_dense(str(place / "made"), place / "plain")
+    return place
+
+
+@pytest.fixture
+def made(place: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(place / "made", tmp_path / "made")
+
+
+@pytest.fixture
+def plain(place: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(place / "plain", tmp_path / "plain")
+
+
+# An output and what is read.
+
+
+def as_it_is(model: Path) -> Path:
+    return model
+
+
+def by_a_link(model: Path) -> Path:
+    (model.parent / "link").symlink_to(model)
+    return model.parent / "link"
+
+
+def by_a_linked_parent(model: Path) -> Path:
+    (model.parent / "elsewhere").symlink_to(model.parent)
+    return model.parent / "elsewhere" / model.name
+
+
+def by_a_detour(model: Path) -> Path:
+    return model / ".." / model.name
+
+
+SPELLINGS: list[Callable[[Path], Path]] = [as_it_is, by_a_link, by_a_linked_parent, by_a_detour]
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("where", ["itself", "parent", "inside", "deep inside"])
+def test_an_output_that_is_holds_or_lies_inside_the_model_is_refused(
+    tmp_path: Path, spelling: Callable[[Path], Path], where: str
+) -> None:
+    """Regression: --overwrite deleted the model it reads where the output was its parent."""
+    model = tmp_path / "runs" / "model"
+    model.mkdir(parents=True)
+    out = {"itself": model, "parent": model.parent, "inside": model / "out", "deep inside": model / "a/b"}[where]
+    told = {"itself": "is .*, which is read", "parent": "holds"}.get(where, "lies inside")
+    given = spelling(model)
+    with pytest.raises(ParedError, match=told):
+        require_apart(out, [given])
+    if where != "parent":  # and the output by the other path
+        with pytest.raises(ParedError, match=told):
+            require_apart(given if where == "itself" else given / out.relative_to(model), [model])
+
+
+def test_a_file_under_another_name_in_the_output_is_seen(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "words.txt").write_text("w3")
+    os.link(tmp_path / "words.txt", tmp_path / "out" / "copy.txt")
+    with pytest.raises(ParedError, match="holds"):
+        require_apart(tmp_path / "out", [tmp_path / "words.txt"])
+    require_apart(tmp_path / "beside", [tmp_path / "words.txt", tmp_path / "missing"])
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("compress", ["compress", "{model}", "--method", "svd", "--keep", "0.6", "--eval", "none"]),
+        ("export", ["export", "{model}"]),
+        ("convert", ["convert", "{model}"]),
+        ("convert --dense", ["convert", "{model}", "--dense"]),
+        ("tune", ["tune", "{model}", "--data", "file:{words}"]),
+    ],
+)
+@pytest.mark.parametrize("where", ["{model}/inside", "{model}", "{above}"])
+def test_every_command_refuses_an_output_at_its_model_before_any_work(
+    place: Path, tmp_path: Path, name: str, asked: list[str], where: str
+) -> None:
+    above = tmp_path / "above"
+    model = shutil.copytree(place / ("llama" if name == "compress" else "made"), above / "model")
+    names = {"model": model, "words": place / "words.txt", "above": above}
+    before = sorted(above.rglob("*"))
+    line = [part.format(**names) for part in (*asked, "--out", where)]
+    overwrite = [] if name == "search" else ["--overwrite"]
+    code, _, err = command(*line, *overwrite)
+    assert code == 2, err
+    assert "which is read" in err.replace("\n", " ")
+    assert sorted(above.rglob("*")) == before
+
+
+def test_a_search_inside_its_model_is_refused(place: Path) -> None:
+    out = place / "llama" / "s"
+    code, _, err = command("search", place / "llama", "--pruner", "wanda", "--sparsity", "0.5", "--out", out)
+    assert code == 2
+    assert "lies inside" in err.replace("\n", " ")
+    assert not (place / "llama" / "s").exists()
+
+
+# Only what pared wrote is replaced.
+
+
+def test_a_folder_that_pared_wrote_is_replaced_and_lists_its_files(made: Path, plain: Path) -> None:
+    for folder in (made, plain):
+        assert foreign(folder) is None
+        require_free(folder, overwrite=True)
+    assert set(recorded(made) or {}) == {path.name for path in made.iterdir()} - {"pared.json"}
+    lines = (plain / "SHA256SUMS").read_text().splitlines()
+    assert {line.split("  ")[1] for line in lines} == {path.name for path in plain.iterdir()} - {"SHA256SUMS"}
+
+
+def more_file(folder: Path) -> str:
+    (folder / "notes.txt").write_text("mine")
+    return "notes.txt"
+
+
+def more_hidden(folder: Path) -> str:
+    (folder / ".git").mkdir()
+    return ".git"
+
+
+def more_model(folder: Path) -> str:
+    (folder / "checkpoint-500").mkdir()
+    (folder / "checkpoint-500" / "config.json").write_text("{}")
+    return "checkpoint-500"
+
+
+def link(folder: Path) -> str:
+    shutil.move(folder / "README.md", folder.parent / "README.md") if (folder / "README.md").exists() else None
+    (folder / "README.md").symlink_to(folder.parent / "README.md")
+    return "README.md"
+
+
+def edited(folder: Path) -> str:
+    (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
+    return "config.json"
+
+
+def pipe(folder: Path) -> str:
+    os.mkfifo(folder / "pipe")
+    return "pipe"
+
+
+@pytest.mark.parametrize("theirs", [more_file, more_hidden, more_model, link, edited, pipe])
+@pytest.mark.parametrize("kind", ["made", "plain"])
+def test_a_folder_with_anything_of_a_users_is_not_replaced(
+    request: pytest.FixtureRequest, kind: str, theirs: Callable[[Path], str]
+) -> None:
+    """Regression: one config.json made a folder fair game, whatever else lay in it."""
+    folder: Path = request.getfixturevalue(kind)
+    name = theirs(folder)
+    with pytest.raises(ParedError, match=rf"is not replaced, as not all in it is pared's: {name} \("):
+        require_free(folder, overwrite=True)
+
+
+def test_a_plain_model_of_somebody_else_is_not_replaced(place: Path) -> None:
+    with pytest.raises(ParedError, match="no list of files that pared wrote"):
+        require_free(place / "llama", overwrite=True)
+
+
+def test_a_file_that_came_while_the_new_folder_was_written_is_kept(made: Path) -> None:
+    with pytest.raises(ParedError, match=r"notes\.txt"), staged(made, overwrite=True):
+        more_file(made)
+    assert (made / "notes.txt").read_text() == "mine"
+    assert pared.verify(made) == 0.0
+
+
+def test_a_folder_of_before_files_were_listed_is_replaced_by_the_names_in_it(made: Path) -> None:
+    forget(made)
+    require_free(made, overwrite=True)
+    more_file(made)
+    with pytest.raises(ParedError, match=r"notes\.txt"):
+        require_free(made, overwrite=True)
+
+
+@pytest.mark.parametrize("name", ["n" * 240, "ü" * 120, "😀" * 60, "a/" + "n" * 250 + "/b"])
+def test_names_beside_which_no_hidden_one_fits_are_refused_before_any_work(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ParedError, match=r"a name of 2[45]\d bytes"):
+        require_free(tmp_path / name, overwrite=False)
+    require_free(tmp_path / ("n" * 200), overwrite=False)
+
+
+def test_a_path_that_is_too_long_is_refused_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(ParedError, match=r"a path of 4,\d\d\d bytes"):
+        require_free(tmp_path.joinpath(*["d" * 100] * 40), overwrite=False)
+
+
+# SHA-256 of every file.
+
+
+def forget(folder: Path) -> None:
+    """Make a folder one of before files were listed."""
+    told = json.loads((folder / "pared.json").read_text())
+    for name in ("files", "checksum", "inputs"):
+        del told[name]
+    (folder / "pared.json").write_text(json.dumps(told))
+
+
+def test_a_bit_in_any_file_does_not_verify(made: Path) -> None:
+    """Regression: a bit in an embedding row that the fingerprint does not read verified as good."""
+    for name in sorted(path.name for path in made.iterdir()):
+        content = bytearray((made / name).read_bytes())
+        content[-2 if name.endswith(".safetensors") else len(content) // 2] ^= 1
+        whole = (made / name).read_bytes()
+        (made / name).write_bytes(bytes(content))
+        with pytest.raises(ParedError):
+            pared.verify(made)
+        (made / name).write_bytes(whole)
+    assert pared.verify(made) == 0.0
+
+
+def test_a_missing_file_does_not_verify(made: Path) -> None:
+    (made / "tokenizer_config.json").unlink()
+    with pytest.raises(ParedError, match=r"tokenizer_config\.json is missing"):
+        pared.verify(made)
+
+
+def in_embeddings(folder: Path, value: float) -> None:
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"][63, 5] = value
+    safetensors.torch.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_no_numbers_are_found_at_load(made: Path, value: float) -> None:
+    """Regression: in a row that no token of the fingerprint reads they verified as good."""
+    in_embeddings(made, value)
+    with pytest.raises(ParedError, match=r"model\.embed_tokens\.weight holds NaN or infinity in 1 of 2,048 numbers"):
+        pared.load(made)
+    forget(made)
+    with pytest.raises(ParedError, match=r"model\.embed_tokens\.weight holds NaN or infinity"):
+        pared.verify(made)
+
+
+def test_load_compares_files_on_request(made: Path) -> None:
+    pared.load(made, check=True)
+    in_embeddings(made, 7.0)
+    pared.load(made)
+    with pytest.raises(ParedError, match=r"model\.safetensors is not what was written"):
+        pared.load(made, check=True)
+
+
+def test_a_folder_without_a_list_loads_and_verifies_with_a_note(made: Path, caplog: pytest.LogCaptureFixture) -> None:
+    forget(made)
+    assert pared.verify(made) == 0.0
+    assert "lists no SHA-256 of its files" in caplog.text
+    pared.load(made)
+
+
+def test_a_card_that_was_edited_can_be_taken_over(made: Path) -> None:
+    (made / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert command("verify", made)[0] == 2
+    assert command("verify", made, "--record")[0] == 0
+    assert command("verify", made)[0] == 0
+    assert record(made).files == recorded(made)
+
+
+def test_a_list_that_points_outside_is_refused(made: Path) -> None:
+    told = Manifest.read(made)
+    told.model_copy(update={"files": {**told.files, "../secret": "0" * 64}}).write(made)
+    with pytest.raises(ParedError, match="does not lie in the folder"):
+        pared.verify(made)
+
+
+# What is published.
+
+
+def test_no_private_path_is_published(place: Path) -> None:
+    """Regression: README.md and pared.json told where things lay on the author's disk."""
+    for folder in ("made", "plain"):
+        for path in (place / folder).rglob("*"):
+            assert str(place).encode() not in path.read_bytes(), path
+            assert os.fsencode(Path.home()) not in path.read_bytes(), path
+    manifest = Manifest.read(place / "made")
+    assert manifest.recipe.model == "llama"
+    assert manifest.recipe.out == "made"
+    assert manifest.recipe.calibration.text == "file:words.txt"
+    assert set(manifest.inputs) == {"llama", "words.txt"}
+    assert manifest.inputs["words.txt"][:16] in (place / "made" / "README.md").read_text()
+
+
+def test_a_published_name_is_found_again_on_the_same_machine(place: Path) -> None:
+    manifest = Manifest.read(place / "made")
+    assert found_again("llama", manifest.inputs) == str(place / "llama")
+    assert found_again("file:words.txt", manifest.inputs) == f"file:{place}/words.txt"
+    assert found_again("file:words.txt", {"words.txt": "0" * 64}) == "file:words.txt"
+    assert found_again("embedded", manifest.inputs) == "embedded"
+
+
+def test_a_file_that_changed_is_not_found_again(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("one")
+    published = told_apart([tmp_path / "x.txt"])
+    remember(published)
+    digests = {name: digest for name, (_, digest) in published.items()}
+    assert found_again("file:x.txt", digests) == f"file:{tmp_path}/x.txt"
+    (tmp_path / "x.txt").write_text("two")
+    assert found_again("file:x.txt", digests) == "file:x.txt"
+
+
+def test_places_are_told_by_last_names_wherever_they_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a/x.txt", "b/x.txt", "own/FOUND.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    monkeypatch.chdir(tmp_path / "a")
+    asked = {
+        "model": "owner/name",
+        "calibration": {"text": f"file:{tmp_path}/a/x.txt"},
+        "evaluation": {"text": f"file:{tmp_path}/b/x.txt"},
+        "allocation_options": {"program": "../own/FOUND.json"},
+        "data": ["instruct:./x.txt", "embedded"],
+        "skip": ["*.layers.0.*"],
+        "out": str(tmp_path / "out"),
+    }
+    read = inputs_of(asked)
+    assert {os.path.relpath(path, tmp_path) for path in read} == {"a/x.txt", "b/x.txt", "own/FOUND.json"}
+    told: Any = without_places(asked, told_apart(read))
+    assert str(tmp_path) not in json.dumps(told)
+    assert told["model"] == "owner/name"
+    assert told["skip"] == ["*.layers.0.*"]
+    assert told["allocation_options"] == {"program": "FOUND.json"}
+    assert told["data"] == ["instruct:x.txt", "embedded"]
+    texts = {told["calibration"]["text"], told["evaluation"]["text"]}
+    assert len(texts) == 2
+    assert all(text.startswith("file:x") for text in texts)
+
+
+@pytest.mark.parametrize("value", ["/think", "</s>", "~", "a/b", "4:2", "http://example.org/x", ""])
+def test_what_is_no_place_stays_as_it_is(value: str) -> None:
+    assert without_places({"value": value}, {}) == {"value": value}
