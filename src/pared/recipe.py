@@ -34,7 +34,7 @@ class Calibration(Strict):
     Attributes:
         text: a text by name (``embedded``, ``wikitext2:train``, ``c4:train``, ``alpaca``, ``file:PATH``,
             ``NAME:SPLIT:FIELD`` of the datasets library).
-        samples: number of token windows.
+        samples: number of token windows, or of labelled examples; none means all there are.
         length: tokens in a window.
         seed: seed of the random offsets.
         sampling: ``consecutive`` windows from the start, ``shuffled`` ones of all of those that lie side by side, or
@@ -46,7 +46,7 @@ class Calibration(Strict):
     """
 
     text: TextName = "embedded"
-    samples: Annotated[Whole, Field(ge=1, strict=True)] = 256
+    samples: Annotated[Whole, Field(ge=1, strict=True)] | None = 256
     length: Annotated[Whole, Field(ge=2, strict=True)] = 2048
     seed: Annotated[Whole, Field(ge=0, lt=2**63, strict=True)] = 0
     sampling: Sampling = "consecutive"

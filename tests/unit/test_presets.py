@@ -108,7 +108,7 @@ def test_settings_that_reviews_ask_about_are_the_papers() -> None:
     assert (math.template, math.batch * math.accumulation, math.length) == ("basel", 128, 512)
     paper = begun("basis-sharing-paper")
     assert (paper.calibration.samples, paper.calibration.length, paper.calibration.seed) == (256, 2048, 2023)
-    assert begun("fwsvd-paper").rank_fraction == 0.33
+    assert (begun("fwsvd-paper").rank_fraction, begun("fwsvd-paper").calibration.samples) == (0.33, None)
     assert begun("svd-llm-paper").calibration.seed == 3
 
 
@@ -290,3 +290,13 @@ def test_shuffled_windows_are_the_first_of_a_seeded_permutation(
     expected = every[torch.randperm(len(every))[:7]]
     assert torch.equal(cut(text, tokenizer, 16, 7, "shuffled", 2023).tokens, expected)
     assert len(cut(text, tokenizer, 16, None, "shuffled", 1).tokens) == len(every)
+
+
+def test_no_number_of_samples_means_all_there_are(tokenizer: PreTrainedTokenizerFast, text_file: Path) -> None:
+    from pared.engine.asked import calibration_windows, trial_windows
+
+    recipe = Recipe(calibration=pared.Calibration(text=f"file:{text_file}", samples=None, length=16))
+    config = TINY_MODELS["llama"]().config
+    every = calibration_windows(recipe, tokenizer, config, True).tokens
+    assert len(every) == 1000 // 16
+    assert torch.equal(trial_windows(recipe, tokenizer).tokens, every[-8:])

@@ -308,8 +308,9 @@ def trial_windows(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> "Wind
     text = find_text(asked.text)
     if asked.sampling == "random-offset":
         return cut(text, tokenizer, asked.length, TRIAL_WINDOWS, asked.sampling, asked.seed + 1)
-    windows = cut(text, tokenizer, asked.length, asked.samples + TRIAL_WINDOWS, asked.sampling, asked.seed)
-    apart = len(windows.tokens) - asked.samples
+    wanted = None if asked.samples is None else asked.samples + TRIAL_WINDOWS
+    windows = cut(text, tokenizer, asked.length, wanted, asked.sampling, asked.seed)
+    apart = 0 if asked.samples is None else len(windows.tokens) - asked.samples
     if apart < 1:
         log.warning("text %r has no windows beside the calibration windows: trials use the last of those", text.name)
     tokens = windows.tokens[-(apart if apart > 0 else TRIAL_WINDOWS) :]

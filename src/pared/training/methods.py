@@ -20,7 +20,7 @@ METHODS: dict[str, TuningMethod] = {
         ),
         TuningMethod(
             name="full",
-            paper="Basis Sharing's recovery: Wang et al., ICLR 2025, arXiv 2410.03765",
+            paper="ours; of all parameters Basis Sharing's: J. Wang et al., ICLR 2025, arXiv 2410.03765",
             summary="all factors on the model's own loss",
             stages=deferred("pared.training.full:stages"),
             learning_rate=2e-6,
