@@ -32,7 +32,7 @@ from pared.checkpoint import Manifest, convert, export_dense, load, verify
 from pared.cli.main import app
 from pared.evaluation.vision import answer_questions, is_right, processor_of, questions_of, written_one_way
 from pared.modules import LowRankLinear
-from pared.sources.models import is_causal
+from pared.sources.architecture import is_causal
 from pared.training import tune
 from pared.training.parts import compressed_layers
 from pared.tuning import Tuning

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from pared.anatomy import bias_of, weight_of
 from pared.checkpoint.load import load
 from pared.checkpoint.loader import tie
-from pared.checkpoint.portable import is_portable, module_map, own_class
+from pared.checkpoint.portable import DYNAMIC, is_portable, module_map, own_class, own_code
 from pared.checkpoint.save import save
 from pared.checkpoint.seal import seal_plain
 from pared.checkpoint.verify import compare, require_tensors, take_fingerprint
@@ -84,6 +84,7 @@ def make_dense(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _forget_compression(model: PreTrainedModel) -> None:
+    own, refs = own_code(model), dict(getattr(model.config, "auto_map", None) or {})
     for owner, attributes in (
         (model.config, ("quantization_config", "auto_map")),
         (model, ("hf_quantizer", "quantization_method", "is_quantized")),
@@ -93,3 +94,11 @@ def _forget_compression(model: PreTrainedModel) -> None:
                 delattr(owner, attribute)
     if is_portable(type(model)):
         model.__class__ = own_class(type(model))
+    # What came with the model's own folder is saved by transformers again, as it was before.
+    for auto, ref in refs.items():
+        cls = own.get(str(ref).rpartition(".")[2])
+        if cls is not None and cls.__module__.startswith(DYNAMIC):
+            file = cls.__module__.rpartition(".")[2]
+            model.config.auto_map = {**(getattr(model.config, "auto_map", None) or {}), auto: f"{file}.{cls.__name__}"}
+            if cls is type(model):
+                cls.register_for_auto_class(auto)

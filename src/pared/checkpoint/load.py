@@ -13,28 +13,34 @@ from pared.checkpoint.format import QUANT_METHOD, ParedConfig
 from pared.errors import ParedError
 from pared.record import MANIFEST, recorded, require_own_sum, require_whole
 from pared.sources.models import find_model
+from pared.sources.trust import trusting
 
 log = logging.getLogger(__name__)
 
 
-def load(name: str | Path, dtype: str | torch.dtype = "auto", check: bool = False) -> PreTrainedModel:
+def load(
+    name: str | Path, dtype: str | torch.dtype = "auto", check: bool = False, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """Load a model, dense or compressed, in evaluation mode on the CPU.
 
     Args:
         name: a folder that pared made, or any name of a model that pared knows.
         dtype: ``auto`` keeps what is stored; else ``float32``, ``bfloat16`` or ``float16``.
         check: read every file of a folder that pared made and compare its SHA-256 with the recorded one first.
+        trust_remote_code: whether code that lies beside the weights may run. What pared makes of a model of
+            transformers needs none.
 
     Raises:
         ParedError: not a model, truncated, of a newer format version, NaN or infinity in a weight, or not the files
             that were written.
     """
     name = name_from(name, "pared.load")
-    read_config(name)
-    source = find_model(name)
-    if check:
-        require_recorded(Path(source.location))
-    model = source.load(dtype)
+    with trusting(trust_remote_code):
+        read_config(name)
+        source = find_model(name)
+        if check:
+            require_recorded(Path(source.location))
+        model = source.load(dtype)
     require_finite(model, name)
     return model
 
@@ -55,13 +61,18 @@ def require_recorded(folder: Path) -> None:
         require_whole(folder, files)
 
 
-def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer of any named model.
+
+    Args:
+        name: as for :func:`load`.
+        trust_remote_code: whether code that lies beside it may run.
 
     Raises:
         ParedError: there is none.
     """
-    return find_model(name_from(name, "pared.load_tokenizer")).tokenizer()
+    with trusting(trust_remote_code):
+        return find_model(name_from(name, "pared.load_tokenizer")).tokenizer()
 
 
 def read_config(name: str) -> PretrainedConfig:

@@ -13,18 +13,9 @@ from pared.checkpoint.loader import tie
 from pared.checkpoint.portable import has_importable_code, make_portable, module_map, own_class
 from pared.errors import ParedError
 from pared.modules import BasisHolder
+from pared.sources.architecture import AUTO_CLASSES
 from pared.sources.models import ModelSource
 
-AUTO_CLASSES = (
-    "AutoModel",
-    "AutoModelForCausalLM",
-    "AutoModelForMaskedLM",
-    "AutoModelForSequenceClassification",
-    "AutoModelForTokenClassification",
-    "AutoModelForQuestionAnswering",
-    "AutoModelForSeq2SeqLM",
-    "AutoModelForImageTextToText",
-)
 SHARD_SIZE = "5GB"
 
 

@@ -18,6 +18,7 @@ from pared.checkpoint.loader import empty_module
 from pared.checkpoint.manifest import Fingerprint, Manifest
 from pared.checkpoint.portable import module_map
 from pared.errors import ParedError
+from pared.sources.trust import trusting
 
 TOKENS, SAMPLES = 16, 64
 LAYERS, LAYER_SAMPLES = 64, 8  # the most of those the tokens do not reach, and of their outputs
@@ -185,8 +186,12 @@ def _is_order(order: torch.Tensor) -> bool:
     return not order.is_floating_point() and torch.equal(order.sort().values.long(), torch.arange(len(order)))
 
 
-def verify(folder: str | Path) -> float:
+def verify(folder: str | Path, trust_remote_code: bool = False) -> float:
     """Check a folder: manifest, map, the SHA-256 of every file, and the answers of the model loaded from it.
+
+    Args:
+        folder: that pared made.
+        trust_remote_code: whether code that lies in it may run.
 
     Returns:
         The largest difference from the recorded outputs, relative to the largest output; 0.0 where nothing differs.
@@ -195,10 +200,11 @@ def verify(folder: str | Path) -> float:
         ParedError: anything is missing, damaged or different.
     """
     folder = Path(name_from(folder, "pared.verify"))
-    manifest = Manifest.read(folder)
-    require_tensors(folder)
-    require_recorded(folder)
-    return compare(load(str(folder)), manifest.fingerprint)
+    with trusting(trust_remote_code):
+        manifest = Manifest.read(folder)
+        require_tensors(folder)
+        require_recorded(folder)
+        return compare(load(str(folder)), manifest.fingerprint)
 
 
 @torch.no_grad()

@@ -23,10 +23,11 @@ from pared.evaluation.vision import BATCH as BATCH_OF_IMAGES
 from pared.evaluation.vision import answer_questions, processor_of, questions_of
 from pared.names import require_known
 from pared.recipe import Recipe
+from pared.sources.architecture import is_causal
 from pared.sources.files import data_folder
 from pared.sources.labelled import find_examples
 from pared.sources.labelled_windows import cut_examples
-from pared.sources.models import find_model, is_causal
+from pared.sources.models import find_model
 from pared.sources.texts import find_text
 from pared.sources.windows import cut
 

@@ -34,9 +34,10 @@ from pared.evaluation import perplexity
 from pared.hardware import device_of
 from pared.lowrank import LowRankMethod
 from pared.recipe import Recipe
+from pared.sources.architecture import is_causal
 from pared.sources.labelled import find_examples
 from pared.sources.labelled_windows import cut_examples, find_windows
-from pared.sources.models import is_causal, require_dense
+from pared.sources.models import require_dense
 from pared.sources.texts import find_text, held_out
 from pared.sources.windows import NO_LABEL, Windows, cut, require_fits
 

@@ -24,8 +24,10 @@ from pared.inputs import inputs_of
 from pared.presets import record_of, require_asked, told
 from pared.recipe import Recipe
 from pared.report.card import model_card
-from pared.sources.models import ModelSource, find_model, is_causal, require_dense
+from pared.sources.architecture import is_causal
+from pared.sources.models import ModelSource, find_model, require_dense
 from pared.sources.texts import find_text, held_out
+from pared.sources.trust import trusting
 from pared.sources.windows import Windows, cut, require_fits
 from pared.staging import require_free, require_space, staged
 
@@ -38,7 +40,9 @@ class Outcome:
     manifest: Manifest
 
 
-def run(recipe: Recipe, overwrite: bool = False, progress: Progress | None = None) -> Outcome:
+def run(
+    recipe: Recipe, overwrite: bool = False, progress: Progress | None = None, trust_remote_code: bool = False
+) -> Outcome:
     """Carry out a recipe from model name to folder.
 
     What can be refused is refused before the first weight is read. The folder is made beside its place, reloaded,
@@ -48,12 +52,16 @@ def run(recipe: Recipe, overwrite: bool = False, progress: Progress | None = Non
         recipe: with ``model`` and ``out``.
         overwrite: whether an output folder that is there may be replaced.
         progress: who watches; nobody by default.
+        trust_remote_code: whether code that lies beside the model's weights may run.
 
     Raises:
         ParedError: anything wrong; nothing was written or overwritten.
     """
-    recipe = recipe_from(recipe, "pared.run")
-    progress = progress or Silent()
+    with trusting(trust_remote_code):
+        return _run(recipe_from(recipe, "pared.run"), overwrite, progress or Silent())
+
+
+def _run(recipe: Recipe, overwrite: bool, progress: Progress) -> Outcome:
     watch = Stopwatch()
     source, out = _checked(recipe, overwrite)
     preset = record_of(recipe)

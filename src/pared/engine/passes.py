@@ -45,7 +45,7 @@ from pared.hardware import device_of
 from pared.lowrank import METHODS, LowRankMethod
 from pared.lowrank.methods import nothing
 from pared.recipe import Recipe
-from pared.sources.models import is_causal
+from pared.sources.architecture import is_causal
 from pared.sources.windows import Windows, require_fits
 
 Loss = Literal["sampled", "labels"]

@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.errors import ParedError
-from pared.sources.models import is_causal
+from pared.sources.architecture import is_causal
 from pared.sources.windows import Windows, require_fits
 
 

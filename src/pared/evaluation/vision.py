@@ -17,8 +17,10 @@ from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
 from pared.errors import ParedError
 from pared.evaluation.generation import GREEDY, padding_left
 from pared.evaluation.tasks import Result, standard_error
+from pared.sources.architecture import first_line
 from pared.sources.files import read_rows
-from pared.sources.models import find_model, first_line
+from pared.sources.models import find_model
+from pared.sources.trust import trusted
 
 SHORT = "Answer the question using a single word or phrase."
 TOKENS = 16
@@ -90,7 +92,7 @@ def processor_of(name: str) -> ProcessorMixin:
     """
     source = find_model(name)
     try:
-        found = AutoProcessor.from_pretrained(source.location)
+        found = AutoProcessor.from_pretrained(source.location, trust_remote_code=trusted())
     except Exception as error:  # many kinds
         raise ParedError(f"model {name!r} has no readable processor of images ({first_line(error)})") from None
     if getattr(found, "image_processor", None) is None:

@@ -28,7 +28,8 @@ from pared.search.prepare import prepare
 from pared.search.ranks import require_rankable
 from pared.search.split import search_texts
 from pared.search.zeros import require_pruner
-from pared.sources.models import find_model, is_causal, require_dense
+from pared.sources.architecture import is_causal
+from pared.sources.models import find_model, require_dense
 from pared.sources.windows import Windows, cut, require_fits
 from pared.staging import require_short
 

@@ -48,8 +48,9 @@ def _convert(gguf: Path, folder: Path) -> None:
                 gguf_file=gguf.name,
                 quantization_config=GgufConfig(dequantize=True),
                 dtype=torch.float32,
+                trust_remote_code=False,
             )
-        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name, trust_remote_code=False)
     except Exception as error:  # gguf, torch and transformers each raise their own
         told = (str(error).strip().splitlines() or ["no message"])[0]
         raise ParedError(f"{gguf}: cannot be read as GGUF ({type(error).__name__}: {told[:200]})") from error

@@ -4,7 +4,6 @@ import hashlib
 import importlib.util
 import logging
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,9 @@ from pared.digests import folder_digest
 from pared.errors import ParedError
 from pared.hardware import dtype_of
 from pared.names import did_you_mean
+from pared.sources.architecture import architecture, first_line, note_causal, raised_in, refuse_code
 from pared.sources.gguf import converted
+from pared.sources.trust import trusted
 
 if TYPE_CHECKING:  # that there is no such model is told without them
     import torch
@@ -60,9 +61,12 @@ class ModelSource:
         from transformers import AutoConfig
 
         try:
-            return AutoConfig.from_pretrained(self.location)
+            config = AutoConfig.from_pretrained(self.location, trust_remote_code=trusted())
         except Exception as error:  # huggingface_hub and transformers raise many kinds
+            refuse_code(self.name, error)
             raise ParedError(f"model {self.name!r}: no readable config.json ({first_line(error)})") from None
+        note_causal(config)
+        return config
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """Load the tokenizer.
@@ -73,8 +77,9 @@ class ModelSource:
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(self.location)
+            return AutoTokenizer.from_pretrained(self.location, trust_remote_code=trusted())
         except Exception as error:  # tokenizers raises its own
+            refuse_code(self.name, error)
             raise ParedError(f"model {self.name!r}: no readable tokenizer ({first_line(error)})") from None
 
     def digest(self) -> str:
@@ -119,12 +124,15 @@ class ModelSource:
         Raises:
             ParedError: the checkpoint is missing, truncated, or lacks weights the model needs.
         """
-        kind, chosen = architecture(self.config(), self.name), dtype_of(dtype) or "auto"
+        kind, chosen = architecture(self.config(), self.name, self.location), dtype_of(dtype) or "auto"
+        asked: dict[str, Any] = {"dtype": chosen, "trust_remote_code": trusted(), "output_loading_info": True}
         try:
-            model, info = kind.from_pretrained(self.location, dtype=chosen, output_loading_info=True)
+            model, info = kind.from_pretrained(self.location, **asked)
         except Exception as error:  # safetensors, torch and transformers each raise their own
+            refuse_code(self.name, error)
             raise ParedError(
-                f"model {self.name!r}: unreadable or truncated checkpoint ({first_line(error)}); fetch it again"
+                f"model {self.name!r}: unreadable or truncated checkpoint ({first_line(error)}, {raised_in(error)}); "
+                "fetch it again"
             ) from error
         if missing := sorted(info["missing_keys"]):
             raise ParedError(
@@ -146,7 +154,7 @@ class ModelSource:
         import torch
 
         config = self.config()
-        kind = architecture(config, self.name)
+        kind = architecture(config, self.name, self.location)
         try:
             with torch.device("meta"):
                 return kind._from_config(config)
@@ -159,46 +167,6 @@ class ModelSource:
 
         declared = dtype_of(dtype) or getattr(self.config(), "dtype", None) or torch.float32
         return (getattr(torch, declared, torch.float32) if isinstance(declared, str) else declared).itemsize
-
-
-def architecture(config: "PretrainedConfig", name: str) -> Any:
-    """Return the transformers class that ``config.architectures`` names.
-
-    Raises:
-        ParedError: it names none, or one this transformers does not have.
-    """
-    import transformers
-
-    listed = getattr(config, "architectures", None) or []
-    for candidate in listed:
-        found = getattr(transformers, candidate, None)
-        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-            return found
-    raise ParedError(
-        f"model {name!r}: config.json names architectures {listed}, none of which transformers "
-        f"{transformers.__version__} has; update transformers"
-    )
-
-
-def is_causal(architectures: Iterable[str]) -> bool:
-    """Whether any of these model classes is a causal language model, which perplexity is defined for.
-
-    One that sees images too is one, unless an encoder reads its text.
-    """
-    from transformers.models.auto import modeling_auto
-
-    named = set(architectures)
-    seeing = named & set(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values())
-    return bool(named & set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())) or any(
-        map(_only_decodes, seeing)
-    )
-
-
-def _only_decodes(architecture: str) -> bool:
-    import transformers
-
-    config = getattr(transformers, architecture).config_class()
-    return not getattr(config, "is_encoder_decoder", False)
 
 
 def find_model(name: str) -> ModelSource:
@@ -264,9 +232,3 @@ def _embedded(name: str) -> ModelSource:
     if path.is_dir():
         return ModelSource(name, str(path), distribution)
     return ModelSource(name, str(converted(path)), f"{distribution} ({file}), dequantised to float32")
-
-
-def first_line(error: BaseException) -> str:
-    """Return the kind of an error and the first line of its message."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:200] if text else 'no message'}"

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from pared.checkpoint import load
 from pared.errors import ParedError
 from pared.inputs import found_again
-from pared.sources.models import is_causal
+from pared.sources.architecture import is_causal
 from pared.sources.windows import NO_LABEL
 from pared.training.divergence import divergence
 from pared.training.full import train_part

@@ -23,10 +23,12 @@ from transformers import (
 from pared.checkpoint import load_tokenizer, read_config
 from pared.errors import ParedError
 from pared.evaluation.classification import Score, classify
+from pared.sources.architecture import is_causal
 from pared.sources.examples import Examples
 from pared.sources.labelled import find_examples
 from pared.sources.labelled_windows import cut_examples
-from pared.sources.models import find_model, is_causal
+from pared.sources.models import find_model
+from pared.sources.trust import trusted
 from pared.sources.windows import Windows
 from pared.training.examples import collate, rows_of
 
@@ -114,7 +116,8 @@ def with_head(name: str, examples: Examples, seed: int = 0) -> PreTrainedModel:
         "id2label": dict(enumerate(classes)),
         "label2id": {label: number for number, label in enumerate(classes)},
     }
-    found: dict[str, Any] = {"dtype": torch.float32, "problem_type": None, "output_loading_info": True}
+    found: dict[str, Any] = {"dtype": torch.float32, "problem_type": None, "output_loading_info": True,
+                             "trust_remote_code": trusted()}  # fmt: skip
     try:
         model, info = kind.from_pretrained(find_model(name).location, ignore_mismatched_sizes=True, **found, **named)
     except Exception as error:  # safetensors, torch and transformers each raise their own

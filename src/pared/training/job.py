@@ -24,7 +24,8 @@ from pared.inputs import inputs_of
 from pared.presets import record_of, require_asked, told
 from pared.recipe import Evaluation
 from pared.report.card import model_card
-from pared.sources.models import find_model, is_causal
+from pared.sources.architecture import is_causal
+from pared.sources.models import find_model
 from pared.sources.texts import find_text
 from pared.sources.windows import Windows, cut, require_fits
 from pared.staging import require_free, require_space, staged

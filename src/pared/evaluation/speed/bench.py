@@ -11,7 +11,8 @@ from typing import Any
 
 from pared.errors import ParedError
 from pared.evaluation.speed.settings import Case, Settings
-from pared.sources.models import find_model, is_causal
+from pared.sources.architecture import is_causal
+from pared.sources.models import find_model
 
 
 @dataclass(frozen=True)

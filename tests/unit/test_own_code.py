@@ -1,0 +1,238 @@
+"""Models whose class lies outside of transformers: their code comes along, and runs only where the user allows it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import TINY_MODELS, VOCAB
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+import pared
+from pared import ParedError, Recipe
+
+TOKENS = torch.randint(0, VOCAB, (2, 16), generator=torch.Generator().manual_seed(1))
+CONFIGURATION = """
+from transformers import LlamaConfig
+
+
+class MineConfig(LlamaConfig):
+    model_type = "mine_lm"
+"""
+# One file imports two others, one of which imports a third; the model doubles its logits.
+MODELING = """
+from transformers import LlamaForCausalLM, LlamaModel
+from .configuration_mine import MineConfig
+from .scaling_mine import scaled
+
+
+class MineModel(LlamaModel):
+    config_class = MineConfig
+
+
+class MineForCausalLM(LlamaForCausalLM):
+    config_class = MineConfig
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = scaled(output.logits)
+        return output
+"""
+SCALING = "from .factor_mine import FACTOR\n\n\ndef scaled(logits):\n    return FACTOR * logits\n"
+FACTOR = "FACTOR = 2.0\n"
+FILES = {"configuration_mine": CONFIGURATION, "modeling_mine": MODELING, "scaling_mine": SCALING, "factor_mine": FACTOR}
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    return model.eval()(input_ids=TOKENS).logits
+
+
+def foreign(folder: Path, tokenizer: PreTrainedTokenizerFast, marker: Path | None = None, name: str = "Mine") -> Path:
+    """Write a folder whose model is code of its own, which says in a file that it ran."""
+    TINY_MODELS["llama"]().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for file, text in FILES.items():
+        ran = f"open({str(marker)!r}, 'w').close()\n" if marker and file == "modeling_mine" else ""
+        (folder / f"{file}.py").write_text(ran + text.replace("MineForCausalLM", f"{name}ForCausalLM"))
+    config = json.loads((folder / "config.json").read_text())
+    config["model_type"] = "mine_lm"
+    config["architectures"] = [f"{name}ForCausalLM"]
+    config["auto_map"] = {
+        "AutoConfig": "configuration_mine.MineConfig",
+        "AutoModel": "modeling_mine.MineModel",
+        "AutoModelForCausalLM": f"modeling_mine.{name}ForCausalLM",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+LOADS = """
+import sys, torch
+{imports}
+from transformers import AutoModelForCausalLM, AutoModel
+model = AutoModelForCausalLM.from_pretrained({folder!r}, trust_remote_code=True).eval()
+body = AutoModel.from_pretrained({folder!r}, trust_remote_code=True)
+assert type(body).__name__ == "MineModel", type(body)
+with torch.no_grad():
+    torch.save(model(input_ids=torch.load({tokens!r})).logits, {out!r})
+model.save_pretrained({again!r})
+"""
+
+
+def loaded_elsewhere(folder: Path, place: Path, imports: str) -> torch.Tensor:
+    """Load a folder in a process of its own, and save it again there."""
+    torch.save(TOKENS, place / "tokens.pt")
+    out, again = str(place / "logits.pt"), str(place / "again")
+    source = LOADS.format(imports=imports, folder=str(folder), tokens=str(place / "tokens.pt"), out=out, again=again)
+    environment = {**os.environ, "HF_MODULES_CACHE": str(place / "modules")}
+    done = subprocess.run(
+        [sys.executable, "-c", source], capture_output=True, text=True, check=False, cwd=place, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(out)
+
+
+WITHOUT_PARED = "sys.modules['pared'] = None  # a machine without the package"
+
+
+def test_a_models_own_code_comes_along_and_loads_anywhere(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    source = foreign(tmp_path / "source", tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True)
+    pared.compress(model, tokenizer, Recipe(method="svd", keep=0.6))
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "out")
+    assert {f"{file}.py" for file in FILES} < {file.name for file in (tmp_path / "out").iterdir()}
+    here = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    torch.testing.assert_close(logits(here), expected)
+    torch.testing.assert_close(loaded_elsewhere(tmp_path / "out", tmp_path, WITHOUT_PARED), expected)
+    torch.testing.assert_close(loaded_elsewhere(tmp_path / "again", tmp_path, "import pared"), expected)
+
+
+def test_a_whole_job_on_own_code_needs_to_be_allowed(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    source = foreign(tmp_path / "source", tokenizer, marker)
+    recipe = Recipe(model=str(source), out=str(tmp_path / "out"), method="svd", keep=0.6, evaluation=None)
+    for refused in (
+        lambda: pared.run(recipe),
+        lambda: pared.load(source),
+        lambda: pared.load(source, trust_remote_code=False),
+    ):
+        with pytest.raises(ParedError, match=r"code of its own.*--trust-remote-code"):
+            refused()
+    assert not marker.exists()
+    assert not (tmp_path / "out").exists()
+    outcome = pared.run(recipe, trust_remote_code=True)
+    assert marker.exists()
+    assert outcome.manifest.self_check == 0
+    with pytest.raises(ParedError, match="--trust-remote-code"):
+        pared.verify(outcome.folder)
+    assert pared.verify(outcome.folder, trust_remote_code=True) == 0
+    assert type(pared.load(outcome.folder, trust_remote_code=True)).__name__ == "MineForCausalLM"
+
+
+def test_own_code_named_as_a_class_of_transformers_stays_own(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    source = foreign(tmp_path / "source", tokenizer, name="GPTNeoX")
+    outcome = pared.run(
+        Recipe(model=str(source), out=str(tmp_path / "out"), method="svd", keep=0.6, evaluation=None),
+        trust_remote_code=True,
+    )
+    assert outcome.manifest.self_check == 0
+    again = pared.load(outcome.folder, trust_remote_code=True)
+    assert hasattr(again.model.layers[0], "mlp")  # a llama inside
+
+
+def test_a_dense_export_of_own_code_loads(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    source = foreign(tmp_path / "source", tokenizer)
+    recipe = Recipe(model=str(source), out=str(tmp_path / "out"), method="svd", keep=0.6, evaluation=None)
+    pared.run(recipe, trust_remote_code=True)
+    model = pared.load(tmp_path / "out", trust_remote_code=True)
+    expected = logits(model)
+    pared.checkpoint.make_dense(model).save_pretrained(tmp_path / "dense")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", trust_remote_code=True)
+    torch.testing.assert_close(logits(again), expected, rtol=1e-4, atol=1e-4)
+
+
+class NotebookConfig(LlamaConfig):
+    model_type = "notebook_lm"
+
+
+class NotebookForCausalLM(LlamaForCausalLM):
+    config_class = NotebookConfig
+
+
+def tiny_of(kind: Any, config: Any) -> PreTrainedModel:
+    sizes: Any = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+                  "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+    return kind(config(**sizes)).eval()
+
+
+def test_a_class_defined_in_a_notebook_loads_by_itself(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for cls in (NotebookConfig, NotebookForCausalLM):
+        monkeypatch.setattr(cls, "__module__", "__main__")
+    model = tiny_of(NotebookForCausalLM, NotebookConfig)
+    pared.compress(model, tokenizer, Recipe(method="svd", keep=0.6))
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    assert not json.loads((tmp_path / "config.json").read_text()).get("auto_map")
+    torch.testing.assert_close(logits(NotebookForCausalLM.from_pretrained(tmp_path)), expected)
+
+
+def test_a_class_of_a_package_that_is_registered_runs_the_whole_road(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "their_package.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n\n\n"
+        "class TheirConfig(LlamaConfig):\n    model_type = 'their_lm'\n\n\n"
+        "class TheirForCausalLM(LlamaForCausalLM):\n    config_class = TheirConfig\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import their_package  # type: ignore[import-not-found]
+
+    AutoConfig.register("their_lm", their_package.TheirConfig)
+    AutoModelForCausalLM.register(their_package.TheirConfig, their_package.TheirForCausalLM)
+    tiny_of(their_package.TheirForCausalLM, their_package.TheirConfig).save_pretrained(tmp_path / "source")
+    tokenizer.save_pretrained(tmp_path / "source")
+    recipe = Recipe(model=str(tmp_path / "source"), out=str(tmp_path / "out"), method="svd", keep=0.6, evaluation=None)
+    assert pared.run(recipe).manifest.self_check == 0
+    assert pared.verify(tmp_path / "out") == 0
+    torch.save(TOKENS, tmp_path / "tokens.pt")
+    script = (
+        f"import sys, torch\nsys.path.insert(0, {str(tmp_path)!r})\nsys.modules['pared'] = None\n"
+        "from transformers import AutoModelForCausalLM\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(tmp_path / 'out')!r}, trust_remote_code=True).eval()\n"
+        f"torch.save(model(input_ids=torch.load({str(tmp_path / 'tokens.pt')!r})).logits, {str(tmp_path / 'l.pt')!r})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    torch.testing.assert_close(
+        torch.load(tmp_path / "l.pt"), logits(pared.load(tmp_path / "out")), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_a_pipe_allows_nothing(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    source = foreign(tmp_path / "source", tokenizer, marker)
+    done = subprocess.run(
+        [sys.executable, "-m", "pared.cli.main", "plan", str(source)],
+        input="y\ny\ny\n", capture_output=True, text=True, check=False,
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "--trust-remote-code" in done.stderr + done.stdout
+    assert not marker.exists()
