@@ -12,15 +12,18 @@ import torch
 from tiny_models import TINY_MODELS, VOCAB
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from typer.testing import CliRunner
 
 import pared
 from pared import ParedError, Recipe
+from pared.cli.main import app
 
 TOKENS = torch.randint(0, VOCAB, (2, 16), generator=torch.Generator().manual_seed(1))
 CONFIGURATION = """
@@ -107,6 +110,23 @@ def loaded_elsewhere(folder: Path, place: Path, imports: str) -> torch.Tensor:
 WITHOUT_PARED = "sys.modules['pared'] = None  # a machine without the package"
 
 
+def test_a_models_own_code_comes_along(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    source = foreign(tmp_path / "source", tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True)
+    pared.compress(model, tokenizer, Recipe(method="svd", keep=0.6))
+    expected = logits(model)
+    folder = tmp_path / "0"
+    model.save_pretrained(folder)
+    for again in ("1", "2"):
+        assert {f"{file}.py" for file in (*FILES, "modeling_pared")} == {file.name for file in folder.glob("*.py")}
+        loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+        assert torch.equal(logits(loaded), expected)
+        assert type(AutoModel.from_pretrained(folder, trust_remote_code=True)).__name__ == "MineModel"
+        folder = tmp_path / again
+        loaded.save_pretrained(folder)
+
+
+@pytest.mark.slow
 def test_a_models_own_code_comes_along_and_loads_anywhere(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     source = foreign(tmp_path / "source", tokenizer)
     model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True)
@@ -193,6 +213,7 @@ def test_a_class_defined_in_a_notebook_loads_by_itself(
     torch.testing.assert_close(logits(NotebookForCausalLM.from_pretrained(tmp_path)), expected)
 
 
+@pytest.mark.slow
 def test_a_class_of_a_package_that_is_registered_runs_the_whole_road(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,14 +246,66 @@ def test_a_class_of_a_package_that_is_registered_runs_the_whole_road(
     )
 
 
-def test_a_pipe_allows_nothing(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+COMMANDS = {
+    "plan": ["plan", "MODEL", "--keep", "0.5"],
+    "compress": ["compress", "MODEL", "--method", "svd", "--eval", "none", "--out", "OUT"],
+    "verify": ["verify", "MODEL"],
+    "export": ["export", "MODEL", "--to", "dense", "--out", "OUT"],
+    "eval": ["eval", "MODEL", "--perplexity", "embedded"],
+    "fine-tune": ["eval", "MODEL", "--fine-tune", "glue:cola"],
+    "tune": ["tune", "MODEL", "--method", "full", "--out", "OUT"],
+    "bench": ["bench", "MODEL"],
+    "search": ["search", "MODEL", "--pruner", "magnitude", "--sparsity", "0.5", "--out", "OUT"],
+    "diagnose": ["diagnose", "rank-groups", "MODEL"],
+}
+
+
+@pytest.fixture(scope="module")
+def hostile(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A folder whose code leaves a mark when it runs: of the configuration, the model, and the tokenizer."""
+    place = tmp_path_factory.mktemp("hostile")
+    source, marker = place / "source", place / "ran"
+    foreign(source, tokenizer, marker)
+    for file in ("configuration_mine", "tokenization_mine"):
+        text = (source / f"{file}.py").read_text() if (source / f"{file}.py").exists() else ""
+        (source / f"{file}.py").write_text(f"open({str(marker)!r}, 'w').close()\n{text}")
+    told = json.loads((source / "tokenizer_config.json").read_text())
+    told["auto_map"] = {"AutoTokenizer": ["tokenization_mine.MineTokenizer", None]}
+    (source / "tokenizer_config.json").write_text(json.dumps(told))
+    return source, marker
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_pipe_allows_no_code(command: str, hostile: tuple[Path, Path], tmp_path: Path) -> None:
+    source, marker = hostile
+    words = [{"MODEL": str(source), "OUT": str(tmp_path / "out")}.get(word, word) for word in COMMANDS[command]]
+    result = CliRunner().invoke(app, words, input="y\n" * 20)
+    assert result.exit_code == 2, result.output
+    assert not marker.exists()
+    if command != "verify":  # which misses the manifest first
+        assert "--trust-remote-code" in result.stderr
+
+
+def test_the_option_of_a_command_lets_code_run(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     marker = tmp_path / "ran"
     source = foreign(tmp_path / "source", tokenizer, marker)
-    done = subprocess.run(
-        [sys.executable, "-m", "pared.cli.main", "plan", str(source)],
-        input="y\ny\ny\n", capture_output=True, text=True, check=False,
-        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "--trust-remote-code" in done.stderr + done.stdout
+    out = str(tmp_path / "out")
+    words = ["compress", str(source), "--method", "svd", "--eval", "none", "--out", out]
+    assert CliRunner().invoke(app, words).exit_code == 2
+    assert not marker.exists()
+    result = CliRunner().invoke(app, [*words, "--trust-remote-code"])
+    assert result.exit_code == 0, result.output
+    assert CliRunner().invoke(app, ["verify", out], input="y\n").exit_code == 2
+    assert CliRunner().invoke(app, ["verify", out, "--trust-remote-code"]).exit_code == 0
+
+
+def test_what_pared_makes_of_a_known_model_runs_no_code_of_its_folder(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = TINY_MODELS["llama"]()
+    pared.compress(model, tokenizer, Recipe(method="svd", keep=0.6))
+    model.save_pretrained(tmp_path)
+    marker = tmp_path / "ran"
+    (tmp_path / "modeling_pared.py").write_text(f"open({str(marker)!r}, 'w').close()\n")
+    assert type(pared.load(tmp_path)).__name__ == "LlamaForCausalLM"
     assert not marker.exists()

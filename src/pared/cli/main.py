@@ -49,6 +49,7 @@ COMMANDS = {
     ),
     "diagnose": ("pared.cli.diagnose:diagnose", "Look into what a method does to a model."),
 }
+LOADS_NOTHING = {"methods", "presets", "demo"}
 LOOKS: dict[str, Any] = {
     "pretty_exceptions_enable": False,
     "rich_markup_mode": None,  # "[default: ...]" is text here, not a style
@@ -90,7 +91,36 @@ def _command(name: str) -> Any:
         found.command(name)(function)
     command = typer.main.get_command(found)
     command.name = name
+    if name not in LOADS_NOTHING:
+        _let_code_be_trusted(command)
     return command
+
+
+def _let_code_be_trusted(command: Any) -> None:
+    """Give a command, or those of a group, the option that lets code of a model's folder run."""
+    for one in getattr(command, "commands", {}).values():
+        _let_code_be_trusted(one)
+    if not hasattr(command, "commands"):
+        options = typer.Typer(add_completion=False)
+        options.command()(_code_options)
+        command.params += typer.main.get_command(options).params
+
+
+def _trust(ctx: typer.Context, asked: bool) -> None:
+    if asked:
+        from pared.sources.trust import trusting_everywhere
+
+        ctx.with_resource(trusting_everywhere())
+
+
+def _code_options(
+    _: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", callback=_trust, expose_value=False,
+                     help="Run code that lies in a model's folder; read it before."),
+    ] = False,
+) -> None:  # fmt: skip
+    """Hold what every command that loads models takes beside its own options."""
 
 
 app = typer.Typer(

@@ -31,6 +31,14 @@ def trusting(allowed: bool) -> Iterator[None]:
         _allowed.reset(before)
 
 
-def trust_from_here() -> None:
+@contextmanager
+def trusting_everywhere() -> Iterator[None]:
     """Let the code of folders run in this process and in those it starts: what the option of a command does."""
+    before = os.environ.get(VARIABLE)
     os.environ[VARIABLE] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(VARIABLE)
+        if before is not None:
+            os.environ[VARIABLE] = before
