@@ -1,11 +1,11 @@
-# make install | demo | test | test-slow. Only python3 (3.10 or newer) with venv and pip, make and git are needed.
+# make install | demo | test | test-slow | test-portable. Only python3 (3.10 or newer) with venv and pip, make and git are needed.
 PYTHON ?= python3
 # A plain `torch` from PyPI is a CUDA build of several GB on Linux; this release has a CPU wheel on many mirrors
 # (pip install --index-url https://download.pytorch.org/whl/cpu torch==2.13.0).
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: install demo test test-slow lint clean
+.PHONY: install demo test test-slow test-portable lint clean
 
 install: .venv/installed
 
@@ -33,5 +33,9 @@ test: lint
 test-slow: install
 	$(BIN)/pytest --numprocesses 2 --dist worksteal -m slow $(ARGS)
 
+# The unit tier under three instruction sets, with one thread and with two: no result may hang on the processor.
+test-portable: install
+	$(BIN)/python tests/portable.py $(ARGS)
+
 clean:
-	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .portable

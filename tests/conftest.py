@@ -1,4 +1,4 @@
-"""What every test shares: one thread, no network, a cache of its own."""
+"""What every test shares: one thread (unless PARED_TEST_THREADS says more), no network, a cache of its own."""
 
 import os
 import tempfile
@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 import pared
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.setdefault("PARED_TEST_THREADS", "1")))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,11 +1,15 @@
-"""Commands in processes of their own, which a test may kill, without the seconds that imports take.
+"""Commands and scripts in processes of their own, which a test may kill, without the seconds that imports take.
 
-They are forked from a server that has imported what they need, once for all tests of a session.
+They are forked from servers that have imported what they need, once for all tests of a session.
 """
 
+import functools
 import gc
+import json
 import multiprocessing
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.context import ForkServerProcess
@@ -21,7 +25,7 @@ PATIENCE = 300  # seconds; no test waits longer for what never comes
 def start(
     words: Sequence[str], told: Path | None = None, environment: Mapping[str, str] | None = None
 ) -> ForkServerProcess:
-    """Start ``pared`` with these words, on one thread.
+    """Start ``pared`` with these words, on as many threads as the tests.
 
     Args:
         words: of the command line, without ``pared``.
@@ -53,6 +57,45 @@ def _run(words: list[str], told: str, environment: dict[str, str]) -> None:
 
     from pared.cli.main import app
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ["PARED_TEST_THREADS"]))
     gc.freeze()  # collections leave out what is imported
     app(words)
+
+
+_SERVER = """
+import json, os, sys, traceback
+import torch, transformers
+from transformers import AutoModelForCausalLM
+for line in sys.stdin:
+    source, place, told = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.chdir(place)
+            for stream in (1, 2):
+                os.dup2(os.open(told, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+            exec(compile(source, "script", "exec"), {"__name__": "__main__"})
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@functools.cache
+def _server() -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", _SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def run_python(source: str, place: Path) -> None:
+    """Run a script in a process that has imported torch and transformers and nothing of pared, in this folder."""
+    server, told = _server(), place / "told.txt"
+    assert server.stdin is not None
+    assert server.stdout is not None
+    print(json.dumps([source, str(place), str(told)]), file=server.stdin, flush=True)
+    code = server.stdout.readline().strip()
+    assert code == "0", told.read_text()[-3000:]

@@ -4,12 +4,12 @@ import json
 import logging
 import pickle
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 import transformers
@@ -312,8 +312,7 @@ def run_python(script: str, place: Path, folder: Path, **fields: str) -> Path:
     torch.save(TOKENS, place / "tokens.pt")
     out = str(place / "out")
     source = script.format(tokens=str(place / "tokens.pt"), folder=str(folder), out=out, **fields)
-    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=False, cwd=place)
-    assert done.returncode == 0, done.stderr[-3000:]
+    processes.run_python(source, place)
     return place
 
 

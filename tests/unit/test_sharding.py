@@ -54,7 +54,7 @@ from pared.training import tune
 from pared.training.sharding import gathered as whole, is_sharded
 from pared.tuning import Tuning
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["PARED_TEST_THREADS"]))
 gc.freeze()
 step = watch.Watch.on_step_end
 
@@ -117,7 +117,7 @@ def together(models: Path, text_file: Path, tmp_path_factory: pytest.TempPathFac
     launch = ["-m", "accelerate.commands.launch", "--use_fsdp", "--fsdp_version", "2", "--num_processes", "2",
               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
               str(place / "script.py"), str(place / "cases.json")]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ["PARED_TEST_THREADS"], "PYTHONFAULTHANDLER": "1"}
     result = subprocess.run([sys.executable, *launch], capture_output=True, text=True, env=environment, check=False)
     _, _, crash = result.stderr.partition("Fatal Python error")  # where a process was when a signal ended it
     assert result.returncode == 0, crash[:4000] or result.stderr[-4000:]

@@ -12,11 +12,12 @@ from tiny_models import TINY_MODELS
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+import pared.evaluation.speed
 from pared import ParedError
 from pared.checkpoint import mark, save
 from pared.cli.main import app
 from pared.evaluation.speed import PRESETS, Case, Settings, Timed, bench, parse_case, preset
-from pared.evaluation.speed.bench import _Worker
+from pared.evaluation.speed.bench import Bench, _Worker
 from pared.evaluation.speed.worker import describe, run
 
 FEW = Settings((Case("prefill", 2, 8), Case("decode", 1, 4, 5), Case("forward", 3, 6)), repeats=2)
@@ -89,10 +90,16 @@ def test_a_basis_that_layers_share_is_multiplied_by_each_of_them() -> None:
     assert describe(shared, "x")["multiplied"] == describe(alone, "x")["multiplied"]
 
 
-def test_two_models_are_timed_in_turns(folders: tuple[Path, Path]) -> None:
+@pytest.fixture(scope="module")
+def benched(folders: tuple[Path, Path]) -> tuple[Bench, int]:
+    """Two folders timed, and how many runs were told of."""
     runs = []
-    result = bench([str(folder) for folder in folders], FEW, lambda: runs.append(1))
-    assert len(runs) == 2 * 2 * 3
+    return bench([str(folder) for folder in folders], FEW, lambda: runs.append(1)), len(runs)
+
+
+def test_two_models_are_timed_in_turns(benched: tuple[Bench, int]) -> None:
+    result, runs = benched
+    assert runs == 2 * 2 * 3
     low, dense = result.models
     assert low["parameters"] < dense["parameters"]
     assert low["bytes_on_disk"] < dense["bytes_on_disk"]
@@ -129,14 +136,24 @@ def test_ratios_are_those_within_pairs() -> None:
     assert timed.tokens_per_second(0) == 8.0
 
 
-def test_the_command_prints_and_writes(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_command_prints_and_writes(
+    folders: tuple[Path, Path], benched: tuple[Bench, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    def measured(names: list[str], settings: Settings, on_run: object) -> Bench:
+        asked.extend((names, settings.cases, settings.repeats))
+        return benched[0]
+
+    monkeypatch.setattr(pared.evaluation.speed, "bench", measured)
     arguments = ["bench", str(folders[0]), "--against", str(folders[1]), "--case", "decode:1x4+3", "--repeats", "1",
                  "--json", str(tmp_path / "bench.json")]  # fmt: skip
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
+    assert asked == [[str(folder) for folder in folders], (Case("decode", 1, 4, 3),), 1]
     assert "tokens/s" in result.output
     told = json.loads((tmp_path / "bench.json").read_text())
-    assert len(told["timed"][0]["ratios"]) == 1
+    assert len(told["timed"][0]["ratios"]) == 2
     assert told["models"][0]["name"] == str(folders[0])
 
 
