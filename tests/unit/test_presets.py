@@ -265,7 +265,7 @@ def test_a_preset_and_its_deviations_are_printed_and_in_the_manifest(
     (training,) = Manifest.read(tmp_path / "tuned").training
     assert training.preset is not None
     assert training.preset["deviations"] == {
-        "data": {"preset": ["wikitext2:train"], "asked": [f"file:{text_file}"]},
+        "data": {"preset": ["wikitext2:train"], "asked": [f"file:{text_file.name}"]},
         "length": {"preset": 2048, "asked": 16},
         "epochs": {"preset": 2.0, "asked": None},
         "tokens": {"preset": None, "asked": 64},

@@ -168,6 +168,8 @@ def print_training(training: "Training") -> None:
             figures = ", ".join(f"{name.replace('_', ' ')} {value:,.4g}" if isinstance(value, float)
                              else f"{name.replace('_', ' ')} {value:,}" for name, value in reached.items())  # fmt: skip
             out.print(f"  reached: {figures}", markup=False)
+        for note in stage.get("notes", ()):
+            out.print(f"  note: {note}", markup=False)
         if stage["validation"]:
             measured = ", ".join(f"{loss:.4f} (step {step})" for step, loss in stage["validation"][-3:])
             out.print(f"  loss on rows never trained on: {measured}", markup=False)
