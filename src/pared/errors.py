@@ -7,3 +7,15 @@ class ParedError(Exception):
     The message names the thing, says what was found, what was expected and what to do.
     The command line prints it and exits with code 2; nothing has been written or overwritten.
     """
+
+
+class DamagedError(ParedError):
+    """A checkpoint that does not hold what it should.
+
+    Attributes:
+        what: is wrong.
+    """
+
+    def __init__(self, what: str, advice: str) -> None:
+        super().__init__(f"{what}; {advice}" if advice else what)
+        self.what = what

@@ -11,7 +11,8 @@ from pared.checkpoint.manifest import Manifest
 from pared.checkpoint.portable import module_map
 from pared.checkpoint.save import mark, save
 from pared.checkpoint.seal import seal
-from pared.checkpoint.verify import compare, require_tensors
+from pared.checkpoint.self_check import reloaded, written
+from pared.checkpoint.verify import require_tensors
 from pared.errors import ParedError
 from pared.install import factors_of, install_group
 from pared.modules import LowRankLinear, PivotedLinear, SparseLinear
@@ -66,9 +67,9 @@ def convert(
     with staged(out, overwrite, needed=plan.after.bytes_on_disk, inputs=[folder]) as staging:
         source = find_model(str(folder))
         save(model, source.tokenizer(), staging, source)
-        bytes_on_disk = require_tensors(staging)
+        bytes_on_disk = written(staging, str(folder))
         del model
-        difference = compare(load(staging), manifest.fingerprint)
+        _, difference = reloaded(staging, manifest.fingerprint, str(folder))
         form = "pivots and coefficients" if pivoted else "two factors"
         update = {"plan": plan, "bytes_on_disk": bytes_on_disk, "self_check": difference, "converted": form}
         return seal(staging, manifest.model_copy(update=update), out.name, [], card)

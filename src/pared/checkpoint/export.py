@@ -12,7 +12,8 @@ from pared.checkpoint.loader import tie
 from pared.checkpoint.portable import DYNAMIC, is_portable, module_map, own_class, own_code
 from pared.checkpoint.save import save
 from pared.checkpoint.seal import seal_plain
-from pared.checkpoint.verify import compare, require_tensors, take_fingerprint
+from pared.checkpoint.self_check import reloaded, written
+from pared.checkpoint.verify import take_fingerprint
 from pared.inputs import inputs_of
 from pared.modules import SparseLinear, replace_module
 from pared.sources.models import find_model
@@ -56,9 +57,9 @@ def export_dense(name: str, out: Path, dtype: str = "auto", overwrite: bool = Fa
     needed = sum(p.numel() * p.itemsize for p in model.parameters())
     with staged(out, overwrite, needed, read) as staging:
         save(model, source.tokenizer(), staging, source)
-        bytes_on_disk = require_tensors(staging)
+        bytes_on_disk = written(staging, name)
         del model
-        difference = compare(load(staging), fingerprint)
+        _, difference = reloaded(staging, fingerprint, name)
         seal_plain(staging, inputs_of({"model": name}))
     return Exported(bytes_on_disk, difference)
 

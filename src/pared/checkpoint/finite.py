@@ -3,7 +3,7 @@
 import torch
 from transformers import PreTrainedModel
 
-from pared.errors import ParedError
+from pared.errors import DamagedError
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
@@ -28,8 +28,9 @@ def require_finite(model: PreTrainedModel, name: str) -> None:
         if values.is_meta or not values.is_floating_point() or is_finite(values):
             continue
         wrong = int((~values.float().isfinite()).sum())
-        raise ParedError(
+        raise DamagedError(
             f"model {name!r}: {tensor} holds NaN or infinity in {wrong:,} of {values.numel():,} numbers, as "
-            f"{values.dtype}; the checkpoint is damaged: fetch it again; or its numbers are too large for that dtype: "
-            "load it in float32"
+            f"{values.dtype}",
+            "the checkpoint is damaged: fetch it again; or its numbers are too large for that dtype: load it in "
+            "float32",
         )

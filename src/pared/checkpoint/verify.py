@@ -17,7 +17,7 @@ from pared.checkpoint.load import load, read_map, read_shared, require_recorded
 from pared.checkpoint.loader import empty_module
 from pared.checkpoint.manifest import Fingerprint, Manifest
 from pared.checkpoint.portable import module_map
-from pared.errors import ParedError
+from pared.errors import DamagedError, ParedError
 from pared.sources.trust import trusting
 
 TOKENS, SAMPLES = 16, 64
@@ -65,9 +65,10 @@ def _difference(what: str, found: torch.Tensor, sample: list[float], dtype: torc
     difference = float((found - expected).abs().max()) / scale
     allowed = TOLERANCE.get(dtype, 5e-2)
     if not difference <= allowed:
-        raise ParedError(
+        raise DamagedError(
             f"self-check failed: the outputs of {what} differ from the saved model's by {difference:.3g} of the "
-            f"largest output (allowed {allowed:g}); the folder is damaged or was loaded without pared"
+            f"largest output (allowed {allowed:g})",
+            "the folder is damaged or was loaded without pared",
         )
     return difference
 
@@ -99,7 +100,7 @@ def require_tensors(folder: Path) -> int:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ParedError(f"{folder} has no .safetensors file")
-    stored = _stored(files)
+    stored = stored_tensors(files)
     shared = read_shared(str(folder))
     expected = {
         f"{name}.{part}": empty
@@ -139,7 +140,7 @@ class _Stored(NamedTuple):
         return values
 
 
-def _stored(files: list[Path]) -> dict[str, _Stored]:
+def stored_tensors(files: list[Path]) -> dict[str, _Stored]:
     """Return the tensors of files by name."""
     found: dict[str, _Stored] = {}
     for file in files:
@@ -148,7 +149,7 @@ def _stored(files: list[Path]) -> dict[str, _Stored]:
                 for name in tensors.keys():  # noqa: SIM118 - not a mapping
                     found[name] = _Stored(file, name, tuple(tensors.get_slice(name).get_shape()))
         except (SafetensorError, OSError) as error:
-            raise ParedError(f"{file}: unreadable or truncated ({error}); fetch or make it again") from None
+            raise DamagedError(f"{file}: unreadable or truncated ({error})", "fetch or make it again") from None
     return found
 
 

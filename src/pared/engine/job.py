@@ -9,10 +9,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pared.anatomy import find_anatomy
 from pared.apart import require_apart
 from pared.arguments import recipe_from
-from pared.checkpoint import Manifest, compare, load, require_tensors, save, take_fingerprint, verify
+from pared.checkpoint import Manifest, save, take_fingerprint, verify
 from pared.checkpoint.format import FORMAT_VERSION
 from pared.checkpoint.manifest import machine, versions
 from pared.checkpoint.seal import published_recipe, seal
+from pared.checkpoint.self_check import reloaded, written
 from pared.engine.asked import calibrates, calibration_windows, method_of, plan_of, settled
 from pared.engine.checks import require_finite_weights
 from pared.engine.compression import compress
@@ -89,13 +90,13 @@ def _run(recipe: Recipe, overwrite: bool, progress: Progress) -> Outcome:
         with watch("save"):
             fingerprint = take_fingerprint(model)
             save(model, tokenizer, staging, source)
-            bytes_on_disk = require_tensors(staging)
+            bytes_on_disk = written(staging, source.name)
         # The reloaded model is measured, not the one in memory; there is room for only one of them.
         compressed.model = model = None
         gc.collect()
         with watch("verify"):
-            model = load(staging).to(recipe.device)
-            difference = compare(model, fingerprint)
+            model, difference = reloaded(staging, fingerprint, source.name)
+            model = model.to(recipe.device)
         after = _measure(model, tokenizer, windows, recipe, "after", watch, progress)
         manifest = Manifest(
             format_version=FORMAT_VERSION,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pared.digests import folder_digest
-from pared.errors import ParedError
+from pared.errors import DamagedError, ParedError
 from pared.hardware import dtype_of
 from pared.names import did_you_mean
 from pared.sources.architecture import architecture, first_line, note_causal, raised_in, refuse_code
@@ -130,14 +130,15 @@ class ModelSource:
             model, info = kind.from_pretrained(self.location, **asked)
         except Exception as error:  # safetensors, torch and transformers each raise their own
             refuse_code(self.name, error)
-            raise ParedError(
-                f"model {self.name!r}: unreadable or truncated checkpoint ({first_line(error)}, {raised_in(error)}); "
-                "fetch it again"
+            raise DamagedError(
+                f"model {self.name!r}: unreadable or truncated checkpoint ({first_line(error)}, {raised_in(error)})",
+                "fetch it again",
             ) from error
         if missing := sorted(info["missing_keys"]):
-            raise ParedError(
+            raise DamagedError(
                 f"model {self.name!r}: {len(missing)} weights are missing from the checkpoint, the first is "
-                f"{missing[0]!r}; transformers would fill them with random numbers; fetch it again"
+                f"{missing[0]!r}; transformers would fill them with random numbers",
+                "fetch it again",
             )
         if unused := sorted(key for key in info["unexpected_keys"] if re.search(r"\.\d+\.", key)):
             log.warning(

@@ -13,9 +13,10 @@ import torch
 from transformers import PreTrainedModel
 from transformers.integrations import get_available_reporting_integrations
 
-from pared.checkpoint import Manifest, compare, load, mark, require_tensors, save, take_fingerprint
+from pared.checkpoint import Manifest, load, mark, save, take_fingerprint
 from pared.checkpoint.manifest import Training, machine, versions
 from pared.checkpoint.seal import seal
+from pared.checkpoint.self_check import reloaded, written
 from pared.engine.asked import checked_options
 from pared.engine.progress import Progress, Silent, Stopwatch, peak_memory_bytes
 from pared.errors import ParedError
@@ -264,12 +265,11 @@ class _Job:
                 model = load(workshop.stage(len(went)))
                 fingerprint = take_fingerprint(model)
                 save(model, self.tokenizer, staging, find_model(str(self.tuning.model)))
-                bytes_on_disk = require_tensors(staging)
+                bytes_on_disk = written(staging, self.parent.name)
             del model
             gc.collect()
             with self.watch("verify"):
-                model = load(staging)
-                difference = compare(model, fingerprint)
+                model, difference = reloaded(staging, fingerprint, self.parent.name)
             after = None
             if windows is not None:
                 with self.watch("perplexity after"):
