@@ -55,7 +55,7 @@ def test_the_three_sizes_are_those_of_the_files(compressed: Outcome) -> None:
     assert 0.79 < manifest.plan.achieved_keep <= 0.8
     assert manifest.plan.shortfall == 0
     assert 0 <= manifest.bytes_on_disk - manifest.plan.after.bytes_on_disk < 200_000  # headers of safetensors
-    assert manifest.self_check == 0.0
+    assert manifest.self_check <= 1e-5
 
 
 def test_plain_svd_destroys_the_model(dense: Dense, corpus: Corpus) -> None:

@@ -3,6 +3,7 @@
 They are forked from servers that have imported what they need, once for all tests of a session.
 """
 
+import atexit
 import functools
 import gc
 import json
@@ -88,7 +89,9 @@ for line in sys.stdin:
 
 @functools.cache
 def _server() -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-c", _SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    server = subprocess.Popen([sys.executable, "-c", _SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    atexit.register(server.communicate)  # it ends when nothing more is asked of it
+    return server
 
 
 def run_python(source: str, place: Path) -> None:

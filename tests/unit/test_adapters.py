@@ -19,7 +19,6 @@ from pared.install import install_group
 from pared.lowrank import Factors
 from pared.modules import LowRankLinear
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
 TOKENS = torch.randint(0, VOCAB, (2, 16), generator=torch.Generator().manual_seed(1))
 KINDS: dict[str, dict[str, Any]] = {
     "factors": {"method": "svd", "keep": 0.6, "storage": "factors"},

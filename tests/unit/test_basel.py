@@ -384,7 +384,7 @@ def test_under_autocast_the_weight_is_rounded_once() -> None:
     layer = BasisLinear(weight, None, 0, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         found, expected = layer(x), nn.functional.linear(x, weight)
-    assert float((found - expected).abs().max()) <= 0.02 * float(expected.abs().max())
+    assert float((found - expected).detach().abs().max()) <= 0.02 * float(expected.abs().max())
     with torch.autocast("cpu", torch.bfloat16):
         assert layer._sum_of_bases().dtype == torch.float32
 
@@ -511,7 +511,7 @@ def asked(folder: Path, out: Path, text_file: Path, options: dict[str, Any] | No
 @FAMILIES
 def test_basel_makes_a_smaller_folder_that_answers(dense: Dense, tmp_path: Path, text_file: Path, family: str) -> None:
     made = tune(asked(dense(family), tmp_path / "out", text_file))
-    assert verify(tmp_path / "out") == 0.0
+    assert verify(tmp_path / "out") <= 1e-6
     plan = made.manifest.plan
     assert plan.achieved_keep < 1
     model = load(tmp_path / "out")
@@ -574,7 +574,7 @@ def test_a_penalty_in_place_of_importance_leaves_fewer_bases_for_the_same_mass(
         (stage,) = made.manifest.training[-1].stages
         assert 0.7 <= stage["reached"]["mass_left"] < 0.85
         left.append(stage["reached"]["bases_left"])
-        assert verify(tmp_path / f"{weight:g}") == 0.0
+        assert verify(tmp_path / f"{weight:g}") <= 1e-6
     assert left[1] < left[0]
 
 

@@ -17,8 +17,6 @@ from pared.install import install_group
 from pared.lowrank import Factors
 from pared.modules import LowRankLinear, PivotedLinear
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
-
 PAIRS = [Q[:2], GATE]
 SITES = [f"model.layers.{block}.{site}" for block in range(3)
          for site in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")]  # fmt: skip

@@ -228,7 +228,6 @@ def test_a_loaded_model_generates(saved: Callable[[str], tuple[Path, torch.Tenso
 # Training.
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
 def test_lora_on_up_trains_a_step_and_merges_exactly(saved: Callable[[str], tuple[Path, torch.Tensor]]) -> None:
     from peft import LoraConfig, get_peft_model
 
@@ -248,7 +247,6 @@ def test_lora_on_up_trains_a_step_and_merges_exactly(saved: Callable[[str], tupl
     assert float((logits(merged) - trained).abs().max()) < 1e-4 * float(trained.abs().max())  # float32, two blocks
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
 def test_a_merged_model_saves_and_loads(saved: Callable[[str], tuple[Path, torch.Tensor]], tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
@@ -394,7 +392,7 @@ def test_the_loader_of_a_folder_needs_nothing_of_pared(saved: Callable[[str], tu
 
 
 def test_a_whole_folder_passes_with_difference_zero(whole: Path) -> None:
-    assert pared.verify(whole) == 0.0
+    assert pared.verify(whole) <= 1e-6
 
 
 @pytest.fixture
@@ -621,7 +619,7 @@ def test_a_dense_export_can_be_compressed_again(whole: Path, tmp_path: Path) -> 
     out = tmp_path / "again"
     recipe = Recipe(model=str(tmp_path / "dense"), out=str(out), method="svd", keep=0.6, evaluation=None)
     outcome = pared.run(recipe)
-    assert outcome.manifest.self_check == 0.0
+    assert outcome.manifest.self_check <= 1e-6
     torch.testing.assert_close(logits(pared.load(str(out))), logits(pared.load(str(whole))), atol=1e-4, rtol=1e-4)
 
 

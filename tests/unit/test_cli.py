@@ -84,7 +84,7 @@ def test_compress_writes_a_whole_folder_and_nothing_beside_it(compressed: Path) 
         "tokenizer.json",
     } <= files
     result = json.loads((compressed.parent / "result.json").read_text())
-    assert result["self_check"] == 0.0
+    assert result["self_check"] <= 1e-6
     assert result["perplexity_before"] > 0
     assert result["perplexity_after"] > 0
     assert result["bytes_on_disk"] < result["bytes_before"] + 20_000  # safetensors' header

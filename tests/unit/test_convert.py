@@ -165,7 +165,6 @@ def test_half_works_on_a_pivoted_model(pivoted: Path) -> None:
 # Training.
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
 @pytest.mark.parametrize("parts", [["up"], ["down"], ["up", "down"]])
 def test_lora_on_either_part_trains_a_step_merges_exactly_and_saves(
     parts: list[str], pivoted: Path, tmp_path: Path

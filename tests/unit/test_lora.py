@@ -17,8 +17,6 @@ from pared.training.stage import Context
 from pared.training.trainer import warmup_steps
 from pared.tuning import Tuning
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
-
 KINDS: dict[str, dict[str, Any]] = {
     "factors": {"method": "svd", "storage": "factors", "keep": 0.6},
     "pivoted": {"method": "svd", "storage": "pivoted", "keep": 0.6},

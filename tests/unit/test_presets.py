@@ -33,8 +33,6 @@ from pared.sources.windows import cut
 from pared.training.methods import METHODS
 from pared.tuning import Tuning
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
-
 DOCS = Path(__file__).parents[2] / "docs"
 PROTOCOLS = [name for name in names() if name != DEMO]
 RECIPES = [name for name in names() if preset_of(name).command == "compress"]

@@ -32,8 +32,6 @@ from pared.training.processes import Processes
 from pared.training.workshop import Workshop
 from pared.tuning import Tuning
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
-
 KINDS: dict[str, dict[str, Any]] = {
     "factors": {"method": "svd-llm", "storage": "factors", "keep": 0.6},
     "pivoted": {"method": "svd-llm", "storage": "pivoted", "keep": 0.6},
@@ -214,7 +212,7 @@ def test_every_method_trains_every_kind_of_folder(
     before = load(folder(kind))
     made = tune(asked(folder(kind), tmp_path / "out", text_file, method=method))
     after = load(tmp_path / "out")
-    assert verify(tmp_path / "out") == 0.0
+    assert verify(tmp_path / "out") <= 1e-6
     assert before.config.quantization_config.modules == after.config.quantization_config.modules
     changed = {name for name, value in parameters(after).items() if not torch.equal(value, parameters(before)[name])}
     assert changed
@@ -465,7 +463,7 @@ def test_two_processes_train_as_one_with_twice_the_rows(folder: Folder, tmp_path
     for name in ours:
         moved = float((theirs[name].float() - before[name].float()).norm())
         assert float((ours[name].float() - theirs[name].float()).norm()) <= 0.05 * moved + 1e-6, name
-    assert verify(tmp_path / "two") == 0.0
+    assert verify(tmp_path / "two") <= 1e-6
     assert not list(tmp_path.glob(".two*"))
 
 

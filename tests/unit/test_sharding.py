@@ -22,8 +22,6 @@ from pared.training.sharding import units
 from pared.training.watch import Watch
 from pared.tuning import Tuning
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
-
 KINDS: dict[str, dict[str, Any]] = {
     "factors": {"method": "svd-llm", "storage": "factors", "keep": 0.6},
     "shared": {"method": "basis-sharing", "options": {"sharing": "all"}, "keep": 0.7},
@@ -149,7 +147,7 @@ def test_shards_train_as_the_whole_does(
     with torch.no_grad():
         ours_BTV, theirs_BTV, before_BTV = (load(path)(tokens).logits for path in folders)
     assert float((ours_BTV - theirs_BTV).norm()) <= 0.02 * float((theirs_BTV - before_BTV).norm())
-    assert verify(together / name) == 0.0
+    assert verify(together / name) <= 1e-6
 
 
 def test_each_process_holds_half_of_the_parameters(together: Path) -> None:

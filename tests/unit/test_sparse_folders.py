@@ -85,7 +85,7 @@ def test_both_commands_write_the_same_bytes(pruned: Pruned, tmp_path: Path) -> N
     told = json.loads((tmp_path / "told.json").read_text())
     assert told["bytes_before"] == (small / "model.safetensors").stat().st_size
     assert told["bytes_on_disk"] == (tmp_path / "two" / "model.safetensors").stat().st_size
-    assert told["self_check"] == 0.0
+    assert told["self_check"] <= 1e-6
 
 
 def test_a_folder_that_was_saved_again_without_a_manifest_becomes_plain_too(pruned: Pruned, tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_what_is_plain_or_not_there_or_asked_for_twice_is_refused(pruned: Pruned
     refused(command("convert", small, "--no-pivot", *out), "--dense and --no-pivot")
     refused(command("convert", small, "--dense", "--overwrite", "--out", small), "which is read")
     assert left_over(tmp_path) == []
-    assert pared.verify(small) == 0.0
+    assert pared.verify(small) <= 1e-6
 
 
 def test_damaged_bits_are_refused_and_nothing_is_written(pruned: Pruned, tmp_path: Path) -> None:

@@ -19,8 +19,6 @@ from pared.checkpoint import export_dense
 from pared.modules import SparseLinear
 from pared.training import KeepZeros, merge_lora_keeping_zeros, pruned_layers, zeros_of
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
-
 BUDGETS = {"unstructured": {"sparsity": 0.5}, "2:4": {"pattern": "2:4"}}
 ROWS = [{"input_ids": row, "labels": row} for row in TOKENS.repeat(4, 1)]
 Folders = Callable[[str, str], dict[str, Path]]

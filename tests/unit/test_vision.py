@@ -119,7 +119,7 @@ def test_a_cache_of_keys_does_not_grow_from_batch_to_batch(llava: Path, calibrat
 def test_a_folder_whose_parts_transformers_renames_on_saving_is_whole(small: Path, llava: Path) -> None:
     with safe_open(small / "model.safetensors", "pt") as tensors:
         assert all(not name.startswith("model.") for name in tensors.keys())  # noqa: SIM118 - not a mapping
-    assert verify(small) == 0.0
+    assert verify(small) <= 1e-6
     manifest = Manifest.read(small)
     assert manifest.perplexity_before != manifest.perplexity_after
     compressed = compressed_layers(load(small))
@@ -166,7 +166,7 @@ def test_a_tower_that_text_does_not_reach_is_checked_too(llava: Path, tmp_path: 
     out = tmp_path / "out"
     asked = {"model": str(llava), "blocks": TOWER, "evaluation": None, "method": "svd", "keep": 0.6, "out": str(out)}
     pared.run(pared.Recipe.model_validate(asked))
-    assert verify(out) == 0.0
+    assert verify(out) <= 1e-6
     tensors = load_file(out / "model.safetensors")
     noise = {name: torch.randn_like(value) if name.endswith("up.weight") else value for name, value in tensors.items()}
     save_file(noise, out / "model.safetensors", metadata={"format": "pt"})
@@ -183,7 +183,7 @@ def test_a_tower_whose_tensors_have_their_older_names_is_compressed(llava: Path,
     for number, blocks in enumerate((TOWER, LANGUAGE)):
         out = str(tmp_path / str(number))
         pared.run(pared.Recipe(model=str(old), blocks=blocks, method="svd", keep=0.6, evaluation=None, out=out))
-        assert verify(out) == 0.0
+        assert verify(out) <= 1e-6
         assert all(name.startswith(blocks) for name in compressed_layers(load(out)))
 
 
