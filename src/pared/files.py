@@ -1,11 +1,19 @@
-"""Small files that appear whole, and the folder of the user's cache."""
+"""Small files that appear whole, files a user names that may be none, and the folder of the user's cache."""
 
 import contextlib
+import errno
 import os
+import re
+import sys
 import tempfile
 from pathlib import Path
 
 import platformdirs
+
+DESCRIPTOR = re.compile(r"/dev/(?:fd|std)/?(\d+|in|out|err)|/proc/(?:self|\d+)/fd/(\d+)")
+STANDARD = {"in": 0, "out": 1, "err": 2}
+LONGEST_NAME = 255  # bytes, with what stands beside it for a while
+LINKS = 40  # as many as systems follow
 
 
 def cache_folder() -> Path:
@@ -45,3 +53,68 @@ def _umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
+
+
+def descriptor_of(path: Path) -> int | None:
+    """Return the number of the open file that a path names: ``/dev/stdout``, ``/dev/fd/3``, or a link to one."""
+    current = path.absolute()
+    for _ in range(LINKS):
+        found = DESCRIPTOR.fullmatch(str(current))
+        if found is not None:
+            named = found.group(1) or found.group(2)
+            return STANDARD.get(named, int(named) if named.isdigit() else None)
+        if not current.is_symlink():
+            return None
+        current = Path(os.path.normpath(current.parent / os.readlink(current)))
+    return None
+
+
+def is_kept_on_disk(path: Path) -> bool:
+    """Whether a file is, or would be, an ordinary one, and not a pipe, a device or a descriptor."""
+    return descriptor_of(path) is None and (not path.exists() or path.is_file())
+
+
+def why_not_written(path: Path) -> str | None:
+    """Return why a file that a user names cannot be written, as far as can be told before; None if nothing is."""
+    try:
+        if descriptor_of(path) is not None:
+            return None
+        target = Path(os.path.realpath(path))
+        if target.is_dir() or not target.parent.is_dir():
+            return "not a file in a folder that is there"
+        if (length := len(os.fsencode(target.name))) > LONGEST_NAME - len("..unfinished"):
+            return f"a name of {length} bytes; expected {LONGEST_NAME - len('..unfinished')} at most"
+        if target.is_block_device() or not os.access(target if target.exists() else target.parent, os.W_OK):
+            return "cannot be written"
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
+def write_to(path: Path, content: str) -> None:
+    """Write where a user says: an ordinary file appears whole, a link stays one, and into all else it is written.
+
+    Args:
+        path: of a file, new or there, a link, a pipe, a device such as ``/dev/null``, or an open file.
+        content: text, written as UTF-8.
+
+    Raises:
+        OSError: it cannot be written, is a folder, or a disk.
+    """
+    number = descriptor_of(path)
+    if number is not None:
+        sys.stdout.flush()
+        with os.fdopen(os.dup(number), "w", encoding="utf-8") as file:  # its place in the file is shared
+            file.write(content)
+        return
+    if path.is_block_device():
+        raise OSError(errno.EINVAL, "a disk, not a file")
+    if not is_kept_on_disk(path):
+        with path.open("w", encoding="utf-8") as file:
+            file.write(content)
+        return
+    target = Path(os.path.realpath(path))
+    if target.is_file() and not os.access(target.parent, os.W_OK):
+        target.write_text(content, encoding="utf-8")  # ours to write, in a folder that is not
+        return
+    write_whole(target, content)

@@ -4,9 +4,9 @@ Z. Yuan et al., 2023, arXiv 2312.05821, section 3.4.
 """
 
 import hashlib
-import json
 import logging
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +16,7 @@ from platformdirs import user_cache_path
 from pared.allocation.budget import set_aside
 from pared.allocation.units import Budget, Evidence, Unit
 from pared.errors import ParedError
+from pared.lines import opened, sealed
 from pared.plan import Decision, Dense
 
 log = logging.getLogger(__name__)
@@ -127,11 +128,14 @@ class SensitivityCache:
         self._file = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.jsonl"
         if not self._file.exists():
             return
-        for number, line in enumerate(self._file.read_text(encoding="utf-8").splitlines(), 1):
+        *lines, torn = self._file.read_bytes().split(b"\n")
+        for number, line in enumerate([*lines, torn] if torn else lines, 1):
             try:
-                name, rank, value = json.loads(line)
-                self._known[str(name), int(rank)] = float(value)
-            except (ValueError, TypeError):
+                found = opened(line)
+                if found is None or not found[1]:
+                    raise ValueError("no whole line")
+                self._known[str(found[0]["unit"]), int(found[0]["rank"])] = float(found[0]["perplexity"])
+            except (ValueError, TypeError, KeyError):
                 log.warning("%s line %d is not a measurement; ignored", self._file, number)
 
     def get(self, unit: str, rank: int) -> float | None:
@@ -143,5 +147,8 @@ class SensitivityCache:
         self._known[unit, rank] = perplexity
         if self._file is not None:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            with self._file.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps([unit, rank, perplexity]) + "\n")
+            line, _ = sealed({"unit": unit, "rank": rank, "perplexity": perplexity})
+            with self._file.open("a+b") as lines:
+                if lines.tell() and (lines.seek(-1, os.SEEK_END), lines.read(1))[1] != b"\n":
+                    lines.write(b"\n")  # behind a torn line
+                lines.write(line)

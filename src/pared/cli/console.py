@@ -15,6 +15,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 from pared.errors import ParedError
+from pared.files import why_not_written, write_to
 from pared.importing import when_imported
 
 if TYPE_CHECKING:
@@ -93,9 +94,10 @@ def errors(interrupted: str = "interrupted; nothing was left behind") -> Iterato
 
 def _writable(path: Path | None) -> Path | None:
     """Refuse a file that could not be written before the work it would tell of is done."""
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+    if path is not None:
         with errors():
-            raise ParedError(f"--json {path}: not a file in a folder that is there")
+            if (why := why_not_written(path)) is not None:
+                raise ParedError(f"--json {str(path)[:200]}: {why}")
     return path
 
 
@@ -115,14 +117,11 @@ def print_rows(title: str, rows: "list[Row]") -> None:
 
 
 def write_json(path: Path | None, result: dict[str, Any]) -> None:
-    """Write a result where ``--json`` says; whole or not at all."""
+    """Write a result where ``--json`` says: a file whole or not at all, and into what is none."""
     if path is None:
         return
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_to(path, json.dumps(result, indent=2) + "\n")
     except OSError as error:
         raise ParedError(f"--json {path}: {error.strerror or error}") from None
 

@@ -1,22 +1,33 @@
 """Results of several tasks, kept beside the file of ``--json`` as they come, so that a killed command goes on."""
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pared.cli.console import err, write_json
+from pared.cli.console import err
 from pared.errors import ParedError
+from pared.files import is_kept_on_disk
+from pared.lines import Lines
+from pared.locking import lock
+
+HEADER, FORMAT = "pared_eval", 1
 
 
 class Kept:
     """What was measured so far, and in a run before that did not come to its end.
 
     Args:
-        file: of ``--json``; without one nothing is kept.
+        file: of ``--json``; nothing is kept without one, or where that is a pipe or a device.
     """
 
     def __init__(self, file: Path | None) -> None:
-        self.path = None if file is None else file.with_name(f".{file.name}.unfinished")
+        self.path: Path | None = None
+        if file is not None and is_kept_on_disk(file):
+            whole = Path(os.path.realpath(file))
+            self.path = whole.with_name(f".{whole.name}.unfinished")
         self._settings: dict[str, Any] = {}
         self._results: dict[str, dict[str, Any]] = {}
 
@@ -27,7 +38,7 @@ class Kept:
             settings: everything results depend on, as JSON.
 
         Raises:
-            ParedError: what is kept was measured with other settings, or is unreadable.
+            ParedError: what is kept was measured with other settings, is damaged, or another run is writing it.
         """
         self._settings = json.loads(json.dumps(settings))
         if self.path is not None and self.path.exists():
@@ -38,9 +49,10 @@ class Kept:
         return task in self._results
 
     def add(self, task: str, result: dict[str, Any]) -> None:
-        """Keep what was measured."""
+        """Keep what was measured, on the disk at once."""
         self._results[task] = result
-        self._write()
+        if self.path is not None:
+            self._keep(self.path, task, result)
 
     def results(self, tasks: list[str]) -> list[dict[str, Any]]:
         """Return the results of tasks, in this order."""
@@ -50,23 +62,41 @@ class Kept:
         """Let go of what was kept of tasks, once it is where it belongs."""
         for task in tasks:
             del self._results[task]
-        if self._results:
-            self._write()
-        elif self.path is not None:
-            self.path.unlink(missing_ok=True)
+        if self.path is None:
+            return
+        self.path.unlink(missing_ok=True)
+        for task, result in self._results.items():
+            self._keep(self.path, task, result)
 
-    def _write(self) -> None:
-        write_json(self.path, {"settings": self._settings, "tasks": self._results})
+    def _keep(self, path: Path, task: str, result: dict[str, Any]) -> None:
+        """Write a line, after one of the settings if it is the first."""
+        with self._opened(path) as lines:
+            if not lines.found:
+                lines.put({HEADER: FORMAT, "settings": self._settings})
+            lines.put({"task": task, "result": result})
+
+    @contextmanager
+    def _opened(self, path: Path) -> Iterator[Lines]:
+        try:
+            with path.open("a+b") as file:
+                lock(file, f"{path}: another run is writing it; wait for it, or name another --json")
+                yield Lines(file, path, "results of an unfinished run,", HEADER)
+        except OSError as error:
+            raise ParedError(f"{path}: {error.strerror or error}") from None
 
     def _recall(self, path: Path) -> None:
         try:
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            settings, self._results = dict(kept["settings"]), {task: dict(one) for task, one in kept["tasks"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ParedError(f"{path}, kept by an unfinished run, is not readable ({error}); remove it") from None
+            with self._opened(path) as lines:
+                header, *tasks = lines.found or [{HEADER: FORMAT, "settings": self._settings}]
+            settings = dict(header["settings"])
+            self._results = {str(one["task"]): dict(one["result"]) for one in tasks}
+        except (ParedError, KeyError, TypeError, ValueError) as error:
+            told = str(error) if isinstance(error, ParedError) else f"{type(error).__name__}: {error}"
+            raise ParedError(f"{path}, kept by an unfinished run, is not readable ({told}); remove it") from None
         if other := [name for name, value in self._settings.items() if settings.get(name) != value]:
             raise ParedError(
                 f"{path} keeps an unfinished run with {other[0]} {settings.get(other[0])!r}, and "
                 f"{self._settings[other[0]]!r} is asked for; finish that run, remove the file, or name another --json"
             )
-        err.print(f"note: going on after {', '.join(self._results)}, kept in {path}", markup=False)
+        if self._results:
+            err.print(f"note: going on after {', '.join(self._results)}, kept in {path}", markup=False)

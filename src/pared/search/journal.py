@@ -6,18 +6,19 @@ in it depends on the clock: the same settings write the same bytes. Seconds go t
 
 import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from pared.errors import ParedError
+from pared.lines import Lines
 from pared.locking import lock
 from pared.search.evolution import Candidate, Measured
 
 FORMAT = 1
 HEADER = "pared_search"
+SECONDS = "seconds.jsonl"
 
 
 class Journal:
@@ -42,14 +43,19 @@ class Journal:
             ParedError: it is the journal of other settings, no journal, damaged, or open elsewhere.
         """
         self.path, self.settings = path, json.loads(json.dumps(settings))
-        self._file = _locked(path)
+        self._file, beside = _locked(path), path.with_name(SECONDS)
+        self._times: BinaryIO | None = None
         try:
-            found = self._read()
-            if found is None:
-                self._write({HEADER: FORMAT, **self.settings})
-            self._lines = found or {}
+            self._journal = Lines(self._file, path, "journal", HEADER)
+            if not self._journal.found:
+                self._journal.put({HEADER: FORMAT, **self.settings})
+                self._lines: dict[str, dict[str, Any]] = {}
+            else:
+                self._lines = self._read(*self._journal.found)
+            self._times = beside.open("a+b")
+            self._seconds = Lines(self._times, beside, "seconds of a search", "name")
         except BaseException:
-            self._file.close()
+            self._close()
             raise
         self.resumed = len(self._lines)
         self._begun = time.time()
@@ -58,7 +64,12 @@ class Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
         self._file.close()
+        if self._times is not None:
+            self._times.close()
 
     def get(self, name: str, program: str) -> Measured | None:
         """Return what a line tells, None if there is none of that name.
@@ -86,9 +97,8 @@ class Journal:
         if measured.why:
             line["why"] = measured.why
         self._lines[name] = line
-        self._write(line)
-        with self.path.with_name("seconds.jsonl").open("a", encoding="utf-8") as seconds:
-            seconds.write(json.dumps({"name": name, "seconds": round(time.time() - self._begun, 3)}) + "\n")
+        self._journal.put(line)
+        self._seconds.put({"name": name, "seconds": round(time.time() - self._begun, 3)})
 
     def recall(self, candidate: Candidate) -> Measured | None:
         """Return what was found of a candidate before."""
@@ -98,30 +108,16 @@ class Journal:
         """Write what was found of a candidate."""
         self.put(f"candidate {candidate.number}", str(candidate.program), measured, draws=candidate.draws)
 
-    def _read(self) -> dict[str, dict[str, Any]] | None:
-        """Return the lines by name, cut off what is torn, and check the first; None if there is not even that."""
-        content = self._file.read()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
-            self._file.truncate(len(whole))
-        self._file.seek(0, os.SEEK_END)
-        lines = [self._parsed(number, line) for number, line in enumerate(whole.splitlines(), 1)]
-        if not lines:
-            return None
-        found = dict(lines[0])
-        if found.pop(HEADER, None) != FORMAT:
+    def _read(self, first: Mapping[str, Any], *others: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """Return the lines by name, and check the first."""
+        settings = dict(first)
+        if settings.pop(HEADER, None) != FORMAT:
             raise ParedError(f"journal {self.path}: the first line is not that of a search of format {FORMAT}")
-        self._require_same(found)
-        return {str(line["name"]): line for line in lines[1:]}
-
-    def _parsed(self, number: int, line: bytes) -> dict[str, Any]:
-        try:
-            found = json.loads(line)
-            if isinstance(found, dict) and (number == 1 or {"name", "program", "values"} <= found.keys()):
-                return found
-        except ValueError:
-            pass
-        raise ParedError(f"journal {self.path}, line {number}: not a line of a search; the file is damaged")
+        self._require_same(settings)
+        for number, line in enumerate(others, 2):
+            if not {"name", "program", "values"} <= line.keys():
+                raise ParedError(f"journal {self.path}, line {number}: not a line of a search; the file is damaged")
+        return {str(line["name"]): line for line in others}
 
     def _require_same(self, found: Mapping[str, Any]) -> None:
         for name in sorted({*found, *self.settings}):
@@ -131,11 +127,6 @@ class Journal:
                     f"journal {self.path} is of a search with {name} {there!r}, found {here!r} now; resume it with the "
                     "same settings, or name another folder"
                 )
-
-    def _write(self, line: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
 
 
 def _locked(path: Path) -> BinaryIO:

@@ -17,6 +17,7 @@ from pared.digests import model_digest
 from pared.engine.asked import is_pruning, options_of
 from pared.engine.progress import Progress, Silent
 from pared.errors import ParedError
+from pared.files import write_whole
 from pared.hardware import device_of
 from pared.inputs import inputs_of, told_apart, without_places
 from pared.recipe import Recipe
@@ -329,7 +330,5 @@ def _write(
         "trace": best_so_far(results),
     }
     told = json.loads(json.dumps(told), parse_constant=lambda _: None)  # JSON has no infinity
-    partial = out / f".{FOUND}.partial"
-    partial.write_text(json.dumps(told, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(out / FOUND)
+    write_whole(out / FOUND, json.dumps(told, indent=2, allow_nan=False) + "\n")
     return Found(out, told)

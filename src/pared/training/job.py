@@ -21,6 +21,7 @@ from pared.engine.asked import checked_options
 from pared.engine.progress import Progress, Silent, Stopwatch, peak_memory_bytes
 from pared.errors import ParedError
 from pared.evaluation import perplexity
+from pared.files import write_whole
 from pared.inputs import inputs_of
 from pared.presets import record_of, require_asked, told
 from pared.recipe import Evaluation
@@ -237,9 +238,7 @@ class _Job:
         def measure() -> None:
             with self.watch("perplexity before"):
                 value = self.perplexity(self.parent.load(), windows, "before")
-            partial = file.with_suffix(".partial")
-            partial.write_text(json.dumps(value), encoding="utf-8")
-            partial.replace(file)
+            write_whole(file, json.dumps(value))
 
         self.processes.first(lambda: None if file.exists() else measure())
         return float(json.loads(file.read_text(encoding="utf-8")))

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from pared.files import write_whole
 from pared.sources.windows import NO_LABEL
 from pared.training.examples import Row, collate
 from pared.training.precision import precise
@@ -88,7 +89,7 @@ class Validation(TrainerCallback):
 
     def _write(self, best: Mapping[str, torch.Tensor] | None) -> None:
         text = "".join(json.dumps(entry) + "\n" for entry in self.history)
-        (self.folder / HISTORY).write_text(text, encoding="utf-8")
+        write_whole(self.folder / HISTORY, text)
         if best is not None:
             save_file({name: value.contiguous() for name, value in best.items()}, self.folder / BEST)
 

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from pared.engine.progress import Advance, Progress
+from pared.files import write_whole
 from pared.training.processes import Processes
 from pared.training.workshop import CHECKPOINT, mark_whole
 
@@ -60,9 +61,7 @@ class Watch(TrainerCallback):
         """Keep the losses beside the checkpoint."""
         del args
         if state.is_world_process_zero:
-            partial = self._file.with_suffix(".partial")
-            partial.write_text(json.dumps(self.by_step), encoding="utf-8")
-            partial.replace(self._file)
+            write_whole(self._file, json.dumps(self.by_step))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         """Tell of a step."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pared.errors import ParedError
+from pared.files import write_whole
 from pared.locking import locked
 from pared.training.processes import Processes
 
@@ -86,9 +87,7 @@ class Workshop:
         if path.exists():
             self._require_same(path)
             return
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(self._settings, indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_whole(path, json.dumps(self._settings, indent=2) + "\n")
 
     def _require_same(self, path: Path) -> None:
         try:

@@ -1,0 +1,224 @@
+"""Journals: a torn last line is dropped, anything else that is damaged is told by file and line."""
+
+import json
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from pared import ParedError
+from pared.cli.console import write_json
+from pared.cli.kept import Kept
+from pared.files import descriptor_of, is_kept_on_disk, why_not_written, write_whole
+from pared.lines import Lines, opened, sealed
+
+ROWS = [{"journal": 1, "x": 0.5}, *({"name": f"candidate {number}", "value": number / 7} for number in range(4))]
+
+
+def written(path: Path) -> list[bytes]:
+    with path.open("a+b") as file:
+        lines = Lines(file, path, "journal", "journal")
+        for row in ROWS:
+            lines.put(row)
+    return path.read_bytes().splitlines(keepends=True)
+
+
+def read(path: Path) -> list[dict[str, object]]:
+    with path.open("a+b") as file:
+        return Lines(file, path, "journal", "journal").found
+
+
+def test_lines_come_back_as_they_were_written(tmp_path: Path) -> None:
+    lines = written(tmp_path / "journal")
+    assert read(tmp_path / "journal") == ROWS
+    assert all(json.loads(line)["check"] for line in lines)  # a line is JSON for whoever reads it
+
+
+def test_a_journal_cut_at_any_byte_is_gone_on_with(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    lines = written(path)
+    content = b"".join(lines)
+    for length in range(0, len(content) + 1, 7):
+        path.write_bytes(content[:length])
+        whole = content[:length].count(b"\n")
+        assert read(path) == ROWS[:whole]
+        assert path.read_bytes() == b"".join(lines[:whole])
+    with path.open("a+b") as file:  # and what is written then is what would have been
+        journal = Lines(file, path, "journal", "journal")
+        for row in ROWS[len(journal.found) :]:
+            journal.put(row)
+    assert path.read_bytes() == content
+
+
+def test_a_flipped_bit_anywhere_is_found(tmp_path: Path) -> None:
+    """Regression: a digit that flipped was read as what had been measured."""
+    path = tmp_path / "journal"
+    lines = written(path)
+    content = b"".join(lines)
+    for place in range(0, len(content), 5):
+        if content[place] == ord("\n"):
+            continue
+        changed = bytearray(content)
+        changed[place] ^= 1
+        path.write_bytes(bytes(changed))
+        number = content[:place].count(b"\n") + 1
+        if number == len(lines):  # the last: dropped, measured again
+            assert read(path) == ROWS[:-1]
+        else:
+            with pytest.raises(ParedError, match=rf"{path}, line ({number}|{number + 1}|1):"):
+                read(path)
+
+
+@pytest.mark.parametrize("change", ["lost", "swapped", "doubled", "without checksum"])
+def test_lines_that_are_lost_moved_or_replaced_are_found(tmp_path: Path, change: str) -> None:
+    path = tmp_path / "journal"
+    lines = written(path)
+    bare = json.dumps(ROWS[2]).encode() + b"\n"
+    changed = {
+        "lost": [*lines[:2], *lines[3:]],
+        "swapped": [*lines[:2], lines[3], lines[2], lines[4]],
+        "doubled": [*lines[:3], lines[2], *lines[3:]],
+        "without checksum": [*lines[:2], bare, *lines[3:]],
+    }[change]
+    path.write_bytes(b"".join(changed))
+    with pytest.raises(ParedError, match=rf"{path}, line [34]: its checksum or form is wrong"):
+        read(path)
+
+
+def test_a_torn_line_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "journal"
+    path.write_bytes(b"".join(written(path))[:-9])
+    read(path)
+    assert "line 5 is torn" in caplog.text
+
+
+def test_a_journal_of_before_there_were_checksums_is_read_and_gone_on_with(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:3]))
+    with path.open("a+b") as file:
+        lines = Lines(file, path, "journal", "journal")
+        assert lines.found == ROWS[:3]
+        lines.put(ROWS[3])
+        lines.put(ROWS[4])
+    assert read(path) == ROWS
+
+
+@pytest.mark.parametrize("content", ["mine", "mine\n", '{"other": 1}\n', "\n", "\x00" * 50])
+def test_another_file_is_refused_and_stays(tmp_path: Path, content: str) -> None:
+    """Regression: a file of one line without its end was emptied as a torn journal."""
+    (tmp_path / "journal").write_text(content)
+    with pytest.raises(ParedError, match="line 1: expected 'journal' first"):
+        read(tmp_path / "journal")
+    assert (tmp_path / "journal").read_text() == content
+
+
+def test_lines_of_a_cache_stand_alone() -> None:
+    line, _ = sealed({"unit": "q", "rank": 3, "perplexity": 7.5})
+    assert opened(line[:-1]) == ({"unit": "q", "rank": 3, "perplexity": 7.5}, json.loads(line)["check"])
+    assert opened(line[:-1].replace(b"7.5", b"7.6")) is None
+
+
+@pytest.mark.parametrize("strategy", ["evolution", "random"])
+def test_the_journals_of_the_benchmarks_are_read(tmp_path: Path, strategy: str) -> None:
+    source = Path(__file__).parents[2] / "benchmarks" / "search" / strategy / "journal.jsonl"
+    (tmp_path / "journal").write_bytes(source.read_bytes())
+    with (tmp_path / "journal").open("a+b") as file:
+        found = Lines(file, tmp_path / "journal", "journal", "pared_search").found
+    assert len(found) == source.read_bytes().count(b"\n") > 300
+
+
+def test_kept_results_with_a_flipped_digit_are_refused(tmp_path: Path) -> None:
+    kept = Kept(tmp_path / "found.json")
+    kept.begin({"model": "m"})
+    kept.add("rte", {"task": "rte", "accuracy": 0.525})
+    kept.add("piqa", {"task": "piqa", "accuracy": 0.5})
+    path = tmp_path / ".found.json.unfinished"
+    path.write_bytes(path.read_bytes().replace(b"0.525", b"0.625"))
+    with pytest.raises(ParedError, match=r"kept by an unfinished run, is not readable .*line 2"):
+        Kept(tmp_path / "found.json").begin({"model": "m"})
+
+
+def test_kept_results_of_some_tasks_stay_when_others_are_done(tmp_path: Path) -> None:
+    kept = Kept(tmp_path / "found.json")
+    kept.begin({"model": "m"})
+    kept.add("rte", {"accuracy": 0.5})
+    kept.add("piqa", {"accuracy": 0.25})
+    kept.finish(["rte"])
+    again = Kept(tmp_path / "found.json")
+    again.begin({"model": "m"})
+    assert again.has("piqa")
+    assert not again.has("rte")
+    again.finish(["piqa"])
+    assert list(tmp_path.iterdir()) == []
+
+
+# Where --json says.
+
+
+def test_a_device_is_written_into_and_stays_one() -> None:
+    """Regression: as root, --json /dev/null made an ordinary file of it."""
+    before = os.stat("/dev/null")
+    write_json(Path("/dev/null"), {"a": 1})
+    assert os.stat("/dev/null").st_rdev == before.st_rdev
+    assert Kept(Path("/dev/null")).path is None
+
+
+def test_open_files_are_written_into(tmp_path: Path) -> None:
+    with (tmp_path / "told").open("w+") as file:
+        file.write("before\n")
+        file.flush()
+        for name in (f"/dev/fd/{file.fileno()}", f"/proc/self/fd/{file.fileno()}"):
+            write_json(Path(name), {"a": 1})
+        (tmp_path / "link").symlink_to(f"/dev/fd/{file.fileno()}")
+        write_json(tmp_path / "link", {"a": 2})
+    assert (tmp_path / "told").read_text() == 'before\n{\n  "a": 1\n}\n{\n  "a": 1\n}\n{\n  "a": 2\n}\n'
+    assert descriptor_of(Path("/dev/stdout")) == 1
+    assert descriptor_of(Path("/dev/stderr")) == 2
+    assert descriptor_of(tmp_path / "plain") is None
+
+
+def test_a_pipe_is_written_into(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    read: list[str] = []
+    reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_text()))
+    reader.start()
+    write_json(tmp_path / "pipe", {"a": 1})
+    reader.join(timeout=10)
+    assert json.loads(read[0]) == {"a": 1}
+    assert not is_kept_on_disk(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_stays_one_and_its_target_is_replaced(tmp_path: Path, there: bool) -> None:
+    target = tmp_path / "kept" / "target.json"
+    target.parent.mkdir()
+    if there:
+        target.write_text("old")
+        target.chmod(0o640)
+    (tmp_path / "link.json").symlink_to(target)
+    write_json(tmp_path / "link.json", {"a": 1})
+    assert (tmp_path / "link.json").is_symlink()
+    assert json.loads(target.read_text()) == {"a": 1}
+    assert target.stat().st_mode & 0o777 == (0o640 if there else 0o644)
+    assert [path.name for path in target.parent.iterdir()] == ["target.json"]
+
+
+def test_a_loop_of_links_a_folder_and_a_long_name_are_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert why_not_written(tmp_path) == "not a file in a folder that is there"
+    assert why_not_written(tmp_path / "no" / "file") == "not a file in a folder that is there"
+    assert "a name of 250 bytes" in str(why_not_written(tmp_path / ("n" * 250)))
+    assert why_not_written(tmp_path / "file.json") is None
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("old")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(tmp_path / "file", "new")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "old")]
