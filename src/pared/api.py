@@ -8,15 +8,14 @@ from pared.arguments import require_model, require_tokenizer
 from pared.evaluation import Perplexity
 from pared.evaluation import perplexity as measure
 from pared.recipe import Evaluation
-from pared.sources.texts import find_text
-from pared.sources.windows import cut
+from pared.sources.evaluated import evaluation_windows
 
 
 def perplexity(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     text: str = "embedded",
-    length: int = 1024,
+    length: int | None = None,
     windows: int | None = 20,
     bos: Literal["none", "text", "window"] = "none",
 ) -> Perplexity:
@@ -29,7 +28,7 @@ def perplexity(
         model: a causal language model, dense or compressed.
         tokenizer: of the model.
         text: a text by name; ``embedded`` means its evaluation part.
-        length: tokens in a window.
+        length: tokens in a window; 1024, or what model and text allow if that is less.
         windows: how many from the start; None means all.
         bos: where a beginning-of-sequence token is put.
 
@@ -41,7 +40,6 @@ def perplexity(
     """
     require_model(model, "pared.perplexity")
     require_tokenizer(tokenizer, "pared.perplexity")
-    asked = Evaluation(text=text, length=length, windows=windows, bos=bos)
-    return measure(
-        model, tokenizer, cut(find_text(asked.text, evaluation=True), tokenizer, asked.length, asked.windows), asked.bos
-    )
+    named = {} if length is None else {"length": length}
+    asked = Evaluation(text=text, windows=windows, bos=bos, **named)
+    return measure(model, tokenizer, evaluation_windows(asked, tokenizer, model.config), asked.bos)

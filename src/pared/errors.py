@@ -19,3 +19,7 @@ class DamagedError(ParedError):
     def __init__(self, what: str, advice: str) -> None:
         super().__init__(f"{what}; {advice}" if advice else what)
         self.what = what
+
+
+class TextTooShortError(ParedError):
+    """A text has fewer tokens than are asked for, or cannot be cut in parts."""

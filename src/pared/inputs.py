@@ -13,6 +13,7 @@ from typing import Any
 
 from pared.digests import file_digest, folder_digest
 from pared.files import cache_folder, write_whole
+from pared.names import PART
 
 MADE = ("out", "report_to")  # keys whose values are written, or are no names of places
 MODELS = ("model", "teacher", "parent")  # keys whose values may be a folder's name without a separator
@@ -58,6 +59,8 @@ def without_places(value: Any, published: Mapping[str, tuple[Path, str]]) -> Any
         return [without_places(one, published) for one in value]
     if not isinstance(value, str):
         return value
+    if part := PART.search(value):
+        return without_places(value[: part.start()], published) + part.group()
     spellings, parts = _spellings(published), value.split(":")
     for start in range(len(parts)):
         named = ":".join(parts[start:])
@@ -90,6 +93,8 @@ def found_again(name: str, published: Mapping[str, str]) -> str:
         name: as it is published: ``llama``, ``file:words.txt``.
         published: SHA-256 by name, as a manifest tells it.
     """
+    if part := PART.search(name):
+        return found_again(name[: part.start()], published) + part.group()
     parts = name.split(":")
     for start in range(len(parts)):
         digest = published.get(":".join(parts[start:]))
@@ -126,6 +131,8 @@ def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 def _path(key: str, value: str) -> Path | None:
     """Return the file or folder that a string names, None if it names none."""
+    if part := PART.search(value):
+        return _path(key, value[: part.start()])
     if len(value) > 4000 or "\0" in value or "\n" in value:
         return None
     parts = value.split(":")

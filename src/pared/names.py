@@ -2,9 +2,13 @@
 
 import difflib
 import fnmatch
+import re
 from collections.abc import Iterable
 
 from pared.errors import ParedError
+
+# What stands behind the name of a file where only a part of it is meant: file:words.txt[:80%], file:words.txt[80%:].
+PART = re.compile(r"\[(?::(?P<until>\d\d?)%|(?P<since>\d\d?)%:)\]$")
 
 
 def did_you_mean(found: str, valid: Iterable[str]) -> str:

@@ -177,7 +177,7 @@ def test_what_cannot_be_diagnosed_is_refused(recipe: Any, tokenizer: Any, exampl
         (llama, recipe(), 1, "at least 2 groups, found 1"),
         (llama, recipe(), 17, r"site model\.layers\.0\.self_attn\.k_proj 16 x 32 has 16 directions, too few for 17"),
         (llama, recipe(evaluation=None), 4, "nothing to measure quality on"),
-        (llama, recipe(evaluation={}), 4, "has no known held-out part"),
+        (llama, recipe(evaluation={}, calibration={"text": "alpaca"}), 4, "has no known held-out part"),
         (llama, recipe(skip=["*nothing*"]), 4, "matches none of"),
         (bert, recipe(evaluation={"text": "embedded"}), 4, "unknown labelled examples 'embedded'"),
         (bert, recipe(evaluation={"text": examples}), 4, "8 labels for .* one label an example fits a sequence"),

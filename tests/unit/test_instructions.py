@@ -10,9 +10,10 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from pared import ParedError
+from pared.sources.documents import alpaca_text
 from pared.sources.instructions import cut_instructions, find_instructions
 from pared.sources.templates import prompt, templates
-from pared.sources.texts import alpaca_text, find_text
+from pared.sources.texts import find_text
 from pared.sources.windows import NO_LABEL
 
 

@@ -12,7 +12,8 @@ from tiny_tokenizer import tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from pared.errors import ParedError
-from pared.sources.texts import CORPORA, HELD_OUT, Text, alpaca_text, find_text, held_out, wikitext_rows
+from pared.sources.documents import alpaca_text
+from pared.sources.texts import CORPORA, HELD_OUT, Text, find_text, held_out, wikitext_rows
 from pared.sources.windows import cut, digest_of
 
 TOKENIZER = tiny_tokenizer(64)
@@ -201,7 +202,8 @@ def test_held_out_text_is_never_the_calibration_text():
     assert all(held_out(name) not in (name, None) for name in HELD_OUT)
     assert held_out("embedded") == "embedded:eval"
     assert held_out("wikitext2:train") == "wikitext2:test"
-    assert held_out("file:mine.txt") is None
+    assert held_out("file:mine.txt") == "file:mine.txt[80%:]"
+    assert held_out("alpaca") is None
     assert {name for name in HELD_OUT.values() if not name.startswith("embedded")} <= CORPORA.keys()
 
 
@@ -351,8 +353,10 @@ def test_digest_is_the_sha256_of_little_endian_int64_tokens():
 
 def test_windows_say_what_they_are():
     found = cut(numbers(50), TOKENIZER, 7, 4)
+    whole = hashlib.sha256(numbers(50).joined.encode()).hexdigest()
     assert found.describe() == {
         "text": "numbers", "origin": "this test", "stand_in": False, "windows": 4, "length": 7, "digest": found.digest,
+        "whole": whole, "characters": [[0, len(words(28))]],
     }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from pared.cli import options
 from pared.cli.console import ConsoleProgress, JsonFile, errors, out, print_rows, quiet_libraries, write_json
 from pared.presets import told
+from pared.report.table import learned_from
 
 if TYPE_CHECKING:
     from pared.checkpoint import Manifest
@@ -96,8 +97,11 @@ def print_manifest(manifest: "Manifest", folder: str) -> None:
     if manifest.perplexity_after is not None and manifest.evaluation:
         on = manifest.evaluation
         stand_in = "; only a stand-in for a real corpus" if on["stand_in"] else ""
+        share = learned_from(manifest)
+        seen = f"; {share:.0%} of it was calibrated or trained on" if share else ""
         out.print(
-            f"perplexity on {on['text']}: {on['windows']} windows of {on['length']} tokens{stand_in}", markup=False
+            f"perplexity on {on['text']}: {on['windows']} windows of {on['length']} tokens{stand_in}{seen}",
+            markup=False,
         )
         if manifest.perplexity_before and manifest.perplexity_after > RUINED * manifest.perplexity_before:
             out.print("the model is ruined: try another method, a larger keep or more samples", markup=False)

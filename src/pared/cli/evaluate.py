@@ -12,7 +12,6 @@ from pared.evaluation import TASKS
 from pared.evaluation.choice import CHOICES
 from pared.hardware import device_of
 
-LENGTH = 1024
 # What each measure reads of the options, beside --device and --json.
 READS = {
     "perplexity": ("length", "windows", "stride", "bos", "dtype"),
@@ -108,9 +107,9 @@ def evaluate(
         if perplexity is not None and protocol is not None:
             result = perplexity_by_protocol(model, perplexity, protocol, dtype, place)
         elif perplexity is not None:
-            result = perplexity_on(model, perplexity, length or LENGTH, windows, stride, bos or "none", dtype, place)
+            result = perplexity_on(model, perplexity, length, windows, stride, bos or "none", dtype, place)
         elif examples is not None:
-            result = label(model, examples, length or LENGTH, windows, dtype, place)
+            result = label(model, examples, length, windows, dtype, place)
         elif fine_tune is not None:
             from pared.training.encoders import FineTuning  # the Trainer is seconds to import
 

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.checkpoint import load
-from pared.checkpoint.manifest import versions
+from pared.checkpoint.manifest import Manifest, versions
 from pared.cli.console import ConsoleProgress, err, out
 from pared.cli.kept import Kept
 from pared.errors import ParedError
@@ -23,18 +23,24 @@ from pared.evaluation.vision import BATCH as BATCH_OF_IMAGES
 from pared.evaluation.vision import answer_questions, processor_of, questions_of
 from pared.names import require_known
 from pared.recipe import Recipe
+from pared.record import MANIFEST
+from pared.report.table import WORTH_SAYING
 from pared.sources.architecture import is_causal
+from pared.sources.evaluated import evaluation_windows
 from pared.sources.files import data_folder
 from pared.sources.labelled import find_examples
 from pared.sources.labelled_windows import cut_examples
-from pared.sources.models import find_model
+from pared.sources.lengths import Length
+from pared.sources.models import ModelSource, find_model
+from pared.sources.overlap import overlap
 from pared.sources.texts import find_text
-from pared.sources.windows import cut
+from pared.sources.windows import Windows
 
 if TYPE_CHECKING:
     from pared.training.encoders import FineTuning
 
 WRITTEN_TOGETHER = 8  # prompts
+LABELLED_LENGTH = 1024  # tokens of a labelled example at most
 
 
 def names_of(given: str) -> list[str]:
@@ -45,7 +51,7 @@ def names_of(given: str) -> list[str]:
 def perplexity_on(
     model: str,
     text: str,
-    length: int,
+    length: int | None,
     windows: int | None,
     stride: int | None,
     bos: str,
@@ -53,31 +59,43 @@ def perplexity_on(
     place: torch.device,
 ) -> dict[str, Any]:
     """Measure perplexity on a text."""
-    asked = Recipe.of(
-        {"evaluation": {"text": text, "length": length, "windows": windows, "bos": bos}, "dtype": dtype},
-        origin="options",
-    ).evaluation
+    named = {"text": text, "windows": windows, "bos": bos, **({} if length is None else {"length": length})}
+    asked = Recipe.of({"evaluation": named, "dtype": dtype}, origin="options").evaluation
     assert asked is not None
-    tokenizer = find_model(model).tokenizer()
-    pieces = cut(find_text(text, evaluation=True), tokenizer, asked.length, asked.windows, stride=stride)
+    source = find_model(model)
+    pieces = evaluation_windows(asked, source.tokenizer(), source.config(), stride=stride)
+    tokenizer, share = source.tokenizer(), learned_share(source, pieces)
     loaded = load(model, dtype).to(place)
     with ConsoleProgress().stage(f"perplexity on {text}", len(pieces.tokens), "window") as advance:
         result = measure(loaded, tokenizer, pieces, asked.bos, advance, fresh=stride)
     stand_in = "; a stand-in" if pieces.stand_in else ""
+    seen = f", {share:.0%} of which was calibrated or trained on" if share >= WORTH_SAYING else ""
     out.print(
-        f"perplexity {result.value:.4f} on {text}{stand_in}: {len(pieces.tokens)} windows of {length} "
+        f"perplexity {result.value:.4f} on {text}{stand_in}{seen}: {len(pieces.tokens)} windows of "
+        f"{pieces.tokens.shape[1]} "
         f"tokens{f' every {stride}' if stride else ''}, {result.predicted:,} predicted, bos {bos}, {loaded.dtype}",
         markup=False,
     )
     found = {"dtype": str(loaded.dtype), "perplexity": result.value, "nats": result.nats, "stride": stride}
-    return {**found, "predicted": result.predicted, **result.windows}
+    return {**found, "predicted": result.predicted, **result.windows, "learned_from": share}
+
+
+def learned_share(source: ModelSource, measured: Windows) -> float:
+    """Return the share of what is measured on that a folder says it was calibrated or trained on."""
+    folder = Path(source.location)
+    if not (folder / MANIFEST).is_file():
+        return 0.0
+    manifest = Manifest.read(folder)
+    learned = [*([manifest.calibration] if manifest.calibration else []),
+               *(one for entry in manifest.training for one in entry.data)]  # fmt: skip
+    return overlap(measured, learned)
 
 
 def perplexity_by_protocol(model: str, text: str, name: str, dtype: str, place: torch.device) -> dict[str, Any]:
     """Measure perplexity as a paper's code does."""
     source = find_model(model)
     tokenizer, protocol = source.tokenizer(), protocol_of(name)
-    pieces = cut_by(protocol, find_text(text, evaluation=True), tokenizer, source.config())
+    pieces = cut_by(protocol, find_text(text, evaluation=True, tokenizer=tokenizer), tokenizer, source.config())
     for deviation in pieces.deviations:
         err.print(f"note: not as {name} measures: {deviation}", markup=False)
     loaded = load(model, dtype).to(place)
@@ -93,14 +111,16 @@ def perplexity_by_protocol(model: str, text: str, name: str, dtype: str, place: 
     return {**found, "predicted": result.predicted, "deviations": pieces.deviations, **result.windows}
 
 
-def label(model: str, name: str, length: int, count: int | None, dtype: str, place: torch.device) -> dict[str, Any]:
+def label(
+    model: str, name: str, length: int | None, count: int | None, dtype: str, place: torch.device
+) -> dict[str, Any]:
     """Let an encoder label examples."""
     source = find_model(model)
     config = source.config()
     if is_causal(config.architectures or []):
         raise ParedError(f"{model} is a language model; labelled examples are for encoders with a head for classes")
-    positions = getattr(config, "max_position_embeddings", None) or length
-    pieces = cut_examples(find_examples(name), source.tokenizer(), config, min(length, positions), count)
+    most = Length.given(length, LABELLED_LENGTH).within(config, "labelled examples")
+    pieces = cut_examples(find_examples(name), source.tokenizer(), config, most.tokens, count)
     loaded = load(model, dtype).to(place)
     with ConsoleProgress().stage(f"label {name}", batches(len(pieces.tokens), BATCH), "batch") as advance:
         score = classify(loaded, pieces, advance)

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from pared.search.evolution import Strategy
     from pared.search.run import Found
 
-DEFAULT_LENGTH = 1024
 STRATEGIES = ("evolution", "random")
 
 
@@ -43,7 +42,9 @@ def search(
     data: options.Data = None,
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 64,
     windows: Annotated[int, typer.Option(help="Windows of the search split that every candidate is measured on.")] = 8,
-    length: Annotated[int, typer.Option(help="Tokens in a window, of calibration too.")] = DEFAULT_LENGTH,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens in a window, of calibration too. [default: 1024]", show_default=False)
+    ] = None,
     final_windows: Annotated[
         int | None, typer.Option(help="Windows of the search split for the best. [default: all]", show_default=False)
     ] = None,

@@ -8,6 +8,7 @@ import typer
 from pared.cli import options
 from pared.cli.console import ConsoleProgress, JsonFile, errors, out, quiet_libraries, write_json
 from pared.presets import told
+from pared.report.table import WORTH_SAYING
 from pared.tuning import Tuning
 
 if TYPE_CHECKING:
@@ -175,8 +176,10 @@ def print_training(training: "Training") -> None:
             out.print(f"  loss on rows never trained on: {measured}", markup=False)
     if training.perplexity_before is not None and training.perplexity_after is not None and training.evaluation:
         before, after, on = training.perplexity_before, training.perplexity_after, training.evaluation
+        share = float(on.get("learned_from", 0))
+        seen = f"; {share:.0%} of it was calibrated or trained on" if share >= WORTH_SAYING else ""
         out.print(
             f"perplexity on {on['text']}: {before:,.2f} -> {after:,.2f} (x{after / before:.3g}), {on['windows']} "
-            f"windows of {on['length']} tokens",
+            f"windows of {on['length']} tokens{seen}",
             markup=False,
         )

@@ -1,19 +1,20 @@
 """What a recipe asks for, looked up and checked: method, budget, allocator, text and, from shapes, the plan."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 from pared.allocation import Budget, allocator_of, make_plan
 from pared.allocation.layerwise import GRANULARITIES, LayerAllocator, layer_allocator_of
 from pared.allocation.program.packaged import SCORE_TOKENS
-from pared.errors import ParedError
+from pared.errors import ParedError, TextTooShortError
 from pared.lowrank import METHODS, LowRankMethod
 from pared.names import did_you_mean, require_known
 from pared.plan import Plan
 from pared.recipe import Recipe
-from pared.sources.texts import find_text
+from pared.sources.lengths import Length
+from pared.sources.texts import find_text, held_out, learned_part
 from pared.sparsity import METHODS as PRUNING_METHODS
 from pared.sparsity import PruningMethod
 
@@ -290,11 +291,37 @@ def calibration_windows(
     """
     from pared.sources.labelled_windows import find_windows
 
-    asked = recipe.calibration
-    return find_windows(asked.text, tokenizer, config, causal, asked.length, asked.samples, asked.sampling, asked.seed)
+    asked, length = recipe.calibration, Length.of(recipe.calibration)
+
+    def windows(name: str) -> "Windows":
+        return find_windows(name, tokenizer, config, causal, length, asked.samples, asked.sampling, asked.seed)
+
+    return _of_learned_part(recipe, windows) if causal else windows(asked.text)
 
 
-def trial_windows(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> "Windows":
+def _of_learned_part(recipe: Recipe, make: "Callable[[str], Windows]") -> "Windows":
+    """Cut what is calibrated on; of a file that is too short to keep a part of it apart, from all of it."""
+    name = learned_part(recipe.calibration.text, evaluated_text(recipe))
+    try:
+        return make(name)
+    except TextTooShortError:
+        if name == recipe.calibration.text:
+            raise
+        whole = make(recipe.calibration.text)
+        log.warning("text %r is too short to keep a part apart to measure on: all of it is calibrated on",
+                    recipe.calibration.text)  # fmt: skip
+        return whole
+
+
+def evaluated_text(recipe: Recipe) -> str | None:
+    """Return the name of what perplexity is measured on, the held-out part if that is left open; None for nothing."""
+    asked = recipe.evaluation
+    if asked is None:
+        return None
+    return held_out(recipe.calibration.text) if asked.text == "auto" else asked.text
+
+
+def trial_windows(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", config: "PretrainedConfig") -> "Windows":
     """Cut the windows that follow those a recipe calibrates on, for allocators that try what they propose.
 
     A text that has no more of them gives the last that are calibrated on, and says so in the log.
@@ -304,14 +331,20 @@ def trial_windows(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> "Wind
     """
     from pared.sources.windows import cut, digest_of
 
-    asked = recipe.calibration
-    text = find_text(asked.text)
-    if asked.sampling == "random-offset":
-        return cut(text, tokenizer, asked.length, TRIAL_WINDOWS, asked.sampling, asked.seed + 1)
+    asked, length = recipe.calibration, Length.of(recipe.calibration).within(config)
+    again = asked.sampling == "random-offset"
     wanted = None if asked.samples is None else asked.samples + TRIAL_WINDOWS
-    windows = cut(text, tokenizer, asked.length, wanted, asked.sampling, asked.seed)
+    count, seed = (TRIAL_WINDOWS, asked.seed + 1) if again else (wanted, asked.seed)
+
+    def make(name: str) -> "Windows":
+        return cut(find_text(name, tokenizer=tokenizer), tokenizer, length, count, asked.sampling, seed)
+
+    windows = _of_learned_part(recipe, make)
+    if again:
+        return windows
     apart = 0 if asked.samples is None else len(windows.tokens) - asked.samples
     if apart < 1:
-        log.warning("text %r has no windows beside the calibration windows: trials use the last of those", text.name)
-    tokens = windows.tokens[-(apart if apart > 0 else TRIAL_WINDOWS) :]
-    return replace(windows, tokens=tokens, digest=digest_of(tokens))
+        log.warning("text %r has no windows beside the calibration windows: trials use the last of those", windows.text)
+    last = slice(-(apart if apart > 0 else TRIAL_WINDOWS), None)
+    tokens = windows.tokens[last]
+    return replace(windows, tokens=tokens, digest=digest_of(tokens), spans=windows.spans[last])

@@ -220,7 +220,7 @@ class _Compression:
         units = [Unit(tuple(replace(s, idle=s.name in idle) for s in unit.members)) for unit in solver.units]
         evidence = Evidence(solver.spectra, self.influence, options=self.spread)
         if tries(self.recipe):
-            trials = trial_windows(self.recipe, self.tokenizer)
+            trials = trial_windows(self.recipe, self.tokenizer, self.model.config)
             require_fits(self.model.config, trials)
             evidence = replace(evidence, trial=self.trial(solver, trials), key=self.key(trials, windows))
         with self.watch("allocate"):

@@ -25,7 +25,7 @@ from pared.calibration import (
     gradient_accumulators,
     walk,
 )
-from pared.engine.asked import anatomy_of, low_rank_of, options_of
+from pared.engine.asked import anatomy_of, calibration_windows, low_rank_of, options_of
 from pared.engine.checks import require_finite_weights
 from pared.engine.progress import Progress, Silent
 from pared.engine.store import DecompositionStore
@@ -35,11 +35,13 @@ from pared.hardware import device_of
 from pared.lowrank import LowRankMethod
 from pared.recipe import Recipe
 from pared.sources.architecture import is_causal
+from pared.sources.evaluated import evaluation_windows
 from pared.sources.labelled import find_examples
-from pared.sources.labelled_windows import cut_examples, find_windows
+from pared.sources.labelled_windows import cut_examples
+from pared.sources.lengths import Length
 from pared.sources.models import require_dense
-from pared.sources.texts import find_text, held_out
-from pared.sources.windows import NO_LABEL, Windows, cut, require_fits
+from pared.sources.texts import held_out
+from pared.sources.windows import NO_LABEL, Windows, require_fits
 
 EXAMPLES = 200  # labelled examples measured unless a recipe says how many
 BATCH = 8  # of them in one forward pass
@@ -192,11 +194,7 @@ def _require_directions(anatomy: Anatomy, groups: int) -> None:
 
 
 def _calibration(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Windows:
-    asked = recipe.calibration
-    causal = is_causal([type(model).__name__])
-    windows = find_windows(
-        asked.text, tokenizer, model.config, causal, asked.length, asked.samples, asked.sampling, asked.seed
-    )
+    windows = calibration_windows(recipe, tokenizer, model.config, is_causal([type(model).__name__]))
     require_fits(model.config, windows)
     return windows
 
@@ -212,11 +210,12 @@ def _evaluation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, reci
     if name is None:
         raise ParedError(f"{data!r} has no known held-out part; name what to measure quality on (--eval)")
     if causal:
-        windows = cut(find_text(name, evaluation=True), tokenizer, asked.length, asked.windows)
+        windows = evaluation_windows(asked, tokenizer, model.config, name)
     else:
         examples = find_examples(name)
         count = asked.windows if "windows" in asked.model_fields_set else min(EXAMPLES, len(examples.rows))
-        windows = cut_examples(examples, tokenizer, model.config, asked.length, count)
+        length = Length.of(asked).within(model.config, "labelled examples")
+        windows = cut_examples(examples, tokenizer, model.config, length.tokens, count)
     require_fits(model.config, windows)
     return windows
 

@@ -14,22 +14,26 @@ from pared.checkpoint.format import FORMAT_VERSION
 from pared.checkpoint.manifest import machine, versions
 from pared.checkpoint.seal import published_recipe, seal
 from pared.checkpoint.self_check import reloaded, written
-from pared.engine.asked import calibrates, calibration_windows, method_of, plan_of, settled
+from pared.engine.asked import calibrates, calibration_windows, evaluated_text, method_of, plan_of, settled
 from pared.engine.checks import require_finite_weights
 from pared.engine.compression import compress
 from pared.engine.progress import Progress, Silent, Stopwatch, peak_memory_bytes
-from pared.errors import ParedError
+from pared.errors import ParedError, TextTooShortError
 from pared.evaluation import perplexity
 from pared.hardware import device_of
 from pared.inputs import inputs_of
 from pared.presets import record_of, require_asked, told
 from pared.recipe import Recipe
 from pared.report.card import model_card
+from pared.report.table import WORTH_SAYING
 from pared.sources.architecture import is_causal
+from pared.sources.evaluated import evaluation_windows
+from pared.sources.labelled import SETS as LABELLED
 from pared.sources.models import ModelSource, find_model, require_dense
-from pared.sources.texts import find_text, held_out
+from pared.sources.overlap import overlap
+from pared.sources.texts import learned_part, require_text
 from pared.sources.trust import trusting
-from pared.sources.windows import Windows, cut, require_fits
+from pared.sources.windows import Windows, require_fits
 from pared.staging import require_free, require_space, staged
 
 
@@ -71,7 +75,8 @@ def _run(recipe: Recipe, overwrite: bool, progress: Progress) -> Outcome:
     with watch("load"):
         tokenizer = source.tokenizer()
         calibration = _calibration_windows(recipe, source, tokenizer)
-        windows = _evaluation_windows(recipe, source, tokenizer, progress)
+        windows = _evaluation_windows(recipe, source, tokenizer, calibration, progress)
+        seen = _overlap(windows, calibration, progress)
         if "dequantised" in source.origin:
             progress.note(f"{source.name} is {source.origin}; sizes are compared with the dequantised weights")
         planned = plan_of(source.skeleton(), recipe, source.weight_bytes(recipe.dtype))
@@ -101,7 +106,7 @@ def _run(recipe: Recipe, overwrite: bool, progress: Progress) -> Outcome:
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             model={"name": source.name, "origin": source.origin, "architecture": type(model).__name__},
-            recipe=recipe,
+            recipe=_with_lengths(recipe, calibration, windows),
             preset=preset,
             settled=settled(recipe),
             plan=compressed.plan,
@@ -109,7 +114,7 @@ def _run(recipe: Recipe, overwrite: bool, progress: Progress) -> Outcome:
             sharing=[asdict(one) for one in compressed.sharing],
             calibration=compressed.calibration,
             evaluation=None if windows is None or recipe.evaluation is None
-            else {**windows.describe(), "bos": recipe.evaluation.bos},
+            else {**windows.describe(), "bos": recipe.evaluation.bos, "learned_from": seen},
             perplexity_before=before,
             perplexity_after=after,
             seconds={**watch.seconds, **compressed.seconds},
@@ -130,6 +135,9 @@ def _checked(recipe: Recipe, overwrite: bool) -> tuple[ModelSource, Path]:
     method_of(recipe)
     require_asked(recipe)
     device_of(recipe.device)
+    for name in {recipe.calibration.text, evaluated_text(recipe)} - {None}:
+        if not str(name).startswith(LABELLED):
+            require_text(str(name))
     if recipe.model is None:
         raise ParedError("no model is named; give embedded:smollm2-135m, a folder, a .gguf file or a Hub id")
     if recipe.out is None:
@@ -151,7 +159,11 @@ def _calibration_windows(recipe: Recipe, source: ModelSource, tokenizer: PreTrai
 
 
 def _evaluation_windows(
-    recipe: Recipe, source: ModelSource, tokenizer: PreTrainedTokenizerBase, progress: Progress
+    recipe: Recipe,
+    source: ModelSource,
+    tokenizer: PreTrainedTokenizerBase,
+    calibration: Windows | None,
+    progress: Progress,
 ) -> Windows | None:
     asked = recipe.evaluation
     if asked is None:
@@ -159,18 +171,52 @@ def _evaluation_windows(
     if not is_causal(source.config().architectures or []):
         progress.note("no perplexity: this architecture is not a causal language model")
         return None
-    name = held_out(recipe.calibration.text) if asked.text == "auto" else asked.text
+    name = evaluated_text(recipe)
+    if (
+        asked.text == "auto"
+        and calibration is not None
+        and calibration.text != learned_part(recipe.calibration.text, name)
+    ):
+        name = None  # too short to keep a part apart: all of it is calibrated on
     if name is None:
         progress.note(
-            f"no perplexity: {recipe.calibration.text!r} has no known held-out part; name another text to measure "
+            f"no perplexity: {recipe.calibration.text!r} has no held-out part; name another text to measure "
             "it on (--eval TEXT)"
         )
         return None
-    windows = cut(find_text(name, evaluation=True), tokenizer, asked.length, asked.windows)
-    require_fits(source.config(), windows)
+    try:
+        windows = evaluation_windows(asked, tokenizer, source.config(), name)
+    except TextTooShortError as error:
+        if asked.text != "auto" or "length" in asked.model_fields_set:
+            raise
+        progress.note(f"no perplexity: {error}; name another to measure it on (--eval TEXT)")
+        return None
     if windows.stand_in:
         progress.note(f"the text {name!r} ({windows.origin}) only stands in for a real corpus")
     return windows
+
+
+def _overlap(measured: Windows | None, calibrated: Windows | None, progress: Progress) -> float:
+    """Return the share of what is measured on that is calibrated on, and say so if it is more than phrases."""
+    if measured is None or calibrated is None:
+        return 0.0
+    seen = overlap(measured, [calibrated.describe()], [calibrated.tokens])
+    if seen >= WORTH_SAYING:
+        progress.note(
+            f"{seen:.0%} of what perplexity is measured on ({measured.text!r}) is calibrated on ({calibrated.text!r}): "
+            "it tells nothing of text the model has not seen; name another with --eval TEXT"
+        )
+    return seen
+
+
+def _with_lengths(recipe: Recipe, calibration: Windows | None, windows: Windows | None) -> Recipe:
+    """Return the recipe with the lengths that defaults came to on this model and text, for the record."""
+    update: dict[str, object] = {}
+    if calibration is not None and calibration.labels is None:
+        update["calibration"] = recipe.calibration.model_copy(update={"length": calibration.tokens.shape[1]})
+    if windows is not None and recipe.evaluation is not None:
+        update["evaluation"] = recipe.evaluation.model_copy(update={"length": windows.tokens.shape[1]})
+    return recipe.model_copy(update=update)
 
 
 def _measure(

@@ -9,6 +9,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from pared.errors import ParedError
 from pared.names import require_known
+from pared.sources.lengths import positions_of
 from pared.sources.texts import BLANK_LINES, Text
 from pared.sources.windows import Windows, digest_of, padded
 
@@ -111,8 +112,8 @@ def cut_by(protocol: Protocol, text: Text, tokenizer: PreTrainedTokenizerBase, c
     if corpus not in protocol.corpora:
         deviations.append(f"it says nothing of the text {text.name!r}, which is joined by blank lines")
     length = protocol.length
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(positions, int) and 0 < positions < length:
+    positions = positions_of(config)
+    if positions is not None and positions < length:
         deviations.append(f"windows of {positions} tokens, which is all this model takes, in place of {length}")
         length = positions
     joined = protocol.joins.get(corpus, BLANK_LINES).join(documents)

@@ -6,7 +6,7 @@ import yaml
 
 from pared.checkpoint.manifest import Manifest
 from pared.presets import told
-from pared.report.table import comparison
+from pared.report.table import comparison, learned_from
 
 LOADING = """\
 With the package `pared`:
@@ -154,6 +154,9 @@ def _measured_on(manifest: Manifest) -> str:
     if manifest.evaluation and manifest.perplexity_after is not None:
         on = manifest.evaluation
         lines.append(f"Perplexity: {on['windows']} windows of {on['length']} tokens of {on['text']} ({on['origin']}).")
+        if share := learned_from(manifest):
+            lines.append(f"**{share:.0%} of this text was calibrated or trained on**: the perplexity tells nothing of "
+                         "text the model has not seen.")  # fmt: skip
     if manifest.calibration:
         on = manifest.calibration
         lines.append(

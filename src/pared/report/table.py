@@ -6,6 +6,8 @@ if TYPE_CHECKING:
     from pared.checkpoint.manifest import Manifest
     from pared.plan import Plan
 
+WORTH_SAYING = 0.05  # of the tokens; any two texts of one kind share some phrases
+
 
 class Row(NamedTuple):
     """One line of a comparison: what, before, after, and after as a fraction of before where that means something."""
@@ -26,12 +28,21 @@ def sizes(plan: "Plan", bytes_before: int, bytes_after: int) -> list[Row]:
     ]
 
 
+def learned_from(manifest: "Manifest") -> float:
+    """Return the share of what is measured on that was calibrated or trained on, 0 if it is next to nothing."""
+    measured = [manifest.evaluation, *(entry.evaluation for entry in manifest.training[-1:])]
+    share = max((float(one.get("learned_from", 0)) for one in measured if one), default=0.0)
+    return share if share >= WORTH_SAYING else 0.0
+
+
 def comparison(manifest: "Manifest") -> list[Row]:
     """Return the rows of a finished compression."""
     rows = sizes(manifest.plan, manifest.bytes_before, manifest.bytes_on_disk)
     before, after = manifest.perplexity_before, manifest.perplexity_after
     if before is not None and after is not None:
-        rows.append(Row("perplexity", f"{before:,.2f}", f"{after:,.2f}", f"x{after / before:.3g}"))
+        share = learned_from(manifest)
+        what = f"perplexity ({share:.0%} on calibration text)" if share else "perplexity"
+        rows.append(Row(what, f"{before:,.2f}", f"{after:,.2f}", f"x{after / before:.3g}"))
     rows.append(Row("seconds", "", f"{sum(manifest.seconds.values()):,.1f}", ""))
     rows.append(Row("peak memory", "", f"{manifest.peak_memory_bytes / 2**20:,.0f} MiB", ""))
     return [Row("method", "dense", manifest.recipe.method, manifest.recipe.budget), *rows]

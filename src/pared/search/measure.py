@@ -102,4 +102,4 @@ def in_steps(windows: Windows, halving: bool) -> list[Windows]:
 def first(windows: Windows, stop: int, start: int = 0) -> Windows:
     """Return some of the windows of a text."""
     tokens = windows.tokens[start:stop]
-    return replace(windows, tokens=tokens, digest=digest_of(tokens))
+    return replace(windows, tokens=tokens, digest=digest_of(tokens), spans=windows.spans[start:stop])

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,12 +30,14 @@ from pared.search.ranks import require_rankable
 from pared.search.split import search_texts
 from pared.search.zeros import require_pruner
 from pared.sources.architecture import is_causal
+from pared.sources.lengths import Length
 from pared.sources.models import find_model, require_dense
 from pared.sources.windows import Windows, cut, require_fits
 from pared.staging import require_short
 
 JOURNAL, FOUND = "journal.jsonl", "FOUND.json"
 FORMAT = 1
+LENGTH = 1024  # tokens of a window if nobody says
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,14 @@ class Look:
 
     Attributes:
         windows: of the search split, for every candidate.
-        length: tokens in a window.
+        length: tokens in a window, of calibration too where the recipe says nothing; none is 1024, or what the model
+            and the text allow if that is less.
         final_windows: of the search split, for the best; none means all.
         halving: measure on a quarter of the windows, half of them, all, and stop who is behind.
     """
 
     windows: int = 8
-    length: int = 1024
+    length: int | None = None
     final_windows: int | None = None
     halving: bool = False
 
@@ -119,8 +122,8 @@ def run(
     source = find_model(recipe.model)
     require_dense(source.config(), recipe.model)
     require_place(out, inputs_of(recipe.model_dump()))
-    search_texts(recipe.calibration.text)
     tokenizer = source.tokenizer()
+    search_texts(recipe.calibration.text, tokenizer)
     model = source.load(recipe.dtype).to(recipe.device)
     return search(model, tokenizer, recipe, rules, look, out, progress, pools)
 
@@ -148,6 +151,7 @@ def search(
     if rules.rungs != look.rungs:
         rules = Rules(**{**asdict(rules), "rungs": look.rungs})
     windows, full = _windows(model, tokenizer, recipe, look)
+    look = replace(look, length=full.tokens.shape[1])
     steps = in_steps(first(full, look.windows), look.halving)
     if look.final_windows is not None:
         full = first(full, look.final_windows)
@@ -214,9 +218,11 @@ def _windows(
 ) -> tuple[Windows, Windows]:
     """Cut what is calibrated on, and the whole search split."""
     asked = recipe.calibration
-    calibration, text = search_texts(asked.text)
-    windows = cut(calibration, tokenizer, asked.length, asked.samples, asked.sampling, asked.seed)
-    full = cut(text, tokenizer, look.length, None)
+    calibration, text = search_texts(asked.text, tokenizer)
+    length = Length.given(look.length, LENGTH).within(model.config)
+    own = Length.of(asked).within(model.config) if "length" in asked.model_fields_set else length
+    windows = cut(calibration, tokenizer, own, asked.samples, asked.sampling, asked.seed)
+    full = cut(text, tokenizer, length, None)
     require_fits(model.config, windows)
     require_fits(model.config, full)
     least = max(look.windows, look.final_windows or 1)
@@ -224,8 +230,8 @@ def _windows(
         raise ParedError(f"windows of a search: expected 1 or more, found {min(look.windows, least)}")
     if len(full.tokens) < least:
         raise ParedError(
-            f"text {text.name!r} has {len(full.tokens)} windows of {look.length} tokens, fewer than the {least} asked "
-            "for; take fewer or shorter windows, or a longer text"
+            f"text {text.name!r} has {len(full.tokens)} windows of {full.tokens.shape[1]} tokens, fewer than the "
+            f"{least} asked for; take fewer or shorter windows, or a longer text"
         )
     return windows, full
 
@@ -247,6 +253,7 @@ def _settings(
         "skip": list(recipe.skip),
         **({"blocks": recipe.blocks} if recipe.blocks else {}),
         **{f"calibration {name}": value for name, value in recipe.calibration.model_dump().items()},
+        "calibration length": windows.tokens.shape[1],
         "calibration digest": windows.digest,
         "score_tokens": SCORE_TOKENS if is_pruning(recipe) else 1,  # programs read numbers of so many tokens
         "search digest": full.digest,

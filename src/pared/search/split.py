@@ -1,48 +1,37 @@
 """The text a search may look at: the end of the training text, neither calibrated on nor tested on."""
 
 import re
-from dataclasses import replace
-from itertools import accumulate
 from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
 
 from pared.errors import ParedError
 from pared.sources.files import data_folder
-from pared.sources.texts import BLANK_LINES, CORPORA, HELD_OUT, Text, find_text
+from pared.sources.texts import CORPORA, HELD_OUT, Text, find_text
 
 SHARE = 0.2  # of the training text
 HELD_OUT_NAME = re.compile(r"test|valid|dev|eval", re.IGNORECASE)
 
 
-def search_texts(name: str) -> tuple[Text, Text]:
+def search_texts(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> tuple[Text, Text]:
     """Return the calibration part of a training text, its first 80%, and the search part, the rest; whole documents.
 
     A text of one document is cut at a blank line, at the end of a line, or else at a blank.
 
     Args:
         name: of a training text, as :func:`pared.sources.texts.find_text` knows it.
+        tokenizer: of the model, whose chat template makes a text of a conversation.
 
     Raises:
         ParedError: it is a split that results are reported on, unknown, or cannot be cut.
     """
     require_training(name)
-    text = find_text(name)
-    documents, glue = list(text.documents), BLANK_LINES
-    for mark in (BLANK_LINES, "\n", " "):
-        if len(documents) > 1:
-            break
-        documents, glue = text.documents[0].split(mark), mark
-    ends = list(accumulate(map(len, documents)))
-    cut = 1 + min(range(len(ends)), key=lambda at: abs(ends[at] - (1 - SHARE) * ends[-1]))
-    cut = min(cut, len(documents) - 1)
-    parts = documents[:cut], documents[cut:]
-    if not all("".join(part).strip() for part in parts):
+    text = find_text(name, tokenizer=tokenizer)
+    parts = text.split(1 - SHARE)
+    if parts is None:
         raise ParedError(f"text {name!r} ({text.origin}) cannot be cut in a calibration and a search part; name a "
                          "longer one")  # fmt: skip
-    calibration, search = (tuple(part) if len(text.documents) > 1 else (glue.join(part),) for part in parts)
-    return (
-        replace(text, name=f"{name}[:{1 - SHARE:.0%}]", documents=calibration),
-        replace(text, name=f"{name}[{1 - SHARE:.0%}:]", documents=search),
-    )
+    return parts
 
 
 def require_training(name: str) -> None:

@@ -1,14 +1,25 @@
 """Files of text and of JSON rows, gzipped or not."""
 
+import codecs
 import gzip
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pared.errors import ParedError
+
+GZIP = b"\x1f\x8b"  # the first bytes of every archive
+BYTE_ORDER_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",  # before UTF-16, whose mark it begins with
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def data_folder() -> Path | None:
@@ -53,12 +64,29 @@ def read_text(path: Path, what: str = "file") -> str:
         ParedError: missing, not UTF-8 or a damaged archive; names the file.
     """
     try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        return raw.decode("utf-8-sig")
-    except (UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ParedError(f"{what} {path}: not readable ({error})") from None
+        raw = path.read_bytes()
+        zipped = path.suffix == ".gz"
+        if not zipped and raw.startswith(GZIP):
+            raise ParedError(f"{what} {path}: is gzipped; call it {path.name}.gz")
+        raw = gzip.decompress(raw) if zipped else raw
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ParedError(f"{what} {path}: is not UTF-8 ({_instead(raw) or error})") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ParedError(f"{what} {path}: not readable as gzip ({error})") from None
     except OSError as error:
         raise ParedError(f"{what} {path}: {error.strerror or error}") from None
+    if "\0" in text:
+        raise ParedError(f"{what} {path}: holds zero bytes; expected UTF-8 text, and this is a binary file or UTF-16")
+    return text
+
+
+def _instead(raw: bytes) -> str:
+    """Say what bytes that are not UTF-8 seem to be, nothing if that cannot be told."""
+    for mark, name in BYTE_ORDER_MARKS.items():
+        if raw.startswith(mark):
+            return f"it begins as {name}: iconv -f {name} -t UTF-8 converts it"
+    return "it holds zero bytes, as binary files do" if b"\0" in raw[:4096] else ""
 
 
 def read_lines(path: Path, what: str = "file") -> list[str]:
@@ -70,12 +98,47 @@ def read_rows(path: Path, what: str = "file") -> Iterator[tuple[int, Any]]:
     """Read a file of one JSON value a line, with the number of each, from 1; blank lines are left out.
 
     Raises:
-        ParedError: as :func:`read_text`, or a row is not JSON; names the file and the row.
+        ParedError: as :func:`read_text`, a row is not JSON, or one holds half of a surrogate pair, which is no
+            character; names the file and the row.
     """
     for number, line in enumerate(read_lines(path, what), 1):
         if line.strip():
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:  # numbers of thousands of digits, too
                 raise ParedError(f"{path}, row {number}: not JSON ({error})") from None
+            if SURROGATE.search(line):
+                require_characters(f"{path}, row {number}", row)
             yield number, row
+
+
+def require_characters(which: str, value: object) -> None:
+    """Refuse strings that hold half of a surrogate pair: no encoding has it, and so no tokenizer.
+
+    Args:
+        which: value it is, for messages.
+        value: a string, or what JSON can hold.
+
+    Raises:
+        ParedError: one does; names the value and shows the place.
+    """
+    found = _half(value)
+    if found is not None:
+        text, at = found
+        shown = text[max(0, at - 20) : at + 20].encode("utf-8", "backslashreplace").decode()
+        raise ParedError(
+            f"{which}: half of a surrogate pair, \\u{ord(text[at]):04x}, in {shown!r}; which is no character: "
+            "mend the row, or leave it out"
+        )
+
+
+def _half(value: object) -> tuple[str, int] | None:
+    """Return the first string with half of a pair, and where."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            return value, error.start
+        return None
+    inside = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return next((found for one in inside if (found := _half(one)) is not None), None)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pared.errors import ParedError
+from pared.sources.files import require_characters
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class HubSet:
             if missing:
                 raise ParedError(f"{self}, row {number}: expected {', '.join(fields)}; {missing[0]} is missing, found "
                                  f"{', '.join(sorted(row))}")  # fmt: skip
+            for field in fields:
+                require_characters(f"{self}, row {number}", row[field])
             yield f"{self}, row {number}", row
         if not number:
             raise ParedError(f"{self} has no rows")

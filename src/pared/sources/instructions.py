@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pared.errors import ParedError
 from pared.names import did_you_mean
+from pared.sources.chat import Message, is_conversation, messages_of, rendered
 from pared.sources.data_sets import ALPACA, ALPACA_CLEANED, GSM8K_TEST, GSM8K_TRAIN, MATH500, MBPP
 from pared.sources.files import read_rows
 from pared.sources.templates import prompt
@@ -39,19 +40,21 @@ FIELDS = (
 
 @dataclass(frozen=True)
 class Instruction:
-    """What is asked, perhaps an input beside it, and the answer."""
+    """What is asked, perhaps an input beside it, and the answer; a conversation is a prompt already."""
 
     instruction: str
     answer: str
     input: str = ""
+    is_prompt: bool = False
 
 
-def find_instructions(name: str) -> tuple[list[Instruction], str]:
+def find_instructions(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> tuple[list[Instruction], str]:
     """Find instructions by name, and say where they are from.
 
     Args:
         name: ``instruct:gsm8k:train``, another known set, or ``instruct:PATH`` (.jsonl or .jsonl.gz) with the fields
-            ``prompt`` and ``response``, or another pair that is usual.
+            ``prompt`` and ``response``, another pair that is usual, or ``messages``, of which the last is the answer.
+        tokenizer: of the model, whose chat template makes a prompt of a conversation.
 
     Raises:
         ParedError: nothing of that name, unreadable, or a row without such fields; names the file and the row.
@@ -68,7 +71,7 @@ def find_instructions(name: str) -> tuple[list[Instruction], str]:
         rows = [(f"{path}, row {number}", row) for number, row in read_rows(path)]
     if asked == "mbpp:train":
         rows = [(which, row) for which, row in rows if isinstance(row, dict) and row.get("task_id") in MBPP_TRAIN]
-    found = [_instruction(which, row) for which, row in rows]
+    found = [_instruction(which, row, tokenizer) for which, row in rows]
     if not found:
         raise ParedError(f"instructions {name!r} ({origin}) have no rows")
     return found, origin
@@ -89,13 +92,15 @@ def cut_instructions(
     Raises:
         ParedError: as :func:`find_instructions`, or every answer is cut off.
     """
-    examples, origin = find_instructions(name)
+    examples, origin = find_instructions(name, tokenizer)
     start = _own_start(tokenizer)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     rows: list[tuple[list[int], list[int]]] = []
     for example in examples[:count]:
-        asked, answer = _pieces(tokenizer, prompt(template, example.instruction, example.input), example.answer)
-        asked, answer = [*start, *asked], [*answer, *end]
+        made = example.instruction if example.is_prompt else prompt(template, example.instruction, example.input)
+        asked, answer = _pieces(tokenizer, made, example.answer)
+        asked = asked if asked[: len(start)] == start else [*start, *asked]  # a chat template may begin with it
+        answer = answer if set(end) & set(answer[-2:]) else [*answer, *end]  # and end a message with it, and a newline
         if len(asked) < length:
             rows.append(((asked + answer)[:length], ([NO_LABEL] * len(asked) + answer)[:length]))
     left_out = len(examples[:count]) - len(rows)
@@ -111,15 +116,28 @@ def cut_instructions(
     return Windows(tokens, digest_of(tokens, mask, labels), name, origin, False, mask, labels)
 
 
-def _instruction(which: str, row: Any) -> Instruction:
+def _instruction(which: str, row: Any, tokenizer: PreTrainedTokenizerBase | None) -> Instruction:
+    if is_conversation(row):
+        return _conversation(which, messages_of(which, row), tokenizer)
     if isinstance(row, dict):
         for asked, answer in FIELDS:
             if isinstance(row.get(asked), str) and isinstance(row.get(answer), str):
                 beside = row.get("input")
                 return Instruction(row[asked], row[answer], beside if isinstance(beside, str) else "")
-    found = sorted(row) if isinstance(row, dict) else type(row).__name__
+    found = "null" if row is None else sorted(row) if isinstance(row, dict) else type(row).__name__
     pairs = ", ".join(f"{asked} and {answer}" for asked, answer in FIELDS)
-    raise ParedError(f"{which}: expected strings {pairs}; found {found}")
+    raise ParedError(f"{which}: expected strings {pairs}; or messages; found {found}")
+
+
+def _conversation(which: str, messages: list[Message], tokenizer: PreTrainedTokenizerBase | None) -> Instruction:
+    """Return the last message as the answer to what was said before, both as the chat template has them."""
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise ParedError(f"{which}: expected a conversation that ends with the answer of 'assistant', found "
+                         f"{', '.join(one['role'] for one in messages)}")  # fmt: skip
+    asked = rendered(which, messages[:-1], tokenizer, answer_follows=True)
+    whole = rendered(which, messages, tokenizer)
+    answer = whole[len(asked) :] if whole.startswith(asked) else messages[-1]["content"]
+    return Instruction(asked, answer, is_prompt=True)
 
 
 def _own_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:

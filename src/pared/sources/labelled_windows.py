@@ -12,6 +12,7 @@ from pared.names import did_you_mean
 from pared.recipe import Sampling
 from pared.sources.examples import Example, Examples, Label
 from pared.sources.labelled import SETS, find_examples, is_labelled
+from pared.sources.lengths import Length
 from pared.sources.texts import find_text
 from pared.sources.windows import NO_LABEL, Windows, cut, digest_of, padded
 
@@ -88,7 +89,7 @@ def find_windows(
     tokenizer: PreTrainedTokenizerBase,
     config: PretrainedConfig,
     causal: bool,
-    length: int,
+    length: int | Length,
     samples: int | None,
     sampling: Sampling = "consecutive",
     seed: int = 0,
@@ -100,7 +101,7 @@ def find_windows(
         tokenizer: of the model.
         config: of the model.
         causal: whether the model is a causal language model; the others take labelled examples.
-        length: tokens in a window, or the most of an example.
+        length: tokens in a window, or the most of an example; a default is what the model takes.
         samples: how many windows or examples; None means all.
         sampling: where windows start, or which examples are taken.
         seed: of the sampling.
@@ -112,8 +113,10 @@ def find_windows(
     if causal and name.startswith(SETS):
         raise ParedError(f"{name!r} are labelled examples for a classifier, and this is a language model; name a text")
     if is_labelled(name) and not causal:
-        return cut_examples(find_examples(name), tokenizer, config, length, samples, sampling, seed)
-    return cut(find_text(name), tokenizer, length, samples, sampling, seed)
+        most = (length if isinstance(length, Length) else Length(length)).within(config, "labelled examples")
+        return cut_examples(find_examples(name), tokenizer, config, most.tokens, samples, sampling, seed)
+    fitting = (length if isinstance(length, Length) else Length(length)).within(config)
+    return cut(find_text(name, tokenizer=tokenizer), tokenizer, fitting, samples, sampling, seed)
 
 
 def _encode(examples: Examples, rows: Sequence[Example], tokenizer: PreTrainedTokenizerBase, length: int) -> Any:

@@ -1,17 +1,25 @@
 """Texts by name: the embedded one, well-known corpora, the user's files, anything the datasets library has."""
 
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from pared.errors import ParedError
-from pared.names import did_you_mean
+from pared.errors import ParedError, TextTooShortError
+from pared.names import PART, did_you_mean
+from pared.sources.chat import messages_of, rendered
 from pared.sources.data_sets import ALPACA
-from pared.sources.files import data_file, data_folder, read_rows, read_text
+from pared.sources.documents import SUFFIXES, read_documents, require_file, suffix_of
+from pared.sources.files import data_file, data_folder
 from pared.sources.hub import HubSet
-from pared.sources.templates import prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 EMBEDDED_SHARE = 0.8  # of pydoc_data.topics is for calibration, the rest for evaluation
+KEPT_APART = 0.2  # of a file, at its end, if perplexity is to be measured on what is not calibrated on
 BLANK_LINES = "\n\n"
 
 
@@ -24,17 +32,53 @@ class Text:
         documents: the rows, in order.
         origin: the file, package or Hub data set they were read from, for the manifest.
         stand_in: true for the embedded text, which only stands in for a real corpus.
+        start: of a part of a text, the character of the whole that it begins at.
+        part_of: of a part, the SHA-256 of the whole; empty for a whole text.
     """
 
     name: str
     documents: tuple[str, ...]
     origin: str
     stand_in: bool = False
+    start: int = 0
+    part_of: str = ""
 
     @property
     def joined(self) -> str:
         """The documents joined by blank lines, as the papers' perplexity protocols do."""
         return BLANK_LINES.join(self.documents)
+
+    @property
+    def whole(self) -> str:
+        """The SHA-256 of the whole text, of which this may be a part."""
+        return self.part_of or hashlib.sha256(self.joined.encode()).hexdigest()
+
+    def split(self, share: float) -> tuple["Text", "Text"] | None:
+        """Cut the text in two at the end of a document; one of a single document at a blank line, a line or a blank.
+
+        Args:
+            share: of the characters that the first part has, as nearly as can be.
+
+        Returns:
+            Both parts, ``NAME[:80%]`` and ``NAME[80%:]``; None if one of them would be empty.
+        """
+        documents, glue = list(self.documents), BLANK_LINES
+        for mark in (BLANK_LINES, "\n", " "):
+            if len(documents) > 1:
+                break
+            documents, glue = self.documents[0].split(mark), mark
+        ends = list(accumulate(map(len, documents)))
+        cut = 1 + min(range(len(ends)), key=lambda at: abs(ends[at] - share * ends[-1]))
+        cut = min(cut, len(documents) - 1)
+        parts = documents[:cut], documents[cut:]
+        if not all("".join(part).strip() for part in parts):
+            return None
+        start = self.start + len(glue.join(parts[0])) + len(glue)
+        first, second = (tuple(part) if len(self.documents) > 1 else (glue.join(part),) for part in parts)
+        return (
+            replace(self, name=f"{self.name}[:{share:.0%}]", documents=first, part_of=self.whole),
+            replace(self, name=f"{self.name}[{share:.0%}:]", documents=second, start=start, part_of=self.whole),
+        )
 
 
 @dataclass(frozen=True)
@@ -69,6 +113,7 @@ CORPORA = {
     ),
     "alpaca": _Corpus(ALPACA.file, ALPACA.hub),
 }
+EMBEDDED_PARTS = ("calibration", "eval")
 HELD_OUT = {
     "embedded": "embedded:eval",
     "wikitext2:train": "wikitext2:test",
@@ -80,71 +125,105 @@ HELD_OUT = {
 
 
 def held_out(name: str) -> str | None:
-    """Return the name of the text that calibration on ``name`` never sees; None if none is known."""
+    """Return the name of the text that calibration on ``name`` never sees; None if none is known.
+
+    Of a file it is the last fifth, which calibration leaves alone then; see :func:`learned_part`.
+    """
+    if name.startswith("file:") and PART.search(name) is None:
+        return f"{name}[{1 - KEPT_APART:.0%}:]"
     return HELD_OUT.get(name)
 
 
-def find_text(name: str, evaluation: bool = False) -> Text:
+def learned_part(name: str, evaluated: str | None) -> str:
+    """Return the name of what is learned from: of a file whose last fifth is evaluated on, what is before that."""
+    apart = name.startswith("file:") and evaluated == held_out(name)
+    return f"{name}[:{1 - KEPT_APART:.0%}]" if apart else name
+
+
+def find_text(name: str, evaluation: bool = False, tokenizer: "PreTrainedTokenizerBase | None" = None) -> Text:
     """Find a text by name.
 
     Args:
         name: ``embedded``, ``wikitext2:train|validation|test``, ``ptb:train|validation|test``, ``c4:train|validation``,
-            ``alpaca``, ``file:PATH`` (.txt, .jsonl with a ``text`` field, .gz of both) or ``NAME:SPLIT:FIELD`` of the
-            datasets library (``NAME[CONFIG]:SPLIT:FIELD`` with a configuration).
+            ``alpaca``, ``file:PATH`` (.txt, .jsonl with a ``text`` field or ``messages``, .gz of both), a part of that,
+            ``file:PATH[:80%]`` or ``file:PATH[80%:]``, or ``NAME:SPLIT:FIELD`` of the datasets library
+            (``NAME[CONFIG]:SPLIT:FIELD`` with a configuration).
         evaluation: ``embedded`` has two parts; true takes the one that is never calibrated on.
+        tokenizer: of the model, whose chat template makes a text of a conversation.
 
     Raises:
         ParedError: nothing of that name, unreadable, or empty.
     """
+    require_text(name)
     if name == "embedded" or name.startswith("embedded:"):
         text = _embedded("embedded:eval" if name == "embedded" and evaluation else name)
+    elif (part := _part(name)) is not None:
+        text = _part_of_file(name, part, tokenizer)
     elif name.startswith("file:"):
-        path = Path(name.removeprefix("file:")).expanduser()
-        text = Text(name, tuple(read_documents(path)), str(path))
+        text = _file(name, tokenizer)
     elif name in CORPORA:
         text = _corpus(name)
-    elif name.count(":") == 2:
+    else:
         dataset, split, field = name.split(":")
         repository, _, config = dataset.removesuffix("]").partition("[")
-        text = _from_hub(name, HubSet(repository, config or None, split), field)
-    else:
-        raise ParedError(
-            f"unknown text {name!r}; {did_you_mean(name, ['embedded', *CORPORA])}, file:PATH, NAME:SPLIT:FIELD"
-        )
+        text = _from_hub(name, HubSet(repository, config or None, split), field, tokenizer)
     if not text.joined.strip():
         raise ParedError(f"text {name!r} ({text.origin}) is empty")
     return text
 
 
-def read_documents(path: Path) -> list[str]:
-    """Read a .txt file as one document, or a .jsonl file as one document a row; both may be gzipped.
+def require_text(name: str) -> None:
+    """Check that a name is one of a text, without reading it.
 
     Raises:
-        ParedError: another kind of file, missing, not UTF-8, not JSON, or a row without ``text``; names the file and
-            the row.
+        ParedError: nothing of that name; offers what it may have been meant for.
     """
-    kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-    if kind not in (".txt", ".jsonl"):
-        raise ParedError(
-            f"text file {path}: expected .txt or .jsonl (or .gz of both), found {path.suffix or 'no suffix'}"
-        )
-    if kind == ".txt":
-        return [read_text(path, "text file")]
-    return [_row_text(path, number, row) for number, row in read_rows(path, "text file")]
+    if name == "embedded" or name in CORPORA:
+        return
+    if name.startswith("embedded:"):
+        if name.partition(":")[2] not in EMBEDDED_PARTS:
+            raise ParedError(
+                f"unknown text {name!r}; {did_you_mean(name, [f'embedded:{one}' for one in EMBEDDED_PARTS])}"
+            )
+        return
+    if name.startswith("file:"):
+        part = _part(name)
+        require_file(_path(name if part is None else part["text"]))
+        return
+    if name.count(":") == 2 and all(name.split(":")):
+        return
+    path = Path(name).expanduser()
+    if suffix_of(path) in SUFFIXES or (path.is_file() and not name.isspace()):
+        there = "" if path.is_file() else " (no such file is there)"
+        raise ParedError(f"unknown text {name!r}; did you mean 'file:{name}'{there}?")
+    valid = did_you_mean(name, ["embedded", *CORPORA])
+    raise ParedError(f"unknown text {name[:80]!r}; {valid}, file:PATH, NAME:SPLIT:FIELD")
 
 
-def _row_text(path: Path, number: int, row: Any) -> str:
-    if isinstance(row, dict) and isinstance(row.get("text"), str):
-        return row["text"]
-    if isinstance(row, dict) and {"instruction", "input", "output"} <= row.keys():
-        return alpaca_text(row)
-    found = sorted(row) if isinstance(row, dict) else type(row).__name__
-    raise ParedError(f"{path}, row {number}: expected an object whose 'text' field is a string, found {found}")
+def _path(name: str) -> Path:
+    return Path(name.removeprefix("file:")).expanduser()
 
 
-def alpaca_text(row: dict[str, str]) -> str:
-    """Return the ``text`` field of the Alpaca data: the instruction prompt, and its answer on the line behind it."""
-    return prompt("alpaca", row["instruction"], row["input"]) + "\n" + row["output"]
+def _part(name: str) -> Mapping[str, str] | None:
+    """Return what a name says of a part of a file, None if it names a whole one, brackets and all."""
+    found = PART.search(name)
+    return None if found is None or _path(name).is_file() else {**found.groupdict(), "text": name[: found.start()]}
+
+
+def _file(name: str, tokenizer: "PreTrainedTokenizerBase | None") -> Text:
+    path = _path(name)
+    require_file(path)
+    return Text(name, tuple(read_documents(path, tokenizer)), str(path))
+
+
+def _part_of_file(name: str, part: Mapping[str, str], tokenizer: "PreTrainedTokenizerBase | None") -> Text:
+    text = _file(part["text"], tokenizer)
+    if not text.joined.strip():
+        raise ParedError(f"text {part['text']!r} ({text.origin}) is empty")
+    parts = text.split(int(part["until"] or part["since"]) / 100)
+    if parts is None:
+        raise TextTooShortError(f"text {part['text']!r} is too short to keep a part of it apart")
+    return replace(parts[0] if part["until"] else parts[1], name=name)
 
 
 def wikitext_rows(content: str) -> tuple[str, ...]:
@@ -159,22 +238,23 @@ def _embedded(name: str) -> Text:
     from pydoc_data import topics
 
     part = name.partition(":")[2] or "calibration"
-    if part not in ("calibration", "eval"):
-        raise ParedError(f"unknown text {name!r}; {did_you_mean(name, ['embedded:calibration', 'embedded:eval'])}")
     documents = [topics.topics[key] for key in sorted(topics.topics)]
     # Whole topics on either side of the cut: no document is half calibrated on, half evaluated on.
     cut, seen, total = 0, 0, sum(map(len, documents))
     while seen < EMBEDDED_SHARE * total:
         seen += len(documents[cut])
         cut += 1
-    kept = documents[:cut] if part == "calibration" else documents[cut:]
-    return Text(name, tuple(kept), "pydoc_data.topics of the Python standard library", stand_in=True)
+    text = Text(name, tuple(documents), "pydoc_data.topics of the Python standard library", stand_in=True)
+    if part == "calibration":
+        return replace(text, documents=text.documents[:cut], part_of=text.whole)
+    start = len(BLANK_LINES.join(documents[:cut])) + len(BLANK_LINES)
+    return replace(text, documents=text.documents[cut:], start=start, part_of=text.whole)
 
 
 def _corpus(name: str) -> Text:
     corpus = CORPORA[name]
     if corpus.hub is not None and data_folder() is None:
-        return _from_hub(name, corpus.hub, "text")
+        return _from_hub(name, corpus.hub, "text", None)
     path = data_file(corpus.file, f"text {name!r}", "use file:PATH" if corpus.hub is None else None)
     documents = read_documents(path)
     if corpus.layout == "wikitext":
@@ -184,5 +264,14 @@ def _corpus(name: str) -> Text:
     return Text(name, tuple(documents), str(path))
 
 
-def _from_hub(name: str, where: HubSet, field: str) -> Text:
-    return Text(name, tuple(str(row[field]) for _, row in where.rows(field)), str(where))
+def _from_hub(name: str, where: HubSet, field: str, tokenizer: "PreTrainedTokenizerBase | None") -> Text:
+    def documents() -> Iterator[str]:
+        for which, row in where.rows(field):
+            if isinstance(row[field], str):
+                yield row[field]
+            elif isinstance(row[field], list):
+                yield rendered(which, messages_of(which, {"messages": row[field]}), tokenizer)
+            else:
+                raise ParedError(f"{which}: expected {field!r} to be a string, found {row[field]!r:.60}")
+
+    return Text(name, tuple(documents()), str(where))

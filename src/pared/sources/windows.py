@@ -2,14 +2,15 @@
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PretrainedConfig, PreTrainedTokenizerBase
 
 from pared.errors import ParedError
 from pared.recipe import Sampling
+from pared.sources.lengths import Length, positions_of, too_long
 from pared.sources.texts import Text
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,8 @@ class Windows:
             none, int64; none for a text.
         segments: 0 for the first text of a pair and 1 for the second, ``(windows, length)`` int64; none if there are
             no pairs, or the tokenizer does not tell them apart.
+        whole: SHA-256 of the whole text that this is from; empty for labelled examples.
+        spans: the characters of that text that every window begins and ends at.
     """
 
     tokens: torch.Tensor
@@ -43,6 +46,8 @@ class Windows:
     mask: torch.Tensor | None = None
     labels: torch.Tensor | None = None
     segments: torch.Tensor | None = None
+    whole: str = ""
+    spans: tuple[tuple[int, int], ...] = ()
 
     @property
     def beside(self) -> dict[str, torch.Tensor]:
@@ -60,7 +65,9 @@ class Windows:
         mask, labels, segments = (
             None if tensor is None else tensor[:windows] for tensor in (self.mask, self.labels, self.segments)
         )
-        return replace(self, tokens=self.tokens[:windows], mask=mask, labels=labels, segments=segments)
+        return replace(
+            self, tokens=self.tokens[:windows], mask=mask, labels=labels, segments=segments, spans=self.spans[:windows]
+        )
 
     def describe(self) -> dict[str, object]:
         """Return what a manifest records of these windows."""
@@ -72,6 +79,8 @@ class Windows:
             "length": self.tokens.shape[1],
             "digest": self.digest,
         }
+        if self.whole:
+            told["whole"], told["characters"] = self.whole, [list(span) for span in merged(self.spans)]
         if self.mask is not None:
             told["tokens"] = int(self.mask.sum())
         if self.labels is not None:
@@ -82,7 +91,7 @@ class Windows:
 def cut(
     text: Text,
     tokenizer: PreTrainedTokenizerBase,
-    length: int,
+    length: int | Length,
     windows: int | None,
     sampling: Sampling = "consecutive",
     seed: int = 0,
@@ -96,7 +105,7 @@ def cut(
     Args:
         text: the text.
         tokenizer: of the model.
-        length: tokens in a window.
+        length: tokens in a window; a default is shortened to what the text has.
         windows: how many; None means as many as fit.
         sampling: where windows start.
         seed: of the random offsets, or of the order.
@@ -105,22 +114,19 @@ def cut(
     Raises:
         ParedError: the text is shorter than one window, the stride is longer, or a window predicts nothing.
     """
-    if length < 2 or (windows is not None and windows < 1):
+    asked = length if isinstance(length, Length) else Length(length)
+    if asked.tokens < 2 or (windows is not None and windows < 1):
         raise ParedError(
-            f"text {text.name!r}: cannot cut {windows} windows of {length} tokens; "
+            f"text {text.name!r}: cannot cut {windows} windows of {asked.tokens} tokens; "
             "expected at least 1 window of at least 2 tokens"
         )
-    ids = torch.tensor(tokenizer(text.joined, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
-    if len(ids) < length:
-        raise ParedError(
-            f"text {text.name!r} has {len(ids)} tokens, fewer than one window of {length}; "
-            "use a longer text or a smaller length"
-        )
+    encoded = tokenizer(text.joined, add_special_tokens=False, verbose=False)
+    ids = torch.tensor(encoded["input_ids"], dtype=torch.int64)
+    length = asked.within_text(len(ids), text.name)
     if sampling == "random-offset":
         random = torch.Generator().manual_seed(seed)
         count = windows or len(ids) // length
-        starts = torch.randint(0, len(ids) - length + 1, (count,), generator=random)
-        tokens = torch.stack([ids[start : start + length] for start in starts.tolist()])
+        starts = torch.randint(0, len(ids) - length + 1, (count,), generator=random).tolist()
     else:
         step = length if stride is None else stride
         if not 1 <= step <= length:
@@ -139,8 +145,24 @@ def cut(
         order = torch.arange(available)
         if sampling == "shuffled":
             order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
-        tokens = ids.unfold(0, length, step)[order[:count]].contiguous()
-    return Windows(tokens, digest_of(tokens), text.name, text.origin, text.stand_in)
+        starts = (step * order[:count]).tolist()
+    tokens = torch.stack([ids[start : start + length] for start in starts])
+    spans = _characters(text, encoded, starts, length)
+    return Windows(tokens, digest_of(tokens), text.name, text.origin, text.stand_in, whole=text.whole, spans=spans)
+
+
+def _characters(text: Text, encoded: BatchEncoding, starts: Sequence[int], length: int) -> tuple[tuple[int, int], ...]:
+    """Return the characters of the whole text that windows stand for, in proportion if the tokenizer cannot tell."""
+    total, characters = len(encoded["input_ids"]), len(text.joined)
+    exact = getattr(encoded, "is_fast", False)
+    spans = []
+    for start in starts:
+        stop = start + length
+        first, last = start * characters // total, -(-stop * characters // total)
+        if exact:
+            first, last = encoded.token_to_chars(start).start, encoded.token_to_chars(stop - 1).end
+        spans.append((text.start + first, text.start + last))
+    return tuple(spans)
 
 
 def require_fits(config: PretrainedConfig, windows: Windows) -> None:
@@ -149,10 +171,9 @@ def require_fits(config: PretrainedConfig, windows: Windows) -> None:
     Raises:
         ParedError: they are longer than the model has positions, or hold tokens it does not know.
     """
-    text_config = config.get_text_config()
-    positions, length = getattr(text_config, "max_position_embeddings", None), windows.tokens.shape[1]
-    if isinstance(positions, int) and length > positions > 0:
-        raise ParedError(f"windows of {length} tokens, but this model has {positions} positions; use a smaller length")
+    text_config, positions = config.get_text_config(), positions_of(config)
+    if positions is not None and windows.tokens.shape[1] > positions:
+        raise too_long(windows.tokens.shape[1], positions)
     vocabulary, largest = getattr(text_config, "vocab_size", None), int(windows.tokens.max())
     if isinstance(vocabulary, int) and largest >= vocabulary:
         raise ParedError(
@@ -168,6 +189,17 @@ def digest_of(*tensors: torch.Tensor | None) -> str:
         if tensor is not None:
             digest.update(tensor.contiguous().numpy().astype("<i8").tobytes())
     return digest.hexdigest()
+
+
+def merged(spans: Iterable[Sequence[int]]) -> list[tuple[int, int]]:
+    """Return spans in order, those that overlap or have at most a blank between them as one."""
+    found: list[tuple[int, int]] = []
+    for start, stop in sorted((int(span[0]), int(span[1])) for span in spans):
+        if found and start <= found[-1][1] + 1:
+            found[-1] = (found[-1][0], max(stop, found[-1][1]))
+        else:
+            found.append((start, stop))
+    return found
 
 
 def padded(rows: Sequence[Sequence[int]], padding: int) -> torch.Tensor:

@@ -10,7 +10,9 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from pared.errors import ParedError
 from pared.sources.instructions import PREFIX, cut_instructions
 from pared.sources.labelled_windows import find_windows
-from pared.sources.windows import NO_LABEL, Windows, require_fits
+from pared.sources.lengths import Length
+from pared.sources.texts import learned_part
+from pared.sources.windows import NO_LABEL, Windows, merged, require_fits
 from pared.tuning import Tuning
 
 Row = dict[str, torch.Tensor]
@@ -37,33 +39,63 @@ class Examples:
         return sum(tokens_of(row) for row in self.train) / len(self.train)
 
 
-def find_rows(tuning: Tuning, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, causal: bool) -> Examples:
+def find_rows(
+    tuning: Tuning,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+    causal: bool,
+    evaluated: str | None = None,
+) -> Examples:
     """Return the rows of all data sets a tuning names.
+
+    Args:
+        tuning: what is asked for.
+        tokenizer: of the model.
+        config: of the model.
+        causal: whether it is a causal language model.
+        evaluated: the name of what perplexity is measured on; of a file whose end that is the part before is read.
 
     Raises:
         ParedError: a name is unknown, a set is too short to keep a part apart, or the model cannot take its rows.
     """
+    length = Length.of(tuning).within(config, "rows to train on")
     train: list[Row] = []
     validation: list[Row] = []
     described: list[dict[str, object]] = []
     for name in tuning.data:
         wanted = None if tuning.windows is None else tuning.windows + tuning.validation
         if name.startswith(PREFIX):
-            windows = cut_instructions(name, tokenizer, tuning.length, wanted, tuning.template)
+            windows = cut_instructions(name, tokenizer, length.tokens, wanted, tuning.template)
         else:
-            windows = find_windows(name, tokenizer, config, causal, tuning.length, wanted)
+            windows = find_windows(learned_part(name, evaluated), tokenizer, config, causal, length, wanted)
+            _require_labels(name, windows, config, causal)
         require_fits(config, windows)
         rows = rows_of(windows)
         if len(rows) <= tuning.validation:
             raise ParedError(
-                f"data {name!r} has {len(rows)} windows of {tuning.length} tokens, and {tuning.validation} of them "
-                "are kept apart for validation; nothing is left to train on: use a longer text or a smaller length"
+                f"data {name!r} has {len(rows)} windows of {windows.tokens.shape[1]} tokens, and {tuning.validation} "
+                "of them are kept apart for validation; nothing is left to train on: use a longer text or a smaller "
+                "length"
             )
         cut = len(rows) - tuning.validation
         train += rows[:cut]
         validation += rows[cut:]
-        described.append({**windows.describe(), "trained_on": cut})
+        told = windows.describe()
+        if windows.spans:
+            told["characters"] = [list(span) for span in merged(windows.spans[:cut])]
+        described.append({**told, "trained_on": cut})
     return Examples(tuple(train), tuple(validation), tuple(described))
+
+
+def _require_labels(name: str, windows: Windows, config: PretrainedConfig, causal: bool) -> None:
+    """Refuse to train a classifier on text that has no labels."""
+    if causal or windows.labels is not None:
+        return
+    named = ", ".join(config.architectures or [config.model_type])
+    raise ParedError(
+        f"data {name!r} is plain text, and {named} is no language model that could learn from it; name labelled "
+        "examples: glue:TASK:train, ner:NAME:train, or file:PATH (.jsonl with 'text' and 'label')"
+    )
 
 
 def rows_of(windows: Windows) -> list[Row]:

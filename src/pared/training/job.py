@@ -26,10 +26,12 @@ from pared.inputs import inputs_of
 from pared.presets import record_of, require_asked, told
 from pared.recipe import Evaluation
 from pared.report.card import model_card
+from pared.report.table import WORTH_SAYING
 from pared.sources.architecture import is_causal
+from pared.sources.evaluated import evaluation_windows
 from pared.sources.models import find_model
-from pared.sources.texts import find_text
-from pared.sources.windows import Windows, cut, require_fits
+from pared.sources.overlap import overlap
+from pared.sources.windows import Windows
 from pared.staging import require_free, require_space, staged
 from pared.training.examples import Examples, find_rows
 from pared.training.methods import method_of
@@ -115,7 +117,9 @@ class _Job:
         if (preset := record_of(tuning)) and (changed := told(preset)):
             self.progress.note(changed)
         with self.watch("load"):
-            examples = find_rows(tuning, self.tokenizer, self.config, self.causal)
+            asked = self.asked_evaluation() if self.causal else None
+            evaluated = None if asked is None else asked.text
+            examples = find_rows(tuning, self.tokenizer, self.config, self.causal, evaluated)
             windows = self.evaluation_windows()
         stages = self.method.stages(self.options)
         with Workshop.beside(self.out, self.settings(examples), self.processes) as workshop:
@@ -214,9 +218,7 @@ class _Job:
         asked = self.asked_evaluation()
         if asked is None or not self.causal:
             return None
-        windows = cut(find_text(asked.text, evaluation=True), self.tokenizer, asked.length, asked.windows)
-        require_fits(self.config, windows)
-        return windows
+        return evaluation_windows(asked, self.tokenizer, self.config)
 
     def asked_evaluation(self) -> Evaluation | None:
         """Return what to measure on, the parent's where it is left to us."""
@@ -281,7 +283,9 @@ class _Job:
                 parent={"name": self.parent.name, "digest": self.parent.digest},
                 data=list(examples.described),
                 stages=[asdict(one) for one in went],
-                evaluation=None if windows is None or asked is None else {**windows.describe(), "bos": asked.bos},
+                evaluation=None
+                if windows is None or asked is None
+                else {**windows.describe(), "bos": asked.bos, "learned_from": self.learned_from(windows, examples)},
                 perplexity_before=before,
                 perplexity_after=after,
                 seconds=self.watch.seconds,
@@ -292,6 +296,16 @@ class _Job:
             measured = {"bytes_on_disk": bytes_on_disk, "fingerprint": fingerprint, "self_check": difference}
             manifest = self.parent.child(model, training, measured)
             seal(staging, manifest, self.out.name, self.read, model_card)
+
+    def learned_from(self, windows: Windows, examples: Examples) -> float:
+        """Return the share of what is measured on that is trained on, or was calibrated on."""
+        parent = self.parent.manifest
+        calibrated = [] if parent is None or parent.calibration is None else [parent.calibration]
+        share = overlap(windows, [*calibrated, *examples.described], [row["input_ids"] for row in examples.train])
+        if share >= WORTH_SAYING:
+            self.progress.note(f"{share:.0%} of what perplexity is measured on ({windows.text!r}) was trained or "
+                               "calibrated on: it tells nothing of text the model has not seen")  # fmt: skip
+        return share
 
     def settings(self, examples: Examples) -> dict[str, Any]:
         """Return everything the result depends on."""

@@ -12,6 +12,7 @@ from typing import Any
 from pared.errors import ParedError
 from pared.evaluation.speed.settings import Case, Settings
 from pared.sources.architecture import is_causal
+from pared.sources.lengths import positions_of
 from pared.sources.models import find_model
 
 
@@ -101,10 +102,10 @@ def _require_fits(name: str, cases: tuple[Case, ...]) -> None:
     config = find_model(name).config()
     if not is_causal(config.architectures or []):
         raise ParedError(f"{name} is no causal language model; speed is measured of those")
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    positions = positions_of(config)
     for case in cases:
         needed = case.length + case.new
-        if isinstance(positions, int) and needed > positions > 0:
+        if positions is not None and needed > positions:
             raise ParedError(f"case {case}: {needed} tokens, but {name} has {positions} positions; use a shorter one")
 
 

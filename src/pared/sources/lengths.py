@@ -1,0 +1,93 @@
+"""How long windows may be: what a model has positions for, and defaults that give way where an order does not."""
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pared.errors import ParedError, TextTooShortError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+    from transformers import PretrainedConfig
+
+log = logging.getLogger(__name__)
+
+# Models that count positions from behind the number of their padding token, as RoBERTa does.
+COUNT_FROM_PADDING = frozenset({
+    "camembert", "data2vec-text", "ibert", "layoutlmv3", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta",
+    "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Length:
+    """Tokens of a window.
+
+    Attributes:
+        tokens: how many.
+        is_default: nobody asked for it, so that it gives way, with a note, where there are fewer.
+    """
+
+    tokens: int
+    is_default: bool = False
+
+    @classmethod
+    def of(cls, asked: "BaseModel", field: str = "length") -> "Length":
+        """Return the length that a field of a recipe asks for, or its default."""
+        return cls(getattr(asked, field), field not in asked.model_fields_set)
+
+    @classmethod
+    def given(cls, asked: int | None, default: int) -> "Length":
+        """Return the length that was asked for, the default if none was."""
+        return cls(default, is_default=True) if asked is None else cls(asked)
+
+    def within(self, config: "PretrainedConfig", what: str = "windows") -> "Length":
+        """Return the length, a default no longer than the model has positions.
+
+        Args:
+            config: of the model.
+            what: is that long, for messages.
+
+        Raises:
+            ParedError: more was asked for than the model has positions.
+        """
+        positions = positions_of(config)
+        if positions is None or self.tokens <= positions:
+            return self
+        if not self.is_default:
+            raise too_long(self.tokens, positions, what)
+        log.warning("%s have %d tokens, which is all this model takes, in place of %d", what, positions, self.tokens)
+        return Length(positions, is_default=True)
+
+    def within_text(self, available: int, text: str) -> int:
+        """Return the tokens of a window, for a default no more than a text has.
+
+        Raises:
+            TextTooShortError: more was asked for than the text has, or it has fewer than two.
+        """
+        if self.tokens <= available:
+            return self.tokens
+        if not self.is_default or available < 2:
+            raise TextTooShortError(
+                f"text {text!r} has {available} tokens, fewer than one window of {self.tokens}; "
+                "use a longer text or a smaller length"
+            )
+        log.warning("a window of text %r has %d tokens, which is all there are, in place of %d", text, available,
+                    self.tokens)  # fmt: skip
+        return available
+
+
+def positions_of(config: "PretrainedConfig") -> int | None:
+    """Return the tokens a model takes at most; None if its configuration names no limit."""
+    text_config = config.get_text_config()
+    positions = getattr(text_config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions <= 0:
+        return None
+    if text_config.model_type in COUNT_FROM_PADDING:
+        positions -= (getattr(text_config, "pad_token_id", None) or 0) + 1
+    return positions
+
+
+def too_long(length: int, positions: int, what: str = "windows") -> ParedError:
+    """Return the error of a length that a model has no positions for."""
+    return ParedError(f"{what} of {length} tokens, but this model has {positions} positions; use a smaller length")
