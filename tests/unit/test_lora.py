@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import pared
 from pared import ParedError
+from pared.cli.options import named_values
 from pared.modules import LowRankLinear, PivotedLinear, SparseLinear
 from pared.training import METHODS, lora
 from pared.training.parts import compressed_layers
@@ -94,6 +95,27 @@ def test_a_bare_name_is_the_end_of_names_and_a_list_is_taken(model: Any) -> None
     assert listed.options["targets"] == "q_proj,v_proj"
     assert lora.adapted_names(model("factors"), "model.layers.1.mlp.up_proj", "both") == [
         "model.layers.1.mlp.up_proj.up", "model.layers.1.mlp.up_proj.down"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [
+        ("targets=*.q_proj,*.v_proj", "*.q_proj,*.v_proj"),
+        ("targets=[q_proj, v_proj]", ["q_proj", "v_proj"]),
+        ("targets=&x", "&x"),
+        ("program=W:(ABS)-(MEAN)-(EXP,NO_OP)-(8)", "W:(ABS)-(MEAN)-(EXP,NO_OP)-(8)"),
+        ("skip=*mlp*,a: b", "*mlp*,a: b"),
+        ("skip=", ""),
+        ("l1=1e-4", 1e-4),
+        ("rank=16", 16),
+        ("relearn=false", False),
+        ("text=2026-02-30", "2026-02-30"),
+    ],
+)
+def test_an_option_on_the_command_line_may_be_a_pattern(given: str, value: Any) -> None:
+    """``*`` begins an alias in YAML, so that a pattern ended in a traceback."""
+    found = named_values([given])
+    assert found == {given.partition("=")[0]: value}
 
 
 @pytest.mark.parametrize(("family", "ends"), [("llama", ("q_proj", "v_proj")), ("gpt2", ("c_attn",)),

@@ -1,5 +1,6 @@
 """The options of a compression, and the recipe they make with or without a file."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -110,7 +111,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output
 
 
 def named_values(pairs: list[str] | None) -> dict[str, Any] | None:
-    """Return ``NAME=VALUE`` pairs as a mapping, values read as YAML does.
+    """Return ``NAME=VALUE`` pairs as a mapping: truth values, numbers and lists as YAML has them, all else as text.
 
     Raises:
         ParedError: a pair without an equals sign.
@@ -118,7 +119,18 @@ def named_values(pairs: list[str] | None) -> dict[str, Any] | None:
     for pair in pairs or []:
         if "=" not in pair:
             raise ParedError(f"--option {pair!r}: expected NAME=VALUE")
-    return {name: yaml.safe_load(value) for name, _, value in (pair.partition("=") for pair in pairs or [])} or None
+    return {name: _value(value) for name, _, value in (pair.partition("=") for pair in pairs or [])} or None
+
+
+def _value(text: str) -> Any:
+    """Return a value; a pattern such as ``*.q_proj``, which YAML takes for an alias, is text, and 1e-4 is a number."""
+    try:
+        found = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):
+        return text
+    if isinstance(found, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", found):
+        return float(found)
+    return found if isinstance(found, (bool, int, float, list)) else text
 
 
 Asked = TypeVar("Asked", Recipe, Tuning)
