@@ -569,13 +569,14 @@ def test_a_penalty_in_place_of_importance_leaves_fewer_bases_for_the_same_mass(
 ) -> None:
     left = []
     for weight in (1e-6, 30.0):
-        options = {"l1": weight, "post_epochs": 0.0, "new": 0, "keep_ratio": 0.7, "coefficient_rate": 20.0}
-        made = tune(asked(dense("llama"), tmp_path / f"{weight:g}", text_file, options, tokens=4 * 16 * 40))
+        options = {"l1": weight, "post_epochs": 0.0, "new": 0, "keep_ratio": 0.7, "keeping_epochs": 0.0,
+                   "coefficient_rate": 60.0}  # fmt: skip
+        made = tune(asked(dense("llama"), tmp_path / f"{weight:g}", text_file, options, tokens=4 * 16 * 16))
         (stage,) = made.manifest.training[-1].stages
         assert 0.7 <= stage["reached"]["mass_left"] < 0.85
         left.append(stage["reached"]["bases_left"])
         assert verify(tmp_path / f"{weight:g}") <= 1e-6
-    assert left[1] < left[0]
+    assert left[1] < 0.9 * left[0]
 
 
 def test_without_learning_anew_what_stays_is_a_prefix_of_the_spectrum(
