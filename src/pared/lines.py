@@ -1,8 +1,8 @@
 """Journals: a JSON value a line, each on the disk before the next is begun, each with a checksum.
 
 The checksum goes over the line and the checksum of the line before, so that a digit that flips and a line that is lost
-or moved are found. A last line that is torn or damaged, as a crash or a power cut leaves it, is dropped: what it told
-is measured again. Lines of before there were checksums are read as they are.
+or moved are found. A last line that is torn, as a crash or a power cut leaves it, is dropped: what it told is
+measured again. Lines of before there were checksums are read as they are.
 """
 
 import hashlib
@@ -59,17 +59,18 @@ class Lines:
         found: what the lines held when the file was opened, in order.
     """
 
-    def __init__(self, file: BinaryIO, path: Path, what: str, begins: str) -> None:
+    def __init__(self, file: BinaryIO, path: Path, what: str, of: str, begins: str) -> None:
         """Read all lines, and cut off a last one that is torn.
 
         Args:
             file: open for reading and appending.
             path: of it, for messages.
-            what: it is, for messages: ``journal of a search``.
+            what: it is, for messages: ``journal``.
+            of: what it is one, for messages: ``a search``.
             begins: the first key of the first line, which tells such a file from every other.
 
         Raises:
-            ParedError: a line other than the last is damaged, or it is another file; names it and the line.
+            ParedError: a line is damaged, or it is another file; names it and the line.
         """
         self._file, self._check = file, ""
         self.found: list[dict[str, Any]] = []
@@ -78,19 +79,18 @@ class Lines:
         *lines, torn = content.split(b"\n")
         start = json.dumps({begins: 0}).encode()[: len(begins) + 4]
         if content and not content.startswith(start[: len(content)]):
-            raise ParedError(f"{what} {path}, line 1: expected {begins!r} first; it is another file, or it is damaged")
+            raise ParedError(f"{what} {path}, line 1: the first line is not that of {of}, which begins with "
+                             f"{begins!r}; it is another file, or damaged")  # fmt: skip
         kept = 0
         for number, line in enumerate(lines, 1):
             one = opened(line, self._check)
-            if one is None and number == len(lines) > 1 and not torn:
-                break
             if one is None:
-                raise ParedError(f"{what} {path}, line {number}: its checksum or form is wrong; the file is damaged. "
-                                 "Restore it, or remove it to begin anew")  # fmt: skip
+                raise ParedError(f"{what} {path}, line {number}: not a line of {of}, or its checksum is wrong; the "
+                                 "file is damaged: restore it, or remove it to begin anew")  # fmt: skip
             fields, self._check = one
             self.found.append(fields)
             kept += len(line) + 1
-        if kept < len(content):
+        if torn:
             log.warning("%s %s: line %d is torn; it was dropped and is measured again", what, path, len(self.found) + 1)
             file.truncate(kept)
         file.seek(0, os.SEEK_END)

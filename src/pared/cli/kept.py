@@ -80,7 +80,7 @@ class Kept:
         try:
             with path.open("a+b") as file:
                 lock(file, f"{path}: another run is writing it; wait for it, or name another --json")
-                yield Lines(file, path, "results of an unfinished run,", HEADER)
+                yield Lines(file, path, "results", "an evaluation", HEADER)
         except OSError as error:
             raise ParedError(f"{path}: {error.strerror or error}") from None
 

@@ -46,14 +46,14 @@ class Journal:
         self._file, beside = _locked(path), path.with_name(SECONDS)
         self._times: BinaryIO | None = None
         try:
-            self._journal = Lines(self._file, path, "journal", HEADER)
+            self._journal = Lines(self._file, path, "journal", "a search", HEADER)
             if not self._journal.found:
                 self._journal.put({HEADER: FORMAT, **self.settings})
                 self._lines: dict[str, dict[str, Any]] = {}
             else:
                 self._lines = self._read(*self._journal.found)
             self._times = beside.open("a+b")
-            self._seconds = Lines(self._times, beside, "seconds of a search", "name")
+            self._seconds = Lines(self._times, beside, "seconds", "a search", "name")
         except BaseException:
             self._close()
             raise
