@@ -9,17 +9,20 @@ from torch import nn
 from pared.anatomy import bias_of, weight_of
 from pared.lowrank import Factors
 from pared.lowrank.pivot import pivot, unpivot
-from pared.modules import LowRankLinear, PivotedLinear, replace_module, share
+from pared.modules import LowRankLinear, PivotedLinear, inherit_requires_grad, replace_module, share
 
 
 def install(model: nn.Module, name: str, factors: Factors, pivoted: bool = False) -> None:
-    """Put factors where one linear layer stands, with its bias, dtype and device."""
+    """Put factors where one linear layer stands, as :func:`install_group`."""
     install_group(model, [name], factors, pivoted)
 
 
 @torch.no_grad()
 def install_group(model: nn.Module, names: Sequence[str], factors: Factors, pivoted: bool = False) -> None:
-    """Put these factors where layers stand, dense or of low rank, with their biases, dtype and device.
+    """Put these factors where layers stand, dense or of low rank.
+
+    Biases, dtype, device, mode, hooks and ``requires_grad`` are those of the layers; a shared ``down`` is trained only
+    if every one of them was.
 
     Args:
         model: the whole model.
@@ -44,10 +47,12 @@ def install_group(model: nn.Module, names: Sequence[str], factors: Factors, pivo
             new.set_weight(stored.pivots_K, rows_OK, stored.C_KR)
         if bias is not None and new.bias is not None:
             new.bias.copy_(bias)
+        inherit_requires_grad(new, old)
         news.append(new)
     for new in news[1:]:
         if new.down is not None:
             share(new, news[0], f"{names[0]}.down.weight")
+            new.down.weight.requires_grad_(all(one.up.weight.requires_grad for one in news))
     for name, new in zip(names, news, strict=True):
         replace_module(model, name, new)
 
@@ -60,6 +65,7 @@ def dense_linear(old: nn.Module, W_ON: torch.Tensor) -> nn.Linear:
         new.weight.copy_(W_ON)
         if bias is not None:
             new.bias.copy_(bias)
+    inherit_requires_grad(new, old)
     return new
 
 

@@ -281,10 +281,20 @@ def test_hidden_states_changed_between_blocks_are_refused_by_the_block_name(wiri
         probed(Chain(wiring))
 
 
-@pytest.mark.parametrize("order", [(0, 1), (0, 2), (1, 2), (0, 2, 1), (0, 1, 1, 2)])
-def test_blocks_that_do_not_run_once_each_in_order_are_refused(order: tuple[int, ...]) -> None:
-    with pytest.raises(ParedError, match=r"3 blocks of layers ran in the order \[\d, .*, not once each"):
+@pytest.mark.parametrize(
+    "order", [(0, 1), (0, 2), (1, 2), (0, 2, 1), (0, 1, 2, 0), (0, 1, 2, 0, 1, 2), (0, 1, 0, 1, 2)]
+)
+def test_blocks_that_do_not_run_in_order_are_refused_where_text_is_read(order: tuple[int, ...]) -> None:
+    with pytest.raises(ParedError, match=r"3 blocks of layers ran in the order \[\d, .*, not each one or more times"):
         probed(Chain(PLAIN, order))
+    assert probe(model := Chain(PLAIN, order), find_anatomy(model), read=False)[0].sites
+
+
+@pytest.mark.parametrize("order", [(0, 1, 1, 2), (0, 0, 0, 1, 1, 2), (0, 1, 2, 2, 2)])
+def test_every_run_of_a_block_in_a_row_is_seen(order: tuple[int, ...]) -> None:
+    anatomy, calls = probe(model := Chain(PLAIN, order), find_anatomy(model))
+    assert tuple(call.block for call in calls) == order
+    assert [site.runs for site in anatomy.sites] == [order.count(block) for block in range(3)]
 
 
 @pytest.mark.parametrize(

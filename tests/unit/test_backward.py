@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny_models import FAMILIES, TINY_MODELS, VOCAB
+from tiny_models import FAMILIES, REPEATED, TINY_MODELS, VOCAB
 from torch import nn
 from torch.nn.functional import cross_entropy, log_softmax
 from transformers import PretrainedConfig, PreTrainedModel
@@ -113,11 +113,13 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("loss", ["labels", "sampled"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *REPEATED])
 def test_statistics_are_those_of_autograd_on_the_whole_model(family: str, loss: str) -> None:
-    model = TINY_MODELS[family]()
+    """The gradient Grams are sums over the runs of a block, per token."""
+    model = (TINY_MODELS | REPEATED)[family]()
     found = collected(model, labels_of(model, loss))
-    anatomy = find_anatomy(model)
+    anatomy = probe(model, find_anatomy(model))[0]
+    runs = {site.name: site.runs for site in anatomy.sites}
     by_example, batched, grams = autograd(model, anatomy, labels_of(model, loss))
     assert found.keys() == by_example.keys() == {site.name for site in anatomy.sites}
     for site, statistics in found.items():
@@ -127,7 +129,7 @@ def test_statistics_are_those_of_autograd_on_the_whole_model(family: str, loss: 
         assert relative(statistics["output_gradient_full"].value, gram) < 1e-4
         assert relative(statistics["output_gradient_diagonal"].value, gram.diagonal()) < 1e-4
         assert relative(statistics["output_gradient_scalar"].value, gram.diagonal().mean()) < 1e-4
-        assert {statistic.tokens for statistic in statistics.values()} == {WINDOWS * LENGTH}
+        assert {statistic.tokens for statistic in statistics.values()} == {WINDOWS * LENGTH * runs[site]}
 
 
 def test_a_token_classification_head_takes_a_label_for_every_token() -> None:
@@ -557,10 +559,26 @@ def routed(site: str, statistic: str, batch: int) -> Any:
 def test_examples_that_cannot_be_told_apart_are_refused() -> None:
     with pytest.raises(ParedError, match=r"site blocks\.0\.routed reads 12 rows of 2 windows of 12 tokens"):
         routed("blocks.0.routed", "fisher", batch=2)
-    with pytest.raises(ParedError, match=r"site blocks\.0\.twice runs more than once"):
-        routed("blocks.0.twice", "fisher", batch=1)
     assert routed("blocks.0.routed", "fisher", batch=1).tokens == WINDOWS * LENGTH // 2
     assert routed("blocks.0.twice", "output_gradient_full", batch=2).tokens == 2 * WINDOWS * LENGTH
+
+
+def test_the_gradient_of_an_example_is_the_sum_over_the_runs_of_a_layer() -> None:
+    found = []
+    for batch in (1, 2):
+        torch.manual_seed(0)
+        found.append(routed("blocks.0.twice", "fisher", batch))
+    torch.manual_seed(0)
+    model, ids = toy(), tokens(WINDOWS, CLASSES)
+    model.blocks = nn.ModuleList([Router()])
+    weight, expected = model.blocks[0].twice.weight, torch.zeros(CLASSES, dtype=torch.float64)
+    for window, tokens_T in enumerate(ids):
+        logits = model(input_ids=tokens_T.unsqueeze(0)).logits.flatten(0, -2)
+        y = Sampled(0)(window, tokens_T, logits.detach().softmax(-1))
+        (gradient,) = torch.autograd.grad(cross_entropy(logits, y, reduction="sum"), weight)
+        expected += gradient.double().square().sum(0)
+    for one in found:
+        assert relative(one.value, expected) < 1e-4
 
 
 def test_an_input_changed_in_place_after_it_was_read_is_refused() -> None:

@@ -61,9 +61,21 @@ _FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 
+_ALBERT = {**_SMALL, "embedding_size": 8, "num_hidden_layers": 4, "num_labels": 3}
+
+# Models whose blocks run several times in a pass: 0000, and 001 of blocks that hold two layers each.
+_REPEATED: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "albert": ("AlbertForSequenceClassification", "AlbertConfig", _ALBERT),
+    "albert_groups": (
+        "AlbertForSequenceClassification",
+        "AlbertConfig",
+        {**_ALBERT, "num_hidden_layers": 3, "num_hidden_groups": 2, "inner_group_num": 2},
+    ),
+}
+
 
 def _builder(family: str) -> Callable[[], PreTrainedModel]:
-    model_class, config_class, fields = _FAMILIES[family]
+    model_class, config_class, fields = (_FAMILIES | _REPEATED)[family]
 
     def build() -> PreTrainedModel:
         config = getattr(transformers, config_class)(**fields)
@@ -81,3 +93,4 @@ def _builder(family: str) -> Callable[[], PreTrainedModel]:
 
 TINY_MODELS: dict[str, Callable[[], PreTrainedModel]] = {family: _builder(family) for family in _FAMILIES}
 FAMILIES = sorted(TINY_MODELS)
+REPEATED: dict[str, Callable[[], PreTrainedModel]] = {family: _builder(family) for family in _REPEATED}

@@ -1,76 +1,28 @@
-"""One pass of a few tokens through the real model: who reads what, and whether the blocks are a plain chain."""
+"""One pass of a few tokens through the real model: who reads what, what is linear, whether blocks are a chain."""
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
+from pared.anatomy.calls import BlockCall, hidden_of
+from pared.anatomy.state import KeptState, tensors_in
 from pared.anatomy.structure import Anatomy
+from pared.anatomy.watch import Watch
 from pared.errors import ParedError
 
+__all__ = ["BlockCall", "StopForwardError", "call_model", "evaluating", "hidden_of", "hooks", "probe", "run_model"]
+
+_DATA_FREE = "only methods that read no text (svd, magnitude, with uniform allocation) can be used"
 PROBE_TOKENS = 8
 
 
 class StopForwardError(Exception):
     """Ends a forward pass once what was wanted has been seen; the head is never run."""
-
-
-@dataclass(frozen=True)
-class BlockCall:
-    """How the model called a block.
-
-    Attributes:
-        args: positional arguments after the hidden states, or all but them.
-        kwargs: keyword arguments.
-        hidden: the hidden states ``(batch, tokens, width)``.
-        by_name: the keyword the hidden states came by, or None if they were the first positional argument.
-        returns: entries of the tuple the block returned (hidden states first), 0 if it returned the hidden states.
-    """
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    hidden: torch.Tensor
-    by_name: str | None
-    returns: int = 0
-
-    @classmethod
-    def seen(cls, args: tuple[Any, ...], kwargs: dict[str, Any], block: str) -> "BlockCall":
-        """Take a call apart, without a cache of keys and values: it would grow from batch to batch.
-
-        Raises:
-            ParedError: no hidden states among the arguments.
-        """
-        args = tuple(None if isinstance(value, Cache) else value for value in args)
-        kwargs = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
-        if args and isinstance(args[0], torch.Tensor):
-            return cls(args[1:], kwargs, args[0], None)
-        if isinstance(kwargs.get("hidden_states"), torch.Tensor):
-            rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-            return cls(args, rest, kwargs["hidden_states"], "hidden_states")
-        raise ParedError(f"block {block}: called without hidden states; found arguments {sorted(kwargs)}")
-
-    def run(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """Call a block the same way on other hidden states and return the hidden states it makes."""
-        if self.by_name is None:
-            return hidden_of(block(hidden, *self.args, **self.kwargs))
-        return hidden_of(block(*self.args, **{self.by_name: hidden}, **self.kwargs))
-
-    def answer(self, hidden: torch.Tensor) -> Any:
-        """Return hidden states in the form the block returns its own; whatever else it returns is None."""
-        return (hidden, *[None] * (self.returns - 1)) if self.returns else hidden
-
-    def tensors(self) -> list[torch.Tensor]:
-        """Return every tensor among the other arguments, nested ones included."""
-        return list(_tensors((self.args, self.kwargs)))
-
-
-def hidden_of(output: Any) -> torch.Tensor:
-    """Return the hidden states of what a block returned."""
-    return output[0] if isinstance(output, (tuple, list)) else output
 
 
 @torch.no_grad()
@@ -116,118 +68,106 @@ def hooks(handles: Iterator[Any]) -> Iterator[None]:
 
 
 def probe(model: PreTrainedModel, anatomy: Anatomy, read: bool = True) -> tuple[Anatomy, list[BlockCall]]:
-    """Run a few tokens through the model and record which sites read the same tensor.
+    """Run a few tokens through the model; record which sites read the same tensor and prove that they are linear.
+
+    The pass goes on to the model's end, as a block may run again after the last one has run. Where something of what
+    the blocks read is needed, every call is then repeated outside of the model and must give what it gave inside.
 
     Args:
-        model: the whole model.
+        model: the whole model; its mode and whatever its blocks keep between calls are afterwards as before.
         anatomy: of it.
-        read: whether anything of what the blocks read is needed; if not, they may be blocks that no token reaches.
+        read: whether anything of what the blocks read is needed; if not, they may be blocks that no token reaches, or
+            wired in any way.
 
     Returns:
-        The anatomy with ``reads`` and ``idle`` filled in, and how each block was called; the anatomy as it was and no
-        calls, where no token reaches the blocks.
+        The anatomy with ``reads``, ``idle``, ``runs`` and the order of sites filled in, without what is not
+        ``x Wᵀ + b``; and how the blocks were called, in order. No calls, and ``reads`` assumed, where no pass can tell.
 
     Raises:
-        ParedError: the blocks are not a chain, each run once on the output of the one before, or never run.
+        ParedError: with ``read``: the blocks are not a chain, each run one or more times in a row on the output of the
+            run before, or never run, or a call cannot be repeated. Always: no site is left.
     """
-    watch = _Watch(anatomy)
     blocks = anatomy.blocks(model)
+    states, watch = [KeptState([block]) for block in blocks], Watch(anatomy, keep=read)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     tokens = torch.arange(PROBE_TOKENS).remainder(vocabulary).unsqueeze(0)
-
-    def handles() -> Iterator[Any]:
-        for index, block in enumerate(blocks):
-            yield block.register_forward_pre_hook(watch.enter(index), with_kwargs=True)
-            yield block.register_forward_hook(watch.leave(last=index == len(blocks) - 1))
-        for site in anatomy.sites:
-            yield model.get_submodule(site.name).register_forward_pre_hook(watch.read(site.name))
-
-    with hooks(handles()):
-        run_model(model, tokens)
-    if not watch.order:
-        if not read:
-            return anatomy, []
-        raise ParedError(
-            f"the blocks of {anatomy.blocks_path} are not run on text, so nothing can be calibrated on it; use a "
-            "method that reads no text (svd, magnitude, with uniform allocation)"
-        )
-    watch.require_chain(len(blocks))
+    failed: ParedError | None = None
+    with evaluating(model):
+        try:
+            with hooks(watch.hooked(model, blocks)):
+                run_model(model, tokens)
+        except ParedError as error:  # behind the last block, as where a decoder is given no tokens, it does not matter
+            failed = None if set(watch.order) == set(range(len(blocks))) else error
+        try:
+            if read:
+                watch.require_chain(len(blocks), failed)
+                _require_repeatable(anatomy, blocks, watch, states)
+        finally:
+            for state in states:
+                state.restore()
+    if not watch.order or failed is not None:
+        return watch.without_faults(anatomy.with_assumed_reads()), []
     return watch.result(), watch.calls
 
 
-class _Watch:
-    """What the hooks of the probe pass write down."""
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Have every module in evaluation mode for the length of a ``with`` block: no dropout, no routing noise.
 
-    def __init__(self, anatomy: Anatomy) -> None:
-        self.anatomy = anatomy
-        self.calls: list[BlockCall] = []
-        self.order: list[int] = []
-        self.previous: torch.Tensor | None = None
-        self.version = 0
-        self.readers: dict[str, list[str]] = {}  # site -> first reader of the tensor, once for every call
-        self.alive: dict[tuple[int, ...], tuple[torch.Tensor, str]] = {}  # holds tensors: no address is used twice
+    Every module has its own mode again afterwards; one that came meanwhile, that of what it replaced or lies in.
+    """
+    modes = {name: module.training for name, module in model.named_modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for name, module in model.named_modules():
+            while name not in modes:
+                name = name.rpartition(".")[0]
+            module.training = modes[name]
 
-    def enter(self, index: int) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            name = self.anatomy.block_name(index)
-            call = BlockCall.seen(args, kwargs, name)
-            before = self.previous
-            if before is not None and not (
-                before._version == self.version and (call.hidden is before or torch.equal(call.hidden, before))
-            ):
+
+@torch.no_grad()
+def _require_repeatable(anatomy: Anatomy, blocks: list[nn.Module], watch: Watch, states: list[KeptState]) -> None:
+    """Run every call again, from the state of before the pass, and compare; a walk does nothing else.
+
+    Raises:
+        ParedError: a block gives something else than inside the model, or cannot be called outside of it; or what it
+            gives depends on an earlier run whose traces were on it before this one.
+    """
+    # A state of zeros is that of a model nobody has used.
+    before = tensors_in([former for state in states for former in state.changes()])
+    stale = any(bool(tensor.count_nonzero()) for tensor in before)
+    for restored in (False, True) if stale else (True,):
+        for call, hidden, output in zip(watch.calls, watch.hidden, watch.outputs, strict=True):
+            if restored:
+                states[call.block].restore()
+            name = anatomy.block_name(call.block)
+            try:
+                again = call.run(blocks[call.block], hidden.clone())
+            except Exception as error:  # whatever it is: it ran inside the model
                 raise ParedError(
-                    f"block {name} does not read the output of the block before it; blocks with other wiring between "
-                    "them are not supported"
+                    f"block {name} cannot be run by itself on what it was called with in the model "
+                    f"({type(error).__name__}: {' '.join(str(error).split())[:120]}); {_DATA_FREE}"
+                ) from error
+            difference = _difference(again, output)
+            if difference <= 8 * torch.finfo(output.dtype).eps:
+                continue
+            if restored:
+                raise ParedError(
+                    f"block {name} does not give the same output twice on one input (difference {difference:.2g}): it "
+                    f"is random, or keeps a state between calls that cannot be put back; {_DATA_FREE}"
                 )
-            self.order.append(index)
-            self.calls.append(call)
-            self.alive.clear()
-
-        return hook
-
-    def leave(self, last: bool) -> Any:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            self.previous = hidden_of(output)
-            self.version = self.previous._version  # moves when it is changed in place
-            entries = len(output) if isinstance(output, (tuple, list)) else 0
-            self.calls[-1] = replace(self.calls[-1], returns=entries)
-            if last:
-                raise StopForwardError
-
-        return hook
-
-    def read(self, name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            seen: torch.Tensor = args[0]
-            storage = seen.untyped_storage().data_ptr()
-            key = (storage, int(seen.storage_offset()), seen.numel(), seen.shape[-1], seen._version)
-            first = self.alive.setdefault(key, (seen, name))
-            self.readers.setdefault(name, []).append(first[1])
-
-        return hook
-
-    def require_chain(self, blocks: int) -> None:
-        if self.order != list(range(blocks)):
             raise ParedError(
-                f"the {blocks} blocks of {self.anatomy.blocks_path} ran in the order {self.order[:8]}..., not once "
-                "each from first to last; this architecture is not supported"
+                f"block {name} computes with a state that an earlier run has left on it; load the model again, or "
+                "reset the state, before it is calibrated"
             )
 
-    def result(self) -> Anatomy:
-        sites = []
-        for site in self.anatomy.sites:
-            seen = self.readers.get(site.name, [])
-            once = len(seen) == 1 and len(self.readers.get(seen[0], [])) == 1
-            sites.append(replace(site, reads=seen[0] if once else site.name, idle=not seen))
-        return replace(self.anatomy, sites=tuple(sites))
 
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
+def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Return the norm of the difference relative to that of the second; 0 where neither is a finite number."""
+    if one.shape != other.shape:
+        return math.inf
+    if not bool(other.isfinite().all()):
+        return 0.0  # the walk names the block that puts it out
+    return float((one.double() - other.double()).norm() / other.double().norm().clamp(min=1e-30))

@@ -1,17 +1,19 @@
 """Where the weights are: blocks and sites found by structure, never by a list of architecture names."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from pared.anatomy.linear import LINEAR_TYPES, bias_of, weight_of
+from pared.anatomy.proof import fault_of_class, require_plain_weight
 from pared.errors import ParedError
 from pared.names import did_you_mean, match
 from pared.plan import Uncovered
 
-# For the report only: what a layer is usually called, from what its module is called.
+# For the report only, decides nothing: what a layer is usually called, from what its module is called.
 KINDS = {
     "q_proj": "q", "query": "q", "k_proj": "k", "key": "k", "v_proj": "v", "value": "v",
     "o_proj": "o", "out_proj": "o", "dense": "dense", "gate_proj": "gate", "up_proj": "up", "down_proj": "down",
@@ -33,6 +35,10 @@ class Site:
         has_bias: whether there is a bias.
         reads: sites with equal ``reads`` see the same input tensor; known after the probe pass.
         idle: the probe pass never ran it, so nothing can be said about its inputs.
+        owner: the class of the module it lies in, an attention or an expert.
+        position: which of that module's sites it is: in the order they run, before the probe pass that of the model.
+        transposed: its weight is stored ``(in, out)``, as GPT-2's.
+        runs: how many times its block runs in a pass.
     """
 
     name: str
@@ -43,6 +49,20 @@ class Site:
     has_bias: bool
     reads: str
     idle: bool = False
+    owner: str = ""
+    position: int = 0
+    transposed: bool = False
+    runs: int = 1
+
+    @property
+    def parent(self) -> str:
+        """Name of the module it lies in."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def role(self) -> tuple[str, int]:
+        """What is the same for the layers of one kind in every block, whatever they are called."""
+        return self.owner, self.position
 
 
 @dataclass(frozen=True)
@@ -52,7 +72,7 @@ class Anatomy:
     Attributes:
         blocks_path: name of the list of blocks, ``model.layers``.
         sites: in the model's order.
-        uncovered: weights (2-D and more) inside the blocks that are no site.
+        uncovered: weights (2-D and more) inside the blocks that are no site, and why.
         other_stacks: names of further block lists that were left alone (a vision tower, an encoder).
         model_parameters: of the whole model, tied ones counted once.
     """
@@ -79,7 +99,7 @@ class Anatomy:
 
     def path_in_block(self, site: Site) -> str:
         """Return a site's name relative to its block."""
-        return site.name.removeprefix(self.block_name(site.block) + ".")
+        return site.name.removeprefix(self.block_name(site.block)).removeprefix(".")
 
     def with_idle(self, names: Iterable[str]) -> "Anatomy":
         """Return this anatomy with these sites idle too."""
@@ -93,20 +113,40 @@ class Anatomy:
             ParedError: a pattern matches nothing, or nothing is left.
         """
         skipped = match(patterns, [site.name for site in self.sites])
-        kept = tuple(site for site in self.sites if site.name not in skipped)
-        if not kept:
+        left = self.leaving(dict.fromkeys(skipped, "skipped by the recipe"))
+        if not left.sites:
             raise ParedError("skip: the patterns leave no site to compress; remove some")
+        return left
+
+    def leaving(self, reasons: Mapping[str, str]) -> "Anatomy":
+        """Return this anatomy without some sites, which are listed as not covered, each with its reason."""
         left = tuple(
             Uncovered(
                 name=site.name,
                 shape=(site.out_features, site.in_features),
                 parameters=site.out_features * site.in_features,
-                reason="skipped by the recipe",
+                reason=reasons[site.name],
             )
             for site in self.sites
-            if site.name in skipped
+            if site.name in reasons
         )
+        kept = tuple(site for site in self.sites if site.name not in reasons)
         return replace(self, sites=kept, uncovered=(*self.uncovered, *left))
+
+    def with_assumed_reads(self) -> "Anatomy":
+        """Return this anatomy with ``reads`` guessed from shapes and order, where no pass can tell.
+
+        Of the sites in one module the first, and the others as wide as it, are taken to read one tensor; not so the
+        last, which puts out what the module does.
+        """
+        first: dict[str, Site] = {}
+        last = {site.parent: site.name for site in self.sites}
+        sites = []
+        for site in self.sites:
+            leader = first.setdefault(site.parent, site)
+            together = site.in_features == leader.in_features and last[site.parent] != site.name
+            sites.append(replace(site, reads=leader.name if together else site.name))
+        return replace(self, sites=tuple(sites))
 
 
 def find_anatomy(model: nn.Module, blocks_path: str | None = None) -> Anatomy:
@@ -120,15 +160,18 @@ def find_anatomy(model: nn.Module, blocks_path: str | None = None) -> Anatomy:
         blocks_path: name of another list, for a tower that is left alone otherwise.
 
     Raises:
-        ParedError: there is no such list, or no linear layer in it; says what was found instead.
+        ParedError: there is no such list, or no linear layer in it (says what was found instead); a linear layer holds
+            anything but plain floating point numbers, or shares its weight.
     """
     path, stacks = _find_stack(model, blocks_path)
     blocks = stacks[path]
-    sites = tuple(_sites(path, blocks))
-    _require_own_weights(model, sites)
-    uncovered = tuple(_uncovered(path, blocks, {site.name for site in sites}))
+    faults: dict[str, str] = {}
+    sites = tuple(_sites(path, blocks, faults))
+    _require_own_weights(model, path, sites)
+    uncovered = tuple(_uncovered(path, blocks, {site.name for site in sites}, faults))
     if not sites:
-        found = ", ".join(f"{weight.name} {weight.shape}" for weight in uncovered[:3])
+        weights = [f"{weight.name} {weight.shape} ({weight.reason})" for weight in uncovered]
+        found = ", ".join([*_integers(path, blocks)[:3], *weights][:3])
         raise ParedError(
             f"{type(model).__name__}: no linear layer inside the {len(blocks)} blocks of {path}; "
             f"the weights there are {found or 'none'}; this architecture is not supported"
@@ -171,13 +214,23 @@ def _language_model(model: nn.Module) -> str:
     return next((name for name, module in model.named_modules() if module is decoder), "")
 
 
-def _require_own_weights(model: nn.Module, sites: tuple[Site, ...]) -> None:
-    owners: dict[int, str] = {}
-    for site in sites:
-        parameter = model.get_submodule(site.name).weight
-        other = owners.setdefault(id(parameter), site.name)
-        if other != site.name:
-            raise ParedError(f"sites {other} and {site.name} are tied to one weight; tied layers are not supported")
+def _require_own_weights(model: nn.Module, path: str, sites: tuple[Site, ...]) -> None:
+    """Refuse sites whose weight is also another's: a change of one would be, or would not be, a change of both."""
+    owner = {id(model.get_submodule(site.name).weight): site.name for site in reversed(sites)}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        site = owner.get(id(parameter))
+        if site is None or name == f"{site}.weight":
+            continue
+        one, two = (place.removeprefix(f"{path}.").partition(".")[0] for place in (site, name))
+        blocks = model.get_submodule(path)
+        if name.startswith(f"{path}.") and one != two and blocks[int(one)] is blocks[int(two)]:  # type: ignore[index]
+            raise ParedError(
+                f"blocks {path}.{one} and {path}.{two} are one module; a block that is listed twice is not supported"
+            )
+        raise ParedError(
+            f"sites {site} and {name.removesuffix('.weight')} are tied to one weight; tied layers are not supported, "
+            "give each a weight of its own"
+        )
 
 
 def _count(module: nn.Module) -> int:
@@ -194,27 +247,47 @@ def _stacks(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
             yield name, module
 
 
-def _sites(path: str, blocks: nn.ModuleList) -> Iterator[Site]:
+def _sites(path: str, blocks: nn.ModuleList, faults: dict[str, str]) -> Iterator[Site]:
+    """Yield the sites; write down why other linear layers are none, by name."""
+    known: dict[Any, str | None] = {}
     for block, root in enumerate(blocks):
-        for name, module in root.named_modules():
-            if isinstance(module, LINEAR_TYPES):
-                full = f"{path}.{block}.{name}"
-                out_features, in_features = weight_of(module).shape
-                leaf = name.rpartition(".")[2]
-                yield Site(
-                    name=full,
-                    block=block,
-                    kind=KINDS.get(leaf, leaf),
-                    out_features=out_features,
-                    in_features=in_features,
-                    has_bias=bias_of(module) is not None,
-                    reads=full,
-                )
+        positions: dict[str, int] = {}
+        modules = dict(root.named_modules())
+        for name, module in modules.items():
+            if not isinstance(module, LINEAR_TYPES):
+                continue
+            full, (parent, _, leaf) = f"{path}.{block}.{name}".rstrip("."), name.rpartition(".")
+            require_plain_weight(module, full)
+            if fault := fault_of_class(module, known):
+                faults[full] = fault
+                continue
+            out_features, in_features = weight_of(module).shape
+            owner = type(modules[parent] if name else blocks)
+            yield Site(
+                name=full,
+                block=block,
+                kind=KINDS.get(leaf, leaf),
+                out_features=out_features,
+                in_features=in_features,
+                has_bias=bias_of(module) is not None,
+                reads=full,
+                owner=f"{owner.__module__}.{owner.__qualname__}",
+                position=positions.setdefault(parent, 0),
+                transposed=isinstance(module, Conv1D),
+            )
+            positions[parent] += 1
 
 
-def _uncovered(path: str, blocks: nn.ModuleList, sites: set[str]) -> Iterator[Uncovered]:
+def _uncovered(path: str, blocks: nn.ModuleList, sites: set[str], faults: Mapping[str, str]) -> Iterator[Uncovered]:
     for name, parameter in blocks.named_parameters(prefix=path):
         owner = name.rpartition(".")[0]
         if parameter.ndim >= 2 and owner not in sites:
             what = "a 3-D stack of expert weights" if parameter.ndim == 3 else "not the weight of a linear layer"
-            yield Uncovered(name=name, shape=tuple(parameter.shape), parameters=parameter.numel(), reason=what)
+            fault = next((why for layer, why in faults.items() if name.startswith(f"{layer}.")), what)
+            yield Uncovered(name=name, shape=tuple(parameter.shape), parameters=parameter.numel(), reason=fault)
+
+
+def _integers(path: str, blocks: nn.ModuleList) -> list[str]:
+    """Return what quantised layers of other libraries hold, for the error."""
+    tensors = blocks.named_buffers(prefix=path)
+    return [f"{n} {tuple(t.shape)} of {t.dtype}" for n, t in tensors if t.ndim >= 2 and not t.is_floating_point()]

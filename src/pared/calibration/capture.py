@@ -18,9 +18,11 @@ from pared.errors import ParedError
 class BlockInputs:
     """The inputs of the first block and the calls of all blocks, one entry a batch.
 
+    A block that runs several times in a pass has as many calls, one after the other.
+
     Attributes:
         hidden: hidden states ``(batch, tokens, width)`` of every batch; the walk overwrites them block by block.
-        calls: for every batch, how each block is called; equal tensors are held once.
+        calls: for every batch, how the blocks are called, in order; equal tensors are held once.
         dtype: what the blocks compute in.
         device: where they do.
         beside: for every batch, what the model was given beside the tokens, ``(batch, tokens)`` by argument; nothing
@@ -32,6 +34,10 @@ class BlockInputs:
     dtype: torch.dtype
     device: torch.device
     beside: list[Mapping[str, torch.Tensor]] = field(default_factory=list)
+
+    def calls_of(self, batch: int, block: int) -> list[BlockCall]:
+        """Return the calls of one block in a batch, in order."""
+        return [call for call in self.calls[batch] if call.block == block]
 
     def first(self, batches: int) -> "BlockInputs":
         """Return the same inputs, not copied, of the first batches alone."""
@@ -76,13 +82,19 @@ def capture(
         try:
             run_model(model, probe_tokens.unsqueeze(0))
         except Exception as error:  # these tokens went through the probe pass: only a block's own result was missing
-            raise _fed_by_another(anatomy, len(recorded), probed) from error
+            if isinstance(error, ParedError) and error.__cause__ is None:
+                raise
+            raise _fed_by_another(anatomy, probed[min(len(recorded), len(probed) - 1)]) from error
+        if len(recorded) < len(probed):
+            raise _other_order(anatomy)
         _require_same_arguments(anatomy, probed, recorded)
         inputs = BlockInputs([], [], dtype, device)
         for start in range(0, len(tokens), batch):
             recorded.clear()
             more = {name: tensor[start : start + batch] for name, tensor in (beside or {}).items()}
             run_model(model, tokens[start : start + batch], more)
+            if len(recorded) < len(probed):
+                raise _other_order(anatomy)
             inputs.beside.append(more)
             inputs.hidden.append(recorded[0].hidden.to(device, dtype))
             first = inputs.calls[0] if inputs.calls else None
@@ -121,10 +133,14 @@ def _stubbed(model: PreTrainedModel, anatomy: Anatomy, probed: list[BlockCall]) 
 
     def stub(index: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            call = replace(BlockCall.seen(args, kwargs, anatomy.block_name(index)), returns=probed[index].returns)
-            recorded.append(call)
-            if index == len(blocks) - 1:
+            place = len(recorded)
+            if index != probed[place].block:
+                raise _other_order(anatomy)
+            call = BlockCall.seen(args, kwargs, anatomy.block_name(index), index)
+            recorded.append(replace(call, returns=probed[place].returns))
+            if len(recorded) == len(probed):
                 raise StopForwardError
+            call = recorded[-1]
             return call.answer(call.hidden)
 
         return forward
@@ -149,19 +165,26 @@ def replaced_forwards(blocks: list[nn.Module], stub: Callable[[int], Callable[..
 
 
 def _require_same_arguments(anatomy: Anatomy, probed: list[BlockCall], stubbed: list[BlockCall]) -> None:
-    for index, (real, stub) in enumerate(zip(probed, stubbed, strict=True)):
+    for real, stub in zip(probed, stubbed, strict=True):
         real_tensors, stub_tensors = real.tensors(), stub.tensors()
         same = len(real_tensors) == len(stub_tensors) and all(
             a.shape == b.shape and torch.equal(a, b) for a, b in zip(real_tensors, stub_tensors, strict=True)
         )
         if not same:
-            raise _fed_by_another(anatomy, index, probed)
+            raise _fed_by_another(anatomy, real)
 
 
-def _fed_by_another(anatomy: Anatomy, index: int, probed: list[BlockCall]) -> ParedError:
+def _other_order(anatomy: Anatomy) -> ParedError:
     return ParedError(
-        f"block {anatomy.block_name(index)} is given values that an earlier block computed "
-        f"(arguments {sorted(probed[index].kwargs)}); such models cannot be walked block by block yet"
+        f"how often the blocks of {anatomy.blocks_path} run depends on what they compute, or on the text; only methods "
+        "that read no text (svd, magnitude, with uniform allocation) can be used"
+    )
+
+
+def _fed_by_another(anatomy: Anatomy, call: BlockCall) -> ParedError:
+    return ParedError(
+        f"block {anatomy.block_name(call.block)} is given values that an earlier block computed "
+        f"(arguments {sorted(call.kwargs)}); such models cannot be walked block by block yet"
     )
 
 

@@ -1,6 +1,5 @@
 """The pass: blocks one after the other on captured inputs, statistics handed on as each block is done."""
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -13,6 +12,7 @@ from torch.nn import functional
 
 from pared.anatomy.linear import bias_of, weight_of
 from pared.anatomy.probe import hooks
+from pared.anatomy.state import KeptState, copy_block
 from pared.anatomy.structure import Anatomy, Site
 from pared.calibration.capture import BlockInputs, real_rows
 from pared.calibration.statistics import CROSS, STATISTICS, Collected, Cross, Statistic
@@ -29,7 +29,8 @@ class WalkedBlock:
     Attributes:
         index: of the block.
         statistics: ``statistics[site name][statistic name]``; sites that read one tensor share one.
-        influence: ShortGPT's Block Influence, 1 - the mean cosine of what the block reads and puts out, if asked for.
+        influence: ShortGPT's Block Influence, 1 - the mean cosine of what the block reads and puts out, if asked for;
+            the mean over its runs.
     """
 
     index: int
@@ -63,7 +64,9 @@ def walk(
 ) -> Iterator[WalkedBlock]:
     """Run every block once over all batches and yield its statistics before the next block starts.
 
-    The caller may replace or free a block as soon as it is yielded. Memory: one block in the computing dtype, its
+    A block that runs several times in a pass does so here, and its statistics are over all runs together. Whatever it
+    keeps between calls is put back before every one. The caller may replace or free a block as soon as it is yielded.
+    Memory: one block in the computing dtype, its
     inputs, and its statistics.
 
     A ``sequential`` walk runs a block again after it was yielded, on the same inputs, so that the next block reads what
@@ -74,6 +77,9 @@ def walk(
 
     With a ``dense`` path every site has the statistic ``cross`` too, of what it reads on both paths: one more forward
     pass, and the hidden states and one block of the dense model in memory.
+
+    Behind a changed prefix the later runs of a block still read what the block puts out before it is changed itself, as
+    its sites do among themselves.
 
     Args:
         blocks: the blocks, in order.
@@ -97,7 +103,7 @@ def walk(
             trail[index] = [hidden.clone() for hidden in inputs.hidden]
         running = _Running(dense, last=_LastRead() if sequential and not influence else None)
         if dense is not None:
-            running.beside = copy.deepcopy(dense.block(index)).to(device=inputs.device, dtype=inputs.dtype)
+            running.beside = copy_block(dense.block(index)).to(device=inputs.device, dtype=inputs.dtype)
         with hooks(_tap(worker, anatomy, index, statistics, running)):
             cosines = list(_run_block(worker, index, inputs, running, on_batch, influence))
         _require_finite(anatomy, index, statistics, inputs)
@@ -173,21 +179,24 @@ def _run_block(
     on_batch: Callable[[], None],
     influence: bool = False,
 ) -> Iterator[float]:
-    """Run a block over every batch; yield the mean cosine of what it reads and puts out, if asked for."""
-    for number, calls in enumerate(inputs.calls):
+    """Run a block over every batch; yield the mean cosine of what each run reads and puts out, if asked for."""
+    state = KeptState([worker] if running.beside is None else [worker, running.beside])
+    for number in range(len(inputs.calls)):
         running.mask_BT = mask_BT = inputs.mask(number)
         running.shape = tuple(inputs.hidden[number].shape[:2])
-        if running.path is not None and running.beside is not None:
-            running.reads.clear()
-            running.path.hidden[number] = calls[index].run(running.beside, running.path.hidden[number])
-        before = inputs.hidden[number].clone() if influence else None  # a block may change its input in place
-        with suppress(_Enough):
-            inputs.hidden[number] = calls[index].run(worker, inputs.hidden[number])
+        for call in inputs.calls_of(number, index):
+            if running.path is not None and running.beside is not None:
+                running.reads.clear()
+                running.path.hidden[number] = call.run(running.beside, running.path.hidden[number])
+            before = inputs.hidden[number].clone() if influence else None  # a block may change its input in place
+            with suppress(_Enough):
+                inputs.hidden[number] = call.run(worker, inputs.hidden[number])
+            state.restore()
+            if before is not None:
+                cosine_BT = functional.cosine_similarity(before.float(), inputs.hidden[number].float(), dim=-1)
+                yield float((cosine_BT if mask_BT is None else cosine_BT[mask_BT]).mean())
         if running.last is not None:
             running.last.known = True
-        if before is not None:
-            cosine_BT = functional.cosine_similarity(before.float(), inputs.hidden[number].float(), dim=-1)
-            yield float((cosine_BT if mask_BT is None else cosine_BT[mask_BT]).mean())
         on_batch()
 
 
@@ -195,7 +204,7 @@ def worker_of(block: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.
     """Return the block itself if it already computes in this dtype and place, else a copy that does."""
     if all(p.dtype == dtype and p.device == device for p in block.parameters()):
         return block
-    return copy.deepcopy(block).to(device=device, dtype=dtype)
+    return copy_block(block).to(device=device, dtype=dtype)
 
 
 def _accumulators(

@@ -6,18 +6,27 @@ from pared.anatomy import Anatomy, weight_of
 from pared.checkpoint.finite import is_finite
 from pared.errors import ParedError
 
+# Forward and backward hooks move to what replaces a layer; these are about the names and shapes of its tensors.
+_STATE_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
 
 def require_finite_weights(model: PreTrainedModel, anatomy: Anatomy) -> None:
-    """Refuse a model whose sites hold anything but finite floating point numbers in memory.
+    """Refuse a model whose sites hold anything but finite numbers in memory, or hooks that cannot stay.
 
     Raises:
         ParedError: names the site.
     """
     for site in anatomy.sites:
-        weight = weight_of(model.get_submodule(site.name))
+        layer = model.get_submodule(site.name)
+        if any(getattr(layer, hooks, None) for hooks in _STATE_HOOKS):
+            raise ParedError(f"site {site.name} has a hook on its state dict, which changes its form; remove the hook")
+        weight = weight_of(layer)
         if weight.is_meta:
             raise ParedError(f"site {site.name} is on the meta device (offloaded); load the model without offloading")
-        if not weight.is_floating_point():
-            raise ParedError(f"site {site.name} holds {weight.dtype}; pared needs floating point weights")
         if not is_finite(weight):
             raise ParedError(f"site {site.name} has NaN or infinity in its weight; the checkpoint is damaged")

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.allocation import Evidence, Unit, allocator_of, make_plan
 from pared.anatomy import Anatomy, probe
+from pared.anatomy.probe import evaluating
 from pared.arguments import recipe_from, require_model, require_tokenizer
 from pared.calibration import (
     BlockInputs,
@@ -89,12 +90,11 @@ def compress(
                          f"{type(windows).__name__}; name a text in the recipe's calibration instead")  # fmt: skip
     if tries(recipe) or (windows is None and calibrates(recipe)):
         require_tokenizer(tokenizer, "pared.compress")
-    was_training = model.training
-    model.eval()
     try:
-        if is_pruning(recipe):
-            return prune(model, tokenizer, recipe, progress or Silent(), windows)
-        return _Compression(model, tokenizer, recipe, progress or Silent(), collected).run(windows)
+        with evaluating(model):
+            if is_pruning(recipe):
+                return prune(model, tokenizer, recipe, progress or Silent(), windows)
+            return _Compression(model, tokenizer, recipe, progress or Silent(), collected).run(windows)
     except ParedError as error:
         if module_map(model):
             raise ParedError(f"{error}; the blocks before it are compressed already: load the model again") from error
@@ -102,7 +102,6 @@ def compress(
     finally:
         if module_map(model):
             mark(model)  # also after Ctrl-C: what is saved then must load again
-        model.train(was_training)
 
 
 def _require_compressible(model: PreTrainedModel) -> None:

@@ -19,7 +19,7 @@ from pared.engine.passes import Passes
 from pared.engine.progress import Progress, Silent, Stopwatch
 from pared.engine.zeros import plan_zeros, target_of
 from pared.errors import ParedError
-from pared.modules import NMGroups, SparseLinear, replace_module
+from pared.modules import NMGroups, SparseLinear, inherit_requires_grad, replace_module
 from pared.plan import NM, Dense, Plan, SitePlan, Sparse
 from pared.recipe import Recipe
 from pared.sources.windows import Windows, require_fits
@@ -219,6 +219,7 @@ class _Pruning:
             new = SparseLinear.of(pruned.weight, pruned.mask, bias_of(old), groups)
         except (ValueError, RuntimeError) as error:
             raise ParedError(f"site {site.name}: {error}") from error
+        inherit_requires_grad(new, old)
         replace_module(self.model, site.name, new)
         if groups is not None:
             return site

@@ -1,0 +1,154 @@
+"""Whether a layer computes ``x Wᵀ + b``: a class that derives from ``nn.Linear`` may do anything."""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from pared.anatomy.linear import bias_of, weight_of
+from pared.errors import ParedError
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# What rounding in another order can make of a product, relative to its norm.
+TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 1e-5, torch.float64: 1e-10}
+_OF_TORCH = frozenset(vars(nn.Module()))
+_OUT, _IN, _ROWS = 3, 5, 4  # of the small stand-in
+_MOST_WEIGHTS = 2**24  # of a stand-in of full size, where a small one does not run
+
+
+def require_plain_weight(module: nn.Module, name: str) -> None:
+    """Refuse a weight that is not a plain floating point tensor.
+
+    Raises:
+        ParedError: says what was found: a tensor subclass (torchao, quanto), integers or 8-bit floats (bitsandbytes).
+    """
+    weight = module.weight
+    kind, dtype = type(weight), getattr(weight, "dtype", None)
+    if kind not in (torch.Tensor, nn.Parameter):
+        raise ParedError(
+            f"site {name} holds a {kind.__module__}.{kind.__qualname__} (the model was quantised in memory, or wraps "
+            "its weights otherwise); pared needs plain floating point weights: load the model without quantisation"
+        )
+    if dtype not in FLOATS:
+        raise ParedError(
+            f"site {name} holds {dtype}; pared needs floating point weights (float16, bfloat16, float32, float64): "
+            "load the model without quantisation"
+        )
+
+
+def fault_of_class(module: nn.Module, known: dict[Any, str | None]) -> str | None:
+    """Return why a layer is not ``x Wᵀ + b``, from its class and attributes alone; None if nothing speaks against it.
+
+    The weight may be on the meta device. A ``forward`` that is not torch's or transformers' own runs on a small
+    stand-in with random weights, so that plans from shapes and compressions agree; where that cannot be, a pass has to
+    tell.
+
+    Args:
+        module: an ``nn.Linear`` or ``Conv1D``, or of a class derived from them.
+        known: answers so far, by class and attributes; one model has many layers of one class.
+    """
+    own = module._parameters
+    if own.get("weight") is None or (getattr(module, "bias", None) is not None and own.get("bias") is None):
+        return "its weight is computed from other tensors (weight_norm, spectral_norm, pruning, a parametrization)"
+    if weight_of(module).ndim != 2:
+        return f"its weight has {weight_of(module).ndim} dimensions, not 2"
+    if "forward" in vars(module) or type(module).forward in (nn.Linear.forward, Conv1D.forward):
+        return None  # what an instance's own forward does with it is seen in the probe pass
+    attributes = {name: value for name, value in vars(module).items() if name not in _OF_TORCH}
+    plain = all(isinstance(value, (bool, int, float, str, type(None))) for value in attributes.values())
+    key = (type(module), tuple(sorted(attributes.items())) if plain else id(module))
+    if key not in known:
+        known[key] = _try(module)
+    return known[key]
+
+
+def fault_of_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> str | None:
+    """Return why what a layer just put out is not ``x Wᵀ + b``; None if it is, up to rounding."""
+    if len(args) != 1 or kwargs or not isinstance(args[0], torch.Tensor):
+        return "it is not called with its input alone"
+    if not isinstance(output, torch.Tensor):
+        return f"it puts out a {type(output).__name__}, not a tensor"
+    x, bias = args[0].detach(), bias_of(module)
+    weight = weight_of(module).detach()
+    if x.is_meta or weight.is_meta:
+        return None
+    product = functional.linear(x, weight)
+    expected = product if bias is None else product + bias.detach()
+    if output.shape != expected.shape:
+        return f"it puts out {tuple(output.shape)}, not {tuple(expected.shape)}"
+    if not bool(expected.isfinite().all()):
+        return None  # its input is not finite: whatever made that is to blame
+    # The last term is what rounding leaves of a product whose terms cancel.
+    size = float(product.double().norm()) + (0.0 if bias is None else float((expected - product).double().norm()))
+    size += 1e-3 * float(x.double().norm()) * float(weight.double().norm())
+    difference = float((output.detach().double() - expected.double()).norm())
+    if difference <= _tolerance(x) * size:
+        return None
+    relative = difference / size if size else math.inf
+    return f"its output is not x Wᵀ + b (difference {relative:.2g})"
+
+
+def _tolerance(x: torch.Tensor) -> float:
+    if x.is_cuda and x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+        return 2e-3
+    return TOLERANCE.get(x.dtype, 1e-5)
+
+
+def _try(module: nn.Module) -> str | None:
+    """Run a stand-in of a layer: a small one, or where only its own size fits, one of that."""
+    try:
+        small = _stand_in(module, (_OUT, _IN))
+        x = torch.randn(1, _ROWS, _IN, generator=torch.Generator().manual_seed(1))
+        return fault_of_call(small, (x,), {}, _call(small, x))
+    except Exception:  # its code may read any attribute that goes with its true size
+        pass
+    weight = weight_of(module)
+    if weight.numel() > _MOST_WEIGHTS:
+        return None
+    try:
+        whole = _stand_in(module, tuple(weight.shape))
+        x = torch.randn(1, _ROWS, weight.shape[1], generator=torch.Generator().manual_seed(1))
+        return fault_of_call(whole, (x,), {}, _call(whole, x))
+    except Exception as error:  # as above
+        told = " ".join(str(error).split())[:80]
+        return f"its forward does not run on (..., {weight.shape[1]}) alone ({type(error).__name__}: {told})"
+
+
+@torch.no_grad()
+def _call(module: nn.Module, x: torch.Tensor) -> Any:
+    return type(module).forward(module, x)
+
+
+def _stand_in(module: nn.Module, shape: tuple[int, ...]) -> nn.Module:
+    """Return a module of the same class and attributes, without hooks, with random weights of this ``(out, in)``."""
+    generator = torch.Generator().manual_seed(0)
+
+    def fresh(tensor: torch.Tensor | None, size: tuple[int, ...] | None = None) -> torch.Tensor | None:
+        if tensor is None:
+            return None
+        size = tuple(tensor.shape) if size is None else size
+        if not tensor.is_floating_point():
+            return torch.zeros(size, dtype=tensor.dtype)
+        return nn.Parameter(torch.randn(size, generator=generator), requires_grad=False)
+
+    def like(old: nn.Module) -> nn.Module:
+        new: nn.Module = old.__class__.__new__(old.__class__)
+        nn.Module.__init__(new)
+        empty = set(vars(new))
+        vars(new).update({name: value for name, value in vars(old).items() if name not in empty})
+        new._parameters.update({name: fresh(tensor) for name, tensor in old._parameters.items()})  # type: ignore[misc]
+        new._buffers.update({name: fresh(tensor) for name, tensor in old._buffers.items()})
+        new._modules.update({name: None if child is None else like(child) for name, child in old._modules.items()})
+        return new.eval()
+
+    new, (rows, columns) = like(module), shape
+    stored = (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
+    new._parameters["weight"] = fresh(module._parameters["weight"], stored)  # type: ignore[assignment]
+    if module._parameters.get("bias") is not None:
+        new._parameters["bias"] = fresh(module._parameters["bias"], (rows,))  # type: ignore[assignment]
+    names = ("nf", "nx") if isinstance(module, Conv1D) else ("out_features", "in_features")
+    vars(new).update(zip(names, shape, strict=True))
+    return new
