@@ -166,6 +166,7 @@ def test_llama_4s_router_is_not_covered() -> None:
     assert list(found) == ["model.layers.0.mlp.router.weight"]
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
 @pytest.mark.parametrize("wrap", ["weight_norm", "old weight_norm", "spectral_norm", "prune"])
 def test_a_weight_that_is_computed_is_not_covered(wrap: str) -> None:
     model = TINY_MODELS["llama"]()
