@@ -293,8 +293,8 @@ def test_shuffled_windows_are_the_first_of_a_seeded_permutation(
 def test_no_number_of_samples_means_all_there_are(tokenizer: PreTrainedTokenizerFast, text_file: Path) -> None:
     from pared.engine.asked import calibration_windows, trial_windows
 
-    recipe = Recipe(calibration=pared.Calibration(text=f"file:{text_file}", samples=None, length=16))
+    recipe = Recipe(calibration=pared.Calibration(text=f"file:{text_file}", samples=None, length=16), evaluation=None)
     config = TINY_MODELS["llama"]().config
     every = calibration_windows(recipe, tokenizer, config, True).tokens
     assert len(every) == 1000 // 16
-    assert torch.equal(trial_windows(recipe, tokenizer).tokens, every[-8:])
+    assert torch.equal(trial_windows(recipe, tokenizer, config).tokens, every[-8:])
