@@ -178,6 +178,12 @@ def record_of(asked: FromPreset) -> dict[str, Any] | None:
     return {"name": preset.name, "source": preset.source, "deviations": asked.deviations()}
 
 
+def note_of(asked: FromPreset) -> str:
+    """Return what to tell of a preset before anything is done, nothing without one."""
+    record = record_of(asked)
+    return told(record) if record else ""
+
+
 def told(record: Mapping[str, Any]) -> str:
     """Return in words what :func:`record_of` returned, nothing where no paper's protocol was followed or left."""
     deviations = record["deviations"]

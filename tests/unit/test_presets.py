@@ -17,6 +17,7 @@ from pared import ParedError, Recipe
 from pared.checkpoint import Manifest
 from pared.cli.main import app
 from pared.engine.asked import method_of, options_of, settled
+from pared.engine.progress import Silent
 from pared.presets import (
     DEMO,
     FromPreset,
@@ -298,3 +299,17 @@ def test_no_number_of_samples_means_all_there_are(tokenizer: PreTrainedTokenizer
     every = calibration_windows(recipe, tokenizer, config, True).tokens
     assert len(every) == 1000 // 16
     assert torch.equal(trial_windows(recipe, tokenizer, config).tokens, every[-8:])
+
+
+def test_a_model_in_memory_is_told_of_its_preset_too(tokenizer: PreTrainedTokenizerFast, text_file: Path) -> None:
+    notes: list[str] = []
+
+    class Listening(Silent):
+        def note(self, message: str) -> None:
+            notes.append(message)
+
+    recipe = {"preset": "wanda-paper", "calibration": {"text": f"file:{text_file}", "length": 16, "samples": 4}}
+    pared.compress(TINY_MODELS["llama"](), tokenizer, Recipe.of(recipe), Listening())
+    assert notes[0].startswith("preset wanda-paper, changed: calibration.text file:")
+    with pytest.raises(ParedError, match="preset fwsvd-paper leaves"):
+        pared.compress(TINY_MODELS["bert"](), tokenizer, Recipe.of({"preset": "fwsvd-paper"}))

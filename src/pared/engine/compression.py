@@ -45,6 +45,7 @@ from pared.evaluation import perplexity
 from pared.hardware import device_of
 from pared.lowrank.methods import mean_gram
 from pared.plan import Decision, Plan
+from pared.presets import note_of, require_asked
 from pared.recipe import Recipe
 from pared.sources.models import require_dense
 from pared.sources.windows import Windows, require_fits
@@ -83,6 +84,10 @@ def compress(
     require_model(model, "pared.compress")
     recipe = recipe_from(recipe, "pared.compress")
     options_of(recipe)  # what can be refused is refused first
+    if windows is None:  # pared.run, which cuts them itself, has told already
+        require_asked(recipe)
+        if note := note_of(recipe):
+            (progress or Silent()).note(note)
     _require_compressible(model)
     device_of(recipe.device)
     if windows is not None and not isinstance(windows, Windows):

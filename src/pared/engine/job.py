@@ -22,7 +22,7 @@ from pared.errors import ParedError, TextTooShortError
 from pared.evaluation import perplexity
 from pared.hardware import device_of
 from pared.inputs import inputs_of
-from pared.presets import record_of, require_asked, told
+from pared.presets import note_of, record_of, require_asked
 from pared.recipe import Recipe
 from pared.report.card import model_card
 from pared.report.table import WORTH_SAYING
@@ -69,9 +69,8 @@ def run(
 def _run(recipe: Recipe, overwrite: bool, progress: Progress) -> Outcome:
     watch = Stopwatch()
     source, out = _checked(recipe, overwrite)
-    preset = record_of(recipe)
-    if preset and (changed := told(preset)):
-        progress.note(changed)
+    if note := note_of(recipe):
+        progress.note(note)
     with watch("load"):
         tokenizer = source.tokenizer()
         calibration = _calibration_windows(recipe, source, tokenizer)
@@ -107,7 +106,7 @@ def _run(recipe: Recipe, overwrite: bool, progress: Progress) -> Outcome:
             format_version=FORMAT_VERSION,
             model={"name": source.name, "origin": source.origin, "architecture": type(model).__name__},
             recipe=_with_lengths(recipe, calibration, windows),
-            preset=preset,
+            preset=record_of(recipe),
             settled=settled(recipe),
             plan=compressed.plan,
             damping=compressed.damping,

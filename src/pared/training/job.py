@@ -23,7 +23,7 @@ from pared.errors import ParedError
 from pared.evaluation import perplexity
 from pared.files import write_whole
 from pared.inputs import inputs_of
-from pared.presets import record_of, require_asked, told
+from pared.presets import note_of, record_of, require_asked
 from pared.recipe import Evaluation
 from pared.report.card import model_card
 from pared.report.table import WORTH_SAYING
@@ -114,8 +114,8 @@ class _Job:
     def run(self) -> Tuned:
         """Do everything."""
         tuning = self.tuning
-        if (preset := record_of(tuning)) and (changed := told(preset)):
-            self.progress.note(changed)
+        if note := note_of(tuning):
+            self.progress.note(note)
         with self.watch("load"):
             asked = self.asked_evaluation() if self.causal else None
             evaluated = None if asked is None else asked.text
