@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
@@ -19,7 +19,7 @@ from pared.files import why_not_written, write_to
 from pared.importing import when_imported
 
 if TYPE_CHECKING:
-    from pared.engine.progress import Advance
+    from pared.engine.progress import Advance, Pace
     from pared.report.table import Row
 
 out = Console(soft_wrap=True, highlight=False)
@@ -45,38 +45,44 @@ class ConsoleProgress:
 
 @contextmanager
 def _bar(name: str, total: int, unit: str) -> "Iterator[Advance]":
-    rate = TextColumn("{task.fields[rate]}")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn(),
-               TimeElapsedColumn())  # fmt: skip
-    with RichProgress(*columns, console=err) as bar:
-        task = bar.add_task(name, total=total, rate="")
-        start, done = time.perf_counter(), 0
+    from pared.engine.progress import Pace
 
-        def advance(told: str = "") -> None:
-            nonlocal done
-            done += 1
-            rate = f"{done / (time.perf_counter() - start):.2f} {unit}/s"
-            bar.update(task, advance=1, rate=f"{rate}, {told}" if told else rate)
+    rate = TextColumn("{task.fields[rate]}")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeElapsedColumn())
+    with RichProgress(*columns, console=err) as bar:
+        task, pace = bar.add_task(name, total=total, rate=""), Pace(total)
+
+        def advance(told: str = "", recalled: bool = False) -> None:
+            pace.step(recalled)
+            bar.update(task, advance=1, rate=_told(pace, f" {unit}", told))
 
         yield advance
 
 
 @contextmanager
 def _lines(name: str, total: int, unit: str) -> "Iterator[Advance]":
-    start = printed = time.perf_counter()
-    done = 0
+    from pared.engine.progress import Pace
 
-    def advance(told: str = "") -> None:
-        nonlocal done, printed
-        done += 1
+    start = printed = time.perf_counter()
+    pace = Pace(total)
+
+    def advance(told: str = "", recalled: bool = False) -> None:
+        nonlocal printed
+        pace.step(recalled)
         now = time.perf_counter()
-        if now - printed >= LOG_EVERY_SECONDS and done < total:
-            printed, rate = now, done / (now - start)
-            left = f"{rate:.2f}/s, {(total - done) / rate:.0f} s left"
-            err.print(f"{name}: {done}/{total} {unit}, {left}{', ' + told if told else ''}", markup=False)
+        if now - printed >= LOG_EVERY_SECONDS and pace.done < total:
+            printed = now
+            err.print(f"{name}: {pace.done}/{total} {unit}, {_told(pace, '', told)}", markup=False)
 
     yield advance
-    err.print(f"{name}: {done}/{total} {unit} in {time.perf_counter() - start:.1f} s", markup=False)
+    err.print(f"{name}: {pace.done}/{total} {unit} in {time.perf_counter() - start:.1f} s", markup=False)
+
+
+def _told(pace: "Pace", unit: str, told: str) -> str:
+    """Return rate and time left, if they are known, and what else is to be shown."""
+    known = pace.rate is not None and pace.left is not None
+    pieces = [f"{pace.rate:.2f}{unit}/s", f"{pace.left:.0f} s left"] if known else []
+    return ", ".join([*pieces, *([told] if told else [])])
 
 
 @contextmanager

@@ -151,7 +151,7 @@ def evolve(
     pool: Pool,
     memory: Memory,
     space: Space = EVERYTHING,
-    advance: Callable[[], None] = lambda: None,
+    advance: Callable[[bool], None] = lambda _: None,
 ) -> list[Result]:
     """Search, and return all results in the order of their numbers.
 
@@ -163,7 +163,7 @@ def evolve(
         pool: measures; is given at most ``rules.workers`` candidates at a time.
         memory: is told every result, in order; what it knows is not measured again.
         space: what programs are drawn from.
-        advance: called after every result.
+        advance: called after every result; is told whether memory knew it.
 
     Raises:
         ParedError: no valid program is found at all, or memory holds another search.
@@ -171,6 +171,7 @@ def evolve(
     results: list[Result] = []
     flying: dict[int, Candidate] = {}
     landed: dict[int, Measured] = {}
+    recalled: set[int] = set()
     seen: set[Allocation] = set()
     number, total = 0, rules.total
     while len(results) < total:
@@ -187,6 +188,7 @@ def evolve(
                 pool.submit(candidate)
             else:
                 landed[number] = found
+                recalled.add(number)
             number += 1
         if len(results) == total:
             break
@@ -197,7 +199,7 @@ def evolve(
         candidate, measured = flying.pop(len(results)), landed.pop(len(results))
         memory.remember(candidate, measured)
         results.append(Result(candidate, measured, rules.rungs))
-        advance()
+        advance(candidate.number in recalled)
     if not results:
         raise ParedError(f"none of {DRAWS} random programs gives the blocks different shares; nothing to search for")
     return results

@@ -165,7 +165,7 @@ def search(
         references = _references(measure, trial, journal, "", measure.steps)
         with (pools or local)(measure, rules.workers) as pool:
             with progress.stage("search", rules.total, "candidate") as advance:
-                results = evolve(rules, trial.allocate, pool, journal, advance=advance)
+                results = evolve(rules, trial.allocate, pool, journal, advance=lambda known: advance(recalled=known))
             if len(results) < rules.total:
                 progress.note(f"the search ends after {len(results)} candidates: no other allocations were found")
             finals = _finals(results, rules, pool, journal, progress)
@@ -302,8 +302,8 @@ def _finals(
                 found[missing[number]] = measured
                 continue
             journal.put(names[written], str(best[written].candidate.program), measured)
+            advance(recalled=best[written].candidate.number not in missing)
             written += 1
-            advance()
     return [(one, measured.values[-1] if measured and measured.values else math.inf)
             for one, measured in zip(best, found, strict=True)]  # fmt: skip
 

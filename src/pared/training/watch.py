@@ -45,7 +45,7 @@ class Watch(TrainerCallback):
         self._advance = self._stack.enter_context(self.progress.stage(self.name, state.max_steps, "step"))
         self._start, self._begun_at = time.perf_counter(), state.global_step
         for _step in range(state.global_step):
-            self._advance()
+            self._advance(recalled=True)
 
     def recall(self, args: TrainingArguments, step: int) -> None:
         """Recall the losses up to a step."""
