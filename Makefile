@@ -25,9 +25,9 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# In the order of their names the tests of the real model come first; they take longest.
+# A worker takes whole files, as what a file prepares is shared by its tests; the longest first (tests/conftest.py).
 test: lint
-	$(BIN)/pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder
+	$(BIN)/pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder $(ARGS)
 
 # What repeats a promise at real scale or tries it a great many times: the tests marked `slow`.
 test-slow: install

@@ -24,6 +24,15 @@ import pared
 
 torch.set_num_threads(int(os.environ.setdefault("PARED_TEST_THREADS", "1")))
 
+# The longest files, longest first: they begin before others, so that two workers end at about the same time.
+LONGEST = ("test_road.py", "test_sharding.py", "test_recovery.py", "test_basel.py", "test_training.py")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _folders_of_the_session() -> Iterator[None]:

@@ -33,7 +33,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "shared": {"model": "shared", "method": "full", "learning_rate": 1e-2, "gradient_checkpointing": True},
     "distill": {"model": "factors", "method": "distill", "learning_rate": 1e-2, "accumulation": 2},
     "lora": {"model": "factors", "method": "lora", "learning_rate": 1e-2},
-    "basel": {"model": "dense", "method": "basel", "learning_rate": 1e-3, "tokens": 1536, "options": {
+    "basel": {"model": "dense", "method": "basel", "learning_rate": 1e-3, "tokens": 768, "options": {
         "prunes": 3, "new": 2, "pruning_epochs": 1.0, "post_epochs": 1.0, "keep": 0.5, "coefficient_rate": 3.0}},
     "no new bases": {"model": "dense", "method": "basel", "learning_rate": 1e-3, "options": {
         "prunes": 2, "new": 0, "post_epochs": 0.0}},
