@@ -182,6 +182,15 @@ def test_adapters_one_after_the_other_on_shared_bases_are_refused_before_the_fir
         prepared(shared, targets=sharing, order="sequential")
 
 
+def test_a_shared_basis_that_takes_no_adapter_is_told(model: Any) -> None:
+    ready = prepared(model("shared"), rank=2, factor="both")
+    shared = [name for name, layer in compressed_layers(model("shared")).items() if layer.shares is not None]
+    (told,) = ready.notes
+    assert f"the bases of {len(shared)} layers are shared and take no adapter" in told
+    assert wrapped(ready.model).isdisjoint({f"{name}.down" for name in shared})
+    assert prepared(model("factors"), rank=2, factor="both").notes == []
+
+
 def test_warmup_is_a_share_of_the_steps_below_1_and_steps_from_1() -> None:
     assert [warmup_steps(asked, 1000) for asked in (0.0, 0.03, 0.5, 1, 100)] == [0, 30, 500, 1, 100]
     assert warmup_steps(100, 60) == 59

@@ -98,7 +98,7 @@ def adapt(
     model = context.model
     model.requires_grad_(False)
     unpack(model)
-    names = _require_some(context, targets, factor)
+    names, notes = _require_some(context, targets, factor), _left_out(model, targets, factor)
     exactly = "|".join(map(re.escape, names))  # PEFT takes the names of a list for ends of names
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=exactly, bias="none")
     with warnings.catch_warnings():
@@ -110,7 +110,16 @@ def adapt(
             return merge_lora_keeping_zeros(adapted)
         return cast("PreTrainedModel", adapted.merge_and_unload())
 
-    return Prepared(adapted, finish, loss)
+    return Prepared(adapted, finish, loss, notes=notes)
+
+
+def _left_out(model: PreTrainedModel, targets: str, factor: str) -> list[str]:
+    """Say which bases take no adapter though ``down`` is asked for."""
+    if factor == "up":
+        return []
+    shared = [name for name, layer in _chosen(model, targets).items() if getattr(layer, "shares", None)]
+    return [f"the bases of {len(shared)} layers are shared and take no adapter, as every layer's change would land in "
+            f"the one tensor; the first is {shared[0]}"] if shared else []  # fmt: skip
 
 
 def _require_some(context: Context, targets: str, factor: str) -> list[str]:
@@ -134,16 +143,8 @@ def adapted_names(model: PreTrainedModel, targets: str, factor: str) -> list[str
     Raises:
         ParedError: a pattern matches no layer, or PEFT has no default for the architecture.
     """
-    layers = adaptable(model)
-    if targets == ALL:
-        chosen = set(compressed_layers(model))
-    else:
-        patterns = _default_of_peft(model) if targets == PEFT else _patterns(targets)
-        chosen = match([_as_pattern(one, layers) for one in patterns], layers)
     names: list[str] = []
-    for name, layer in layers.items():
-        if name not in chosen:
-            continue
+    for name, layer in _chosen(model, targets).items():
         if not isinstance(layer, (LowRankLinear, PivotedLinear)):
             names.append(name)
             continue
@@ -152,6 +153,16 @@ def adapted_names(model: PreTrainedModel, targets: str, factor: str) -> list[str
         if factor in ("down", "both") and layer.down is not None and layer.shares is None:
             names.append(f"{name}.down")
     return names
+
+
+def _chosen(model: PreTrainedModel, targets: str) -> dict[str, nn.Module]:
+    """Return the layers that targets name."""
+    if targets == ALL:
+        return dict(compressed_layers(model))
+    layers = adaptable(model)
+    patterns = _default_of_peft(model) if targets == PEFT else _patterns(targets)
+    chosen = match([_as_pattern(one, layers) for one in patterns], layers)
+    return {name: layer for name, layer in layers.items() if name in chosen}
 
 
 def adaptable(model: PreTrainedModel) -> dict[str, nn.Module]:
