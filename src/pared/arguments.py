@@ -69,7 +69,7 @@ def recipe_from(recipe: Any, function: str) -> Recipe:
         return recipe
     if isinstance(recipe, Mapping):
         return Recipe.of(recipe, origin=f"the recipe of {function}")
-    hint = "Recipe(method='svd-llm', keep=0.8)"
+    hint = "Recipe(method='loss-optimal', keep=0.8)"
     if isinstance(recipe, (str, os.PathLike)):
         hint = f"Recipe(method={os.fspath(recipe)!r}), or Recipe.load(PATH) for a file"
     raise ParedError(f"{function} takes a Recipe, found {_kind(recipe)}; such as {hint}")

@@ -3,13 +3,13 @@
 from typing import TYPE_CHECKING
 
 from pared.errors import ParedError
-from pared.names import require_known
+from pared.names import did_you_mean, require_known
 
 if TYPE_CHECKING:  # names can be checked without it
     import torch
 
 DTYPES = ("float32", "bfloat16", "float16")
-DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "npu", "xla", "mtia", "meta")
+DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "npu", "xla", "mtia")
 
 
 def dtype_of(name: "str | torch.dtype") -> "torch.dtype | None":
@@ -37,6 +37,18 @@ def require_dtype(name: object) -> None:
     if not isinstance(name, str):
         raise ParedError(f"dtype: expected one of auto, {', '.join(DTYPES)}, found {name!r}")
     require_known("dtype", name, ["auto", *DTYPES])
+
+
+def require_device(name: str) -> None:
+    """Refuse what is no name of a device, whatever this machine has.
+
+    Raises:
+        ParedError: names the nearest there is.
+    """
+    kind, colon, index = name.partition(":")
+    if kind not in DEVICES or (colon and not index.isdigit()):
+        raise ParedError(f"device {name!r} cannot be used: {did_you_mean(kind, DEVICES)}, with :0, :1, ... behind it "
+                         "where there are several; if in doubt use cpu")  # fmt: skip
 
 
 def device_of(name: str) -> "torch.device":

@@ -88,8 +88,8 @@ class FromPreset(Strict):
         own = validated(type(self), {"preset": preset.name, **_nested(asked, preset.asks)}, f"preset {preset.name}")
         plain, found = dict(flat(own.model_dump(mode="json"))), dict(flat(asked))
         for name in set(CHOICES[self.COMMAND]) - set(preset.fields):  # a default that nobody chose is none
-            default, plain[name] = plain[name], None
-            found[name] = None if found[name] == default else found[name]
+            default, plain[name] = plain.get(name), None
+            found[name] = None if found.get(name) == default else found[name]
         free = [*FREE, *preset.asks, *([] if MEASURED in preset.fields else [MEASURED])]
         return {
             name: {"preset": plain.get(name), "asked": found.get(name)}

@@ -1,11 +1,20 @@
 """What the user asked for: one versioned file that can express all of a compression."""
 
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from pared.presets import FromPreset
 from pared.strict import Name, Strict, Whole, read_fields, validated
@@ -24,6 +33,10 @@ DType = Annotated[Literal["auto", "float32", "bfloat16", "float16"], BeforeValid
 Device = Annotated[str, BeforeValidator(_torch_name)]
 TextName = Annotated[str, BeforeValidator(_text_name)]  # a path is the text file there
 
+
+# What docs/results/low_rank.md and docs/results/sparsity.md recommend; the second where the budget is one of zeros.
+DEFAULT_METHOD, DEFAULT_PRUNER = "loss-optimal", "sparsegpt"
+BUDGETS = ("keep", "rank_fraction", "sparsity", "pattern")  # of which a recipe has one
 
 Sampling = Literal["consecutive", "shuffled", "random-offset"]
 
@@ -78,7 +91,8 @@ class Recipe(FromPreset):
         version: version of this file's layout.
         model: ``embedded:smollm2-135m``, a Hub id, a local folder, or a ``.gguf`` file. Unused by
             :func:`pared.compress`, which is given the model itself.
-        method: a name that ``pared methods`` lists.
+        method: a name that ``pared methods`` lists; unless one is named ``loss-optimal``, and with ``sparsity`` or
+            ``pattern`` ``sparsegpt``.
         keep: fraction of the parameters of the covered sites that stays; 0.8 removes 20%.
         rank_fraction: a budget of ranks in place of ``keep``: every weight gets this fraction of its full rank (FWSVD).
         sparsity: a budget of zeros in place of ``keep``, for methods that prune: 0.5 makes half of the weights zero.
@@ -107,7 +121,7 @@ class Recipe(FromPreset):
     COMMAND: ClassVar[Literal["compress", "tune"]] = "compress"
     version: Literal[1] = 1
     model: Name | None = None
-    method: str = "svd-llm"
+    method: str = DEFAULT_METHOD
     keep: Annotated[float, Field(gt=0, le=1)] = 0.8
     rank_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
     sparsity: Annotated[float, Field(ge=0, lt=1)] | None = None
@@ -126,6 +140,15 @@ class Recipe(FromPreset):
     dtype: DType = "auto"
     device: Device = "cpu"
     out: Name | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pruner(cls, fields: Any) -> Any:
+        """Name the method where a budget of zeros is all that is given; a preset names its own."""
+        if not isinstance(fields, Mapping) or any(fields.get(name) is not None for name in ("method", "preset")):
+            return fields
+        zeros = any(fields.get(name) is not None for name in ("sparsity", "pattern"))
+        return {**fields, "method": DEFAULT_PRUNER} if zeros and "method" not in fields else fields
 
     @field_validator("keep", mode="before")
     @classmethod
@@ -146,9 +169,14 @@ class Recipe(FromPreset):
         return value
 
     @model_validator(mode="after")
-    def _one_budget(self) -> "Recipe":
-        given = {name: value for name in ("keep", "rank_fraction", "sparsity", "pattern")
-                 if (value := getattr(self, name)) != Recipe.model_fields[name].default}  # fmt: skip
+    def _one_budget(self, info: ValidationInfo) -> "Recipe":
+        recorded = bool((info.context or {}).get("recorded"))  # holds every field, the defaults too
+        given = {
+            name: value
+            for name in BUDGETS
+            if (value := getattr(self, name)) is not None
+            and (value != Recipe.model_fields[name].default if recorded else name in self.model_fields_set)
+        }
         if len(given) > 1:
             (one, first), (two, second) = list(given.items())[:2]
             raise ValueError(f"{one} {first} and {two} {second} are two budgets; give one")
@@ -156,6 +184,14 @@ class Recipe(FromPreset):
             raise ValueError(f"rank_fraction fixes every rank, so that allocation {self.allocation!r} has nothing to "
                              "decide; leave one of them out")  # fmt: skip
         return self
+
+    @model_serializer(mode="wrap")
+    def _told(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the default of ``keep`` where there is another budget, as what is told can be read again."""
+        fields: dict[str, Any] = handler(self)
+        if any(getattr(self, name) is not None for name in BUDGETS if name != "keep"):
+            fields.pop("keep", None)
+        return fields
 
     @property
     def budget(self) -> str:

@@ -43,7 +43,8 @@ def pared(*words: object) -> tuple[int, str, str]:
 
 def compress(model: Path, text: Path, out: Path, *more: object) -> tuple[int, str, str]:
     data = ("--data", f"file:{text}", "--samples", 8, "--length", 32, "--eval", f"file:{text}", "--eval-length", 32)
-    return pared("compress", model, *data, "--eval-windows", 4, "--out", out, *more)
+    method = () if {"--method", "--recipe", "--preset"} & set(more) else ("--method", "svd-llm")
+    return pared("compress", model, *data, "--eval-windows", 4, "--out", out, *method, *more)
 
 
 def refused(result: tuple[int, str, str], *told: str) -> None:
@@ -122,7 +123,7 @@ def test_export_dense_gives_the_same_perplexity_without_pared(compressed: Path, 
 
 
 def test_plan_equals_what_compress_decides(dense: Path, compressed: Path, tmp_path: Path) -> None:
-    code, told, _ = pared("plan", dense, "--keep", 0.8, "--json", tmp_path / "plan.json")
+    code, told, _ = pared("plan", dense, "--method", "svd-llm", "--keep", 0.8, "--json", tmp_path / "plan.json")
     assert code == 0
     assert "model.layers.0.self_attn.q_proj" in told
     assert (

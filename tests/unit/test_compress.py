@@ -31,7 +31,9 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 @pytest.fixture
 def compress(tokenizer: PreTrainedTokenizerFast, calibration: pared.Calibration) -> Compress:
     def with_recipe(model: PreTrainedModel, **fields: object) -> pared.Compressed:
-        return pared.compress(model, tokenizer, Recipe.model_validate({"calibration": calibration, **fields}))
+        return pared.compress(
+            model, tokenizer, Recipe.model_validate({"method": "svd-llm", "calibration": calibration, **fields})
+        )
 
     return with_recipe
 
@@ -137,12 +139,11 @@ def test_half_precision_models_stay_half_precision(dtype: torch.dtype, compress:
     assert logits(model).isfinite().all()
 
 
-def test_keeping_everything_changes_nothing(compress: Compress) -> None:
+def test_a_budget_that_leaves_nothing_to_do_is_refused(compress: Compress) -> None:
     model = TINY_MODELS["llama"]()
-    before = logits(model)
-    result = compress(model, method="svd", keep=1.0)
-    assert result.plan.achieved_keep == 1
-    assert torch.equal(logits(model), before)
+    for method, budget in (("svd", {"keep": 1.0}), ("magnitude", {"sparsity": 0.0}), ("magnitude", {"pattern": "4:4"})):
+        with pytest.raises(ParedError, match=r"keep 1 keeps everything|makes nothing zero|4:4 keeps everything"):
+            compress(model, method=method, **budget)
 
 
 def test_skipped_sites_keep_their_weights(compress: Compress) -> None:
@@ -244,7 +245,7 @@ def test_a_model_saved_after_an_interruption_loads_again(
     monkeypatch.setattr("pared.engine.solver.install_group", interrupted)
     model = TINY_MODELS["llama"]()
     with pytest.raises(KeyboardInterrupt):
-        pared.compress(model, tokenizer, pared.Recipe(keep=0.7, calibration=calibration))
+        pared.compress(model, tokenizer, pared.Recipe(method="svd-llm", keep=0.7, calibration=calibration))
     model.save_pretrained(tmp_path / "half")
     ids = torch.arange(12).unsqueeze(0)
     with torch.no_grad():
@@ -254,7 +255,7 @@ def test_a_model_saved_after_an_interruption_loads_again(
 def test_adapters_and_tied_layers_are_refused(
     tokenizer: PreTrainedTokenizerFast, calibration: pared.Calibration
 ) -> None:
-    recipe = pared.Recipe(keep=0.7, calibration=calibration)
+    recipe = pared.Recipe(method="svd-llm", keep=0.7, calibration=calibration)
     adapted = TINY_MODELS["llama"]()
     adapted.peft_config = {}  # what PEFT leaves on a model it wraps
     with pytest.raises(ParedError, match="merge them first"):
@@ -271,7 +272,9 @@ def test_the_manifest_tells_the_dtype_that_was_used(
     """Regression: the fastest dtype was measured twice, and the two measurements could differ."""
     chosen = iter([torch.bfloat16, torch.float32])
     monkeypatch.setattr("pared.engine.passes.choose_dtype", lambda *_: next(chosen))
-    result = pared.compress(TINY_MODELS["llama"](), tokenizer, pared.Recipe(keep=0.7, calibration=calibration))
+    result = pared.compress(
+        TINY_MODELS["llama"](), tokenizer, pared.Recipe(method="svd-llm", keep=0.7, calibration=calibration)
+    )
     assert result.calibration is not None
     assert result.calibration["dtype"] == "torch.bfloat16"
     assert next(chosen) == torch.float32  # asked once

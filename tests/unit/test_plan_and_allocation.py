@@ -5,7 +5,8 @@ from itertools import pairwise
 
 import pytest
 
-from pared.allocation import Budget, Evidence, Unit, make_plan, uniform
+from pared.allocation import Budget, Evidence, Unit, make_plan
+from pared.allocation.uniform import uniform
 from pared.anatomy.structure import Anatomy, Site
 from pared.errors import ParedError
 from pared.plan import Dense, LowRank, Plan, SitePlan, Uncovered

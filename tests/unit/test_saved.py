@@ -78,7 +78,7 @@ def test_an_interrupted_pass_leaves_whole_files_only(
 
             yield advance
 
-    recipe = pared.Recipe(keep=0.7, calibration=calibration)
+    recipe = pared.Recipe(method="svd-llm", keep=0.7, calibration=calibration)
     with pytest.raises(KeyboardInterrupt):
         collect(TINY_MODELS["llama"](), tokenizer, recipe, frozenset({"gram"}), tmp_path / "half", Stopped())
     blocks = list(saved_blocks(tmp_path / "half"))

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 import pared
 from pared import ParedError
-from pared.allocation import Budget, Evidence, Unit, uniform
+from pared.allocation import Budget, Evidence, Unit
+from pared.allocation.uniform import uniform
 from pared.anatomy import find_anatomy
 from pared.anatomy.structure import Anatomy, Site
 from pared.engine.groups import Comparison, candidate_units, compare

@@ -65,7 +65,7 @@ def test_two_phases_give_what_one_gives_at_the_same_ranks(
     for allocator in (ALLOCATORS["uniform"], late):
         monkeypatch.setitem(ALLOCATORS, "uniform", allocator)
         model = TINY_MODELS["gpt2"]()
-        pared.compress(model, tokenizer, Recipe(keep=0.6, calibration=calibration))
+        pared.compress(model, tokenizer, Recipe(method="svd-llm", keep=0.6, calibration=calibration))
         with torch.no_grad():
             logits.append(model(TOKENS).logits)
     assert torch.allclose(logits[0], logits[1], atol=1e-4)

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import subprocess
 import sys
 import threading
@@ -114,6 +115,7 @@ for words, code, told in {cases!r}:
     loaded = sorted({{"torch", "transformers", "numpy", "datasets"}} & set(sys.modules))
     assert not loaded, (words, loaded)
 """
+COMPRESS = ["compress", "MODEL", "--out", "new"]
 CASES: list[tuple[list[str], int, str]] = [
     (["--version"], 0, "pared "),
     (["--help"], 0, "compress"),
@@ -124,17 +126,62 @@ CASES: list[tuple[list[str], int, str]] = [
     (["compress", "--metod", "svd"], 2, "--method"),
     (["verify", "no/such/folder"], 2, "no such folder"),
     (["info", "no/such/folder"], 2, "no such folder"),
+    # What a recipe alone shows to be wrong, or the disk.
+    ([*COMPRESS, "--method", "svd-lm"], 2, "unknown method 'svd-lm'; did you mean 'svd-llm'?"),
+    ([*COMPRESS, "--keep", "1.0"], 2, "keep 1 keeps everything"),
+    (["plan", "MODEL", "--keep", "1"], 2, "keep 1 keeps everything"),
+    ([*COMPRESS, "--keep", "0"], 2, "found 0"),
+    ([*COMPRESS, "--keep", "20"], 2, "found 20"),
+    ([*COMPRESS, "--pattern", "4:2"], 2, "pattern 4:2 keeps 4 of every 2; did you mean 2:4?"),
+    ([*COMPRESS, "--method", "wanda", "--pattern", "0:4"], 2, "pattern 0:4"),
+    ([*COMPRESS, "--pattern", "4:4"], 2, "pattern 4:4 keeps everything"),
+    ([*COMPRESS, "--sparsity", "0"], 2, "sparsity 0 makes nothing zero"),
+    ([*COMPRESS, "--keep", "0.8", "--sparsity", "0.5"], 2, "keep 0.8 and sparsity 0.5 are two budgets; give one"),
+    ([*COMPRESS, "--keep", "0.8", "--rank-fraction", "0.3"], 2, "are two budgets; give one"),
+    ([*COMPRESS, "--method", "wanda"], 2, "method wanda prunes: name a sparsity"),
+    ([*COMPRESS, "--method", "wanda", "--keep", "0.5"], 2, "method wanda knows no keep"),
+    ([*COMPRESS, "--method", "svd", "--sparsity", "0.5"], 2, "method svd knows no sparsity"),
+    ([*COMPRESS, "--allocation", "los"], 2, "unknown allocation 'los'; did you mean 'loss'?"),
+    ([*COMPRESS, "--sparsity", "0.5", "--allocation", "swift"], 2, "unknown allocation of zeros 'swift'"),
+    ([*COMPRESS, "--option", "grup_size=2"], 2, "did you mean 'group_size'?"),
+    ([*COMPRESS, "--option", "group_size=two"], 2, "expected a int, found 'two'"),
+    ([*COMPRESS, "--option", "loss=sampld"], 2, "found 'sampld'"),
+    ([*COMPRESS, "--allocation-option", "program=x"], 2, "allocation loss has no option 'program'"),
+    ([*COMPRESS, "--device", "cuad"], 2, "did you mean 'cuda'?"),
+    ([*COMPRESS, "--dtype", "float31"], 2, "float31"),
+    (["compress", "embedded:smollm2-135m"], 2, "no output folder is named"),
+    (["compress", "--out", "new"], 2, "no model is named"),
+    (["compress", "embedded:smolm2-135m", "--out", "new"], 2, "did you mean 'smollm2-135m'?"),
+    (["compress", "./no/such/model", "--out", "new"], 2, "no such folder"),
+    (["compress", "no.gguf", "--out", "new"], 2, "no such GGUF file"),
+    (["compress", "MODEL", "--out", "taken"], 2, "is there already"),
+    (["compress", "t5", "--out", "new"], 2, "encoder-decoder"),
+    (["plan", "t5"], 2, "encoder-decoder"),
+    (["compress", "quantised", "--out", "new"], 2, "is quantised (gptq)"),
+    (["plan", "small"], 2, "already compressed by pared"),
 ]
 
 
-def fresh(script: str) -> None:
+def fresh(script: str, place: Path | None = None) -> None:
     """Run a script in a process that has imported nothing."""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=place)
     assert done.returncode == 0, done.stderr
 
 
-def test_what_needs_no_torch_imports_none() -> None:
-    fresh(WITHOUT_TORCH.format(cases=CASES))
+def test_what_needs_no_torch_imports_none(tmp_path: Path) -> None:
+    """In one process, as each would take longer to start than all of them to answer."""
+    configs: dict[str, dict[str, object]] = {
+        "MODEL": {},
+        "taken": {},
+        "t5": {"is_encoder_decoder": True},
+        "quantised": {"quantization_config": {"quant_method": "gptq"}},
+        "small": {"quantization_config": {"quant_method": "pared"}},
+    }
+    for name, fields in configs.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": "llama", **fields}))
+    fresh(WITHOUT_TORCH.format(cases=CASES), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(configs)
 
 
 # Registration with transformers; that it works with `pared` imported first is tested with the folders.

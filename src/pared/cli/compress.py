@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from pared.cli import options
 from pared.cli.console import ConsoleProgress, JsonFile, errors, out, print_rows, quiet_libraries, write_json
+from pared.engine.early import require_job
 from pared.presets import told
 from pared.report.table import learned_from
 
@@ -82,6 +83,7 @@ def compress(
                 "out": out,
             },
         )
+        require_job(asked, overwrite)
         from pared.engine import run
 
         outcome = run(asked, overwrite, ConsoleProgress())

@@ -21,7 +21,7 @@ COMMANDS = {
     ),
     "verify": (
         "pared.cli.verify:verify",
-        "Load a folder and compare its outputs with those recorded before it was saved.",
+        "Compare a folder's files with their recorded SHA-256, and what it answers with what was recorded before.",
     ),
     "info": ("pared.cli.info:info", "Print how a folder was made, its sizes and its ranks."),
     "methods": ("pared.cli.methods:methods", "List the methods, where each comes from and what it needs."),

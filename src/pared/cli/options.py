@@ -21,7 +21,12 @@ Preset = Annotated[
     str | None,
     typer.Option(help="A protocol by name, which `pared presets` lists; options given beside it win and are told."),
 ]
-Method = Annotated[str | None, typer.Option(help="A name that `pared methods` lists. [default: svd-llm]")]
+Method = Annotated[
+    str | None,
+    typer.Option(
+        help="A name that `pared methods` lists. [default: loss-optimal; sparsegpt with --sparsity or --pattern]"
+    ),
+]
 Keep = Annotated[
     float | None,
     typer.Option(help="Fraction of the parameters of the covered sites that stays: 0.8 removes 20%. [default: 0.8]"),

@@ -5,10 +5,9 @@ from rich.table import Table
 from pared.cli import options
 from pared.cli.console import JsonFile, errors, out, print_rows, quiet_libraries, write_json
 from pared.engine import allocation_of, decided_from_data, plan_of
-from pared.errors import ParedError
+from pared.engine.early import require_model, require_possible, require_suited
 from pared.plan import Dense
 from pared.report.table import sizes
-from pared.sources.models import find_model, require_dense
 
 
 def plan(
@@ -40,10 +39,9 @@ def plan(
                 "options": options.named_values(option), "dtype": dtype
             },
         )  # fmt: skip
-        if asked.model is None:
-            raise ParedError("name a model: embedded:smollm2-135m, a folder or a Hub id")
-        source = find_model(asked.model)
-        require_dense(source.config(), asked.model)
+        require_possible(asked)
+        source = require_model(asked)
+        require_suited(source.config(), asked, source.name)
         decided = plan_of(source.skeleton(), asked, source.weight_bytes(asked.dtype))
         table = Table(header_style="bold")
         for column, justify in (("site", "left"), ("out x in", "right"), ("decision", "left"), ("parameters", "right")):

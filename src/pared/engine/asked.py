@@ -16,7 +16,7 @@ from pared.recipe import Recipe
 from pared.sources.lengths import Length
 from pared.sources.texts import find_text, held_out, learned_part
 from pared.sparsity import METHODS as PRUNING_METHODS
-from pared.sparsity import PruningMethod
+from pared.sparsity import NM, PruningMethod, parse
 
 if TYPE_CHECKING:  # what a recipe asks for is looked up and refused without torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -105,6 +105,25 @@ def _require_own_fields(recipe: Recipe) -> None:
             f"method {recipe.method} prunes: name a sparsity, the fraction of zeros (--sparsity 0.5), or a pattern "
             "(--pattern 2:4)"
         )
+
+
+def pattern_of(text: str) -> NM:
+    """Return an N:M pattern.
+
+    Raises:
+        ParedError: there is no such pattern, or it keeps everything.
+    """
+    kept, _, group = text.partition(":")
+    if int(kept) > int(group):
+        raise ParedError(f"pattern {text} keeps {kept} of every {group}; did you mean {group}:{kept}?")
+    try:
+        found = parse(text)
+    except ValueError as error:
+        raise ParedError(str(error)) from None
+    if found.sparsity == 0:
+        raise ParedError(f"pattern {text} keeps everything; 2:4 makes half of the weights zero")
+    assert isinstance(found, NM)
+    return found
 
 
 def checked_options(given: Mapping[str, object], defaults: Mapping[str, object], owner: str) -> dict[str, object]:

@@ -34,6 +34,7 @@ from pared.engine.asked import (
 )
 from pared.engine.checks import require_finite_weights
 from pared.engine.compressed import Compressed, remarks
+from pared.engine.early import require_possible, require_suited
 from pared.engine.groups import candidate_units, told
 from pared.engine.passes import Passes
 from pared.engine.progress import Progress, Silent, Stopwatch
@@ -47,7 +48,6 @@ from pared.lowrank.methods import mean_gram
 from pared.plan import Decision, Plan
 from pared.presets import note_of, require_asked
 from pared.recipe import Recipe
-from pared.sources.models import require_dense
 from pared.sources.windows import Windows, require_fits
 
 
@@ -83,12 +83,12 @@ def compress(
     """
     require_model(model, "pared.compress")
     recipe = recipe_from(recipe, "pared.compress")
-    options_of(recipe)  # what can be refused is refused first
+    require_possible(recipe)  # what can be refused is refused first
     if windows is None:  # pared.run, which cuts them itself, has told already
         require_asked(recipe)
         if note := note_of(recipe):
             (progress or Silent()).note(note)
-    _require_compressible(model)
+    _require_compressible(model, recipe)
     device_of(recipe.device)
     if windows is not None and not isinstance(windows, Windows):
         raise ParedError(f"pared.compress takes windows as pared.sources.cut makes them, found a "
@@ -109,13 +109,13 @@ def compress(
             mark(model)  # also after Ctrl-C: what is saved then must load again
 
 
-def _require_compressible(model: PreTrainedModel) -> None:
+def _require_compressible(model: PreTrainedModel, recipe: Recipe) -> None:
     name = model.config.name_or_path or type(model).__name__
     if hasattr(model, "peft_config"):
         raise ParedError(f"model {name!r} carries PEFT adapters; merge them first (merge_and_unload)")
     if module_map(model):
         raise ParedError(f"model {name!r} is compressed already, at least in part; load the dense model again")
-    require_dense(model.config, name)
+    require_suited(model.config, recipe, name)
 
 
 @dataclass

@@ -14,27 +14,27 @@ from pared.checkpoint.format import FORMAT_VERSION
 from pared.checkpoint.manifest import machine, versions
 from pared.checkpoint.seal import published_recipe, seal
 from pared.checkpoint.self_check import reloaded, written
-from pared.engine.asked import calibrates, calibration_windows, evaluated_text, method_of, plan_of, settled
+from pared.engine.asked import calibrates, calibration_windows, evaluated_text, plan_of, settled
 from pared.engine.checks import require_finite_weights
 from pared.engine.compression import compress
+from pared.engine.early import require_job, require_suited
 from pared.engine.progress import Progress, Silent, Stopwatch, peak_memory_bytes
 from pared.errors import ParedError, TextTooShortError
 from pared.evaluation import perplexity
 from pared.hardware import device_of
 from pared.inputs import inputs_of
-from pared.presets import note_of, record_of, require_asked
+from pared.presets import note_of, record_of
 from pared.recipe import Recipe
 from pared.report.card import model_card
 from pared.report.table import WORTH_SAYING
 from pared.sources.architecture import is_causal
 from pared.sources.evaluated import evaluation_windows
-from pared.sources.labelled import SETS as LABELLED
-from pared.sources.models import ModelSource, find_model, require_dense
+from pared.sources.models import ModelSource
 from pared.sources.overlap import overlap
-from pared.sources.texts import learned_part, require_text
+from pared.sources.texts import learned_part
 from pared.sources.trust import trusting
 from pared.sources.windows import Windows, require_fits
-from pared.staging import require_free, require_space, staged
+from pared.staging import require_space, staged
 
 
 @dataclass(frozen=True)
@@ -131,21 +131,10 @@ def _run(recipe: Recipe, overwrite: bool, progress: Progress) -> Outcome:
 
 def _checked(recipe: Recipe, overwrite: bool) -> tuple[ModelSource, Path]:
     """Refuse whatever can be refused without reading weights."""
-    method_of(recipe)
-    require_asked(recipe)
+    source, out = require_job(recipe, overwrite)
     device_of(recipe.device)
-    for name in {recipe.calibration.text, evaluated_text(recipe)} - {None}:
-        if not str(name).startswith(LABELLED):
-            require_text(str(name))
-    if recipe.model is None:
-        raise ParedError("no model is named; give embedded:smollm2-135m, a folder, a .gguf file or a Hub id")
-    if recipe.out is None:
-        raise ParedError("no output folder is named; give --out DIR, or 'out' in the recipe")
-    out = Path(recipe.out).expanduser()
-    require_free(out, overwrite, inputs_of(recipe.model_dump()))
-    source = find_model(recipe.model)
     require_apart(out, [Path(source.location)])  # of an embedded model or a .gguf file in the cache
-    require_dense(source.config(), recipe.model)
+    require_suited(source.config(), recipe, source.name)
     return source, out
 
 

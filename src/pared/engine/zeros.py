@@ -7,10 +7,10 @@ import torch
 from pared.allocation.sparsity import mixture
 from pared.allocation.whole import whole_plan
 from pared.anatomy import Anatomy, Site
+from pared.engine.asked import pattern_of
 from pared.errors import ParedError
 from pared.plan import NM, Decision, Dense, Plan, Sparse
 from pared.recipe import Recipe
-from pared.sparsity import parse, pattern
 
 
 def target_of(recipe: Recipe) -> float:
@@ -23,20 +23,6 @@ def target_of(recipe: Recipe) -> float:
         assert recipe.sparsity is not None
         return recipe.sparsity
     return pattern_of(recipe.pattern).sparsity
-
-
-def pattern_of(text: str) -> pattern.NM:
-    """Return an N:M pattern.
-
-    Raises:
-        ParedError: there is no such pattern.
-    """
-    try:
-        found = parse(text)
-    except ValueError as error:
-        raise ParedError(str(error)) from None
-    assert isinstance(found, pattern.NM)
-    return found
 
 
 def uniform_zeros(anatomy: Anatomy, recipe: Recipe, bytes_per_parameter: int) -> Plan:

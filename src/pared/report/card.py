@@ -58,8 +58,7 @@ def model_card(manifest: Manifest, folder: str) -> str:
         **_base_model(manifest),
     }
     table = "\n".join(f"| {row.what} | {row.before} | {row.after} | {row.share} |" for row in comparison(manifest))
-    left_out = {"out", "keep"} if recipe.rank_fraction else {"out"}  # one budget
-    shown = recipe.model_dump(mode="json", exclude=left_out, exclude_none=True)
+    shown = recipe.model_dump(mode="json", exclude={"out"}, exclude_none=True)
     return "\n".join(
         [
             "---",

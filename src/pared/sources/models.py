@@ -2,9 +2,13 @@
 
 import hashlib
 import importlib.util
+import json
 import logging
 import re
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,11 +50,38 @@ QUIETLY: dict[str, bool] = {
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a named model lies: ``location`` is a folder or a Hub id that transformers can open."""
+    """Where a named model lies.
+
+    Attributes:
+        name: what the user called it.
+        place: a folder, a Hub id, or a GGUF file.
+        origin: what that is, in words.
+    """
 
     name: str
-    location: str
+    place: str
     origin: str
+
+    @cached_property
+    def location(self) -> str:
+        """A folder or a Hub id that transformers can open; a GGUF file is dequantised first, once.
+
+        Raises:
+            ParedError: the file cannot be read, or the cache cannot be written.
+        """
+        return str(converted(Path(self.place))) if self._packed else self.place
+
+    @property
+    def _packed(self) -> bool:
+        """Whether it is a GGUF file."""
+        return self.place.endswith(".gguf")
+
+    def fields(self) -> dict[str, Any]:
+        """Return what ``config.json`` says where it is at hand, without torch; nothing where it is not readable."""
+        with suppress(OSError, ValueError, RecursionError):
+            fields = json.loads((Path(self.place) / "config.json").read_text(encoding="utf-8"))
+            return fields if isinstance(fields, dict) else {}
+        return {}
 
     def config(self) -> "PretrainedConfig":
         """Read the configuration.
@@ -187,7 +218,7 @@ def find_model(name: str) -> ModelSource:
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ParedError(f"model {name!r}: no such GGUF file")
-        return ModelSource(name, str(converted(path)), f"{path.name}, dequantised")
+        return ModelSource(name, str(path), f"{path.name}, dequantised")
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ParedError(f"model {name!r}: a folder without config.json is not a model")
@@ -199,22 +230,44 @@ def find_model(name: str) -> ModelSource:
     return ModelSource(name, name, "Hugging Face Hub")
 
 
-def require_dense(config: "PretrainedConfig", name: str) -> None:
+def require_dense(config: object, name: str) -> None:
     """Refuse a model whose weights are not plain floating point numbers.
 
     Raises:
         ParedError: it is already compressed by pared, or quantised by another tool.
     """
-    stored = getattr(config, "quantization_config", None)
+    stored = _field(config, "quantization_config")
     if not stored:
         return
-    method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
+    method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
     if method == "pared":
         raise ParedError(
             f"model {name!r} is already compressed by pared; compress the dense model it came from, "
             f"or make it dense with: pared export {name} --to dense --out DIR"
         )
     raise ParedError(f"model {name!r} is quantised ({method}); pared needs floating point weights: dequantise it first")
+
+
+def require_one_stack(config: object, name: str, method: str) -> None:
+    """Refuse to calibrate an encoder-decoder.
+
+    Args:
+        config: of the model, or the fields of its ``config.json``.
+        name: of the model, for messages.
+        method: that calibrates, for messages.
+
+    Raises:
+        ParedError: names the methods that work.
+    """
+    if _field(config, "is_encoder_decoder") is True:
+        raise ParedError(
+            f"model {name!r} is an encoder-decoder, whose decoder reads two texts; {method} calibrates on one. "
+            "Take a method that needs no data: --method svd, or --method magnitude --sparsity 0.5"
+        )
+
+
+def _field(config: Any, key: str) -> Any:
+    return config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)
 
 
 def _embedded(name: str) -> ModelSource:
@@ -232,4 +285,4 @@ def _embedded(name: str) -> ModelSource:
         raise ParedError(f"{name}: {path} is missing; reinstall {distribution}")
     if path.is_dir():
         return ModelSource(name, str(path), distribution)
-    return ModelSource(name, str(converted(path)), f"{distribution} ({file}), dequantised to float32")
+    return ModelSource(name, str(path), f"{distribution} ({file}), dequantised to float32")
