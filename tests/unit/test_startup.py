@@ -155,6 +155,8 @@ CASES: list[tuple[list[str], int, str]] = [
     (["compress", "./no/such/model", "--out", "new"], 2, "no such folder"),
     (["compress", "no.gguf", "--out", "new"], 2, "no such GGUF file"),
     (["compress", "MODEL", "--out", "taken"], 2, "is there already"),
+    ([*COMPRESS, "--method", "svd", "--data", "wikitxt2:train"], 2, "wikitxt2:train"),
+    ([*COMPRESS, "--eval", "file:no.txt"], 2, "no.txt"),
     (["compress", "t5", "--out", "new"], 2, "encoder-decoder"),
     (["plan", "t5"], 2, "encoder-decoder"),
     (["compress", "quantised", "--out", "new"], 2, "is quantised (gptq)"),
