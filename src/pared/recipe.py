@@ -106,8 +106,9 @@ class Recipe(FromPreset):
         statistics: ``once`` collects them on the dense model; ``sequential`` collects them once more, block after block
             behind the blocks that are compressed already, when the ranks are known; ``auto`` is what the method says.
         refit: a stage after the method that fits every ``up`` to the inputs the compressed model has: ``update`` all at
-            once, ``sequential`` block after block, each behind those already fitted; ``auto`` is what the method says,
-            ``off`` is neither.
+            once, ``sequential`` block after block, each behind those already fitted, ``sequential-dense-block`` the
+            same to what the layers of the dense block read there (SVD-LLM's released code); ``auto`` is what the method
+            says, ``off`` is neither.
         dense_path: the share of the dense model's own outputs in the targets of a refit and of sequential statistics;
             the rest is what the dense weights make of the compressed model's inputs. ``auto`` is what the method says.
         options: of the method, by the names that ``pared methods`` lists.
@@ -132,7 +133,7 @@ class Recipe(FromPreset):
     allocation_options: dict[str, bool | int | float | str] = Field(default={})
     storage: Literal["auto", "factors", "pivoted"] = "auto"
     statistics: Literal["auto", "once", "sequential"] = "auto"
-    refit: Literal["auto", "off", "update", "sequential"] = "auto"
+    refit: Literal["auto", "off", "update", "sequential", "sequential-dense-block"] = "auto"
     dense_path: float | Literal["auto"] = "auto"
     options: dict[str, bool | int | float | str] = Field(default={})
     calibration: Calibration = Calibration()

@@ -77,7 +77,7 @@ def test_a_refit_lowers_every_sites_error_on_the_inputs_it_was_made_for(
     assert lowered > len(before.plan.sites) // 3
 
 
-@pytest.mark.parametrize("refit", ["update", "sequential"])
+@pytest.mark.parametrize("refit", ["update", "sequential", "sequential-dense-block"])
 @pytest.mark.parametrize("method", ["svd", "asvd", "fwsvd", "svd-llm", "basis-sharing", "loss-optimal"])
 def test_a_refit_goes_with_any_method(method: str, refit: str, compress: Compress) -> None:
     plain, fitted = (compress("llama", method=method, refit=stage) for stage in ("off", refit))
@@ -106,3 +106,47 @@ def test_a_method_without_statistics_has_none_to_collect_again(compress: Compres
     once, again = (compress("llama", method="svd", statistics=when) for when in ("once", "sequential"))
     with torch.no_grad():
         assert torch.equal(*(result.model(input_ids=TOKENS).logits for result in (once, again)))
+
+
+@pytest.mark.parametrize("refit", ["sequential", "sequential-dense-block"])
+def test_sequential_refits_solve_least_squares_on_the_inputs_they_name(
+    refit: str, compress: Compress, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Regression: o, gate and down were fitted behind the compressed layers of their own block alone, where SVD-LLM's
+    released code runs the dense block on the inputs of the compressed model."""
+    dense, fitted = TINY_MODELS["llama"](), compress("llama", refit=refit)
+    windows = pared.engine.asked.calibration_windows(fitted.recipe, tokenizer, dense.config, True)
+    calls: list[tuple[tuple[object, ...], dict[str, object]]] = []
+    block = 1
+    handle = fitted.model.model.layers[block].register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
+    )
+    own: dict[str, torch.Tensor] = {}
+    of_dense: dict[str, torch.Tensor] = {}
+    sites = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+
+    def reads(layer: torch.nn.Module, into: dict[str, torch.Tensor]) -> None:
+        for site in sites:
+            layer.get_submodule(site).register_forward_pre_hook(
+                lambda _, args, site=site: into.update({site: args[0].flatten(0, 1).double()})
+            )
+
+    reads(fitted.model.model.layers[block], own)
+    reads(dense.model.layers[block], of_dense)
+    with torch.no_grad():
+        fitted.model(input_ids=windows.tokens, use_cache=False)
+        handle.remove()
+        dense.model.layers[block](*calls[0][0], **calls[0][1])
+    for site in sites:
+        module = fitted.model.model.layers[block].get_submodule(site)
+        assert isinstance(module, LowRankLinear)
+        down_KN, W_ON = module.down.weight.double(), dense.model.layers[block].get_submodule(site).weight.double()
+        slopes = {}
+        for kind, X_TN in (("sequential", own[site]), ("sequential-dense-block", of_dense[site])):
+            Z_TK, Y_TO = X_TN @ down_KN.T, X_TN @ W_ON.T
+            slope = Z_TK.T @ (Z_TK @ module.up.weight.double().T - Y_TO)
+            slopes[kind] = float((slope.norm() / (Z_TK.T @ Y_TO).norm()).detach())
+        if site == "self_attn.q_proj":  # the first to read: no layer of the block is before it
+            assert max(slopes.values()) < 1e-4
+        elif refit == "sequential-dense-block":
+            assert slopes[refit] < 1e-4 < 1e-2 < slopes["sequential"]

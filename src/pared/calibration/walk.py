@@ -61,6 +61,7 @@ def walk(
     sequential: bool = False,
     dense: DensePath | None = None,
     group: int = 1,
+    observed: Callable[[int], nn.Module] | None = None,
 ) -> Iterator[WalkedBlock]:
     """Run every block once over all batches and yield its statistics before the next block starts.
 
@@ -91,13 +92,15 @@ def walk(
         sequential: let later blocks see what the caller made of earlier ones.
         dense: the dense model, if it is to go beside.
         group: how many neighbouring blocks the caller may change together, once it has the last of them.
+        observed: gives a block of the same structure that statistics are of, in place of the one of an index, when a
+            sequential walk is there; what is handed on is put out by the block itself.
 
     Raises:
         ParedError: an activation is NaN or infinite; names the site.
     """
     trail: dict[int, list[torch.Tensor]] = {}  # what the blocks of the open group read
     for index, block in enumerate(blocks):
-        worker = worker_of(block, inputs.dtype, inputs.device)
+        worker = worker_of(observed(index) if observed else block, inputs.dtype, inputs.device)
         statistics = _accumulators(anatomy, index, needs, inputs.device, crossed=dense is not None)
         if sequential:
             trail[index] = [hidden.clone() for hidden in inputs.hidden]

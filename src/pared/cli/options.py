@@ -64,7 +64,8 @@ Storage = Annotated[
 Refit = Annotated[
     str | None,
     typer.Option(
-        help="Fit to the inputs the compressed model has: update (all at once), sequential, off. "
+        help="Fit to the inputs the compressed model has: update (all at once), sequential, "
+        "sequential-dense-block (SVD-LLM's released code), off. "
         "[default: the method's own]"
     ),
 ]

@@ -170,9 +170,17 @@ class _Compression:
             if self.refit != "off":
                 assert windows is not None
                 inputs = self.passes.capture(anatomy, calls, windows)
-                stage, behind = (sequential, True) if self.refit == "sequential" else (update, False)
-                dense = self.passes.beside(inputs, dense_blocks(self.model, anatomy, solver, plan))
-                walked = self.passes.walk(anatomy, inputs, mean_gram, behind=behind, dense=dense, name="refit")
+                stage, behind = (update, False) if self.refit == "update" else (sequential, True)
+                dense_block = dense_blocks(self.model, anatomy, solver, plan)
+                walked = self.passes.walk(
+                    anatomy,
+                    inputs,
+                    mean_gram,
+                    behind=behind,
+                    dense=self.passes.beside(inputs, dense_block),
+                    name="refit",
+                    observed=dense_block if self.refit == "sequential-dense-block" else None,
+                )
                 stage(self.model, solver, plan, walked, self.dense_path)
             result.damping, result.sharing = solver.damping, tuple(solver.comparisons)
         for line in (*told(result.sharing), *remarks(result.plan)):

@@ -227,12 +227,13 @@ class Passes:
         dense: DensePath | None = None,
         name: str = "calibrate and solve",
         group: int = 1,
+        observed: Callable[[int], nn.Module] | None = None,
     ) -> Iterator[WalkedBlock]:
         """Yield every block with the statistics of the forward pass that are needed."""
         blocks = anatomy.blocks(self.model)
         steps = len(blocks) * len(inputs.calls)
         with self.progress.stage(f"{name} ({inputs.dtype})", steps, "batch") as advance:
-            passes = walk(blocks, anatomy, inputs, needs, advance, influence, behind, dense, group)
+            passes = walk(blocks, anatomy, inputs, needs, advance, influence, behind, dense, group, observed)
             while True:
                 with self.watch("walk"):
                     walked = next(passes, None)

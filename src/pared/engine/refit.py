@@ -48,6 +48,10 @@ def update(model: nn.Module, solver: Solver, plan: Plan, walked: Iterator[Walked
 def sequential(model: nn.Module, solver: Solver, plan: Plan, walked: Iterator[WalkedBlock], share: float) -> None:
     """Fit block after block, each to what it reads behind the blocks already fitted; every site to its own inputs.
 
+    Where the walk observes the compressed block, those inside it are what its compressed layers put out, as they will
+    be. Where it observes the dense block, as SVD-LLM's released code does, only the block's own input is that of the
+    compressed model, and o, gate, up and down are fitted to what the dense layers before them put out.
+
     Args:
         model: compressed; its ``up`` weights are changed in place.
         solver: that compressed it and still holds the dense weights.
