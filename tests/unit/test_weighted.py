@@ -194,10 +194,37 @@ def test_scaling_an_output_and_its_reader_leaves_the_losses_alone(monkeypatch: p
     assert torch.allclose(louder, c * before.square(), rtol=1e-9)
 
 
-def test_statistics_that_say_nothing_are_refused():
-    W_ON = draw(6, 9)
-    with pytest.raises(ValueError, match=r"input Gram is 0\.0"):
-        loss_optimal.decompose(W_ON, torch.zeros(9, 9), torch.ones(6))
-    for bad in (torch.zeros(6, 6), torch.zeros(6), torch.full((6,), math.nan)):
-        with pytest.raises(ValueError, match="output gradient"):
-            loss_optimal.decompose(W_ON, gram(9), bad)
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6)])
+@pytest.mark.parametrize("form", ["full", "diagonal", "scalar"])
+def test_statistics_that_say_nothing_leave_svd_llms_or_a_plain_decomposition_at_no_cost(
+    form: str, shape: tuple[int, int]
+):
+    """Regression: one site without gradient, as block expansion makes, ended the whole run."""
+    W_ON, (out, width) = draw(*shape), shape
+    nothing = {"full": torch.zeros(out, out), "diagonal": torch.zeros(out), "scalar": torch.zeros(())}[form]
+    unfelt = loss_optimal.decompose(W_ON, gram(width), nothing)
+    expected = loss_optimal.decompose(W_ON, gram(width), torch.ones(()))
+    assert not bool(unfelt.singular_values_R.any())
+    assert "no gradient" in unfelt.fallback
+    assert not expected.fallback
+    for found, other in ((unfelt, expected), (loss_optimal.decompose(W_ON, torch.zeros(width, width), torch.ones(out)),
+                                              svd.decompose(W_ON))):  # fmt: skip
+        assert not bool(found.singular_values_R.any())
+        products = [one.factors(3).up @ one.factors(3).down for one in (found, other)]
+        torch.testing.assert_close(*products, atol=1e-8, rtol=1e-8)
+
+
+def test_a_member_without_gradient_does_not_end_its_group():
+    weights, B_OO = [draw(6, 9), draw(6, 9)], gram(6)
+    found = loss_optimal.decompose_group(weights, gram(9), [B_OO, torch.zeros(6, 6)])
+    own = loss_optimal.decompose(weights[0], gram(9), B_OO)
+    assert bool(found.factors(5).up.isfinite().all())
+    assert not found.fallback
+    assert float(found.singular_values_R[0]) == pytest.approx(float(own.singular_values_R[0]), rel=0.05)
+
+
+def test_statistics_that_are_no_numbers_are_refused():
+    with pytest.raises(ValueError, match="output gradient"):
+        loss_optimal.decompose(draw(6, 9), gram(9), torch.full((6,), math.nan))
+    with pytest.raises(ValueError, match="input Gram"):
+        loss_optimal.decompose(draw(6, 9), torch.full((9, 9), math.nan), torch.ones(6))

@@ -74,6 +74,7 @@ def dsa(units: Sequence[Unit], budget: Budget, evidence: Evidence) -> dict[str, 
     decisions, verdict = by_program(units, budget, evidence, program, int(str(options["score_tokens"])) or tokens)
     if verdict.reasons and options["program"] == DEFAULT_OF_RANKS:
         log.warning("allocation dsa: %s; every unit keeps the same share", verdict.reasons[0])
+        evidence.notes["allocation"] = f"{verdict.reasons[0]}: every unit keeps the same share"
         open_units, fixed, left = set_aside(units, budget)
         keep = left / max(sum(unit.parameters for unit in open_units), 1)
         decisions = fixed | shared_out(open_units, {unit.block: keep for unit in open_units}, left, budget)

@@ -44,7 +44,11 @@ def by_owl(evidence: LayerEvidence, sparsity: float, options: Mapping[str, Any])
 
 def by_alphapruning(evidence: LayerEvidence, sparsity: float, options: Mapping[str, Any]) -> torch.Tensor:
     """AlphaPruning, from the exponents of spectra."""
-    return alphapruning(torch.tensor(evidence.alphas), sparsity, options["epsilon"], _weights(evidence, options))
+    alphas_L = torch.tensor(evidence.alphas, dtype=torch.float64)
+    known_L = alphas_L.isfinite()
+    middle = alphas_L[known_L].mean() if bool(known_L.any()) else alphas_L.new_ones(())
+    alphas_L = torch.where(known_L, alphas_L, middle)  # nothing is known of its spectra: as the others on average
+    return alphapruning(alphas_L, sparsity, options["epsilon"], _weights(evidence, options))
 
 
 def by_er(evidence: LayerEvidence, sparsity: float, options: Mapping[str, Any]) -> torch.Tensor:
@@ -67,6 +71,7 @@ def by_dsa(evidence: LayerEvidence, sparsity: float, options: Mapping[str, Any])
         return verdict.sparsities_L
     if options["program"] == DEFAULT_OF_ZEROS:
         log.warning("allocation dsa: %s; every unit gets the same sparsity", verdict.reasons[0])
+        evidence.notes["allocation"] = f"{verdict.reasons[0]}: every unit gets the same sparsity"
         return uniform(len(scores), sparsity)
     raise ParedError(f"allocation dsa: {'; '.join(verdict.reasons)}")
 

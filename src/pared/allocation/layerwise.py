@@ -25,13 +25,17 @@ class LayerEvidence:
         shapes: ``(out, in)`` of its weights.
         scores: Wanda's scores of all its weights, ``|W_ij| √E[x_j²]``, from the dense model; per token of the text.
         losses: the expected loss of letting each of its weights go, ``½ w² E[x²] E[g²]``, nats a token.
-        alphas: the mean exponent of the tails of its weights' spectra.
+        alphas: the mean exponent of the tails of its weights' spectra; NaN where none of them has one.
+        unread: numbers of units that no token of the text reached; they are in none of the other fields.
+        notes: what was decided by a rule where nothing is known, by site, or ``allocation``; allocators add to it.
     """
 
     shapes: Sequence[Sequence[Shape]]
     scores: "Sequence[ScoreHistogram]" = ()
     losses: "Sequence[ScoreHistogram]" = ()
     alphas: Sequence[float] = ()
+    unread: frozenset[int] = frozenset()
+    notes: dict[str, str] = field(default_factory=dict)
 
     @property
     def parameters(self) -> "torch.Tensor":

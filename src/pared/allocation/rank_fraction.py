@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from pared.allocation.units import Unit
+from pared.allocation.units import Budget, Unit
 from pared.errors import ParedError
 from pared.plan import Decision, Dense, LowRank
 
@@ -30,6 +30,8 @@ def rank_fraction(units: Sequence[Unit], fraction: float, pivoted: bool = False)
         rank = int(fraction * most + 1e-9)  # 0.29 · 100 is 28.999999999999996
         if unit.idle:
             decisions[unit.name] = Dense(reason="never ran in the probe pass; nothing is known about its inputs")
+        elif rank < 1 and Budget(1.0, pivoted).most_rank(unit) < 1:
+            decisions[unit.name] = Dense(reason="no rank of it is smaller than the weight")
         elif rank < 1:
             raise ParedError(
                 f"rank_fraction {fraction:g} leaves no rank for {unit.name} {unit.out_features} x {unit.in_features}; "

@@ -57,7 +57,8 @@ def swift(units: Sequence[Unit], budget: Budget, evidence: Evidence) -> dict[str
         if (key := tuple(ranks.values())) in tried:
             continue
         decisions: dict[str, Decision] = {name: budget.low_rank(rank) for name, rank in ranks.items()}
-        tried[key] = evidence.trial(decisions)
+        perplexity = evidence.trial(decisions)
+        tried[key] = math.inf if math.isnan(perplexity) else perplexity
         log.info("allocation swift: alpha %g gives perplexity %.4f", alpha, tried[key])
         if tried[key] == min(tried.values()) and list(tried.values()).count(tried[key]) == 1:
             best = decisions

@@ -111,6 +111,7 @@ class Evidence:
             everything else dense.
         options: of the allocator, complete.
         key: digest of all that a trial depends on but the decisions; none if results must not outlive this process.
+        notes: what was decided by a rule where nothing is known; allocators add to it.
     """
 
     spectra: Spectra = field(default_factory=dict)
@@ -118,3 +119,4 @@ class Evidence:
     trial: Trial | None = None
     options: Mapping[str, object] = field(default_factory=dict)
     key: str | None = None
+    notes: dict[str, str] = field(default_factory=dict)

@@ -75,7 +75,10 @@ class Gram:
         width = x_TN.shape[1]
         for start in range(0, width, PANEL):
             stop = min(start + PANEL, width)
-            self._upper_NN[start:stop, start:] += x_TN[:, start:stop].T @ x_TN[:, start:]
+            product = x_TN[:, start:stop].T @ x_TN[:, start:]
+            if not bool(product.diagonal().isfinite().all()):  # squares of finite numbers may leave float32
+                product = x_TN[:, start:stop].double().T @ x_TN[:, start:].double()
+            self._upper_NN[start:stop, start:] += product
 
     def merge(self, other: Statistic) -> None:
         """Add what another Gram has seen."""
@@ -159,7 +162,10 @@ class Energy:
         x_TN = x.reshape(-1, x.shape[-1])
         self.tokens += x_TN.shape[0]
         for rows_TN in torch.split(x_TN, SUM_ROWS):
-            self.value += rows_TN.float().square().sum(dim=0)
+            energy_N = rows_TN.float().square().sum(dim=0)
+            # Squares of finite numbers may leave float32.
+            finite = bool(energy_N.isfinite().all())
+            self.value += energy_N if finite else rows_TN.double().square().sum(dim=0)
 
     def merge(self, other: Statistic) -> None:
         """Add what another has seen."""

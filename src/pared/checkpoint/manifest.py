@@ -89,6 +89,7 @@ class Manifest(BaseModel):
         settled: what ``auto`` stood for in it.
         plan: what was decided.
         damping: sites whose Gram was rank-deficient, with the relative damping used.
+        fallbacks: sites whose weight or statistics say nothing, with the rule that decided.
         sharing: for every group that was compared, what one basis loses and what bases of their own lose.
         calibration: what was calibrated on, with the digest of the tokens.
         evaluation: what perplexity was measured on; none if it was not.
@@ -118,6 +119,7 @@ class Manifest(BaseModel):
     settled: dict[str, Any] = {}
     plan: Plan
     damping: dict[str, float] = {}
+    fallbacks: dict[str, str] = {}
     sharing: list[dict[str, Any]] = []
     calibration: dict[str, Any] | None = None
     evaluation: dict[str, Any] | None = None

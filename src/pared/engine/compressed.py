@@ -1,6 +1,6 @@
 """What a compression hands back, whatever the method."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
@@ -20,6 +20,7 @@ class Compressed:
         plan: what was decided, with what calibration taught.
         damping: sites whose Gram was rank-deficient, with the relative damping used.
         sharing: for every group that was compared, what it loses with one basis and what with its members' own.
+        fallbacks: sites whose weight or statistics say nothing (zero inputs, no gradient), with the rule that decided.
         calibration: what was calibrated on; none for a method that needs no data.
         seconds: by stage.
     """
@@ -29,12 +30,13 @@ class Compressed:
     plan: Plan = field(init=False)
     sharing: tuple[Comparison, ...] = ()
     damping: dict[str, float] = field(default_factory=dict)
+    fallbacks: dict[str, str] = field(default_factory=dict)
     calibration: dict[str, object] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def remarks(plan: Plan) -> Iterator[str]:
-    """Say what is not covered, and what the budget could not reach."""
+def remarks(plan: Plan, fallbacks: Mapping[str, str]) -> Iterator[str]:
+    """Say what is not covered, what the budget could not reach, and where a rule stood in for what is not known."""
     if plan.uncovered:
         first = plan.uncovered[0]
         yield (
@@ -46,3 +48,6 @@ def remarks(plan: Plan) -> Iterator[str]:
         yield f"{len(dense)} sites stay dense, the first is {dense[0].name}"
     if plan.shortfall:
         yield f"the budget is missed by {plan.shortfall:,} parameters: too many sites must stay dense"
+    if fallbacks:
+        name, rule = next(iter(fallbacks.items()))
+        yield f"{len(fallbacks)} fallbacks, all in the manifest; the first is {name}: {rule}"

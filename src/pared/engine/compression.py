@@ -183,7 +183,8 @@ class _Compression:
                 )
                 stage(self.model, solver, plan, walked, self.dense_path)
             result.damping, result.sharing = solver.damping, tuple(solver.comparisons)
-        for line in (*told(result.sharing), *remarks(result.plan)):
+            result.fallbacks |= solver.fallbacks
+        for line in (*told(result.sharing), *remarks(result.plan, result.fallbacks)):
             self.progress.note(line)
         result.seconds = self.watch.seconds
         return result
@@ -195,6 +196,7 @@ class _Compression:
             if unit.name in missed:
                 first.install(unit, decision)
         first.damping |= second.damping
+        first.fallbacks |= second.fallbacks
         if missed:
             self.progress.note(
                 f"{len(missed)} units are not reached behind the compressed blocks and are decomposed by the dense "
@@ -230,7 +232,7 @@ class _Compression:
         """Decide every site from what was found."""
         idle = {site.name for site in anatomy.sites if site.idle}
         units = [Unit(tuple(replace(s, idle=s.name in idle) for s in unit.members)) for unit in solver.units]
-        evidence = Evidence(solver.spectra, self.influence, options=self.spread)
+        evidence = Evidence(solver.spectra, self.influence, options=self.spread, notes=solver.fallbacks)
         if tries(self.recipe):
             trials = trial_windows(self.recipe, self.tokenizer, self.model.config)
             require_fits(self.model.config, trials)

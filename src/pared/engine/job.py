@@ -110,6 +110,7 @@ def _run(recipe: Recipe, overwrite: bool, progress: Progress) -> Outcome:
             settled=settled(recipe),
             plan=compressed.plan,
             damping=compressed.damping,
+            fallbacks=compressed.fallbacks,
             sharing=[asdict(one) for one in compressed.sharing],
             calibration=compressed.calibration,
             evaluation=None if windows is None or recipe.evaluation is None

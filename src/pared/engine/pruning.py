@@ -1,5 +1,6 @@
 """One model, pruned in place: probe, look, allocate, then block by block collect and prune."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -103,14 +104,17 @@ class _Pruning:
         evidence = evidence or self.look(anatomy, calls, units, windows)
         with self.watch("allocate"):
             sparsities_L = self.allocator.allocate(evidence, target_of(self.recipe), self.spread)
-            plan = plan_zeros(anatomy, self.recipe, units, sparsities_L, self.model.dtype.itemsize)
+            unread = {site.name for number in evidence.unread for site in units[number]}
+            units = [unit for number, unit in enumerate(units) if number not in evidence.unread]
+            plan = plan_zeros(anatomy.with_idle(unread), self.recipe, units, sparsities_L, self.model.dtype.itemsize)
+            result.fallbacks |= evidence.notes
         decided: dict[str, SitePlan] = {}
         for walked in self.walk(anatomy, calls, windows, result):
             with self.watch("solve"):
                 for site in [site for site in plan.sites if site.block == walked.index]:
-                    decided[site.name] = self.solve(site, walked.statistics.get(site.name, {}))
+                    decided[site.name] = self.solve(site, walked.statistics.get(site.name, {}), result.fallbacks)
         result.plan = plan.model_copy(update={"sites": tuple(decided[site.name] for site in plan.sites)})
-        for line in (*self.told(result.plan), *remarks(result.plan)):
+        for line in (*self.told(result.plan), *remarks(result.plan, result.fallbacks)):
             self.progress.note(line)
         result.seconds = self.watch.seconds
         return result
@@ -153,7 +157,8 @@ class _Pruning:
         unit_of = {site.name: number for number, unit in enumerate(units) for site in unit}
         if "alphas" in self.allocator.needs:
             with self.watch("spectra"):
-                return LayerEvidence(shapes, alphas=[self.alpha(unit) for unit in units])
+                notes: dict[str, str] = {}
+                return LayerEvidence(shapes, alphas=[self.alpha(unit, notes) for unit in units], notes=notes)
         if not self.allocator.needs:
             return LayerEvidence(shapes)
         assert windows is not None
@@ -165,23 +170,37 @@ class _Pruning:
             felt = self.passes.feel(anatomy, inputs, windows, felt_names | {"energy"}, share=share)
             with self.watch("allocate"):
                 for name, number in unit_of.items():
-                    if all(one.tokens for one in felt[name].values()):
+                    if felt[name]["energy"].tokens:  # without any gradient it costs nothing
                         histograms[number].update(self.losses(name, felt[name]))
-            return LayerEvidence(shapes, losses=histograms)
+            return self.read(shapes, histograms, "losses")
         for walked in self.passes.walk(anatomy, inputs, energy, name="scores of the dense model"):
             with self.watch("allocate"):
                 for name, own in walked.statistics.items():
                     if name in unit_of and own["energy"].tokens:
                         histograms[unit_of[name]].update(wanda.scores(self.weight(name), self.per_token(own)))
-        return LayerEvidence(shapes, scores=histograms)
+        return self.read(shapes, histograms, "scores")
 
-    def alpha(self, unit: list[Site]) -> float:
-        """Return the mean exponent of the tails of a unit's spectra."""
+    def read(self, shapes: list[list[tuple[int, int]]], histograms: list[ScoreHistogram], name: str) -> LayerEvidence:
+        """Return what was collected of the units that a token reached, and which were not."""
+        unread = frozenset(number for number, one in enumerate(histograms) if not one.moments.count)
+        if len(unread) == len(shapes):
+            raise ParedError("no token of the calibration text reached any site; name another text")
+        kept = [number for number in range(len(shapes)) if number not in unread]
+        found = {name: [histograms[number] for number in kept]}
+        return LayerEvidence([shapes[number] for number in kept], unread=unread, **found)  # type: ignore[arg-type]
+
+    def alpha(self, unit: list[Site], notes: dict[str, str]) -> float:
+        """Return the mean exponent of the tails of a unit's spectra, of those that have one; NaN if none has."""
         tail = self.spread["tail"]
         if tail not in ("xmin_mid", "xmin_peak"):
             raise ParedError(f"option tail: expected xmin_mid or xmin_peak, found {tail!r}")
-        found = [hill_alpha(eigenvalues(self.weight(site.name)), tail) for site in unit]
-        return sum(found) / len(found)
+        found = []
+        for site in unit:
+            try:
+                found.append(hill_alpha(eigenvalues(self.weight(site.name)), tail))
+            except ParedError as undefined:  # a zero weight, one of rank 1, a single row
+                notes[site.name] = f"{undefined}: left out of its unit's mean; a unit of none takes that of the others"
+        return sum(found) / len(found) if found else math.nan
 
     def per_token(self, own: Mapping[str, Collected]) -> torch.Tensor:
         """Return ``E[x²]`` of every input feature over the tokens of the text, ``(in,)``."""
@@ -205,8 +224,8 @@ class _Pruning:
         result.calibration = {**windows.describe(), "dtype": str(inputs.dtype)}
         yield from self.passes.walk(anatomy, inputs, self.method.needs, behind=True, name="collect and prune")
 
-    def solve(self, site: SitePlan, statistics: Mapping[str, Collected]) -> SitePlan:
-        """Prune one site; return what became of it."""
+    def solve(self, site: SitePlan, statistics: Mapping[str, Collected], fallbacks: dict[str, str]) -> SitePlan:
+        """Prune one site; return what became of it, and note by which rule where its statistics say nothing."""
         if isinstance(site.decision, Dense):
             return site
         if self.method.calibrated and not all(one.tokens for one in statistics.values()):
@@ -221,6 +240,8 @@ class _Pruning:
             raise ParedError(f"site {site.name}: {error}") from error
         inherit_requires_grad(new, old)
         replace_module(self.model, site.name, new)
+        if fallback := self.method.fallback(values):
+            fallbacks[site.name] = fallback
         if groups is not None:
             return site
         return site.model_copy(update={"decision": site.decision.model_copy(update={"stored": new.stored})})

@@ -29,6 +29,7 @@ class Solver:
         units: what was decomposed without a plan: sites alone, and groups where a shared basis pays.
         comparisons: of every group that was compared.
         damping: sites whose statistics were rank-deficient, with the relative damping used.
+        fallbacks: units whose statistics say nothing, with what stood in for them.
         unreached: sites that no calibration token reached; they stay dense.
         missed: units of a plan that could not be taken, as a member was not reached.
         untargeted: sites of a dense path that are sent other tokens than in the dense model, and so have no targets.
@@ -66,6 +67,7 @@ class Solver:
         self.units: list[Unit] = []
         self.comparisons: list[Comparison] = []
         self.damping: dict[str, float] = {}
+        self.fallbacks: dict[str, str] = {}
         self.unreached: set[str] = set()
         self.missed: list[Unit] = []
         self.untargeted: set[str] = set()
@@ -195,6 +197,8 @@ class Solver:
             raise ParedError(f"site {unit.name}: {error}") from error
         if found.damping:
             self.damping[unit.name] = found.damping
+        if found.fallback or not bool(found.singular_values_R.any()):
+            self.fallbacks[unit.name] = found.fallback or "its weight is zero: every rank is exact, at no cost"
         return found
 
     def _group(

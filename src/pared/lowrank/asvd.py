@@ -2,7 +2,8 @@
 
 import torch
 
-from pared.lowrank.decomposition import Decomposition, from_input_scale
+from pared.lowrank import svd
+from pared.lowrank.decomposition import Decomposition, at_no_cost, from_input_scale
 
 FLOOR = 1e-6  # added to every scale, as the paper's code does
 
@@ -21,4 +22,6 @@ def decompose(W_ON: torch.Tensor, mean_magnitude_N: torch.Tensor, alpha: float =
     magnitude_N = mean_magnitude_N.double()
     if not bool(magnitude_N.isfinite().all()) or bool((magnitude_N < 0).any()):
         raise ValueError("a mean magnitude of the inputs is negative or not finite")
+    if not bool(magnitude_N.any()):
+        return at_no_cost(svd.decompose(W_ON), "nothing but zeros reach it on the text")
     return from_input_scale(W_ON.double(), magnitude_N**alpha + FLOOR)

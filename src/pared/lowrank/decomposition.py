@@ -3,7 +3,7 @@
 Legend of the shape suffixes: O outputs, N inputs, R the most directions there can be, K the rank that is kept.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -37,6 +37,7 @@ class Decomposition:
         M_NN: with ``T_NR``, ``Wᵀ L Lᵀ W``: makes ``down`` of it without a product as tall as the weight.
         damping: what was added to the Gram's diagonal, relative to its mean; 0 if nothing.
         L_OO: the weighting of outputs: lower triangular ``(out, out)``, a diagonal ``(out,)``, or none.
+        fallback: what stands in for statistics that say nothing, for the record; empty if they were what was used.
     """
 
     W_ON: torch.Tensor
@@ -46,6 +47,7 @@ class Decomposition:
     M_NN: torch.Tensor | None = None
     damping: float = 0.0
     L_OO: torch.Tensor | None = None
+    fallback: str = ""
 
     def loss(self, rank: int) -> float:
         """Return ``sqrt(Σ_{j>rank} s_j²)``, the (weighted) error ``||X (W - W')ᵀ L||_F`` the rank leaves."""
@@ -74,6 +76,20 @@ class Decomposition:
     def weak(self, rank: int) -> bool:
         """Return whether the weakest direction of a rank is too weak to be orthogonal to the others as it is."""
         return bool(self.singular_values_R[rank - 1] <= WEAK * self.singular_values_R[0])
+
+
+def at_no_cost(found: Decomposition, why: str) -> Decomposition:
+    """Return a decomposition whose directions cost nothing to leave out, as the statistics that weigh them are zero.
+
+    An allocation that goes by costs then gives the weight the least there is, one rank; its directions are those of the
+    decomposition that was given.
+
+    Args:
+        found: without the statistics that say nothing.
+        why: what they are, for the record.
+    """
+    costs_R = torch.zeros_like(found.singular_values_R)
+    return replace(found, singular_values_R=costs_R, fallback=f"{why}: decomposed without that, at no cost")
 
 
 def weigh_outputs(L_OO: torch.Tensor, W_ON: torch.Tensor) -> torch.Tensor:

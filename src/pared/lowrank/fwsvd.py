@@ -7,7 +7,8 @@ are columns.
 
 import torch
 
-from pared.lowrank.decomposition import Decomposition, from_input_scale
+from pared.lowrank import svd
+from pared.lowrank.decomposition import Decomposition, at_no_cost, from_input_scale
 
 LEAST = 1e-12  # smallest importance, relative to the mean: a feature without gradient still has a place
 
@@ -26,7 +27,7 @@ def decompose(W_ON: torch.Tensor, fisher_N: torch.Tensor, power: float = 0.5) ->
     fisher_N = fisher_N.double()
     if not bool(fisher_N.isfinite().all()) or bool((fisher_N < 0).any()):
         raise ValueError("the Fisher information is negative or not finite")
+    if not bool(fisher_N.any()):  # every feature counts the same
+        return at_no_cost(svd.decompose(W_ON), "no gradient of the loss reaches it")
     importance_N = fisher_N.clamp(min=float(fisher_N.mean()) * LEAST)
-    if not bool(importance_N.any()):  # no gradient at all: every feature counts the same
-        importance_N = torch.ones_like(importance_N)
     return from_input_scale(W_ON.double(), importance_N**power)

@@ -7,9 +7,12 @@ weight of rank k is ``W' = L⁻ᵀ U_k U_kᵀ Lᵀ W``, and it costs ``½ Σ_{j>
 model, so that one global budget decides all ranks. ``B = I`` is SVD-LLM, ``A = B = I`` the plain SVD.
 """
 
+from collections.abc import Sequence
+
 import torch
 
-from pared.lowrank.decomposition import Decomposition, from_output_gram, from_root, weigh_outputs
+from pared.lowrank.decomposition import Decomposition, at_no_cost, from_output_gram, from_root, weigh_outputs
+from pared.lowrank.sharing import block_diagonal
 
 DAMPING = 1e-4  # of the mean diagonal, on both sides
 
@@ -19,14 +22,49 @@ def decompose(W_ON: torch.Tensor, gram_NN: torch.Tensor, gradient: torch.Tensor)
 
     Args:
         W_ON: the weight ``(out, in)``, any floating dtype; computed in float64.
-        gram_NN: ``A``, the input Gram per token ``(in, in)``.
+        gram_NN: ``A``, the input Gram per token ``(in, in)``. If it is zero, inputs are not weighted and nothing costs.
         gradient: ``B`` per token: the full Gram of the output gradients ``(out, out)``, its diagonal ``(out,)``, or one
-            number, the mean of the diagonal, which leaves the factors at SVD-LLM's and makes the losses comparable.
+            number, the mean of the diagonal, which leaves the factors at SVD-LLM's and makes the losses comparable. If
+            it is zero, outputs are not weighted and nothing costs.
 
     Raises:
-        ValueError: a statistic is not finite, negative, or all zero.
+        ValueError: a statistic is not finite, or negative.
     """
-    return decompose_weighted(W_ON, gram_NN, root(gradient, W_ON.shape[0]))
+    return decompose_group([W_ON], gram_NN, [gradient])
+
+
+def decompose_group(
+    W_ON: Sequence[torch.Tensor], gram_NN: torch.Tensor, gradients: Sequence[torch.Tensor]
+) -> Decomposition:
+    """Decompose weights that get one basis, stacked, by what the loss feels.
+
+    A member that no gradient reaches is weighted by next to nothing, 1e-4 of what the others are on average.
+
+    Args:
+        W_ON: the weights ``(out, in)``.
+        gram_NN: ``A``, as for :func:`decompose`, of the inputs of all.
+        gradients: ``B`` of each, as for :func:`decompose`.
+
+    Raises:
+        ValueError: as :func:`decompose`.
+    """
+    energies = [_mean_energy(gradient) for gradient in gradients]
+    felt = [energy for energy in energies if energy]
+    stand_in = DAMPING * sum(felt) / len(felt) if felt else 1.0
+    roots = [
+        root(gradient if energy else gradient.new_full((), stand_in), len(weight))
+        for gradient, energy, weight in zip(gradients, energies, W_ON, strict=True)
+    ]
+    if any(one.ndim == 2 for one in roots):
+        roots = [one if one.ndim == 2 else one.diag() for one in roots]
+    weight_ON = torch.cat(list(W_ON)).double()
+    L_OO = torch.cat(roots) if roots[0].ndim == 1 else _block_diagonal(roots)
+    read = bool(gram_NN.any())
+    seen_NN = gram_NN if read else torch.eye(len(gram_NN), dtype=gram_NN.dtype, device=gram_NN.device)
+    found = decompose_weighted(weight_ON, seen_NN, L_OO)
+    if read and felt:
+        return found
+    return at_no_cost(found, "no gradient of the loss reaches it" if read else "nothing but zeros reach it on the text")
 
 
 def decompose_weighted(W_ON: torch.Tensor, gram_NN: torch.Tensor, L_OO: torch.Tensor) -> Decomposition:
@@ -50,6 +88,15 @@ def root(gradient: torch.Tensor, out_features: int) -> torch.Tensor:
     energy_O = gradient.expand(out_features)
     mean = _mean(energy_O, "output gradient energy")
     return (energy_O + DAMPING * mean).sqrt()
+
+
+def _mean_energy(gradient: torch.Tensor) -> float:
+    """Return the mean energy of gradients, 0 only if all are zero; what is not finite or negative is for the root."""
+    return float((gradient.diagonal() if gradient.ndim == 2 else gradient).mean())
+
+
+def _block_diagonal(blocks: Sequence[torch.Tensor]) -> torch.Tensor:
+    return blocks[0] if len(blocks) == 1 else block_diagonal(blocks)
 
 
 def _damped(gram_NN: torch.Tensor, what: str) -> torch.Tensor:

@@ -40,12 +40,7 @@ def both_sides_group(
 ) -> Decomposition:
     """Weight inputs and outputs of several weights that share a basis."""
     weightings = [_weighting(weight, own, options) for weight, own in zip(W_ON, statistics, strict=True)]
-    roots = [loss_optimal.root(B, len(weight)) for B, weight in zip(weightings, W_ON, strict=True)]
-    return loss_optimal.decompose_weighted(
-        sharing.stacked(W_ON),
-        sharing.pooled(statistics, "mean_gram"),
-        torch.cat(roots) if roots[0].ndim == 1 else sharing.block_diagonal(roots),
-    )
+    return loss_optimal.decompose_group(W_ON, sharing.pooled(statistics, "mean_gram"), weightings)
 
 
 def whitened_group(

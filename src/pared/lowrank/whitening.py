@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 
 from pared.lowrank import svd
-from pared.lowrank.decomposition import Decomposition, from_output_gram, from_root
+from pared.lowrank.decomposition import Decomposition, at_no_cost, from_output_gram, from_root
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,8 @@ def cholesky_factor(gram_NN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, 
 def _unseen(W_ON: torch.Tensor) -> Decomposition:
     """Decompose a weight whose data says nothing (dead inputs, a zero weight): by the weight alone."""
     log.info("a Gram of %d x %d weights is zero: plain SVD", *W_ON.shape)
-    return replace(svd.decompose(W_ON), damping=1.0)
+    why = "its weight is zero" if not bool(W_ON.any()) else "nothing but zeros reach it or leave it on the text"
+    return replace(at_no_cost(svd.decompose(W_ON), why), damping=1.0)
 
 
 def _cholesky(gram_NN: torch.Tensor) -> torch.Tensor | None:

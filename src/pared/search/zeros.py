@@ -61,7 +61,7 @@ class Ordered:
             pruner: one of ``PRUNERS``.
         """
         W_ON = W_ON.detach()
-        scores_ON = W_ON.double().abs() if pruner == "magnitude" else wanda.scores(W_ON, energy_N)
+        scores_ON = W_ON.double().abs() if pruner == "magnitude" else wanda.ordering(W_ON, energy_N)
         scores_XG = scores_ON.reshape(1, -1) if pruner == "magnitude" else scores_ON
         rivals = scores_XG.shape[1]
         kind = torch.int16 if rivals < 2**15 else torch.int32

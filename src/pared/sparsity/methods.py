@@ -28,6 +28,7 @@ class PruningMethod:
         rule: from a weight ``(out, in)``, a pattern, those statistics by name and the options to a pruned weight.
         options: names and default values; a recipe may set others of the same type.
         allocation: how zeros are spread over the model unless a recipe says otherwise.
+        blind: what decides where nothing but zeros reach a weight, so that its statistics say nothing.
     """
 
     name: str
@@ -37,6 +38,12 @@ class PruningMethod:
     rule: Rule
     options: Mapping[str, bool | int | float | str] = field(default_factory=dict)
     allocation: str = "uniform"
+    blind: str = ""
+
+    def fallback(self, statistics: Statistics) -> str:
+        """Return the rule that decides where all statistics are zero, for the record; empty where they decide."""
+        said = not statistics or any(bool(value.any()) for value in statistics.values())
+        return "" if said else f"nothing but zeros reach it on the text: {self.blind}"
 
     def check(self, options: Mapping[str, object]) -> None:
         """Refuse values that an option does not have.
@@ -104,6 +111,7 @@ METHODS = {
             needs=energy,
             rule=deferred("pared.sparsity.rules:by_wanda"),
             options={"variant": False},
+            blind="pruned by magnitude, within every output",
         ),
         PruningMethod(
             name="sparsegpt",
@@ -112,6 +120,7 @@ METHODS = {
             needs=gram,
             rule=deferred("pared.sparsity.rules:by_sparsegpt"),
             options={"block": 128, "damping": 0.01},
+            blind="pruned by magnitude, within every block of inputs",
         ),
     )
 }

@@ -9,13 +9,16 @@ from pared.sparsity import masks
 from pared.sparsity.masks import Pruned
 from pared.sparsity.pattern import NM, Pattern
 
+BELOW = 2.0**-500  # of the least living norm: below whatever float32 weights differ by, and far from underflow
+
 
 def prune(W_ON: torch.Tensor, energy_N: torch.Tensor, pattern: Pattern, variant: bool = False) -> Pruned:
     """Prune a weight by ``|W_ij| · √energy_j``, compared within every output, or within a group of N:M.
 
     Args:
         W_ON: the weight ``(out, in)``, any floating dtype; what is kept stays bit for bit.
-        energy_N: ``Σ x²`` of every input feature over tokens ``(in,)``, any scale.
+        energy_N: ``Σ x²`` of every input feature over tokens ``(in,)``, any scale. Weights of inputs that were always
+            zero are compared by size, and go before all others.
         pattern: which zeros.
         variant: every output gives up the same share of its scores rather than as many weights.
 
@@ -23,13 +26,32 @@ def prune(W_ON: torch.Tensor, energy_N: torch.Tensor, pattern: Pattern, variant:
         ValueError: the weight or the energy is not finite, the energy is negative or of another width, the inputs do
             not fit the pattern, or the variant is asked for N:M.
     """
-    scores_ON = scores(W_ON, energy_N)
+    scores_ON = ordering(W_ON, energy_N)
     if not isinstance(pattern, NM):
         chosen = masks.by_share if variant else masks.per_row
         return masks.apply(W_ON, chosen(scores_ON, pattern))
     if variant:
         raise ValueError(f"pattern {pattern}: the variant chooses how many weights an output keeps, which N:M fixes")
     return masks.apply(W_ON, masks.per_group(scores_ON, pattern))
+
+
+def ordering(W_ON: torch.Tensor, energy_N: torch.Tensor) -> torch.Tensor:
+    """Return scores ``(out, in)``, float64, that tell weights of dead inputs apart too.
+
+    Those go before all others, the smallest first, rather than the first of them; if all inputs are dead, that is
+    pruning by magnitude.
+
+    Raises:
+        ValueError: as :func:`scores`.
+    """
+    scores_ON = scores(W_ON, energy_N)
+    dead_N = energy_N == 0
+    if not bool(dead_N.any()):
+        return scores_ON
+    if bool(dead_N.all()):
+        return W_ON.double().abs()
+    least = energy_N.double()[~dead_N].min().sqrt()
+    return torch.where(dead_N, W_ON.double().abs() * (BELOW * least), scores_ON)
 
 
 def scores(W_ON: torch.Tensor, energy_N: torch.Tensor) -> torch.Tensor:

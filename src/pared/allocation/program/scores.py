@@ -14,6 +14,7 @@ from pared.errors import ParedError
 BITS = 6  # of a float32's mantissa that tell bins apart
 DROPPED = 23 - BITS
 BINS = 0x7F800000 >> DROPPED  # up to infinity, which is refused
+HIGHEST = torch.finfo(torch.float32).max  # one outlier beyond it is as high as any
 CHUNK = 2**20  # scores taken in at a time
 
 
@@ -100,7 +101,8 @@ class Moments:
 class ScoreHistogram:
     """Non-negative scores in a quarter of a megabyte, however many there are.
 
-    Covers float32 from its subnormals, where 64 bins share all below 1.2e-38, to 3.4e38; zeros are counted apart.
+    Covers float32 from its subnormals, where 64 bins share all below 1.2e-38, to 3.4e38, which also stands for what is
+    larger; zeros are counted apart.
 
     Counts, the sum and the mean are exact. Everything else is off by what is lost inside a bin, measured against the
     vector of 200,000 log-normal (σ = 2 and 0.5), half-normal and Pareto (exponent 1.5) scores, three seeds each: a
@@ -123,7 +125,7 @@ class ScoreHistogram:
         """Take in scores of any shape and floating dtype.
 
         Raises:
-            ParedError: one is negative, not finite, or beyond float32; nothing of its chunk is taken in.
+            ParedError: one is negative or not finite; nothing of its chunk is taken in.
         """
         flat_N = scores.detach().reshape(-1)
         for start in range(0, len(flat_N), CHUNK):
@@ -155,8 +157,10 @@ class ScoreHistogram:
         if not len(x_N):
             return
         least, most = float(x_N.min()), float(x_N.max())
-        if not (least >= 0 and most <= torch.finfo(torch.float32).max):  # false for NaN too
-            raise ParedError(f"scores from {least:g} to {most:g}; expected numbers from 0 to 3.4e38, all finite")
+        if not (least >= 0 and most < math.inf):  # false for NaN too
+            raise ParedError(f"scores from {least:g} to {most:g}; expected numbers from 0 on, all finite")
+        most = min(most, HIGHEST)
+        x_N = x_N.clamp(max=HIGHEST)
         positive_N = x_N[x_N > 0]
         bins_N = positive_N.float().view(torch.int32) >> DROPPED
         self._counts_K += torch.bincount(bins_N, minlength=BINS)
