@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pared.errors import ParedError
+from pared.files import cache_folder
 from pared.locking import locked_folder
 
 log = logging.getLogger(__name__)
@@ -52,15 +54,10 @@ def scratch(beside: Path | None) -> Iterator[Path]:
     """Give a temporary folder for large files, gone at the end; what killed processes left there goes first.
 
     Args:
-        beside: the output it is for; without one it lies in the user's cache folder.
+        beside: the output it is for; without one, or where nothing can be written beside it, the folder lies in the
+            user's cache folder, or where that cannot be written either, in the system's folder of temporary files.
     """
-    from pared.files import cache_folder
-
-    if beside is None:
-        beside = cache_folder() / SCRATCH / "work"
-        beside.parent.mkdir(parents=True, exist_ok=True)
-    whole = beside.expanduser().absolute()
-    place = next(folder for folder in whole.parents if folder.is_dir()) / whole.name
+    place = _scratch_place(beside)
     for path in _left(place, SCRATCH):
         remove(path, "temporary files of a killed run")
     with held(place, SCRATCH) as folder:
@@ -68,6 +65,24 @@ def scratch(beside: Path | None) -> Iterator[Path]:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _scratch_place(beside: Path | None) -> Path:
+    """Return what temporary folders are named after, in a folder that can be written to."""
+    if beside is not None:
+        whole = beside.expanduser().absolute()
+        place = next(folder for folder in whole.parents if folder.is_dir())
+        if os.access(place, os.W_OK):
+            return place / whole.name
+    for place in (
+        cache_folder() / SCRATCH,
+        Path(tempfile.gettempdir()) / f"pared-{SCRATCH}-{getattr(os, 'getuid', int)()}",
+    ):
+        with contextlib.suppress(OSError):
+            place.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if os.access(place, os.W_OK):
+                return place / "work"
+    raise ParedError("no folder for temporary files can be written to; set PARED_CACHE to one that can")
 
 
 def remove(path: Path, what: str | None = None) -> None:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version as pared_version
+from pathlib import Path
 from typing import cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -211,7 +212,10 @@ class _Compression:
     def solver(self, plan: Plan | None, keep_dense: bool = False) -> Solver:
         """Return a solver of this method and budget."""
         tokens = self.passes.tokens
-        return Solver(self.model, self.method, self.options, self.budget, plan, keep_dense, self.dense_path, tokens)
+        beside = None if self.recipe.out is None else Path(self.recipe.out)
+        return Solver(
+            self.model, self.method, self.options, self.budget, plan, keep_dense, self.dense_path, tokens, beside
+        )
 
     @property
     def calibrated(self) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -45,6 +46,7 @@ class Solver:
         keep_dense: bool = False,
         dense_path: float = 0.0,
         tokens: int = 0,
+        beside: Path | None = None,
     ) -> None:
         """Start.
 
@@ -57,13 +59,14 @@ class Solver:
             keep_dense: keep the dense weights too, for a refit.
             dense_path: share of what the dense model puts out in what is decomposed, where statistics tell of both.
             tokens: of the text, which costs are averaged over; those that reach a site where they are not known.
+            beside: the output that temporary files lie beside.
         """
         self._model, self._method, self._options, self._budget = model, method, options, budget
         self._keep_dense, self._dense_path, self._tokens = keep_dense, dense_path, tokens
         self._targets: dict[str, torch.Tensor] = {}
         self._planned = None if plan is None else _planned(plan)
         self._stack = ExitStack()
-        self._store = self._stack.enter_context(DecompositionStore())
+        self._store = self._stack.enter_context(DecompositionStore(beside))
         self.units: list[Unit] = []
         self.comparisons: list[Comparison] = []
         self.damping: dict[str, float] = {}

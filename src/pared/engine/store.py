@@ -1,12 +1,13 @@
 """Decompositions on disk, until the plan is known: memory stays that of one site."""
 
-import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from pared.leftovers import scratch
 from pared.lowrank import Decomposition
 
 
@@ -15,14 +16,18 @@ class DecompositionStore:
 
     Directions are kept in float32, which is what weights are stored in at best; what makes them of the weight in
     float64, as it may divide by little. The weight itself is not kept, as it is still in the model. A context manager:
-    the folder is gone at its end.
+    the folder is gone at its end, and what a killed process left of one goes when the next is made.
+
+    Args:
+        beside: the output that the folder lies beside; without one it lies in the user's cache folder.
 
     Attributes:
         spectra: for every site, what leaving out each direction costs, float64.
     """
 
-    def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="pared-decompositions-")
+    def __init__(self, beside: Path | None = None) -> None:
+        self._stack = ExitStack()
+        self._folder = self._stack.enter_context(scratch(beside))
         self._numbers: dict[str, int] = {}
         self._damping: dict[str, float] = {}
         self.spectra: dict[str, torch.Tensor] = {}
@@ -31,7 +36,7 @@ class DecompositionStore:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._folder.cleanup()
+        self._stack.close()
 
     def put(self, name: str, found: Decomposition, weight: torch.Tensor | None = None) -> None:
         """Keep the decomposition of a unit, and its dense weight if one is given."""
@@ -66,4 +71,4 @@ class DecompositionStore:
             return tensors.get_tensor("weight")
 
     def _file(self, name: str) -> Path:
-        return Path(self._folder.name) / f"{self._numbers[name]}.safetensors"
+        return self._folder / f"{self._numbers[name]}.safetensors"

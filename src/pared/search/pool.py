@@ -2,10 +2,9 @@
 
 import multiprocessing
 import signal
-import tempfile
 from collections import Counter, deque
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from pared.errors import ParedError
+from pared.leftovers import scratch
 from pared.search.evolution import Candidate, Measured
 
 LIVES = 3  # workers that a candidate may cost before it is given up
@@ -111,8 +111,8 @@ class Processes:
             workers: how many.
         """
         self._threads = max(1, torch.get_num_threads() // workers)
-        self._folder = tempfile.TemporaryDirectory(prefix="pared-search-")
-        self._file = Path(self._folder.name) / "measures.pt"
+        self._stack = ExitStack()
+        self._file = self._stack.enter_context(scratch(None)) / "measures.pt"
         torch.save(measures, self._file)
         self._queue = Queue()
         self._workers = [_Worker(self._file, self._threads) for _ in range(workers)]
@@ -123,7 +123,7 @@ class Processes:
     def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
         for worker in self._workers:
             worker.stop()
-        self._folder.cleanup()
+        self._stack.close()
 
     @property
     def pids(self) -> list[int]:
