@@ -215,6 +215,15 @@ class Sizes(Strict):
     bytes_on_disk: int
 
 
+# Why sites of a kind can have more than their share of a budget.
+ROUNDED: dict[type, str] = {
+    Sparse: "every row keeps a whole number of weights",
+    NM: "every group keeps a whole number of weights",
+    LowRank: "a rank is a whole number, and at least 1",
+    Shared: "a rank is a whole number, and at least 1",
+}
+
+
 class Plan(Strict):
     """Every site's decision, what is not covered, and the sizes before and after.
 
@@ -258,10 +267,25 @@ class Plan(Strict):
 
     @property
     def shortfall(self) -> int:
-        """Parameters above the budget because sites had to stay dense; 0 when the budget is met."""
+        """Parameters above the budget, by sites that had to stay dense or by rounding; 0 when the budget is met."""
         # 0.29 of 100 parameters are 28.999999999999996 in binary: that budget is 29.
         budget = math.floor(self.keep * self.before.covered_parameters * (1 + 1e-12))
         return max(0, self.after.covered_parameters - budget)
+
+    @property
+    def missed(self) -> str | None:
+        """By how much the budget is missed and why, in words; None when it is met."""
+        if not self.shortfall:
+            return None
+        dense = [site for site in self.sites if isinstance(site.decision, Dense)]
+        beyond = sum(site.before for site in dense) * (1 - self.keep)  # what the dense ones have more than their share
+        why = [f"{len(dense)} sites stay dense, the first is {dense[0].name}"] if dense else []
+        if self.shortfall > beyond:
+            kinds = {type(site.decision) for site in self.sites}
+            why += [told for kind, told in ROUNDED.items() if kind in kinds]
+        share = self.shortfall / self.before.covered_parameters
+        return (f"the budget is missed by {self.shortfall:,} parameters, {share:.2%} of those covered"
+                f"{': ' + ', and '.join(why) if why else ''}")  # fmt: skip
 
     def _sizes(self, covered: int, removed: int) -> Sizes:
         whole = self.model_parameters - removed

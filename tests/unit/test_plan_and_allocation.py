@@ -2,6 +2,7 @@
 
 import random
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
@@ -9,7 +10,7 @@ from pared.allocation import Budget, Evidence, Unit, make_plan
 from pared.allocation.uniform import uniform
 from pared.anatomy.structure import Anatomy, Site
 from pared.errors import ParedError
-from pared.plan import Dense, LowRank, Plan, SitePlan, Uncovered
+from pared.plan import NM, Dense, LowRank, Plan, SitePlan, Sparse, Uncovered
 
 
 def site(name: str, out_features: int, in_features: int, idle: bool = False) -> Site:
@@ -196,3 +197,29 @@ def test_unknown_allocation_suggests_the_nearest():
 def test_a_rank_above_what_the_weight_has_is_refused():
     with pytest.raises(ParedError, match="rank 5, but a 4 x 9 weight has at most 4"):
         SitePlan(name="q", kind="q", block=0, out_features=4, in_features=9, decision=LowRank(rank=5))
+
+
+@pytest.mark.parametrize(
+    ("decisions", "keep", "told"),
+    [
+        ([Sparse(sparsity=0.5), Sparse(sparsity=0.5)], 0.5, "every row keeps a whole number of weights"),
+        ([Dense(reason="never ran"), Sparse(sparsity=0.5)], 0.5, "1 sites stay dense, the first is a"),
+        ([Dense(reason="no gain"), LowRank(rank=1)], 0.1, "1 sites stay dense"),
+        ([LowRank(rank=1), LowRank(rank=1)], 0.01, "a rank is a whole number, and at least 1"),
+        ([NM(kept=3, group=7), NM(kept=3, group=7)], 0.4, "every group keeps a whole number of weights"),
+        ([LowRank(rank=1), LowRank(rank=1)], 0.9, None),
+    ],
+)
+def test_a_missed_budget_tells_why_and_rounding_is_not_taken_for_dense_sites(
+    decisions: list[Any], keep: float, told: str | None
+):
+    sites = [SitePlan(name=name, kind="q", block=0, out_features=8, in_features=7, decision=decision)
+             for name, decision in zip("ab", decisions, strict=True)]  # fmt: skip
+    plan = Plan(keep=keep, sites=tuple(sites), model_parameters=500, bytes_per_parameter=4)
+    if told is None:
+        assert (plan.missed, plan.shortfall) == (None, 0)
+        return
+    assert plan.missed is not None
+    assert plan.missed.startswith(f"the budget is missed by {plan.shortfall:,} parameters, ")
+    assert told in plan.missed
+    assert ("stay dense" in plan.missed) == any(isinstance(one, Dense) for one in decisions)

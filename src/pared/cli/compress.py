@@ -111,8 +111,8 @@ def print_manifest(manifest: "Manifest", folder: str) -> None:
     out.print(f"seconds by stage: {seconds}", markup=False)
     if manifest.preset and (changed := told(manifest.preset)):
         out.print(changed, markup=False)
-    if manifest.plan.shortfall:
-        out.print(f"the budget is missed by {manifest.plan.shortfall:,} parameters", markup=False)
+    if manifest.plan.missed:
+        out.print(manifest.plan.missed, markup=False)
     if manifest.damping:
         tokens = (manifest.calibration or {}).get("windows", 0) * (manifest.calibration or {}).get("length", 0)
         out.print(

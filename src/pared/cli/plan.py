@@ -58,6 +58,6 @@ def plan(
         print_rows(f"{asked.model}  {asked.method}  {asked.budget}", rows)
         if decided_from_data(asked):
             out.print(f"allocation {allocation_of(asked)} looks at the model or data; this is uniform", markup=False)
-        if decided.shortfall:
-            out.print(f"the budget is missed by {decided.shortfall:,} parameters", markup=False)
+        if decided.missed:
+            out.print(decided.missed, markup=False)
         write_json(json_file, decided.model_dump(mode="json"))

@@ -46,8 +46,8 @@ def remarks(plan: Plan, fallbacks: Mapping[str, str]) -> Iterator[str]:
     dense = [site for site in plan.sites if isinstance(site.decision, Dense)]
     if dense and plan.keep < 1:
         yield f"{len(dense)} sites stay dense, the first is {dense[0].name}"
-    if plan.shortfall:
-        yield f"the budget is missed by {plan.shortfall:,} parameters: too many sites must stay dense"
+    if plan.missed:
+        yield plan.missed
     if fallbacks:
         name, rule = next(iter(fallbacks.items()))
         yield f"{len(fallbacks)} fallbacks, all in the manifest; the first is {name}: {rule}"

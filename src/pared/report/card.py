@@ -166,8 +166,8 @@ def _measured_on(manifest: Manifest) -> str:
     if manifest.converted:
         lines.append(f"Stored anew as {manifest.converted} by `pared convert`, up to rounding the same weights; what "
                      "was measured was measured before.")  # fmt: skip
-    if manifest.plan.shortfall:
-        lines.append(f"The budget was missed by {manifest.plan.shortfall:,} parameters.")
+    if missed := manifest.plan.missed:
+        lines.append(f"{missed[0].upper()}{missed[1:]}.")
     if manifest.plan.uncovered:
         lines.append(
             f"Not covered: {len(manifest.plan.uncovered)} weights inside the blocks "
