@@ -49,10 +49,49 @@ def architecture(config: "PretrainedConfig", name: str, location: str) -> Any:
         own |= bool(refs)
     if own:
         refuse_code(name, ValueError("trust_remote_code"))
+    if not listed:
+        raise ParedError(
+            f"model {name!r}: config.json names no architectures, and a {config.model_type!r} can be one of several: "
+            'add the one that was saved, such as "architectures": ["BertForMaskedLM"]'
+        )
     raise ParedError(
         f"model {name!r}: config.json names architectures {str(listed)[:200]}, none of which transformers "
         f"{transformers.__version__} has; update transformers, or register the class with its Auto class if it is yours"
     )
+
+
+def name_architectures(config: "PretrainedConfig", name: str) -> None:
+    """Let a configuration that names no class name the one it can only be: of a decoder its language model.
+
+    Args:
+        config: of the model; changed.
+        name: of the model, for messages.
+
+    Raises:
+        ParedError: it names something else than classes.
+    """
+    from transformers.models.auto import modeling_auto
+
+    listed = getattr(config, "architectures", None)
+    if isinstance(listed, str):
+        listed = config.architectures = [listed]
+    if listed:
+        if not isinstance(listed, (list, tuple)) or not all(isinstance(one, str) for one in listed):
+            raise ParedError(f"model {name!r}: config.json has architectures {str(listed)[:100]}; expected a list "
+                             "with the name of a class")  # fmt: skip
+        return
+    if getattr(config, "auto_map", None):
+        return
+    kind, encoder_decoder = str(config.model_type), getattr(config, "is_encoder_decoder", False)
+    if encoder_decoder:
+        found = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.get(kind)
+    elif kind in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        found = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[kind]
+    elif kind in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        found = None  # an encoder: with which head, the configuration does not say
+    else:
+        found = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
+    config.architectures = [found] if isinstance(found, str) else []
 
 
 def refuse_code(name: str, error: Exception) -> None:

@@ -16,7 +16,7 @@ from pared.digests import folder_digest
 from pared.errors import DamagedError, ParedError
 from pared.hardware import dtype_of
 from pared.names import did_you_mean
-from pared.sources.architecture import architecture, first_line, note_causal, raised_in, refuse_code
+from pared.sources.architecture import architecture, first_line, name_architectures, note_causal, raised_in, refuse_code
 from pared.sources.gguf import converted
 from pared.sources.trust import trusted
 
@@ -96,6 +96,7 @@ class ModelSource:
         except Exception as error:  # huggingface_hub and transformers raise many kinds
             refuse_code(self.name, error)
             raise ParedError(f"model {self.name!r}: no readable config.json ({first_line(error)})") from None
+        name_architectures(config, self.name)
         note_causal(config)
         return config
 
