@@ -214,8 +214,9 @@ def _outputs(model: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
     if max(tokens) >= model.get_input_embeddings().weight.shape[0]:
         raise ParedError("the fingerprint in pared.json has tokens this model does not know; it is of another model")
     ids = torch.tensor([tokens], device=model.get_input_embeddings().weight.device)
+    beside = {"decoder_input_ids": ids} if getattr(model.config, "is_encoder_decoder", False) else {}
     was_training = model.training
-    output = model.eval()(input_ids=ids)
+    output = model.eval()(input_ids=ids, **beside)
     model.train(was_training)
     first = output[0]
     return (first[0, -1] if first.ndim == 3 else first[0]).float().cpu()

@@ -5,6 +5,7 @@ from rich.table import Table
 from pared.cli import options
 from pared.cli.console import JsonFile, errors, out, print_rows, quiet_libraries, write_json
 from pared.engine import allocation_of, decided_from_data, plan_of
+from pared.engine.asked import anatomy_of
 from pared.engine.early import require_model, require_possible, require_suited
 from pared.plan import Dense
 from pared.report.table import sizes
@@ -42,7 +43,10 @@ def plan(
         require_possible(asked)
         source = require_model(asked)
         require_suited(source.config(), asked, source.name)
-        decided = plan_of(source.skeleton(), asked, source.weight_bytes(asked.dtype))
+        from pared.engine.compressed import stacks
+
+        skeleton = source.skeleton()
+        decided = plan_of(skeleton, asked, source.weight_bytes(asked.dtype))
         table = Table(header_style="bold")
         for column, justify in (("site", "left"), ("out x in", "right"), ("decision", "left"), ("parameters", "right")):
             table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
@@ -54,6 +58,8 @@ def plan(
             shape = " x ".join(map(str, weight.shape))
             table.add_row(weight.name, shape, f"not covered: {weight.reason}", f"{weight.parameters:,}", style="dim")
         out.print(table)
+        for line in stacks(anatomy_of(skeleton, asked)):
+            out.print(line, markup=False)
         rows = sizes(decided, decided.before.bytes_on_disk, decided.after.bytes_on_disk)
         print_rows(f"{asked.model}  {asked.method}  {asked.budget}", rows)
         if decided_from_data(asked):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
 
+from pared.anatomy import Anatomy
 from pared.engine.groups import Comparison
 from pared.plan import Dense, Plan
 from pared.recipe import Recipe
@@ -33,6 +34,15 @@ class Compressed:
     fallbacks: dict[str, str] = field(default_factory=dict)
     calibration: dict[str, object] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+
+
+def stacks(anatomy: Anatomy) -> Iterator[str]:
+    """Say which list of blocks is compressed, and how to name another, where a model has several."""
+    if anatomy.other_stacks:
+        others = ", ".join(anatomy.other_stacks)
+        yield (
+            f"compressed are the blocks of {anatomy.blocks_path}; left alone are {others}: --blocks NAME takes another"
+        )
 
 
 def remarks(plan: Plan, fallbacks: Mapping[str, str]) -> Iterator[str]:

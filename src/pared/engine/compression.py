@@ -34,7 +34,7 @@ from pared.engine.asked import (
     tries,
 )
 from pared.engine.checks import require_finite_weights
-from pared.engine.compressed import Compressed, remarks
+from pared.engine.compressed import Compressed, remarks, stacks
 from pared.engine.early import require_possible, require_suited
 from pared.engine.groups import candidate_units, told
 from pared.engine.passes import Passes
@@ -185,7 +185,7 @@ class _Compression:
                 stage(self.model, solver, plan, walked, self.dense_path)
             result.damping, result.sharing = solver.damping, tuple(solver.comparisons)
             result.fallbacks |= solver.fallbacks
-        for line in (*told(result.sharing), *remarks(result.plan, result.fallbacks)):
+        for line in (*told(result.sharing), *stacks(anatomy), *remarks(result.plan, result.fallbacks)):
             self.progress.note(line)
         result.seconds = self.watch.seconds
         return result

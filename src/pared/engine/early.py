@@ -17,6 +17,7 @@ from pared.engine.asked import (
     options_of,
     pattern_of,
     rank_options_of,
+    refit_of,
     tries,
 )
 from pared.errors import ParedError
@@ -79,8 +80,14 @@ def require_suited(config: object, recipe: Recipe, name: str) -> None:
     """
     require_dense(config, name)
     if calibrates(recipe) or tries(recipe):
-        require_one_stack(config, name, f"method {recipe.method}" if method_of(recipe).calibrated
-                          else f"allocation {allocation_of(recipe)}")  # fmt: skip
+        require_one_stack(config, name, _what_calibrates(recipe))
+
+
+def _what_calibrates(recipe: Recipe) -> str:
+    if method_of(recipe).calibrated:
+        return f"method {recipe.method}"
+    refits = not is_pruning(recipe) and refit_of(recipe) != "off"
+    return f"refit {refit_of(recipe)}" if refits else f"allocation {allocation_of(recipe)}"
 
 
 def require_job(recipe: Recipe, overwrite: bool) -> tuple[ModelSource, Path]:

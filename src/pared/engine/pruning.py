@@ -15,7 +15,7 @@ from pared.anatomy.probe import BlockCall
 from pared.calibration import Collected, WalkedBlock, per_token, share_felt
 from pared.engine.asked import anatomy_of, calibrates, layer_allocation_of, options_of, pruner_of
 from pared.engine.checks import require_finite_weights
-from pared.engine.compressed import Compressed, remarks
+from pared.engine.compressed import Compressed, remarks, stacks
 from pared.engine.passes import Passes
 from pared.engine.progress import Progress, Silent, Stopwatch
 from pared.engine.zeros import plan_zeros, target_of
@@ -114,7 +114,7 @@ class _Pruning:
                 for site in [site for site in plan.sites if site.block == walked.index]:
                     decided[site.name] = self.solve(site, walked.statistics.get(site.name, {}), result.fallbacks)
         result.plan = plan.model_copy(update={"sites": tuple(decided[site.name] for site in plan.sites)})
-        for line in (*self.told(result.plan), *remarks(result.plan, result.fallbacks)):
+        for line in (*self.told(result.plan), *stacks(anatomy), *remarks(result.plan, result.fallbacks)):
             self.progress.note(line)
         result.seconds = self.watch.seconds
         return result

@@ -263,7 +263,7 @@ def require_one_stack(config: object, name: str, method: str) -> None:
     if _field(config, "is_encoder_decoder") is True:
         raise ParedError(
             f"model {name!r} is an encoder-decoder, whose decoder reads two texts; {method} calibrates on one. "
-            "Take a method that needs no data: --method svd, or --method magnitude --sparsity 0.5"
+            "Take what needs no data: --method svd, or --method magnitude --sparsity 0.5, with allocation uniform"
         )
 
 
