@@ -18,7 +18,7 @@ BY_SPECTRUM = sorted(name for name, allocator in ALLOCATORS.items() if allocator
 
 
 def site(name: str, out_features: int, in_features: int, kind: str = "fc", block: int = 0, idle: bool = False) -> Site:
-    return Site(name, block, kind, out_features, in_features, False, name, idle)
+    return Site(name, block, "", out_features, in_features, False, name, idle, owner=kind)
 
 
 def spectrum(size: int, decay: float, scale: float = 10.0) -> torch.Tensor:
@@ -134,9 +134,10 @@ def test_effective_rank_of_known_spectra():
 
 
 def test_d_rank_moves_parameters_from_q_and_k_to_v():
-    sites = [site(k, 64, 64, k) for k in ("q", "k", "v", "o")]
+    read = [("a.q", "a.q"), ("a.k", "a.q"), ("a.v", "a.q"), ("a.o", "a.o")]
+    sites = [Site(name, 0, "", 64, 64, False, reads, position=turn) for turn, (name, reads) in enumerate(read)]
     spectra = {s.name: spectrum(64, 0.05) for s in sites}
-    ranks = {s.name: s.decision.rank for s in plan(sites, "effective-rank", 0.4, spectra).sites
+    ranks = {s.name[2:]: s.decision.rank for s in plan(sites, "effective-rank", 0.4, spectra).sites
              if isinstance(s.decision, LowRank)}  # fmt: skip
     assert ranks["q"] == pytest.approx(0.7 * ranks["o"], abs=1)
     assert ranks["k"] == pytest.approx(0.7 * ranks["o"], abs=1)

@@ -13,7 +13,7 @@ import pared
 from pared import ParedError
 from pared.allocation import Budget, Evidence, Unit
 from pared.allocation.uniform import uniform
-from pared.anatomy import find_anatomy
+from pared.anatomy import find_anatomy, probe
 from pared.anatomy.structure import Anatomy, Site
 from pared.engine.groups import Comparison, candidate_units, compare
 from pared.lowrank import METHODS
@@ -215,9 +215,22 @@ ARCHITECTURES = {  # kind -> (out, in), and what the paper's table shares
 }  # fmt: skip
 
 
+# Which layers lie in one module, in the order they run; those on one line of it read one tensor.
+MODULES = {"attention": (("q", "k", "v"), ("o",)), "mlp": (("gate", "up", "fc1"), ("down", "fc2"))}
+
+
 def architecture(shapes: dict[str, tuple[int, int]], blocks: int) -> Anatomy:
-    sites = tuple(site(kind, block, kind, *shape) for block in range(blocks) for kind, shape in shapes.items())
-    return Anatomy("layers", sites, (), (), 10**10)
+    """Return what the probe pass would find; the names of the sites say nothing."""
+    sites = []
+    for block in range(blocks):
+        for module, groups in MODULES.items():
+            present = [[kind for kind in group if kind in shapes] for group in groups]
+            for position, kind in enumerate(kind for group in present for kind in group):
+                leader = next(group[0] for group in present if kind in group)
+                one = site(f"{module}.{kind}", block, kind, *shapes[kind])
+                reads = f"layers.{block}.{module}.{leader}"
+                sites.append(replace(one, reads=reads, owner=module, position=position))
+    return Anatomy("layers", tuple(sites), (), (), 10**10)
 
 
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
@@ -236,14 +249,14 @@ def test_the_papers_table_decides_what_is_shared(name: str):
 
 
 def test_gpt2_shares_what_the_table_says():
-    anatomy = find_anatomy(TINY_MODELS["gpt2"]())
+    anatomy = probe(model := TINY_MODELS["gpt2"](), find_anatomy(model))[0]
     pairs = {unit.name for unit in candidate_units(anatomy, 2, "paper") if len(unit.members) == 2}
     assert pairs == {f"transformer.h.0.{name}" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc")}
 
 
 def test_a_smaller_last_group_gets_its_own_rank_and_the_budget_holds():
-    anatomy = architecture({"q": (64, 64)}, 5)
-    units = candidate_units(anatomy, 2, "all")
+    anatomy = architecture({"q": (64, 64), "k": (64, 64)}, 5)
+    units = [unit for unit in candidate_units(anatomy, 2, "all") if unit.kind == "q"]
     assert [len(unit.members) for unit in units] == [2, 2, 1]
     decisions = uniform(units, Budget(0.5), Evidence())
     assert [decisions[unit.name].rank for unit in units] == [21, 21, 16]

@@ -20,7 +20,7 @@ from pared.plan import Decision, Dense, LowRank
 
 
 def unit(name: str, block: int = 0, kind: str = "q", out_features: int = 40, in_features: int = 40) -> Unit:
-    return Unit((Site(name, block, kind, out_features, in_features, False, name),))
+    return Unit((Site(name, block, kind, out_features, in_features, False, name, owner=kind),))
 
 
 UNITS = [unit(f"{kind}{block}", block, kind) for block in range(6) for kind in ("q", "o")]

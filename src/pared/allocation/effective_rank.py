@@ -43,19 +43,29 @@ def entropy_rank(singular_values_R: torch.Tensor) -> float:
 
 
 def _transfer(units: Sequence[Unit], ideal: dict[str, float]) -> None:
-    """Move parameters from q and k to v of the same block, in place; fused projections have nothing to move."""
-    blocks: dict[int, dict[str, Unit]] = {}
+    """Move parameters from q and k to v of the same block, in place; fused projections have nothing to move.
+
+    They are the three layers of one module that read one tensor, the last two of one shape, in the order they run.
+    """
+    together: dict[tuple[object, ...], list[Unit]] = {}
     for unit in units:
-        if unit.kind in ("q", "k", "v"):
-            blocks.setdefault(unit.block, {})[unit.kind] = unit
-    for by_kind in blocks.values():
-        if by_kind.keys() == {"q", "k", "v"}:
-            moved = 0.0
-            for kind in ("q", "k"):
-                unit = by_kind[kind]
-                moved += TRANSFER * ideal[unit.name] * _step(unit)
-                ideal[unit.name] *= 1 - TRANSFER
-            ideal[by_kind["v"].name] += moved / _step(by_kind["v"])
+        first = unit.members[0]
+        together.setdefault((unit.block, first.parent, first.reads), []).append(unit)
+    for group in together.values():
+        if len(group) != 3:
+            continue
+        q, k, v = sorted(group, key=lambda unit: unit.members[0].position)
+        if _rows(k) != _rows(v):
+            continue
+        moved = 0.0
+        for unit in (q, k):
+            moved += TRANSFER * ideal[unit.name] * _step(unit)
+            ideal[unit.name] *= 1 - TRANSFER
+        ideal[v.name] += moved / _step(v)
+
+
+def _rows(unit: Unit) -> int:
+    return unit.members[0].out_features
 
 
 def _step(unit: Unit) -> int:

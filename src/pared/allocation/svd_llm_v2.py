@@ -30,9 +30,9 @@ def svd_llm_v2(units: Sequence[Unit], budget: Budget, evidence: Evidence) -> dic
         ParedError: the budget does not buy one rank for every unit.
     """
     open_units, decisions, left = set_aside(units, budget)
-    kinds: dict[str, list[Unit]] = {}
+    kinds: dict[tuple[str, int], list[Unit]] = {}
     for unit in open_units:
-        kinds.setdefault(unit.kind, []).append(unit)
+        kinds.setdefault(unit.role, []).append(unit)
     ideal: dict[str, float] = {}
     for group in kinds.values():
         losses = [_loss(unit, budget, evidence.spectra[unit.name]) for unit in group]

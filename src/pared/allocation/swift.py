@@ -43,7 +43,7 @@ def swift(units: Sequence[Unit], budget: Budget, evidence: Evidence) -> dict[str
     for unit in open_units:
         if budget.rank(unit, share) < 1:
             raise ParedError(f"keep {budget.keep:g} leaves no rank for {unit.name}; keep more")
-        kinds.setdefault((unit.kind, unit.out_features, unit.in_features), []).append(unit)
+        kinds.setdefault((unit.role, unit.out_features, unit.in_features), []).append(unit)
     beta = scaled(evidence.influence)
     tried: dict[tuple[int, ...], float] = {}
     best: dict[str, Decision] = {}

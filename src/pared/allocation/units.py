@@ -32,8 +32,13 @@ class Unit:
 
     @property
     def kind(self) -> str:
-        """What such a layer is usually called."""
+        """What such a layer is usually called, to print."""
         return self.members[0].kind
+
+    @property
+    def role(self) -> tuple[str, int]:
+        """What is the same for the layers of one kind in every block, whatever they are called."""
+        return self.members[0].role
 
     @property
     def block(self) -> int:

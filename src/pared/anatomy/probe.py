@@ -15,7 +15,17 @@ from pared.anatomy.structure import Anatomy
 from pared.anatomy.watch import Watch
 from pared.errors import ParedError
 
-__all__ = ["BlockCall", "StopForwardError", "call_model", "evaluating", "hidden_of", "hooks", "probe", "run_model"]
+__all__ = [
+    "BlockCall",
+    "StopForwardError",
+    "call_model",
+    "evaluating",
+    "hidden_of",
+    "hooks",
+    "probe",
+    "probe_shapes",
+    "run_model",
+]
 
 _DATA_FREE = "only methods that read no text (svd, magnitude, with uniform allocation) can be used"
 PROBE_TOKENS = 8
@@ -97,7 +107,7 @@ def probe(model: PreTrainedModel, anatomy: Anatomy, read: bool = True) -> tuple[
             with hooks(watch.hooked(model, blocks)):
                 run_model(model, tokens)
         except ParedError as error:  # behind the last block, as where a decoder is given no tokens, it does not matter
-            failed = None if set(watch.order) == set(range(len(blocks))) else error
+            failed = None if watch.is_complete(len(blocks)) else error
         try:
             if read:
                 watch.require_chain(len(blocks), failed)
@@ -108,6 +118,21 @@ def probe(model: PreTrainedModel, anatomy: Anatomy, read: bool = True) -> tuple[
     if not watch.order or failed is not None:
         return watch.without_faults(anatomy.with_assumed_reads()), []
     return watch.result(), watch.calls
+
+
+def probe_shapes(model: PreTrainedModel, anatomy: Anatomy) -> Anatomy:
+    """Return what :func:`probe` finds of a model on the meta device; ``reads`` assumed where it does not run there."""
+    tokens = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device="meta")
+    whole = torch.zeros(1, 1, PROBE_TOKENS, PROBE_TOKENS, device="meta", dtype=model.dtype)
+    # Masks are made by code that looks at values, of which there are none: a finished mask is taken as it is.
+    tries: tuple[dict[str, torch.Tensor], ...] = ({}, {"attention_mask": whole})
+    for beside in tries:
+        watch, blocks = Watch(anatomy, keep=False), anatomy.blocks(model)
+        with suppress(ParedError, NotImplementedError), evaluating(model), hooks(watch.hooked(model, blocks)):
+            run_model(model, tokens, beside)
+        if watch.is_complete(len(blocks)):
+            return watch.result()
+    return anatomy.with_assumed_reads()
 
 
 @contextmanager

@@ -34,6 +34,7 @@ class Watch:
         self._fault: ParedError | None = None
         self._previous: torch.Tensor | None = None
         self._version = 0
+        self._left = 0  # how many runs of blocks are over
         self._open = False  # whether the block that runs was called as a block is
         self._reads: dict[str, list[int]] = {}  # site, in the order they run -> numbers of the tensors it read
         self._alive: dict[tuple[int, ...], tuple[torch.Tensor, int]] = {}  # holds tensors: no address is used twice
@@ -80,6 +81,7 @@ class Watch:
         return hidden is before or (not hidden.is_meta and torch.equal(hidden, before))
 
     def _leave(self, _: nn.Module, __: Any, output: Any) -> None:
+        self._left += 1
         self._previous = hidden_of(output)
         self._version = self._previous._version  # moves when it is changed in place
         if self._open:
@@ -109,6 +111,10 @@ class Watch:
                 self._not_linear[name] = fault
 
         return hook
+
+    def is_complete(self, blocks: int) -> bool:
+        """Whether every block ran, and ran to its end."""
+        return set(self.order) == set(range(blocks)) and self._left == len(self.order)
 
     def require_chain(self, blocks: int, failed: ParedError | None) -> None:
         """Refuse what cannot be calibrated block by block.

@@ -276,6 +276,7 @@ def plan_of(model: "PreTrainedModel", recipe: Recipe, bytes_per_parameter: int |
     Raises:
         ParedError: unknown method or allocation, nothing to compress, or a budget too small.
     """
+    from pared.anatomy.probe import probe, probe_shapes
     from pared.engine.groups import candidate_units
     from pared.engine.zeros import uniform_zeros
 
@@ -290,6 +291,7 @@ def plan_of(model: "PreTrainedModel", recipe: Recipe, bytes_per_parameter: int |
     anatomy = anatomy_of(model, recipe)
     units = None
     if options.get("sharing") in ("paper", "all"):  # what is measured is not known from shapes: each weight alone
+        anatomy = probe_shapes(model, anatomy) if model.device.type == "meta" else probe(model, anatomy, read=False)[0]
         units = candidate_units(anatomy, cast("int", options["group_size"]), str(options["sharing"]))
     return make_plan(anatomy, by_shape, budget_of(recipe), bytes_per_parameter or model.dtype.itemsize, units)
 

@@ -1,6 +1,7 @@
 """Which sites may share a basis, and whether sharing pays."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,10 +12,6 @@ from pared.anatomy import Anatomy, Site
 from pared.lowrank import Decomposition
 from pared.lowrank.sharing import errors
 
-# What Basis Sharing's table shares: what is fed by the residual stream. Grouped-query k and v, which are less wide than
-# their input, stay private, as do o and down, whose inputs differ from block to block.
-FED_BY_THE_RESIDUAL_STREAM = frozenset({"q", "k", "v", "qkv", "gate", "up", "gate_up", "fc1"})
-
 
 @dataclass(frozen=True)
 class Comparison:
@@ -22,7 +19,7 @@ class Comparison:
 
     Attributes:
         name: of the group's first site.
-        kind: what such a layer is usually called.
+        kind: what such a layer is usually called, to print.
         members: how many weights.
         shared_rank: of the one basis.
         apart_rank: of every member's own.
@@ -62,39 +59,68 @@ class Comparison:
 def candidate_units(anatomy: Anatomy, group_size: int, sharing: str) -> list[Unit]:
     """Return every site once: in groups over neighbouring blocks where it may share a basis, else alone.
 
-    The first ``group_size`` blocks make the first groups, and so on; what remains makes a smaller last one.
+    The first ``group_size`` blocks make the first groups, and so on; what remains makes a smaller last one. A group
+    holds the same layer of every block, whatever its name: the same place in a module of the same class, and the same
+    shape.
 
     Args:
-        anatomy: of the model.
+        anatomy: of the model, with what its sites read.
         group_size: blocks in a group.
         sharing: ``paper`` groups what Basis Sharing's table shares; ``measured`` and ``all`` whatever
             :func:`may_share`; ``none`` nothing.
     """
     groups: dict[tuple[object, ...], list[Site]] = {}
+    companions = companions_of(anatomy)
+    same: Counter[tuple[object, ...]] = Counter()  # experts: as many layers of one role in a block as there are
     for site in anatomy.sites:
-        suits = in_the_table(site) if sharing == "paper" else may_share(site)
+        beside = companions[site.name]
+        suits = in_the_table(site, beside) if sharing == "paper" else may_share(site, beside)
         alone = sharing == "none" or site.idle or not suits
-        shape = (site.out_features, site.in_features)
-        key = (site.name,) if alone else (anatomy.path_in_block(site), site.block // group_size, shape)
+        layer = (site.role, site.out_features, site.in_features)
+        number = same[layer, site.block]
+        same[layer, site.block] += 1
+        key = (site.name,) if alone else (layer, number, site.block // group_size)
         groups.setdefault(key, []).append(site)
     return [Unit(tuple(members)) for members in groups.values()]
 
 
-def may_share(site: Site) -> bool:
+def companions_of(anatomy: Anatomy) -> dict[str, list[Site]]:
+    """Return for every site those that read the same tensor first of all in its module, itself included.
+
+    They are fed by the residual stream: q, k and v, gate and up. The list is empty for a site that reads something
+    later, as o and down do.
+    """
+    first = {(site.block, site.parent): site.reads for site in anatomy.sites if site.position == 0}
+    groups: dict[tuple[object, ...], list[Site]] = {}
+    for site in anatomy.sites:
+        if first.get((site.block, site.parent)) == site.reads:
+            groups.setdefault((site.block, site.parent), []).append(site)
+    fed = {site.name: members for members in groups.values() for site in members}
+    return {site.name: fed.get(site.name, []) for site in anatomy.sites}
+
+
+def may_share(site: Site, companions: Sequence[Site]) -> bool:
     """Whether a shared basis is thought of: for what the residual stream feeds, the table's, and whatever widens.
 
     What o, down and fc2 read differs from block to block: an o of the embedded model loses 1.2 to 1.4 times as much
     with a shared basis at any budget, and the Gram of what feeds a down is the dearest of all to collect.
     """
-    return in_the_table(site) or site.kind in FED_BY_THE_RESIDUAL_STREAM or site.out_features > site.in_features
+    return in_the_table(site, companions) or len(companions) > 1 or site.out_features > site.in_features
 
 
-def in_the_table(site: Site) -> bool:
-    """Whether Basis Sharing's table shares such a layer (the paper's section 4.1, by kind and shape)."""
-    if site.kind in ("k", "v"):
-        return site.out_features == site.in_features  # not with grouped queries
-    # GPT-2 calls two layers c_proj; the table shares that of the attention, which is square.
-    return site.kind in FED_BY_THE_RESIDUAL_STREAM or (site.kind == "c_proj" and site.out_features == site.in_features)
+def in_the_table(site: Site, companions: Sequence[Site]) -> bool:
+    """Whether Basis Sharing's table shares such a layer (the paper's section 4.1), by shape and what it reads.
+
+    Of layers that read one tensor it shares those that are not narrowed: grouped-query k and v, less wide than both
+    their input and q, stay private. A layer that alone is fed by the residual stream (fc1, fused projections) is wider
+    than its input. GPT-2, whose weights are stored transposed, shares its square attention output too.
+    """
+    square_or_wider = site.out_features >= site.in_features
+    if site.transposed and site.out_features == site.in_features:
+        return True
+    if len(companions) > 1:
+        return square_or_wider or site.out_features == max(other.out_features for other in companions)
+    return bool(companions) and site.out_features > site.in_features
 
 
 def compare(
