@@ -61,6 +61,14 @@ def test_a_preset_alone_deviates_in_nothing_and_every_field_is_of_the_schema(nam
     assert type(asked).model_validate(asked.model_dump()) == asked
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_recipe_of_a_model_card_is_the_same_recipe(name: str) -> None:
+    asked = begun(name, calibration={"text": "file:x.txt", "samples": 3})
+    left_out = {"out", "keep"} if asked.rank_fraction else {"out"}  # as report/card.py has it
+    shown = asked.model_dump(mode="json", exclude=left_out, exclude_none=True)
+    assert Recipe.of(shown) == asked
+
+
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_every_field_of_a_protocol_says_what_the_paper_says_and_where(name: str) -> None:
     preset = preset_of(name)
