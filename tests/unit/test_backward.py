@@ -26,6 +26,7 @@ from pared.calibration import (
     NextToken,
     OutputGradient,
     Sampled,
+    Scores,
     backward,
     capture,
     choose_labels,
@@ -515,13 +516,55 @@ def test_losses_that_do_not_fit_the_model_are_refused() -> None:
     with pytest.raises(ParedError, match="LlamaModel puts out no logits"):
         collected(llama.model, Sampled(0))
     bert.config.problem_type = "regression"
-    with pytest.raises(ParedError, match="gradients of a regression head are not supported"):
+    with pytest.raises(ParedError, match="gradients of a regression head of 3 outputs are not supported"):
         choose_labels(bert, "sampled", 0)
     one = transformers.BertForSequenceClassification(
         transformers.BertConfig(**{**bert.config.to_dict(), "num_labels": 1})
     )
     with pytest.raises(ParedError, match="one logit, a regression"):
         collected(one.eval(), Sampled(0))
+    with pytest.raises(ParedError, match="predicts a score, and the text holds none"):
+        choose_labels(one, "labels", 0)
+    bert.config.problem_type = None
+    with pytest.raises(ParedError, match="scores need a head that puts out one number"):
+        collected(bert, Scores(torch.zeros(WINDOWS)))
+    with pytest.raises(ParedError, match="window 3 has none; 3 were given"):
+        collected(one.eval(), Scores(torch.zeros(3)))
+
+
+def scored() -> PreTrainedModel:
+    """An encoder that predicts one score."""
+    config = transformers.BertConfig(**{**TINY_MODELS["bert"]().config.to_dict(), "num_labels": 1})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return transformers.BertForSequenceClassification(config).eval()
+
+
+def test_fisher_of_a_score_is_that_of_the_squared_error() -> None:
+    """Regression: FWSVD of STS-B, a task of its paper, was refused. Against torch's own mean squared error."""
+    model, y_B = scored(), torch.linspace(0, 5, WINDOWS)
+    found = collected(model, choose_labels(model, "labels", 0, y_B), ["fisher"])
+    expected = {name: torch.zeros(own["fisher"].value.shape).double() for name, own in found.items()}
+    for tokens_T, y in zip(tokens(), y_B, strict=True):
+        model.zero_grad()
+        loss = model(input_ids=tokens_T[None], labels=y[None]).loss  # transformers takes MSE for one label
+        loss.backward()
+        for name in expected:
+            gradient = model.get_submodule(name).weight.grad
+            assert gradient is not None
+            expected[name] += gradient.double().square().sum(dim=0)
+    for name, own in found.items():
+        torch.testing.assert_close(own["fisher"].value, expected[name], rtol=1e-3, atol=1e-9)
+
+
+def test_sampled_scores_have_the_fisher_of_the_gaussian() -> None:
+    """``E[(2 (z - y))²] = 2`` at the head, whatever it predicts, and the seed decides."""
+    z_11, scores = torch.tensor([[3.0]]), choose_labels(scored(), "sampled", 4)
+    assert isinstance(scores, Scores)
+    drawn = torch.stack([2 * (z_11[:, 0] - scores(window, tokens()[0], z_11)) for window in range(4000)])
+    assert float(drawn.square().mean()) == pytest.approx(2, rel=0.1)
+    assert float(drawn.mean()) == pytest.approx(0, abs=0.1)
+    assert torch.equal(scores(7, tokens()[0], z_11), Scores(seed=4)(7, tokens()[0], z_11))
 
 
 def test_a_site_that_does_not_exist_is_refused() -> None:

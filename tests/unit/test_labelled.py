@@ -417,3 +417,35 @@ def test_an_encoder_is_compressed_on_its_tasks_examples(
     assert result.calibration["windows"] == 12
     assert result.plan.achieved_keep <= 0.6
     assert bool(model(input_ids=torch.arange(8).unsqueeze(0)).logits.isfinite().all())
+
+
+@pytest.mark.parametrize(("method", "fields"), [("fwsvd", {}), ("fwsvd", {"fisher_batch": 4}), ("loss-optimal", {})])
+def test_fwsvd_of_stsb_weighs_by_the_squared_error(
+    method: str,
+    fields: dict[str, object],
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Regression: STS-B, one of the paper's tasks, was refused where gradients are needed."""
+    folder = tmp_path / "glue" / "STS-B"
+    folder.mkdir(parents=True)
+    rows = ["\t".join([*"1234567", f"w{n + 3} w5 w9", f"w{n + 4} w8", f"{n % 6}.{n % 10}"]) for n in range(12)]
+    (folder / "train.tsv").write_text("\n".join(["header", *rows]))
+    monkeypatch.setenv("PARED_DATA", str(tmp_path))
+    config = TINY_MODELS["bert"]().config
+    config.num_labels = 1
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    dense = model.bert.encoder.layer[0].output.dense.weight.detach().clone()
+    calibration = pared.Calibration(text="glue:stsb:train", samples=12, length=32, dtype="float32")
+    recipe = pared.Recipe.model_validate({"method": method, "keep": 0.6, "calibration": calibration, "options": fields})
+    result = pared.compress(model, tokenizer, recipe)
+    assert result.plan.achieved_keep <= 0.6
+    assert not result.fallbacks
+    assert result.calibration is not None
+    assert result.calibration["labels"] == 12
+    logits = model(input_ids=torch.arange(8).unsqueeze(0)).logits
+    assert logits.shape == (1, 1)
+    assert bool(logits.isfinite().all())
+    assert not torch.allclose(model.bert.encoder.layer[0].output.dense.weight, dense, atol=1e-3)

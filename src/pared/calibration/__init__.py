@@ -11,7 +11,7 @@ from pared.calibration.gradient_statistics import (
     gradient_accumulators,
     share_felt,
 )
-from pared.calibration.labels import Given, Labels, NextToken, Sampled, choose_labels
+from pared.calibration.labels import Given, Labels, NextToken, Sampled, Scores, choose_labels
 from pared.calibration.precision import choose_dtype
 from pared.calibration.saved import save_blocks, saved_blocks
 from pared.calibration.statistics import (
@@ -44,6 +44,7 @@ __all__ = [
     "OfInput",
     "OutputGradient",
     "Sampled",
+    "Scores",
     "Shapes",
     "Statistic",
     "WalkedBlock",

@@ -29,7 +29,7 @@ def backward(
     labels: Labels,
     on_batch: Callable[[], None] = lambda: None,
 ) -> None:
-    """Fill accumulators with the gradient of the summed cross entropy at the outputs of the sites.
+    """Fill accumulators with the gradient of the summed loss at the outputs of the sites.
 
     Every batch goes forward through the blocks, which leaves the input of each; through the model's own code around
     them, window by window, for the loss; and back, block by block, each recomputed from its input. Weights are given

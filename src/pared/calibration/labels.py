@@ -1,9 +1,10 @@
 """Where the labels of a loss come from, and the gradient of that loss with respect to the logits.
 
-The loss is the cross entropy, summed. Legend: R rows of logits (the tokens of a window, or one for a whole window),
-C classes or tokens of the vocabulary.
+The loss is the cross entropy, summed, or the squared error of a score. Legend: R rows of logits (the tokens of a
+window, or one for a whole window), C classes or tokens of the vocabulary.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -82,23 +83,59 @@ class Given:
         return self.labels[window].reshape(-1)
 
 
+@dataclass(frozen=True)
+class Scores:
+    """Scores of a data set for a head that predicts one number a window; the loss is the squared error.
+
+    Attributes:
+        given: ``(windows,)``, NaN where there is none. Without them scores are drawn from what the head predicts, with
+            the Gaussian whose negative log-likelihood the squared error is, of variance ½: the true Fisher.
+        seed: of the draws.
+    """
+
+    given: torch.Tensor | None = None
+    seed: int = 0
+
+    def __call__(self, window: int, tokens_T: torch.Tensor, p_RC: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
+        """Return the scores ``(R,)`` of one window from its number and the scores predicted ``(R, 1)``."""
+        if self.given is None:
+            generator = torch.Generator().manual_seed(1_000_003 * self.seed + window)
+            drawn_R = torch.randn(len(p_RC), generator=generator).to(p_RC.device)
+            return p_RC[:, 0] + math.sqrt(0.5) * drawn_R
+        if window >= len(self.given):
+            raise ParedError(f"labels: window {window} has none; {len(self.given)} were given")
+        return self.given[window].reshape(-1).float()
+
+
 def choose_labels(
     model: PreTrainedModel, loss: Literal["sampled", "labels"], seed: int, given: torch.Tensor | None = None
 ) -> Labels:
     """Return the labels for a model's loss.
 
     Args:
-        model: a causal language model, or an encoder with a classification or token-classification head.
+        model: a causal language model, or an encoder with a head that predicts classes, of a text or its tokens, or one
+            score.
         loss: ``sampled`` from the model's predictions, or the ``labels`` given, for a language model the next token.
         seed: for sampling.
         given: ``(windows,)`` or ``(windows, length)``, -100 where there is none; none is sampled there either.
 
     Raises:
-        ParedError: the head does not predict classes, or labels are needed and none were given.
+        ParedError: the head predicts something else, or labels are needed and none were given.
     """
     problem = getattr(model.config, "problem_type", None)
-    if problem in ("regression", "multi_label_classification"):
-        raise ParedError(f"{type(model).__name__}: gradients of a {problem} head are not supported")
+    outputs = int(getattr(model.config, "num_labels", 2))
+    if problem == "multi_label_classification" or (problem == "regression" and outputs > 1):
+        raise ParedError(
+            f"{type(model).__name__}: gradients of a {problem} head of {outputs} outputs are not supported; those of "
+            "classes and of one score are"
+        )
+    if outputs == 1 and not model.can_generate():
+        if loss == "labels" and given is None:
+            raise ParedError(
+                f"{type(model).__name__} predicts a score, and the text holds none: calibrate on scored examples "
+                "(glue:stsb:train, file:PATH), or use scores sampled from its predictions"
+            )
+        return Scores(given if loss == "labels" else None, seed)
     if loss == "sampled":
         return Sampled(seed, given)
     if given is not None:
@@ -114,9 +151,10 @@ def choose_labels(
 def logit_gradient(
     logits: torch.Tensor, window: int, tokens_T: torch.Tensor, labels: Labels, mask_T: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Return the gradient of the summed cross entropy, ``softmax(z) - onehot(y)``, zero where there is no label.
+    """Return the gradient of the summed loss, zero where there is no label.
 
-    Taken in closed form, so that beside the logits there is one float32 tensor of their size.
+    Of the cross entropy ``softmax(z) - onehot(y)``; of the squared error of scores ``2 (z - y)``. Taken in closed form,
+    so that beside the logits there is one float32 tensor of their size.
 
     Args:
         logits: of one window, ``(1, T, C)`` or ``(1, C)``.
@@ -128,6 +166,8 @@ def logit_gradient(
     Raises:
         ParedError: NaN in the logits, a single class, or labels that do not fit them.
     """
+    if isinstance(labels, Scores):
+        return _score_gradient(logits, window, tokens_T, labels)
     classes = logits.shape[-1]
     if classes < 2:
         raise ParedError("the head puts out one logit, a regression; only classes have labels")
@@ -149,6 +189,21 @@ def logit_gradient(
     p_RC[rows, labels_R[rows]] -= 1
     p_RC[~has_R] = 0
     return p_RC.reshape(logits.shape).to(logits.dtype)
+
+
+def _score_gradient(logits: torch.Tensor, window: int, tokens_T: torch.Tensor, scores: Scores) -> torch.Tensor:
+    """Return ``2 (z - y)``, the gradient of the squared error, zero where there is no score."""
+    if logits.numel() != 1:
+        raise ParedError(
+            f"the head puts out logits {tuple(logits.shape)} for a window; scores need a head that puts out one number"
+        )
+    z_11 = logits.detach().reshape(1, 1).float()
+    if not z_11.isfinite().all():
+        raise ParedError("the head puts out NaN or infinity; check its weights, or load the model in float32")
+    y_1 = scores(window, tokens_T, z_11).to(z_11.device)
+    if len(y_1) != 1:
+        raise ParedError(f"labels: window {window} has {len(y_1)}, the head predicts 1")
+    return (2 * (z_11[:, 0] - y_1)).nan_to_num(nan=0.0).reshape(logits.shape).to(logits.dtype)
 
 
 def _first_above(p_RC: torch.Tensor, uniform_R1: torch.Tensor) -> torch.Tensor:
