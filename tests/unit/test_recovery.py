@@ -5,6 +5,8 @@ import json
 import math
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -437,21 +439,38 @@ def _no_space(*_: Any) -> None:
 # Several processes.
 
 
-def test_two_processes_train_as_one_with_twice_the_rows(folder: Folder, tmp_path: Path, text_file: Path) -> None:
+def by_two(arguments: list[str], place: Path) -> str:
+    """Let two processes do this that are told of each other as torchrun tells its processes; what both print."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    told = [place / f"told-{rank}" for rank in (0, 1)]
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    both = [start(arguments, told[rank], {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in (0, 1)]
+    for process, path in zip(both, told, strict=True):
+        process.join(PATIENCE)
+        assert process.exitcode == 0, path.read_text()[-2000:]
+    return "".join(path.read_text() for path in told)
+
+
+def by_torchrun(arguments: list[str], place: Path) -> str:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+              "-m", "pared.cli.main"]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ["PARED_TEST_THREADS"]}
+    result = subprocess.run([*launch, *arguments], capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout
+
+
+@pytest.mark.parametrize("launch", [by_two, pytest.param(by_torchrun, marks=pytest.mark.slow)])
+def test_two_processes_train_as_one_with_twice_the_rows(
+    folder: Folder, tmp_path: Path, text_file: Path, launch: Callable[[list[str], Path], str]
+) -> None:
     settings = {"method": "full", "evaluate_every": 2, "patience": 3}
     tune(asked(folder("factors"), tmp_path / "one", text_file, **settings, accumulation=2))
     arguments = ["tune", str(folder("factors")), "--out", str(tmp_path / "two"), "--data", f"file:{text_file}",
                  "--length", "16", "--validation", "4", "--batch", "4", "--tokens", str(4 * 16 * 6),
                  "--learning-rate", "0.01", "--method", "full", "--evaluate-every", "2", "--patience", "3"]  # fmt: skip
-    told = [tmp_path / f"told-{rank}" for rank in (0, 1)]
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # as torchrun tells its processes
-    both = [start(arguments, told[rank], {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in (0, 1)]
-    for process, path in zip(both, told, strict=True):
-        process.join(PATIENCE)
-        assert process.exitcode == 0, path.read_text()[-2000:]
-    assert sum(path.read_text().count("folder: ") for path in told) == 1
+    assert launch(arguments, tmp_path).count("folder: ") == 1
     two = Manifest.read(tmp_path / "two").training[-1].stages[0]
     one = Manifest.read(tmp_path / "one").training[-1].stages[0]
     assert two["steps"] == one["steps"] == 3
