@@ -134,8 +134,8 @@ def _checked(recipe: Recipe, overwrite: bool) -> tuple[ModelSource, Path]:
     """Refuse whatever can be refused without reading weights."""
     source, out = require_job(recipe, overwrite)
     device_of(recipe.device)
-    require_apart(out, [Path(source.location)])  # of an embedded model or a .gguf file in the cache
     require_suited(source.config(), recipe, source.name)
+    require_apart(out, [Path(source.location)])  # of an embedded model or a .gguf file in the cache
     return source, out
 
 

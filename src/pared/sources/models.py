@@ -17,7 +17,7 @@ from pared.errors import DamagedError, ParedError
 from pared.hardware import dtype_of
 from pared.names import did_you_mean
 from pared.sources.architecture import architecture, first_line, name_architectures, note_causal, raised_in, refuse_code
-from pared.sources.gguf import converted
+from pared.sources.gguf import config_of, converted
 from pared.sources.trust import trusted
 
 if TYPE_CHECKING:  # that there is no such model is told without them
@@ -89,6 +89,8 @@ class ModelSource:
         Raises:
             ParedError: there is none, or it cannot be read.
         """
+        if self._packed and "location" not in self.__dict__:  # not dequantised, and its header is enough
+            return config_of(Path(self.place))
         from transformers import AutoConfig
 
         try:
@@ -187,7 +189,7 @@ class ModelSource:
         import torch
 
         config = self.config()
-        kind = architecture(config, self.name, self.location)
+        kind = architecture(config, self.name, self.place)
         try:
             with torch.device("meta"):
                 return kind._from_config(config)
