@@ -1,7 +1,7 @@
 """Protocols of papers by name: what a recipe or a training begins with, as data, beside what the paper says.
 
-A preset is a file in ``pared/recipes``. What is given beside it wins, and is told: a result that is called by a paper's
-name says where it is not the paper's. Nothing here needs torch.
+A preset is a file in ``pared/recipes``. What is given beside it wins, and is reported: a result that goes by a
+paper's name says where it is not the paper's. Nothing here needs torch.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,13 +18,13 @@ from pared.strict import Strict, validated
 
 RECORDED = {"recorded": True}  # the context in which what was asked for once is read again, and nothing is added to it
 # Of these one is a choice: who gives one beside a preset leaves those of the preset behind.
-CHOICES = {"compress": ("keep", "rank_fraction", "sparsity", "pattern"), "tune": ("epochs", "tokens")}
+EXCLUSIVE = {"compress": ("keep", "rank_fraction", "sparsity", "pattern"), "tune": ("epochs", "tokens")}
 # What no protocol is about: names, places, and what changes cost but no result.
-FREE = ("preset", "version", "model", "out", "device", "calibration.batch", "report_to", "checkpoint_every",
+NEUTRAL = ("preset", "version", "model", "out", "device", "calibration.batch", "report_to", "checkpoint_every",
         "gradient_checkpointing")  # fmt: skip
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # several times faster, where libyaml is
 DEMO = "demo"  # nobody's protocol
-MEASURED = "evaluation"  # free too, where a preset says nothing of it
+EVALUATION = "evaluation"  # free too, where a preset says nothing of it
 
 
 class Setting(Strict):
@@ -42,20 +42,20 @@ class Preset(Strict):
         command: what it is for: ``compress`` or ``tune``.
         summary: one line for people.
         source: the paper and the code it is read from.
-        asks: fields that it leaves to the user, and what to give.
+        requires: fields that it leaves to the user, and what to give.
         fields: of the recipe or the training, as in a file.
         paper: of every one of those, by dotted name, what the paper or its code says.
-        apart: what the paper or its code does otherwise that no field is of.
+        differences: what the paper or its code does otherwise that no field is of.
     """
 
     name: str
     command: Literal["compress", "tune"]
     summary: str
     source: str
-    asks: dict[str, str] = Field(default={})
+    requires: dict[str, str] = Field(default={})
     fields: dict[str, Any]
     paper: dict[str, Setting] = Field(default={})
-    apart: tuple[str, ...] = ()
+    differences: tuple[str, ...] = ()
 
 
 class FromPreset(Strict):
@@ -73,7 +73,7 @@ class FromPreset(Strict):
     def _over_preset(cls, fields: Any, info: ValidationInfo) -> Any:
         if not isinstance(fields, Mapping) or not fields.get("preset") or (info.context or {}).get("recorded"):
             return fields
-        return overlaid(fields, preset_of(str(fields["preset"]), cls.COMMAND))
+        return merged(fields, load_preset(str(fields["preset"]), cls.COMMAND))
 
     def deviations(self) -> dict[str, dict[str, Any]]:
         """Return where this leaves its preset: by dotted field what the preset has, and what is asked for here.
@@ -83,39 +83,39 @@ class FromPreset(Strict):
         """
         if self.preset is None:
             return {}
-        preset = preset_of(self.preset, self.COMMAND)
+        preset = load_preset(self.preset, self.COMMAND)
         asked = self.model_dump(mode="json")
-        own = validated(type(self), {"preset": preset.name, **_nested(asked, preset.asks)}, f"preset {preset.name}")
-        plain, found = dict(flat(own.model_dump(mode="json"))), dict(flat(asked))
-        for name in set(CHOICES[self.COMMAND]) - set(preset.fields):  # a default that nobody chose is none
+        own = validated(type(self), {"preset": preset.name, **_nested(asked, preset.requires)}, f"preset {preset.name}")
+        plain, found = dict(flatten(own.model_dump(mode="json"))), dict(flatten(asked))
+        for name in set(EXCLUSIVE[self.COMMAND]) - set(preset.fields):  # a default that nobody chose is none
             default, plain[name] = plain.get(name), None
             found[name] = None if found.get(name) == default else found[name]
-        free = [*FREE, *preset.asks, *([] if MEASURED in preset.fields else [MEASURED])]
+        free = [*NEUTRAL, *preset.requires, *([] if EVALUATION in preset.fields else [EVALUATION])]
         return {
-            name: {"preset": plain.get(name), "asked": found.get(name)}
+            name: {"preset": plain.get(name), "given": found.get(name)}
             for name in {**plain, **found}
             if plain.get(name) != found.get(name) and not _inside(name, free) and not _above(name, {*plain, *found})
         }
 
 
-def names() -> list[str]:
+def preset_names() -> list[str]:
     """Return the names of all presets, in order."""
     folder = files("pared.recipes")
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-def text_of(name: str) -> str:
+def read_preset(name: str) -> str:
     """Return a preset as its file has it.
 
     Raises:
         ParedError: there is none of that name.
     """
-    require_known("preset", name, names())
+    require_known("preset", name, preset_names())
     return (files("pared.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 @cache
-def preset_of(name: str, command: str | None = None) -> Preset:
+def load_preset(name: str, command: str | None = None) -> Preset:
     """Return a preset by name.
 
     Args:
@@ -125,14 +125,14 @@ def preset_of(name: str, command: str | None = None) -> Preset:
     Raises:
         ParedError: there is none of that name, or it is for another command.
     """
-    preset = validated(Preset, {"name": name, **yaml.load(text_of(name), LOADER)}, f"preset {name}")
+    preset = validated(Preset, {"name": name, **yaml.load(read_preset(name), LOADER)}, f"preset {name}")
     if command is not None and preset.command != command:
-        others = ", ".join(one for one in names() if preset_of(one).command == command)
+        others = ", ".join(one for one in preset_names() if load_preset(one).command == command)
         raise ParedError(f"preset {name!r} is for pared {preset.command}; for pared {command} there are: {others}")
     return preset
 
 
-def overlaid(given: Mapping[str, Any], preset: Preset) -> dict[str, Any]:
+def merged(given: Mapping[str, Any], preset: Preset) -> dict[str, Any]:
     """Return the fields of a preset with what was given over them.
 
     Raises:
@@ -143,7 +143,7 @@ def overlaid(given: Mapping[str, Any], preset: Preset) -> dict[str, Any]:
         raise ParedError(f"preset {preset.name} is a protocol of method {method}, found method {given['method']!r} "
                          "beside it; leave one of them out")  # fmt: skip
     fields = dict(preset.fields)
-    choices = CHOICES[preset.command]
+    choices = EXCLUSIVE[preset.command]
     if any(given.get(name) is not None for name in choices):
         fields = {name: value for name, value in fields.items() if name not in choices}
     for name, value in given.items():
@@ -152,7 +152,7 @@ def overlaid(given: Mapping[str, Any], preset: Preset) -> dict[str, Any]:
     return fields
 
 
-def require_asked(asked: FromPreset) -> None:
+def require_user_fields(asked: FromPreset) -> None:
     """Refuse what leaves open a field that its preset leaves to the user.
 
     Raises:
@@ -160,8 +160,8 @@ def require_asked(asked: FromPreset) -> None:
     """
     if asked.preset is None:
         return
-    preset = preset_of(asked.preset, asked.COMMAND)
-    for name, what in preset.asks.items():
+    preset = load_preset(asked.preset, asked.COMMAND)
+    for name, what in preset.requires.items():
         owner: Any = asked
         *sections, leaf = name.split(".")
         for section in sections:
@@ -174,36 +174,36 @@ def record_of(asked: FromPreset) -> dict[str, Any] | None:
     """Return what a manifest holds of a preset: its name, its source, and where it was left; none without one."""
     if asked.preset is None:
         return None
-    preset = preset_of(asked.preset, asked.COMMAND)
+    preset = load_preset(asked.preset, asked.COMMAND)
     return {"name": preset.name, "source": preset.source, "deviations": asked.deviations()}
 
 
 def note_of(asked: FromPreset) -> str:
     """Return what to tell of a preset before anything is done, nothing without one."""
     record = record_of(asked)
-    return told(record) if record else ""
+    return summary_of(record) if record else ""
 
 
-def told(record: Mapping[str, Any]) -> str:
+def summary_of(record: Mapping[str, Any]) -> str:
     """Return in words what :func:`record_of` returned, nothing where no paper's protocol was followed or left."""
     deviations = record["deviations"]
     if not deviations:
         return "" if record["name"] == DEMO else f"preset {record['name']}, unchanged"
-    changed = "; ".join(f"{name} {shown(one['asked'])} (preset: {shown(one['preset'])})"
+    changed = "; ".join(f"{name} {as_text(one['given'])} (preset: {as_text(one['preset'])})"
                         for name, one in deviations.items())  # fmt: skip
     return f"preset {record['name']}, changed: {changed}"
 
 
-def flat(fields: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(fields: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the values of nested mappings by dotted name."""
     for name, value in fields.items():
         if isinstance(value, Mapping):
-            yield from flat(value, f"{above}{name}.")
+            yield from flatten(value, f"{above}{name}.")
         else:
             yield f"{above}{name}", value
 
 
-def shown(value: Any) -> str:
+def as_text(value: Any) -> str:
     """Return a value as a file would have it."""
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value))
@@ -214,21 +214,21 @@ def shown(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def as_page() -> str:
+def to_markdown() -> str:
     """Return the page that shows every preset beside its paper, in Markdown."""
     parts = [PAGE]
-    for name in names():
-        preset = preset_of(name)
+    for name in preset_names():
+        preset = load_preset(name)
         if not preset.paper:
             continue
         heading = f"`pared {preset.command} --preset {name}`: {preset.summary}. {preset.source}."
         parts += [f"\n## {name}\n", heading, "", "| field | preset | paper | where it says so |", "|---|---|---|---|"]
-        for field, value in flat(preset.fields):
+        for field, value in flatten(preset.fields):
             setting = preset.paper[field]
-            says = shown(setting.says) if setting.says == value else f"**{shown(setting.says)}**"
-            parts.append(f"| `{field}` | {shown(value)} | {says} | {setting.where} |")
-        parts += [f"| `{field}` | left to you | the task's | {what} |" for field, what in preset.asks.items()]
-        parts += ["", *(f"- {line}" for line in preset.apart)]
+            says = as_text(setting.says) if setting.says == value else f"**{as_text(setting.says)}**"
+            parts.append(f"| `{field}` | {as_text(value)} | {says} | {setting.where} |")
+        parts += [f"| `{field}` | left to you | the task's | {what} |" for field, what in preset.requires.items()]
+        parts += ["", *(f"- {line}" for line in preset.differences)]
     return "\n".join(parts) + "\n"
 
 
@@ -243,7 +243,7 @@ pared tune SMALLER --preset basis-sharing-lora --out BETTER
 ```
 
 In a YAML file it is `preset: NAME`, in Python `pared.Recipe.of({"preset": NAME})`. `pared presets` lists them, `pared
-presets NAME` prints one. What is given beside a preset wins. Where that changes the protocol it is told, and
+presets NAME` prints one. What is given beside a preset wins. Where that changes the protocol it is reported, and
 `pared.json` holds every field, the preset's name and each deviation. Another method beside a preset is refused.
 
 Below, every field of every preset stands beside what the paper or its code says, **bold** where the two are not the

@@ -21,23 +21,23 @@ from pared.engine.progress import Silent
 from pared.presets import (
     DEMO,
     FromPreset,
-    as_page,
-    flat,
-    names,
-    preset_of,
+    flatten,
+    load_preset,
+    preset_names,
+    read_preset,
     record_of,
-    require_asked,
-    text_of,
-    told,
+    require_user_fields,
+    summary_of,
+    to_markdown,
 )
 from pared.sources.windows import cut
 from pared.training.methods import METHODS
 from pared.tuning import Tuning
 
 DOCS = Path(__file__).parents[2] / "docs"
-PROTOCOLS = [name for name in names() if name != DEMO]
-RECIPES = [name for name in names() if preset_of(name).command == "compress"]
-TUNINGS = [name for name in names() if preset_of(name).command == "tune"]
+PROTOCOLS = [name for name in preset_names() if name != DEMO]
+RECIPES = [name for name in preset_names() if load_preset(name).command == "compress"]
+TUNINGS = [name for name in preset_names() if load_preset(name).command == "tune"]
 
 
 def begun(name: str, **more: Any) -> FromPreset:
@@ -51,12 +51,12 @@ def test_all_protocols_of_the_papers_are_there() -> None:
             "dsa-paper", DEMO} == set(RECIPES)  # fmt: skip
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", preset_names())
 def test_a_preset_alone_deviates_in_nothing_and_every_field_is_of_the_schema(name: str) -> None:
     asked = begun(name)
     assert asked.deviations() == {}
-    dumped = dict(flat(asked.model_dump(mode="json")))
-    for field, value in flat(preset_of(name).fields):
+    dumped = dict(flatten(asked.model_dump(mode="json")))
+    for field, value in flatten(load_preset(name).fields):
         assert dumped[field] == value, field
     assert type(asked).model_validate(asked.model_dump()) == asked
 
@@ -71,9 +71,9 @@ def test_the_recipe_of_a_model_card_is_the_same_recipe(name: str) -> None:
 
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_every_field_of_a_protocol_says_what_the_paper_says_and_where(name: str) -> None:
-    preset = preset_of(name)
+    preset = load_preset(name)
     assert preset.source
-    assert set(dict(flat(preset.fields))) == set(preset.paper)
+    assert set(dict(flatten(preset.fields))) == set(preset.paper)
     assert all(setting.where for setting in preset.paper.values())
 
 
@@ -99,7 +99,7 @@ def test_a_training_preset_spells_every_option_of_its_method(name: str) -> None:
 
 def test_the_page_is_what_the_files_say() -> None:
     """Made anew by: pared presets --markdown > docs/presets.md."""
-    assert (DOCS / "presets.md").read_text(encoding="utf-8") == as_page()
+    assert (DOCS / "presets.md").read_text(encoding="utf-8") == to_markdown()
 
 
 def test_settings_that_reviews_ask_about_are_the_papers() -> None:
@@ -126,18 +126,19 @@ def test_what_is_given_wins_and_is_told_and_the_rest_stays() -> None:
     asked = begun("basis-sharing-lora", batch=4, options={"rank": 16}, model="m", out="o", device="cpu")
     assert (asked.batch, asked.options["rank"], asked.options["alpha"], asked.epochs) == (4, 16, 32, 2.0)
     assert asked.deviations() == {
-        "batch": {"preset": 1, "asked": 4},
-        "options.rank": {"preset": 8, "asked": 16},
+        "batch": {"preset": 1, "given": 4},
+        "options.rank": {"preset": 8, "given": 16},
     }
     assert (
-        told(record_of(asked)) == "preset basis-sharing-lora, changed: batch 4 (preset: 1); options.rank 16 (preset: 8)"
+        summary_of(record_of(asked))
+        == "preset basis-sharing-lora, changed: batch 4 (preset: 1); options.rank 16 (preset: 8)"
     )
-    assert told(record_of(begun("basis-sharing-lora"))) == "preset basis-sharing-lora, unchanged"
+    assert summary_of(record_of(begun("basis-sharing-lora"))) == "preset basis-sharing-lora, unchanged"
 
 
 def test_a_field_the_preset_says_nothing_of_is_a_deviation_too() -> None:
     skipping = begun("basis-sharing-paper", skip=["*.0.*"])
-    assert skipping.deviations() == {"skip": {"preset": [], "asked": ["*.0.*"]}}
+    assert skipping.deviations() == {"skip": {"preset": [], "given": ["*.0.*"]}}
     assert "windows" in begun("basis-sharing-full", windows=100).deviations()
 
 
@@ -145,8 +146,8 @@ def test_one_of_two_budgets_or_lengths_replaces_the_presets() -> None:
     asked = begun("fwsvd-paper", keep=0.5)
     assert (asked.keep, asked.rank_fraction) == (0.5, None)
     assert asked.deviations() == {
-        "keep": {"preset": None, "asked": 0.5},
-        "rank_fraction": {"preset": 0.33, "asked": None},
+        "keep": {"preset": None, "given": 0.5},
+        "rank_fraction": {"preset": 0.33, "given": None},
     }
     pattern = begun("wanda-paper", pattern="2:4")
     assert (pattern.sparsity, pattern.pattern) == (None, "2:4")
@@ -174,8 +175,8 @@ def test_what_is_no_preset_or_does_not_go_with_it_is_refused(kind: Any, fields: 
 
 def test_what_a_preset_leaves_to_the_user_is_asked_for(tmp_path: Path) -> None:
     with pytest.raises(ParedError, match=r"preset fwsvd-paper leaves calibration\.text to you: .*--data glue:sst2:tr"):
-        require_asked(begun("fwsvd-paper"))
-    require_asked(begun("fwsvd-paper", calibration={"text": "glue:sst2:train"}))
+        require_user_fields(begun("fwsvd-paper"))
+    require_user_fields(begun("fwsvd-paper", calibration={"text": "glue:sst2:train"}))
     with pytest.raises(ParedError, match="preset fwsvd-glue leaves data to you"):
         pared.training.tune(begun("fwsvd-glue", model=str(tmp_path), out=str(tmp_path / "out")))
     with pytest.raises(ParedError, match="preset fwsvd-paper leaves"):
@@ -187,7 +188,7 @@ def test_what_a_preset_leaves_to_the_user_is_asked_for(tmp_path: Path) -> None:
 def test_a_section_may_be_given_as_its_model() -> None:
     asked = Recipe(preset="basis-sharing-paper", calibration=pared.Calibration(samples=3), evaluation=None)
     assert (asked.calibration.samples, asked.calibration.seed, asked.evaluation) == (3, 2023, None)
-    assert asked.deviations() == {"calibration.samples": {"preset": 256, "asked": 3}}
+    assert asked.deviations() == {"calibration.samples": {"preset": 256, "given": 3}}
     copied = asked.model_copy(update={"out": "somewhere"})
     assert (copied.calibration.seed, copied.out) == (2023, "somewhere")
 
@@ -209,7 +210,7 @@ def test_presets_are_listed_and_printed() -> None:
     assert listed.exit_code == 0
     assert "basel-math" in listed.output
     printed = CliRunner().invoke(app, ["presets", "basis-sharing-lora"])
-    assert printed.output == text_of("basis-sharing-lora")
+    assert printed.output == read_preset("basis-sharing-lora")
     wrong = CliRunner().invoke(app, ["presets", "basis-sharing"])
     assert wrong.exit_code == 2
 
@@ -217,8 +218,8 @@ def test_presets_are_listed_and_printed() -> None:
 def test_the_presets_are_read_without_torch() -> None:
     code = (
         "import sys, types; package = types.ModuleType('pared'); package.__path__ = [sys.argv[1]]; "
-        "sys.modules['pared'] = package; from pared.presets import names, preset_of; "
-        "list(map(preset_of, names())); assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+        "sys.modules['pared'] = package; from pared.presets import preset_names, load_preset; "
+        "list(map(load_preset, preset_names())); assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(Path(pared.__file__).parent)], check=True)
 
@@ -272,11 +273,11 @@ def test_a_preset_and_its_deviations_are_printed_and_in_the_manifest(
     (training,) = Manifest.read(tmp_path / "tuned").training
     assert training.preset is not None
     assert training.preset["deviations"] == {
-        "data": {"preset": ["wikitext2:train"], "asked": [f"file:{text_file.name}"]},
-        "length": {"preset": 2048, "asked": 16},
-        "epochs": {"preset": 2.0, "asked": None},
-        "tokens": {"preset": None, "asked": 64},
-        "precision": {"preset": "bfloat16", "asked": "float32"},
+        "data": {"preset": ["wikitext2:train"], "given": [f"file:{text_file.name}"]},
+        "length": {"preset": 2048, "given": 16},
+        "epochs": {"preset": 2.0, "given": None},
+        "tokens": {"preset": None, "given": 64},
+        "precision": {"preset": "bfloat16", "given": "float32"},
     }
     before, after = (pared.load(tmp_path / name).state_dict() for name in ("small", "tuned"))
     moved = {name for name in after if not torch.equal(after[name], before[name])}

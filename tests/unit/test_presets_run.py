@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 import pared
 from pared.checkpoint import verify
-from pared.presets import DEMO, names, preset_of
+from pared.presets import DEMO, load_preset, preset_names
 from pared.training import tune
 from pared.tuning import Tuning
 
@@ -19,8 +19,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),  # peft asks for it
 ]
 SMALL = {"prunes": 5, "new": 2}  # a tiny model has no room for 32 new bases a layer
-RECIPES = [name for name in names() if preset_of(name).command == "compress" and name != DEMO]
-TUNINGS = [name for name in names() if preset_of(name).command == "tune"]
+RECIPES = [name for name in preset_names() if load_preset(name).command == "compress" and name != DEMO]
+TUNINGS = [name for name in preset_names() if load_preset(name).command == "tune"]
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from pared.cli import options
 from pared.cli.console import ConsoleProgress, JsonFile, errors, out, print_rows, quiet_libraries, write_json
 from pared.engine.early import require_job
-from pared.presets import told
+from pared.presets import summary_of
 from pared.report.table import learned_from
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def print_manifest(manifest: "Manifest", folder: str) -> None:
             out.print("the model is ruined: try another method, a larger keep or more samples", markup=False)
     seconds = "  ".join(f"{stage} {value:.1f}" for stage, value in manifest.seconds.items())
     out.print(f"seconds by stage: {seconds}", markup=False)
-    if manifest.preset and (changed := told(manifest.preset)):
+    if manifest.preset and (changed := summary_of(manifest.preset)):
         out.print(changed, markup=False)
     if manifest.plan.missed:
         out.print(manifest.plan.missed, markup=False)

@@ -19,7 +19,7 @@ Model = Annotated[
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="YAML file; options given here win over it.")]
 Preset = Annotated[
     str | None,
-    typer.Option(help="A protocol by name, which `pared presets` lists; options given beside it win and are told."),
+    typer.Option(help="A protocol by name, which `pared presets` lists; options given beside it win and are reported."),
 ]
 Method = Annotated[
     str | None,

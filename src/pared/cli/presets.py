@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from pared.presets import as_page, names, preset_of, text_of
+from pared.presets import load_preset, preset_names, read_preset, to_markdown
 
 
 def presets(
@@ -17,11 +17,11 @@ def presets(
 
     with errors():
         if markdown or name is not None:
-            typer.echo(as_page() if name is None else text_of(name), nl=False)
+            typer.echo(to_markdown() if name is None else read_preset(name), nl=False)
             return
         table = Table(header_style="bold")
         for column in ("preset", "for", "what", "source"):
             table.add_column(column, overflow="fold", no_wrap=column == "preset")
-        for one in map(preset_of, names()):
+        for one in map(load_preset, preset_names()):
             table.add_row(one.name, one.command, one.summary, one.source.partition(";")[0])
         out.print(table)

@@ -7,7 +7,7 @@ import typer
 
 from pared.cli import options
 from pared.cli.console import ConsoleProgress, JsonFile, errors, out, quiet_libraries, write_json
-from pared.presets import told
+from pared.presets import summary_of
 from pared.report.table import WORTH_SAYING
 from pared.tuning import Tuning
 
@@ -156,7 +156,7 @@ def print_training(training: "Training") -> None:
     """Print how a training went."""
     texts = ", ".join(str(row["text"]) for row in training.data)
     out.print(f"trained by {training.tuning.method} on {texts}", markup=False)
-    if training.preset and (changed := told(training.preset)):
+    if training.preset and (changed := summary_of(training.preset)):
         out.print(f"  {changed}", markup=False)
     for stage in training.stages:
         first, last = stage["loss"]

@@ -47,7 +47,7 @@ from pared.evaluation import perplexity
 from pared.hardware import device_of
 from pared.lowrank.methods import mean_gram
 from pared.plan import Decision, Plan
-from pared.presets import note_of, require_asked
+from pared.presets import note_of, require_user_fields
 from pared.recipe import Recipe
 from pared.sources.windows import Windows, require_fits
 
@@ -86,7 +86,7 @@ def compress(
     recipe = recipe_from(recipe, "pared.compress")
     require_possible(recipe)  # what can be refused is refused first
     if windows is None:  # pared.run, which cuts them itself, has told already
-        require_asked(recipe)
+        require_user_fields(recipe)
         if note := note_of(recipe):
             (progress or Silent()).note(note)
     _require_compressible(model, recipe)

@@ -23,7 +23,7 @@ from pared.engine.asked import (
 from pared.errors import ParedError
 from pared.hardware import require_device
 from pared.inputs import inputs_of
-from pared.presets import require_asked
+from pared.presets import require_user_fields
 from pared.recipe import Recipe
 from pared.sources.labelled import SETS as LABELLED
 from pared.sources.models import ModelSource, find_model, require_dense, require_one_stack
@@ -104,7 +104,7 @@ def require_job(recipe: Recipe, overwrite: bool) -> tuple[ModelSource, Path]:
         ParedError: anything that is wrong so far.
     """
     require_possible(recipe)
-    require_asked(recipe)
+    require_user_fields(recipe)
     for name in {recipe.calibration.text, evaluated_text(recipe)} - {None}:
         if not str(name).startswith(LABELLED):
             require_text(str(name))

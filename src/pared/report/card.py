@@ -5,7 +5,7 @@ from typing import Any
 import yaml
 
 from pared.checkpoint.manifest import Manifest
-from pared.presets import told
+from pared.presets import summary_of
 from pared.report.table import comparison, learned_from
 
 LOADING = """\
@@ -122,7 +122,7 @@ def _trained(manifest: Manifest) -> list[str]:
 
 def _protocol(preset: dict[str, Any] | None) -> str:
     """Tell the preset of a recipe or a training, and what was changed of it."""
-    words = told(preset) if preset else ""
+    words = summary_of(preset) if preset else ""
     return f", {words}" if words else ""
 
 

@@ -23,7 +23,7 @@ from pared.errors import ParedError
 from pared.evaluation import perplexity
 from pared.files import write_whole
 from pared.inputs import inputs_of
-from pared.presets import note_of, record_of, require_asked
+from pared.presets import note_of, record_of, require_user_fields
 from pared.recipe import Evaluation
 from pared.report.card import model_card
 from pared.report.table import WORTH_SAYING
@@ -93,7 +93,7 @@ class _Job:
         if self.processes.sharded and (reason := self.method.needs_whole(self.options)):
             raise ParedError(f"{reason}, and FSDP holds weights in shards; launch data parallel: accelerate launch "
                              "--multi_gpu, or torchrun --nproc-per-node N")  # fmt: skip
-        require_asked(tuning)
+        require_user_fields(tuning)
         _require_trackers(tuning.report_to)
         if tuning.out is None:
             raise ParedError("no output folder is named; give --out DIR, or 'out' in the file")
