@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from pared.anatomy import bias_of, weight_of
+from pared.apart import require_apart
 from pared.checkpoint.load import load
 from pared.checkpoint.loader import tie
 from pared.checkpoint.portable import DYNAMIC, is_portable, module_map, own_class, own_code
@@ -48,9 +49,10 @@ def export_dense(name: str, out: Path, dtype: str = "auto", overwrite: bool = Fa
         ParedError: not a model, the output is taken or is the model itself, the disk is full, or the new folder does
             not answer as the model; nothing was written.
     """
+    require_free(out, overwrite, inputs_of({"model": name}))  # before a .gguf file is converted
     source = find_model(name)
     read = [Path(source.location), *inputs_of({"model": name})]
-    require_free(out, overwrite, read)
+    require_apart(out, read)
     model = load(name, dtype)
     fingerprint = take_fingerprint(model)
     make_dense(model)
