@@ -11,6 +11,7 @@ from pared.arguments import name_from
 from pared.checkpoint.finite import require_finite
 from pared.checkpoint.format import QUANT_METHOD, ParedConfig
 from pared.errors import ParedError
+from pared.hardware import dtype_of
 from pared.record import MANIFEST, recorded, require_own_sum, require_whole
 from pared.sources.models import find_model
 from pared.sources.trust import trusting
@@ -35,6 +36,7 @@ def load(
             that were written.
     """
     name = name_from(name, "pared.load")
+    dtype_of(dtype)  # what is none is refused before anything is read
     with trusting(trust_remote_code):
         read_config(name)
         source = find_model(name)
