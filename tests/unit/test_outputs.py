@@ -269,6 +269,15 @@ def test_weights_that_are_no_numbers_are_found_at_load(made: Path, value: float)
         pared.verify(made)
 
 
+def test_a_dense_model_with_a_damaged_embedding_is_refused_before_it_is_compressed(place: Path, tmp_path: Path) -> None:
+    dense = shutil.copytree(place / "llama", tmp_path / "llama")
+    in_embeddings(dense, float("inf"))
+    recipe = Recipe(model=str(dense), method="svd", keep=0.6, out=str(tmp_path / "out"), evaluation=None)
+    with pytest.raises(ParedError, match=r"llama': model\.embed_tokens\.weight holds NaN or infinity"):
+        pared.run(recipe)
+    assert not (tmp_path / "out").exists()
+
+
 def test_load_compares_files_on_request(made: Path) -> None:
     pared.load(made, check=True)
     in_embeddings(made, 7.0)

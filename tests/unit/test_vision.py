@@ -28,7 +28,7 @@ from typer.testing import CliRunner
 import pared
 from pared import ParedError
 from pared.anatomy import find_anatomy
-from pared.checkpoint import Manifest, convert, export_dense, load, verify
+from pared.checkpoint import Manifest, convert, export_dense, load, record, verify
 from pared.cli.main import app
 from pared.evaluation.vision import answer_questions, is_right, processor_of, questions_of, written_one_way
 from pared.modules import LowRankLinear
@@ -170,6 +170,7 @@ def test_a_tower_that_text_does_not_reach_is_checked_too(llava: Path, tmp_path: 
     tensors = load_file(out / "model.safetensors")
     noise = {name: torch.randn_like(value) if name.endswith("up.weight") else value for name, value in tensors.items()}
     save_file(noise, out / "model.safetensors", metadata={"format": "pt"})
+    record(out)
     with pytest.raises(ParedError, match=rf"self-check failed: the outputs of layer {re.escape(TOWER)}\.0"):
         verify(out)
 

@@ -10,6 +10,7 @@ from pared.anatomy import find_anatomy
 from pared.apart import require_apart
 from pared.arguments import recipe_from
 from pared.checkpoint import Manifest, save, take_fingerprint, verify
+from pared.checkpoint.finite import require_finite
 from pared.checkpoint.format import FORMAT_VERSION
 from pared.checkpoint.manifest import machine, versions
 from pared.checkpoint.seal import published_recipe, seal
@@ -87,6 +88,7 @@ def _run(recipe: Recipe, overwrite: bool, progress: Progress) -> Outcome:
         require_finite_weights(
             model, find_anatomy(model, recipe.blocks)
         )  # before perplexity, which could only say "nan"
+        require_finite(model, source.name)
     before = _measure(model, tokenizer, windows, recipe, "before", watch, progress)
     compressed = compress(model, tokenizer, recipe, progress, calibration)
     read = [*inputs_of(recipe.model_dump()), Path(source.location)]

@@ -129,7 +129,7 @@ class DenseParent:
 
     def load(self) -> PreTrainedModel:
         """Load it on the CPU."""
-        return self._source.load()
+        return load(self.name)
 
     def evaluation(self) -> Evaluation | None:
         """Return the held-out part of what is trained on, if it has one."""
