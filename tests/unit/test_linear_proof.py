@@ -291,3 +291,16 @@ def test_layers_of_another_library_that_hold_integers_are_named(compress: Callab
             model.model.layers.set_submodule(name, Packed(module))
     with pytest.raises(ParedError, match=r"no linear layer inside the 3 blocks.*qweight \(32, 32\) of torch\.int8"):
         compress(model, method="svd", keep=0.8)
+
+
+def test_a_model_quantised_by_torch_itself_is_named(compress: Callable[..., Any]) -> None:
+    class Linear(nn.Module):
+        """As torch.ao.nn.quantized.dynamic.Linear, which has no parameters."""
+
+    Linear.__module__ = "torch.ao.nn.quantized.dynamic.modules.linear"
+    model = TINY_MODELS["llama"]()
+    for name, module in list(model.model.layers.named_modules()):
+        if isinstance(module, nn.Linear):
+            model.model.layers.set_submodule(name, Linear())
+    with pytest.raises(ParedError, match=r"q_proj is a torch\.ao\.nn\.quantized\.dynamic.*without quantisation"):
+        compress(model, method="svd", keep=0.8)

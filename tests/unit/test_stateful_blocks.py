@@ -199,6 +199,16 @@ def test_recurrent_gemma_takes_every_method(compress: Callable[..., Any], used: 
         assert bool(model(input_ids=TOKENS).logits.isfinite().all())
 
 
+def test_a_refit_copies_blocks_that_an_earlier_backward_pass_has_left_a_graph_on(
+    calibration: pared.Calibration, tokenizer: Any
+) -> None:
+    model = recurrent()
+    model(input_ids=TOKENS[:3])
+    half = calibration.model_copy(update={"dtype": "bfloat16"})
+    recipe = Recipe(method="svd-llm", keep=0.6, statistics="sequential", refit="update", calibration=half)
+    pared.compress(model, tokenizer, recipe)
+
+
 def test_a_block_with_a_graph_on_it_is_copied_without_it() -> None:
     block = Stateful("attribute")
     block(torch.randn(1, 4, WIDTH))

@@ -199,7 +199,12 @@ def _find_stack(model: nn.Module, asked: str | None) -> tuple[str, dict[str, nn.
     """Return the name of the list of blocks, and all lists there are."""
     stacks = dict(sorted(_stacks(model), key=lambda item: _count(item[1]), reverse=True))
     if not stacks:
-        raise ParedError(f"{type(model).__name__}: no list of blocks found; nothing could be compressed")
+        found = f"{type(model).__name__}: no list of blocks found; nothing could be compressed"
+        for name, module in model.named_modules():
+            if ".quantized" in type(module).__module__:
+                kind = f"{type(module).__module__}.{type(module).__name__}"
+                raise ParedError(f"{found}; {name} is a {kind}: load the model without quantisation")
+        raise ParedError(found)
     inside = _language_model(model)
     path = asked or next((path for path in stacks if inside and path.startswith(f"{inside}.")), next(iter(stacks)))
     if path not in stacks:

@@ -1,12 +1,12 @@
 """Fitting what follows a basis to the inputs that the compressed model really has."""
 
-import copy
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
 
 from pared.anatomy import Anatomy
+from pared.anatomy.state import copy_block
 from pared.calibration import WalkedBlock, cross_of
 from pared.engine.solver import Solver
 from pared.install import dense_linear, factors_of
@@ -72,7 +72,7 @@ def dense_blocks(model: nn.Module, anatomy: Anatomy, solver: Solver, plan: Plan)
     unit_of = {site.name: unit for unit, _ in solver.decided(plan) for site in unit.members}
 
     def dense_block(index: int) -> nn.Module:
-        block = copy.deepcopy(anatomy.blocks(model)[index])
+        block = copy_block(anatomy.blocks(model)[index], anatomy.block_name(index))
         for site in anatomy.sites_of(index):
             if unit := unit_of.get(site.name):
                 place = [member.name for member in unit.members].index(site.name)
