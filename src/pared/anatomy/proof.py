@@ -75,14 +75,16 @@ def fault_of_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     weight = weight_of(module).detach()
     if x.is_meta or weight.is_meta:
         return None
-    product = functional.linear(x, weight)
-    expected = product if bias is None else product + bias.detach()
+    expected = functional.linear(x, weight, bias)
+    if output.shape == expected.shape and torch.equal(output, expected):
+        return None
     if output.shape != expected.shape:
         return f"it puts out {tuple(output.shape)}, not {tuple(expected.shape)}"
     if not bool(expected.isfinite().all()):
         return None  # its input is not finite: whatever made that is to blame
-    # The last term is what rounding leaves of a product whose terms cancel.
-    size = float(product.double().norm()) + (0.0 if bias is None else float((expected - product).double().norm()))
+    # The bias may cancel the product, and the terms of the product one another: rounding goes by the larger numbers.
+    size = float(functional.linear(x, weight).double().norm())
+    size += 0.0 if bias is None else float(bias.detach().expand_as(expected).double().norm())
     size += 1e-3 * float(x.double().norm()) * float(weight.double().norm())
     difference = float((output.detach().double() - expected.double()).norm())
     if difference <= _tolerance(x) * size:
