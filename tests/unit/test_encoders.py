@@ -155,8 +155,10 @@ def test_examples_are_no_longer_than_the_model_has_positions(encoder: Path, data
                                                              for i in range(8))  # fmt: skip
     for split in ("train", "dev"):
         (data / "glue/RTE" / f"{split}.tsv").write_text(rows)
-    found = fine_tuned_score(str(encoder), examples_of("glue:rte"), FineTuning(epochs=0.1, length=300))
+    found = fine_tuned_score(str(encoder), examples_of("glue:rte"), FineTuning(epochs=0.1))
     assert found.examples == 8
+    with pytest.raises(ParedError, match="labelled examples of 300 tokens, but this model has"):
+        fine_tuned_score(str(encoder), examples_of("glue:rte"), FineTuning(epochs=0.1, length=300))
 
 
 def test_the_same_seed_gives_the_same_score(encoder: Path) -> None:

@@ -1,5 +1,6 @@
 """Lengths nobody asked for give way, and what is measured on is either held out or said to be learned from."""
 
+import gzip
 import json
 import os
 import random
@@ -283,3 +284,40 @@ def test_windows_of_a_part_know_their_place_in_the_whole() -> None:
     last: Windows = cut(parts[1], TOKENIZER, 10, None)
     for (start, stop), tokens in zip(last.spans, last.tokens, strict=True):
         assert TOKENIZER(text.joined[start:stop], add_special_tokens=False)["input_ids"] == tokens.tolist()
+
+
+class TestTasks:
+    @pytest.fixture
+    def task(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+        (tmp_path / "math").mkdir()
+        rows = "".join(json.dumps({"question": "w5 " * 12, "answer": "w6 #### 7"}) + "\n" for _ in range(20))
+        (tmp_path / "math/gsm8k_test.jsonl").write_text(rows)
+        (tmp_path / "math/gsm8k_train.jsonl.gz").write_bytes(gzip.compress(rows.encode()))
+        monkeypatch.setenv("PARED_DATA", str(tmp_path))
+        return "gsm8k"
+
+    def test_a_task_shows_and_writes_what_the_model_has_room_for(
+        self, task: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        from pared.evaluation import TASKS, evaluate_task
+
+        assert TASKS[task].shots > 1
+        found = evaluate_task(TINY_MODELS["llama"](), TOKENIZER, task, limit=2)
+        assert found.shots < TASKS[task].shots
+        assert "which is all this model has positions for, in place of" in caplog.text
+
+    def test_more_shots_than_fit_are_refused_if_they_were_asked_for(self, task: str) -> None:
+        from pared.evaluation import evaluate_task
+
+        with pytest.raises(ParedError, match="positions of this model: use fewer shots"):
+            evaluate_task(TINY_MODELS["llama"](), TOKENIZER, task, limit=2, shots=16)
+
+
+def test_examples_to_fine_tune_on_are_as_long_as_the_model_takes() -> None:
+    from pared.training.encoders import FineTuning, within
+
+    config = config_of("BertConfig", max_position_embeddings=64)
+    assert within(FineTuning(), config).length == 64
+    assert within(FineTuning(), config_of("BertConfig")).length == 128
+    with pytest.raises(ParedError, match="labelled examples of 128 tokens, but this model has 64 positions"):
+        within(FineTuning(length=128), config)

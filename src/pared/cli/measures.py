@@ -132,9 +132,10 @@ def label(
 
 def fine_tune_for(model: str, names: list[str], asked: "FineTuning", place: torch.device, kept: Kept) -> dict[str, Any]:
     """Train an encoder for every task, and score it; what is done is kept."""
-    from pared.training.encoders import examples_of, fine_tuned_score, require_encoder, steps_of
+    from pared.training.encoders import examples_of, fine_tuned_score, require_encoder, steps_of, within
 
     require_encoder(model)
+    asked = within(asked, find_model(model).config())
     parts = {name: examples_of(name) for name in names}  # a file that is missing, before the first is trained
     if not parts:
         raise ParedError("--fine-tune names no task")

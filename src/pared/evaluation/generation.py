@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from pared.errors import ParedError
+from pared.sources.lengths import positions_of
 
 # The likeliest token each time, whatever the model's own generation settings are.
 GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -154,12 +155,21 @@ def padding_left(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
         tokenizer.padding_side, tokenizer.pad_token = side, token
 
 
+def room(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> int | None:
+    """Return the tokens a model can write behind the longest of some prompts; None if it has no limit."""
+    config = getattr(model, "config", None)  # what writes need not be a model of transformers
+    positions = None if config is None else positions_of(config)
+    if positions is None:
+        return None
+    return positions - max((len(tokenizer(prompt, verbose=False)["input_ids"]) for prompt in prompts), default=0)
+
+
 def _require_room(model: PreTrainedModel, encoded: Sequence[Sequence[int]], tokens: int) -> None:
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = positions_of(model.config)
     for index, ids in enumerate(encoded):
         if not len(ids):
             raise ParedError(f"prompt {index + 1} has no tokens")
-        if isinstance(positions, int) and len(ids) + tokens > positions > 0:
+        if positions is not None and len(ids) + tokens > positions:
             raise ParedError(
                 f"prompt {index + 1} has {len(ids)} tokens; with {tokens} new ones that is more than the {positions} "
                 "positions of this model: use fewer shots or fewer new tokens"

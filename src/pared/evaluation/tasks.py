@@ -1,5 +1,6 @@
 """Tasks in which a model writes and what it wrote is judged: mathematics by its answer, code by running it."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ if TYPE_CHECKING:  # which tasks there are is told without them
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from pared.evaluation.generation import Sampling
+
+log = logging.getLogger(__name__)
 
 Row = Mapping[str, Any]
 Verdict = Mapping[str, bool]
@@ -115,23 +118,51 @@ def evaluate_task(
     Raises:
         ParedError: an unknown task, missing or malformed data, code to run without leave, or k above the samples.
     """
-    from pared.evaluation.generation import Sampling, complete
+    from pared.evaluation.generation import Sampling, complete, room
 
     task, sampling = task_of(name), sampling or Sampling()
     require_leave(task, run_code)
     if task.runs and max(ks) > sampling.samples:
         raise ParedError(f"pass@{max(ks)} needs {max(ks)} samples of every problem, found {sampling.samples}: ask for "
                          "more samples and a temperature")  # fmt: skip
-    shots = task.shots if shots is None else shots
-    rows, examples = rows_of(task, limit), examples_of(task, shots)
-    prompts = [examples + task.prompt(row) for row in rows]
-    written = complete(model, tokenizer, prompts, task.tokens, task.stop, sampling, batch, on_batch)
+    rows = rows_of(task, limit)
+    shots, prompts = _prompts(task, rows, shots, model, tokenizer)
+    tokens = _fitting(task, room(model, tokenizer, prompts))
+    written = complete(model, tokenizer, prompts, tokens, task.stop, sampling, batch, on_batch)
     verdicts = [[_judged(task, row, text, limits) for text in texts] for row, texts in zip(rows, written, strict=True)]
     answers = tuple(
         {"row": index, "answers": texts, "verdicts": found}
         for index, (texts, found) in enumerate(zip(written, verdicts, strict=True))
     )
     return Result(name, *_means(task, verdicts, ks), len(rows), shots, answers)
+
+
+def _prompts(
+    task: Task, rows: Sequence[Row], shots: int | None, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[int, list[str]]:
+    """Return how many examples are shown and the prompts; of the task's own number fewer if the model has no room."""
+    from pared.evaluation.generation import room
+
+    wanted = task.shots if shots is None else shots
+    for count in range(wanted, -1, -1):
+        examples = examples_of(task, count)
+        prompts = [examples + task.prompt(row) for row in rows]
+        there = room(model, tokenizer, prompts)
+        if shots is not None or there is None or there >= task.tokens or not count:
+            break
+    if count < wanted:
+        log.warning("task %s: %d examples are shown, which is all this model has positions for, in place of %d",
+                    task.name, count, wanted)  # fmt: skip
+    return count, prompts
+
+
+def _fitting(task: Task, there: int | None) -> int:
+    """Return the new tokens of an answer: the task's own number, or as many as there is room for."""
+    if there is None or there >= task.tokens or there < 1:
+        return task.tokens
+    log.warning("task %s: answers have %d tokens, which is all this model has positions for, in place of %d", task.name,
+                there, task.tokens)  # fmt: skip
+    return there
 
 
 def task_of(name: str) -> Task:

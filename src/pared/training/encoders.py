@@ -3,7 +3,7 @@
 import importlib.util
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    PretrainedConfig,
     PreTrainedModel,
     PrinterCallback,
     Trainer,
@@ -27,12 +28,14 @@ from pared.sources.architecture import is_causal
 from pared.sources.examples import Examples
 from pared.sources.labelled import find_examples
 from pared.sources.labelled_windows import cut_examples
+from pared.sources.lengths import Length
 from pared.sources.models import find_model
 from pared.sources.trust import trusted
 from pared.sources.windows import Windows
 from pared.training.examples import collate, rows_of
 
 WARMUP = 0.1  # of the steps
+LENGTH = 128  # tokens of an example at most, if nobody says
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class FineTuning:
         epochs: over the examples.
         learning_rate: at most; it rises over the first tenth of the steps and falls evenly to 0.
         batch: examples a step.
-        length: the most tokens of an example.
+        length: the most tokens of an example; None is 128, or what the model takes if that is less.
         examples: to train on, from the first; None means all.
         seed: of the head and of the order.
     """
@@ -51,7 +54,7 @@ class FineTuning:
     epochs: float = 3.0
     learning_rate: float = 5e-5
     batch: int = 32
-    length: int = 128
+    length: int | None = None
     examples: int | None = None
     seed: int = 0
 
@@ -59,6 +62,16 @@ class FineTuning:
         for name, value in asdict(self).items():
             if name != "seed" and value is not None and not value > 0:
                 raise ParedError(f"fine-tuning: expected {name} above 0, found {value:g}")
+
+
+def within(asked: FineTuning, config: PretrainedConfig) -> FineTuning:
+    """Return a fine-tuning with the length that a model takes.
+
+    Raises:
+        ParedError: more was asked for than it has positions.
+    """
+    length = Length.given(asked.length, LENGTH).within(config, "labelled examples")
+    return replace(asked, length=length.tokens)
 
 
 @dataclass(frozen=True)
@@ -224,8 +237,8 @@ def fine_tuned_score(
     """
     asked = asked or FineTuning()
     model, tokenizer = with_head(name, task.train, asked.seed), load_tokenizer(name)
-    positions = getattr(model.config, "max_position_embeddings", None) or asked.length
-    length = min(asked.length, positions)
+    length = within(asked, model.config).length
+    assert length is not None
     train = cut_examples(task.train, tokenizer, model.config, length, asked.examples)
     test = cut_examples(task.test, tokenizer, model.config, length, None)
     fine_tune(model.to(device or "cpu"), train, asked, on_step)
