@@ -46,8 +46,8 @@ def match(patterns: Iterable[str], names: Iterable[str]) -> set[str]:
     for pattern in patterns:
         hits = set(fnmatch.filter(names, pattern))
         if not hits:
-            raise ParedError(
-                f"pattern {pattern!r} matches none of the {len(names)} sites; {did_you_mean(pattern, names[:12])}"
-            )
+            wider = f"*{pattern.strip('*.')}*"
+            valid = f"did you mean {wider!r}?" if fnmatch.filter(names, wider) else did_you_mean(pattern, names[:12])
+            raise ParedError(f"pattern {pattern!r} matches none of the {len(names)} sites; {valid}")
         matched |= hits
     return matched

@@ -154,7 +154,11 @@ class Recipe(FromPreset):
     @field_validator("keep", mode="before")
     @classmethod
     def _no_percentages(cls, value: object) -> object:
-        if isinstance(value, bool) or (isinstance(value, (int, float)) and not 0 < value <= 1):
+        number = value
+        if isinstance(value, str):  # from a file; "80%" is none
+            with suppress(ValueError):
+                number = float(value)
+        if isinstance(number, (bool, str)) or (isinstance(number, (int, float)) and not 0 < number <= 1):
             raise ValueError(f"keep is the fraction that stays, in (0, 1], so that 0.8 removes 20%; found {value}")
         return value
 

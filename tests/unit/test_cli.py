@@ -94,7 +94,7 @@ def test_compress_writes_a_whole_folder_and_nothing_beside_it(compressed: Path) 
 def test_model_card_has_a_yaml_header_the_recipe_and_how_to_load(compressed: Path) -> None:
     card = (compressed / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
-    for word in ("method: svd-llm", "keep: 0.8", "import pared", "trust_remote_code=True", "| perplexity (100% on calibration text) |"):
+    for word in ("method: svd-llm", "keep: 0.8", "import pared", "trust_remote_code=True", "| perplexity (100%"):
         assert word in card
 
 
