@@ -222,3 +222,48 @@ def test_an_encoder_has_no_perplexity_to_try_by(
     recipe = pared.Recipe(method="svd-llm", allocation="swift", keep=0.7, calibration=calibration)
     with pytest.raises(ParedError, match="not a causal language model"):
         pared.compress(TINY_MODELS["bert"](), tokenizer, recipe)
+
+
+def released_cut(trials: list[Trial], parameters: int, budget: Budget) -> tuple[dict[str, int], int]:
+    """Return the ranks at the cut that ASVD's released bisection looked at last, and what they store."""
+    order = sorted(trials, key=lambda trial: (-trial.perplexity, trial.unit, trial.rank))
+
+    def applied(start: int) -> tuple[dict[str, int], int]:
+        ranks: dict[str, int] = {}
+        for trial in order[start:]:
+            ranks[trial.unit] = min(trial.rank, ranks.get(trial.unit, trial.rank))
+        stored = sum(budget.cost(one, ranks[one.name]) if one.name in ranks else one.parameters for one in UNITS)
+        return ranks, stored
+
+    low, high, middle = 0, len(order) - 1, 0
+    while low < high:
+        middle = (low + high) // 2
+        if applied(middle)[1] > parameters:
+            high = middle
+        else:
+            low = middle + 1
+    return applied(middle)
+
+
+def test_the_rank_search_ends_where_the_released_one_does_or_a_trial_before_where_that_is_over_budget():
+    generator, ends = torch.Generator().manual_seed(0), {"same": 0, "over": 0}
+    for keep in [keep / 100 for keep in range(45, 90, 3)]:
+        draws = torch.rand(len(UNITS), len(CANDIDATES), generator=generator).tolist()
+        budget = Budget(keep)
+        parameters = int(keep * sum(one.parameters for one in UNITS))
+        trials = [
+            Trial(20 + draw, one.name, budget.rank(one, ratio))
+            for one, drawn in zip(UNITS, draws, strict=True)
+            for ratio, draw in zip(CANDIDATES, drawn, strict=True)
+        ]
+        released, stored = released_cut(trials, parameters, budget)
+        decided = cut(UNITS, trials, parameters, budget)
+        ours = {name: decision.rank for name, decision in decided.items() if isinstance(decision, LowRank)}
+        if stored <= parameters:
+            ends["same"] += 1
+            assert ours == released
+        else:
+            ends["over"] += 1
+            assert sum(ours.get(one.name) != released.get(one.name) for one in UNITS) == 1
+            assert cost(decided, UNITS, budget) <= parameters
+    assert min(ends.values()) > 2

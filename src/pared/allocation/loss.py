@@ -1,4 +1,8 @@
-"""Global allocation by loss: one threshold on what a parameter buys decides every rank (loss_optimal, section 2)."""
+"""Global allocation by loss: one threshold on what a parameter buys decides every rank (ours).
+
+LEMS (with KFAC-SVD, ICML 2026) scales the error of every layer to a measured divergence; here costs in nats, of ranks
+as they are stored, of staying dense and of shared bases, meet in one exact budget.
+"""
 
 from collections.abc import Sequence
 

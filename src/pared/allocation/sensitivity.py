@@ -61,7 +61,7 @@ def sensitivity(units: Sequence[Unit], budget: Budget, evidence: Evidence) -> di
             if found is None:
                 found = evidence.trial({unit.name: budget.low_rank(rank)})
                 cache.put(unit.name, rank, found)
-            trials.append(Trial(found, unit.name, rank))
+            trials.append(Trial(math.inf if math.isnan(found) else found, unit.name, rank))
         log.info("allocation sensitivity: %d of %d weights measured", number, len(open_units))
     decided = {**fixed, **cut(open_units, trials, left, budget)}
     return {unit.name: decided[unit.name] for unit in units}

@@ -1,10 +1,15 @@
-"""Loss-optimal low rank: weighted on both sides by what the loss feels; our own method.
+"""Loss-optimal low rank: weighted on both sides by what the loss feels.
 
 For a linear layer ``y = x Wᵀ`` the second-order, Kronecker-factored (K-FAC, Martens and Grosse 2015) estimate of what
 a change ``D = W' - W`` costs is ``½ tr(B D A Dᵀ)`` nats a token, ``A = E[xᵀx]`` the Gram of the inputs and
 ``B = E[gᵀg]`` that of the gradients of the loss at the outputs. With ``B = L Lᵀ`` and ``Lᵀ W A^½ = U Σ Vᵀ`` the best
 weight of rank k is ``W' = L⁻ᵀ U_k U_kᵀ Lᵀ W``, and it costs ``½ Σ_{j>k} s_j²``: the same unit for every layer of a
 model, so that one global budget decides all ranks. ``B = I`` is SVD-LLM, ``A = B = I`` the plain SVD.
+
+The decomposition is published: GFWSVD (arXiv 2505.17974), OBD-LLM (arXiv 2604.00821), IO-SVD (arXiv 2605.15626, another
+output factor) and KFAC-SVD with LEMS (ICML 2026). Ours is what is done with its costs: one exact budget in nats over
+ranks, dense weights and shared bases (:mod:`pared.allocation.loss`), with PIFA's pivots counted in it, and two-sided
+targets behind the compressed prefix.
 """
 
 from collections.abc import Sequence

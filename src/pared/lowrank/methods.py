@@ -207,7 +207,8 @@ METHODS = {
         ),
         LowRankMethod(
             name="loss-optimal",
-            paper="ours; K-FAC (Martens and Grosse, 2015) on both sides",
+            paper="K-FAC on both sides, as GFWSVD (arXiv 2505.17974), OBD-LLM (2604.00821), IO-SVD (2605.15626) and "
+            "KFAC-SVD (ICML 2026); the budget in nats over ranks, dense and sharing is ours",
             summary="least expected increase of the loss, inputs and output gradients weighted, one global budget",
             needs=mean_gram,
             rule=deferred("pared.lowrank.rules:both_sides"),

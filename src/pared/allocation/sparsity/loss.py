@@ -2,7 +2,8 @@
 
 If pruning weight i of unit u costs ``ℓ_ui``, and costs add up, the least total at a given number of pruned weights
 prunes the cheapest of all units: one threshold, at which every unit pays the same for the next parameter. Costs must be
-in one unit everywhere, such as nats (``½ w² · E[x²] · E[g²]``); scores of Wanda are not.
+in one unit everywhere, such as nats (``½ w² · E[x²] · E[g²]``, the diagonals of K-FAC's factors, by which LLM Surgeon,
+arXiv 2312.17244, prunes); scores of Wanda are not.
 """
 
 from collections.abc import Sequence
