@@ -91,6 +91,9 @@ def compress(
             (progress or Silent()).note(note)
     _require_compressible(model, recipe)
     device_of(recipe.device)
+    if progress is not None and not hasattr(progress, "stage"):
+        raise ParedError(f"pared.compress takes who watches as progress, with stage() and note(); found a "
+                         f"{type(progress).__name__}")  # fmt: skip
     if windows is not None and not isinstance(windows, Windows):
         raise ParedError(f"pared.compress takes windows as pared.sources.cut makes them, found a "
                          f"{type(windows).__name__}; name a text in the recipe's calibration instead")  # fmt: skip

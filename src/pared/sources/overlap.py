@@ -10,6 +10,7 @@ import torch
 from pared.sources.windows import Windows, merged
 
 RUN = 32  # tokens that two texts have in common by no chance
+ROWS = 512  # compared at a time
 MULTIPLIER = np.uint64(6364136223846793005)
 
 Hashes = npt.NDArray[np.uint64]
@@ -43,27 +44,34 @@ def _share_of_characters(measured: Windows, learned: Sequence[Mapping[str, Any]]
 
 def _share_of_runs(measured: torch.Tensor, learned: Sequence[torch.Tensor]) -> float:
     run = min(RUN, measured.shape[1])
-    known = [_hashes(row, run) for tokens in learned for row in (tokens if tokens.ndim == 2 else tokens[None])]
-    if not known:
-        return 0.0
-    here = np.stack([_hashes(row, run) for row in measured])
-    _, first, count = np.unique(here, return_index=True, return_counts=True)
-    once = np.zeros(here.size, dtype=bool)
-    once[first[count == 1]] = True
-    hits = np.isin(here, np.concatenate(known)) & once.reshape(here.shape)
+    by_length: dict[int, list[torch.Tensor]] = {}
+    for tokens in learned:
+        by_length.setdefault(tokens.shape[-1], []).append(tokens if tokens.ndim == 2 else tokens[None])
+    found, where, count = np.unique(_hashes(measured, run), return_inverse=True, return_counts=True)
+    known = np.zeros(len(found), dtype=bool)
+    for length, rows in by_length.items():
+        tokens_WL = torch.cat(rows)
+        for start in range(0, len(tokens_WL), ROWS) if length >= run else ():
+            place, here = _places(found, _hashes(tokens_WL[start : start + ROWS], run).ravel())
+            known[place[here]] = True
+    hits = (known & (count == 1))[where].reshape(len(measured), -1)
     seen = np.zeros(tuple(measured.shape), dtype=bool)
     for offset in range(run):
         seen[:, offset : offset + hits.shape[1]] |= hits
     return float(seen.mean())
 
 
-def _hashes(row: torch.Tensor, run: int) -> Hashes:
-    """Return a number for every run of so many tokens of a row; none of a shorter row."""
-    ids = row.cpu().numpy().astype(np.uint64)
-    count = len(ids) - run + 1
-    if count < 1:
-        return np.zeros(0, dtype=np.uint64)
-    found = np.zeros(count, dtype=np.uint64)
+def _places(found: Hashes, hashes: Hashes) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.bool_]]:
+    """Return where numbers stand among sorted ones, and whether they do."""
+    place = np.minimum(np.searchsorted(found, hashes), len(found) - 1)
+    return place, found[place] == hashes
+
+
+def _hashes(tokens_WL: torch.Tensor, run: int) -> Hashes:
+    """Return a number for every run of so many tokens of a window, ``(windows, length - run + 1)``."""
+    ids = tokens_WL.cpu().numpy().astype(np.uint64)
+    count = ids.shape[1] - run + 1
+    found = np.zeros((len(ids), count), dtype=np.uint64)
     for offset in range(run):
-        found = found * MULTIPLIER + ids[offset : offset + count] + np.uint64(1)
+        found = found * MULTIPLIER + ids[:, offset : offset + count] + np.uint64(1)
     return found
