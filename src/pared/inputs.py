@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from pared.digests import file_digest, folder_digest
-from pared.errors import ParedError
 from pared.files import cache_folder, write_whole
 from pared.names import PART
 
@@ -36,20 +35,10 @@ def digest_of_input(path: Path) -> str:
 
 
 def told_apart(paths: Iterable[Path]) -> dict[str, tuple[Path, str]]:
-    """Return for every file or folder the name it is published by, with its path and digest; equal names differ.
-
-    What can be read only once, as a pipe, has no digest.
-
-    Raises:
-        ParedError: one cannot be read any more.
-    """
+    """Return for every file or folder the name it is published by, with its path and digest; equal names differ."""
     found: dict[str, tuple[Path, str]] = {}
     for path in paths:
-        try:
-            digest = digest_of_input(path) if path.is_file() or path.is_dir() else ""
-        except OSError as error:
-            raise ParedError(f"{error.filename or path}: {error.strerror or error}; it is read to make the output, and "
-                             "has to stay as it is until that is done") from None  # fmt: skip
+        digest = digest_of_input(path)
         name = _last_name(path)
         if name in found and found[name][1] != digest:
             name = f"{Path(name).stem}-{digest[:8]}{Path(name).suffix}"
@@ -91,8 +80,6 @@ def without_places(value: Any, published: Mapping[str, tuple[Path, str]]) -> Any
 def remember(published: Mapping[str, tuple[Path, str]]) -> None:
     """Keep where inputs lie on this machine, in the user's cache folder."""
     for path, digest in published.values():
-        if not digest:
-            continue
         with suppress(OSError):  # a cache that cannot be written is no reason to stop
             place = _place(digest)
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -111,7 +98,7 @@ def found_again(name: str, published: Mapping[str, str]) -> str:
     parts = name.split(":")
     for start in range(len(parts)):
         digest = published.get(":".join(parts[start:]))
-        if digest and (path := _recall(digest)) is not None:
+        if digest is not None and (path := _recall(digest)) is not None:
             return ":".join([*parts[:start], str(path)])
     return name
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pared.errors import ParedError
+from pared.guarded import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +47,8 @@ def opened(line: bytes, before: str = "") -> tuple[dict[str, Any], str] | None:
     else:
         check = ""
     try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError):
+        fields = parse_json(line, "line", unique=False)
+    except ParedError:
         return None
     return (fields, check) if isinstance(fields, dict) else None
 

@@ -17,6 +17,7 @@ from typing import Any
 from pared.digests import file_digest, sha256_of
 from pared.errors import ParedError
 from pared.files import write_whole
+from pared.guarded import read_json
 
 MANIFEST, SUMS = "pared.json", "SHA256SUMS"
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -49,11 +50,11 @@ def recorded(folder: Path) -> dict[str, str] | None:
     """Return the files that a folder says pared wrote, by name, with their SHA-256; None where it does not say."""
     try:
         if (folder / MANIFEST).is_file():
-            told: Any = json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("files")
+            told: Any = read_json(folder / MANIFEST, "manifest").get("files")
         else:
             lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
             told = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
-    except (OSError, ValueError, AttributeError, RecursionError):
+    except (ParedError, OSError, ValueError, AttributeError):
         return None
     whole = isinstance(told, dict) and all(isinstance(one, str) and SHA256.fullmatch(one) for one in told.values())
     return told if told and whole else None
@@ -98,10 +99,7 @@ def require_own_sum(manifest: Path) -> None:
     Raises:
         ParedError: it is damaged, or was changed by hand.
     """
-    try:
-        fields = json.loads(manifest.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ParedError(f"{manifest}: unreadable ({error})") from None
+    fields = read_json(manifest, "manifest")
     if not isinstance(fields, dict) or not (fields.get("files") or fields.get("checksum")):
         return
     if fields.get("checksum") != checksum(fields):

@@ -7,11 +7,11 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from typing_extensions import Self
 
 from pared.errors import ParedError
+from pared.guarded import read_yaml
 from pared.names import did_you_mean
 
 # What pydantic calls the errors of something that is no mapping, or no list.
@@ -130,11 +130,7 @@ def read_fields(path: str | Path, what: str) -> dict[str, Any]:
         ParedError: the file is missing, not YAML, or no mapping.
     """
     try:
-        fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ParedError(f"{what} {path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, ValueError) as error:  # not UTF-8, or a date or number that cannot be
-        raise ParedError(f"{what} {path}: not readable as YAML: {' '.join(str(error).split())}") from None
+        fields = read_yaml(Path(path), what)
     except TypeError:
         raise ParedError(f"{what}: expected the path of a file, found {_shown(path)}") from None
     if not isinstance(fields, dict):

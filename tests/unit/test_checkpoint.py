@@ -552,10 +552,14 @@ def test_a_folder_without_manifest_is_refused_but_loads(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", r"pared\.json: unreadable"),
-        ("\udcff", r"pared\.json: unreadable"),
-        ("[]", r"pared\.json: .*valid dictionary"),
-        ('{"telepathy": 1}', r"pared\.json: format_version: Field required"),
+        ("{", r"pared\.json: not JSON"),
+        ("\udcff", r"pared\.json: not JSON"),
+        ("[]", r"pared\.json: found \[\], expected a manifest"),
+        ('{"telepathy": 1}', r"pared\.json: format_version is None"),
+        ('{"format_version": true}', r"pared\.json: format_version is True"),
+        ('{"format_version": 1, "format_version": 1}', r"pared\.json: .*'format_version' stands there twice"),
+        ('{"format_version": ' + "9" * 6000 + "}", r"pared\.json: .*a number of 6,000 digits"),
+        ("[" * 5000 + "]" * 5000, r"pared\.json: .*nested too deeply"),
     ],
 )
 def test_a_damaged_manifest_is_refused_by_name(folder: Path, content: str, message: str) -> None:

@@ -240,7 +240,7 @@ def test_ctrl_c_leaves_no_partial_folder(
     def interrupt(*_: object) -> float:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pared.engine.job.compare", interrupt)  # the weights are on disk by then
+    monkeypatch.setattr("pared.checkpoint.self_check.compare", interrupt)  # the weights are on disk by then
     code, _, err = compress(dense, text, tmp_path / "out")
     assert code == 130
     assert "interrupted" in err

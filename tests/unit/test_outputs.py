@@ -373,19 +373,3 @@ def test_places_are_told_by_last_names_wherever_they_stand(tmp_path: Path, monke
 @pytest.mark.parametrize("value", ["/think", "</s>", "~", "a/b", "4:2", "http://example.org/x", ""])
 def test_what_is_no_place_stays_as_it_is(value: str) -> None:
     assert without_places({"value": value}, {}) == {"value": value}
-
-
-def test_what_can_be_read_only_once_is_not_read_again(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "words.txt")
-    assert told_apart([tmp_path / "words.txt"]) == {"words.txt": (tmp_path / "words.txt", "")}
-
-
-def test_an_input_that_went_away_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "x.txt").write_text("one")
-
-    def gone(path: Path) -> str:
-        raise FileNotFoundError(2, "No such file or directory", str(path))
-
-    monkeypatch.setattr("pared.inputs.file_digest", gone)
-    with pytest.raises(ParedError, match=r"x\.txt: No such file or directory; it is read to make the output"):
-        told_apart([tmp_path / "x.txt"])

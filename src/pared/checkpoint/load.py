@@ -119,4 +119,5 @@ def is_compressed(config: PretrainedConfig) -> bool:
 
 def _fields(config: PretrainedConfig) -> dict[str, Any]:
     stored = getattr(config, "quantization_config", None) or {}
-    return stored if isinstance(stored, dict) else stored.to_dict()
+    told: dict[str, Any] = stored if isinstance(stored, dict) else stored.to_dict()
+    return told

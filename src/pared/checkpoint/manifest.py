@@ -1,15 +1,17 @@
 """``pared.json``: everything that is needed to understand and repeat a compression."""
 
 import json
+import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from pared.errors import ParedError
 from pared.files import write_whole
+from pared.guarded import brief, read_json
 from pared.plan import Plan
 from pared.presets import RECORDED
 from pared.recipe import Recipe
@@ -17,6 +19,10 @@ from pared.record import MANIFEST, checksum
 from pared.tuning import Tuning
 
 FORMAT_VERSION = 1  # that of the loader, which is copied into every folder and so has to name it itself
+
+
+# Limits of a fingerprint; it has 16 tokens, and 64 outputs of 64 layers.
+MOST_SAMPLES, LARGEST_TOKEN = 4096, 2**31
 
 
 class Fingerprint(BaseModel):
@@ -31,10 +37,12 @@ class Fingerprint(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid")
-    tokens: list[int]
-    positions: list[int]
-    outputs: list[float]
-    layers: dict[str, list[float]] = Field(default={})
+    tokens: list[Annotated[int, Field(strict=True, ge=0, le=LARGEST_TOKEN)]] = Field(max_length=MOST_SAMPLES)
+    positions: list[Annotated[int, Field(strict=True, ge=0, le=LARGEST_TOKEN)]] = Field(max_length=MOST_SAMPLES)
+    outputs: list[FiniteFloat] = Field(max_length=MOST_SAMPLES)
+    layers: dict[str, Annotated[list[FiniteFloat], Field(min_length=1, max_length=MOST_SAMPLES)]] = Field(
+        default={}, max_length=MOST_SAMPLES
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> "Fingerprint":
@@ -139,6 +147,12 @@ class Manifest(BaseModel):
     versions: dict[str, str]
     machine: dict[str, str]
 
+    @model_validator(mode="after")
+    def _describes_a_model(self) -> "Manifest":
+        if not self.plan.sites or min(self.plan.before.covered_parameters, self.plan.model_parameters) < 1:
+            raise ValueError("plan: expected at least one site, and parameters")
+        return self
+
     def write(self, folder: Path) -> "Manifest":
         """Write ``pared.json``, and return this manifest with its checksum."""
         told = self.model_copy(update={"checksum": checksum(json.loads(self.model_dump_json()))})
@@ -155,23 +169,29 @@ class Manifest(BaseModel):
         path = folder / MANIFEST
         if not folder.is_dir():
             raise ParedError(f"{folder}: no such folder")
-        try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(fields, dict) and fields.get("format_version", 0) > FORMAT_VERSION:
-                raise ParedError(f"{path}: format version {fields['format_version']}, this pared reads "
-                                 f"{FORMAT_VERSION}: update pared")  # fmt: skip
-            return cls.model_validate(fields, context=RECORDED)
-        except FileNotFoundError:
+        if not os.path.lexists(path):
             raise ParedError(
                 f"{folder} has no {MANIFEST}: `pared compress`, `pared tune` and pared.run write one; a folder saved "
                 "by save_pretrained or exported to plain weights has none"
-            ) from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ParedError(f"{path}: unreadable ({error})") from None
+            )
+        fields = read_json(path, "manifest")
+        _require_version(path, fields)
+        try:
+            return cls.model_validate(fields, context=RECORDED)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             where = ".".join(map(str, first["loc"]))
             raise ParedError(f"{path}: {where}: {first['msg']}; written by another version of pared?") from None
+
+
+def _require_version(path: Path, fields: object) -> None:
+    """Refuse what is no manifest, or of a later version, before it is held against this one's fields."""
+    found = fields.get("format_version") if isinstance(fields, dict) else None
+    if not isinstance(fields, dict) or type(found) is not int or found < 1:
+        told = f"format_version is {brief(found)}" if isinstance(fields, dict) else f"found {brief(fields)}"
+        raise ParedError(f"{path}: {told}, expected a manifest with a whole number from 1; it is damaged")
+    if found > FORMAT_VERSION:
+        raise ParedError(f"{path}: format version {found}, this pared reads {FORMAT_VERSION}: update pared")
 
 
 def versions() -> dict[str, str]:

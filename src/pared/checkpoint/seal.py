@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pared.checkpoint.manifest import Manifest
+from pared.errors import ParedError
 from pared.files import write_whole
 from pared.inputs import inputs_of, remember, told_apart, without_places
 from pared.record import hashes_of, write_sums
@@ -30,7 +31,10 @@ def seal(folder: Path, manifest: Manifest, name: str, read: Iterable[Path], card
     Raises:
         ParedError: something that was read is not readable any more.
     """
-    published = told_apart(read)
+    try:
+        published = told_apart(read)
+    except OSError as error:
+        raise ParedError(f"{error.filename}: {error.strerror or error}; it was read to make the output") from None
     remember(published)
     fields = without_places(manifest.model_dump(mode="json"), published)
     for asked in (fields["recipe"], *(entry["tuning"] for entry in fields["training"])):

@@ -18,6 +18,7 @@ from pared.checkpoint.loader import empty_module
 from pared.checkpoint.manifest import Fingerprint, Manifest
 from pared.checkpoint.portable import module_map
 from pared.errors import DamagedError, ParedError
+from pared.guarded import require_regular_files
 from pared.sources.trust import trusting
 
 TOKENS, SAMPLES = 16, 64
@@ -54,13 +55,18 @@ def compare(model: PreTrainedModel, fingerprint: Fingerprint) -> float:
         )
     found = {"the loaded model": (outputs[fingerprint.positions], fingerprint.outputs)}
     for name, sample in fingerprint.layers.items():
-        found[f"layer {name}"] = (_layer_outputs(model.get_submodule(name)), sample)
+        layer = dict(model.named_modules()).get(name)
+        if layer is None or not hasattr(layer, "weight"):
+            raise ParedError(f"the fingerprint in pared.json has a layer {name[:200]}, which this model has not")
+        found[f"layer {name}"] = (_layer_outputs(layer), sample)
     return max(_difference(what, now, then, model.dtype) for what, (now, then) in found.items())
 
 
 def _difference(what: str, found: torch.Tensor, sample: list[float], dtype: torch.dtype) -> float:
     """Return the largest difference, relative to the largest output, if kernels can make it."""
     expected = torch.tensor(sample)
+    if found.shape != expected.shape:
+        raise ParedError(f"the fingerprint in pared.json has {len(sample)} outputs of {what}, expected {len(found)}")
     scale = float(expected.abs().max().clamp(min=1e-6))
     difference = float((found - expected).abs().max()) / scale
     allowed = TOLERANCE.get(dtype, 5e-2)
@@ -97,6 +103,7 @@ def require_tensors(folder: Path) -> int:
     Raises:
         ParedError: a file is missing or truncated, or a tensor is missing, misshapen or not its owner; names it.
     """
+    require_regular_files(folder)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ParedError(f"{folder} has no .safetensors file")

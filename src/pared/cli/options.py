@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
-import yaml
 
 from pared.errors import ParedError
+from pared.guarded import parse_yaml
 from pared.recipe import Recipe
 from pared.strict import read_fields
 from pared.tuning import Tuning
@@ -131,8 +131,8 @@ def named_values(pairs: list[str] | None) -> dict[str, Any] | None:
 def _value(text: str) -> Any:
     """Return a value; a pattern such as ``*.q_proj``, which YAML takes for an alias, is text, and 1e-4 is a number."""
     try:
-        found = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):
+        found = parse_yaml(text, "option")
+    except ParedError:
         return text
     if isinstance(found, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", found):
         return float(found)

@@ -1,12 +1,12 @@
 """The best so far, candidate by candidate, as a figure: a search, and another at the same budget."""
 
 import importlib.util
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pared.errors import ParedError
+from pared.guarded import read_json
 
 FREE = ("strategy", "search seed", "iterations", "population", "sample_ratio", "top", "workers", "pared")
 
@@ -33,9 +33,9 @@ def against(settings: Mapping[str, Any], folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / "FOUND.json"
     try:
-        told: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        theirs = told["settings"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        told: dict[str, Any] = read_json(path, "search")
+        theirs = dict(told["settings"])
+    except (ParedError, ValueError, KeyError, TypeError) as error:
         raise ParedError(f"--against {folder}: no finished search in it ({path}: {error})") from None
     for name in sorted({*settings, *theirs} - set(FREE)):
         if settings.get(name) != theirs.get(name):

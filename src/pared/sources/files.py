@@ -1,16 +1,14 @@
 """Files of text and of JSON rows, gzipped or not."""
 
 import codecs
-import gzip
-import json
 import os
 import re
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pared.errors import ParedError
+from pared.guarded import parse_json, read_bytes, unzipped
 
 GZIP = b"\x1f\x8b"  # the first bytes of every archive
 BYTE_ORDER_MARKS = {
@@ -64,18 +62,14 @@ def read_text(path: Path, what: str = "file") -> str:
         ParedError: missing, not UTF-8 or a damaged archive; names the file.
     """
     try:
-        raw = path.read_bytes()
+        raw = read_bytes(path, what)
         zipped = path.suffix == ".gz"
         if not zipped and raw.startswith(GZIP):
             raise ParedError(f"{what} {path}: is gzipped; call it {path.name}.gz")
-        raw = gzip.decompress(raw) if zipped else raw
+        raw = unzipped(raw, f"{what} {path}") if zipped else raw
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ParedError(f"{what} {path}: is not UTF-8 ({_instead(raw) or error})") from None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ParedError(f"{what} {path}: not readable as gzip ({error})") from None
-    except OSError as error:
-        raise ParedError(f"{what} {path}: {error.strerror or error}") from None
     if "\0" in text:
         raise ParedError(f"{what} {path}: holds zero bytes; expected UTF-8 text, and this is a binary file or UTF-16")
     return text
@@ -103,10 +97,7 @@ def read_rows(path: Path, what: str = "file") -> Iterator[tuple[int, Any]]:
     """
     for number, line in enumerate(read_lines(path, what), 1):
         if line.strip():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:  # numbers of thousands of digits, too
-                raise ParedError(f"{path}, row {number}: not JSON ({error})") from None
+            row = parse_json(line, f"{path}, row {number}", unique=False)
             if SURROGATE.search(line):
                 require_characters(f"{path}, row {number}", row)
             yield number, row

@@ -18,6 +18,7 @@ from pared.hardware import dtype_of
 from pared.names import did_you_mean
 from pared.sources.architecture import architecture, first_line, name_architectures, note_causal, raised_in, refuse_code
 from pared.sources.gguf import config_of, converted
+from pared.sources.sane import require_files_for, require_floating, require_sane, without_quantization
 from pared.sources.trust import trusted
 
 if TYPE_CHECKING:  # that there is no such model is told without them
@@ -93,6 +94,8 @@ class ModelSource:
             return config_of(Path(self.place))
         from transformers import AutoConfig
 
+        if (folder := Path(self.location)).is_dir():
+            require_sane(folder, self.name)
         try:
             config = AutoConfig.from_pretrained(self.location, trust_remote_code=trusted())
         except Exception as error:  # huggingface_hub and transformers raise many kinds
@@ -159,6 +162,7 @@ class ModelSource:
             ParedError: the checkpoint is missing, truncated, or lacks weights the model needs.
         """
         kind, chosen = architecture(self.config(), self.name, self.location), dtype_of(dtype) or "auto"
+        self._require_files()
         asked: dict[str, Any] = {"dtype": chosen, "trust_remote_code": trusted(), "output_loading_info": True}
         try:
             model, info = kind.from_pretrained(self.location, **asked)
@@ -180,6 +184,16 @@ class ModelSource:
             )
         return model.eval()
 
+    def _require_files(self) -> None:
+        folder, config = Path(self.location), self.config()
+        if folder.is_dir():
+            stored = getattr(config, "quantization_config", None)
+            told = stored if isinstance(stored, dict) else {}
+            entries = told.get("modules") if told.get("quant_method") == "pared" else None
+            require_files_for(self.skeleton(), entries or {}, folder, self.name)
+            if stored is None or entries:
+                require_floating(folder, self.name)
+
     def skeleton(self) -> "PreTrainedModel":
         """Build the model on the meta device: every shape, no memory.
 
@@ -188,13 +202,15 @@ class ModelSource:
         """
         import torch
 
-        config = self.config()
+        config = without_quantization(self.config())
         kind = architecture(config, self.name, self.place)
         try:
             with torch.device("meta"):
                 return kind._from_config(config)
         except Exception as error:  # whatever a nonsensical configuration leads to
-            raise ParedError(f"model {self.name!r}: config.json makes no model ({first_line(error)})") from error
+            raise ParedError(
+                f"model {self.name!r}: config.json makes no model ({first_line(error)}, {raised_in(error)})"
+            ) from error
 
     def weight_bytes(self, dtype: str = "auto") -> int:
         """Bytes of one parameter in the dtype the model would be saved in."""

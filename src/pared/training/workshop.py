@@ -10,6 +10,7 @@ from typing import Any
 
 from pared.errors import ParedError
 from pared.files import write_whole
+from pared.guarded import read_json
 from pared.locking import locked
 from pared.training.processes import Processes
 
@@ -91,8 +92,8 @@ class Workshop:
 
     def _require_same(self, path: Path) -> None:
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            found = dict(read_json(path, "settings"))
+        except (ParedError, TypeError, ValueError) as error:
             raise ParedError(f"{path}: unreadable ({error}); remove the folder {self.folder} to begin anew") from None
         for name in sorted({*found, *self._settings}):
             there, here = found.get(name), self._settings.get(name)

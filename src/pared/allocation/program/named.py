@@ -1,6 +1,5 @@
 """Programs as a recipe names them: by a packaged name, their text, or the ``FOUND.json`` of a search."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,6 +7,7 @@ from typing import Any, NamedTuple
 from pared.allocation.program.grammar import Program, parse
 from pared.allocation.program.packaged import SCORE_TOKENS, packaged_of
 from pared.errors import ParedError
+from pared.guarded import read_json
 
 # Methods whose spectra were sums over the calibration tokens when a search did not yet write `score_tokens`.
 SUMMED_ONCE = ("svd-llm", "svd-llm-v2", "swift-svd", "basis-sharing", "fwsvd")
@@ -45,12 +45,7 @@ def named(text: str, tokens: int = SCORE_TOKENS) -> Named:
 
 def _found(path: Path, tokens: int) -> Named:
     """Return the program that a search wrote."""
-    try:
-        found = json.loads(path.expanduser().read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ParedError(f"program {path}: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise ParedError(f"program {path}: not JSON ({error})") from None
+    found = read_json(path.expanduser(), "program")
     if not isinstance(found, dict) or not isinstance(found.get("program"), str):
         raise ParedError(f"program {path}: expected an object with a 'program', as `pared search` writes FOUND.json")
     read = found.get("score_tokens", _before_score_tokens(found, tokens))
