@@ -126,6 +126,28 @@ CASES: list[tuple[list[str], int, str]] = [
     (["compress", "--metod", "svd"], 2, "--method"),
     (["verify", "no/such/folder"], 2, "no such folder"),
     (["info", "no/such/folder"], 2, "no such folder"),
+    *(
+        [command.split(), 2, told]
+        for command, told in {
+            "eval ./no --perplexity embedded": "no such folder",
+            "eval MODEL --perplexity wikitxt2:test": "did you mean 'wikitext2:test'?",
+            "eval MODEL --tasks arc_esy": "did you mean 'arc_easy'?",
+            "eval MODEL --perplexity embedded --protocol svdllm": "did you mean 'svd-llm'?",
+            "eval MODEL --perplexity embedded --device gpu": "device 'gpu' cannot be used",
+            "tune ./no --out new": "no such folder",
+            "tune MODEL --out new --method distil": "did you mean 'distill'?",
+            "tune MODEL --out new --option tex=0.5": "did you mean 'text'?",
+            "tune MODEL --out new --template alpca": "did you mean 'alpaca'?",
+            "tune MODEL --out taken": "is there already",
+            "bench ./no": "no such folder",
+            "export ./no --out new": "no such folder",
+            "convert ./no --out new": "no such folder",
+            "search ./no --pruner wanda --sparsity 0.5 --out new": "no such folder",
+            "search MODEL --pruner wand --sparsity 0.5 --out new": "did you mean 'wanda'?",
+            "diagnose rank-groups ./no": "no such folder",
+            "diagnose rank-groups MODEL --method wanda": "here one of low rank is needed",
+        }.items()
+    ),
     # What a recipe alone shows to be wrong, or the disk.
     ([*COMPRESS, "--method", "svd-lm"], 2, "unknown method 'svd-lm'; did you mean 'svd-llm'?"),
     ([*COMPRESS, "--keep", "1.0"], 2, "keep 1 keeps everything"),

@@ -11,7 +11,8 @@ from rich.table import Table
 from pared.cli.console import ConsoleProgress, JsonFile, errors, out, quiet_libraries, write_json
 from pared.errors import ParedError
 from pared.evaluation.speed import Settings, parse_case, preset
-from pared.hardware import device_of, require_dtype
+from pared.hardware import device_of, require_device, require_dtype
+from pared.sources.models import find_model
 
 if TYPE_CHECKING:
     from pared.evaluation.speed import Bench, Timed
@@ -50,10 +51,13 @@ def bench(
             raise ParedError(f"{repeats} repeats on {threads} threads: expected at least 1 of each")
         cases = tuple(map(parse_case, case)) if case else preset(preset_name)
         settings = Settings(cases, repeats, threads, dtype, device)
+        names = [model] if against is None else [model, against]
+        for name in names:
+            find_model(name)
+        require_device(device)
         device_of(device)
         from pared.evaluation.speed import bench as measure
 
-        names = [model] if against is None else [model, against]
         with ConsoleProgress().stage("bench", len(cases) * repeats * len(names), "run") as advance:
             result = measure(names, settings, advance)
         print_bench(result)

@@ -8,8 +8,8 @@ from rich.table import Table
 
 from pared.cli import options
 from pared.cli.console import ConsoleProgress, JsonFile, errors, out, quiet_libraries, write_json
-from pared.errors import ParedError
-from pared.sources.models import find_model, require_dense
+from pared.engine.asked import low_rank_of as require_low_rank
+from pared.engine.early import require_model, require_possible, require_suited
 
 diagnose = typer.Typer(help="Look into what a method does to a model.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -73,10 +73,10 @@ def rank_groups(
                 "device": device,
             },
         )
-        if asked.model is None:
-            raise ParedError("name a model: embedded:smollm2-135m, a folder or a Hub id")
-        source = find_model(asked.model)
-        require_dense(source.config(), asked.model)
+        require_low_rank(asked)
+        require_possible(asked)
+        source = require_model(asked)
+        require_suited(source.config(), asked, source.name)
         from pared.engine.diagnose import rank_groups as measure
 
         tokenizer = source.tokenizer()

@@ -10,7 +10,11 @@ from pared.cli.kept import Kept
 from pared.errors import ParedError
 from pared.evaluation import TASKS
 from pared.evaluation.choice import CHOICES
-from pared.hardware import device_of
+from pared.evaluation.protocols import protocol_of
+from pared.hardware import device_of, require_device, require_dtype
+from pared.names import require_known
+from pared.sources.models import find_model
+from pared.sources.texts import require_text
 
 # What each measure reads of the options, beside --device and --json.
 READS = {
@@ -92,12 +96,20 @@ def evaluate(
             "dtype": None if dtype == "auto" else dtype,
         }  # fmt: skip
         _require_read(asked[0] if protocol is None else "perplexity --protocol", options)
+        require_device(device)
+        require_dtype(dtype)
+        for name in names_of(tasks or ""):
+            require_known("task", name, [*CHOICES, *TASKS])
+        if protocol is not None:
+            protocol_of(protocol)
+        if perplexity is not None:
+            require_text(perplexity)
+        find_model(model)
         from pared.cli.measures import (
             ask_about_images,
             do_tasks,
             fine_tune_for,
             label,
-            names_of,
             perplexity_by_protocol,
             perplexity_on,
         )
@@ -137,3 +149,8 @@ def _require_read(measure: str, options: dict[str, Any]) -> None:
                 f"--{measure} reads no --{name} (found {value}); it reads "
                 f"{', '.join(f'--{one}' for one in (*READS[measure], 'device', 'json'))}"
             )
+
+
+def names_of(given: str) -> list[str]:
+    """Return names that stand between commas, each once."""
+    return list(dict.fromkeys(name.strip() for name in given.split(",") if name.strip()))

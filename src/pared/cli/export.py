@@ -8,6 +8,7 @@ import typer
 from pared.cli.console import errors, out, quiet_libraries
 from pared.cli.options import Overwrite
 from pared.names import require_known
+from pared.sources.models import find_model
 
 if TYPE_CHECKING:
     from pared.checkpoint import Exported
@@ -26,6 +27,7 @@ def export(
     with errors():
         quiet_libraries()
         require_known("form", to, FORMS)
+        find_model(model)
         from pared.checkpoint import export_dense
 
         print_exported(export_dense(model, out_folder, dtype, overwrite), out_folder)

@@ -43,11 +43,6 @@ WRITTEN_TOGETHER = 8  # prompts
 LABELLED_LENGTH = 1024  # tokens of a labelled example at most
 
 
-def names_of(given: str) -> list[str]:
-    """Return names that stand between commas, each once."""
-    return list(dict.fromkeys(name.strip() for name in given.split(",") if name.strip()))
-
-
 def perplexity_on(
     model: str,
     text: str,

@@ -6,6 +6,7 @@ import typer
 
 from pared.cli import console, options
 from pared.cli.console import ConsoleProgress, JsonFile, errors, quiet_libraries, write_json
+from pared.engine.early import require_model, require_possible
 from pared.errors import ParedError
 from pared.names import require_known
 from pared.search.trace import against, draw, require_plotting
@@ -89,6 +90,8 @@ def search(
             },
         )
         found_strategy = strategy_of(strategy)
+        require_possible(asked)
+        require_model(asked)
         from pared.search.evolution import Rules
         from pared.search.run import Look, run
 

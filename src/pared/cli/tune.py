@@ -9,6 +9,7 @@ from pared.cli import options
 from pared.cli.console import ConsoleProgress, JsonFile, errors, out, quiet_libraries, write_json
 from pared.presets import summary_of
 from pared.report.table import WORTH_SAYING
+from pared.training.early import require_possible
 from pared.tuning import Tuning
 
 if TYPE_CHECKING:
@@ -126,6 +127,7 @@ def tune(
                 "out": out_folder,
             },
         )
+        require_possible(asked, overwrite)
         from pared.training import tune as run
 
         made = run(asked, overwrite, ConsoleProgress())

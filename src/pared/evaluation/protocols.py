@@ -2,16 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
-
-import torch
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Literal
 
 from pared.errors import ParedError
 from pared.names import require_known
-from pared.sources.lengths import positions_of
 from pared.sources.texts import BLANK_LINES, Text
-from pared.sources.windows import Windows, digest_of, padded
+
+if TYPE_CHECKING:  # which protocols there are is told without them
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from pared.sources.windows import Windows
 
 Averaging = Literal["token", "window"]
 SPLITS = {"wikitext2": "test", "ptb": "test", "c4": "validation"}  # that papers measure on
@@ -73,7 +73,7 @@ class Cut:
         deviations: where it could not be kept to, in words.
     """
 
-    windows: Windows
+    windows: "Windows"
     averaging: Averaging
     deviations: tuple[str, ...]
 
@@ -88,7 +88,7 @@ def protocol_of(name: str) -> Protocol:
     return PROTOCOLS[name]
 
 
-def cut_by(protocol: Protocol, text: Text, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> Cut:
+def cut_by(protocol: Protocol, text: Text, tokenizer: "PreTrainedTokenizerBase", config: "PretrainedConfig") -> Cut:
     """Cut a text as a protocol says.
 
     Args:
@@ -100,6 +100,11 @@ def cut_by(protocol: Protocol, text: Text, tokenizer: PreTrainedTokenizerBase, c
     Raises:
         ParedError: the text is shorter than a window.
     """
+    import torch
+
+    from pared.sources.lengths import positions_of
+    from pared.sources.windows import Windows, digest_of, padded
+
     corpus = text.name.partition(":")[0]
     deviations: list[str] = []
     wanted = protocol.documents.get(corpus)
