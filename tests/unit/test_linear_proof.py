@@ -218,6 +218,57 @@ def test_a_hook_on_a_state_dict_is_refused(compress: Callable[..., Any]) -> None
         compress(model, method="svd", keep=0.6)
 
 
+class InFloat32(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x.float(), self.weight.float())
+
+
+class Grouped(nn.Linear):
+    """Two halves of the input, each by the weight."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x.unflatten(-1, (2, -1)), self.weight).flatten(-2)
+
+
+def test_a_layer_that_computes_in_another_dtype_is_not_covered() -> None:
+    model = with_layer(InFloat32(32, 48, bias=False))
+    assert reasons(model) == {}
+    model = TINY_MODELS["llama"]().bfloat16()
+    layer = InFloat32(32, 48, bias=False).bfloat16()
+    mlp = model.model.layers[1].mlp
+    mlp.up_proj = layer
+    mlp.forward = lambda x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x).to(x.dtype))
+    assert "in torch.float32, not" in reasons(model)[TARGET]
+    mlp.up_proj = layer.float()
+    mlp.forward = lambda x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x).to(x.dtype))
+    assert "it reads (1, 8, 32) in torch.bfloat16, not" in reasons(model)[TARGET]
+
+
+def test_a_grouped_layer_is_not_covered() -> None:
+    model = TINY_MODELS["llama"]()
+    layer = Grouped(16, 24, bias=False)
+    model.model.layers[1].mlp.up_proj = layer
+    model(input_ids=torch.arange(8)[None])
+    assert list(reasons(model)) == [f"{TARGET}.weight"]
+
+
+def test_a_weight_shared_with_an_embedding_is_refused(compress: Callable[..., Any]) -> None:
+    model = TINY_MODELS["llama"]()
+    model.model.layers[0].self_attn.q_proj.weight = nn.Parameter(torch.randn(32, 32) * 0.2)
+    model.model.extra = nn.Embedding(32, 32)
+    model.model.extra.weight = model.model.layers[0].self_attn.q_proj.weight
+    with pytest.raises(ParedError, match=r"q_proj and model\.extra are tied to one weight"):
+        compress(model, method="svd", keep=0.6)
+
+
+def test_one_layer_under_two_names_is_refused(compress: Callable[..., Any]) -> None:
+    model = TINY_MODELS["llama"]()
+    attention = model.model.layers[0].self_attn
+    attention.alias = attention.q_proj
+    with pytest.raises(ParedError, match=r"tied to one weight"):
+        compress(model, method="svd-llm", keep=0.6)
+
+
 def test_a_layer_called_by_keyword_is_not_covered() -> None:
     model = TINY_MODELS["llama"]()
     mlp = model.model.layers[1].mlp

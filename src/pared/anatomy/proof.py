@@ -75,11 +75,14 @@ def fault_of_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     weight = weight_of(module).detach()
     if x.is_meta or weight.is_meta:
         return None
+    if x.ndim == 0 or x.shape[-1] != weight.shape[1] or x.dtype != weight.dtype:
+        return f"it reads {tuple(x.shape)} in {x.dtype}, not (..., {weight.shape[1]}) in {weight.dtype}"
     expected = functional.linear(x, weight, bias)
     if output.shape == expected.shape and torch.equal(output, expected):
         return None
-    if output.shape != expected.shape:
-        return f"it puts out {tuple(output.shape)}, not {tuple(expected.shape)}"
+    if output.shape != expected.shape or output.dtype != expected.dtype:
+        found, told = (f"{tuple(tensor.shape)} in {tensor.dtype}" for tensor in (output, expected))
+        return f"it puts out {found}, not {told}"
     if not bool(expected.isfinite().all()):
         return None  # its input is not finite: whatever made that is to blame
     # The bias may cancel the product, and the terms of the product one another: rounding goes by the larger numbers.
