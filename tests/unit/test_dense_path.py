@@ -183,7 +183,7 @@ Compress = Callable[..., pared.Compressed]
 @pytest.fixture
 def compress(tokenizer: PreTrainedTokenizerFast, calibration: pared.Calibration) -> Compress:
     def with_recipe(family: str, **fields: object) -> pared.Compressed:
-        recipe = pared.Recipe.model_validate({"keep": 0.6, "calibration": calibration, **fields})
+        recipe = pared.Recipe.model_validate({"method": "svd-llm", "keep": 0.6, "calibration": calibration, **fields})
         return pared.compress(TINY_MODELS[family](), tokenizer, recipe)
 
     return with_recipe
