@@ -31,7 +31,7 @@ test: lint
 
 # What repeats a promise at real scale or tries it a great many times: the tests marked `slow`.
 test-slow: install
-	$(BIN)/pytest --numprocesses 2 --dist worksteal -m slow $(ARGS)
+	$(BIN)/pytest --numprocesses 2 --dist loadscope -m slow $(ARGS)
 
 # The unit tier under three instruction sets, with one thread and with two: no result may hang on the processor.
 test-portable: install

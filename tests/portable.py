@@ -2,6 +2,7 @@
 
 ``make test-portable [ARGS="tests/unit/test_sharding.py"]``. What a leg prints goes to ``.portable/LEG.log``. A leg that
 fails does not end the others. Called again on the same files, what passed is not run again (``--again`` does).
+``--leg=plain-1`` runs that one alone.
 """
 
 import hashlib
@@ -25,7 +26,8 @@ THREADS = (1, 2)
 
 
 def main(words: list[str]) -> int:
-    again, asked = "--again" in words, [word for word in words if word != "--again"] or ["tests/unit"]
+    again, only = "--again" in words, {word.removeprefix("--leg=") for word in words if word.startswith("--leg=")}
+    asked = [word for word in words if word != "--again" and not word.startswith("--leg=")] or ["tests/unit"]
     FOLDER.mkdir(exist_ok=True)
     memory = FOLDER / "passed.json"
     files = _files(asked)
@@ -35,6 +37,8 @@ def main(words: list[str]) -> int:
     for name, variables in INSTRUCTIONS.items():
         for threads in THREADS:
             leg = f"{name}-{threads}"
+            if only and leg not in only:
+                continue
             line = passed.get(leg)
             if line is None:
                 print(f"{leg} ...", flush=True)
