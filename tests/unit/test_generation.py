@@ -227,7 +227,9 @@ class Writer:
 def test_gsm8k_is_judged_by_mark_and_by_last_number(data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"question": f"q{index}", "answer": f"so\n#### {index}"} for index in range(4)]
     data("math/gsm8k_test.jsonl", rows)
-    monkeypatch.setattr("pared.evaluation.tasks.complete", Writer([["#### 0"], ["it is 1"], ["#### 3 or 2"], ["no"]]))
+    monkeypatch.setattr(
+        "pared.evaluation.generation.complete", Writer([["#### 0"], ["it is 1"], ["#### 3 or 2"], ["no"]])
+    )
     result = evaluate_task(None, None, "gsm8k", shots=0)
     assert result.metrics == {"exact_match": 0.25, "last_number": 0.75}
     assert result.errors["exact_match"] == pytest.approx((0.25 * 0.75 / 3) ** 0.5)
@@ -261,7 +263,7 @@ def test_shots_stand_before_the_prompt_as_they_are_solved(data: Any, monkeypatch
     path = data("math/gsm8k_train.jsonl.gz", [])
     path.write_bytes(gzip.compress("\n".join(map(json.dumps, shown)).encode()))
     writer = Writer([["#### 1"]])
-    monkeypatch.setattr("pared.evaluation.tasks.complete", writer)
+    monkeypatch.setattr("pared.evaluation.generation.complete", writer)
     evaluate_task(None, None, "gsm8k", shots=2)
     assert writer.prompts == [
         "Question: t0\nAnswer: so\n#### 0\n\nQuestion: t1\nAnswer: so\n#### 1\n\nQuestion: q\nAnswer:"
@@ -281,7 +283,7 @@ HUMANEVAL = {
 def test_code_is_judged_by_running_it(data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     data("code/HumanEval.jsonl", [HUMANEVAL, HUMANEVAL])
     answers = [["    return 2 * x", "    return x"], ["    return x + x", "    while True: pass"]]
-    monkeypatch.setattr("pared.evaluation.tasks.complete", Writer(answers))
+    monkeypatch.setattr("pared.evaluation.generation.complete", Writer(answers))
     from pared.evaluation.sandbox import Limits
 
     sampling = Sampling(temperature=0.8, samples=2)
@@ -305,7 +307,7 @@ def test_every_task_is_solved_by_its_own_solutions(monkeypatch: pytest.MonkeyPat
     ):
         task = task_of(name)
         answers = [[task.answer(row).removesuffix("[DONE]")] for row in rows_of(task, 12)]
-        monkeypatch.setattr("pared.evaluation.tasks.complete", Writer(answers))
+        monkeypatch.setattr("pared.evaluation.generation.complete", Writer(answers))
         result = evaluate_task(None, None, name, limit=12, shots=0, run_code=True)
         assert result.metrics[metric] == 1.0, (name, result.answers)
 

@@ -172,6 +172,7 @@ def test_instructions_come_from_the_hub(hub: Put) -> None:
         "math500": (("HuggingFaceH4/MATH-500", None, "test"), {"problem": "p", "solution": "s"}),
         "mbpp:train": (("google-research-datasets/mbpp", "full", "train"), {**code, "task_id": 601}),
         "alpaca": (("tatsu-lab/alpaca", None, "train"), {"instruction": "i", "input": "", "output": "o"}),
+        "alpaca-cleaned": (("yahma/alpaca-cleaned", None, "train"), {"instruction": "i", "input": "", "output": "c"}),
     }
     assert rows.keys() == SETS.keys()
     for place, row in rows.values():
