@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -371,3 +372,19 @@ def test_a_shared_model_answers_the_same_after_reload(compress: Compress, tmp_pa
 def test_options_that_make_no_sense_are_refused(options: dict[str, object], told: str, compress: Compress):
     with pytest.raises(ParedError, match=told):
         compress("llama", options=options)
+
+
+def test_a_shared_basis_of_more_ranks_than_a_member_has_outputs_is_saved_and_loads(
+    tokenizer: PreTrainedTokenizerFast, calibration: pared.Calibration, tmp_path: Path
+) -> None:
+    """Regression: the map's check of ranks knew no groups, and ended the run at grouped-query k and v."""
+    model = TINY_MODELS["mistral"]()
+    options = {"group_size": 2, "sharing": "all"}
+    recipe = pared.Recipe(method="loss-optimal", keep=0.8, options=options, calibration=calibration)
+    result = pared.compress(model, tokenizer, recipe)
+    ranks = {site.name: site.decision.rank for site in result.plan.sites if isinstance(site.decision, Shared)}
+    assert max(ranks[name] for name in ranks if name.endswith(("k_proj", "v_proj"))) > 16  # outputs of each
+    model.save_pretrained(tmp_path / "out")
+    tokens = torch.arange(8).unsqueeze(0)
+    with torch.no_grad():
+        torch.testing.assert_close(pared.load(tmp_path / "out")(tokens).logits, model(tokens).logits)

@@ -35,7 +35,7 @@ Entry = dict[str, Any]
 RANGES: dict[str, tuple[int, Callable[[Entry], int]]] = {
     "in_features": (1, lambda _: LARGEST_SIDE),
     "out_features": (1, lambda _: LARGEST_SIDE),
-    "rank": (1, lambda entry: min(entry["in_features"], entry["out_features"])),
+    "rank": (1, lambda entry: entry["in_features"]),  # a shared basis may have more than one member has outputs
     "stored": (0, lambda entry: entry["in_features"] * entry["out_features"]),
     "group": (0, lambda entry: min(entry["in_features"], LARGEST_GROUP)),
     "kept": (0, lambda entry: entry["group"]),
