@@ -72,9 +72,12 @@ def search(rules: Rules, shuffle: int | None = None, allocate=everything, fitnes
     return evolve(rules, allocate, pool, book), pool, book
 
 
-def test_the_optimum_is_found_in_more_than_95_percent_of_the_seeds() -> None:
+@pytest.mark.parametrize("seeds", [6, pytest.param(40, marks=pytest.mark.slow)])
+def test_the_optimum_is_found_in_more_than_95_percent_of_the_seeds(seeds: int) -> None:
     """Of 3.7 million programs, among the first 370."""
-    found = [min(result.fitness for result in search(Rules(iterations=350, seed=seed))[0]) == 0 for seed in range(40)]
+    found = [
+        min(result.fitness for result in search(Rules(iterations=350, seed=seed))[0]) == 0 for seed in range(seeds)
+    ]
     assert sum(found) > 0.95 * len(found)
 
 
