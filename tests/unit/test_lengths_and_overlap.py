@@ -86,6 +86,7 @@ class TestHeldOutPart:
         assert find_text(name).joined[last.start :] == last.joined
         assert first.whole == last.whole == find_text(name).whole
         assert find_text(f"{name}[50%:]").documents == find_text(name).documents[10:]
+        assert (held_out(f"{name}[50%:]"), learned_part(f"{name}[50%:]", None)) == (None, f"{name}[50%:]")
 
     def test_a_file_whose_name_ends_like_a_part_is_a_file(self, tmp_path: Path) -> None:
         (tmp_path / "odd.txt").write_text("w3 w4")

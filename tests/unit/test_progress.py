@@ -58,6 +58,12 @@ def test_a_resumed_stage_tells_the_rate_of_what_it_does(monkeypatch: pytest.Monk
     assert "best 3.1" in told.getvalue()
 
 
+def test_names_of_data_sets_are_no_emoji(capsys: pytest.CaptureFixture[str]) -> None:
+    """Regression: ``mine/own:train:text`` was printed with a locomotive in it."""
+    console.err.print("error: mine/own:train:text", markup=False)
+    assert "mine/own:train:text" in capsys.readouterr().err
+
+
 def test_a_resumed_search_says_which_results_it_recalls() -> None:
     from test_search_evolution import Book, Inline, everything, plain
 

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from pared.engine.progress import Advance, Pace
     from pared.report.table import Row
 
-out = Console(soft_wrap=True, highlight=False)
-err = Console(stderr=True, soft_wrap=True, highlight=False)
+out = Console(soft_wrap=True, highlight=False, emoji=False)  # NAME:train:text is no train
+err = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
 
 
 LOG_EVERY_SECONDS = 10.0

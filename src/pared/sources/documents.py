@@ -53,7 +53,8 @@ def require_file(path: Path) -> None:
     """
     _require_suffix(path)
     if not path.is_file():
-        raise ParedError(f"text file {path}: {'Is a directory' if path.is_dir() else 'No such file or directory'}")
+        there = "not a regular file" if path.exists() else "No such file or directory"
+        raise ParedError(f"text file {path}: {'Is a directory' if path.is_dir() else there}")
 
 
 def _row_text(which: str, row: Any, tokenizer: "PreTrainedTokenizerBase | None") -> str:

@@ -136,7 +136,7 @@ def held_out(name: str) -> str | None:
 
 def learned_part(name: str, evaluated: str | None) -> str:
     """Return the name of what is learned from: of a file whose last fifth is evaluated on, what is before that."""
-    apart = name.startswith("file:") and evaluated == held_out(name)
+    apart = name.startswith("file:") and evaluated is not None and evaluated == held_out(name)
     return f"{name}[:{1 - KEPT_APART:.0%}]" if apart else name
 
 
