@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import REPEATED, VOCAB
+from tiny_models import REPEATED, TINY_MODELS, VOCAB
 from torch import nn
 from transformers import AlbertForMaskedLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
@@ -252,3 +252,23 @@ def test_a_depth_that_depends_on_the_text_is_refused(compress: Callable[..., Any
     model.forward = by_text
     with pytest.raises(ParedError, match="how often the blocks of layers run depends on"):
         compress(model, method="svd-llm")
+
+
+class LoopedList(nn.ModuleList):
+    """A list that holds two blocks and iterates over each of them twice."""
+
+    def __iter__(self) -> Any:
+        return iter([self[0], self[0], self[1], self[1]])
+
+
+@pytest.mark.parametrize("recipe", [{"method": "svd"}, {"method": "svd-llm"}, {"method": "wanda", "sparsity": 0.5}])
+def test_a_list_that_iterates_in_a_loop_holds_every_block_once(
+    compress: Callable[..., Any], recipe: dict[str, Any]
+) -> None:
+    model = TINY_MODELS["mistral"]()
+    model.model.layers = LoopedList(list(model.model.layers))
+    model.config.num_hidden_layers = 4
+    anatomy, calls = probe(model, find_anatomy(model))
+    assert [call.block for call in calls] == [0, 0, 1, 1]
+    assert len(anatomy.sites) == 14
+    assert len(compress(model, **recipe).plan.sites) == 14

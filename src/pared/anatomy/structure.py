@@ -87,7 +87,7 @@ class Anatomy:
         """Return the blocks themselves, in order."""
         stack = model.get_submodule(self.blocks_path)
         assert isinstance(stack, nn.ModuleList)
-        return list(stack)
+        return _registered(stack)
 
     def block_name(self, block: int) -> str:
         """Return the full name of a block."""
@@ -173,7 +173,7 @@ def find_anatomy(model: nn.Module, blocks_path: str | None = None) -> Anatomy:
         weights = [f"{weight.name} {weight.shape} ({weight.reason})" for weight in uncovered]
         found = ", ".join([*_integers(path, blocks)[:3], *weights][:3])
         raise ParedError(
-            f"{type(model).__name__}: no linear layer inside the {len(blocks)} blocks of {path}; "
+            f"{type(model).__name__}: no linear layer inside the {len(_registered(blocks))} blocks of {path}; "
             f"the weights there are {found or 'none'}; this architecture is not supported"
         )
     return Anatomy(
@@ -192,7 +192,12 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
         ParedError: there is no list of blocks.
     """
     path, stacks = _find_stack(model, None)
-    return list(stacks[path])
+    return _registered(stacks[path])
+
+
+def _registered(stack: nn.ModuleList) -> list[nn.Module]:
+    """Return what a list holds, each once for every place; a looped stack may iterate over it in another order."""
+    return [module for module in stack._modules.values() if module is not None]
 
 
 def _find_stack(model: nn.Module, asked: str | None) -> tuple[str, dict[str, nn.ModuleList]]:
@@ -227,8 +232,8 @@ def _require_own_weights(model: nn.Module, path: str, sites: tuple[Site, ...]) -
         if site is None or name == f"{site}.weight":
             continue
         one, two = (place.removeprefix(f"{path}.").partition(".")[0] for place in (site, name))
-        blocks = model.get_submodule(path)
-        if name.startswith(f"{path}.") and one != two and blocks[int(one)] is blocks[int(two)]:  # type: ignore[index]
+        blocks = model.get_submodule(path)._modules
+        if name.startswith(f"{path}.") and one != two and blocks[one] is blocks[two]:
             raise ParedError(
                 f"blocks {path}.{one} and {path}.{two} are one module; a block that is listed twice is not supported"
             )
@@ -255,7 +260,7 @@ def _stacks(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
 def _sites(path: str, blocks: nn.ModuleList, faults: dict[str, str]) -> Iterator[Site]:
     """Yield the sites; write down why other linear layers are none, by name."""
     known: dict[Any, str | None] = {}
-    for block, root in enumerate(blocks):
+    for block, root in enumerate(_registered(blocks)):
         positions: dict[str, int] = {}
         modules = dict(root.named_modules())
         for name, module in modules.items():
