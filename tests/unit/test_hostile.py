@@ -183,6 +183,8 @@ def test_a_pipe_in_place_of_a_file_never_hangs(file: str, folder: Path) -> None:
     (folder / file).unlink(missing_ok=True)
     os.mkfifo(folder / file)
     all_refuse(folder, "regular file|without config")
+    with pytest.raises(ParedError, match=r"regular file|without config"):
+        pared.load_tokenizer(folder)
 
 
 def test_a_pipe_in_place_of_what_a_user_names_never_hangs(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pared.digests import folder_digest
 from pared.errors import DamagedError, ParedError
+from pared.guarded import require_regular_files
 from pared.hardware import dtype_of
 from pared.names import did_you_mean
 from pared.sources.architecture import architecture, first_line, name_architectures, note_causal, raised_in, refuse_code
@@ -241,6 +242,7 @@ def find_model(name: str) -> ModelSource:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ParedError(f"model {name!r}: a folder without config.json is not a model")
+        require_regular_files(path)
         return ModelSource(name, str(path), "local folder")
     if path.exists():
         raise ParedError(f"model {name!r}: a file, but not a .gguf file; name its folder instead")

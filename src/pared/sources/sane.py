@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pared.errors import DamagedError, ParedError
-from pared.guarded import brief, read_json, require_regular_files
+from pared.guarded import brief, read_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,12 +25,11 @@ NUMBERS_A_BYTE, NUMBERS_UNASKED = 16, 2**24
 
 
 def require_sane(folder: Path, name: str) -> None:
-    """Refuse a folder whose files are none, or whose ``config.json`` asks for something absurd.
+    """Refuse a folder whose ``config.json`` asks for something absurd.
 
     Raises:
         ParedError: names the file or the key, what was found and what was expected.
     """
-    require_regular_files(folder)
     path = folder / "config.json"
     status = path.stat()
     _require_sane_config(path, name, status.st_mtime_ns, status.st_size)
