@@ -89,3 +89,46 @@ def test_an_interrupted_pass_leaves_whole_files_only(
 def test_a_folder_without_statistics_is_named(tmp_path: Path) -> None:
     with pytest.raises(ParedError, match=r"nothing.* holds no saved statistics"):
         next(saved_blocks(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize(
+    ("method", "names", "told"),
+    [
+        ("svd-llm", {"grams"}, "unknown statistic 'grams'; did you mean 'gram'"),
+        ("svd-llm", {"fisher"}, "method svd-llm has no option loss.*fwsvd or loss-optimal"),
+        ("svd", {"output_gradient_full"}, "method svd has no option loss"),
+        ("fwsvd", {"fisher:0"}, "unknown statistic 'fisher:0'"),
+        ("fwsvd", {"fisher:two"}, "unknown statistic 'fisher:two'"),
+        ("fwsvd", {"gram:2"}, "unknown statistic 'gram:2'"),
+        ("fwsvd", {"cross"}, "unknown statistic 'cross'"),
+        ("fwsvd", {"fisher", "output_gram"}, "output_gram is of what sites put out; collect it apart"),
+        ("svd-llm", set(), "expected a set of names"),
+        ("svd-llm", "gram", "expected a set of names, got 'gram'"),
+    ],
+)
+def test_collecting_what_does_not_exist_is_one_error(
+    method: str,
+    names: set[str] | str,
+    told: str,
+    tokenizer: PreTrainedTokenizerFast,
+    calibration: pared.Calibration,
+    tmp_path: Path,
+) -> None:
+    """Regression: a KeyError."""
+    asked = names if isinstance(names, str) else frozenset(names)
+    recipe = pared.Recipe(method=method, calibration=calibration)
+    with pytest.raises(ParedError, match=told):
+        collect(TINY_MODELS["llama"](), tokenizer, recipe, asked, tmp_path)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+def test_statistics_that_were_saved_for_another_method_are_named(
+    tokenizer: PreTrainedTokenizerFast, calibration: pared.Calibration, tmp_path: Path
+) -> None:
+    """Regression: a KeyError."""
+    recipe = pared.Recipe(method="svd-llm", keep=0.7, calibration=calibration)
+    collect(TINY_MODELS["llama"](), tokenizer, recipe, frozenset({"magnitude"}), tmp_path)
+    with pytest.raises(
+        ParedError, match="method svd-llm needs the statistic 'output_gram'; those given hold magnitude"
+    ):
+        compress(TINY_MODELS["llama"](), tokenizer, recipe, collected=lambda: saved_blocks(tmp_path))
