@@ -40,7 +40,7 @@ PROGRAM = parse("W:(ABSLOG)-(VAR)-(ATAN)-(9)")
 def recipe(text_file: Path) -> Any:
     def of(method: str = "wanda", **fields: Any) -> Recipe:
         calibration = {"text": f"file:{text_file}", "samples": 5, "length": 16, "batch": 2, "dtype": "float32"}
-        budget = {} if "keep" in fields or "sparsity" in fields else {"sparsity": 0.6}
+        budget = {} if {"keep", "sparsity", "rank_fraction"} & fields.keys() else {"sparsity": 0.6}
         return Recipe.of({"method": method, "calibration": calibration, **budget, **fields})
 
     return of
@@ -252,7 +252,7 @@ def test_what_cannot_be_searched_for_is_refused(recipe: Any, tokenizer: Any, tmp
         (recipe(allocation="owl"), LOOK, "a", "found allocation 'owl'"),
         (recipe(options={"variant": True}), LOOK, "a", "search without it"),
         (recipe("basis-sharing", keep=0.8), LOOK, "a", "search with svd-llm"),
-        (recipe("svd-llm", keep=0.8).model_copy(update={"rank_fraction": 0.3}), LOOK, "a", "rank_fraction fixes"),
+        (recipe("svd-llm", rank_fraction=0.3), LOOK, "a", "rank_fraction fixes"),
         (recipe(), LOOK, "full", "holds something else than a search"),
         (recipe(), Look(windows=5000, length=16), "a", "fewer than the 5000 asked for"),
         (recipe(), Look(windows=0, length=16), "a", "expected 1 or more, found 0"),
