@@ -17,6 +17,7 @@ import typer
 import pared
 from pared.allocation import ALLOCATORS
 from pared.allocation.layerwise import LAYER_ALLOCATORS
+from pared.allocation.program import names, operators
 from pared.checkpoint import format, manifest
 from pared.cli.main import COMMANDS, LazyCommands
 from pared.importing import when_imported
@@ -83,6 +84,14 @@ def test_the_manifest_has_the_version_of_the_format() -> None:
     assert manifest.FORMAT_VERSION == format.FORMAT_VERSION
 
 
+def test_programs_are_read_by_the_names_that_there_are() -> None:
+    assert (tuple(operators.PRE), tuple(operators.REDUCE), tuple(operators.POST)) == (
+        names.PRE,
+        names.REDUCE,
+        names.POST,
+    )
+
+
 def test_declared_defaults_are_those_of_the_mathematics() -> None:
     assert PRUNING_METHODS["sparsegpt"].options == {"block": sparsegpt.BLOCK, "damping": sparsegpt.DAMPING}
 
@@ -116,6 +125,7 @@ for words, code, told in {cases!r}:
     assert not loaded, (words, loaded)
 """
 COMPRESS = ["compress", "MODEL", "--out", "new"]
+ZEROS = [*COMPRESS, "--sparsity", "0.5", "--allocation", "dsa", "--allocation-option"]
 CASES: list[tuple[list[str], int, str]] = [
     (["--version"], 0, "pared "),
     (["--help"], 0, "compress"),
@@ -169,6 +179,9 @@ CASES: list[tuple[list[str], int, str]] = [
     ([*COMPRESS, "--option", "group_size=two"], 2, "expected a int, found 'two'"),
     ([*COMPRESS, "--option", "loss=sampld"], 2, "found 'sampld'"),
     ([*COMPRESS, "--allocation-option", "program=x"], 2, "allocation loss has no option 'program'"),
+    ([*ZEROS, "program=dsa-redme"], 2, "did you mean 'dsa-readme'?"),
+    ([*ZEROS, "program=W:(ABS)-(MEEN)-(EXP)-(8)"], 2, "did you mean 'MEAN'?"),
+    ([*ZEROS, "program=no.json"], 2, "no.json"),
     ([*COMPRESS, "--device", "cuad"], 2, "did you mean 'cuda'?"),
     ([*COMPRESS, "--dtype", "float31"], 2, "float31"),
     (["compress", "embedded:smollm2-135m"], 2, "no output folder is named"),

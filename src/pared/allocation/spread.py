@@ -1,17 +1,15 @@
 """What every allocation of sparsity shares: a mean that is met exactly whatever is clamped, and a spread around it."""
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 
+from pared.allocation.program.names import Sign
 from pared.errors import ParedError
 
 MOST = 1 - 1e-6  # the largest sparsity: below 1, so that a row of fewer than a million weights keeps one
 SAME = 1e-8  # statistics whose range is at most this much of their largest magnitude are equal
 STEPS = 200  # of the bisection; it ends earlier where two numbers have no other between them
-
-Sign = Literal["prune", "keep"]  # what a high statistic asks for: a higher sparsity, or a lower one
 
 
 def shares(count: int, weights: torch.Tensor | None) -> torch.Tensor:

@@ -7,9 +7,10 @@ import torch
 
 from pared.allocation.program import rounding
 from pared.allocation.program.grammar import Program
+from pared.allocation.program.names import Sign
 from pared.allocation.program.operators import POST, PRE, REDUCE
 from pared.allocation.program.scores import ScoreHistogram, Scores, as_scores
-from pared.allocation.spread import SAME, Sign, require_sparsity, same, shares, spread
+from pared.allocation.spread import SAME, require_sparsity, same, shares, spread
 from pared.errors import ParedError
 
 ROUNDING = 0.01  # share of the differences between blocks that rounding may decide

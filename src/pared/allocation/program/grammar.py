@@ -12,8 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import cast, get_args
 
-from pared.allocation.program.operators import MATRIX_ONLY, POST, PRE, REDUCE
-from pared.allocation.spread import Sign
+from pared.allocation.program.names import MATRIX_ONLY, POST, PRE, REDUCE, Sign
 from pared.errors import ParedError
 from pared.names import did_you_mean, require_known
 

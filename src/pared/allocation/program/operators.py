@@ -202,5 +202,3 @@ POST = {
         Post("SOFTPLUS", "ln(1 + exp y)", lambda y_L: torch.logaddexp(y_L, torch.zeros_like(y_L))),
     )
 }
-
-MATRIX_ONLY = frozenset({"GRAM", "DIAGONAL", "DETERMINANT", "SLOGDET"})

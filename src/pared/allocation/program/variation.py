@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 from random import Random
 
 from pared.allocation.program.grammar import LIMIT, Program
+from pared.allocation.program.names import Sign
 from pared.allocation.program.operators import POST, PRE, REDUCE
-from pared.allocation.spread import Sign
 
 
 @dataclass(frozen=True)
