@@ -56,8 +56,8 @@ def main(words: list[str]) -> int:
 
 
 def _run(leg: str, variables: dict[str, str], threads: int, asked: list[str]) -> dict[str, object]:
-    """Run one leg; as many workers as the processors can carry."""
-    workers = max(1, min(4, (os.cpu_count() or 1) // threads))
+    """Run one leg."""
+    workers = min(4, os.cpu_count() or 1)
     clean = {
         name: value for name, value in os.environ.items() if name not in {*INSTRUCTIONS["plain"], "PYTEST_ADDOPTS"}
     }
@@ -66,8 +66,8 @@ def _run(leg: str, variables: dict[str, str], threads: int, asked: list[str]) ->
                    "MKL_NUM_THREADS": count, "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}  # fmt: skip
     told = FOLDER / f"{leg}.xml"
     told.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "--numprocesses", str(workers), "--dist", "loadfile",
-               f"--junitxml={told}", *asked]  # fmt: skip
+    command = [sys.executable, "-m", "pytest", "--numprocesses", str(workers), "--dist", "loadscope",
+               "--no-loadscope-reorder", f"--junitxml={told}", *asked]  # fmt: skip
     started = time.monotonic()
     with (FOLDER / f"{leg}.log").open("w", encoding="utf-8") as log:
         code = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, check=False).returncode
