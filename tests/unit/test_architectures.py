@@ -25,7 +25,7 @@ def saved(folder: Path, kind: str, architectures: Any) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize(("kind", "architectures"), [("llama", None), ("gpt2", []), ("llama", "LlamaForCausalLM")])
+@pytest.mark.parametrize(("kind", "architectures"), [("llama", None), ("gpt2", [])])
 def test_a_decoder_without_architectures_is_its_language_model(kind: str, architectures: Any, tmp_path: Path) -> None:
     name = saved(tmp_path / "model", kind, architectures)
     loaded = pared.load(name)
@@ -41,8 +41,9 @@ def test_a_decoder_without_architectures_is_its_language_model(kind: str, archit
     [
         (None, "names no architectures, and a 'bert' can be one of several: add the one that was saved"),
         ([], "names no architectures"),
-        ([3], "has architectures .* expected a list with the name of a class"),
-        ({"a": 1}, "expected a list with the name of a class"),
+        ([3], "expected names of classes"),
+        ("BertForMaskedLM", "expected names of classes"),
+        ({"a": 1}, "expected names of classes"),
     ],
 )
 def test_what_cannot_be_derived_is_told(architectures: Any, message: str, tmp_path: Path) -> None:

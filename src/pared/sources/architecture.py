@@ -60,27 +60,11 @@ def architecture(config: "PretrainedConfig", name: str, location: str) -> Any:
     )
 
 
-def name_architectures(config: "PretrainedConfig", name: str) -> None:
-    """Let a configuration that names no class name the one it can only be: of a decoder its language model.
-
-    Args:
-        config: of the model; changed.
-        name: of the model, for messages.
-
-    Raises:
-        ParedError: it names something else than classes.
-    """
+def name_architectures(config: "PretrainedConfig") -> None:
+    """Let a configuration that names no class name the one it can only be: of a decoder its language model."""
     from transformers.models.auto import modeling_auto
 
-    listed = getattr(config, "architectures", None)
-    if isinstance(listed, str):
-        listed = config.architectures = [listed]
-    if listed:
-        if not isinstance(listed, (list, tuple)) or not all(isinstance(one, str) for one in listed):
-            raise ParedError(f"model {name!r}: config.json has architectures {str(listed)[:100]}; expected a list "
-                             "with the name of a class")  # fmt: skip
-        return
-    if getattr(config, "auto_map", None):
+    if getattr(config, "architectures", None) or getattr(config, "auto_map", None):
         return
     kind, encoder_decoder = str(config.model_type), getattr(config, "is_encoder_decoder", False)
     if encoder_decoder:

@@ -102,7 +102,7 @@ class ModelSource:
         except Exception as error:  # huggingface_hub and transformers raise many kinds
             refuse_code(self.name, error)
             raise ParedError(f"model {self.name!r}: no readable config.json ({first_line(error)})") from None
-        name_architectures(config, self.name)
+        name_architectures(config)
         note_causal(config)
         return config
 
