@@ -8,7 +8,7 @@ from pared.errors import ParedError
 
 
 def require_apart(out: Path, inputs: Iterable[Path]) -> None:
-    """Check that an output neither is, holds nor lies inside of anything that is read.
+    """Check that an output neither is, holds nor lies inside of anything that is read, by their paths.
 
     Both sides are resolved; files and folders are the same if the system says so, which sees through links, mounts and
     the case of letters.
@@ -22,39 +22,55 @@ def require_apart(out: Path, inputs: Iterable[Path]) -> None:
     """
     place = Path(os.path.realpath(out))
     for given in inputs:
-        real = Path(os.path.realpath(given.expanduser()))
-        if not real.exists():
+        real = Path(os.path.realpath(os.path.expanduser(given)))
+        if not os.path.exists(real):
             continue
-        if _same(place, real):
+        if same(place, real):
             raise ParedError(f"output {out} is {given}, which is read; name another folder")
-        if any(_same(place, above) for above in real.parents) or _holds(place, real):
+        if any(same(place, above) for above in real.parents):
             raise ParedError(f"output {out} holds {given}, which is read; name another folder")
-        if real.is_dir() and any(_same(real, above) for above in place.parents):
+        if real.is_dir() and any(same(real, above) for above in place.parents):
             raise ParedError(f"output {out} lies inside {given}, which is read; name a folder outside of it")
 
 
-def _same(one: Path, other: Path) -> bool:
+def require_holds_none(out: Path, inputs: Iterable[Path]) -> None:
+    """Check that nothing in a folder that is to be replaced is read under another name: a hard link, a mount.
+
+    Args:
+        out: a folder that is there.
+        inputs: files and folders that are read; those that are not there are passed over.
+
+    Raises:
+        ParedError: something is; says which.
+        OSError: a folder or file in it, or an input, cannot be looked at.
+    """
+    wanted: dict[tuple[int, int], Path] = {}
+    for given in inputs:
+        real = Path(os.path.realpath(os.path.expanduser(given)))
+        if os.path.exists(real):
+            for path in (real, *(real.iterdir() if real.is_dir() else ())):
+                wanted.setdefault(_identity(path), given)
+    if not wanted:
+        return
+    for path in _under(out):
+        if (found := wanted.get(_identity(path))) is not None:
+            raise ParedError(f"output {out} holds {found}, which is read, as {path.relative_to(out)}; name another "
+                             "folder")  # fmt: skip
+
+
+def same(one: Path, other: Path) -> bool:
+    """Whether two paths lead to one file or folder; no if either leads nowhere."""
     try:
         return one.samefile(other)
     except OSError:
         return False
 
 
-def _holds(place: Path, real: Path) -> bool:
-    """Whether something under a folder is an input, or a file in it, under another name: a hard link, a mount."""
-    try:
-        wanted = {_identity(real), *(_identity(path) for path in (real.iterdir() if real.is_dir() else ()))}
-        return any(_identity(path) in wanted for path in _under(place))
-    except OSError:
-        return False
-
-
 def _under(folder: Path) -> Iterator[Path]:
-    if folder.is_dir():
-        for path in folder.iterdir():
-            yield path
-            if not path.is_symlink():
-                yield from _under(path)
+    for path in folder.iterdir():
+        yield path
+        if path.is_dir() and not path.is_symlink():
+            yield from _under(path)
 
 
 def _identity(path: Path) -> tuple[int, int]:

@@ -2,18 +2,21 @@
 
 import contextlib
 import errno
+import functools
 import os
 import re
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import platformdirs
 
-DESCRIPTOR = re.compile(r"/dev/(?:fd|std)/?(\d+|in|out|err)|/proc/(?:self|\d+)/fd/(\d+)")
+DESCRIPTOR = re.compile(r"/dev/std(?P<name>in|out|err)|(?:/dev/fd|/proc/(?P<process>self|\d+)/fd)/(?P<number>\d+)")
 STANDARD = {"in": 0, "out": 1, "err": 2}
 LONGEST_NAME = 255  # bytes, with what stands beside it for a while
 LINKS = 40  # as many as systems follow
+_MASK = threading.Lock()
 
 
 def cache_folder() -> Path:
@@ -40,7 +43,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
             file.write(raw)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, path.stat().st_mode & 0o777 if path.is_file() else 0o666 & ~_umask())
+        os.chmod(name, path.stat().st_mode & 0o777 if path.is_file() else new_mode())
         os.replace(name, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -48,11 +51,26 @@ def write_whole(path: Path, content: str | bytes) -> None:
         raise
 
 
-def _umask() -> int:
-    """Return the mask of permissions of new files, which can only be read by setting it."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
+def new_mode(folder: bool = False) -> int:
+    """Return the permissions that the user gives to new files, or folders.
+
+    The mask they are cut by can only be read by setting it, for the whole process; so it is read from the kernel where
+    that tells it, and else once, at the first call.
+    """
+    try:
+        told = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        mask = int(told.partition("\nUmask:")[2].split()[0], 8)
+    except (OSError, ValueError, IndexError):
+        mask = _mask_by_setting()
+    return (0o777 if folder else 0o666) & ~mask
+
+
+@functools.cache
+def _mask_by_setting() -> int:
+    with _MASK:
+        mask = os.umask(0o077)  # what another thread makes meanwhile is rather too private than too public
+        os.umask(mask)
+        return mask
 
 
 def descriptor_of(path: Path) -> int | None:
@@ -61,8 +79,9 @@ def descriptor_of(path: Path) -> int | None:
     for _ in range(LINKS):
         found = DESCRIPTOR.fullmatch(str(current))
         if found is not None:
-            named = found.group(1) or found.group(2)
-            return STANDARD.get(named, int(named) if named.isdigit() else None)
+            if found["process"] not in (None, "self", str(os.getpid())):
+                return None
+            return STANDARD[found["name"]] if found["name"] else int(found["number"])
         if not current.is_symlink():
             return None
         current = Path(os.path.normpath(current.parent / os.readlink(current)))

@@ -1,12 +1,17 @@
 """Hidden folders beside an output, and what becomes of those that a killed process left there.
 
 Who works in one holds a lock on it, which ends with the process whatever ends that. A folder that nobody holds is
-either half a model, and goes, or the old output whose successor never took its place, and is put back.
+either half a model, and goes, or the old output whose successor never took its place, and is put back. Its name says on
+which machine it was made: locks and process ids of another one tell nothing here, so what that made is left alone.
 """
 
 import contextlib
+import functools
+import hashlib
 import logging
 import os
+import platform
+import re
 import shutil
 import tempfile
 import time
@@ -22,14 +27,25 @@ log = logging.getLogger(__name__)
 
 JUST_MADE = 10.0  # seconds in which who makes a folder comes to lock it
 STAGING, REPLACED, SCRATCH = "staging", "replaced", "scratch"
-ROOM = len(f"..{REPLACED}-4194304-12345678.extra")  # bytes that hidden names beside an output are longer than it
+ROOM = len(
+    f"..{REPLACED}-01234567-4194304-12345678.extra"
+)  # bytes that hidden names beside an output are longer than it
+
+
+@functools.cache
+def this_machine() -> str:
+    """Return eight characters that tell this machine from others that may share a file system with it."""
+    number = ""
+    with contextlib.suppress(OSError):  # two machines may have one name
+        number = Path("/etc/machine-id").read_text(encoding="ascii", errors="replace").strip()
+    return hashlib.sha256(f"{platform.node()}\0{number}".encode()).hexdigest()[:8]
 
 
 @contextmanager
 def held(out: Path, kind: str) -> Iterator[Path]:
     """Make an empty hidden folder beside an output, held by this process until the end."""
-    path = Path(tempfile.mkdtemp(prefix=f".{out.name}.{kind}-{os.getpid()}-", dir=out.parent))
-    with locked_folder(path):
+    path = Path(tempfile.mkdtemp(prefix=f".{out.name}.{kind}-{this_machine()}-{os.getpid()}-", dir=out.parent))
+    with locked_folder(path, wait=True):  # another process that looks whether it is held has the lock for a moment
         yield path
 
 
@@ -42,11 +58,10 @@ def tidy(out: Path) -> None:
         else:
             remove(path, "the output that a killed run had replaced")
     for path in _left(out, STAGING):
-        old = path / out.name  # where pared 0.1 kept what it replaced
-        if old.is_dir() and not os.path.lexists(out):
-            old.rename(out)
-            log.warning("a run that was killed had moved %s aside; it is back in its place", out)
         remove(path, "what a killed run had begun to write or to remove")
+    for path, machine, _ in _made(out, REPLACED):
+        if machine != this_machine() and not os.path.lexists(out):
+            log.warning("a run on another machine moved %s to %s; if it was killed, move that back", out, path)
 
 
 @contextmanager
@@ -95,24 +110,33 @@ def remove(path: Path, what: str | None = None) -> None:
 
 
 def _left(out: Path, kind: str) -> list[Path]:
-    """Return the hidden folders of a kind beside an output that no process holds."""
-    prefix, found = f".{out.name}.{kind}-", []
+    """Return the hidden folders of a kind beside an output that this machine made and no process holds."""
+    return [path for path, machine, pid in _made(out, kind) if machine == this_machine() and not _is_held(path, pid)]
+
+
+def _made(out: Path, kind: str) -> list[tuple[Path, str, int]]:
+    """Return the hidden folders of a kind beside an output, with the machine and the process that made each."""
+    name = re.compile(rf"{re.escape(f'.{out.name}.{kind}')}-([0-9a-f]{{8}})-([0-9]{{1,9}})-\w+")
+    found: list[Path] = []
     with contextlib.suppress(OSError):
-        found = [path for path in sorted(out.parent.iterdir()) if path.name.startswith(prefix) and path.is_dir()]
-    return [path for path in found if not _is_held(path, path.name.removeprefix(prefix).partition("-")[0])]
+        found = sorted(out.parent.iterdir())
+    told = ((path, name.fullmatch(path.name)) for path in found)
+    return [(path, one[1], int(one[2])) for path, one in told if one is not None and path.is_dir()]
 
 
-def _is_held(path: Path, pid: str) -> bool:
+def _is_held(path: Path, pid: int) -> bool:
     """Whether a process works in a folder: the lock tells; where there are none, whether the process is alive."""
     try:
         with locked_folder(path) as could_lock:
-            alive = not pid.isdigit() or _alive(int(pid))
-            return alive and (not could_lock or time.time() - path.stat().st_mtime < JUST_MADE)
-    except (BlockingIOError, OSError):
+            return _alive(pid) and (not could_lock or time.time() - path.stat().st_mtime < JUST_MADE)
+    except OSError:
         return True
 
 
 def _alive(pid: int) -> bool:
+    """Whether a process of this machine runs; where signals do more than ask (Windows), every one does."""
+    if os.name == "nt":
+        return True
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

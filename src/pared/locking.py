@@ -38,14 +38,18 @@ def locked(path: Path, busy: str) -> Iterator[None]:
 
 
 @contextmanager
-def locked_folder(path: Path) -> Iterator[bool]:
+def locked_folder(path: Path, wait: bool = False) -> Iterator[bool]:
     """Hold the lock of a folder itself, which moves with it and ends with the process.
+
+    Args:
+        path: of the folder.
+        wait: until no other process holds it.
 
     Yields:
         Whether this system and file system has such locks.
 
     Raises:
-        BlockingIOError: another process holds it.
+        BlockingIOError: another process holds it, and ``wait`` is not asked for.
         OSError: the folder cannot be opened.
     """
     try:
@@ -57,7 +61,7 @@ def locked_folder(path: Path) -> Iterator[bool]:
     try:
         could = True
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise
         except OSError:  # as on some network file systems

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from pared.apart import require_apart
+from pared.apart import require_apart, require_holds_none, same
 from pared.errors import ParedError
+from pared.files import new_mode
 from pared.leftovers import REPLACED, ROOM, STAGING, held, remove, tidy
 from pared.locking import locked_folder
 from pared.record import foreign
@@ -40,13 +41,14 @@ def require_free(out: Path, overwrite: bool, inputs: Iterable[Path] = (), ours: 
     try:
         _require_free(out, overwrite, inputs, ours)
     except OSError as error:
-        raise ParedError(f"output {out}: {error.strerror or error}") from None
+        where = f" ({error.filename})" if error.filename not in (None, str(out)) else ""
+        raise ParedError(f"output {out}: {error.strerror or error}{where}") from None
 
 
 def _require_free(out: Path, overwrite: bool, inputs: Iterable[Path], ours: bool) -> None:
     whole = out.absolute()
     require_short(out)
-    if whole in (Path.cwd(), *Path.cwd().parents, Path.home()):
+    if any(same(whole, used) for used in (Path.cwd(), *Path.cwd().parents, Path(os.path.expanduser("~")))):
         raise ParedError(f"output {out} is a folder you work in; name a new one inside it")
     place = next(folder for folder in whole.parents if folder.exists())
     if not (place.is_dir() and os.access(place, os.W_OK)):
@@ -61,6 +63,7 @@ def _require_free(out: Path, overwrite: bool, inputs: Iterable[Path], ours: bool
         return
     if not overwrite:
         raise ParedError(f"output folder {out} is there already; name another or pass --overwrite")
+    require_holds_none(out, inputs)
     if not ours and (found := foreign(out)) is not None:
         raise ParedError(f"output folder {out} is not replaced, as not all in it is pared's: {found}; name another, or "
                          "move away what is yours")  # fmt: skip
@@ -129,7 +132,7 @@ def staged(
         out.parent.mkdir(parents=True, exist_ok=True)
         with held(out, STAGING) as staging:
             try:
-                staging.chmod(0o755)
+                staging.chmod(new_mode(folder=True))
                 yield staging
                 _finish(staging)
                 require_free(out, overwrite, inputs, ours)  # another job may have been faster
@@ -144,9 +147,9 @@ def staged(
 
 
 def _finish(folder: Path) -> None:
-    """Let everybody read what was written, and have it on the disk before anything else goes."""
+    """Give what was written the permissions of new files, and have it on the disk before anything else goes."""
     for path in (*folder.rglob("*"), folder):
-        path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes files that only their owner can read
+        path.chmod(new_mode(path.is_dir()))  # safetensors writes files that only their owner can read
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -170,7 +173,10 @@ def _swap(staging: Path, out: Path, ours: bool) -> None:
 
 def _swap_in_two(staging: Path, out: Path) -> None:
     """Move the old folder aside and the new one to its place; whoever is killed between leaves the old one aside."""
-    with held(out, REPLACED) as old, locked_folder(out):  # the lock moves with the folder: nobody takes it for lost
+    with (
+        held(out, REPLACED) as old,
+        locked_folder(out, wait=True),
+    ):  # the lock moves with the folder: nobody takes it for lost
         try:
             out.rename(old)
             staging.rename(out)

@@ -4,9 +4,12 @@ import os
 import random
 import signal
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +20,8 @@ import pared
 import pared.staging as staging_module
 from pared import Calibration, ParedError, Recipe
 from pared.engine.store import DecompositionStore
-from pared.leftovers import SCRATCH, STAGING, held, scratch
+from pared.leftovers import REPLACED, SCRATCH, STAGING, held, scratch, this_machine
+from pared.locking import locked_folder
 from pared.lowrank.svd import decompose
 from pared.record import write_sums
 from pared.staging import require_free, staged
@@ -117,7 +121,7 @@ def test_what_a_live_process_works_in_is_not_swept(tmp_path: Path) -> None:
 
 
 def test_a_process_id_that_another_program_has_now_does_not_keep_what_was_left(tmp_path: Path) -> None:
-    left = tmp_path / f".out.staging-{os.getppid()}-abc"
+    left = tmp_path / f".out.staging-{this_machine()}-{os.getppid()}-abc"
     left.mkdir()
     (left / "half").write_text("half")
     os.utime(left, (time.time() - 3600,) * 2)
@@ -125,27 +129,53 @@ def test_a_process_id_that_another_program_has_now_does_not_keep_what_was_left(t
     assert hidden(tmp_path) == []
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_what_an_earlier_pared_had_moved_aside_is_put_back(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, there: bool
-) -> None:
-    make(tmp_path / "made", "old")
-    if there:
-        make(tmp_path / "out", "new")
-    aside = tmp_path / f".out.staging-{DEAD}-abc" / "out"
-    aside.parent.mkdir()
-    (tmp_path / "made").rename(aside)
-    with pytest.raises(ParedError, match="is there already"):
-        require_free(tmp_path / "out", overwrite=False)
-    assert found_in(tmp_path / "out") == ({"new"} if there else {"old"})
-    assert ("it is back in its place" in caplog.text) == (not there)
-    assert hidden(tmp_path) == []
-
-
 def test_what_was_swept_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / f".out.staging-{DEAD}-abc").mkdir()
+    (tmp_path / f".out.staging-{this_machine()}-{DEAD}-abc").mkdir()
     make(tmp_path / "out", "new")
-    assert f"removed {tmp_path}/.out.staging-{DEAD}-abc" in caplog.text
+    assert f"removed {tmp_path}/.out.staging-{this_machine()}-{DEAD}-abc" in caplog.text
+
+
+@pytest.mark.parametrize("kind", [STAGING, REPLACED, SCRATCH])
+def test_what_another_machine_made_is_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str) -> None:
+    """Regression: on a shared file system the run of another host was taken for dead, and its files went."""
+    other = tmp_path / f".out.{kind}-{'0' * 8}-{DEAD}-abc"
+    other.mkdir()
+    (other / "half").write_text("half")
+    os.utime(other, (time.time() - 3600,) * 2)
+    with scratch(tmp_path / "out"):
+        require_free(tmp_path / "out", overwrite=True)
+    assert ("if it was killed, move that back" in caplog.text) == (kind == REPLACED)
+    make(tmp_path / "out", "new")
+    assert (other / "half").read_text() == "half"
+
+
+def test_who_looks_whether_a_folder_is_held_does_not_stop_who_makes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: BlockingIOError where another process looked at a folder that was just made."""
+    made, looking = threading.Event(), threading.Event()
+    mkdtemp = tempfile.mkdtemp
+
+    def seen(**how: Any) -> str:
+        folder = mkdtemp(**how)
+        looker.append(Path(folder))
+        made.set()
+        assert looking.wait(10)
+        return folder
+
+    def look() -> None:
+        assert made.wait(10)
+        with locked_folder(looker[0]):
+            looking.set()
+            time.sleep(0.05)
+
+    looker: list[Path] = []
+    monkeypatch.setattr("pared.leftovers.tempfile.mkdtemp", seen)
+    thread = threading.Thread(target=look)
+    thread.start()
+    with held(tmp_path / "out", STAGING) as folder:
+        assert folder.is_dir()
+    thread.join()
 
 
 # Temporary decompositions.

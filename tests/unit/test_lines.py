@@ -159,6 +159,19 @@ def test_a_device_is_written_into_and_stays_one() -> None:
     assert Kept(Path("/dev/null")).path is None
 
 
+@pytest.mark.parametrize("name", ["/dev/fd0", "/dev/std1", "/dev/fdout", "/dev/fd", "/proc/1/fd/1", "/proc/self/fd/in"])
+def test_what_is_only_called_like_an_open_file_is_none(name: str) -> None:
+    """Regression: --json /dev/fd0, a floppy disk, went to standard input, and another process's file to our own."""
+    assert descriptor_of(Path(name)) is None
+
+
+def test_every_name_of_an_open_file_is_known(tmp_path: Path) -> None:
+    named = {"/dev/stdout": 1, "/dev/stderr": 2, "/dev/fd/7": 7, "/proc/self/fd/12": 12, f"/proc/{os.getpid()}/fd/3": 3}
+    for number, (name, expected) in enumerate(named.items()):
+        (tmp_path / str(number)).symlink_to(name)
+        assert descriptor_of(Path(name)) == descriptor_of(tmp_path / str(number)) == expected
+
+
 def test_open_files_are_written_into(tmp_path: Path) -> None:
     with (tmp_path / "told").open("w+") as file:
         file.write("before\n")

@@ -1,9 +1,10 @@
 """Nothing of a user's is lost, and nothing private is published: what an output may be, and what is told in it."""
 
+import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +96,35 @@ def test_a_file_under_another_name_in_the_output_is_seen(tmp_path: Path) -> None
     (tmp_path / "out").mkdir()
     (tmp_path / "words.txt").write_text("w3")
     os.link(tmp_path / "words.txt", tmp_path / "out" / "copy.txt")
-    with pytest.raises(ParedError, match="holds"):
-        require_apart(tmp_path / "out", [tmp_path / "words.txt"])
-    require_apart(tmp_path / "beside", [tmp_path / "words.txt", tmp_path / "missing"])
+    with pytest.raises(ParedError, match=r"holds .*words\.txt, which is read, as copy\.txt"):
+        require_free(tmp_path / "out", overwrite=True, inputs=[tmp_path / "words.txt"])
+    require_free(tmp_path / "beside", overwrite=True, inputs=[tmp_path / "words.txt", tmp_path / "missing"])
+
+
+def test_an_output_that_cannot_be_looked_through_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regression: a folder without permission counted as one that holds no input."""
+    (tmp_path / "out" / "closed").mkdir(parents=True)
+    (tmp_path / "words.txt").write_text("w3")
+
+    def closed(self: Path) -> Iterator[Path]:
+        if self.name == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return (self / name for name in os.listdir(self))
+
+    monkeypatch.setattr(Path, "iterdir", closed)
+    with pytest.raises(ParedError, match=r"Permission denied \(.*closed\)"):
+        require_free(tmp_path / "out", overwrite=True, inputs=[tmp_path / "words.txt"])
+
+
+def test_an_output_that_is_taken_is_refused_without_a_look_through_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: the whole tree of a large folder was walked, once for every input, to refuse it anyway."""
+    (tmp_path / "out" / "deep").mkdir(parents=True)
+    (tmp_path / "words.txt").write_text("w3")
+    monkeypatch.setattr("pared.staging.require_holds_none", lambda *_: pytest.fail("it was walked"))
+    with pytest.raises(ParedError, match="is there already"):
+        require_free(tmp_path / "out", overwrite=False, inputs=[tmp_path / "words.txt"])
 
 
 @pytest.mark.parametrize(
@@ -119,8 +146,7 @@ def test_every_command_refuses_an_output_at_its_model_before_any_work(
     names = {"model": model, "words": place / "words.txt", "above": above}
     before = sorted(above.rglob("*"))
     line = [part.format(**names) for part in (*asked, "--out", where)]
-    overwrite = [] if name == "search" else ["--overwrite"]
-    code, _, err = command(*line, *overwrite)
+    code, _, err = command(*line, "--overwrite")
     assert code == 2, err
     assert "which is read" in err.replace("\n", " ")
     assert sorted(above.rglob("*")) == before

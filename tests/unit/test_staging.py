@@ -3,6 +3,7 @@ import hashlib
 import os
 import shutil
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from tiny_models import TINY_MODELS
 from transformers import PreTrainedTokenizerFast
 
 import pared
+import pared.files as files_module
 import pared.staging as staging_module
 from pared import ParedError, Recipe
 from pared.checkpoint import Manifest
+from pared.leftovers import this_machine
 from pared.record import write_sums
 from pared.staging import RESERVE, staged
 
@@ -57,7 +60,41 @@ def test_the_folder_appears_whole(tmp_path: Path) -> None:
         (staging / "config.json").write_text("new")
         assert not (tmp_path / "deep" / "out").exists()
     assert contents(tmp_path) == {"deep/out/config.json": "new"}
-    assert (tmp_path / "deep" / "out").stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize("mask", [0o077, 0o027, 0o002])
+def test_an_output_has_the_permissions_that_the_user_gives_to_new_files(tmp_path: Path, mask: int) -> None:
+    """Regression: under a mask of 077 everybody could read the model."""
+    before = os.umask(mask)
+    try:
+        with staged(tmp_path / "out") as staging:
+            (staging / "deep").mkdir()
+            for name in ("config.json", "deep/weights"):
+                (staging / name).write_text("new")
+                (staging / name).chmod(0o600)  # as safetensors does
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "out", *(tmp_path / "out").rglob("*")):
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~mask, path
+
+
+@pytest.mark.parametrize("told", ["kernel", "nobody"])
+def test_reading_the_mask_of_permissions_in_threads_leaves_it_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, told: str
+) -> None:
+    """Regression: two threads that set it to read it could leave it at 022 for good."""
+    files_module._mask_by_setting.cache_clear()
+    if told == "nobody":
+        monkeypatch.setattr(Path, "read_text", lambda *_, **__: "")
+    before = os.umask(0o027)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            found = set(pool.map(lambda _: files_module.new_mode(), range(500)))
+        assert found == {0o640}
+        assert os.umask(0o027) == 0o027
+    finally:
+        os.umask(before)
+        files_module._mask_by_setting.cache_clear()
 
 
 def test_overwrite_replaces_the_whole_folder(out: Path, tmp_path: Path) -> None:
@@ -276,19 +313,30 @@ def test_the_folder_one_works_in_and_links_are_refused(tmp_path: Path, monkeypat
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     (tmp_path / "link").symlink_to(tmp_path / "here")
-    for place in (Path("."), tmp_path, Path("/"), tmp_path / "link", tmp_path / ("x" * 300)):
-        with pytest.raises(ParedError, match=r"^output "), staged(place, overwrite=True):
+    worked_in, too_long = "is a folder you work in", "a name of 300 bytes"
+    places = {
+        Path("."): worked_in, tmp_path: worked_in, Path("/"): worked_in, tmp_path / "link": worked_in,
+        Path("../here"): worked_in, tmp_path / "link" / "..": worked_in, Path("~").expanduser(): worked_in,
+        tmp_path / ("x" * 300): too_long,
+    }  # fmt: skip
+    for place, told in places.items():
+        with pytest.raises(ParedError, match=rf"^output .*{told}"), staged(place, overwrite=True):
             pytest.fail("the body ran")
+    (tmp_path / "elsewhere").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ParedError, match="is a link; name a folder"), staged(tmp_path / "elsewhere", overwrite=True):
+        pytest.fail("the body ran")
+    (tmp_path / "elsewhere").unlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "link"]
 
 
 def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
     """Regression: SIGKILL left half a model beside the output for ever."""
     dead = 2**22 + 1  # above the largest process id of Linux
-    (tmp_path / f".out.staging-{dead}-abc").mkdir()
-    (tmp_path / f".out.staging-{os.getpid()}-abc").mkdir()
-    (tmp_path / f".other.staging-{dead}-abc").mkdir()
+    machine = this_machine()
+    (tmp_path / f".out.staging-{machine}-{dead}-abc").mkdir()
+    (tmp_path / f".out.staging-{machine}-{os.getpid()}-abc").mkdir()
+    (tmp_path / f".other.staging-{machine}-{dead}-abc").mkdir()
     with staged(tmp_path / "out"):
         pass
     left = sorted(path.name for path in tmp_path.iterdir())
-    assert left == [f".other.staging-{dead}-abc", f".out.staging-{os.getpid()}-abc", "out"]
+    assert left == [f".other.staging-{machine}-{dead}-abc", f".out.staging-{machine}-{os.getpid()}-abc", "out"]
