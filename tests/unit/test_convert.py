@@ -252,7 +252,7 @@ def test_a_damaged_order_is_refused_by_name(edit: Any, pivoted: Path, tmp_path: 
     change(damaged, "model.layers.1.mlp.down_proj.order", edit)
     for check in (pared.verify, require_tensors, lambda folder: convert(folder, tmp_path / "out", pivoted=False)):
         with pytest.raises(
-            ParedError, match=r"model\.layers\.1\.mlp\.down_proj\.order is no order of the 48 numbers from 0"
+            ParedError, match=r"model\.layers\.1\.mlp\.down_proj\.order is not a permutation of 0 to 47"
         ):
             check(damaged)
 

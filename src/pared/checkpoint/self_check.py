@@ -73,5 +73,5 @@ def _loaded_otherwise(model: PreTrainedModel, folder: Path) -> str:
         if name in state and not state[name].is_meta:
             values = stored.read()
             if not torch.equal(state[name].cpu(), values.to(state[name].dtype)):
-                return f"the first tensor that is loaded otherwise than it is stored is {name} of {stored.file.name}"
-    return "every tensor is loaded as it is stored, so a layer computes otherwise than it did in memory"
+                return f"the first tensor in memory that differs from what is stored is {name} of {stored.file.name}"
+    return "every tensor is loaded as it is stored, so a layer computes something other than it did in memory"

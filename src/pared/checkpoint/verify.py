@@ -57,7 +57,7 @@ def compare(model: PreTrainedModel, fingerprint: Fingerprint) -> float:
     for name, sample in fingerprint.layers.items():
         layer = dict(model.named_modules()).get(name)
         if layer is None or not hasattr(layer, "weight"):
-            raise ParedError(f"the fingerprint in pared.json has a layer {name[:200]}, which this model has not")
+            raise ParedError(f"the fingerprint in pared.json has a layer {name[:200]}, that this model does not have")
         found[f"layer {name}"] = (_layer_outputs(layer), sample)
     return max(_difference(what, now, then, model.dtype) for what, (now, then) in found.items())
 
@@ -124,7 +124,7 @@ def require_tensors(folder: Path) -> int:
         if found != shape:
             raise ParedError(f"{folder}: {tensor} is {found}, the map says {shape}")
         if tensor.endswith(".order") and not _is_order(stored[tensor].read()):
-            raise ParedError(f"{folder}: {tensor} is no order of the {shape[0]} numbers from 0; it is damaged")
+            raise ParedError(f"{folder}: {tensor} is not a permutation of 0 to {shape[0] - 1}; it is damaged")
     for alias, owner in shared.items():
         if alias in stored and not torch.equal(stored[alias].read(), stored[owner].read()):
             raise ParedError(

@@ -36,7 +36,7 @@ COMMANDS = {
     ),
     "search": (
         "pared.cli.search:search",
-        "Search for the program that spreads zeros or ranks best; a search that was stopped goes on where it was.",
+        "Search for the program that spreads zeros or ranks best; a search that was stopped resumes where it was.",
     ),
     "tune": (
         "pared.cli.tune:tune",

@@ -60,8 +60,8 @@ def search(
     out: options.Out = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Search for the program that spreads zeros or ranks best; a search that was stopped goes on where it was."""
-    with errors("interrupted; what was measured is in the journal, the same command goes on from there"):
+    """Search for the program that spreads zeros or ranks best; a search that was stopped resumes where it was."""
+    with errors("interrupted; what was measured is in the journal, the same command resumes from there"):
         quiet_libraries()
         if out is None:
             raise ParedError("no output folder is named; give --out DIR")

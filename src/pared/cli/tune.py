@@ -87,9 +87,9 @@ def tune(
 ) -> None:  # fmt: skip
     """Train a compressed model: rank, format and zeros stay; or, with basel, make a dense one smaller for a task.
 
-    The same command goes on after a crash.
+    The same command resumes after a crash.
     """
-    with errors("interrupted; the same command goes on from the last checkpoint, if there is one"):
+    with errors("interrupted; the same command resumes from the last checkpoint, if there is one"):
         quiet_libraries()
         asked = options.asked_of(
             Tuning,

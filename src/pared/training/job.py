@@ -64,7 +64,7 @@ def tune(tuning: Tuning, overwrite: bool = False, progress: Progress | None = No
     """Train a folder that pared made and write it anew.
 
     What can be refused is refused before a weight is read. The state is saved as training goes on, in a hidden folder
-    beside the output: the same call goes on from there after a crash, and ends as it would have without one.
+    beside the output: the same call resumes there after a crash, and ends as it would have without one.
 
     Args:
         tuning: with ``model`` and ``out``.
@@ -124,7 +124,7 @@ class _Job:
         stages = self.method.stages(self.options)
         with Workshop.beside(self.out, self.settings(examples), self.processes) as workshop:
             if workshop.resumed:
-                self.progress.note(f"going on with the training that {workshop.folder} holds")
+                self.progress.note(f"resuming the training that {workshop.folder} holds")
             before = self.measured(workshop, windows)
             went = [self.trained(workshop, number, stages, examples) for number in range(1, len(stages) + 1)]
             self.processes.first(lambda: self.write(workshop, went, examples, windows, before))
