@@ -1,5 +1,6 @@
 """One process at a time, where the system can say so."""
 
+import contextlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,35 @@ def lock(file: BinaryIO, busy: str) -> None:
         raise ParedError(busy) from None
     except (ImportError, OSError):  # no such locks here, as on some network file systems
         pass
+
+
+def opened_alone(path: Path, what: str, busy: str) -> BinaryIO:
+    """Open a file to read and append, made if it is not there, and hold its lock until it is closed.
+
+    Args:
+        path: of it.
+        what: it is, for messages.
+        busy: the message where another process has it.
+
+    Raises:
+        ParedError: another process has it, it is not a regular file, or it cannot be opened.
+    """
+    while True:
+        try:
+            if path.exists() and not path.is_file():
+                raise ParedError(f"{what} {path}: not a regular file; move it, or name another")
+            file = path.open("a+b")
+        except OSError as error:
+            raise ParedError(f"{what} {path}: {error.strerror or error}") from None
+        try:
+            lock(file, busy)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()  # replaced or removed between opening and locking, by who held it before
 
 
 @contextmanager

@@ -381,7 +381,7 @@ def test_a_killed_run_goes_on_after_the_tasks_it_has_done(
     assert "keeps an unfinished run with limit None, and 1 is asked for" in other.output.replace("\n", " ")
     again = CliRunner().invoke(app, [*command, str(out)])
     assert again.exit_code == 0, again.output
-    assert "going on after rte" in again.output
+    assert "resuming after rte" in again.output
     assert len(done) == 3  # rte, piqa that was killed, piqa
     assert json.loads(out.read_text()) == json.loads((tmp_path / "whole.json").read_text())
     assert not list(tmp_path.glob(".found.json*"))

@@ -204,7 +204,7 @@ def test_a_killed_fine_tuning_goes_on_after_the_tasks_it_has_done(
     assert CliRunner().invoke(app, [*command, str(out)]).exit_code != 0
     assert not out.exists()
     again = CliRunner().invoke(app, [*command, str(out)])
-    assert "going on after glue:sst2" in again.output
+    assert "resuming after glue:sst2" in again.output
     assert len(trained) == 3
     assert json.loads(out.read_text()) == json.loads((tmp_path / "whole.json").read_text())
     kept.write_text('{"settings": ')

@@ -25,6 +25,7 @@ from pared.checkpoint.format import ParedConfig
 from pared.cli.main import app
 from pared.guarded import UNPACKED_UNASKED, parse_json, parse_yaml
 from pared.lines import Lines
+from pared.search.journal import Journal
 from pared.sources.files import read_rows
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -372,6 +373,20 @@ def test_any_bytes_in_a_users_file_are_read_or_told(content: bytes, tmp_path: Pa
     never_crashes(lambda: parse_json(content, "file"))
     with (tmp_path / "f.jsonl").open("a+b") as file:
         never_crashes(lambda: Lines(file, tmp_path / "f.jsonl", "journal", "a search", "pared_search"))
+
+
+@pytest.mark.slow
+@OFTEN
+@given(line=st.fixed_dictionaries({}, optional={"name": ANY | st.just("a"), "program": ANY, "values": ANY, "why": ANY}))
+def test_any_line_of_a_journal_is_read_or_told(line: Any, tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    path.write_text(f'{{"pared_search": 1}}\n{json.dumps(line)}\n')
+
+    def read() -> None:
+        with Journal(path, {}) as journal:
+            journal.get("a", str(line["program"]))
+
+    never_crashes(read)
 
 
 @pytest.mark.slow

@@ -3,15 +3,18 @@
 import json
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import pytest
 
-from pared import ParedError
+from pared import ParedError, locking
 from pared.cli.console import write_json
 from pared.cli.kept import Kept
 from pared.files import descriptor_of, is_kept_on_disk, why_not_written, write_whole
 from pared.lines import Lines, opened, sealed
+from pared.search.journal import Journal
 
 ROWS = [{"journal": 1, "x": 0.5}, *({"name": f"candidate {number}", "value": number / 7} for number in range(4))]
 
@@ -124,28 +127,125 @@ def test_the_journals_of_the_benchmarks_are_read(tmp_path: Path, strategy: str) 
 
 
 def test_kept_results_with_a_flipped_digit_are_refused(tmp_path: Path) -> None:
-    kept = Kept(tmp_path / "found.json")
-    kept.begin({"model": "m"})
-    kept.add("rte", {"task": "rte", "accuracy": 0.525})
-    kept.add("piqa", {"task": "piqa", "accuracy": 0.5})
+    with Kept(tmp_path / "found.json") as kept:
+        kept.begin({"model": "m"})
+        kept.add("rte", {"task": "rte", "accuracy": 0.525})
+        kept.add("piqa", {"task": "piqa", "accuracy": 0.5})
     path = tmp_path / ".found.json.unfinished"
     path.write_bytes(path.read_bytes().replace(b"0.525", b"0.625"))
-    with pytest.raises(ParedError, match=r"kept by an unfinished run, is not readable .*line 2"):
-        Kept(tmp_path / "found.json").begin({"model": "m"})
+    with (
+        pytest.raises(ParedError, match=r"kept by an unfinished run, is not readable .*line 2"),
+        Kept(tmp_path / "found.json") as kept,
+    ):
+        kept.begin({"model": "m"})
 
 
 def test_kept_results_of_some_tasks_stay_when_others_are_done(tmp_path: Path) -> None:
-    kept = Kept(tmp_path / "found.json")
-    kept.begin({"model": "m"})
-    kept.add("rte", {"accuracy": 0.5})
-    kept.add("piqa", {"accuracy": 0.25})
-    kept.finish(["rte"])
-    again = Kept(tmp_path / "found.json")
-    again.begin({"model": "m"})
-    assert again.has("piqa")
-    assert not again.has("rte")
-    again.finish(["piqa"])
+    with Kept(tmp_path / "found.json") as kept:
+        kept.begin({"model": "m"})
+        kept.add("rte", {"accuracy": 0.5})
+        kept.add("piqa", {"accuracy": 0.25})
+        kept.finish(["rte"])
+    with Kept(tmp_path / "found.json") as again:
+        again.begin({"model": "m"})
+        assert again.has("piqa")
+        assert not again.has("rte")
+        again.finish(["piqa"])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_runs_that_keep_beside_one_file_lost_each_others_results(tmp_path: Path) -> None:
+    """Regression: the lock was held for a line, and the first run to end removed what the second had kept."""
+    with Kept(tmp_path / "found.json") as first:
+        first.begin({"model": "m"})
+        with Kept(tmp_path / "found.json") as second:
+            with pytest.raises(ParedError, match=r"another run is writing it; wait for it") as told:
+                second.begin({"model": "m"})
+            assert "remove" not in str(told.value)
+        first.add("rte", {"accuracy": 0.5})
+    with Kept(tmp_path / "found.json") as second:
+        second.begin({"model": "m"})
+        assert second.has("rte")
+
+
+def test_a_run_killed_as_it_let_go_of_some_tasks_lost_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with Kept(tmp_path / "found.json") as kept:
+        kept.begin({"model": "m"})
+        kept.add("rte", {"accuracy": 0.5})
+        kept.add("piqa", {"accuracy": 0.25})
+        monkeypatch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            kept.finish(["rte"])
+    with Kept(tmp_path / "found.json") as again:
+        again.begin({"model": "m"})
+        assert again.has("piqa")
+
+
+def test_a_measure_that_keeps_nothing_removed_what_another_had_kept(tmp_path: Path) -> None:
+    with Kept(tmp_path / "found.json") as kept:
+        kept.begin({"model": "m"})
+        kept.add("rte", {"accuracy": 0.5})
+    with Kept(tmp_path / "found.json") as other:
+        other.finish([])
+    with Kept(tmp_path / "found.json") as again:
+        again.begin({"model": "m"})
+        assert again.has("rte")
+
+
+def test_a_run_that_measured_nothing_leaves_nothing(tmp_path: Path) -> None:
+    with Kept(tmp_path / "found.json") as kept:
+        kept.begin({"model": "m"})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_kept_results_that_are_a_folder_are_told(tmp_path: Path) -> None:
+    (tmp_path / ".found.json.unfinished").mkdir()
+    with pytest.raises(ParedError, match="not a regular file"), Kept(tmp_path / "found.json") as kept:
+        kept.begin({"model": "m"})
+
+
+def test_a_file_replaced_while_it_was_opened_is_opened_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regression: a lock on a file that was just removed kept nobody out."""
+    path = tmp_path / "file"
+    before, calls = locking.lock, []
+
+    def lock_late(file: BinaryIO, busy: str) -> None:
+        if not calls:
+            path.unlink()
+        calls.append(file)
+        before(file, busy)
+
+    monkeypatch.setattr(locking, "lock", lock_late)
+    with locking.opened_alone(path, "file", "busy") as file:
+        assert len(calls) == 2
+        assert os.path.samestat(os.fstat(file.fileno()), path.stat())
+
+
+@pytest.mark.parametrize("values", [5, ["x"], [[1]], [True], {"a": 1}, [float("nan")], None])
+def test_a_line_of_a_search_with_odd_values_is_told(tmp_path: Path, values: Any) -> None:
+    """Regression: a line without a checksum ended in a TypeError or a ValueError when it was asked for."""
+    line = {"name": "candidate 0", "program": "p", "values": values}
+    (tmp_path / "journal.jsonl").write_text(f'{{"pared_search": 1}}\n{json.dumps(line)}\n')
+    with pytest.raises(ParedError, match="line 2: not a line of a search"):
+        Journal(tmp_path / "journal.jsonl", {})
+
+
+@pytest.mark.parametrize("name", ["journal.jsonl", "seconds.jsonl"])
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_a_journal_that_is_no_file_is_told(tmp_path: Path, name: str, make: Callable[[Path], None]) -> None:
+    """Regression: a pipe ended in UnsupportedOperation, a folder in IsADirectoryError."""
+    make(tmp_path / name)
+    with pytest.raises(ParedError, match=rf"{name}: not a regular file"):
+        Journal(tmp_path / "journal.jsonl", {})
+    if name != "journal.jsonl":  # the first file was let go of
+        (tmp_path / name).rmdir() if (tmp_path / name).is_dir() else (tmp_path / name).unlink()
+        with Journal(tmp_path / "journal.jsonl", {}):
+            pass
 
 
 # Where --json says.

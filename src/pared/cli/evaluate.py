@@ -77,7 +77,7 @@ def evaluate(
     json_file: JsonFile = None,
 ) -> None:
     """Measure a model: perplexity on a text, tasks it does, or what an encoder gets right of labelled examples."""
-    with errors("interrupted; tasks that were done are kept beside the file of --json"):
+    with errors("interrupted; tasks that were done are kept beside the file of --json"), Kept(json_file) as kept:
         quiet_libraries()
         given = {
             "perplexity": perplexity,
@@ -115,7 +115,7 @@ def evaluate(
         )
         from pared.evaluation import Sampling
 
-        place, kept = device_of(device), Kept(json_file)
+        place = device_of(device)
         if perplexity is not None and protocol is not None:
             result = perplexity_by_protocol(model, perplexity, protocol, dtype, place)
         elif perplexity is not None:

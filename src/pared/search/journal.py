@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from pared.errors import ParedError
 from pared.lines import Lines
-from pared.locking import lock
+from pared.locking import opened_alone
 from pared.search.evolution import Candidate, Measured
 
 FORMAT = 1
@@ -40,10 +40,11 @@ class Journal:
             settings: everything a result depends on, as JSON has it.
 
         Raises:
-            ParedError: it is the journal of other settings, no journal, damaged, or open elsewhere.
+            ParedError: it is the journal of other settings, no journal, damaged, not a regular file, or open elsewhere.
         """
         self.path, self.settings = path, json.loads(json.dumps(settings))
-        self._file, beside = _locked(path), path.with_name(SECONDS)
+        busy = f"journal {path}: another search is writing it; wait for it, or name another folder"
+        self._file, beside = opened_alone(path, "journal", busy), path.with_name(SECONDS)
         self._times: BinaryIO | None = None
         try:
             self._journal = Lines(self._file, path, "journal", "a search", HEADER)
@@ -52,7 +53,7 @@ class Journal:
                 self._lines: dict[str, dict[str, Any]] = {}
             else:
                 self._lines = self._read(*self._journal.found)
-            self._times = beside.open("a+b")
+            self._times = opened_alone(beside, "seconds", busy)
             self._seconds = Lines(self._times, beside, "seconds", "a search", "name")
         except BaseException:
             self._close()
@@ -115,7 +116,7 @@ class Journal:
             raise ParedError(f"journal {self.path}: the first line is not that of a search of format {FORMAT}")
         self._require_same(settings)
         for number, line in enumerate(others, 2):
-            if not {"name", "program", "values"} <= line.keys():
+            if not _is_whole(line):
                 raise ParedError(f"journal {self.path}, line {number}: not a line of a search; the file is damaged")
         return {str(line["name"]): line for line in others}
 
@@ -129,13 +130,11 @@ class Journal:
                 )
 
 
-def _locked(path: Path) -> BinaryIO:
-    """Open a file to read and append, for this process alone where the system can say so."""
-    file = path.open("a+b")
-    file.seek(0)
-    try:
-        lock(file, f"journal {path}: another search is writing it; wait for it, or name another folder")
-    except ParedError:
-        file.close()
-        raise
-    return file
+def _is_whole(line: Mapping[str, Any]) -> bool:
+    """Whether a line has all that is read of it, each of its kind."""
+    values = line.get("values")
+    return (
+        all(isinstance(line.get(key), str) for key in ("name", "program"))
+        and isinstance(values, list)
+        and all(value is None or (type(value) in (int, float) and math.isfinite(value)) for value in values)
+    )
