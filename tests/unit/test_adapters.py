@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 import pared
 from pared import Recipe
 from pared.checkpoint import mark, module_map
+from pared.checkpoint.portable import _describe_anew
 from pared.install import install_group
 from pared.lowrank import Factors
-from pared.modules import LowRankLinear
+from pared.modules import LowRankLinear, replace_module
 
 TOKENS = torch.randint(0, VOCAB, (2, 16), generator=torch.Generator().manual_seed(1))
 KINDS: dict[str, dict[str, Any]] = {
@@ -251,3 +252,70 @@ def test_an_adapter_records_the_class_of_transformers(
     with_adapter.save_pretrained(tmp_path)
     again = AutoPeftModelForCausalLM.from_pretrained(tmp_path)
     assert close(logits(again), logits(with_adapter))
+
+
+# Layers that were put in the place of others after loading.
+
+
+def replaced(model: PreTrainedModel, name: str) -> None:
+    """Put a plain linear layer of other numbers where a compressed one stands."""
+    old = model.get_submodule(name)
+    torch.manual_seed(7)
+    replace_module(model, name, torch.nn.Linear(old.in_features, old.out_features, bias=old.up.bias is not None))
+
+
+@pytest.mark.parametrize("kind", ["factors", "pivoted", "shared", "shared pivoted", "bias factors"])
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_layer_made_dense_again_was_filled_with_random_numbers(
+    kind: str, which: int, folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Regression: the map kept the entry of what stood there before, and the weights had another name."""
+    model = loaded(folders(kind))
+    name = [name for name in module_map(model) if name.endswith("q_proj")][which]
+    replaced(model, name)
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    again = loaded(tmp_path)
+    assert isinstance(again.get_submodule(name), torch.nn.Linear)
+    assert module_map(again).keys() == module_map(loaded(folders(kind))).keys() - {name}
+    assert torch.equal(logits(again), expected)
+
+
+def test_a_model_that_lost_its_last_block_saves_and_loads(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    model: Any = loaded(folders("shared"))
+    model.model.layers = model.model.layers[:-1]
+    model.config.num_hidden_layers -= 1
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(loaded(tmp_path)), expected)
+
+
+def test_a_layer_compressed_after_loading_is_in_the_map(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    model = loaded(folders("shared"))
+    name = next(name for name, module in model.named_modules() if name.endswith("o_proj"))
+    old = model.get_submodule(name)
+    replace_module(model, name, LowRankLinear(old.in_features, old.out_features, 3, bias=False))
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(loaded(tmp_path)), expected)
+
+
+def test_a_member_with_a_basis_of_its_own_was_tied_to_the_others_again(
+    folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = loaded(folders("shared"))
+    name = [name for name in module_map(model) if name.endswith("v_proj")][1]
+    old = model.get_submodule(name)
+    new = LowRankLinear(old.in_features, old.out_features, old.rank, bias=False)
+    replace_module(model, name, new)
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(loaded(tmp_path)), expected)
+
+
+def test_the_map_of_a_model_inside_of_adapters_is_that_without_them(folders: Callable[[str], Path]) -> None:
+    model: Any = loaded(folders("shared"))
+    told = copy.deepcopy(model.config.quantization_config.to_dict())
+    adapted(model, modules_to_save=["o_proj"])
+    _describe_anew(model)
+    assert model.config.quantization_config.to_dict() == told

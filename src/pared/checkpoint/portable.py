@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 IS_COPY = __name__.rpartition(".")[2] == LOADER_NAME
+# Where PEFT, torch.compile, FSDP and checkpointing of activations put a layer that they stand before.
+WRAPPERS = ("base_layer", "original_module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+COPIES = {*WRAPPERS, "modules_to_save"}
 DYNAMIC = "transformers_modules."  # where transformers puts code that came with a folder
 
 
@@ -61,14 +64,7 @@ def still_shared(model: nn.Module, shared: dict[str, str]) -> dict[str, str]:
 
 
 def _shares(model: nn.Module, tensor: str) -> bool:
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    path = tensor.removesuffix(DOWN)
-    for name in (path, path.removeprefix(prefix), prefix + path):
-        try:
-            return getattr(model.get_submodule(name), "shares", None) is not None
-        except AttributeError:
-            continue
-    return False
+    return getattr(_inside(_found(model, tensor.removesuffix(DOWN))), "shares", None) is not None
 
 
 class PortableMixin:
@@ -111,12 +107,50 @@ class PortableMixin:
 
 
 def _describe_anew(model: "PreTrainedModel") -> None:
-    """Make the map say what the modules are by now: merging an adapter changes ranks, and who shares a basis."""
+    """Make the map say what the modules are by now: an adapter was merged, or a layer put in another's place."""
     told = getattr(model.config, "quantization_config", None)
-    entries = module_map(model)
-    if isinstance(told, ParedConfig) and told.modules != entries and told.modules.keys() == entries.keys():
-        model.config.quantization_config = ParedConfig(modules=entries, shared=still_shared(model, told.shared))
+    if not isinstance(told, ParedConfig):
+        return
+    modules, shared = _modules_now(model, told.modules), still_shared(model, told.shared)
+    if (modules, shared) != (told.modules, told.shared):
+        model.config.quantization_config = ParedConfig(modules=modules, shared=shared)
         PortableMixin.tie_weights(model)
+
+
+def _modules_now(model: nn.Module, told: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the map of a model some of whose modules were replaced since, by the names that the map gave them.
+
+    What is not compressed any more is left out, and what is now is told of. A layer inside of a wrapper, as an adapter
+    is one, is told of as before.
+    """
+    by_module = {id(model.get_submodule(name)): (name, entry) for name, entry in module_map(model).items()}
+    modules: dict[str, dict[str, Any]] = {}
+    for name, entry in told.items():
+        module = _found(model, name)
+        now = by_module.pop(id(module), None)
+        if now is not None:
+            modules[name] = now[1]
+        elif by_module.pop(id(_inside(module)), None) is not None:
+            modules[name] = entry
+    return modules | {name: entry for name, entry in by_module.values() if not COPIES & set(name.split("."))}
+
+
+def _found(model: nn.Module, name: str) -> nn.Module | None:
+    """Return a module by its name in the map, which may have the base's prefix or lack it; None where there is none."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    for path in (name, name.removeprefix(prefix), prefix + name):
+        try:
+            return model.get_submodule(path)
+        except AttributeError:
+            continue
+    return None
+
+
+def _inside(module: nn.Module | None) -> nn.Module | None:
+    """Return the layer that a wrapper holds, the module itself where it is none."""
+    while module is not None and (inner := next(filter(None, map(module._modules.get, WRAPPERS)), None)) is not None:
+        module = inner
+    return module
 
 
 _portable: dict[type, type] = {}
