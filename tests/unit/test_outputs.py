@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -310,6 +311,46 @@ def test_load_compares_files_on_request(made: Path) -> None:
     pared.load(made)
     with pytest.raises(ParedError, match=r"model\.safetensors is not what was written"):
         pared.load(made, check=True)
+
+
+@pytest.mark.parametrize("call", [pared.verify, partial(pared.load, check=True)])
+def test_changed_code_ran_before_it_was_compared(made: Path, tmp_path: Path, call: Callable[..., object]) -> None:
+    """Regression: the configuration, and code it names, was read before any SHA-256 was compared."""
+    ran = tmp_path / "ran"
+    (made / "theirs.py").write_text(
+        f"open({str(ran)!r}, 'w').close()\nfrom transformers import LlamaConfig\n\n\n"
+        "class Theirs(LlamaConfig):\n    model_type = 'theirs'\n"
+    )
+    fields = json.loads((made / "config.json").read_text())
+    fields.update(model_type="theirs", auto_map={"AutoConfig": "theirs.Theirs"})
+    (made / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ParedError, match=r"config\.json is not what was written"):
+        call(made, trust_remote_code=True)
+    assert not ran.exists()
+
+
+def test_a_check_that_cannot_be_made_passed(made: Path, place: Path) -> None:
+    """Regression: check=True of a folder without a list, or of a name of the Hub, only logged that."""
+    forget(made)
+    with pytest.raises(ParedError, match=r"neither pared\.json nor SHA256SUMS lists any there"):
+        pared.load(made, check=True)
+    with pytest.raises(ParedError, match="neither"):
+        pared.load(place / "llama", check=True)
+
+
+def test_a_model_of_the_hub_is_checked_too(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "hub" / "models--someone--llama"
+    shutil.copytree(made, cache / "snapshots" / ("a" * 40))
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    pared.load("someone/llama", check=True)
+    in_embeddings(cache / "snapshots" / ("a" * 40), 7.0)
+    with pytest.raises(ParedError, match=r"model\.safetensors is not what was written"):
+        pared.load("someone/llama", check=True)
+    with pytest.raises(ParedError, match="model 'someone/else': cannot be fetched"):
+        pared.load("someone/else", check=True)
 
 
 def test_a_folder_without_a_list_loads_and_verifies_with_a_note(made: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -12,8 +12,9 @@ from pared.checkpoint.finite import require_finite
 from pared.checkpoint.format import QUANT_METHOD, ParedConfig
 from pared.errors import ParedError
 from pared.hardware import dtype_of
-from pared.record import MANIFEST, recorded, require_own_sum, require_whole
-from pared.sources.models import find_model
+from pared.record import MANIFEST, SUMS, recorded, require_own_sum, require_whole
+from pared.sources.architecture import first_line
+from pared.sources.models import ModelSource, find_model
 from pared.sources.trust import trusting
 
 log = logging.getLogger(__name__)
@@ -27,24 +28,55 @@ def load(
     Args:
         name: a folder that pared made, or any name of a model that pared knows.
         dtype: ``auto`` keeps what is stored; else ``float32``, ``bfloat16`` or ``float16``.
-        check: read every file of a folder that pared made and compare its SHA-256 with the recorded one first.
+        check: first, before its configuration or code is read, compare every file of a folder that pared made with
+            its recorded SHA-256; a model of the Hub is fetched whole for that, and one that lists none is refused.
         trust_remote_code: whether code that lies beside the weights may run. What pared makes of a model of
             transformers needs none.
 
     Raises:
         ParedError: not a model, truncated, of a newer format version, NaN or infinity in a weight, or not the files
-            that were written.
+            that were written; with ``check`` also one that lists no SHA-256 to compare with.
     """
     name = name_from(name, "pared.load")
     dtype_of(dtype)  # what is none is refused before anything is read
     with trusting(trust_remote_code):
-        read_config(name)
-        source = find_model(name)
         if check:
-            require_recorded(Path(source.location))
-        model = source.load(dtype)
+            name = str(_checked(name))
+        read_config(name)
+        model = find_model(name).load(dtype)
     require_finite(model, name)
     return model
+
+
+def _checked(name: str) -> Path:
+    """Return the folder of a model, every file of which is the one that was written.
+
+    Raises:
+        ParedError: a file is not, or the model lists no SHA-256.
+    """
+    folder = _folder_of(find_model(name))
+    if recorded(folder) is None:
+        raise ParedError(
+            f"model {name!r}: check=True compares files with their recorded SHA-256, and neither {MANIFEST} nor {SUMS} "
+            "lists any there; load it without, if you know where it comes from"
+        )
+    require_recorded(folder)
+    return folder
+
+
+def _folder_of(source: ModelSource) -> Path:
+    """Return the folder with a model's files as they are; what lies on the Hub is fetched whole."""
+    path = Path(source.place)
+    if path.is_file():
+        raise ParedError(f"model {source.name!r}: check=True needs a folder that pared made, found a single file")
+    if path.is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source.place))
+    except Exception as error:  # huggingface_hub raises many kinds
+        raise ParedError(f"model {source.name!r}: cannot be fetched ({first_line(error)})") from None
 
 
 def require_recorded(folder: Path) -> None:

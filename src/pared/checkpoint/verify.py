@@ -19,7 +19,7 @@ from pared.checkpoint.manifest import Fingerprint, Manifest
 from pared.checkpoint.portable import module_map
 from pared.errors import DamagedError, ParedError
 from pared.guarded import require_regular_files
-from pared.sources.trust import trusting
+from pared.sources.trust import trusted, trusting
 
 TOKENS, SAMPLES = 16, 64
 LAYERS, LAYER_SAMPLES = 64, 8  # the most of those the tokens do not reach, and of their outputs
@@ -210,9 +210,20 @@ def verify(folder: str | Path, trust_remote_code: bool = False) -> float:
     folder = Path(name_from(folder, "pared.verify"))
     with trusting(trust_remote_code):
         manifest = Manifest.read(folder)
+        require_regular_files(folder)
+        _require_written(folder)
         require_tensors(folder)
-        require_recorded(folder)
         return compare(load(str(folder)), manifest.fingerprint)
+
+
+def _require_written(folder: Path) -> None:
+    """Check the SHA-256 of every file, before code of the folder could run; say which tensor is wrong if one is."""
+    try:
+        require_recorded(folder)
+    except ParedError:
+        if not trusted():
+            require_tensors(folder)
+        raise
 
 
 @torch.no_grad()
