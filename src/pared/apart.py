@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from pared.errors import ParedError
+from pared.files import path_of
 
 
 def require_apart(out: Path, inputs: Iterable[Path]) -> None:
@@ -21,10 +22,7 @@ def require_apart(out: Path, inputs: Iterable[Path]) -> None:
         ParedError: it does; says which.
     """
     place = Path(os.path.realpath(out))
-    for given in inputs:
-        real = Path(os.path.realpath(os.path.expanduser(given)))
-        if not os.path.exists(real):
-            continue
+    for given, real in _there(inputs):
         if same(place, real):
             raise ParedError(f"output {out} is {given}, which is read; name another folder")
         if any(same(place, above) for above in real.parents):
@@ -45,17 +43,23 @@ def require_holds_none(out: Path, inputs: Iterable[Path]) -> None:
         OSError: a folder or file in it, or an input, cannot be looked at.
     """
     wanted: dict[tuple[int, int], Path] = {}
-    for given in inputs:
-        real = Path(os.path.realpath(os.path.expanduser(given)))
-        if os.path.exists(real):
-            for path in (real, *(real.iterdir() if real.is_dir() else ())):
-                wanted.setdefault(_identity(path), given)
+    for given, real in _there(inputs):
+        for path in (real, *(real.iterdir() if real.is_dir() else ())):
+            wanted.setdefault(_identity(path), given)
     if not wanted:
         return
     for path in _under(out):
         if (found := wanted.get(_identity(path))) is not None:
             raise ParedError(f"output {out} holds {found}, which is read, as {path.relative_to(out)}; name another "
                              "folder")  # fmt: skip
+
+
+def _there(inputs: Iterable[Path]) -> Iterator[tuple[Path, Path]]:
+    """Yield the inputs that are there, with their real paths."""
+    for given in inputs:
+        path = path_of(given)
+        if os.path.exists(path):
+            yield given, Path(os.path.realpath(path))
 
 
 def same(one: Path, other: Path) -> bool:

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pared.files import cache_folder, write_whole
+from pared.files import cache_folder, path_of, write_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -120,7 +120,7 @@ def _adapted(folder: Path) -> Path | None:
     """Return the folder of the model that an adapter in a folder is for."""
     try:
         named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-        base = Path(named).expanduser()
+        base = path_of(named)
         return base if base.is_dir() else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -19,6 +19,14 @@ LINKS = 40  # as many as systems follow
 _MASK = threading.Lock()
 
 
+def path_of(name: str | Path) -> Path:
+    """Return the path that a user names, with ``~`` written out; as it stands where there is no such user or home.
+
+    Whether something is there is asked with ``os.path``, which has no error for a name that no disk can hold.
+    """
+    return Path(os.path.expanduser(name))
+
+
 def cache_folder() -> Path:
     """Return the user's cache folder of pared, ``PARED_CACHE`` if that is set."""
     return Path(os.environ.get("PARED_CACHE") or platformdirs.user_cache_dir("pared"))

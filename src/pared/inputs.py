@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pared.digests import file_digest, folder_digest
-from pared.files import cache_folder, write_whole
+from pared.files import cache_folder, path_of, write_whole
 from pared.names import PART
 
 MADE = ("out", "report_to")  # keys whose values are written, or are no names of places
@@ -142,7 +142,7 @@ def _path(key: str, value: str) -> Path | None:
             candidates.append(candidate)
     for candidate in candidates:
         with suppress(OSError, RuntimeError):
-            if candidate.strip() and (path := Path(candidate).expanduser()).exists():
+            if candidate.strip() and (path := path_of(candidate)).exists():
                 return path
     return None
 
@@ -155,17 +155,17 @@ def _spellings(published: Mapping[str, tuple[Path, str]]) -> dict[str, str]:
     """Return the ways a place may have been written, with its last name."""
     found: dict[str, str] = {}
     for name, (path, _) in published.items():
-        for spelling in (path, path.expanduser(), path.expanduser().absolute(), _whole(path)):
+        for spelling in (path, path_of(path), path_of(path).absolute(), _whole(path)):
             found[str(spelling)] = name
     return found
 
 
 def _whole(path: Path) -> str:
     try:
-        return os.path.realpath(path.expanduser())
+        return os.path.realpath(path_of(path))
     except (OSError, RuntimeError, ValueError):
         return ""
 
 
 def _last_name(path: Path) -> str:
-    return path.name or Path(os.path.realpath(path.expanduser())).name or "folder"
+    return path.name or Path(os.path.realpath(path_of(path))).name or "folder"

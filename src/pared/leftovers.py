@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pared.errors import ParedError
-from pared.files import cache_folder
+from pared.files import cache_folder, path_of
 from pared.locking import locked_folder
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def scratch(beside: Path | None) -> Iterator[Path]:
 def _scratch_place(beside: Path | None) -> Path:
     """Return what temporary folders are named after, in a folder that can be written to."""
     if beside is not None:
-        whole = beside.expanduser().absolute()
+        whole = path_of(beside).absolute()
         place = next(folder for folder in whole.parents if folder.is_dir())
         if os.access(place, os.W_OK):
             return place / whole.name

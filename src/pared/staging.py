@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 
 from pared.apart import require_apart, require_holds_none, same
 from pared.errors import ParedError
-from pared.files import new_mode
+from pared.files import new_mode, path_of
+from pared.guarded import brief
 from pared.leftovers import REPLACED, ROOM, STAGING, held, remove, tidy
 from pared.locking import locked_folder
 from pared.record import foreign
@@ -46,9 +47,11 @@ def require_free(out: Path, overwrite: bool, inputs: Iterable[Path] = (), ours: 
 
 
 def _require_free(out: Path, overwrite: bool, inputs: Iterable[Path], ours: bool) -> None:
+    if "\0" in str(out):
+        raise ParedError(f"output {brief(str(out))}: no name of a file or folder holds a zero byte; name another")
     whole = out.absolute()
     require_short(out)
-    if any(same(whole, used) for used in (Path.cwd(), *Path.cwd().parents, Path(os.path.expanduser("~")))):
+    if any(same(whole, used) for used in (Path.cwd(), *Path.cwd().parents, path_of("~"))):
         raise ParedError(f"output {out} is a folder you work in; name a new one inside it")
     place = next(folder for folder in whole.parents if folder.exists())
     if not (place.is_dir() and os.access(place, os.W_OK)):

@@ -369,7 +369,7 @@ def test_a_killed_search_goes_on_to_the_very_journal_of_one_that_was_not(
     assert journal.read_bytes().count(b"\n") < (tmp_path / "whole" / "journal.jsonl").read_bytes().count(b"\n")
     again = CliRunner().invoke(app, command)
     assert again.exit_code == 0, again.stderr
-    assert "goes on from there" in again.stderr
+    assert "resumes from there" in again.stderr
     assert journal.read_bytes() == (tmp_path / "whole" / "journal.jsonl").read_bytes()
     assert json.loads((tmp_path / "cut" / "FOUND.json").read_text()) == json.loads(
         (tmp_path / "whole" / "FOUND.json").read_text()

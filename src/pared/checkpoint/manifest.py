@@ -167,7 +167,7 @@ class Manifest(BaseModel):
             ParedError: there is none, or it is not one.
         """
         path = folder / MANIFEST
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise ParedError(f"{folder}: no such folder")
         if not os.path.lexists(path):
             raise ParedError(

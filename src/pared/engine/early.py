@@ -21,6 +21,7 @@ from pared.engine.asked import (
     tries,
 )
 from pared.errors import ParedError
+from pared.files import path_of
 from pared.hardware import require_device
 from pared.inputs import inputs_of
 from pared.presets import require_user_fields
@@ -112,7 +113,7 @@ def require_job(recipe: Recipe, overwrite: bool) -> tuple[ModelSource, Path]:
         require_model(recipe)
     if recipe.out is None:
         raise ParedError("no output folder is named; give --out DIR, or 'out' in the recipe")
-    out = Path(recipe.out).expanduser()
+    out = path_of(recipe.out)
     require_free(out, overwrite, inputs_of(recipe.model_dump()))
     source = require_model(recipe)
     require_apart(out, [Path(source.place)])

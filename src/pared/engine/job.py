@@ -22,6 +22,7 @@ from pared.engine.early import require_job, require_suited
 from pared.engine.progress import Progress, Silent, Stopwatch, peak_memory_bytes
 from pared.errors import ParedError, TextTooShortError
 from pared.evaluation import perplexity
+from pared.files import path_of
 from pared.hardware import device_of
 from pared.inputs import inputs_of
 from pared.presets import note_of, record_of
@@ -230,7 +231,7 @@ def _measure(
 
 def reusable(recipe: Recipe) -> Outcome | None:
     """Return the outcome in a recipe's output folder if this very recipe and these versions made it and it is whole."""
-    folder = Path(recipe.out or "").expanduser()
+    folder = path_of(recipe.out or "")
     try:
         manifest = Manifest.read(folder)
         if manifest.recipe != published_recipe(recipe) or manifest.versions != versions():

@@ -102,7 +102,7 @@ def run(
     progress: Progress | None = None,
     pools: Pools | None = None,
 ) -> Found:
-    """Search for a model by name; a folder that holds the journal of this very search is gone on with.
+    """Search for a model by name; a folder that holds the journal of this very search is resumed.
 
     Args:
         recipe: model, pruner or low-rank method, budget and calibration; evaluation and allocation are not read.
@@ -159,7 +159,7 @@ def search(
     out.mkdir(parents=True, exist_ok=True)
     with Journal(out / JOURNAL, settings) as journal:
         if journal.resumed:
-            progress.note(f"{out} holds {journal.resumed} measurements of this search; it goes on from there")
+            progress.note(f"{out} holds {journal.resumed} measurements of this search; it resumes from there")
         trial = prepare(model, tokenizer, recipe, windows, out, progress)
         measure = Measure(trial, tokenizer, steps, full)
         references = _references(measure, trial, journal, "", measure.steps)
@@ -203,7 +203,7 @@ def require_place(out: Path, inputs: Iterable[Path] = ()) -> None:
     if out.exists() and not out.is_dir():
         raise ParedError(f"output {out} is a file; name a folder")
     if out.is_dir() and any(out.iterdir()) and not (out / JOURNAL).exists():
-        raise ParedError(f"output folder {out} holds something else than a search; name another")
+        raise ParedError(f"output folder {out} holds something other than a search; name another")
 
 
 @contextmanager

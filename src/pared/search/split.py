@@ -6,6 +6,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from pared.errors import ParedError
+from pared.files import path_of
 from pared.sources.files import data_folder
 from pared.sources.texts import CORPORA, HELD_OUT, Text, find_text
 
@@ -43,7 +44,7 @@ def require_training(name: str) -> None:
     rest = name.partition(":")[2]
     of_file = name.startswith("file:")
     split = "" if of_file else rest.rpartition(":")[0] or rest
-    local = of_file and Path(rest).expanduser().resolve() in _held_out_files()
+    local = of_file and path_of(rest).resolve() in _held_out_files()
     if name in HELD_OUT.values() or HELD_OUT_NAME.search(split) or local:
         training = ", ".join(sorted(set(HELD_OUT) - set(HELD_OUT.values()) - {"wikitext2:validation"}))
         raise ParedError(

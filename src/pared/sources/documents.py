@@ -1,5 +1,6 @@
 """Documents of the user's files: text, and rows of JSON that hold a text, a conversation or an instruction."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,9 +53,9 @@ def require_file(path: Path) -> None:
         ParedError: it is not, or of another kind.
     """
     _require_suffix(path)
-    if not path.is_file():
-        there = "not a regular file" if path.exists() else "No such file or directory"
-        raise ParedError(f"text file {path}: {'Is a directory' if path.is_dir() else there}")
+    if not os.path.isfile(path):
+        there = "not a regular file" if os.path.exists(path) else "No such file or directory"
+        raise ParedError(f"text file {path}: {'Is a directory' if os.path.isdir(path) else there}")
 
 
 def _row_text(which: str, row: Any, tokenizer: "PreTrainedTokenizerBase | None") -> str:

@@ -118,8 +118,8 @@ def require_characters(which: str, value: object) -> None:
         text, at = found
         shown = text[max(0, at - 20) : at + 20].encode("utf-8", "backslashreplace").decode()
         raise ParedError(
-            f"{which}: half of a surrogate pair, \\u{ord(text[at]):04x}, in {shown!r}; which is no character: "
-            "mend the row, or leave it out"
+            f"{which}: half of a surrogate pair, \\u{ord(text[at]):04x}, in {shown!r}, which is not a character: "
+            "fix the row, or leave it out"
         )
 
 

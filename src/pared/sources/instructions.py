@@ -2,12 +2,12 @@
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from pared.errors import ParedError
+from pared.files import path_of
 from pared.names import did_you_mean
 from pared.sources.chat import Message, is_conversation, messages_of, rendered
 from pared.sources.data_sets import ALPACA, ALPACA_CLEANED, GSM8K_TEST, GSM8K_TRAIN, MATH500, MBPP
@@ -64,7 +64,7 @@ def find_instructions(name: str, tokenizer: PreTrainedTokenizerBase | None = Non
         what = f"instructions {name!r}"
         origin, rows = SETS[asked].origin(what), list(SETS[asked].rows(what))
     else:
-        path = Path(asked).expanduser()
+        path = path_of(asked)
         if ".jsonl" not in path.suffixes:
             raise ParedError(f"unknown instructions {name!r}; {did_you_mean(asked, SETS)}, or a .jsonl file")
         origin = str(path)

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from pared.errors import ParedError
+from pared.files import path_of
+from pared.guarded import brief
 from pared.names import did_you_mean
 from pared.sources.examples import Example, Examples
 from pared.sources.files import data_file, read_lines, read_rows
@@ -20,7 +22,7 @@ def is_labelled(name: str) -> bool:
     """Whether a name is one of labelled examples rather than of a text; of a .jsonl file its first row decides."""
     if name.startswith(SETS):
         return True
-    path = Path(name.removeprefix("file:")).expanduser()
+    path = path_of(name.removeprefix("file:"))
     if not name.startswith("file:") or ".jsonl" not in path.suffixes:
         return False
     try:
@@ -45,7 +47,7 @@ def find_examples(name: str) -> Examples:
     """
     kind, _, rest = name.partition(":")
     if kind == "file":
-        path = Path(rest).expanduser()
+        path = path_of(rest)
         found = Examples(name, tuple(_rows_of_file(path)), str(path))
     elif kind == "glue" and rest.count(":") == 1:
         found = glue(name, *rest.split(":"))
@@ -53,7 +55,7 @@ def find_examples(name: str) -> Examples:
         found = _entities(name, *rest.split(":"))
     else:
         valid = [f"glue:{task}:train" for task in GLUE] + [f"ner:{known}:train" for known in ENTITY_CLASSES]
-        raise ParedError(f"unknown labelled examples {name!r}; {did_you_mean(name, valid)}, file:PATH")
+        raise ParedError(f"unknown labelled examples {brief(name)}; {did_you_mean(name[:200], valid)}, file:PATH")
     if not found.rows:
         raise ParedError(f"labelled examples {name!r} ({found.origin}) have no rows")
     for number, row in enumerate(found.rows, 1):

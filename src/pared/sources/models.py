@@ -2,8 +2,8 @@
 
 import hashlib
 import importlib.util
-import json
 import logging
+import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from pared.digests import folder_digest
 from pared.errors import DamagedError, ParedError
-from pared.guarded import require_regular_files
+from pared.files import path_of
+from pared.guarded import brief, read_json, require_regular_files
 from pared.hardware import dtype_of
 from pared.names import did_you_mean
 from pared.sources.architecture import architecture, first_line, name_architectures, note_causal, raised_in, refuse_code
@@ -80,8 +81,8 @@ class ModelSource:
 
     def fields(self) -> dict[str, Any]:
         """Return what ``config.json`` says where it is at hand, without torch; nothing where it is not readable."""
-        with suppress(OSError, ValueError, RecursionError):
-            fields = json.loads((Path(self.place) / "config.json").read_text(encoding="utf-8"))
+        with suppress(ParedError):
+            fields = read_json(Path(self.place) / "config.json", "configuration", unique=False)
             return fields if isinstance(fields, dict) else {}
         return {}
 
@@ -234,20 +235,20 @@ def find_model(name: str) -> ModelSource:
         return _embedded(name)
     if len(name) > 4000 or not name.strip():
         raise ParedError(f"model {name[:40]!r}: not a name")
-    path = Path(name).expanduser()
+    path = path_of(name)
     if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ParedError(f"model {name!r}: no such GGUF file")
+        if not os.path.isfile(path):
+            raise ParedError(f"model {brief(name)}: no such GGUF file")
         return ModelSource(name, str(path), f"{path.name}, dequantised")
-    if path.is_dir():
-        if not (path / "config.json").is_file():
+    if os.path.isdir(path):
+        if not os.path.isfile(path / "config.json"):
             raise ParedError(f"model {name!r}: a folder without config.json is not a model")
         require_regular_files(path)
         return ModelSource(name, str(path), "local folder")
-    if path.exists():
+    if os.path.exists(path):
         raise ParedError(f"model {name!r}: a file, but not a .gguf file; name its folder instead")
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise ParedError(f"model {name!r}: no such folder, and not a Hub id (owner/name) or {EMBEDDED_PREFIX}NAME")
+        raise ParedError(f"model {brief(name)}: no such folder, and not a Hub id (owner/name) or {EMBEDDED_PREFIX}NAME")
     return ModelSource(name, name, "Hugging Face Hub")
 
 

@@ -1,6 +1,7 @@
 """Texts by name: the embedded one, well-known corpora, the user's files, anything the datasets library has."""
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pared.errors import ParedError, TextTooShortError
+from pared.files import path_of
 from pared.names import PART, did_you_mean
 from pared.sources.chat import messages_of, rendered
 from pared.sources.data_sets import ALPACA
@@ -192,22 +194,24 @@ def require_text(name: str) -> None:
         return
     if name.count(":") == 2 and all(name.split(":")):
         return
-    path = Path(name).expanduser()
-    if suffix_of(path) in SUFFIXES or (path.is_file() and not name.isspace()):
-        there = "" if path.is_file() else " (no such file is there)"
+    path = path_of(name)
+    if suffix_of(path) in SUFFIXES or (os.path.isfile(path) and not name.isspace()):
+        there = "" if os.path.isfile(path) else " (no such file is there)"
         raise ParedError(f"unknown text {name!r}; did you mean 'file:{name}'{there}?")
     valid = did_you_mean(name, ["embedded", *CORPORA])
     raise ParedError(f"unknown text {name[:80]!r}; {valid}, file:PATH, NAME:SPLIT:FIELD")
 
 
 def _path(name: str) -> Path:
-    return Path(name.removeprefix("file:")).expanduser()
+    return path_of(name.removeprefix("file:"))
 
 
 def _part(name: str) -> Mapping[str, str] | None:
     """Return what a name says of a part of a file, None if it names a whole one, brackets and all."""
     found = PART.search(name)
-    return None if found is None or _path(name).is_file() else {**found.groupdict(), "text": name[: found.start()]}
+    if found is None or os.path.isfile(_path(name)):
+        return None
+    return {**found.groupdict(), "text": name[: found.start()]}
 
 
 def _file(name: str, tokenizer: "PreTrainedTokenizerBase | None") -> Text:

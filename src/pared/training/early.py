@@ -1,9 +1,8 @@
 """What is refused of a training before anything that takes long is imported or read."""
 
-from pathlib import Path
-
 from pared.engine.asked import checked_options
 from pared.errors import ParedError
+from pared.files import path_of
 from pared.hardware import require_device
 from pared.inputs import inputs_of
 from pared.names import require_known
@@ -39,6 +38,6 @@ def require_possible(tuning: Tuning, overwrite: bool) -> None:
             require_text(name)
     if tuning.out is None:
         raise ParedError("no output folder is named; give --out DIR, or 'out' in the file")
-    require_free(Path(tuning.out).expanduser(), overwrite, inputs_of(tuning.model_dump()))
+    require_free(path_of(tuning.out), overwrite, inputs_of(tuning.model_dump()))
     if tuning.model is not None:
         find_model(tuning.model)

@@ -21,7 +21,7 @@ from pared.engine.asked import checked_options
 from pared.engine.progress import Progress, Silent, Stopwatch, peak_memory_bytes
 from pared.errors import ParedError
 from pared.evaluation import perplexity
-from pared.files import write_whole
+from pared.files import path_of, write_whole
 from pared.inputs import inputs_of
 from pared.presets import note_of, record_of, require_user_fields
 from pared.recipe import Evaluation
@@ -97,7 +97,7 @@ class _Job:
         _require_trackers(tuning.report_to)
         if tuning.out is None:
             raise ParedError("no output folder is named; give --out DIR, or 'out' in the file")
-        self.out = Path(tuning.out).expanduser()
+        self.out = path_of(tuning.out)
         self.read = inputs_of(tuning.model_dump())
         self.processes.first(lambda: require_free(self.out, overwrite, self.read))
         if "tensorboard" in tuning.report_to:  # by default beside the checkpoints, which go when training is done

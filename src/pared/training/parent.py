@@ -1,7 +1,6 @@
 """What is trained: a folder that pared made, or a dense model that a training makes smaller itself."""
 
 import logging
-from pathlib import Path
 from typing import Any, Protocol
 
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -13,6 +12,7 @@ from pared.checkpoint.format import FORMAT_VERSION
 from pared.checkpoint.manifest import Training, machine, versions
 from pared.checkpoint.portable import module_map
 from pared.errors import ParedError
+from pared.files import path_of
 from pared.inputs import found_again
 from pared.plan import Decision, Dense, LowRank, Plan
 from pared.recipe import Evaluation, Recipe
@@ -61,10 +61,10 @@ class CompressedParent:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        if not (Path(name).expanduser() / "pared.json").is_file() and not is_compressed(find_model(name).config()):
+        if not (path_of(name) / "pared.json").is_file() and not is_compressed(find_model(name).config()):
             raise ParedError(f"{name} is a dense model, and this method trains a folder that pared made; compress it "
                              "first (pared compress), or make it smaller while it trains: --method basel")  # fmt: skip
-        self.manifest: Manifest | None = Manifest.read(Path(name).expanduser())
+        self.manifest: Manifest | None = Manifest.read(path_of(name))
         self._manifest: Manifest = self.manifest
         self.config = find_model(name).config()
         self.bytes_needed = self._manifest.bytes_on_disk

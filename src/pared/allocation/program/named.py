@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from pared.allocation.program.grammar import Program, parse
 from pared.allocation.program.packaged import SCORE_TOKENS, packaged_of
 from pared.errors import ParedError
+from pared.files import path_of
 from pared.guarded import read_json
 
 # Methods whose spectra were sums over the calibration tokens when a search did not yet write `score_tokens`.
@@ -45,7 +46,7 @@ def named(text: str, tokens: int = SCORE_TOKENS) -> Named:
 
 def _found(path: Path, tokens: int) -> Named:
     """Return the program that a search wrote."""
-    found = read_json(path.expanduser(), "program")
+    found = read_json(path_of(path), "program")
     if not isinstance(found, dict) or not isinstance(found.get("program"), str):
         raise ParedError(f"program {path}: expected an object with a 'program', as `pared search` writes FOUND.json")
     read = found.get("score_tokens", _before_score_tokens(found, tokens))

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from pared.checkpoint import load
 from pared.errors import ParedError
 from pared.evaluation.speed.settings import Case, Settings
+from pared.files import path_of
 
 
 def run(model: PreTrainedModel, case: Case, ids: torch.Tensor) -> dict[str, float]:
@@ -57,7 +58,7 @@ def describe(model: PreTrainedModel, name: str) -> dict[str, Any]:
     total = sum(p.numel() for p in parameters)
     # Every layer multiplies a basis that several share; an embedding that is looked up is not multiplied.
     multiplied = sum(p.numel() for _, p in model.named_parameters(remove_duplicate=False)) - embedding.numel()
-    folder = Path(name).expanduser()
+    folder = path_of(name)
     files = list(folder.glob("*.safetensors")) if folder.is_dir() else []
     return {
         "parameters": total,
