@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import TINY_MODELS, VOCAB
+from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 import pared
@@ -388,3 +389,33 @@ def test_a_shared_basis_of_more_ranks_than_a_member_has_outputs_is_saved_and_loa
     tokens = torch.arange(8).unsqueeze(0)
     with torch.no_grad():
         torch.testing.assert_close(pared.load(tmp_path / "out")(tokens).logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bert"])
+@pytest.mark.parametrize("found", ["probed", "guessed"])
+def test_a_skipped_layer_does_not_shift_the_roles_of_those_beside_it(family: str, found: str) -> None:
+    """With q left alone in one block, k took its place and shared a basis with another block's q."""
+    model = TINY_MODELS[family]()
+    look = (lambda one: probe(model, one)[0]) if found == "probed" else (lambda one: one.with_assumed_reads())
+    whole = look(find_anatomy(model))
+    first = next(site.name for site in whole.sites if site.block == 1)
+    left = look(find_anatomy(model).without([first]))
+    assert {site.name: site.role for site in left.sites}.items() <= {s.name: s.role for s in whole.sites}.items()
+    members = [[site.name for site in unit.members if site.name != first] for unit in candidate_units(whole, 2, "all")]
+    assert [[site.name for site in unit.members] for unit in candidate_units(left, 2, "all")] == members
+
+
+@pytest.mark.parametrize("fault", ["skipped", "refused"])
+def test_an_expert_that_is_left_alone_does_not_shift_the_experts_behind_it(fault: str) -> None:
+    model = TINY_MODELS["qwen2_moe"]()
+    for block in model.model.layers:
+        block.experts = nn.ModuleList([nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 32)) for _ in range(3)])
+        block.register_forward_hook(lambda module, _, out: [expert(out) for expert in module.experts] and None)
+    anatomy = find_anatomy(model)
+    if fault == "refused":
+        torch.nn.utils.parametrizations.weight_norm(model.model.layers[1].experts[0][0])
+        anatomy = find_anatomy(model)
+    else:
+        anatomy = anatomy.without(["model.layers.1.experts.0.0"])
+    for unit in candidate_units(probe(model, anatomy)[0], 2, "all"):
+        assert len({site.name.partition(".experts.")[2] for site in unit.members}) == 1, unit.members

@@ -75,6 +75,8 @@ class Anatomy:
         uncovered: weights (2-D and more) inside the blocks that are no site, and why.
         other_stacks: names of further block lists that were left alone (a vision tower, an encoder).
         model_parameters: of the whole model, tied ones counted once.
+        layers: all linear layers of the blocks, in the model's order: the sites, and those left alone or refused. What
+            a layer is to its module and to the other blocks goes by all of them.
     """
 
     blocks_path: str
@@ -82,6 +84,11 @@ class Anatomy:
     uncovered: tuple[Uncovered, ...]
     other_stacks: tuple[str, ...]
     model_parameters: int
+    layers: tuple[Site, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            object.__setattr__(self, "layers", self.sites)
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         """Return the blocks themselves, in order."""
@@ -140,13 +147,21 @@ class Anatomy:
         last, which puts out what the module does.
         """
         first: dict[str, Site] = {}
-        last = {site.parent: site.name for site in self.sites}
-        sites = []
-        for site in self.sites:
-            leader = first.setdefault(site.parent, site)
-            together = site.in_features == leader.in_features and last[site.parent] != site.name
-            sites.append(replace(site, reads=leader.name if together else site.name))
-        return replace(self, sites=tuple(sites))
+        last = {layer.parent: layer.name for layer in self.layers}
+        reads: dict[str, str] = {}
+        for layer in self.layers:
+            leader = first.setdefault(layer.parent, layer)
+            together = layer.in_features == leader.in_features and last[layer.parent] != layer.name
+            reads[layer.name] = leader.name if together else layer.name
+        return self.with_layers(tuple(replace(layer, reads=reads[layer.name]) for layer in self.layers))
+
+    def with_layers(self, layers: Iterable[Site]) -> "Anatomy":
+        """Return this anatomy with these layers for those it has; what names a layer that is no site names one now."""
+        layers, kept = tuple(layers), {site.name for site in self.sites}
+        leaders = {name: name for name in kept}
+        sites = [layer for layer in layers if layer.name in kept]
+        sites = [replace(site, reads=leaders.setdefault(site.reads, site.name)) for site in sites]
+        return replace(self, sites=tuple(sites), layers=layers)
 
 
 def find_anatomy(model: nn.Module, blocks_path: str | None = None) -> Anatomy:
@@ -166,7 +181,8 @@ def find_anatomy(model: nn.Module, blocks_path: str | None = None) -> Anatomy:
     path, stacks = _find_stack(model, blocks_path)
     blocks = stacks[path]
     faults: dict[str, str] = {}
-    sites = tuple(_sites(path, blocks, faults))
+    layers = tuple(_layers(path, blocks, faults))
+    sites = tuple(layer for layer in layers if layer.name not in faults)
     _require_own_weights(model, path, sites)
     uncovered = tuple(_uncovered(path, blocks, {site.name for site in sites}, faults))
     if not sites:
@@ -182,6 +198,7 @@ def find_anatomy(model: nn.Module, blocks_path: str | None = None) -> Anatomy:
         uncovered=uncovered,
         other_stacks=tuple(name for name in stacks if name != path),
         model_parameters=_count(model),
+        layers=layers,
     )
 
 
@@ -257,8 +274,8 @@ def _stacks(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
             yield name, module
 
 
-def _sites(path: str, blocks: nn.ModuleList, faults: dict[str, str]) -> Iterator[Site]:
-    """Yield the sites; write down why other linear layers are none, by name."""
+def _layers(path: str, blocks: nn.ModuleList, faults: dict[str, str]) -> Iterator[Site]:
+    """Yield the linear layers; write down, by name, why some are no sites."""
     known: dict[Any, str | None] = {}
     for block, root in enumerate(_registered(blocks)):
         positions: dict[str, int] = {}
@@ -270,8 +287,7 @@ def _sites(path: str, blocks: nn.ModuleList, faults: dict[str, str]) -> Iterator
             require_plain_weight(module, full)
             if fault := fault_of_class(module, known):
                 faults[full] = fault
-                continue
-            out_features, in_features = weight_of(module).shape
+            out_features, *_, in_features = weight_of(module).shape
             owner = type(modules[parent] if name else blocks)
             yield Site(
                 name=full,

@@ -42,14 +42,15 @@ class Watch:
         self._not_linear: dict[str, str] = {}
 
     def hooked(self, model: nn.Module, blocks: list[nn.Module]) -> Iterator[Any]:
-        """Hook every block and every site."""
+        """Hook every block and every linear layer."""
         for index, block in enumerate(blocks):
             yield block.register_forward_pre_hook(self._enter(index), with_kwargs=True)
             yield block.register_forward_hook(self._leave)
-        for site in self.anatomy.sites:
+        sites = {site.name for site in self.anatomy.sites}
+        for site in self.anatomy.layers:
             module = model.get_submodule(site.name)
             yield module.register_forward_pre_hook(self._read(site.name))
-            if isinstance(module, LINEAR_TYPES):  # not what has taken the place of one already
+            if site.name in sites and isinstance(module, LINEAR_TYPES):  # not what has taken the place of one already
                 yield module.register_forward_hook(self._put_out(site.name), with_kwargs=True)
 
     def _enter(self, index: int) -> Any:
@@ -164,10 +165,10 @@ class Watch:
         first: dict[tuple[int, ...], str] = {}
         positions: Counter[str] = Counter()
         found: dict[str, Site] = {}
-        for site in sorted(anatomy.sites, key=lambda site: (site.block, turns.get(site.name, len(turns)))):
+        for site in sorted(anatomy.layers, key=lambda site: (site.block, turns.get(site.name, len(turns)))):
             seen, times = tuple(self._reads.get(site.name, ())), max(runs[site.block], 1)
             # One that runs again inside its block shares with nobody: a Gram must see every read once.
             leader = first.setdefault(seen, site.name) if len(seen) == times else site.name
             found[site.name] = replace(site, reads=leader, idle=not seen, runs=times, position=positions[site.parent])
             positions[site.parent] += 1
-        return replace(anatomy, sites=tuple(found[site.name] for site in anatomy.sites))
+        return anatomy.with_layers(found[layer.name] for layer in anatomy.layers)

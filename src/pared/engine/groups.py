@@ -71,32 +71,44 @@ def candidate_units(anatomy: Anatomy, group_size: int, sharing: str) -> list[Uni
     """
     groups: dict[tuple[object, ...], list[Site]] = {}
     companions = companions_of(anatomy)
-    same: Counter[tuple[object, ...]] = Counter()  # experts: as many layers of one role in a block as there are
+    numbers = _numbers(anatomy)
     for site in anatomy.sites:
         beside = companions[site.name]
         suits = in_the_table(site, beside) if sharing == "paper" else may_share(site, beside)
         alone = sharing == "none" or site.idle or not suits
         layer = (site.role, site.out_features, site.in_features)
-        number = same[layer, site.block]
-        same[layer, site.block] += 1
-        key = (site.name,) if alone else (layer, number, site.block // group_size)
+        key = (site.name,) if alone else (layer, numbers[site.name], site.block // group_size)
         groups.setdefault(key, []).append(site)
     return [Unit(tuple(members)) for members in groups.values()]
 
 
+def _numbers(anatomy: Anatomy) -> dict[str, int]:
+    """Return which of a block's layers of one role and shape each is: of experts there are as many as experts.
+
+    Layers that are no sites count too: one that is left alone in one block must not shift those behind it.
+    """
+    seen: Counter[tuple[object, ...]] = Counter()
+    numbers: dict[str, int] = {}
+    for layer in anatomy.layers:
+        key = (layer.block, layer.role, layer.out_features, layer.in_features)
+        numbers[layer.name] = seen[key]
+        seen[key] += 1
+    return numbers
+
+
 def companions_of(anatomy: Anatomy) -> dict[str, list[Site]]:
-    """Return for every site those that read the same tensor first of all in its module, itself included.
+    """Return for every layer those that read the same tensor first of all in its module, itself included.
 
     They are fed by the residual stream: q, k and v, gate and up. The list is empty for a site that reads something
     later, as o and down do.
     """
-    first = {(site.block, site.parent): site.reads for site in anatomy.sites if site.position == 0}
-    groups: dict[tuple[object, ...], list[Site]] = {}
-    for site in anatomy.sites:
-        if first.get((site.block, site.parent)) == site.reads:
-            groups.setdefault((site.block, site.parent), []).append(site)
-    fed = {site.name: members for members in groups.values() for site in members}
-    return {site.name: fed.get(site.name, []) for site in anatomy.sites}
+    first = {layer.parent: layer.reads for layer in anatomy.layers if layer.position == 0}
+    groups: dict[str, list[Site]] = {}
+    for layer in anatomy.layers:
+        if first.get(layer.parent) == layer.reads:
+            groups.setdefault(layer.parent, []).append(layer)
+    fed = {layer.name: members for members in groups.values() for layer in members}
+    return {layer.name: fed.get(layer.name, []) for layer in anatomy.layers}
 
 
 def may_share(site: Site, companions: Sequence[Site]) -> bool:
