@@ -642,6 +642,39 @@ def test_layers_to_skip_stay_dense(dense: Dense, tmp_path: Path, text_file: Path
     assert not any("mlp" in name for name in low)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"keep": 0.6, "importance": "fisher", "new": 1}, {"basis": "outputs", "l1": 0.1}]
+)
+def test_one_zero_weight_does_not_end_the_training(
+    dense: Dense, tmp_path: Path, text_file: Path, tokenizer: PreTrainedTokenizerFast, options: dict[str, Any]
+) -> None:
+    """It has no basis: the first prune ended with an IndexError, and the penalty was 0 / 0."""
+    model, name = load(dense("llama")), "model.layers.1.self_attn.o_proj"
+    nn.init.zeros_(model.get_submodule(name).weight)
+    model.save_pretrained(tmp_path / "zero")
+    tokenizer.save_pretrained(tmp_path / "zero")
+    few = {"post_epochs": 0.0, "pruning_epochs": 0.5, "keeping_epochs": 0.5, **options}
+    made = tune(asked(tmp_path / "zero", tmp_path / "out", text_file, few, tokens=4 * 16 * 8, evaluation=None))
+    (stage,) = made.manifest.training[-1].stages
+    assert all(math.isfinite(loss) for loss in stage["loss"])
+    assert f"the weight of {name} is zero" in stage["notes"][-1]
+    low = {site.name for site in made.manifest.plan.sites if isinstance(site.decision, LowRank)}
+    assert low
+    assert name not in low
+
+
+def test_a_model_of_zero_weights_alone_is_refused(
+    dense: Dense, tmp_path: Path, text_file: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = load(dense("llama"))
+    for name in covered(model, ""):
+        nn.init.zeros_(model.get_submodule(name).weight)
+    model.save_pretrained(tmp_path / "zero")
+    tokenizer.save_pretrained(tmp_path / "zero")
+    with pytest.raises(ParedError, match="weights of all 21 covered layers are zero"):
+        tune(asked(tmp_path / "zero", tmp_path / "out", text_file, evaluation=None))
+
+
 @pytest.mark.parametrize(("phase", "importance"), [("bases", "bsi"), ("factors", "magnitude")])
 def test_a_kill_in_any_phase_ends_in_the_same_model(
     dense: Dense, tmp_path: Path, text_file: Path, phase: str, importance: str

@@ -26,6 +26,11 @@ class Bases(NamedTuple):
     c_R: torch.Tensor
     V_RN: torch.Tensor
 
+    @property
+    def any(self) -> bool:
+        """Whether one is worth anything in float32, which coefficients are held in; of a zero weight none is."""
+        return float(self.c_R.sum()) > torch.finfo(torch.float32).tiny
+
 
 def bases_of_weight(weight_ON: torch.Tensor) -> Bases:
     """Return singular vectors and values."""

@@ -83,18 +83,29 @@ def stages(options: Mapping[str, Any]) -> tuple[Stage, ...]:
 
 
 def prepare(context: Context) -> Prepared:
-    """Put bases where the covered layers stand, and drop them as training goes on."""
+    """Put bases where the covered layers stand, and drop them as training goes on.
+
+    A layer whose weight is zero has no basis to weigh and stays as it is, outside of every budget.
+
+    Raises:
+        ParedError: no layer has a basis.
+    """
     model, options = context.model, context.options
     names, classes = covered(model, str(options["skip"])), {}
     layers: dict[str, BasisLinear] = {}
     generator = torch.Generator().manual_seed(context.tuning.seed)
     model.requires_grad_(True)
     for name, bases in decomposed(context, names, str(options["basis"])):
+        if not bases.any:
+            continue
         old = model.get_submodule(name)
         classes[name], held = type(old), HELD[options["bases"]]
         layers[name] = BasisLinear(weight_of(old), bias_of(old), options["new"], held, generator, bases)
         replace_module(model, name, layers[name])
         layers[name].w.requires_grad_(bool(options["relearn"]))
+    if not layers:
+        raise ParedError(f"the weights of all {len(names)} covered layers are zero: there is no basis to keep or drop")
+    zero = [name for name in names if name not in layers]
     hold_in_float32(model)
     weights = {name: Weight(layer.out_features, layer.in_features, options["new"]) for name, layer in layers.items()}
     share = _share(layers, weights, options)
@@ -108,8 +119,12 @@ def prepare(context: Context) -> Prepared:
             prune.meet_mass()
         ready.reached.update(prune.reached())
         ready.notes.extend(prune.shortfalls())
+        if zero:
+            named = f"{', '.join(zero[:3])}{', ...' if zero[3:] else ''}"
+            ready.notes.append(f"the weight of {named} is zero and has no bases: {len(zero)} of {len(names)} layers "
+                               "stay dense, and count in no budget")  # fmt: skip
         stored = 0
-        for name in names:
+        for name in layers:
             decision, weight = put_back(model, name, classes[name]), weights[name]
             stored += weight.factors(decision.rank) if isinstance(decision, LowRank) else weight.dense
         ready.reached.update(parameters_before=sum(weight.dense for weight in weights.values()), parameters=stored)
@@ -118,7 +133,7 @@ def prepare(context: Context) -> Prepared:
     callbacks: list[TrainerCallback] = [prune, *([penalty] if penalty else [])]
     faster = {".w": options["coefficient_rate"]} if options["coefficient_rate"] != 1 else {}
     rate = rate_factor(max(share, LEAST_MASS), options["keeping_epochs"], options["pruning_epochs"])
-    changing = tuple(f"{name}.{buffer}" for name in names for buffer in ("mask", "mass"))
+    changing = tuple(f"{name}.{buffer}" for name in layers for buffer in ("mask", "mass"))
     loss = penalty.loss if penalty else own_loss
     ready = Prepared(model, finish, loss, callbacks, buffers=changing, rate=rate, faster=faster)
     return ready
