@@ -61,6 +61,28 @@ def test_of_instructions_the_last_message_is_learned(tmp_path: Path, chatty: Pre
         find_instructions(f"instruct:{tmp_path}/rows.jsonl", chatty)
 
 
+@pytest.mark.parametrize("more", [{"conversation": "id-1"}, {"messages": ""}, {"conversations": 7}, {"messages": TALK}])
+@pytest.mark.parametrize("fields", [("prompt", "response"), ("question", "answer"), ("instruction", "output")])
+def test_a_row_with_a_known_pair_is_read_by_it_whatever_else_it_holds(
+    fields: tuple[str, str], more: dict[str, Any], tmp_path: Path, chatty: PreTrainedTokenizerFast
+) -> None:
+    """A string is a sequence too: rows with the number of their conversation were refused."""
+    name = rows(tmp_path / "rows.jsonl", {fields[0]: "w5", fields[1]: "w6", **more})
+    (found,), _ = find_instructions(name.replace("file:", "instruct:"), chatty)
+    assert (found.instruction, found.answer, found.is_prompt) == ("w5", "w6", False)
+    if fields[0] == "instruction":
+        assert "w5" in find_text(name, tokenizer=chatty).joined
+
+
+def test_a_list_is_the_conversation_where_another_field_holds_its_number(
+    tmp_path: Path, chatty: PreTrainedTokenizerFast
+) -> None:
+    name = rows(tmp_path / "rows.jsonl", {"messages": "id-1", "conversation": TALK, "prompt": "w5"})
+    assert find_text(name, tokenizer=chatty).documents == (SAID,)
+    (found,), _ = find_instructions(name.replace("file:", "instruct:"), chatty)
+    assert found.is_prompt
+
+
 def test_calibration_and_perplexity_read_conversations(tmp_path: Path, chatty: PreTrainedTokenizerFast) -> None:
     from tiny_models import TINY_MODELS
 
@@ -80,7 +102,7 @@ def test_calibration_and_perplexity_read_conversations(tmp_path: Path, chatty: P
         ({"messages": TALK}, "{{ raise_exception('roles must alternate') }}", "does not take .* roles must alternate"),
         ({"messages": TALK}, "{{ nothing( }}", "chat template does not take this conversation"),
         ({"messages": []}, TEMPLATE, "row 2: expected 'messages' to be a list of messages"),
-        ({"messages": "hello"}, TEMPLATE, "row 2: expected 'messages' to be a list of messages"),
+        ({"messages": "hello"}, TEMPLATE, "row 2: .* found 'messages' 'hello'; a conversation is a list"),
         ({"messages": ["hello"]}, TEMPLATE, "row 2, message 1: expected"),
         ({"messages": [*TALK, {"role": "user", "content": None}]}, TEMPLATE, "row 2, message 3: expected"),
         ({"messages": [{"content": "w5"}]}, TEMPLATE, "row 2, message 1: expected"),

@@ -16,8 +16,8 @@ EXPECTED = "{'role': ..., 'content': ...} or {'from': ..., 'value': ...}"
 
 
 def is_conversation(row: object) -> bool:
-    """Whether a row of JSON holds a conversation."""
-    return isinstance(row, Mapping) and any(isinstance(row.get(field), Sequence) for field in FIELDS)
+    """Whether a row of JSON holds a conversation: a list, where a string of that name is a key or a number of one."""
+    return isinstance(row, Mapping) and any(isinstance(row.get(field), list) for field in FIELDS)
 
 
 def messages_of(which: str, row: Mapping[str, Any]) -> list[Message]:
@@ -30,9 +30,9 @@ def messages_of(which: str, row: Mapping[str, Any]) -> list[Message]:
     Raises:
         ParedError: no messages, or one without somebody who speaks and a text; names the row and the message.
     """
-    field = next(field for field in FIELDS if isinstance(row.get(field), Sequence))
+    field = next(field for field in FIELDS if isinstance(row.get(field), list))
     found = row[field]
-    if isinstance(found, str) or not found:
+    if not found:
         raise ParedError(f"{which}: expected {field!r} to be a list of messages {EXPECTED}, found {found!r:.60}")
     return [_message(f"{which}, message {number}", one) for number, one in enumerate(found, 1)]
 

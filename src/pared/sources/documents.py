@@ -61,21 +61,22 @@ def require_file(path: Path) -> None:
 def _row_text(which: str, row: Any, tokenizer: "PreTrainedTokenizerBase | None") -> str:
     if isinstance(row, dict) and isinstance(row.get("text"), str):
         return row["text"]
-    if is_conversation(row):
-        return rendered(which, messages_of(which, row), tokenizer)
     if isinstance(row, dict) and "text" not in row and {"instruction", "output"} <= row.keys():
         fields = {**row, "input": row.get("input") or ""}
         if all(isinstance(fields[field], str) for field in ("instruction", "input", "output")):
             return alpaca_text(fields)
+    if is_conversation(row):
+        return rendered(which, messages_of(which, row), tokenizer)
     raise ParedError(f"{which}: expected an object whose 'text' field is a string, found {_found(row)}; a conversation "
-                     "stands in 'messages'")  # fmt: skip
+                     "is a list in 'messages'")  # fmt: skip
 
 
 def _found(row: Any) -> str:
     """Say what a row that is no text holds."""
     if not isinstance(row, dict):
         return "null" if row is None else type(row).__name__
-    strange = {field: row[field] for field in ("text", "instruction", "input", "output") if field in row}
+    strange = {field: row[field] for field in ("text", "instruction", "input", "output", "messages")
+               if field in row}  # fmt: skip
     if not strange:
         return str(sorted(row))
     return ", ".join(f"{field!r} {'null' if value is None else repr(value)[:40]}" for field, value in strange.items())

@@ -117,16 +117,16 @@ def cut_instructions(
 
 
 def _instruction(which: str, row: Any, tokenizer: PreTrainedTokenizerBase | None) -> Instruction:
-    if is_conversation(row):
-        return _conversation(which, messages_of(which, row), tokenizer)
     if isinstance(row, dict):
         for asked, answer in FIELDS:
             if isinstance(row.get(asked), str) and isinstance(row.get(answer), str):
                 beside = row.get("input")
                 return Instruction(row[asked], row[answer], beside if isinstance(beside, str) else "")
+    if is_conversation(row):
+        return _conversation(which, messages_of(which, row), tokenizer)
     found = "null" if row is None else sorted(row) if isinstance(row, dict) else type(row).__name__
     pairs = ", ".join(f"{asked} and {answer}" for asked, answer in FIELDS)
-    raise ParedError(f"{which}: expected strings {pairs}; or messages; found {found}")
+    raise ParedError(f"{which}: expected strings {pairs}; or a list in messages; found {found}")
 
 
 def _conversation(which: str, messages: list[Message], tokenizer: PreTrainedTokenizerBase | None) -> Instruction:
