@@ -2,12 +2,15 @@
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.errors import ParedError
 from pared.recipe import Recipe
+from pared.tuning import Tuning
+
+Asked = TypeVar("Asked", Recipe, Tuning)
 
 
 def require_model(model: object, function: str) -> None:
@@ -55,24 +58,32 @@ def require_tokenizer(tokenizer: object, function: str) -> None:
         )
 
 
-def recipe_from(recipe: Any, function: str) -> Recipe:
-    """Return a recipe; a mapping is read as one.
+def asked_from(kind: type[Asked], value: Any, function: str) -> Asked:
+    """Return a recipe or a tuning; a mapping is read as one.
 
     Args:
-        recipe: what was handed over.
+        kind: ``Recipe`` or ``Tuning``.
+        value: what was handed over.
         function: that it was handed to, for messages.
 
     Raises:
-        ParedError: neither, or a mapping that is no recipe.
+        ParedError: neither, or a mapping that is none.
     """
-    if isinstance(recipe, Recipe):
-        return recipe
-    if isinstance(recipe, Mapping):
-        return Recipe.of(recipe, origin=f"the recipe of {function}")
-    hint = "Recipe(method='loss-optimal', keep=0.8)"
-    if isinstance(recipe, (str, os.PathLike)):
-        hint = f"Recipe(method={os.fspath(recipe)!r}), or Recipe.load(PATH) for a file"
-    raise ParedError(f"{function} takes a Recipe, found {_kind(recipe)}; such as {hint}")
+    if isinstance(value, kind):
+        return value
+    what = kind.__name__
+    if isinstance(value, Mapping):
+        return kind.of(value, origin=f"the {what.lower()} of {function}")
+    raise ParedError(f"{function} takes a {what}, found {_kind(value)}; such as {_example(kind, value)}")
+
+
+def _example(kind: type, found: object) -> str:
+    """Return what may have been meant."""
+    if not isinstance(found, (str, os.PathLike)):
+        return "Recipe(method='loss-optimal', keep=0.8)" if kind is Recipe else "Tuning(model='small', out='trained')"
+    name = os.fspath(found)
+    meant = f"Recipe(method={name!r})" if kind is Recipe else f"Tuning(model={name!r}, out='trained')"
+    return f"{meant}, or {kind.__name__}.load(PATH) for a file"
 
 
 def name_from(name: object, function: str) -> str:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 import pared
 from pared import ParedError
+from pared.training import tune
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +77,11 @@ def test_a_mapping_is_a_recipe_and_a_data_free_method_needs_no_tokenizer() -> No
     [
         (lambda m, t: pared.run("gpt2"), r"takes a Recipe, found 'gpt2'"),
         (lambda m, t: pared.run({"modl": "x"}), "did you mean 'model'"),
+        (lambda m, t: tune({"modl": "x"}), "the tuning of pared.training.tune: .* did you mean 'model'"),
+        (lambda m, t: tune("x"), r"takes a Tuning, found 'x'; such as Tuning\(model='x', out='trained'\), or Tuning"),
+        (lambda m, t: tune(None), r"pared.training.tune takes a Tuning, found None; such as Tuning\("),
+        (lambda m, t: tune(pared.Recipe()), "takes a Tuning, found a Recipe"),
+        (lambda m, t: tune({"model": "x"}, trust_remote_code=True), "no output folder is named"),
         (lambda m, t: pared.load(None), "pared.load takes a name"),
         (lambda m, t: pared.load(m), "found a LlamaForCausalLM"),
         (lambda m, t: pared.load("embedded:smollm2-135m", 16), "dtype: expected one of auto"),

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pared.allocation import Evidence, Unit, allocator_of, make_plan
 from pared.anatomy import Anatomy, probe
 from pared.anatomy.probe import evaluating
-from pared.arguments import recipe_from, require_model, require_tokenizer
+from pared.arguments import asked_from, require_model, require_tokenizer
 from pared.calibration import (
     BlockInputs,
     WalkedBlock,
@@ -83,7 +83,7 @@ def compress(
             message says so.
     """
     require_model(model, "pared.compress")
-    recipe = recipe_from(recipe, "pared.compress")
+    recipe = asked_from(Recipe, recipe, "pared.compress")
     require_possible(recipe)  # what can be refused is refused first
     if windows is None:  # pared.run, which cuts them itself, has told already
         require_user_fields(recipe)

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.anatomy import find_anatomy
 from pared.apart import require_apart
-from pared.arguments import recipe_from
+from pared.arguments import asked_from
 from pared.checkpoint import Manifest, save, take_fingerprint, verify
 from pared.checkpoint.finite import require_finite
 from pared.checkpoint.format import FORMAT_VERSION
@@ -65,7 +65,7 @@ def run(
         ParedError: anything wrong; nothing was written or overwritten.
     """
     with trusting(trust_remote_code):
-        return _run(recipe_from(recipe, "pared.run"), overwrite, progress or Silent())
+        return _run(asked_from(Recipe, recipe, "pared.run"), overwrite, progress or Silent())
 
 
 def _run(recipe: Recipe, overwrite: bool, progress: Progress) -> Outcome:

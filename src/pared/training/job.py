@@ -4,7 +4,7 @@ import gc
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.integrations import get_available_reporting_integrations
 
+from pared.arguments import asked_from
 from pared.checkpoint import Manifest, load, mark, save, take_fingerprint
 from pared.checkpoint.manifest import Training, machine, versions
 from pared.checkpoint.seal import seal
@@ -31,6 +32,7 @@ from pared.sources.architecture import is_causal
 from pared.sources.evaluated import evaluation_windows
 from pared.sources.models import find_model
 from pared.sources.overlap import overlap
+from pared.sources.trust import trusting
 from pared.sources.windows import Windows
 from pared.staging import require_free, require_space, staged
 from pared.training.examples import Examples, find_rows
@@ -60,22 +62,28 @@ class Tuned:
     is_first: bool = True
 
 
-def tune(tuning: Tuning, overwrite: bool = False, progress: Progress | None = None) -> Tuned:
+def tune(
+    tuning: Tuning | Mapping[str, Any],
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    trust_remote_code: bool = False,
+) -> Tuned:
     """Train a folder that pared made and write it anew.
 
     What can be refused is refused before a weight is read. The state is saved as training goes on, in a hidden folder
     beside the output: the same call resumes there after a crash, and ends as it would have without one.
 
     Args:
-        tuning: with ``model`` and ``out``.
+        tuning: with ``model`` and ``out``; a mapping is read as one.
         overwrite: whether an output folder that is there may be replaced.
         progress: who watches; nobody by default.
+        trust_remote_code: whether code that lies beside the model's weights may run.
 
     Raises:
         ParedError: anything wrong; the output was not written, and what was trained is kept beside it.
     """
-    progress = progress or Silent()
-    return _Job(tuning, overwrite, progress).run()
+    with trusting(trust_remote_code):
+        return _Job(asked_from(Tuning, tuning, "pared.training.tune"), overwrite, progress or Silent()).run()
 
 
 class _Job:
