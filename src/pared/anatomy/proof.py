@@ -9,12 +9,12 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from pared.anatomy.linear import bias_of, weight_of
+from pared.anatomy.state import OF_TORCH
 from pared.errors import ParedError
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # What rounding in another order can make of a product, relative to its norm.
 TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 1e-5, torch.float64: 1e-10}
-_OF_TORCH = frozenset(vars(nn.Module()))
 _OUT, _IN, _ROWS = 3, 5, 4  # of the small stand-in
 _MOST_WEIGHTS = 2**24  # of a stand-in of full size, where a small one does not run
 
@@ -57,7 +57,7 @@ def fault_of_class(module: nn.Module, known: dict[Any, str | None]) -> str | Non
         return f"its weight has {weight_of(module).ndim} dimensions, not 2"
     if "forward" in vars(module) or type(module).forward in (nn.Linear.forward, Conv1D.forward):
         return None  # what an instance's own forward does with it is seen in the probe pass
-    attributes = {name: value for name, value in vars(module).items() if name not in _OF_TORCH}
+    attributes = {name: value for name, value in vars(module).items() if name not in OF_TORCH}
     plain = all(isinstance(value, (bool, int, float, str, type(None))) for value in attributes.values())
     key = (type(module), tuple(sorted(attributes.items())) if plain else id(module))
     if key not in known:

@@ -15,7 +15,7 @@ from torch import nn
 from pared.errors import ParedError
 
 # What torch itself keeps on every module: parameters, children, hooks, modes. Buffers are looked at apart.
-_OF_TORCH = frozenset(vars(nn.Module()))
+OF_TORCH = frozenset(vars(nn.Module()))
 _CONTAINERS = (list, dict, set, deque)
 
 
@@ -84,7 +84,7 @@ class _Attributes(MutableMapping[str, Any]):
         del self._own[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter([name for name in self._own if name not in _OF_TORCH])
+        return iter([name for name in self._own if name not in OF_TORCH])
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
