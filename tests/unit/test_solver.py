@@ -8,6 +8,9 @@ from transformers import PreTrainedTokenizerFast
 import pared
 from pared import ParedError, Recipe
 from pared.allocation import ALLOCATORS, Budget, Unit, make_plan
+from pared.anatomy.structure import Site
+from pared.engine.asked import options_of
+from pared.engine.solver import Solver
 from pared.engine.store import DecompositionStore
 from pared.lowrank import METHODS, loss_optimal
 from pared.modules import LowRankLinear
@@ -34,6 +37,27 @@ def test_a_stored_decomposition_gives_the_same_factors(form: str) -> None:
         assert torch.equal(store.spectra["a"], found.singular_values_R)
     ours, theirs = again.factors(3), found.factors(3)
     assert torch.allclose(ours.up @ ours.down, theirs.up @ theirs.down, atol=1e-5)
+
+
+def test_a_member_of_a_group_reads_no_more_of_the_disk_than_its_own_dense_weight() -> None:
+    """Regression: a sequential refit read the weights of a whole group once for every member."""
+    weights = [draw(rows, 9).float() for rows in (6, 2, 4)]
+    model = torch.nn.Module()
+    model.a, model.b, model.c = (torch.nn.Linear(9, len(weight), bias=False) for weight in weights)
+    for layer, weight in zip((model.a, model.b, model.c), weights, strict=True):
+        layer.weight.data = weight
+    sites = tuple(Site(name, 0, "", len(weight), 9, False, "a") for name, weight in zip("abc", weights, strict=True))
+    recipe = Recipe(method="basis-sharing", keep=0.5)
+    method = METHODS["basis-sharing"]
+    with Solver(model, method, options_of(recipe), Budget(0.5), None, keep_dense=True) as solver:
+        unit = Unit(sites)
+        solver._keep(unit, METHODS["svd"].decompose(torch.cat(weights), {}))
+        read = []
+        kept = solver._store.weight
+        solver._store.weight = lambda name, rows: read.append(rows) or kept(name, rows)  # type: ignore[method-assign]
+        for site, weight in zip(sites, weights, strict=True):
+            assert torch.equal(solver.dense_weight(site.name), weight)
+    assert [rows.stop - rows.start for rows in read] == [6, 2, 4]
 
 
 @pytest.mark.parametrize("allocation", sorted(set(ALLOCATORS) - {"rank-fraction", "sensitivity", "dsa"}))

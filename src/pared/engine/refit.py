@@ -41,8 +41,8 @@ def update(model: nn.Module, solver: Solver, plan: Plan, walked: Iterator[Walked
                 torch.stack(of_members).sum(dim=0)
                 for of_members in zip(*(grams.pop(site.name) for site in unit.members), strict=True)
             )
-            for site, W_ON in zip(unit.members, solver.dense_weights(unit), strict=True):
-                fit(model, site.name, W_ON, gram_NN, cross_NN)
+            for site in unit.members:
+                fit(model, site.name, solver.dense_weight(site.name), gram_NN, cross_NN)
 
 
 def sequential(model: nn.Module, solver: Solver, plan: Plan, walked: Iterator[WalkedBlock], share: float) -> None:
@@ -59,25 +59,23 @@ def sequential(model: nn.Module, solver: Solver, plan: Plan, walked: Iterator[Wa
         walked: as for :func:`update`, of a sequential walk.
         share: of what the dense model puts out in the targets.
     """
-    unit_of = {site.name: unit for unit, _ in solver.decided(plan) for site in unit.members}
+    decided = {site.name for unit, _ in solver.decided(plan) for site in unit.members}
     for block in walked:
         for name, (gram_NN, cross_NN) in _grams(block, share).items():
-            if unit := unit_of.get(name):
-                place = [site.name for site in unit.members].index(name)
-                fit(model, name, solver.dense_weights(unit)[place], gram_NN, cross_NN)
+            if name in decided:
+                fit(model, name, solver.dense_weight(name), gram_NN, cross_NN)
 
 
 def dense_blocks(model: nn.Module, anatomy: Anatomy, solver: Solver, plan: Plan) -> Callable[[int], nn.Module]:
     """Return what makes the dense block of an index out of the compressed one and the dense weights that were kept."""
-    unit_of = {site.name: unit for unit, _ in solver.decided(plan) for site in unit.members}
+    decided = {site.name for unit, _ in solver.decided(plan) for site in unit.members}
 
     def dense_block(index: int) -> nn.Module:
         block = copy_block(anatomy.blocks(model)[index], anatomy.block_name(index))
         for site in anatomy.sites_of(index):
-            if unit := unit_of.get(site.name):
-                place = [member.name for member in unit.members].index(site.name)
-                old = model.get_submodule(site.name)
-                replace_module(block, anatomy.path_in_block(site), dense_linear(old, solver.dense_weights(unit)[place]))
+            if site.name in decided:
+                dense = dense_linear(model.get_submodule(site.name), solver.dense_weight(site.name))
+                replace_module(block, anatomy.path_in_block(site), dense)
         return block
 
     return dense_block

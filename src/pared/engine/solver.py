@@ -9,7 +9,7 @@ from torch import nn
 
 from pared.allocation import Budget, Unit
 from pared.anatomy import Site, weight_of
-from pared.calibration import CROSS, Collected, MeanGram, cross_of, per_token
+from pared.calibration import CROSS, Collected, cross_of, per_token
 from pared.engine.groups import Comparison, compare
 from pared.engine.store import DecompositionStore
 from pared.errors import ParedError
@@ -64,6 +64,7 @@ class Solver:
         self._model, self._method, self._options, self._budget = model, method, options, budget
         self._keep_dense, self._dense_path, self._tokens = keep_dense, dense_path, tokens
         self._targets: dict[str, torch.Tensor] = {}
+        self._rows: dict[str, tuple[str, slice]] = {}  # where the dense weights are that were kept, by site
         self._planned = None if plan is None else _planned(plan)
         self._stack = ExitStack()
         self._store = self._stack.enter_context(DecompositionStore(beside))
@@ -145,9 +146,9 @@ class Solver:
         found = self._store.get(unit.name, self._weight(unit))
         install_group(self._model, [site.name for site in unit.members], found.factors(decision.rank), decision.pivoted)
 
-    def dense_weights(self, unit: Unit) -> list[torch.Tensor]:
-        """Return the dense weights of a kept unit's members."""
-        return list(torch.split(self._store.weight(unit.name), [site.out_features for site in unit.members]))
+    def dense_weight(self, site: str) -> torch.Tensor:
+        """Return the dense weight ``(out, in)`` of a member of a kept unit; no more of the unit is read."""
+        return self._store.weight(*self._rows[site])
 
     @contextmanager
     def installed(self, decisions: Mapping[str, Decision]) -> Iterator[None]:
@@ -170,10 +171,10 @@ class Solver:
             if CROSS in own:  # it is sent other tokens behind the compressed prefix: the dense model has no targets
                 self.untargeted.add(site.name)
             return
-        gram = own[self._method.input_gram]
-        W_ON = self._dense(site).to(gram.value.device)
-        per_token = gram.value if isinstance(gram, MeanGram) else gram.value / gram.tokens
-        self._targets[site.name] = target(W_ON, per_token, cross.value, self._dense_path)
+        name = self._method.input_gram
+        gram_NN = per_token(name, own[name])  # of the tokens that reached it, as the cross Gram is
+        W_ON = self._dense(site).to(gram_NN.device)
+        self._targets[site.name] = target(W_ON, gram_NN, cross.value, self._dense_path)
 
     def _dense(self, site: Site) -> torch.Tensor:
         return weight_of(self._model.get_submodule(site.name)).detach()
@@ -228,6 +229,10 @@ class Solver:
         if self._planned is None:
             self.units.append(unit)
             self._store.put(unit.name, found, self._weight(unit) if self._keep_dense else None)
+            start = 0
+            for site in unit.members:
+                self._rows[site.name] = unit.name, slice(start, start + site.out_features)
+                start += site.out_features
         else:
             decision = self._planned[unit.name]
             names = [site.name for site in unit.members]

@@ -65,10 +65,10 @@ class DecompositionStore:
         fields = {key: kept[key].double() for key in ("U_OR", "T_NR", "L_OO") if key in kept}
         return Decomposition(W_ON.double(), self.spectra[name].to(W_ON.device), damping=self._damping[name], **fields)
 
-    def weight(self, name: str) -> torch.Tensor:
-        """Return the dense weight that was kept of a unit."""
+    def weight(self, name: str, rows: slice) -> torch.Tensor:
+        """Return rows of the dense weight that was kept of a unit; only those are read."""
         with safe_open(self._file(name), framework="pt") as tensors:
-            return tensors.get_tensor("weight")
+            return tensors.get_slice("weight")[rows]
 
     def _file(self, name: str) -> Path:
         return self._folder / f"{self._numbers[name]}.safetensors"
