@@ -144,6 +144,28 @@ def test_d_rank_moves_parameters_from_q_and_k_to_v():
     assert ranks["v"] > ranks["o"]
 
 
+@pytest.mark.parametrize("output", [(64, 192), (192, 24)], ids=["all three joined", "of another width"])
+def test_d_rank_takes_no_three_projections_for_attention_whose_output_does_not_read_the_heads(output: tuple[int, int]):
+    projections = [Site(f"a.{n}", 0, "", 64, 64, False, "a.0", position=n) for n in range(3)]
+    sites = [*projections, Site("a.3", 0, "", *output, False, "a.3", position=3)]
+    spectra = {s.name: spectrum(min(s.out_features, s.in_features), 0.05) for s in sites}
+    ranks = [s.decision.rank for s in plan(sites, "effective-rank", 0.4, spectra).sites[:3]
+             if isinstance(s.decision, LowRank)]  # fmt: skip
+    assert len(ranks) == 3
+    assert max(ranks) - min(ranks) <= 1
+
+
+@pytest.mark.parametrize("output", ["b.o", None], ids=["in another module", "skipped"])
+def test_d_rank_knows_attention_whose_output_is_not_beside_it(output: str | None):
+    sites = [Site(f"a.{n}", 0, "", 64, 64, False, "a.0", position=n) for n in range(3)]
+    if output:
+        sites.append(Site(output, 0, "", 64, 64, False, output))
+    spectra = {s.name: spectrum(64, 0.05) for s in sites}
+    q, k, v = [s.decision.rank for s in plan(sites, "effective-rank", 0.4, spectra).sites[:3]
+               if isinstance(s.decision, LowRank)]  # fmt: skip
+    assert q == k < v
+
+
 def test_v2_removal_has_the_mean_that_was_asked_for_and_spares_large_losses():
     losses = [5.0, 20.0, 80.0, 1000.0]
     ratios = removal_ratios(losses, 0.2)
