@@ -733,3 +733,16 @@ def test_a_compressed_folder_is_refused(dense: Dense, tmp_path: Path, text_file:
     tune(asked(dense("llama"), tmp_path / "one", text_file, {"post_epochs": 0.0}))
     with pytest.raises(ParedError, match="is already compressed by pared"):
         tune(asked(tmp_path / "one", tmp_path / "two", text_file))
+
+
+def test_a_text_too_short_to_keep_a_part_apart_is_trained_on_whole(
+    dense: Dense, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Regression: training stopped where compressing takes all of the text, and measures nothing."""
+    (tmp_path / "short.txt").write_text("\n".join(["w5 w6 w7 w8"] * 5))
+    tuning = asked(dense("llama"), tmp_path / "out", tmp_path / "short.txt", length=18, validation=0, evaluation={})
+    made = tune(tuning)
+    (training,) = made.manifest.training
+    assert [row["trained_on"] for row in training.data] == [1]
+    assert training.evaluation is None
+    assert "too short to keep a part apart" in caplog.text

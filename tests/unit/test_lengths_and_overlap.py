@@ -322,3 +322,55 @@ def test_examples_to_fine_tune_on_are_as_long_as_the_model_takes() -> None:
     assert within(FineTuning(), config_of("BertConfig")).length == 128
     with pytest.raises(ParedError, match="labelled examples of 128 tokens, but this model has 64 positions"):
         within(FineTuning(length=128), config)
+
+
+LINES = "\n".join(["w5 w6 w7 w8"] * 200)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        LINES + "\n\n",
+        "w3 w4\n\n" + LINES,
+        "w3 w4\n\n" + " ".join(["w5"] * 900),
+        "w3 w4\n" + " ".join(["w5"] * 900),
+        LINES + "\n\nw9 w9\n",
+        "\n\n\n" + LINES + "\n\n\n\n",
+    ],
+)
+@pytest.mark.parametrize("rows", [False, True])
+def test_a_blank_line_far_from_the_share_is_no_place_to_cut(content: str, rows: bool) -> None:
+    """Regression: the one blank line of a file was where it was cut, and all behind it or before it was one part."""
+    text = Text("made", tuple(content.split("\n\n")) if rows else (content,), "this test")
+    parts = text.split(0.8)
+    assert parts is not None
+    first, last = parts
+    assert 0.75 < len(first.joined.strip()) / len(content.strip()) < 0.85
+    assert text.joined[: len(first.joined)] == first.joined
+    assert text.joined[last.start :] == last.joined
+    assert not text.joined[len(first.joined) : last.start].strip()
+
+
+def test_the_coarsest_boundary_near_the_share_is_cut_at() -> None:
+    paragraphs = ["w3 w4\nw5 w6 " * 9 + "w7"] * 40
+    parts = Text("made", ("\n\n".join(paragraphs),), "this test").split(0.8)
+    assert parts is not None
+    assert [part.joined for part in parts] == ["\n\n".join(paragraphs[:32]), "\n\n".join(paragraphs[32:])]
+
+
+@pytest.mark.parametrize("content", ["w3", " \n\n w3 \n\n ", ""])
+def test_a_text_of_one_word_has_no_two_parts(content: str) -> None:
+    assert Text("made", (content,), "this test").split(0.8) is None
+
+
+def test_the_end_that_is_measured_on_is_not_trained_on_however_its_place_is_spelt(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: names were compared as they were spelt, and a relative path was trained on to its end."""
+    monkeypatch.chdir(folder)
+    evaluated = f"file:{folder}/text.txt[80%:]"
+    for name in ("file:text.txt", "file:./text.txt", "file:model/../text.txt", "file:link.txt"):
+        assert learned_part(name, evaluated) == f"{name}[:80%]"
+    assert learned_part("file:text.txt", f"file:{folder}/other.txt[80%:]") == "file:text.txt"
+    assert learned_part("file:text.txt", f"file:{folder}/text.txt[50%:]") == "file:text.txt"
+    assert learned_part("file:text.txt", "wikitext2:test") == "file:text.txt"

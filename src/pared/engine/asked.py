@@ -1,20 +1,20 @@
 """What a recipe asks for, looked up and checked: method, budget, allocator, text and, from shapes, the plan."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 from pared.allocation import Budget, allocator_of, make_plan
 from pared.allocation.layerwise import GRANULARITIES, LayerAllocator, layer_allocator_of
 from pared.allocation.program.packaged import SCORE_TOKENS
-from pared.errors import ParedError, TextTooShortError
+from pared.errors import ParedError
 from pared.lowrank import METHODS, LowRankMethod
 from pared.names import did_you_mean, require_known
 from pared.plan import Plan
 from pared.recipe import Recipe
 from pared.sources.lengths import Length
-from pared.sources.texts import find_text, held_out, learned_part
+from pared.sources.texts import find_text, from_learned_part, held_out
 from pared.sparsity import METHODS as PRUNING_METHODS
 from pared.sparsity import NM, PruningMethod, parse
 
@@ -317,21 +317,7 @@ def calibration_windows(
     def windows(name: str) -> "Windows":
         return find_windows(name, tokenizer, config, causal, length, asked.samples, asked.sampling, asked.seed)
 
-    return _of_learned_part(recipe, windows) if causal else windows(asked.text)
-
-
-def _of_learned_part(recipe: Recipe, make: "Callable[[str], Windows]") -> "Windows":
-    """Cut what is calibrated on; of a file that is too short to keep a part of it apart, from all of it."""
-    name = learned_part(recipe.calibration.text, evaluated_text(recipe))
-    try:
-        return make(name)
-    except TextTooShortError:
-        if name == recipe.calibration.text:
-            raise
-        whole = make(recipe.calibration.text)
-        log.warning("text %r is too short to keep a part apart to measure on: all of it is calibrated on",
-                    recipe.calibration.text)  # fmt: skip
-        return whole
+    return from_learned_part(asked.text, evaluated_text(recipe), windows) if causal else windows(asked.text)
 
 
 def evaluated_text(recipe: Recipe) -> str | None:
@@ -360,7 +346,7 @@ def trial_windows(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", config: 
     def make(name: str) -> "Windows":
         return cut(find_text(name, tokenizer=tokenizer), tokenizer, length, count, asked.sampling, seed)
 
-    windows = _of_learned_part(recipe, make)
+    windows = from_learned_part(asked.text, evaluated_text(recipe), make)
     if again:
         return windows
     apart = 0 if asked.samples is None else len(windows.tokens) - asked.samples

@@ -1,17 +1,18 @@
 """Texts by name: the embedded one, well-known corpora, the user's files, anything the datasets library has."""
 
 import hashlib
+import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from pared.errors import ParedError, TextTooShortError
 from pared.files import path_of
 from pared.names import PART, did_you_mean
 from pared.sources.chat import messages_of, rendered
+from pared.sources.cutting import BLANK_LINES, cut_in_two
 from pared.sources.data_sets import ALPACA
 from pared.sources.documents import SUFFIXES, read_documents, require_file, suffix_of
 from pared.sources.files import data_file, data_folder
@@ -20,9 +21,11 @@ from pared.sources.hub import HubSet
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+log = logging.getLogger(__name__)
+Made = TypeVar("Made")
+
 EMBEDDED_SHARE = 0.8  # of pydoc_data.topics is for calibration, the rest for evaluation
 KEPT_APART = 0.2  # of a file, at its end, if perplexity is to be measured on what is not calibrated on
-BLANK_LINES = "\n\n"
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Text:
         return self.part_of or hashlib.sha256(self.joined.encode()).hexdigest()
 
     def split(self, share: float) -> tuple["Text", "Text"] | None:
-        """Cut the text in two at the end of a document; one of a single document at a blank line, a line or a blank.
+        """Cut the text in two at the end of a document; where none is near, at a blank line, a line's end or a blank.
 
         Args:
             share: of the characters that the first part has, as nearly as can be.
@@ -64,23 +67,14 @@ class Text:
         Returns:
             Both parts, ``NAME[:80%]`` and ``NAME[80%:]``; None if one of them would be empty.
         """
-        documents, glue = list(self.documents), BLANK_LINES
-        for mark in (BLANK_LINES, "\n", " "):
-            if len(documents) > 1:
-                break
-            documents, glue = self.documents[0].split(mark), mark
-        ends = list(accumulate(map(len, documents)))
-        cut = 1 + min(range(len(ends)), key=lambda at: abs(ends[at] - share * ends[-1]))
-        cut = min(cut, len(documents) - 1)
-        parts = documents[:cut], documents[cut:]
-        if not all("".join(part).strip() for part in parts):
+        if (parts := cut_in_two(self.documents, share)) is None:
             return None
-        start = self.start + len(glue.join(parts[0])) + len(glue)
-        first, second = (tuple(part) if len(self.documents) > 1 else (glue.join(part),) for part in parts)
+        first, second, start = parts
         return (
             replace(self, name=f"{self.name}[:{share:.0%}]", documents=first, part_of=self.whole),
-            replace(self, name=f"{self.name}[{share:.0%}:]", documents=second, start=start, part_of=self.whole),
-        )
+            replace(self, name=f"{self.name}[{share:.0%}:]", documents=second, start=self.start + start,
+                    part_of=self.whole),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -137,9 +131,41 @@ def held_out(name: str) -> str | None:
 
 
 def learned_part(name: str, evaluated: str | None) -> str:
-    """Return the name of what is learned from: of a file whose last fifth is evaluated on, what is before that."""
-    apart = name.startswith("file:") and evaluated is not None and evaluated == held_out(name)
-    return f"{name}[:{1 - KEPT_APART:.0%}]" if apart else name
+    """Return the name of what is learned from: of a file whose last fifth is evaluated on, what is before that.
+
+    However the two names spell where the file lies.
+    """
+    apart = held_out(name) if name.startswith("file:") else None
+    if apart is None or evaluated is None:
+        return name
+    own, other = PART.search(apart), PART.search(evaluated)
+    if own is None or other is None or own.group() != other.group() or not evaluated.startswith("file:"):
+        return name
+    there = _path(evaluated[: other.start()]).resolve()
+    return f"{name}[:{1 - KEPT_APART:.0%}]" if _path(name).resolve() == there else name
+
+
+def from_learned_part(name: str, evaluated: str | None, make: Callable[[str], Made]) -> Made:
+    """Make something of what is learned from; of a file that is too short to keep a part of it apart, of all of it.
+
+    Args:
+        name: of a text.
+        evaluated: the name of what perplexity is measured on, None for nothing.
+        make: of a name; windows, say.
+
+    Raises:
+        ParedError: the text is unknown or cannot be read.
+        TextTooShortError: all of it is too short.
+    """
+    part = learned_part(name, evaluated)
+    try:
+        return make(part)
+    except TextTooShortError:
+        if part == name:
+            raise
+    whole = make(name)
+    log.warning("text %r is too short to keep a part apart to measure on: all of it is learned from", name)
+    return whole
 
 
 def find_text(name: str, evaluation: bool = False, tokenizer: "PreTrainedTokenizerBase | None" = None) -> Text:

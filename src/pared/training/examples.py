@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from pared.errors import ParedError
 from pared.sources.instructions import PREFIX, cut_instructions
 from pared.sources.labelled_windows import find_windows
 from pared.sources.lengths import Length
-from pared.sources.texts import learned_part
+from pared.sources.texts import from_learned_part
 from pared.sources.windows import NO_LABEL, Windows, merged, require_fits
 from pared.tuning import Tuning
 
@@ -67,7 +68,10 @@ def find_rows(
         if name.startswith(PREFIX):
             windows = cut_instructions(name, tokenizer, length.tokens, wanted, tuning.template)
         else:
-            windows = find_windows(learned_part(name, evaluated), tokenizer, config, causal, length, wanted)
+            windows = from_learned_part(
+                name, evaluated, partial(find_windows, tokenizer=tokenizer, config=config, causal=causal,
+                                         length=length, samples=wanted)
+            )  # fmt: skip
             _require_labels(name, windows, config, causal)
         require_fits(config, windows)
         rows = rows_of(windows)

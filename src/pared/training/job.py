@@ -20,7 +20,7 @@ from pared.checkpoint.seal import seal
 from pared.checkpoint.self_check import reloaded, written
 from pared.engine.asked import checked_options
 from pared.engine.progress import Progress, Silent, Stopwatch, peak_memory_bytes
-from pared.errors import ParedError
+from pared.errors import ParedError, TextTooShortError
 from pared.evaluation import perplexity
 from pared.files import path_of, write_whole
 from pared.inputs import inputs_of
@@ -32,6 +32,7 @@ from pared.sources.architecture import is_causal
 from pared.sources.evaluated import evaluation_windows
 from pared.sources.models import find_model
 from pared.sources.overlap import overlap
+from pared.sources.texts import learned_part
 from pared.sources.trust import trusting
 from pared.sources.windows import Windows
 from pared.staging import require_free, require_space, staged
@@ -128,7 +129,7 @@ class _Job:
             asked = self.asked_evaluation() if self.causal else None
             evaluated = None if asked is None else asked.text
             examples = find_rows(tuning, self.tokenizer, self.config, self.causal, evaluated)
-            windows = self.evaluation_windows()
+            windows = self.evaluation_windows(examples)
         stages = self.method.stages(self.options)
         with Workshop.beside(self.out, self.settings(examples), self.processes) as workshop:
             if workshop.resumed:
@@ -221,12 +222,25 @@ class _Job:
         share = stage.share / sum(one.share for one in stages)
         return max(1, math.ceil(tuning.tokens * share / (rows * examples.tokens_per_row)))
 
-    def evaluation_windows(self) -> Windows | None:
-        """Return what perplexity is measured on, None for nothing."""
-        asked = self.asked_evaluation()
-        if asked is None or not self.causal:
+    def evaluation_windows(self, examples: Examples) -> Windows | None:
+        """Return what perplexity is measured on, None for nothing: a part too short to be kept apart is not."""
+        asked, chosen = self.asked_evaluation(), self.tuning.evaluation
+        if asked is None or chosen is None or not self.causal:
             return None
-        return evaluation_windows(asked, self.tokenizer, self.config)
+        learned = {str(row["text"]) for row in examples.described}
+        why = ""
+        if all(name not in learned or learned_part(name, asked.text) == name for name in self.tuning.data):
+            try:
+                return evaluation_windows(asked, self.tokenizer, self.config)
+            except TextTooShortError as error:
+                if chosen.text != "auto" or "length" in chosen.model_fields_set:
+                    raise
+                why = str(error)
+        elif chosen.text != "auto":
+            return evaluation_windows(asked, self.tokenizer, self.config)
+        why = why or f"all of {asked.text!r} is trained on"
+        self.progress.note(f"no perplexity: {why}; name a text to measure it on (--eval TEXT)")
+        return None
 
     def asked_evaluation(self) -> Evaluation | None:
         """Return what to measure on, the parent's where it is left to us."""
