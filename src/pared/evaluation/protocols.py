@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pared.errors import ParedError
 from pared.names import require_known
-from pared.sources.texts import BLANK_LINES, Text
+from pared.sources.cutting import BLANK_LINES
+from pared.sources.texts import Text
 
 if TYPE_CHECKING:  # which protocols there are is told without them
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
