@@ -17,10 +17,11 @@ from typing import Any
 from pared.digests import file_digest, sha256_of
 from pared.errors import ParedError
 from pared.files import write_whole
-from pared.guarded import read_json
+from pared.guarded import MOST_BYTES, read_bytes, read_json
 
 MANIFEST, SUMS = "pared.json", "SHA256SUMS"
 SHA256 = re.compile(r"[0-9a-f]{64}")
+SUM = re.compile(r"(?P<sum>[0-9a-f]{64}) [ *](?P<name>.+)")  # as sha256sum writes it, in text or binary mode
 # What pared and transformers called their files before folders told which files are theirs.
 USUAL = re.compile(
     r"README\.md|modeling_pared\.py|(generation_)?config\.json|model(-\d{5}-of-\d{5})?\.safetensors"
@@ -33,10 +34,12 @@ USUAL = re.compile(
 def hashes_of(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of every file under a folder by its name there, read now, without the lists themselves.
 
+    Links are followed: the folders of a download cache or of a version control for data hold little else.
+
     Raises:
         OSError: a file cannot be read.
     """
-    names = sorted(name for name, kind in _entries(folder) if kind == "file" and name not in (MANIFEST, SUMS))
+    names = sorted(name for name in _files(folder) if name not in (MANIFEST, SUMS))
     with ThreadPoolExecutor() as pool:
         return dict(zip(names, pool.map(lambda name: sha256_of(folder / name), names), strict=True))
 
@@ -47,17 +50,26 @@ def write_sums(folder: Path) -> None:
 
 
 def recorded(folder: Path) -> dict[str, str] | None:
-    """Return the files that a folder says pared wrote, by name, with their SHA-256; None where it does not say."""
-    try:
-        if (folder / MANIFEST).is_file():
-            told: Any = read_json(folder / MANIFEST, "manifest").get("files")
-        else:
-            lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
-            told = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
-    except (ParedError, OSError, ValueError, AttributeError):
+    """Return the files that a folder says pared wrote, by name, with their SHA-256; None where it does not say.
+
+    Raises:
+        ParedError: the list is damaged.
+    """
+    path = folder / _list_of(folder)
+    if not os.path.lexists(path):
         return None
-    whole = isinstance(told, dict) and all(isinstance(one, str) and SHA256.fullmatch(one) for one in told.values())
-    return told if told and whole else None
+    if path.name == MANIFEST:
+        fields = read_json(path, "manifest")
+        told: Any = fields.get("files", {}) if isinstance(fields, dict) else None
+    else:
+        content = read_bytes(path, "list of files", MOST_BYTES).decode("utf-8", "surrogateescape")
+        lines = [SUM.fullmatch(line) for line in content.split("\n")[: -1 if content.endswith("\n") else None]]
+        told = {line["name"]: line["sum"] for line in lines if line} if all(lines) else None
+    if not isinstance(told, dict) or not all(isinstance(one, str) and SHA256.fullmatch(one) for one in told.values()):
+        raise ParedError(
+            f"{path} is damaged: it does not list files with their SHA-256; fetch or make the folder again"
+        )
+    return told or None
 
 
 def foreign(folder: Path, thorough: bool = True) -> str | None:
@@ -67,12 +79,16 @@ def foreign(folder: Path, thorough: bool = True) -> str | None:
         folder: that is there.
         thorough: whether to look into files too, not only at their names.
     """
-    known, old = recorded(folder), False
-    if known is None:
-        old = (folder / MANIFEST).is_file()
-        if not old:
-            return f"no list of files that pared wrote ({MANIFEST} or {SUMS})"
-        known = {}
+    try:
+        known = recorded(folder)
+        old = known is None and _is_of_before_lists(folder / MANIFEST)
+        if thorough and known is not None and (folder / MANIFEST).is_file():
+            require_own_sum(folder / MANIFEST)
+    except ParedError:
+        return f"{_list_of(folder)} (damaged, or changed since pared wrote it)"
+    if known is None and not old:
+        return f"no list of files that pared wrote ({MANIFEST} or {SUMS})"
+    known = known or {}
     folders = {parent.as_posix() for name in known for parent in Path(name).parents}
     for name, kind in _entries(folder):
         if name in (MANIFEST, SUMS) and kind == "file":
@@ -85,6 +101,23 @@ def foreign(folder: Path, thorough: bool = True) -> str | None:
         if thorough and name in known and file_digest(folder / name) != known[name]:
             return f"{name} (changed since pared wrote it)"
     return None
+
+
+def _list_of(folder: Path) -> str:
+    """Return what lists the files of a folder, or would."""
+    return MANIFEST if os.path.lexists(folder / MANIFEST) else SUMS
+
+
+def _is_of_before_lists(manifest: Path) -> bool:
+    """Whether a manifest is whole, and of before there were lists and checksums.
+
+    Raises:
+        ParedError: it is damaged.
+    """
+    if not os.path.lexists(manifest):
+        return False
+    fields = read_json(manifest, "manifest")
+    return isinstance(fields, dict) and "format_version" in fields and not fields.keys() & {"files", "checksum"}
 
 
 def checksum(fields: Mapping[str, Any]) -> str:
@@ -104,8 +137,8 @@ def require_own_sum(manifest: Path) -> None:
         return
     if fields.get("checksum") != checksum(fields):
         raise ParedError(
-            f"{manifest} is not what was written: its checksum is another; fetch or make the folder again, or, if the "
-            f"change is yours and meant, take it over with: pared verify {manifest.parent} --record"
+            f"{manifest} is not what was written: its checksum does not match; fetch or make the folder again, or, if "
+            f"the change is yours and meant, take it over with: pared verify {manifest.parent} --record"
         )
 
 
@@ -115,14 +148,17 @@ def require_whole(folder: Path, files: Mapping[str, str]) -> None:
     Raises:
         ParedError: one is missing, unreadable or not what was written; names it.
     """
+    listed = _list_of(folder)
+    take_over = f"take it over with: pared verify {folder} --record" if listed == MANIFEST else (
+        f"remove {SUMS}, or list the file there anew, as sha256sum does")  # fmt: skip
 
     def found(name: str) -> str:
         path = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ParedError(f"{folder / MANIFEST}: {name!r} is listed and does not lie in the folder; it is damaged")
+            raise ParedError(f"{folder / listed}: {name!r} is listed and does not lie in the folder; it is damaged")
         try:
             if not path.is_file():
-                raise ParedError(f"{path} is missing, and {MANIFEST} lists it; fetch or make the folder again")
+                raise ParedError(f"{path} is missing, and {listed} lists it; fetch or make the folder again")
             return sha256_of(path)
         except OSError as error:
             raise ParedError(
@@ -135,9 +171,22 @@ def require_whole(folder: Path, files: Mapping[str, str]) -> None:
             if digest != files[name]:
                 raise ParedError(
                     f"{folder / name} is not what was written: its SHA-256 begins with {digest[:12]}, that in "
-                    f"{MANIFEST} with {files[name][:12]}; fetch or make the folder again, or, if the change "
-                    f"is yours and meant, take it over with: pared verify {folder} --record"
+                    f"{listed} with {files[name][:12]}; fetch or make the folder again, or, if the change "
+                    f"is yours and meant, {take_over}"
                 )
+
+
+def _files(folder: Path, prefix: str = "", above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
+    """Yield the name of every file under a folder; links are followed, but not in a circle."""
+    found = folder.stat()
+    if (found.st_dev, found.st_ino) in above:
+        return
+    above |= {(found.st_dev, found.st_ino)}
+    for name in sorted(os.listdir(folder)):
+        if os.path.isdir(folder / name):
+            yield from _files(folder / name, f"{prefix}{name}/", above)
+        elif os.path.isfile(folder / name):
+            yield prefix + name
 
 
 def _entries(folder: Path, prefix: str = "") -> Iterator[tuple[str, str]]:

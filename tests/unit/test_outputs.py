@@ -1,8 +1,10 @@
 """Nothing of a user's is lost, and nothing private is published: what an output may be, and what is told in it."""
 
 import errno
+import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -222,6 +224,38 @@ def test_a_plain_model_of_somebody_else_is_not_replaced(place: Path) -> None:
         require_free(place / "llama", overwrite=True)
 
 
+def cut_short(content: str) -> str:
+    return content[: len(content) // 2]
+
+
+def emptied(_: str) -> str:
+    return ""
+
+
+def without_its_digests(content: str) -> str:
+    return re.sub(r"[0-9a-f]{64}", "gone", content)
+
+
+@pytest.mark.parametrize("damage", [cut_short, emptied, without_its_digests, lambda _: "{}", lambda _: "[]"])
+@pytest.mark.parametrize(("kind", "name"), [("made", "pared.json"), ("plain", "SHA256SUMS")])
+def test_a_folder_whose_list_is_damaged_is_not_replaced(
+    request: pytest.FixtureRequest, kind: str, name: str, damage: Callable[[str], str]
+) -> None:
+    """Regression: behind a truncated manifest a retrained model and an edited card were taken for pared's own."""
+    folder: Path = request.getfixturevalue(kind)
+    (folder / name).write_text(damage((folder / name).read_text()))
+    with pytest.raises(ParedError, match=rf"is not replaced.*({name} \(damaged|no list of files)"):
+        require_free(folder, overwrite=True)
+
+
+def test_a_folder_whose_manifest_was_edited_is_not_replaced(made: Path) -> None:
+    told = json.loads((made / "pared.json").read_text())
+    told["model"]["name"] = "mine"
+    (made / "pared.json").write_text(json.dumps(told))
+    with pytest.raises(ParedError, match=r"pared\.json \(damaged, or changed"):
+        require_free(made, overwrite=True)
+
+
 def test_a_file_that_came_while_the_new_folder_was_written_is_kept(made: Path) -> None:
     with pytest.raises(ParedError, match=r"notes\.txt"), staged(made, overwrite=True):
         more_file(made)
@@ -271,6 +305,35 @@ def test_a_bit_in_any_file_does_not_verify(made: Path) -> None:
             pared.verify(made)
         (made / name).write_bytes(whole)
     assert pared.verify(made) <= 1e-6
+
+
+def linked(folder: Path) -> Path:
+    """Make a folder one of a download cache: every file is a link to one elsewhere."""
+    blobs = folder.parent / "blobs"
+    folder.rename(blobs)
+    folder.mkdir()
+    for path in blobs.iterdir():
+        (folder / path.name).symlink_to(Path("..") / "blobs" / path.name)
+    return folder
+
+
+def test_a_folder_of_links_that_is_recorded_is_still_checked(made: Path) -> None:
+    """Regression: pared verify --record left out every file that is a link, and the weights were not checked."""
+    before = recorded(made)
+    folder = linked(made)
+    (folder / "more").symlink_to(folder.parent / "elsewhere")
+    (folder.parent / "elsewhere").mkdir()
+    (folder.parent / "elsewhere" / "tokens.txt").write_text("w3")
+    (folder.parent / "elsewhere" / "circle").symlink_to(folder.parent / "elsewhere")
+    (folder / "nowhere").symlink_to(folder / "missing")
+    assert recorded(folder) == before
+    assert record(folder).files == {**(before or {}), "more/tokens.txt": hashlib.sha256(b"w3").hexdigest()}
+    assert pared.verify(folder) <= 1e-6
+    in_embeddings(folder.parent / "blobs", 7.0)
+    with pytest.raises(ParedError, match=r"model\.safetensors is not what was written"):
+        pared.verify(folder)
+    with pytest.raises(ParedError, match=r"README\.md|a link that pared did not write"):
+        require_free(folder, overwrite=True)
 
 
 def test_a_missing_file_does_not_verify(made: Path) -> None:
@@ -351,6 +414,26 @@ def test_a_model_of_the_hub_is_checked_too(made: Path, tmp_path: Path, monkeypat
         pared.load("someone/llama", check=True)
     with pytest.raises(ParedError, match="model 'someone/else': cannot be fetched"):
         pared.load("someone/else", check=True)
+
+
+def test_what_is_told_of_a_plain_folder_names_its_own_list(plain: Path) -> None:
+    """Regression: a plain folder was told of a pared.json that it has not, and to be taken over by its manifest."""
+    (plain / "config.json").write_text((plain / "config.json").read_text() + " ")
+    with pytest.raises(ParedError, match=r"that in SHA256SUMS with .*remove SHA256SUMS") as error:
+        pared.load(plain, check=True)
+    assert "pared.json" not in str(error.value)
+    assert "--record" not in str(error.value)
+    (plain / "config.json").unlink()
+    with pytest.raises(ParedError):
+        pared.load(plain, check=True)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"not a list\n", b"\xff\xfe", b"0123  config.json\n"])
+def test_a_list_that_is_damaged_is_not_taken_for_none(plain: Path, content: bytes) -> None:
+    """Regression: load(check=True) passed where SHA256SUMS was damaged."""
+    (plain / "SHA256SUMS").write_bytes(content)
+    with pytest.raises(ParedError, match="SHA256SUMS"):
+        pared.load(plain, check=True)
 
 
 def test_a_folder_without_a_list_loads_and_verifies_with_a_note(made: Path, caplog: pytest.LogCaptureFixture) -> None:
