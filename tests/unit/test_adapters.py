@@ -1,6 +1,10 @@
 """LoRA on compressed models by the usual names of the layers."""
 
 import copy
+import importlib
+import pickle
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +22,8 @@ from pared.checkpoint import mark, module_map
 from pared.checkpoint.portable import _describe_anew
 from pared.install import install_group
 from pared.lowrank import Factors
-from pared.modules import LowRankLinear, replace_module
+from pared.modules import BasisHolder, LowRankLinear, replace_module
+from pared.modules.adapters import adapter_class
 
 TOKENS = torch.randint(0, VOCAB, (2, 16), generator=torch.Generator().manual_seed(1))
 KINDS: dict[str, dict[str, Any]] = {
@@ -168,6 +173,67 @@ def test_unmerging_gives_the_very_factors_back(folders: Callable[[str], Path]) -
     with_adapter.unmerge_adapter()
     with with_adapter.disable_adapter():
         assert torch.equal(logits(with_adapter), dense)
+
+
+@pytest.mark.parametrize("kind", ["factors", "pivoted", "shared", "bias factors"])
+@pytest.mark.filterwarnings("ignore:an adapter is merged")
+def test_a_model_cast_between_merging_and_unmerging_could_not_run(kind: str, folders: Callable[[str], Path]) -> None:
+    """Regression: what was kept for unmerging stayed in the old dtype."""
+    with_adapter = adapted(loaded(folders(kind)))
+    expected = logits(with_adapter.to(torch.bfloat16))
+    with_adapter.to(torch.float32).merge_adapter()
+    with_adapter.to(torch.bfloat16)
+    with_adapter.unmerge_adapter()
+    assert {parameter.dtype for parameter in with_adapter.parameters()} == {torch.bfloat16}
+    assert torch.equal(logits(with_adapter), expected)
+
+
+def test_a_configuration_of_an_adapter_could_not_be_unpickled() -> None:
+    """Regression: it held a class that another process found under no name, whatever model it was for."""
+    content = pickle.dumps(LoraConfig(r=3, target_modules=["q_proj"]))
+    assert b"peft.tuners.lora.config" in content
+    assert b"pared" not in content
+
+
+UNPICKLES = """
+import pickle, sys
+{imports}
+with open({path!r}, "rb") as file:
+    found = pickle.load(file)
+print(type(found).__name__)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["configuration", "model"])
+def test_what_has_adapters_is_unpickled_in_another_process(
+    what: str, folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    alone = what == "configuration"
+    found: Any = LoraConfig(r=3, target_modules=["q_proj"]) if alone else adapted(loaded(folders("factors")))
+    (tmp_path / "found").write_bytes(pickle.dumps(found))
+    without = "sys.modules['pared'] = None  # a machine without it" if alone else ""
+    code = UNPICKLES.format(path=str(tmp_path / "found"), imports=without)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == f"{type(found).__name__}\n", done.stderr
+
+
+def test_the_class_of_an_adapter_is_found_by_its_name() -> None:
+    module = importlib.import_module(adapter_class().__module__)
+    assert getattr(module, adapter_class().__name__) is adapter_class()
+    assert pickle.loads(pickle.dumps(adapter_class())) is adapter_class()
+
+
+def test_a_configuration_that_was_copied_or_unpickled_knows_our_layers(folders: Callable[[str], Path]) -> None:
+    class Mine(torch.nn.Module):
+        pass
+
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    for one in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert logits(get_peft_model(loaded(folders("factors")), one)).isfinite().all()
+    config._register_custom_module({Mine: Mine})
+    assert config._custom_modules == {Mine: Mine, BasisHolder: adapter_class()}
+    assert LoraConfig()._custom_modules == {BasisHolder: adapter_class()}
 
 
 @pytest.mark.parametrize(

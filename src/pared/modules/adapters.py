@@ -1,10 +1,11 @@
 """LoRA on a factorised layer by the layer's usual name: ``LoraConfig(target_modules=["q_proj", "v_proj"])``.
 
-PEFT adapts classes that it knows, and others that a ``LoraConfig`` was told of. Every ``LoraConfig`` is told of ours as
-it is made, from the moment PEFT is imported; nobody has to call anything.
+PEFT adapts classes that it knows, and others that a ``LoraConfig`` was told of. Every ``LoraConfig`` knows ours, from
+the moment PEFT is imported; nobody has to call anything.
 
 An adapter of rank r beside factors of rank k is merged exactly, into factors of rank k + r: its ``A`` below ``down``,
-its scaled ``B`` beside ``up``. What the layer was is kept until then, so unmerging gives it back bit for bit.
+its scaled ``B`` beside ``up``. What the layer was is kept until then, so unmerging gives it back bit for bit, unless
+the model was cast meanwhile.
 """
 
 import functools
@@ -23,23 +24,37 @@ from pared.modules.shared import BasisHolder
 
 # Starting values of an adapter that leave the weight it stands on as it is; others (PiSSA, OLoRA, ...) change it.
 HARMLESS_STARTS = ("gaussian", "eva", "orthogonal")
+TOLD = "_custom_modules"  # what PEFT reads of a configuration
+MADE = "FactorisedLora"
 
 
 def teach_peft() -> None:
-    """Let every ``LoraConfig`` that is made from here on know factorised layers; PEFT need not be imported yet."""
+    """Let every ``LoraConfig`` know factorised layers from here on; PEFT need not be imported yet."""
     when_imported("peft.tuners.lora.config", _register)
 
 
 def _register(module: ModuleType) -> None:
-    made: Any = module.LoraConfig.__post_init__
+    """Have every ``LoraConfig`` answer that it was told of our layers, and hold nothing of them.
 
-    @functools.wraps(made)
-    def made_and_told(self: Any) -> None:
-        made(self)
-        if hasattr(self, "_register_custom_module"):
-            self._register_custom_module({BasisHolder: adapter_class()})
+    So a configuration can be pickled, and read where this package is not, and one that was read knows them too.
+    """
+    config: Any = module.LoraConfig
+    if not hasattr(config, "_register_custom_module"):
+        return
+    above = config.__dict__.get(TOLD)  # of a folder's own copy of this file
 
-    module.LoraConfig.__post_init__ = made_and_told
+    def told(self: Any) -> dict[type, type]:
+        known = above.fget(self) if above is not None else self.__dict__.get(TOLD) or {}
+        return known if BasisHolder in known else {**known, BasisHolder: adapter_class()}
+
+    def tell(self: Any, known: dict[type, type] | None) -> None:
+        self.__dict__[TOLD] = known
+
+    def tell_more(self: Any, mapping: dict[type, type]) -> None:
+        self.__dict__[TOLD] = {**(self.__dict__.get(TOLD) or {}), **mapping}
+
+    setattr(config, TOLD, property(told, tell))
+    config._register_custom_module = functools.wraps(config._register_custom_module)(tell_more)
 
 
 @torch.no_grad()
@@ -152,7 +167,8 @@ class FactorisedLoraMixin(_Above):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self.base_layer = self._before[0].requires_grad_(self.base_layer.up.weight.requires_grad)
+        now = self.base_layer.up.weight  # the model may have been moved or cast, which does not reach what is kept
+        self.base_layer = self._before[0].to(now.device, now.dtype).requires_grad_(now.requires_grad)
         self._before.clear()
         self.merged_adapters.clear()
 
@@ -170,11 +186,16 @@ class FactorisedLoraMixin(_Above):
 
 @functools.cache
 def adapter_class() -> type:
-    """Return PEFT's layer for ours; made when PEFT is there, and found by its name in this module afterwards."""
+    """Return PEFT's layer for ours, made when it is first asked for, as PEFT need not be there."""
     above = importlib.import_module("peft.tuners.lora.layer").Linear
-    made = type("FactorisedLora", (FactorisedLoraMixin, above), {"__module__": __name__})
-    globals()[made.__name__] = made
-    return made
+    return type(MADE, (FactorisedLoraMixin, above), {"__module__": __name__})
+
+
+def __getattr__(name: str) -> Any:
+    """Return PEFT's layer for ours by its name, as a process that unpickles a model asks for it."""
+    if name == MADE:
+        return adapter_class()
+    raise AttributeError(f"module {__name__} has no attribute {name}")
 
 
 def _refuse(what: str) -> None:
