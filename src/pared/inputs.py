@@ -46,24 +46,40 @@ def told_apart(paths: Iterable[Path]) -> dict[str, tuple[Path, str]]:
     return found
 
 
-def without_places(value: Any, published: Mapping[str, tuple[Path, str]]) -> Any:
+def without_places(value: Any, published: Mapping[str, tuple[Path, str]], key: str = "", above: str = "") -> Any:
     """Return plain data in which every local place is a last name: of what is listed, and of any absolute path.
+
+    What may be called like a place and is none (the key ``model``, the method ``svd``) stays: a name without a
+    separator is a place only where a model's name stands, or behind ``file:``.
 
     Args:
         value: strings, lists and mappings.
         published: as :func:`told_apart` gives it.
+        key: that the value stands under.
+        above: the key that the mapping with that key stands under.
     """
     if isinstance(value, Mapping):
-        return {without_places(key, published): without_places(one, published) for key, one in value.items()}
+        return {
+            _told(name, published, False) if isinstance(name, str) and _has_separator(name) else name:
+                without_places(one, published, str(name), key)
+            for name, one in value.items()
+        }  # fmt: skip
     if isinstance(value, (list, tuple)):
-        return [without_places(one, published) for one in value]
-    if not isinstance(value, str):
-        return value
+        return [without_places(one, published, key, above) for one in value]
+    if isinstance(value, str):
+        return _told(value, published, key in MODELS or (key == "name" and above in MODELS))
+    return value
+
+
+def _told(value: str, published: Mapping[str, tuple[Path, str]], of_model: bool) -> str:
+    """Return a string with last names for places; only one that names a model may be a place without a separator."""
     if part := PART.search(value):
-        return without_places(value[: part.start()], published) + part.group()
+        return _told(value[: part.start()], published, of_model) + part.group()
     spellings, parts = _spellings(published), value.split(":")
     for start in range(len(parts)):
         named = ":".join(parts[start:])
+        if not (_has_separator(named) or value.startswith(FILE) or (of_model and start == 0)):
+            continue
         name = spellings.get(named) or (spellings.get(_whole(Path(named))) if _has_separator(named) else None)
         if name is not None:
             return ":".join([*parts[:start], name])

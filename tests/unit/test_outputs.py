@@ -21,6 +21,7 @@ import pared
 from pared import Calibration, ParedError, Recipe
 from pared.apart import require_apart
 from pared.checkpoint import Manifest, export_dense, record
+from pared.digests import folder_digest
 from pared.inputs import found_again, inputs_of, remember, told_apart, without_places
 from pared.record import foreign, recorded
 from pared.staging import require_free, staged
@@ -518,6 +519,49 @@ def test_places_are_told_by_last_names_wherever_they_stand(tmp_path: Path, monke
     texts = {told["calibration"]["text"], told["evaluation"]["text"]}
     assert len(texts) == 2
     assert all(text.startswith("file:x") for text in texts)
+
+
+def test_what_is_only_called_like_an_input_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regression: beside a second folder `model` the key `model` was renamed too, and the job died at its end."""
+    for name in ("a/model", "model", "a/svd", "svd", "a/text", "text"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text(json.dumps(name))
+    monkeypatch.chdir(tmp_path)
+    published = told_apart([Path(name) for name in ("a/model", "model", "a/svd", "svd", "a/text", "text")])
+    second = {name: f"{name}-{folder_digest(Path(name))[:8]}" for name in ("model", "svd", "text")}
+    assert set(second.values()) < set(published)
+    told = without_places(
+        {
+            "model": {"name": "model", "origin": "model"},
+            "recipe": {"model": "svd", "method": "svd", "storage": "text", "teacher": "a/svd"},
+            "evaluation": {"text": "text", "file": "file:text", "list": ["model", "./model", f"{tmp_path}/model"]},
+            "parent": {"name": "text", "digest": "0"},
+            f"{tmp_path}/a/text": "svd:text",
+        },
+        published,
+    )
+    assert told == {
+        "model": {"name": second["model"], "origin": "model"},
+        "recipe": {"model": second["svd"], "method": "svd", "storage": "text", "teacher": "svd"},
+        "evaluation": {
+            "text": "text", "file": f"file:{second['text']}", "list": ["model", second["model"], second["model"]],
+        },
+        "parent": {"name": second["text"], "digest": "0"},
+        "text": "svd:text",
+    }  # fmt: skip
+
+
+def test_a_job_of_a_folder_named_like_a_field_ends(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(place / "llama", tmp_path / "model")
+    shutil.copytree(place / "llama", tmp_path / "other" / "model")
+    (tmp_path / "other" / "model" / "generation_config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    manifest = pared.run(Recipe(model="model", method="svd", keep=0.6, out="svd", evaluation=None)).manifest
+    two = told_apart([Path("other/model"), Path("model")])
+    fields = without_places(manifest.model_dump(mode="json"), two)
+    assert Manifest.model_validate(fields).recipe.model.startswith("model-")
 
 
 @pytest.mark.parametrize("value", ["/think", "</s>", "~", "a/b", "4:2", "http://example.org/x", ""])

@@ -261,7 +261,8 @@ def _settings(
         **asdict(look),
     }
     private = told_apart(inputs_of(recipe.model_dump()))  # the folder may be published
-    return {name: without_places(value, private) for name, value in settings.items()}
+    told: dict[str, Any] = without_places(settings, private)
+    return told
 
 
 def _references(
