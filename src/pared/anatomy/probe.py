@@ -27,7 +27,7 @@ __all__ = [
     "run_model",
 ]
 
-_DATA_FREE = "only methods that read no text (svd, magnitude, with uniform allocation) can be used"
+_DATA_FREE = "only data-free methods (svd, magnitude, with uniform allocation) can be used"
 PROBE_TOKENS = 8
 
 

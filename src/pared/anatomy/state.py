@@ -107,7 +107,7 @@ def copy_block(block: nn.Module, name: str = "") -> nn.Module:
     except (RuntimeError, TypeError) as error:
         raise ParedError(
             f"block {name or type(block).__name__} cannot be copied ({' '.join(str(error).split())[:120]}); it may "
-            "keep results of an earlier run: load the model again, or use a method that reads no text (svd, magnitude)"
+            "keep results of an earlier run: load the model again, or use a data-free method (svd, magnitude)"
         ) from error
 
 

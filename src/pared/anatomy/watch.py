@@ -132,14 +132,14 @@ class Watch:
         path = self.anatomy.blocks_path
         if not self.order:
             raise ParedError(
-                f"the blocks of {path} are not run on text, so nothing can be calibrated on it; use a method that "
-                "reads no text (svd, magnitude, with uniform allocation)"
+                f"the blocks of {path} are not run on text, so nothing can be calibrated on it; use a "
+                "data-free method (svd, magnitude, with uniform allocation)"
             )
         if self.order != sorted(self.order) or set(self.order) != set(range(blocks)):
             shown = ", ".join(map(str, self.order[:8])) + (", ..." if len(self.order) > 8 else "")
             raise ParedError(
                 f"the {blocks} blocks of {path} ran in the order [{shown}], not each one or more times in a row, from "
-                "first to last; methods that read text cannot be used, svd and magnitude with uniform allocation can"
+                "first to last; only data-free methods (svd, magnitude, with uniform allocation) can be used"
             )
 
     def without_faults(self, anatomy: Anatomy) -> Anatomy:

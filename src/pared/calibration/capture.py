@@ -176,8 +176,8 @@ def _require_same_arguments(anatomy: Anatomy, probed: list[BlockCall], stubbed: 
 
 def _other_order(anatomy: Anatomy) -> ParedError:
     return ParedError(
-        f"how often the blocks of {anatomy.blocks_path} run depends on what they compute, or on the text; only methods "
-        "that read no text (svd, magnitude, with uniform allocation) can be used"
+        f"how often the blocks of {anatomy.blocks_path} run depends on what they compute, or on the text; only "
+        "data-free methods (svd, magnitude, with uniform allocation) can be used"
     )
 
 

@@ -67,14 +67,13 @@ def walk(
 
     A block that runs several times in a pass does so here, and its statistics are over all runs together. Whatever it
     keeps between calls is put back before every one. The caller may replace or free a block as soon as it is yielded.
-    Memory: one block in the computing dtype, its
-    inputs, and its statistics.
+    Memory: one block in the computing dtype, its inputs, and its statistics.
 
     A ``sequential`` walk runs a block again after it was yielded, on the same inputs, so that the next block reads what
-    the changed block puts out: twice the forward passes, the first of which ends as soon as the last site has read,
-    and the hidden states of one more block in memory. Where
-    blocks are changed in groups, all of a group are run again behind its last one: one pass more, and the hidden states
-    of ``group`` blocks. Inside a group a block reads what those before it put out so far.
+    the changed block puts out: twice the forward passes, the first of which ends as soon as the last site has read, and
+    the hidden states of one more block in memory. Where blocks are changed in groups, all of a group are run again
+    behind its last one: one pass more, and the hidden states of ``group`` blocks. Inside a group a block reads what
+    those before it put out so far.
 
     With a ``dense`` path every site has the statistic ``cross`` too, of what it reads on both paths: one more forward
     pass, and the hidden states and one block of the dense model in memory.
