@@ -116,15 +116,16 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("loss", ["labels", "sampled"])
 @pytest.mark.parametrize("family", [*FAMILIES, *REPEATED])
 def test_statistics_are_those_of_autograd_on_the_whole_model(family: str, loss: str) -> None:
-    """The gradient Grams are sums over the runs of a block, per token."""
+    """The gradient Grams are means over all runs of a block."""
     model = (TINY_MODELS | REPEATED)[family]()
     found = collected(model, labels_of(model, loss))
-    anatomy = probe(model, find_anatomy(model))[0]
-    runs = {site.name: site.runs for site in anatomy.sites}
+    anatomy, calls = probe(model, find_anatomy(model))
+    order = [call.block for call in calls]
+    runs = {site.name: order.count(site.block) for site in anatomy.sites}
     by_example, batched, grams = autograd(model, anatomy, labels_of(model, loss))
     assert found.keys() == by_example.keys() == {site.name for site in anatomy.sites}
     for site, statistics in found.items():
-        gram = grams[site]
+        gram = grams[site] / runs[site]
         assert relative(statistics["fisher"].value, by_example[site]) < 1e-4
         assert relative(statistics["fisher:2"].value, batched[site]) < 1e-4
         assert relative(statistics["output_gradient_full"].value, gram) < 1e-4

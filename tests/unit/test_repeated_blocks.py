@@ -15,6 +15,10 @@ import pared
 from pared import ParedError
 from pared.anatomy import find_anatomy, probe
 from pared.calibration import capture, walk
+from pared.engine import pruning
+from pared.engine.compression import _Compression
+from pared.engine.passes import Passes
+from pared.engine.solver import Solver
 from pared.lowrank import Factors
 from pared.lowrank.sharing import refit
 from pared.modules import LowRankLinear
@@ -272,3 +276,61 @@ def test_a_list_that_iterates_in_a_loop_holds_every_block_once(
     assert [call.block for call in calls] == [0, 0, 1, 1]
     assert len(anatomy.sites) == 14
     assert len(compress(model, **recipe).plan.sites) == 14
+
+
+@pytest.fixture
+def felt(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What a compression collects of gradients, which tests of the backward pass compare with autograd's."""
+    found: dict[str, Any] = {}
+    feel = Passes.feel
+
+    def spy(self: Passes, *args: Any, **options: Any) -> Any:
+        seen = feel(self, *args, **options)
+        found.update(seen)
+        return seen
+
+    monkeypatch.setattr(Passes, "feel", spy)
+    return found
+
+
+def test_a_block_that_runs_several_times_costs_the_sum_over_its_runs_once(
+    windows: Windows, compress: Callable[..., Any], felt: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both factors of the cost were sums over the runs, so that it was too high by the number of runs."""
+    model = Looped((0, 0, 0, 1)).eval()
+    x, dense = reads(model, windows), weights(model)
+    spectra: dict[str, torch.Tensor] = {}
+    decide = _Compression.decide
+
+    def spy(self: _Compression, solver: Solver, *args: Any) -> Any:
+        spectra.update(solver.spectra)
+        return decide(self, solver, *args)
+
+    monkeypatch.setattr(_Compression, "decide", spy)
+    compress(model, method="loss-optimal", options={"output_weighting": "diagonal"}, statistics="once")
+    for name, W_ON in dense.items():
+        runs = len(x[name]) // windows.tokens.numel()
+        mean_A, sum_B = x[name].T @ x[name] / len(x[name]), felt[name]["output_gradient_diagonal"].value * runs
+        cost = 0.5 * float((sum_B[:, None] * W_ON * (W_ON @ mean_A)).sum())
+        assert float(spectra[name].square().sum()) / 2 == pytest.approx(cost, rel=2e-3)  # damped by 1e-4 on both sides
+
+
+def test_the_loss_of_zeros_in_a_block_that_runs_several_times_is_summed_over_its_runs_once(
+    windows: Windows, compress: Callable[..., Any], felt: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Looped((0, 0, 0, 1)).eval()
+    x, dense = reads(model, windows), weights(model)
+    found: dict[str, torch.Tensor] = {}
+    losses = pruning._Pruning.losses
+
+    def spy(self: Any, name: str, seen: Any) -> torch.Tensor:
+        found[name] = losses(self, name, seen)
+        return found[name]
+
+    monkeypatch.setattr(pruning._Pruning, "losses", spy)
+    monkeypatch.setattr(pruning, "share_felt", lambda _: 1.0)
+    compress(model, method="magnitude", sparsity=0.5, allocation="loss")
+    for name, W_ON in dense.items():
+        sum_B = felt[name]["output_gradient_diagonal"].value * (len(x[name]) // windows.tokens.numel())
+        expected = 0.5 * W_ON.square() * x[name].square().mean(dim=0) * sum_B[:, None]
+        torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=0)

@@ -38,7 +38,6 @@ class Site:
         owner: the class of the module it lies in, an attention or an expert.
         position: which of that module's sites it is: in the order they run, before the probe pass that of the model.
         transposed: its weight is stored ``(in, out)``, as GPT-2's.
-        runs: how many times its block runs in a pass.
     """
 
     name: str
@@ -52,7 +51,6 @@ class Site:
     owner: str = ""
     position: int = 0
     transposed: bool = False
-    runs: int = 1
 
     @property
     def parent(self) -> str:

@@ -169,6 +169,6 @@ class Watch:
             seen, times = tuple(self._reads.get(site.name, ())), max(runs[site.block], 1)
             # One that runs again inside its block shares with nobody: a Gram must see every read once.
             leader = first.setdefault(seen, site.name) if len(seen) == times else site.name
-            found[site.name] = replace(site, reads=leader, idle=not seen, runs=times, position=positions[site.parent])
+            found[site.name] = replace(site, reads=leader, idle=not seen, position=positions[site.parent])
             positions[site.parent] += 1
         return anatomy.with_layers(found[layer.name] for layer in anatomy.layers)

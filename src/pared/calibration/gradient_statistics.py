@@ -46,18 +46,18 @@ class OutputGradient:
 
     With labels sampled from the model's own predictions it is the ``B`` of ``E[ΔL] ≈ ½ tr(B D A Dᵀ)`` for a change
     ``D`` of the weight, ``A = E[xᵀx]`` (Martens and Grosse, 2015). A layer that runs several times in a pass costs the
-    sum over its runs: ``A`` is then the mean over all of them and ``B`` the sum.
+    sum over its runs: both are means over all of them here, and :func:`~pared.calibration.statistics.per_token` weighs
+    ``A`` by how often the layer runs for a token of the text, as it does where only some tokens reach a layer.
 
     Attributes:
         form: ``full`` is ``(O, O)``; ``diagonal`` its diagonal ``(O,)``; ``scalar`` the mean of that, 0-d.
-        runs: how many times the layer runs in a pass.
         by_example: False.
     """
 
     by_example = False
 
-    def __init__(self, features: int, device: torch.device, form: Form, runs: int = 1) -> None:
-        self.form, self.runs = form, runs
+    def __init__(self, features: int, device: torch.device, form: Form) -> None:
+        self.form = form
         self._sum: Statistic = Gram(features, device) if form == "full" else Energy(features, device)
 
     @property
@@ -68,7 +68,7 @@ class OutputGradient:
     @property
     def value(self) -> torch.Tensor:
         """The Gram, its diagonal or the mean of that, per token; float64; zero before the first token."""
-        per_token = self._sum.value * (self.runs / max(self.tokens, 1))
+        per_token = self._sum.value / max(self.tokens, 1)
         return per_token.mean() if self.form == "scalar" else per_token
 
     def update(self, x_BTN: torch.Tensor, g_BTO: torch.Tensor) -> None:  # noqa: ARG002 - the protocol's
@@ -231,8 +231,6 @@ def gradient_accumulators(
 
     def make(site: Site, name: str) -> GradientStatistic:
         made = _maker(name)(site.out_features, site.in_features, device)
-        if isinstance(made, OutputGradient):
-            made.runs = site.runs
         return shared.setdefault((site.reads, name), made) if isinstance(made, OfInput) else made
 
     return {site.name: {name: make(site, name) for name in names} for site in anatomy.sites if not site.idle}

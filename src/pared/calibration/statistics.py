@@ -238,8 +238,8 @@ SUMMED = frozenset({"gram", "energy", "output_gram", "fisher"})  # statistics wh
 def per_token(name: str, collected: Collected, tokens: int = 0) -> torch.Tensor:
     """Return a statistic per token of the text, so that what is made of it does not depend on how much text there was.
 
-    A sum is divided by the tokens. A site that only a part of them reaches (an expert) counts for that part: its mean
-    Gram is weighed by it, as what its outputs cost the loss is.
+    A sum is divided by the tokens. A site that only a part of them reaches (an expert) counts for that part, and one
+    whose block runs several times for that many: its mean Gram is weighed by it, as what its outputs cost the loss is.
 
     Args:
         name: of the statistic.
