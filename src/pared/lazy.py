@@ -5,6 +5,7 @@ methods, a misspelt option) must not wait for them.
 """
 
 import importlib
+import importlib.util
 import pkgutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -21,10 +22,17 @@ class _LazyPackage(ModuleType):
     def __getattr__(self, name: str) -> Any:
         home = self.__dict__.get("_homes", {}).get(name)
         if home is None:
-            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+            return self._submodule(name)
         value = getattr(importlib.import_module(home), name)
         self.__dict__[name] = value
         return value
+
+    def _submodule(self, name: str) -> ModuleType:
+        """Import a part of the package: there without an import of its own, as in a package that imports everything."""
+        full = f"{self.__name__}.{name}"
+        if name.startswith("_") or not name.isidentifier() or importlib.util.find_spec(full) is None:
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        return importlib.import_module(full)
 
     def __setattr__(self, name: str, value: object) -> None:
         # The import system binds each submodule to its package. Where a submodule is called as what it exports

@@ -53,7 +53,17 @@ def test_a_lazy_package_has_what_type_checkers_are_told(path: Path) -> None:
         assert getattr(package, name) is getattr(importlib.import_module(str(home)), name)
 
 
+def test_a_part_of_the_package_was_not_there_until_something_had_imported_it() -> None:
+    """Regression: ``import pared; pared.training`` was an AttributeError until the first ``pared.load``."""
+    code = "import sys, pared; print(pared.plan.__name__, pared.report.table.__name__, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "pared.plan pared.report.table False\n", done.stderr
+
+
 def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
+    for package, name in ((pared, "compres"), (pared, "cli.main"), (pared.report, "figure")):
+        with pytest.raises(AttributeError, match=f"has no attribute '{name}'"):
+            getattr(package, name)
     with pytest.raises(AttributeError, match="has no attribute 'compres'"):
         pared.compres  # noqa: B018
     assert not hasattr(pared, "__wrapped__")
