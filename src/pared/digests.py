@@ -16,7 +16,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pared.files import cache_folder, path_of, write_whole
+from pared.errors import ParedError
+from pared.files import cache_folder, files_under, path_of, write_whole
+from pared.guarded import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,8 +34,9 @@ READ = frozenset(
 )
 # What they never read, though it is called alike: what a trainer keeps to go on, and what pared tells of a folder.
 NEVER_READ = re.compile(
-    r"pared\.json|went\.json|README.*|LICENSE.*|requirements.*\.txt|trainer_state\.json|training_args\.bin|optimizer.*"
-    r"|scheduler.*|scaler\.pt|rng_state.*|all_results\.json|(train|eval|test|predict)_results\.json"
+    r"pared\.json|went\.json|(README|LICENSE)(\.(md|txt|rst|json))?|requirements.*\.txt|trainer_state\.json"
+    r"|training_args\.bin|(optimizer|scheduler).*\.(pt|bin)|scaler\.pt|rng_state.*\.pth"
+    r"|(all|train|eval|test|predict)_results\.json"
 )
 
 
@@ -75,19 +78,23 @@ def folder_digest(folder: Path) -> str:
     """Return what tells a model folder from every other: the names and bytes of all files that loading it may read.
 
     Weights of every format, adapters, configurations, tokenizer and code count; where the folder lies, notes, and what
-    a trainer keeps do not. The base model that an adapter names counts if it is a folder.
+    a trainer keeps do not. The base model that an adapter names counts if it is a folder with a model.
 
     Raises:
         OSError: a file cannot be read.
     """
+    digest = _files_digest(folder)
+    if (base := _adapted(folder)) is not None:
+        digest.update(f"base model\0{_files_digest(base).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _files_digest(folder: Path) -> "hashlib._Hash":
     digest, files = hashlib.sha256(), dict(sorted(_read_files(folder)))
     with ThreadPoolExecutor() as pool:  # hashlib and the disk work outside of Python's lock
         for name, found in zip(files, pool.map(file_digest, files.values()), strict=True):
-            digest.update(f"{name}\0{found}\n".encode())
-    base = _adapted(folder)
-    if base is not None and base.resolve() != folder.resolve():
-        digest.update(f"base model\0{folder_digest(base)}\n".encode())
-    return digest.hexdigest()
+            digest.update(f"{name}\0{found}\n".encode("utf-8", "surrogateescape"))
+    return digest
 
 
 def model_digest(model: "PreTrainedModel") -> str:
@@ -106,24 +113,29 @@ def model_digest(model: "PreTrainedModel") -> str:
 
 def _read_files(folder: Path) -> Iterator[tuple[str, Path]]:
     """Yield the name under a folder and the path of every file that counts; a folder inside with a model does not."""
-    for path in folder.iterdir():
-        if path.name.startswith(".") or path.name == "__pycache__":
+
+    def is_part(inner: Path) -> bool:
+        return not inner.name.startswith(".") and inner.name != "__pycache__" and not _is_model(inner)
+
+    for name in files_under(folder, is_part):
+        path = folder / name
+        if path.name.startswith(".") or NEVER_READ.fullmatch(path.name):
             continue
-        if path.is_dir():
-            if not path.is_symlink() and not (path / "config.json").exists():
-                yield from ((f"{path.name}/{name}", inner) for name, inner in _read_files(path))
-        elif path.is_file() and path.suffix.lower() in READ and not NEVER_READ.fullmatch(path.name):
-            yield path.name, path
+        if path.suffix.lower() in READ:
+            yield name, path
 
 
 def _adapted(folder: Path) -> Path | None:
-    """Return the folder of the model that an adapter in a folder is for."""
+    """Return the folder of the model that an adapter in a folder is for, which is no adapter itself."""
     try:
-        named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-        base = path_of(named)
-        return base if base.is_dir() else None
-    except (OSError, ValueError, KeyError, TypeError):
+        base = path_of(read_json(folder / "adapter_config.json", "adapter", unique=False)["base_model_name_or_path"])
+    except (ParedError, KeyError, TypeError):
         return None
+    return base if _is_model(base) and base.resolve() != folder.resolve() else None
+
+
+def _is_model(folder: Path) -> bool:
+    return os.path.isfile(folder / "config.json")
 
 
 def _key(stat: os.stat_result) -> list[int]:

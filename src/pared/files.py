@@ -8,6 +8,7 @@ import re
 import sys
 import tempfile
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import platformdirs
@@ -57,6 +58,33 @@ def write_whole(path: Path, content: str | bytes) -> None:
         with contextlib.suppress(OSError):
             os.unlink(name)
         raise
+
+
+def files_under(folder: Path, enters: Callable[[Path], bool] = lambda _: True) -> Iterator[str]:
+    """Yield the name of every file under a folder, in order; links are followed, every folder is entered once.
+
+    Args:
+        folder: that is there.
+        enters: whether to look into a folder inside, by its path.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    seen: set[tuple[int, int]] = set()
+
+    def below(place: Path, prefix: str) -> Iterator[str]:
+        found = place.stat()
+        if (found.st_dev, found.st_ino) in seen:
+            return
+        seen.add((found.st_dev, found.st_ino))
+        for name in sorted(os.listdir(place)):
+            if os.path.isdir(place / name):
+                if enters(place / name):
+                    yield from below(place / name, f"{prefix}{name}/")
+            elif os.path.isfile(place / name):
+                yield prefix + name
+
+    return below(folder, "")
 
 
 def new_mode(folder: bool = False) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 
 from pared.digests import file_digest, sha256_of
 from pared.errors import ParedError
-from pared.files import write_whole
+from pared.files import files_under, write_whole
 from pared.guarded import MOST_BYTES, read_bytes, read_json
 
 MANIFEST, SUMS = "pared.json", "SHA256SUMS"
@@ -39,7 +39,7 @@ def hashes_of(folder: Path) -> dict[str, str]:
     Raises:
         OSError: a file cannot be read.
     """
-    names = sorted(name for name in _files(folder) if name not in (MANIFEST, SUMS))
+    names = sorted(name for name in files_under(folder) if name not in (MANIFEST, SUMS))
     with ThreadPoolExecutor() as pool:
         return dict(zip(names, pool.map(lambda name: sha256_of(folder / name), names), strict=True))
 
@@ -174,19 +174,6 @@ def require_whole(folder: Path, files: Mapping[str, str]) -> None:
                     f"{listed} with {files[name][:12]}; fetch or make the folder again, or, if the change "
                     f"is yours and meant, {take_over}"
                 )
-
-
-def _files(folder: Path, prefix: str = "", above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
-    """Yield the name of every file under a folder; links are followed, but not in a circle."""
-    found = folder.stat()
-    if (found.st_dev, found.st_ino) in above:
-        return
-    above |= {(found.st_dev, found.st_ino)}
-    for name in sorted(os.listdir(folder)):
-        if os.path.isdir(folder / name):
-            yield from _files(folder / name, f"{prefix}{name}/", above)
-        elif os.path.isfile(folder / name):
-            yield prefix + name
 
 
 def _entries(folder: Path, prefix: str = "") -> Iterator[tuple[str, str]]:

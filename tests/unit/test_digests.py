@@ -60,6 +60,10 @@ CHANGES: dict[str, Callable[[Path], None]] = {
     "the tokenizer": flipped("tokenizer.json"),
     "the configuration": flipped("config.json"),
     "remote code": lambda folder: (folder / "modeling_own.py").write_text("x = 1"),
+    "an optimiser that is code": lambda folder: (folder / "optimizer_utils.py").write_text("x = 1"),
+    "a scheduler that is code": lambda folder: (folder / "scheduler.py").write_text("x = 1"),
+    "a configuration of a scheduler": lambda folder: (folder / "scheduler_config.json").write_text("{}"),
+    "code called like a note": lambda folder: (folder / "README_utils.py").write_text("x = 1"),
     "code in a folder": lambda folder: ((folder / "parts").mkdir(), (folder / "parts/own.py").write_text("x"))[0],
 }
 
@@ -100,6 +104,53 @@ def test_an_adapter_counts_with_the_model_it_is_for(model: Path, tmp_path: Path)
     before = folder_digest(adapter)
     one_norm(model)
     assert folder_digest(adapter) != before
+
+
+def test_code_in_a_folder_that_is_a_link_counts(model: Path, tmp_path: Path) -> None:
+    """Regression: remote code behind a link could change unseen."""
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "own.py").write_text("x = 1")
+    (tmp_path / "parts" / "circle").symlink_to(model)
+    plain = folder_digest(model)
+    (model / "parts").symlink_to(tmp_path / "parts")
+    before = folder_digest(model)
+    (tmp_path / "parts" / "own.py").write_text("x = 2")
+    assert len({plain, before, folder_digest(model)}) == 3
+
+
+def test_adapters_that_name_each_other_have_a_digest(tmp_path: Path) -> None:
+    """Regression: RecursionError."""
+    for name, other in (("a", "b"), ("b", "a")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "adapter_config.json").write_text(
+            json.dumps({"base_model_name_or_path": f"{tmp_path}/{other}"})
+        )
+    assert folder_digest(tmp_path / "a") != folder_digest(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[" * 100_000, "", "[]", '"x"', "9" * 5000, *({"base_model_name_or_path": name} for name in (
+        "~nosuchuser/x", "x\0y", "x" * 300, "/", 3, None, [], "."))],
+    ids=lambda content: str(content)[:40],
+)  # fmt: skip
+def test_a_damaged_or_hostile_adapter_has_a_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: object
+) -> None:
+    """Regression: RecursionError of deep JSON, RuntimeError of ~nosuchuser, all of a disk hashed for a base of "/"."""
+    monkeypatch.chdir(tmp_path)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(content if isinstance(content, str) else json.dumps(content))
+    first = folder_digest(tmp_path)
+    (tmp_path / "more.py").write_text("x")
+    assert folder_digest(tmp_path) != first
+
+
+def test_a_pipe_in_place_of_an_adapters_configuration_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "adapter_config.json")
+    (tmp_path / "adapter_model.bin").write_bytes(b"x")
+    assert folder_digest(tmp_path)
 
 
 def test_a_digest_is_kept_and_followed_by_every_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
