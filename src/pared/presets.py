@@ -4,25 +4,29 @@ A preset is a file in ``pared/recipes``. What is given beside it wins, and is re
 paper's name says where it is not the paper's. Nothing here needs torch.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from typing import Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationInfo, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, ValidationInfo, model_validator
+from typing_extensions import Self
 
 from pared.errors import ParedError
+from pared.fields import flatten, lies_inside, only, plain, side_by_side, value_at, without_plain_nulls
 from pared.names import require_known
 from pared.strict import Strict, validated
 
 RECORDED = {"recorded": True}  # the context in which what was asked for once is read again, and nothing is added to it
-# Of these one is a choice: who gives one beside a preset leaves those of the preset behind.
+# Of these one is a choice: who gives one over others leaves the others behind.
 EXCLUSIVE = {"compress": ("keep", "rank_fraction", "sparsity", "pattern"), "tune": ("epochs", "tokens")}
+LENGTHS = ("length", "calibration.length", "evaluation.length")  # of a preset, give way as defaults do
 # What no protocol is about: names, places, and what changes cost but no result.
 NEUTRAL = ("preset", "version", "model", "out", "device", "calibration.batch", "report_to", "checkpoint_every",
         "gradient_checkpointing")  # fmt: skip
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # several times faster, where libyaml is
+ALL_IF_NULL = ("samples", "windows")
 DEMO = "demo"  # nobody's protocol
 EVALUATION = "evaluation"  # free too, where a preset says nothing of it
 
@@ -68,15 +72,36 @@ class FromPreset(Strict):
     COMMAND: ClassVar[Literal["compress", "tune"]]
     preset: str | None = None
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _over_preset(cls, fields: Any, info: ValidationInfo) -> Any:
+    def _over_preset(cls, fields: Any, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Self:
         if not isinstance(fields, Mapping) or not fields.get("preset") or (info.context or {}).get("recorded"):
-            return fields
-        return merged(fields, load_preset(str(fields["preset"]), cls.COMMAND))
+            return handler(fields)
+        preset = load_preset(str(fields["preset"]), cls.COMMAND)
+        made = handler(merged(fields, preset))
+        for name in LENGTHS:
+            if value_at(preset.fields, name) is not None and value_at(fields, name) is None:
+                section, _, leaf = name.rpartition(".")
+                owner = getattr(made, section) if section else made
+                if owner is not None:
+                    owner.model_fields_set.discard(leaf)  # nobody asked for it: it gives way where a model has less
+        return made
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Return a copy with other values, before which those that do not go with them give way.
+
+        Raises:
+            ParedError: an unknown key or a value out of range.
+        """
+        if not update:
+            return super().model_copy(deep=deep)
+        given = {name: getattr(self, name) for name in self.model_fields_set}
+        return validated(type(self), {**left_below(given, update, self.COMMAND), **update}, type(self).__name__)
 
     def deviations(self) -> dict[str, dict[str, Any]]:
         """Return where this leaves its preset: by dotted field what the preset has, and what is asked for here.
+
+        A section that only one of the two has is told of as a whole.
 
         Raises:
             ParedError: there is no preset of its name any more.
@@ -85,17 +110,26 @@ class FromPreset(Strict):
             return {}
         preset = load_preset(self.preset, self.COMMAND)
         asked = self.model_dump(mode="json")
-        own = validated(type(self), {"preset": preset.name, **_nested(asked, preset.requires)}, f"preset {preset.name}")
-        plain, found = dict(flatten(own.model_dump(mode="json"))), dict(flatten(asked))
+        own = validated(type(self), {"preset": preset.name, **only(asked, preset.requires)}, f"preset {preset.name}")
+        its = own.model_dump(mode="json")
         for name in set(EXCLUSIVE[self.COMMAND]) - set(preset.fields):  # a default that nobody chose is none
-            default, plain[name] = plain.get(name), None
-            found[name] = None if found.get(name) == default else found[name]
+            default, its[name] = its.get(name), None
+            asked[name] = None if asked.get(name) == default else asked[name]
         free = [*NEUTRAL, *preset.requires, *([] if EVALUATION in preset.fields else [EVALUATION])]
         return {
-            name: {"preset": plain.get(name), "given": found.get(name)}
-            for name in {**plain, **found}
-            if plain.get(name) != found.get(name) and not _inside(name, free) and not _above(name, {*plain, *found})
+            name: {"preset": before, "given": given}
+            for name, before, given in side_by_side(its, asked)
+            if before != given and not lies_inside(name, free)
         }
+
+    def as_file(self) -> dict[str, Any]:
+        """Return what a file says that asks for the same, without the output folder.
+
+        A field that is null is left out only where it is null, too, when nothing is said of it.
+        """
+        below = {} if self.preset is None else load_preset(self.preset, self.COMMAND).fields
+        default = type(self)().model_dump(mode="json")
+        return without_plain_nulls(self.model_dump(mode="json", exclude={"out"}), default, below)
 
 
 def preset_names() -> list[str]:
@@ -142,14 +176,36 @@ def merged(given: Mapping[str, Any], preset: Preset) -> dict[str, Any]:
     if given.get("method", method) != method:
         raise ParedError(f"preset {preset.name} is a protocol of method {method}, found method {given['method']!r} "
                          "beside it; leave one of them out")  # fmt: skip
-    fields = dict(preset.fields)
-    choices = EXCLUSIVE[preset.command]
-    if any(given.get(name) is not None for name in choices):
-        fields = {name: value for name, value in fields.items() if name not in choices}
+    fields = left_below(preset.fields, given, preset.command)
     for name, value in given.items():
-        below, above = fields.get(name), _plain(value)
+        below, above = fields.get(name), plain(value)
         fields[name] = {**below, **above} if isinstance(below, Mapping) and isinstance(above, Mapping) else value
     return fields
+
+
+def left_below(
+    below: Mapping[str, Any], above: Mapping[str, Any], command: Literal["compress", "tune"]
+) -> dict[str, Any]:
+    """Return the fields that stay where others are laid over them; those that do not go with the others do not.
+
+    A budget or a length replaces any other, an allocation the options of another one, and a fraction of ranks, which
+    decides every rank, any allocation. Without a validation part nothing is measured on it.
+
+    Args:
+        below: of a preset, a file, or what is copied.
+        above: given over them; null is not given.
+        command: whose fields they are.
+    """
+    gone: set[str] = set()
+    if any(above.get(name) is not None for name in EXCLUSIVE[command]):
+        gone.update(EXCLUSIVE[command])
+    if above.get("rank_fraction") is not None:
+        gone.update(("allocation", "allocation_options"))
+    if above.get("allocation") is not None and below.get("allocation") not in (None, above["allocation"]):
+        gone.add("allocation_options")
+    if command == "tune" and above.get("validation") == 0:
+        gone.update(("evaluate_every", "patience"))
+    return {name: value for name, value in below.items() if name not in gone}
 
 
 def require_user_fields(asked: FromPreset) -> None:
@@ -189,24 +245,24 @@ def summary_of(record: Mapping[str, Any]) -> str:
     deviations = record["deviations"]
     if not deviations:
         return "" if record["name"] == DEMO else f"preset {record['name']}, unchanged"
-    changed = "; ".join(f"{name} {as_text(one['given'])} (preset: {as_text(one['preset'])})"
+    changed = "; ".join(f"{name} {as_text(one['given'], name)} (preset: {as_text(one['preset'], name)})"
                         for name, one in deviations.items())  # fmt: skip
     return f"preset {record['name']}, changed: {changed}"
 
 
-def flatten(fields: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the values of nested mappings by dotted name."""
-    for name, value in fields.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{above}{name}.")
-        else:
-            yield f"{above}{name}", value
+def as_text(value: Any, name: str = "") -> str:
+    """Return a value in words.
 
-
-def as_text(value: Any) -> str:
-    """Return a value as a file would have it."""
+    Args:
+        value: of a field.
+        name: of the field; of some, no number means all there are.
+    """
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {as_text(one, name)}" for name, one in value.items()) or "none"
     if isinstance(value, (list, tuple)):
-        return ", ".join(map(str, value))
+        return ", ".join(map(str, value)) or "none"
+    if value is None and name.rpartition(".")[2] in ALL_IF_NULL:
+        return "all"
     if isinstance(value, float):
         return f"{value:g}"
     if value is None or value == "":
@@ -225,8 +281,9 @@ def to_markdown() -> str:
         parts += [f"\n## {name}\n", heading, "", "| field | preset | paper | where it says so |", "|---|---|---|---|"]
         for field, value in flatten(preset.fields):
             setting = preset.paper[field]
-            says = as_text(setting.says) if setting.says == value else f"**{as_text(setting.says)}**"
-            parts.append(f"| `{field}` | {as_text(value)} | {says} | {setting.where} |")
+            says = as_text(setting.says, field)
+            says = says if setting.says == value else f"**{says}**"
+            parts.append(f"| `{field}` | {as_text(value, field)} | {says} | {setting.where} |")
         parts += [f"| `{field}` | left to you | the task's | {what} |" for field, what in preset.requires.items()]
         parts += ["", *(f"- {line}" for line in preset.differences)]
     return "\n".join(parts) + "\n"
@@ -249,29 +306,3 @@ presets NAME` prints one. What is given beside a preset wins. Where that changes
 Below, every field of every preset stands beside what the paper or its code says, **bold** where the two are not the
 same, and under the table what no field is of. A preset says what is done, not what comes out: none of the papers'
 tables was repeated here, as their models are not at hand. `pared presets --markdown` prints this page."""
-
-
-def _plain(value: Any) -> Any:
-    return value.model_dump(exclude_unset=True) if isinstance(value, BaseModel) else value
-
-
-def _inside(name: str, wanted: list[str]) -> bool:
-    return any(name == one or name.startswith(f"{one}.") for one in wanted)
-
-
-def _above(name: str, names: set[str]) -> bool:
-    """Whether a whole section is told of already, as one of the two has none."""
-    return any(name.startswith(f"{other}.") for other in names)
-
-
-def _nested(asked: Mapping[str, Any], dotted: Mapping[str, str]) -> dict[str, Any]:
-    """Return the values of dotted names alone, nested as they were."""
-    found: dict[str, Any] = {}
-    for name in dotted:
-        value: Any = asked
-        target = found
-        *sections, leaf = name.split(".")
-        for section in sections:
-            value, target = value[section], target.setdefault(section, {})
-        target[leaf] = value[leaf]
-    return found

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from tiny_models import TINY_MODELS
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -16,12 +17,13 @@ import pared
 from pared import ParedError, Recipe
 from pared.checkpoint import Manifest
 from pared.cli.main import app
+from pared.cli.options import asked_of
 from pared.engine.asked import method_of, options_of, settled
 from pared.engine.progress import Silent
+from pared.fields import flatten
 from pared.presets import (
     DEMO,
     FromPreset,
-    flatten,
     load_preset,
     preset_names,
     read_preset,
@@ -30,6 +32,7 @@ from pared.presets import (
     summary_of,
     to_markdown,
 )
+from pared.report.card import model_card
 from pared.sources.windows import cut
 from pared.training.methods import METHODS
 from pared.tuning import Tuning
@@ -59,14 +62,6 @@ def test_a_preset_alone_deviates_in_nothing_and_every_field_is_of_the_schema(nam
     for field, value in flatten(load_preset(name).fields):
         assert dumped[field] == value, field
     assert type(asked).model_validate(asked.model_dump()) == asked
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_the_recipe_of_a_model_card_is_the_same_recipe(name: str) -> None:
-    asked = begun(name, calibration={"text": "file:x.txt", "samples": 3})
-    left_out = {"out", "keep"} if asked.rank_fraction else {"out"}  # as report/card.py has it
-    shown = asked.model_dump(mode="json", exclude=left_out, exclude_none=True)
-    assert Recipe.of(shown) == asked
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
@@ -188,9 +183,77 @@ def test_what_a_preset_leaves_to_the_user_is_asked_for(tmp_path: Path) -> None:
 def test_a_section_may_be_given_as_its_model() -> None:
     asked = Recipe(preset="basis-sharing-paper", calibration=pared.Calibration(samples=3), evaluation=None)
     assert (asked.calibration.samples, asked.calibration.seed, asked.evaluation) == (3, 2023, None)
-    assert asked.deviations() == {"calibration.samples": {"preset": 256, "given": 3}}
+    measured = {"text": "wikitext2:test", "length": 2048, "windows": None, "bos": "none"}
+    assert asked.deviations() == {
+        "calibration.samples": {"preset": 256, "given": 3},
+        "evaluation": {"preset": measured, "given": None},
+    }
+    told = "evaluation none (preset: text wikitext2:test, length 2048, windows all, bos none)"
+    assert told in summary_of(record_of(asked) or {})
     copied = asked.model_copy(update={"out": "somewhere"})
     assert (copied.calibration.seed, copied.out) == (2023, "somewhere")
+
+
+def test_no_number_of_windows_is_told_as_all() -> None:
+    asked = begun("basis-sharing-paper", calibration={"samples": None}, evaluation={"windows": 5})
+    told = summary_of(record_of(asked) or {})
+    assert "calibration.samples all (preset: 256)" in told
+    assert "evaluation.windows 5 (preset: all)" in told
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "gone"),
+    [
+        ("dsa-paper", {"allocation": "er-plus"}, {"allocation_options.program", "allocation_options.granularity"}),
+        ("asvd-paper", {"rank_fraction": 0.3}, {"allocation", "keep"}),
+        ("basis-sharing-paper", {"rank_fraction": 0.3}, {"allocation", "keep"}),
+        ("svd-llm-paper", {"rank_fraction": 0.3}, {"allocation", "keep"}),
+        ("svd-llm-lora", {"validation": 0}, {"evaluate_every", "patience"}),
+    ],
+)
+def test_what_does_not_go_with_what_is_given_leaves_the_preset_with_it(
+    name: str, given: dict[str, Any], gone: set[str]
+) -> None:
+    """Regression: options of the preset's own allocation were laid before another one, which does not have them."""
+    asked = begun(name, **given)
+    deviations = asked.deviations()
+    assert gone | set(given) <= set(deviations)
+    copied = begun(name).model_copy(update=given)
+    assert (copied, copied.deviations()) == (asked, deviations)
+    if isinstance(asked, Recipe):
+        assert settled(asked)
+        assert Recipe.of(asked.model_dump()) == asked
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "given", "expected"),
+    [
+        (Recipe, {"keep": 0.8}, {"rank_fraction": 0.33}, {"rank_fraction": 0.33}),
+        (Recipe, {"rank_fraction": 0.3}, {"keep": 0.7}, {"keep": 0.7}),
+        (Recipe, {"sparsity": 0.5, "method": "wanda"}, {"pattern": "2:4"}, {"pattern": "2:4", "method": "wanda"}),
+        (Recipe, {"preset": "asvd-paper", "keep": 0.8}, {"rank_fraction": 0.3},
+         {"preset": "asvd-paper", "rank_fraction": 0.3}),
+        (Recipe, {"allocation": "dsa", "allocation_options": {"program": "x"}}, {"allocation": "loss"},
+         {"allocation": "loss"}),
+        (Tuning, {"epochs": 3.0}, {"tokens": 1000}, {"tokens": 1000}),
+        (Tuning, {"tokens": 1000}, {"epochs": 2.0}, {"epochs": 2.0}),
+    ],
+)  # fmt: skip
+def test_a_budget_or_length_given_replaces_another_of_a_file_or_a_copy(
+    kind: Any, file: dict[str, Any], given: dict[str, Any], expected: dict[str, Any], tmp_path: Path
+) -> None:
+    """Regression: an option beside the file's other budget was refused as the second of two."""
+    path = tmp_path / "asked.yaml"
+    path.write_text(yaml.safe_dump(file), encoding="utf-8")
+    assert asked_of(kind, path, given) == kind.of(expected)
+    assert kind.of(file).model_copy(update=given) == kind.of(expected)
+
+
+def test_two_budgets_on_the_command_line_are_two(tmp_path: Path) -> None:
+    path = tmp_path / "asked.yaml"
+    path.write_text("keep: 0.8", encoding="utf-8")
+    with pytest.raises(ParedError, match="are two budgets"):
+        asked_of(Recipe, path, {"keep": 0.5, "rank_fraction": 0.3})
 
 
 def test_what_was_recorded_is_read_as_it_was_though_its_preset_is_gone() -> None:
@@ -232,6 +295,35 @@ def dense(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeniz
     return folder
 
 
+@pytest.fixture(scope="module")
+def manifest(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    place = tmp_path_factory.mktemp("card")
+    recipe = Recipe(model=str(dense), method="svd", keep=0.7, evaluation=None, out=str(place / "out"))
+    return pared.run(recipe).manifest
+
+
+CARDS: list[dict[str, Any]] = [
+    *({"preset": name, "calibration": {"text": "file:x.txt", "samples": 3}} for name in RECIPES),
+    {"preset": "basis-sharing-paper", "evaluation": None},
+    {"preset": "basis-sharing-paper", "calibration": {"samples": None}},
+    {"preset": "dsa-paper", "allocation": "er-plus"},
+    {"preset": "fwsvd-paper", "keep": 0.5},
+    {"preset": "asvd-paper", "rank_fraction": 0.3},
+    {"evaluation": None},
+    {"method": "svd", "calibration": {"samples": None}, "evaluation": {"windows": None}},
+    {"rank_fraction": 0.33},
+]
+
+
+@pytest.mark.parametrize("fields", CARDS, ids=str)
+def test_the_recipe_of_a_model_card_is_the_same_recipe(fields: dict[str, Any], manifest: Manifest) -> None:
+    """Regression: nulls were left out of the card, where the default, or the preset, is a number."""
+    asked = Recipe.of(fields)
+    card = model_card(manifest.model_copy(update={"recipe": asked}), "folder")
+    shown = yaml.safe_load(card.partition("```yaml\n")[2].partition("```")[0])
+    assert Recipe.of(shown) == asked
+
+
 def test_a_preset_and_its_deviations_are_printed_and_in_the_manifest(
     dense: Path, tmp_path: Path, text_file: Path
 ) -> None:
@@ -249,7 +341,7 @@ def test_a_preset_and_its_deviations_are_printed_and_in_the_manifest(
     assert manifest.preset is not None
     assert manifest.preset["name"] == "basis-sharing-paper"
     assert set(manifest.preset["deviations"]) == {
-        "keep", "calibration.samples", "calibration.text", "calibration.length"}  # fmt: skip
+        "keep", "calibration.samples", "calibration.text", "calibration.length", "evaluation"}  # fmt: skip
     line = "keep 0.7 (preset: 0.8)"
     for text in (made.output, (tmp_path / "small" / "README.md").read_text(encoding="utf-8")):
         assert line in text.replace("\n", " ")
@@ -285,6 +377,32 @@ def test_a_preset_and_its_deviations_are_printed_and_in_the_manifest(
     assert all(name.endswith((".q_proj.up.weight", ".v_proj.up.weight")) for name in moved)
     raw = json.loads((tmp_path / "tuned" / "pared.json").read_text(encoding="utf-8"))
     assert raw["training"][0]["tuning"]["options"]["alpha"] == 32
+
+
+def test_lengths_of_a_preset_give_way_to_what_a_model_takes_and_that_is_told(
+    dense: Path, tmp_path: Path, text_file: Path
+) -> None:
+    """Regression: a preset's length counted as asked for, and GPT-2, of 1024 positions, was refused."""
+    text = f"file:{text_file}"
+    recipe = {"preset": "basis-sharing-paper", "model": str(dense), "out": str(tmp_path / "small"),
+              "calibration": {"text": text, "samples": 1}, "evaluation": {"text": text, "windows": 1}}  # fmt: skip
+    made = pared.run(Recipe.of(recipe)).manifest
+    assert made.calibration is not None
+    assert made.preset is not None
+    length = made.calibration["length"]
+    assert length < 2048
+    assert made.preset["deviations"]["calibration.length"] == {"preset": 2048, "given": length}
+    assert made.preset["deviations"]["evaluation.length"] == {"preset": 2048, "given": length}
+    assert (made.recipe.calibration.length, made.recipe.calibration.seed) == (length, 2023)
+    with pytest.raises(ParedError, match="2048 tokens"):
+        pared.run(Recipe.of({**recipe, "out": str(tmp_path / "other"), "calibration": {"text": text, "length": 2048}}))
+
+    tuning = {"preset": "basis-sharing-lora", "model": str(tmp_path / "small"), "out": str(tmp_path / "tuned"),
+              "data": [text], "tokens": 64, "precision": "float32", "evaluation": None, "validation": 0}  # fmt: skip
+    (training,) = pared.training.tune(Tuning.of(tuning)).manifest.training
+    assert training.preset is not None
+    assert training.preset["deviations"]["length"] == {"preset": 2048, "given": length}
+    assert training.tuning.length == length
 
 
 def test_shuffled_windows_are_the_first_of_a_seeded_permutation(

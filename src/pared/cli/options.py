@@ -8,6 +8,7 @@ import typer
 
 from pared.errors import ParedError
 from pared.guarded import parse_yaml
+from pared.presets import left_below
 from pared.recipe import Recipe
 from pared.strict import read_fields
 from pared.tuning import Tuning
@@ -168,12 +169,13 @@ def asked_of(kind: type[Asked], file: Path | None, given: dict[str, Any]) -> Ask
             raise ParedError("--eval none measures nothing; --eval-length and --eval-windows have no meaning with it")
         given = {key: value for key, value in given.items() if not key.startswith("evaluation.")}
         fields["evaluation"] = None
-    for key, value in given.items():
-        if value is None or value == []:
-            continue
+    above = {key: str(value) if isinstance(value, Path) else value
+             for key, value in given.items() if value is not None and value != []}  # fmt: skip
+    fields = left_below(fields, above, kind.COMMAND)
+    for key, value in above.items():
         section, _, leaf = key.rpartition(".")
         target = fields
         if section:
             target = fields[section] = dict(fields.get(section) or {})
-        target[leaf] = str(value) if isinstance(value, Path) else value
+        target[leaf] = value
     return kind.of(fields, origin=f"{what} {file} with options" if file else "options")

@@ -105,11 +105,12 @@ def _run(recipe: Recipe, overwrite: bool, progress: Progress) -> Outcome:
             model, difference = reloaded(staging, fingerprint, source.name)
             model = model.to(recipe.device)
         after = _measure(model, tokenizer, windows, recipe, "after", watch, progress)
+        done = _with_lengths(recipe, calibration, windows)
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             model={"name": source.name, "origin": source.origin, "architecture": type(model).__name__},
-            recipe=_with_lengths(recipe, calibration, windows),
-            preset=record_of(recipe),
+            recipe=done,
+            preset=record_of(done),
             settled=settled(recipe),
             plan=compressed.plan,
             damping=compressed.damping,

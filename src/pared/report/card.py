@@ -58,7 +58,7 @@ def model_card(manifest: Manifest, folder: str) -> str:
         **_base_model(manifest),
     }
     table = "\n".join(f"| {row.what} | {row.before} | {row.after} | {row.share} |" for row in comparison(manifest))
-    shown = recipe.model_dump(mode="json", exclude={"out"}, exclude_none=True)
+    shown = recipe.as_file()
     return "\n".join(
         [
             "---",

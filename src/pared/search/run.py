@@ -220,7 +220,7 @@ def _windows(
     asked = recipe.calibration
     calibration, text = search_texts(asked.text, tokenizer)
     length = Length.given(look.length, LENGTH).within(model.config)
-    own = Length.of(asked).within(model.config) if "length" in asked.model_fields_set else length
+    own = Length.of(asked).within(model.config) if recipe.preset or "length" in asked.model_fields_set else length
     windows = cut(calibration, tokenizer, own, asked.samples, asked.sampling, asked.seed)
     full = cut(text, tokenizer, length, None)
     require_fits(model.config, windows)

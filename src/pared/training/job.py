@@ -30,6 +30,7 @@ from pared.report.card import model_card
 from pared.report.table import WORTH_SAYING
 from pared.sources.architecture import is_causal
 from pared.sources.evaluated import evaluation_windows
+from pared.sources.lengths import Length
 from pared.sources.models import find_model
 from pared.sources.overlap import overlap
 from pared.sources.texts import learned_part
@@ -297,10 +298,10 @@ class _Job:
             if windows is not None:
                 with self.watch("perplexity after"):
                     after = self.perplexity(model, windows, "after")
-            asked = self.asked_evaluation()
+            asked, done = self.asked_evaluation(), self.with_length()
             training = Training(
-                tuning=self.tuning,
-                preset=record_of(self.tuning),
+                tuning=done,
+                preset=record_of(done),
                 settled={"precision": str(self.precision).removeprefix("torch."), **self.options},
                 parent={"name": self.parent.name, "digest": self.parent.digest},
                 data=list(examples.described),
@@ -328,6 +329,11 @@ class _Job:
             self.progress.note(f"{share:.0%} of what perplexity is measured on ({windows.text!r}) was trained or "
                                "calibrated on: it tells nothing of text the model has not seen")  # fmt: skip
         return share
+
+    def with_length(self) -> Tuning:
+        """Return what is asked for with the length that a default came to on this model, for the record."""
+        length = Length.of(self.tuning).within(self.config, "rows to train on").tokens
+        return self.tuning if length == self.tuning.length else self.tuning.model_copy(update={"length": length})
 
     def settings(self, examples: Examples) -> dict[str, Any]:
         """Return everything the result depends on."""
