@@ -38,6 +38,7 @@ TextName = Annotated[str, BeforeValidator(_text_name)]  # a path is the text fil
 DEFAULT_METHOD, DEFAULT_PRUNER = "loss-optimal", "sparsegpt"
 BUDGETS = ("keep", "rank_fraction", "sparsity", "pattern")  # of which a recipe has one
 
+Bos = Literal["none", "text", "window"]
 Sampling = Literal["consecutive", "shuffled", "random-offset"]
 
 
@@ -80,7 +81,7 @@ class Evaluation(Strict):
     text: TextName = "auto"
     length: Annotated[Whole, Field(ge=2, strict=True)] = 1024
     windows: Annotated[Whole, Field(ge=1, strict=True)] | None = 20
-    bos: Literal["none", "text", "window"] = "none"
+    bos: Bos = "none"
 
 
 class Recipe(FromPreset):

@@ -47,7 +47,7 @@ def model(tokenizer: PreTrainedTokenizerFast, calibration: pared.Calibration) ->
 def prepared(model: PreTrainedModel, **options: Any) -> Any:
     tuning = Tuning.of({"model": "folder", "method": "lora", "options": options})
     settled = {**METHODS["lora"].options, **tuning.options}
-    lora.check(settled)
+    METHODS["lora"].check(settled)
     context = Context(model, settled, tuning, None, 1, None, torch.device("cpu"), torch.float32)
     return lora.stages(settled)[0].prepare(context)
 

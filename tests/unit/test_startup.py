@@ -26,6 +26,7 @@ from pared.lowrank import METHODS
 from pared.sparsity import METHODS as PRUNING_METHODS
 from pared.sparsity import sparsegpt
 from pared.training import METHODS as TRAINING_METHODS
+from pared.training.early import TRACKERS, require_trackers
 
 SOURCE = Path(pared.__file__).parent
 LAZY = sorted(path for path in SOURCE.rglob("__init__.py") if "lazy_package(" in path.read_text(encoding="utf-8"))
@@ -106,6 +107,20 @@ def test_declared_defaults_are_those_of_the_mathematics() -> None:
     assert PRUNING_METHODS["sparsegpt"].options == {"block": sparsegpt.BLOCK, "damping": sparsegpt.DAMPING}
 
 
+def test_the_trackers_are_those_of_transformers() -> None:
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    assert set(TRACKERS) == set(INTEGRATION_TO_CALLBACK)
+
+
+def test_a_tracker_that_is_not_installed_is_told_before_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TRACKERS, "wandb", ("no_such_module", "nor_such_a_module"))
+    with pytest.raises(pared.ParedError, match="tracker 'wandb': its package is not installed; pip install no_such_mo"):
+        require_trackers(["wandb"])
+    monkeypatch.setitem(TRACKERS, "wandb", ("no_such_module", "json"))
+    require_trackers(["wandb"])
+
+
 # Commands.
 
 
@@ -159,6 +174,26 @@ CASES: list[tuple[list[str], int, str]] = [
             "tune MODEL --out new --option tex=0.5": "did you mean 'text'?",
             "tune MODEL --out new --template alpca": "did you mean 'alpaca'?",
             "tune MODEL --out taken": "is there already",
+            "tune MODEL --out new --method basel --option importance=fischer": "option importance: expected one of",
+            "tune MODEL --out new --option temperature=0": "option temperature: expected more than 0, found 0",
+            "tune MODEL --out new --method full --option train=factor": "option train: expected one of factors",
+            "tune MODEL --out new --method lora --option order=both": "option order: expected one of together",
+            "tune MODEL --out new --method lora --option targets=up": "factor=up",
+            "tune MODEL --out new --data instruct:alpca": "did you mean 'alpaca'?",
+            "tune MODEL --out new --data instruct:no.jsonl": "file no.jsonl: No such file",
+            "tune MODEL --out new --data glue:colaa:train": "did you mean 'cola'?",
+            "tune MODEL --out new --data glue:cola:trian": "did you mean 'train'?",
+            "tune MODEL --out new --data glue:cola": "did you mean 'glue:cola:train'?",
+            "tune MODEL --out new --report-to wandbb": "did you mean 'wandb'?",
+            "tune --out new": "no model is named; method distill trains a folder that pared made",
+            "tune --out new --method basel": "no model is named; method basel trains a dense model",
+            "eval MODEL --perplexity embedded --bos txet": "did you mean 'text'?",
+            "eval MODEL --examples glue:colaa:dev": "did you mean 'cola'?",
+            "eval MODEL --examples file:no.jsonl": "file no.jsonl: No such file",
+            "eval MODEL --fine-tune glue:colaa": "did you mean 'cola'?",
+            "eval MODEL --fine-tune glue:cola,cola": "unknown task 'cola' for an encoder",
+            "eval MODEL --fine-tune ,": "--fine-tune names no task",
+            "eval MODEL --vqa nofile.jsonl": "file of questions nofile.jsonl: No such file",
             "bench ./no": "no such folder",
             "export ./no --out new": "no such folder",
             "convert ./no --out new": "no such folder",

@@ -1,7 +1,7 @@
 """``pared eval``: what a model, dense or compressed, is worth."""
 
-from pathlib import Path
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -11,8 +11,12 @@ from pared.errors import ParedError
 from pared.evaluation import TASKS
 from pared.evaluation.choice import CHOICES
 from pared.evaluation.protocols import protocol_of
+from pared.files import path_of
 from pared.hardware import device_of, require_device, require_dtype
 from pared.names import require_known
+from pared.recipe import Bos
+from pared.sources.files import require_there
+from pared.sources.labelled import parts_of_task, require_examples
 from pared.sources.models import find_model
 from pared.sources.texts import require_text
 
@@ -98,12 +102,10 @@ def evaluate(
         _require_read(asked[0] if protocol is None else "perplexity --protocol", options)
         require_device(device)
         require_dtype(dtype)
-        for name in names_of(tasks or ""):
-            require_known("task", name, [*CHOICES, *TASKS])
         if protocol is not None:
             protocol_of(protocol)
-        if perplexity is not None:
-            require_text(perplexity)
+        require_known("bos", bos or "none", get_args(Bos))
+        _require_there(asked[0], str(given[asked[0]]))
         find_model(model)
         from pared.cli.measures import (
             ask_about_images,
@@ -129,7 +131,7 @@ def evaluate(
             chosen = FineTuning(**{name: value for name, value in how.items() if value is not None})  # type: ignore[arg-type]
             result = fine_tune_for(model, names_of(fine_tune), chosen, place, kept)
         elif vqa is not None:
-            result = ask_about_images(model, Path(vqa), limit, dtype, place)
+            result = ask_about_images(model, path_of(vqa), limit, dtype, place)
         else:
             sampling = Sampling(
                 temperature=0.0 if temperature is None else temperature, samples=1 if samples is None else samples
@@ -149,6 +151,22 @@ def _require_read(measure: str, options: dict[str, Any]) -> None:
                 f"--{measure} reads no --{name} (found {value}); it reads "
                 f"{', '.join(f'--{one}' for one in (*READS[measure], 'device', 'json'))}"
             )
+
+
+def _require_there(measure: str, named: str) -> None:
+    """Refuse what a measure cannot be taken on: an unknown text, task or set of examples, a file that is not there."""
+    checks: dict[str, Callable[[str], object]] = {
+        "perplexity": require_text,
+        "examples": require_examples,
+        "tasks": lambda name: require_known("task", name, [*CHOICES, *TASKS]),
+        "vqa": lambda name: require_there(path_of(name), "file of questions"),
+        "fine-tune": parts_of_task,
+    }
+    names = names_of(named) if measure in ("tasks", "fine-tune") else [named]
+    if not names:
+        raise ParedError(f"--{measure} names no task")
+    for name in names:
+        checks[measure](name)
 
 
 def names_of(given: str) -> list[str]:

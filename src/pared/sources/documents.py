@@ -1,12 +1,11 @@
 """Documents of the user's files: text, and rows of JSON that hold a text, a conversation or an instruction."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pared.errors import ParedError
 from pared.sources.chat import is_conversation, messages_of, rendered
-from pared.sources.files import read_rows, read_text
+from pared.sources.files import read_rows, read_text, require_there
 from pared.sources.templates import prompt
 
 if TYPE_CHECKING:
@@ -53,9 +52,7 @@ def require_file(path: Path) -> None:
         ParedError: it is not, or of another kind.
     """
     _require_suffix(path)
-    if not os.path.isfile(path):
-        there = "not a regular file" if os.path.exists(path) else "No such file or directory"
-        raise ParedError(f"text file {path}: {'Is a directory' if os.path.isdir(path) else there}")
+    require_there(path, "text file")
 
 
 def _row_text(which: str, row: Any, tokenizer: "PreTrainedTokenizerBase | None") -> str:

@@ -51,6 +51,21 @@ def data_file(file: str, what: str, instead: str | None = None) -> Path:
                      f"there, or {instead or 'unset PARED_DATA to read it from the Hub'}")  # fmt: skip
 
 
+def require_there(path: Path, what: str) -> None:
+    """Check that a regular file is there, without reading it.
+
+    Args:
+        path: of the file.
+        what: it is, for messages.
+
+    Raises:
+        ParedError: it is not there, or no regular file.
+    """
+    if not os.path.isfile(path):
+        there = "not a regular file" if os.path.exists(path) else "No such file or directory"
+        raise ParedError(f"{what} {path}: {'Is a directory' if os.path.isdir(path) else there}")
+
+
 def read_text(path: Path, what: str = "file") -> str:
     """Read a UTF-8 file, gzipped if its name ends so.
 

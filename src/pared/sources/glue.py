@@ -66,6 +66,18 @@ def glue(name: str, task: str, split: str) -> Examples:
         ParedError: no such task or split, the data cannot be read, or a row is not of the task; names the file and the
             row.
     """
+    where = glue_place(name, task, split)
+    asked = GLUE[task]
+    rows = _rows_on_hub(asked, where) if isinstance(where, HubSet) else _rows_of_file(asked, where)
+    return Examples(name, tuple(rows), str(where), asked.classes)
+
+
+def glue_place(name: str, task: str, split: str) -> Path | HubSet:
+    """Return where the examples of a task are read from, as :func:`glue`.
+
+    Raises:
+        ParedError: no such task or split, or the folder of PARED_DATA has no such file.
+    """
     if task not in GLUE:
         raise ParedError(f"labelled examples {name!r}: no GLUE task {task!r} here; {did_you_mean(task, GLUE)}")
     if split not in SPLITS:
@@ -73,14 +85,12 @@ def glue(name: str, task: str, split: str) -> Examples:
     asked, part = GLUE[task], SPLITS[split]
     if data_folder() is not None:
         files = {"train": "train", "dev": asked.dev, "test": f"{asked.dev.replace('dev', 'test')}_labelled"}
-        path = data_file(f"glue/{asked.folder}/{files[part]}.tsv", f"labelled examples {name!r}")
-        return Examples(name, tuple(_rows_of_file(asked, path)), str(path), asked.classes)
+        return data_file(f"glue/{asked.folder}/{files[part]}.tsv", f"labelled examples {name!r}")
     if part == "test":
         raise ParedError(f"labelled examples {name!r}: the Hub has no labels of the test part; use glue:{task}:dev, or "
                          "name a folder that has them in PARED_DATA")  # fmt: skip
     split_there = part if part == "train" else asked.dev.replace("dev", "validation")
-    where = HubSet("nyu-mll/glue", task.partition("-")[0], split_there)
-    return Examples(name, tuple(_rows_on_hub(asked, where)), str(where), asked.classes)
+    return HubSet("nyu-mll/glue", task.partition("-")[0], split_there)
 
 
 def _rows_of_file(task: _Task, path: Path) -> Iterator[Example]:

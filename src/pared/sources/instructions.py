@@ -2,18 +2,20 @@
 
 import logging
 from dataclasses import dataclass
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from pared.errors import ParedError
 from pared.files import path_of
 from pared.names import did_you_mean
 from pared.sources.chat import Message, is_conversation, messages_of, rendered
 from pared.sources.data_sets import ALPACA, ALPACA_CLEANED, GSM8K_TEST, GSM8K_TRAIN, MATH500, MBPP
-from pared.sources.files import read_rows
+from pared.sources.files import read_rows, require_there
 from pared.sources.templates import prompt
-from pared.sources.windows import NO_LABEL, Windows, digest_of, padded
+
+if TYPE_CHECKING:  # names are looked up without torch
+    from transformers import PreTrainedTokenizerBase
+
+    from pared.sources.windows import Windows
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +50,26 @@ class Instruction:
     is_prompt: bool = False
 
 
-def find_instructions(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> tuple[list[Instruction], str]:
+def require_instructions(name: str) -> None:
+    """Check that a name is one of instructions, without reading them.
+
+    Args:
+        name: as :func:`find_instructions`.
+
+    Raises:
+        ParedError: nothing of that name; offers the nearest.
+    """
+    asked = name.removeprefix(PREFIX)
+    if asked in SETS:
+        SETS[asked].origin(f"instructions {name!r}")
+        return
+    path = path_of(asked)
+    if ".jsonl" not in path.suffixes:
+        raise ParedError(f"unknown instructions {name!r}; {did_you_mean(asked, SETS)}, or a .jsonl file")
+    require_there(path, "file")
+
+
+def find_instructions(name: str, tokenizer: "PreTrainedTokenizerBase | None" = None) -> tuple[list[Instruction], str]:
     """Find instructions by name, and say where they are from.
 
     Args:
@@ -59,14 +80,13 @@ def find_instructions(name: str, tokenizer: PreTrainedTokenizerBase | None = Non
     Raises:
         ParedError: nothing of that name, unreadable, or a row without such fields; names the file and the row.
     """
+    require_instructions(name)
     asked = name.removeprefix(PREFIX)
     if asked in SETS:
         what = f"instructions {name!r}"
         origin, rows = SETS[asked].origin(what), list(SETS[asked].rows(what))
     else:
         path = path_of(asked)
-        if ".jsonl" not in path.suffixes:
-            raise ParedError(f"unknown instructions {name!r}; {did_you_mean(asked, SETS)}, or a .jsonl file")
         origin = str(path)
         rows = [(f"{path}, row {number}", row) for number, row in read_rows(path)]
     if asked == "mbpp:train":
@@ -78,8 +98,8 @@ def find_instructions(name: str, tokenizer: PreTrainedTokenizerBase | None = Non
 
 
 def cut_instructions(
-    name: str, tokenizer: PreTrainedTokenizerBase, length: int, count: int | None, template: str
-) -> Windows:
+    name: str, tokenizer: "PreTrainedTokenizerBase", length: int, count: int | None, template: str
+) -> "Windows":
     """Tokenise prompt and answer, one window each, padded on the right; only the answer and its end have labels.
 
     Args:
@@ -92,6 +112,8 @@ def cut_instructions(
     Raises:
         ParedError: as :func:`find_instructions`, or every answer is cut off.
     """
+    from pared.sources.windows import NO_LABEL, Windows, digest_of, padded
+
     examples, origin = find_instructions(name, tokenizer)
     start = _own_start(tokenizer)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -116,7 +138,7 @@ def cut_instructions(
     return Windows(tokens, digest_of(tokens, mask, labels), name, origin, False, mask, labels)
 
 
-def _instruction(which: str, row: Any, tokenizer: PreTrainedTokenizerBase | None) -> Instruction:
+def _instruction(which: str, row: Any, tokenizer: "PreTrainedTokenizerBase | None") -> Instruction:
     if isinstance(row, dict):
         for asked, answer in FIELDS:
             if isinstance(row.get(asked), str) and isinstance(row.get(answer), str):
@@ -129,7 +151,7 @@ def _instruction(which: str, row: Any, tokenizer: PreTrainedTokenizerBase | None
     raise ParedError(f"{which}: expected strings {pairs}; or a list in messages; found {found}")
 
 
-def _conversation(which: str, messages: list[Message], tokenizer: PreTrainedTokenizerBase | None) -> Instruction:
+def _conversation(which: str, messages: list[Message], tokenizer: "PreTrainedTokenizerBase | None") -> Instruction:
     """Return the last message as the answer to what was said before, both as the chat template has them."""
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise ParedError(f"{which}: expected a conversation that ends with the answer of 'assistant', found "
@@ -140,13 +162,13 @@ def _conversation(which: str, messages: list[Message], tokenizer: PreTrainedToke
     return Instruction(asked, answer, is_prompt=True)
 
 
-def _own_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _own_start(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Return the token that the tokenizer itself puts before every text, if it does."""
     first = tokenizer.bos_token_id
     return [first] if first is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [first] else []
 
 
-def _pieces(tokenizer: PreTrainedTokenizerBase, asked: str, answer: str) -> tuple[list[int], list[int]]:
+def _pieces(tokenizer: "PreTrainedTokenizerBase", asked: str, answer: str) -> tuple[list[int], list[int]]:
     """Return the tokens of a prompt, and those of its answer as one text with it where no token spans the two."""
     prompt_ids, whole = _ids(tokenizer, asked), _ids(tokenizer, asked + answer)
     if whole[: len(prompt_ids)] == prompt_ids:
@@ -154,6 +176,6 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, asked: str, answer: str) -> tupl
     return prompt_ids, _ids(tokenizer, answer)
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def _ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids

@@ -10,8 +10,8 @@ from pared.files import path_of
 from pared.guarded import brief
 from pared.names import did_you_mean
 from pared.sources.examples import Example, Examples
-from pared.sources.files import data_file, read_lines, read_rows
-from pared.sources.glue import GLUE, glue
+from pared.sources.files import data_file, read_lines, read_rows, require_there
+from pared.sources.glue import GLUE, glue, glue_place
 
 SETS = ("glue:", "ner:")
 ENTITIES = ("corporation", "creative-work", "group", "location", "person", "product")
@@ -32,6 +32,48 @@ def is_labelled(name: str) -> bool:
     return isinstance(first, dict) and ("label" in first or "labels" in first)
 
 
+def require_examples(name: str) -> None:
+    """Check that a name is one of labelled examples, without reading them.
+
+    Args:
+        name: as :func:`find_examples`.
+
+    Raises:
+        ParedError: nothing of that name; offers the nearest.
+    """
+    kind, _, rest = name.partition(":")
+    if kind == "file":
+        path = path_of(rest)
+        if ".jsonl" not in path.suffixes:
+            raise ParedError(f"labelled file {path}: expected .jsonl or .jsonl.gz, found {path.suffix or 'no suffix'}")
+        require_there(path, "file")
+    elif kind == "glue" and rest.count(":") == 1:
+        glue_place(name, *rest.split(":"))
+    elif kind == "ner" and rest.count(":") == 1:
+        _file_of_entities(name, *rest.split(":"))
+    else:
+        valid = [f"glue:{task}:train" for task in GLUE] + [f"ner:{known}:train" for known in ENTITY_CLASSES]
+        raise ParedError(f"unknown labelled examples {brief(name)}; {did_you_mean(name[:200], valid)}, file:PATH")
+
+
+def parts_of_task(task: str) -> tuple[str, str]:
+    """Return the names of the examples that an encoder is trained on for a task, and scored on.
+
+    Args:
+        task: ``glue:NAME``, or ``ner:NAME``.
+
+    Raises:
+        ParedError: there is no such task, or a part of it is missing.
+    """
+    kind, _, name = task.partition(":")
+    if kind not in ("glue", "ner") or not name or ":" in name:
+        raise ParedError(f"unknown task {task!r} for an encoder; expected glue:NAME, such as glue:cola, or ner:NAME")
+    parts = f"{task}:train", f"{task}:{'dev' if kind == 'glue' else 'test'}"
+    for part in parts:
+        require_examples(part)
+    return parts
+
+
 def find_examples(name: str) -> Examples:
     """Find labelled examples by name.
 
@@ -45,17 +87,15 @@ def find_examples(name: str) -> Examples:
         ParedError: nothing of that name, unreadable, without rows, or a row that is not such an example; names the
             file and the row.
     """
+    require_examples(name)
     kind, _, rest = name.partition(":")
     if kind == "file":
         path = path_of(rest)
         found = Examples(name, tuple(_rows_of_file(path)), str(path))
-    elif kind == "glue" and rest.count(":") == 1:
+    elif kind == "glue":
         found = glue(name, *rest.split(":"))
-    elif kind == "ner" and rest.count(":") == 1:
-        found = _entities(name, *rest.split(":"))
     else:
-        valid = [f"glue:{task}:train" for task in GLUE] + [f"ner:{known}:train" for known in ENTITY_CLASSES]
-        raise ParedError(f"unknown labelled examples {brief(name)}; {did_you_mean(name[:200], valid)}, file:PATH")
+        found = _entities(name, *rest.split(":"))
     if not found.rows:
         raise ParedError(f"labelled examples {name!r} ({found.origin}) have no rows")
     for number, row in enumerate(found.rows, 1):
@@ -67,9 +107,13 @@ def find_examples(name: str) -> Examples:
     return found
 
 
-def _entities(name: str, data_set: str, split: str) -> Examples:
+def _file_of_entities(name: str, data_set: str, split: str) -> Path:
     file = f"ner/{data_set}/{'dev' if split == 'validation' else split}.txt"
-    path = data_file(file, f"labelled examples {name!r}", "use file:PATH")
+    return data_file(file, f"labelled examples {name!r}", "use file:PATH")
+
+
+def _entities(name: str, data_set: str, split: str) -> Examples:
+    path = _file_of_entities(name, data_set, split)
 
     def rows() -> Iterator[Example]:
         words: list[tuple[str, str]] = []
@@ -88,8 +132,6 @@ def _entities(name: str, data_set: str, split: str) -> Examples:
 
 
 def _rows_of_file(path: Path) -> Iterator[Example]:
-    if ".jsonl" not in path.suffixes:
-        raise ParedError(f"labelled file {path}: expected .jsonl or .jsonl.gz, found {path.suffix or 'no suffix'}")
     for number, row in read_rows(path):
         example = _example(row) if isinstance(row, dict) else None
         if example is None:

@@ -27,22 +27,6 @@ PARENT = "parent"
 ALPHA = 4  # times the rank, as of lora
 
 
-def check(options: Mapping[str, Any]) -> None:
-    """Refuse what cannot be.
-
-    Raises:
-        ValueError: a temperature of 0 or less, a share that is none, or a negative weight or rank.
-    """
-    if not options["temperature"] > 0:
-        raise ValueError(f"option temperature: expected more than 0, found {options['temperature']}")
-    if not 0 <= options["text"] <= 1:
-        raise ValueError(f"option text: expected a share, 0 to 1, found {options['text']}")
-    if options["adapters"] < 0:
-        raise ValueError(f"option adapters: expected a rank, or 0 for none, found {options['adapters']}")
-    if options["hidden"] < 0:
-        raise ValueError(f"option hidden: expected 0 or more, found {options['hidden']}")
-
-
 def stages(_: Mapping[str, Any]) -> tuple[Stage, ...]:
     """Return the one stage."""
     return (Stage("distill", prepare, warmup=0.03, schedule="cosine"),)

@@ -1,21 +1,42 @@
 """What is refused of a training before anything that takes long is imported or read."""
 
-from pared.engine.asked import checked_options
+import importlib.util
+from collections.abc import Sequence
+
 from pared.errors import ParedError
 from pared.files import path_of
 from pared.hardware import require_device
 from pared.inputs import inputs_of
 from pared.names import require_known
 from pared.presets import require_user_fields
+from pared.sources.instructions import PREFIX as INSTRUCTIONS
+from pared.sources.instructions import require_instructions
 from pared.sources.labelled import SETS as LABELLED
+from pared.sources.labelled import require_examples
 from pared.sources.models import find_model
 from pared.sources.templates import templates
 from pared.sources.texts import require_text
 from pared.staging import require_free
-from pared.training.methods import method_of
+from pared.training.methods import method_of, settled
 from pared.tuning import Tuning
 
-INSTRUCTIONS = "instruct:"
+# As transformers calls them, and the modules any of which it takes; it alone decides for one without.
+TRACKERS: dict[str, tuple[str, ...]] = {
+    "azure_ml": ("azureml",),
+    "clearml": ("clearml",),
+    "codecarbon": ("codecarbon",),
+    "comet_ml": ("comet_ml",),
+    "dagshub": ("dagshub",),
+    "dvclive": ("dvclive",),
+    "flyte": ("flytekit",),
+    "kubeflow": (),
+    "mlflow": ("mlflow",),
+    "neptune": ("neptune",),
+    "swanlab": ("swanlab",),
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "trackio": ("trackio",),
+    "wandb": ("wandb",),
+}
 
 
 def require_possible(tuning: Tuning, overwrite: bool) -> None:
@@ -26,18 +47,57 @@ def require_possible(tuning: Tuning, overwrite: bool) -> None:
         overwrite: whether an output folder that is there may be replaced.
 
     Raises:
-        ParedError: an unknown method, option, template, text or device, no such model, or an output that is there.
+        ParedError: an unknown method, option, template, text, tracker or device, no model of that name, or an
+            output that is there.
     """
     method = method_of(tuning.method)
-    checked_options(tuning.options, method.options, f"training method {method.name}")
+    settled(method, tuning.options)
     require_device(tuning.device)
     require_known("template", tuning.template, templates())
     require_user_fields(tuning)
+    require_trackers(tuning.report_to)
     for name in tuning.data:
-        if not name.startswith((INSTRUCTIONS, *LABELLED)):
-            require_text(name)
+        require_data(name)
     if tuning.out is None:
         raise ParedError("no output folder is named; give --out DIR, or 'out' in the file")
     require_free(path_of(tuning.out), overwrite, inputs_of(tuning.model_dump()))
-    if tuning.model is not None:
-        find_model(tuning.model)
+    require_named(tuning)
+    find_model(str(tuning.model))
+
+
+def require_named(tuning: Tuning) -> None:
+    """Refuse a tuning without a model.
+
+    Raises:
+        ParedError: says what may be named.
+    """
+    if tuning.model is None:
+        what = "a dense model" if method_of(tuning.method).compresses else "a folder that pared made"
+        raise ParedError(f"no model is named; method {tuning.method} trains {what}")
+
+
+def require_data(name: str) -> None:
+    """Check that a name is one of what can be trained on, without reading it.
+
+    Raises:
+        ParedError: nothing of that name; offers the nearest.
+    """
+    if name.startswith(INSTRUCTIONS):
+        require_instructions(name)
+    elif name.startswith(LABELLED):
+        require_examples(name)
+    else:
+        require_text(name)
+
+
+def require_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers that transformers does not know, or whose package is not installed.
+
+    Raises:
+        ParedError: offers the nearest name, or says what to install.
+    """
+    for name in names:
+        require_known("tracker", name, TRACKERS)
+        packages = TRACKERS[name]
+        if packages and not any(map(importlib.util.find_spec, packages)):
+            raise ParedError(f"tracker {name!r}: its package is not installed; pip install {packages[0]}")

@@ -26,7 +26,7 @@ from pared.errors import ParedError
 from pared.evaluation.classification import Score, classify
 from pared.sources.architecture import is_causal
 from pared.sources.examples import Examples
-from pared.sources.labelled import find_examples
+from pared.sources.labelled import find_examples, parts_of_task
 from pared.sources.labelled_windows import cut_examples
 from pared.sources.lengths import Length
 from pared.sources.models import find_model
@@ -96,10 +96,8 @@ def examples_of(task: str) -> TaskExamples:
     Raises:
         ParedError: there is no such task, or a part of it is missing.
     """
-    kind, _, name = task.partition(":")
-    if kind not in ("glue", "ner") or not name or ":" in name:
-        raise ParedError(f"unknown task {task!r} for an encoder; expected glue:NAME, such as glue:cola, or ner:NAME")
-    return TaskExamples(find_examples(f"{task}:train"), find_examples(f"{task}:{'dev' if kind == 'glue' else 'test'}"))
+    train, test = parts_of_task(task)
+    return TaskExamples(find_examples(train), find_examples(test))
 
 
 def require_encoder(name: str) -> None:

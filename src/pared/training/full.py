@@ -11,18 +11,6 @@ from pared.training.precision import hold_in_float32
 from pared.training.pruned import pruned_layers
 from pared.training.stage import Context, Loss, Prepared, Stage, own_loss
 
-PARTS = ("factors", "factors+norms", "all")
-
-
-def check(options: Mapping[str, Any]) -> None:
-    """Refuse what cannot be.
-
-    Raises:
-        ValueError: an unknown part.
-    """
-    if options["train"] not in PARTS:
-        raise ValueError(f"option train: expected one of {', '.join(PARTS)}, found {options['train']!r}")
-
 
 def stages(_: Mapping[str, Any]) -> tuple[Stage, ...]:
     """Return the one stage."""

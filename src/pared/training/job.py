@@ -18,7 +18,6 @@ from pared.checkpoint import Manifest, load, mark, save, take_fingerprint
 from pared.checkpoint.manifest import Training, machine, versions
 from pared.checkpoint.seal import seal
 from pared.checkpoint.self_check import reloaded, written
-from pared.engine.asked import checked_options
 from pared.engine.progress import Progress, Silent, Stopwatch, peak_memory_bytes
 from pared.errors import ParedError, TextTooShortError
 from pared.evaluation import perplexity
@@ -37,8 +36,9 @@ from pared.sources.texts import learned_part
 from pared.sources.trust import trusting
 from pared.sources.windows import Windows
 from pared.staging import require_free, require_space, staged
+from pared.training.early import require_trackers
 from pared.training.examples import Examples, find_rows
-from pared.training.methods import method_of
+from pared.training.methods import method_of, settled
 from pared.training.parent import parent_of
 from pared.training.parts import unpack
 from pared.training.precision import PRECISIONS, training_precision
@@ -95,11 +95,7 @@ class _Job:
         self.progress = progress if self.processes.is_first else Silent()
         self.watch = Stopwatch()
         self.method: TuningMethod = method_of(tuning.method)
-        self.options = checked_options(tuning.options, self.method.options, f"training method {self.method.name}")
-        try:
-            self.method.check(self.options)
-        except ValueError as error:
-            raise ParedError(f"training method {self.method.name}: {error}") from None
+        self.options = settled(self.method, tuning.options)
         if self.processes.sharded and (reason := self.method.needs_whole(self.options)):
             raise ParedError(f"{reason}, and FSDP holds weights in shards; launch data parallel: accelerate launch "
                              "--multi_gpu, or torchrun --nproc-per-node N")  # fmt: skip
@@ -353,13 +349,14 @@ def _require_trackers(names: Sequence[str]) -> None:
     """Refuse trackers that are not there.
 
     Raises:
-        ParedError: transformers does not know one, or its package is missing.
+        ParedError: transformers does not know one, its package is missing, or it is not set up.
     """
+    require_trackers(names)
     there = get_available_reporting_integrations()
     for name in names:
         if name not in there:
-            raise ParedError(f"tracker {name!r} is unknown or its package is not installed; "
-                             f"here are: {', '.join(there) or 'none'}")  # fmt: skip
+            raise ParedError(f"tracker {name!r} cannot be used as it is installed and set up here; "
+                             f"these can: {', '.join(there) or 'none'}")  # fmt: skip
 
 
 def _stored_dtype(config: Any) -> torch.dtype:

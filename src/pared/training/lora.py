@@ -20,34 +20,10 @@ from pared.errors import ParedError
 from pared.modules import LowRankLinear, PivotedLinear
 from pared.names import match
 from pared.training.merge import merge_lora_keeping_zeros
+from pared.training.options import ALL, PEFT, patterns_of
 from pared.training.parts import COMPRESSED, compressed_layers, unpack
 from pared.training.pruned import pruned_layers
 from pared.training.stage import Context, Loss, Prepared, Stage, own_loss
-
-FACTORS, ORDERS = ("up", "down", "both"), ("together", "sequential")
-ALL, PEFT = "compressed", "peft"  # in place of patterns: every layer that pared made; what PEFT adapts by itself
-
-
-def check(options: Mapping[str, Any]) -> None:
-    """Refuse what cannot be.
-
-    Raises:
-        ValueError: an unknown value, or a number out of range.
-    """
-    for name, valid in (("factor", FACTORS), ("order", ORDERS)):
-        if options[name] not in valid:
-            raise ValueError(f"option {name}: expected one of {', '.join(valid)}, found {options[name]!r}")
-    if options["targets"] in FACTORS:
-        raise ValueError(f"option targets names layers by pattern, such as *.q_proj,*.v_proj; which factor of them is "
-                         f"adapted is option factor: factor={options['targets']}")  # fmt: skip
-    if not _patterns(options["targets"]):
-        raise ValueError(f"option targets: expected {ALL}, {PEFT} or patterns of layers with commas, found ''")
-    if options["rank"] < 1:
-        raise ValueError(f"option rank: expected 1 or more, found {options['rank']}")
-    if not options["alpha"] > 0:
-        raise ValueError(f"option alpha: expected more than 0, found {options['alpha']}")
-    if not 0 <= options["dropout"] < 1:
-        raise ValueError(f"option dropout: expected a share, 0 to below 1, found {options['dropout']}")
 
 
 def stages(options: Mapping[str, Any]) -> tuple[Stage, ...]:
@@ -160,7 +136,7 @@ def _chosen(model: PreTrainedModel, targets: str) -> dict[str, nn.Module]:
     if targets == ALL:
         return dict(compressed_layers(model))
     layers = adaptable(model)
-    patterns = _default_of_peft(model) if targets == PEFT else _patterns(targets)
+    patterns = _default_of_peft(model) if targets == PEFT else patterns_of(targets)
     chosen = match([_as_pattern(one, layers) for one in patterns], layers)
     return {name: layer for name, layer in layers.items() if name in chosen}
 
@@ -175,10 +151,6 @@ def adaptable(model: PreTrainedModel) -> dict[str, nn.Module]:
         for name, module in model.named_modules()
         if isinstance(module, COMPRESSED) or (isinstance(module, LINEAR_TYPES) and id(module) in in_blocks)
     }
-
-
-def _patterns(targets: str) -> list[str]:
-    return [pattern for part in targets.split(",") if (pattern := part.strip())]
 
 
 def _as_pattern(asked: str, names: Mapping[str, object]) -> str:

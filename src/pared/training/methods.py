@@ -1,8 +1,13 @@
 """The training methods there are."""
 
+from collections.abc import Mapping
+from typing import Any
+
+from pared.engine.asked import checked_options
+from pared.errors import ParedError
 from pared.lazy import deferred
 from pared.names import require_known
-from pared.training.options import BASEL, LORA
+from pared.training.options import BASEL, LORA, check_basel, check_distill, check_full, check_lora
 from pared.training.stage import TuningMethod
 
 METHODS: dict[str, TuningMethod] = {
@@ -16,7 +21,7 @@ METHODS: dict[str, TuningMethod] = {
             learning_rate=1e-4,
             epochs=2.0,
             options=LORA,
-            check=deferred("pared.training.lora:check"),
+            check=check_lora,
         ),
         TuningMethod(
             name="full",
@@ -25,7 +30,7 @@ METHODS: dict[str, TuningMethod] = {
             stages=deferred("pared.training.full:stages"),
             learning_rate=2e-6,
             options={"train": "factors"},
-            check=deferred("pared.training.full:check"),
+            check=check_full,
         ),
         TuningMethod(
             name="distill",
@@ -34,7 +39,7 @@ METHODS: dict[str, TuningMethod] = {
             stages=deferred("pared.training.distill:stages"),
             learning_rate=3e-5,
             options={"teacher": "parent", "temperature": 1.0, "text": 0.5, "hidden": 0.0, "adapters": 0},
-            check=deferred("pared.training.distill:check"),
+            check=check_distill,
         ),
         TuningMethod(
             name="basel",
@@ -43,7 +48,7 @@ METHODS: dict[str, TuningMethod] = {
             stages=deferred("pared.training.basel.method:stages"),
             learning_rate=2e-5,
             options=BASEL,
-            check=deferred("pared.training.basel.method:check"),
+            check=check_basel,
             needs_whole=deferred("pared.training.basel.method:needs_whole"),
             compresses=True,
         ),
@@ -59,3 +64,17 @@ def method_of(name: str) -> TuningMethod:
     """
     require_known("training method", name, METHODS)
     return METHODS[name]
+
+
+def settled(method: TuningMethod, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a method, the default of each that is not given.
+
+    Raises:
+        ParedError: an unknown option, or a value that cannot be.
+    """
+    options = checked_options(given, method.options, f"training method {method.name}")
+    try:
+        method.check(options)
+    except ValueError as error:
+        raise ParedError(f"training method {method.name}: {error}") from None
+    return options

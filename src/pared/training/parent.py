@@ -18,6 +18,7 @@ from pared.plan import Decision, Dense, LowRank, Plan
 from pared.recipe import Evaluation, Recipe
 from pared.sources.models import find_model, require_dense
 from pared.sources.texts import held_out
+from pared.training.early import require_named
 from pared.tuning import Tuning
 
 log = logging.getLogger(__name__)
@@ -191,6 +192,5 @@ def parent_of(tuning: Tuning, options: dict[str, Any], compresses: bool) -> Pare
     Raises:
         ParedError: a folder that is compressed already where a dense model is needed, or the other way round.
     """
-    if tuning.model is None:
-        raise ParedError("no model is named; give a folder that pared made")
-    return DenseParent(tuning, options) if compresses else CompressedParent(tuning.model)
+    require_named(tuning)
+    return DenseParent(tuning, options) if compresses else CompressedParent(str(tuning.model))

@@ -15,7 +15,6 @@ from pared.lowrank import whitening
 from pared.training.examples import collate
 from pared.training.stage import Context
 
-BASES = ("weight", "outputs")
 ROWS, BATCH = 128, 8  # of the training data that outputs are seen on, and at a time
 
 
@@ -62,7 +61,7 @@ def decomposed(context: Context, names: Sequence[str], kind: str) -> Iterator[tu
     Args:
         context: of the stage; its model is dense.
         names: of the layers.
-        kind: one of ``BASES``.
+        kind: one of ``options.BASES``.
 
     Raises:
         ParedError: an activation is NaN or infinite.

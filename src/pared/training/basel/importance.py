@@ -4,8 +4,6 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-IMPORTANCES = ("magnitude", "fisher", "bsi")
-
 
 def magnitude(c_R: torch.Tensor) -> torch.Tensor:
     """Return Basel's own: the coefficient, which is the singular value that was learned anew."""

@@ -18,10 +18,9 @@ from pared.anatomy import bias_of, find_anatomy, weight_of
 from pared.errors import ParedError
 from pared.modules import replace_module
 from pared.plan import LowRank
-from pared.training.basel.bases import BASES, decomposed
+from pared.training.basel.bases import decomposed
 from pared.training.basel.choose import Weight, share_for
 from pared.training.basel.factorise import put_back
-from pared.training.basel.importance import IMPORTANCES
 from pared.training.basel.layer import BasisLinear
 from pared.training.basel.penalty import L1
 from pared.training.basel.pruning import BatchLoss, Prune
@@ -31,37 +30,6 @@ from pared.training.precision import hold_in_float32, precise
 from pared.training.stage import Context, Prepared, Stage, own_loss
 
 LEAST_MASS = 0.01  # for learning rates: where a budget leaves hardly more than the new bases, K says nothing
-HELD = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-
-
-def check(options: Mapping[str, Any]) -> None:
-    """Refuse what cannot be.
-
-    Raises:
-        ValueError: an unknown value, or a number out of range.
-    """
-    for name, valid in (("importance", IMPORTANCES), ("basis", BASES), ("bases", tuple(HELD))):
-        if options[name] not in valid:
-            raise ValueError(f"option {name}: expected one of {', '.join(valid)}, found {options[name]!r}")
-    for name in ("keep_ratio", "keep"):
-        if not (0 < options[name] <= 1 or (name == "keep" and options[name] == 0)):
-            raise ValueError(f"option {name}: expected a fraction, above 0 and at most 1, found {options[name]}")
-    for name, least in (("prunes", 1), ("probes", 1), ("new", 0), ("keeping_epochs", 0), ("post_epochs", 0)):
-        if options[name] < least:
-            raise ValueError(f"option {name}: expected {least} or more, found {options[name]}")
-    if not options["coefficient_rate"] > 0:
-        raise ValueError(f"option coefficient_rate: expected more than 0, found {options['coefficient_rate']}")
-    if not options["pruning_epochs"] > 0:
-        raise ValueError(f"option pruning_epochs: expected more than 0, found {options['pruning_epochs']}")
-    _check_penalty(options)
-
-
-def _check_penalty(options: Mapping[str, Any]) -> None:
-    if options["l1"] < 0:
-        raise ValueError(f"option l1: expected 0 for none, or the weight of the penalty, found {options['l1']}")
-    if options["l1"] and (options["importance"] != "magnitude" or not options["relearn"]):
-        raise ValueError("option l1 is a penalty on coefficients that are learned, in place of dropping bases by "
-                         "importance: it goes with importance=magnitude and relearn=true alone")  # fmt: skip
 
 
 def needs_whole(options: Mapping[str, Any]) -> str:
@@ -99,7 +67,7 @@ def prepare(context: Context) -> Prepared:
         if not bases.any:
             continue
         old = model.get_submodule(name)
-        classes[name], held = type(old), HELD[options["bases"]]
+        classes[name], held = type(old), getattr(torch, options["bases"])
         layers[name] = BasisLinear(weight_of(old), bias_of(old), options["new"], held, generator, bases)
         replace_module(model, name, layers[name])
         layers[name].w.requires_grad_(bool(options["relearn"]))
