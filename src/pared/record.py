@@ -86,7 +86,7 @@ def foreign(folder: Path, thorough: bool = True) -> str | None:
             require_own_sum(folder / MANIFEST)
     except ParedError:
         return f"{_list_of(folder)} (damaged, or changed since pared wrote it)"
-    if known is None and not old:
+    if not old and not _is_of_model(folder, known):
         return f"no list of files that pared wrote ({MANIFEST} or {SUMS})"
     known = known or {}
     folders = {parent.as_posix() for name in known for parent in Path(name).parents}
@@ -106,6 +106,11 @@ def foreign(folder: Path, thorough: bool = True) -> str | None:
 def _list_of(folder: Path) -> str:
     """Return what lists the files of a folder, or would."""
     return MANIFEST if os.path.lexists(folder / MANIFEST) else SUMS
+
+
+def _is_of_model(folder: Path, known: Mapping[str, str] | None) -> bool:
+    """Whether a list is of a model that pared wrote: others too leave a ``SHA256SUMS``, in folders of anything."""
+    return known is not None and (_list_of(folder) == MANIFEST or "config.json" in known)
 
 
 def _is_of_before_lists(manifest: Path) -> bool:

@@ -23,7 +23,7 @@ from pared.apart import require_apart
 from pared.checkpoint import Manifest, export_dense, record
 from pared.digests import folder_digest
 from pared.inputs import found_again, inputs_of, remember, told_apart, without_places
-from pared.record import foreign, recorded
+from pared.record import foreign, recorded, write_sums
 from pared.staging import require_free, staged
 
 
@@ -225,6 +225,14 @@ def test_a_plain_model_of_somebody_else_is_not_replaced(place: Path) -> None:
         require_free(place / "llama", overwrite=True)
 
 
+def test_a_folder_of_anything_with_a_list_of_its_files_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.txt").write_text("precious")
+    write_sums(tmp_path / "thesis")
+    with pytest.raises(ParedError, match="no list of files that pared wrote"):
+        require_free(tmp_path / "thesis", overwrite=True)
+
+
 def cut_short(content: str) -> str:
     return content[: len(content) // 2]
 
@@ -316,6 +324,19 @@ def linked(folder: Path) -> Path:
     for path in blobs.iterdir():
         (folder / path.name).symlink_to(Path("..") / "blobs" / path.name)
     return folder
+
+
+@pytest.mark.parametrize("asked", [["export"], ["convert", "--dense"], ["convert"], ["tune", "--data", "file:{words}"]])
+def test_what_is_damaged_is_not_made_into_what_is_listed_as_whole(
+    place: Path, made: Path, tmp_path: Path, asked: list[str]
+) -> None:
+    """Regression: a row that was damaged was exported, or trained on, and listed with the SHA-256 it had then."""
+    in_embeddings(made, 7.0)
+    options = [word.format(words=place / "words.txt") for word in asked[1:]]
+    code, _, err = command(asked[0], made, *options, "--out", tmp_path / "out")
+    assert code == 2, err
+    assert "model.safetensors is not what was written" in " ".join(err.split())
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_of_links_that_is_recorded_is_still_checked(made: Path) -> None:

@@ -1,7 +1,6 @@
 """Allocators that try what they propose: Swift-SVD's dynamic allocation and ASVD's sensitivity search."""
 
 import math
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -160,7 +159,7 @@ def test_a_target_below_the_smallest_candidates_says_what_they_reach():
 
 @pytest.fixture
 def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(sys.modules["pared.allocation.sensitivity"], "user_cache_path", lambda _: tmp_path)
+    monkeypatch.setenv("PARED_CACHE", str(tmp_path))
     return tmp_path
 
 

@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from platformdirs import user_cache_path
-
 from pared.allocation.budget import set_aside
 from pared.allocation.units import Budget, Evidence, Unit
 from pared.errors import ParedError
+from pared.files import cache_folder
 from pared.lines import opened, sealed
 from pared.plan import Decision, Dense
 
@@ -124,7 +123,7 @@ class SensitivityCache:
         self._file: Path | None = None
         if key is None:
             return
-        folder = folder or user_cache_path("pared") / "sensitivity"
+        folder = folder or cache_folder() / "sensitivity"
         self._file = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.jsonl"
         if not self._file.exists():
             return

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from pared.anatomy import bias_of, weight_of
 from pared.apart import require_apart
-from pared.checkpoint.load import load
+from pared.checkpoint.load import load, require_recorded
 from pared.checkpoint.loader import tie
 from pared.checkpoint.portable import DYNAMIC, is_portable, module_map, own_class, own_code
 from pared.checkpoint.save import save
@@ -17,6 +17,7 @@ from pared.checkpoint.self_check import reloaded, written
 from pared.checkpoint.verify import take_fingerprint
 from pared.inputs import inputs_of
 from pared.modules import SparseLinear, replace_module
+from pared.record import MANIFEST
 from pared.sources.models import find_model
 from pared.staging import require_free, staged
 
@@ -53,6 +54,8 @@ def export_dense(name: str, out: Path, dtype: str = "auto", overwrite: bool = Fa
     source = find_model(name)
     read = [Path(source.location), *inputs_of({"model": name})]
     require_apart(out, read)
+    if (Path(source.location) / MANIFEST).is_file():
+        require_recorded(Path(source.location))  # else what is damaged would be listed as whole
     model = load(name, dtype)
     fingerprint = take_fingerprint(model)
     make_dense(model)

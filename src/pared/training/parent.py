@@ -9,6 +9,7 @@ from pared.allocation.whole import whole_plan
 from pared.anatomy import find_anatomy
 from pared.checkpoint import Manifest, is_compressed, load
 from pared.checkpoint.format import FORMAT_VERSION
+from pared.checkpoint.load import require_recorded
 from pared.checkpoint.manifest import Training, machine, versions
 from pared.checkpoint.portable import module_map
 from pared.errors import ParedError
@@ -76,7 +77,12 @@ class CompressedParent:
         return find_model(self.name).tokenizer()
 
     def load(self) -> PreTrainedModel:
-        """Load it on the CPU."""
+        """Load it on the CPU, every file as it was written: what is damaged would be listed as whole in the child.
+
+        Raises:
+            ParedError: a file is not the one that was written.
+        """
+        require_recorded(path_of(self.name))
         return load(self.name)
 
     def evaluation(self) -> Evaluation | None:
