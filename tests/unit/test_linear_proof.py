@@ -16,6 +16,8 @@ from transformers.pytorch_utils import Conv1D
 import pared
 from pared import ParedError, Recipe
 from pared.anatomy import find_anatomy, probe
+from pared.anatomy.probe import probe_shapes
+from pared.anatomy.proof import fault_of_call
 from pared.engine import plan_of
 
 TARGET = "model.layers.1.mlp.up_proj"
@@ -218,6 +220,129 @@ def test_a_hook_on_a_state_dict_is_refused(compress: Callable[..., Any]) -> None
         compress(model, method="svd", keep=0.6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("factor", [1.02, 0.98])
+def test_a_layer_that_is_two_percent_off_is_seen_in_every_dtype(dtype: torch.dtype, factor: float) -> None:
+    """Of a bfloat16 model it was covered: the tolerance was that of a product in another order of bfloat16 sums."""
+    model = TINY_MODELS["llama"]().to(dtype)
+    layer = model.get_submodule(TARGET)
+    own = layer.forward
+    layer.forward = lambda x: own(x) * factor
+    assert "difference" in reasons(model)[TARGET]
+    layer.forward = lambda x: own(x.clone())
+    assert reasons(model) == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_layer_whose_terms_cancel_stays_covered_in_half_precision(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    layer = Written(64, 48)
+    with torch.no_grad():
+        half = torch.randn(48, 32, generator=generator)
+        layer.weight.copy_(torch.cat([half, -half], dim=1) + 1e-2 * torch.randn(48, 64, generator=generator))
+        layer.bias.copy_(10 * torch.randn(48, generator=generator))
+        x = torch.randn(1, 8, 32, generator=generator).repeat(1, 1, 2).to(dtype)
+        layer.to(dtype)
+        assert fault_of_call(layer, (x,), {}, layer(x)) is None
+
+
+class OnlyHalf(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype != torch.bfloat16:
+            raise TypeError("the kernel takes bfloat16")
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+class ToHalf(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x.bfloat16(), self.weight.bfloat16())
+
+
+class Elsewhere(nn.Linear):
+    """Runs nowhere but in a model."""
+
+    ready = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not Elsewhere.ready:
+            raise RuntimeError("no such device")
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+class ElsewhereScaled(Elsewhere):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 1.5
+
+
+@pytest.mark.parametrize("kind", [OnlyHalf, ToHalf])
+def test_a_class_that_takes_one_dtype_is_judged_in_it(kind: type[nn.Linear]) -> None:
+    """It was listed as not covered, as its stand-in was always of float32."""
+    model = with_layer(kind(32, 48, bias=False)).bfloat16()
+    assert reasons(model) == {}
+    assert find_anatomy(model.to("meta")).uncovered == ()
+
+
+def test_a_class_that_no_stand_in_of_runs_is_judged_by_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, scaled = (with_layer(kind(32, 48, bias=False)) for kind in (Elsewhere, ElsewhereScaled))
+    anatomies = [find_anatomy(one) for one in (model, scaled)]
+    monkeypatch.setattr(Elsewhere, "ready", True)
+    assert probe(model, anatomies[0])[0].uncovered == ()
+    assert "difference" in probe(scaled, anatomies[1])[0].uncovered[0].reason
+
+
+class WithoutBias(nn.Linear):
+    """Its bias is added elsewhere."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight)
+
+
+@pytest.mark.parametrize("biased", [0, 1])
+def test_layers_of_one_class_with_and_without_bias_are_judged_apart(biased: int) -> None:
+    model = TINY_MODELS["llama"]()
+    for index in (0, 1):
+        model.model.layers[index].self_attn.o_proj = WithoutBias(32, 32, bias=index == biased)
+    found = [weight.name for weight in find_anatomy(model).uncovered]
+    assert found == [f"model.layers.{biased}.self_attn.o_proj.weight"]
+
+
+class Logging(nn.Linear):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.seen: list[Any] = []
+        self.by_shape: dict[Any, int] = {}
+        self.count = torch.zeros(1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen.append(x.shape)
+        self.by_shape[x.shape] = 1
+        self.count += 1
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+def test_looking_for_sites_changes_nothing_that_a_layer_holds() -> None:
+    model = with_layer(Logging(32, 48, bias=False))
+    assert find_anatomy(model).uncovered == ()
+    layer = model.get_submodule(TARGET)
+    assert (layer.seen, layer.by_shape, float(layer.count)) == ([], {}, 0)
+
+
+class ByBuffer(nn.Linear):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight * self.scale, self.bias)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(ByBuffer, "scale"), (Learned, "gain")])
+def test_a_class_that_computes_with_further_tensors_is_refused_by_their_names(kind: type[nn.Linear], name: str) -> None:
+    """With a scale of 1 it is linear, and the reason said that its output is not the product."""
+    reason = reasons(with_layer(kind(32, 48, bias=False)))[f"{TARGET}.weight"]
+    assert reason.endswith(f" for every value of its further tensors ({name})")
+
+
 class InFloat32(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(x.float(), self.weight.float())
@@ -249,7 +374,9 @@ def test_a_grouped_layer_is_not_covered() -> None:
     layer = Grouped(16, 24, bias=False)
     model.model.layers[1].mlp.up_proj = layer
     model(input_ids=torch.arange(8)[None])
-    assert list(reasons(model)) == [f"{TARGET}.weight"]
+    assert list(reasons(model)) == [TARGET]
+    model.to("meta")
+    assert [weight.name for weight in probe_shapes(model, find_anatomy(model)).uncovered] == [TARGET]
 
 
 def test_a_weight_shared_with_an_embedding_is_refused(compress: Callable[..., Any]) -> None:
