@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny_models import FAMILIES, TINY_MODELS
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
-from pared import ParedError, Recipe
+from pared import Calibration, ParedError, Recipe, compress
 from pared.anatomy import Anatomy, find_anatomy, probe, weight_of
 from pared.calibration import capture
 from pared.engine import plan_of
@@ -318,3 +318,56 @@ def test_a_block_called_without_hidden_states_is_refused_by_its_name() -> None:
     model.forward = lambda input_ids, **_: model.layers[0](x=input_ids)
     with pytest.raises(ParedError, match=r"block layers\.0: called without hidden states; found arguments \['x'\]"):
         probed(model)
+
+
+@pytest.mark.parametrize("error", [AssertionError, KeyError, NotImplementedError, ZeroDivisionError, RuntimeError])
+def test_an_error_behind_the_last_block_does_not_keep_it_from_being_looked_at(error: type[Exception]) -> None:
+    """The pass goes to the model's end, and an AssertionError of a head ended data-free methods with a traceback."""
+    model = Chain(PLAIN).eval()
+    forward = model.forward
+
+    def with_head(input_ids: torch.Tensor, **more: object) -> torch.Tensor:
+        forward(input_ids, **more)
+        raise error("labels")
+
+    model.forward = with_head
+    for read in (False, True):
+        anatomy, calls = probe(model, find_anatomy(model), read=read)
+        assert len(anatomy.sites) == len(calls) == 3
+
+
+@pytest.mark.parametrize("error", [AssertionError, KeyError])
+def test_an_error_before_the_last_block_is_told_by_its_name(error: type[Exception]) -> None:
+    model = Chain(PLAIN).eval()
+
+    def broken(*_: object) -> torch.Tensor:
+        raise error("labels")
+
+    model.layers[1].forward = broken
+    with pytest.raises(ParedError, match=rf"Chain cannot be run on token ids alone \({error.__name__}: '?labels"):
+        probe(model, find_anatomy(model))
+    assert len(probe(model, find_anatomy(model), read=False)[0].sites) == 3
+
+
+@pytest.mark.parametrize("recipe", [{"method": "svd"}, {"method": "svd-llm"}, {"method": "loss-optimal"}])
+def test_a_model_is_compressed_under_inference_mode_too(
+    recipe: dict[str, str], calibration: Calibration, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """It was refused as an architecture that is not supported."""
+    plans = []
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            asked = Recipe(keep=0.6, calibration=calibration, **recipe)
+            with torch.inference_mode(False):
+                model = TINY_MODELS["llama"]()
+            plans.append(compress(model, tokenizer, asked).plan)
+    assert plans[0] == plans[1]
+
+
+def test_a_model_that_was_loaded_under_inference_mode_is_refused_by_name(
+    calibration: Calibration, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with torch.inference_mode():
+        model = TINY_MODELS["llama"]()
+    with pytest.raises(ParedError, match=r"was loaded under torch\.inference_mode\(\); load it outside"):
+        compress(model, tokenizer, Recipe(keep=0.6, method="svd", calibration=calibration))

@@ -60,7 +60,9 @@ def call_model(model: PreTrainedModel, tokens: torch.Tensor, beside: Mapping[str
         more["use_cache"] = False
     try:
         return model(input_ids=tokens.to(device), **more)
-    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+    except (StopForwardError, ParedError):
+        raise
+    except Exception as error:  # its code may raise anything, an AssertionError or KeyError of a head too
         given = f"token ids with {' and '.join(beside)}" if beside else "token ids alone"
         raise ParedError(
             f"{type(model).__name__} cannot be run on {given} ({type(error).__name__}: "
@@ -102,7 +104,7 @@ def probe(model: PreTrainedModel, anatomy: Anatomy, read: bool = True) -> tuple[
     vocabulary = model.get_input_embeddings().weight.shape[0]
     tokens = torch.arange(PROBE_TOKENS).remainder(vocabulary).unsqueeze(0)
     failed: ParedError | None = None
-    with evaluating(model):
+    with evaluating(model), torch.inference_mode(False):  # versions of tensors tell what changes in place
         try:
             with hooks(watch.hooked(model, blocks)):
                 run_model(model, tokens)

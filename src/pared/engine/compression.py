@@ -7,6 +7,7 @@ from importlib.metadata import version as pared_version
 from pathlib import Path
 from typing import cast
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.allocation import Evidence, Unit, allocator_of, make_plan
@@ -100,7 +101,7 @@ def compress(
     if tries(recipe) or (windows is None and calibrates(recipe)):
         require_tokenizer(tokenizer, "pared.compress")
     try:
-        with evaluating(model):
+        with evaluating(model), torch.inference_mode(False):
             if is_pruning(recipe):
                 return prune(model, tokenizer, recipe, progress or Silent(), windows)
             return _Compression(model, tokenizer, recipe, progress or Silent(), collected).run(windows)
@@ -119,6 +120,8 @@ def _require_compressible(model: PreTrainedModel, recipe: Recipe) -> None:
         raise ParedError(f"model {name!r} carries PEFT adapters; merge them first (merge_and_unload)")
     if module_map(model):
         raise ParedError(f"model {name!r} is compressed already, at least in part; load the dense model again")
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ParedError(f"model {name!r} was loaded under torch.inference_mode(); load it outside of it")
     require_suited(model.config, recipe, name)
 
 
