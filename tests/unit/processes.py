@@ -56,7 +56,7 @@ def _run(words: list[str], told: str, environment: dict[str, str]) -> None:
     os.dup2(output, 2)
     import torch
 
-    from pared.cli.main import app
+    from pared.cli.commands import app
 
     torch.set_num_threads(int(os.environ["PARED_TEST_THREADS"]))
     gc.freeze()  # collections leave out what is imported

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from pared import ParedError
 from pared.anatomy import bias_of, weight_of
 from pared.checkpoint import Manifest, load, verify
-from pared.cli.main import app
+from pared.cli.commands import app
 from pared.engine.progress import Silent
 from pared.lowrank import whitening
 from pared.modules import LowRankLinear, replace_module

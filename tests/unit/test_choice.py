@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 import pared
 from pared.cli import measures
-from pared.cli.main import app
+from pared.cli.commands import app
 from pared.engine import Silent
 from pared.evaluation.choice import CHOICES, evaluate_choices, prepare
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from pared import ParedError
-from pared.cli.main import app
+from pared.cli.commands import app
 from pared.evaluation import classify
 from pared.evaluation.classification import entity_metrics, example_metrics, predictions, score_metrics
 from pared.sources.examples import Example, Examples

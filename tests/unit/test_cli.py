@@ -12,8 +12,8 @@ from tiny_tokenizer import tiny_tokenizer
 from typer.testing import CliRunner
 
 from pared.checkpoint import Manifest
+from pared.cli.commands import app
 from pared.cli.compress import print_manifest
-from pared.cli.main import app
 
 WORDS = 64
 

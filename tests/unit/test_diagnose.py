@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from pared import ParedError, Recipe
 from pared.anatomy import find_anatomy, weight_of
-from pared.cli.main import app
+from pared.cli.commands import app
 from pared.engine import diagnose
 from pared.engine.diagnose import RankGroups, classification, rank_groups
 from pared.sources import Windows

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import pared
 from pared import ParedError
-from pared.cli.main import app
+from pared.cli.commands import app
 from pared.sources.labelled import find_examples
 from pared.training import encoders
 from pared.training.encoders import FineTuning, examples_of, fine_tuned_score, steps_of, with_head

@@ -16,7 +16,7 @@ import pared
 from pared import ParedError
 from pared.checkpoint import load
 from pared.checkpoint.export import make_dense
-from pared.cli.main import app
+from pared.cli.commands import app
 from pared.evaluation import Sampling, complete, evaluate_task, task_of
 from pared.evaluation.answers import boxed, last_number, marked_number, normalised, same_expression, same_number
 from pared.evaluation.generation import cut_at

@@ -22,7 +22,7 @@ from pared import ParedError, Recipe
 from pared.allocation.program.named import named as program_named
 from pared.checkpoint import Manifest, read_config
 from pared.checkpoint.format import ParedConfig
-from pared.cli.main import app
+from pared.cli.commands import app
 from pared.guarded import UNPACKED_UNASKED, parse_json, parse_yaml
 from pared.lines import Lines
 from pared.search.journal import Journal

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 import pared
 from pared import ParedError, Recipe
-from pared.cli.main import app
+from pared.cli.commands import app
 
 TOKENS = torch.randint(0, VOCAB, (2, 16), generator=torch.Generator().manual_seed(1))
 CONFIGURATION = """

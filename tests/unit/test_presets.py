@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import pared
 from pared import ParedError, Recipe
 from pared.checkpoint import Manifest
-from pared.cli.main import app
+from pared.cli.commands import app
 from pared.cli.options import asked_of
 from pared.engine.asked import method_of, options_of, settled
 from pared.engine.progress import Silent

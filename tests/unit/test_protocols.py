@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from typer.testing import CliRunner
 
 from pared import ParedError
-from pared.cli.main import app
+from pared.cli.commands import app
 from pared.evaluation import perplexity
 from pared.evaluation.protocols import PROTOCOLS, Protocol, cut_by, protocol_of
 from pared.sources.texts import Text, find_text

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 import pared
 from pared import ParedError
 from pared.checkpoint import Manifest, load, verify
-from pared.cli.main import app
+from pared.cli.commands import app
 from pared.modules import SparseLinear
 from pared.training import METHODS, tune
 from pared.training.distill import share_frozen, towards

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from pared import ParedError, Recipe, compress, perplexity
 from pared.allocation.program import parse
 from pared.anatomy import find_anatomy, probe, weight_of
-from pared.cli.main import app
+from pared.cli.commands import app
 from pared.engine.asked import layer_allocation_of, plan_of
 from pared.search.evolution import Candidate, Measured, Rules
 from pared.search.journal import Journal

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import pared.evaluation.speed
 from pared import ParedError
 from pared.checkpoint import mark, save
-from pared.cli.main import app
+from pared.cli.commands import app
 from pared.evaluation.speed import PRESETS, Case, Settings, Timed, bench, parse_case, preset
 from pared.evaluation.speed.bench import Bench, _Worker
 from pared.evaluation.speed.worker import describe, run

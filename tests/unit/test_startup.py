@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import get_args
 
 import pytest
 import typer
@@ -19,10 +20,11 @@ from pared.allocation import ALLOCATORS
 from pared.allocation.layerwise import LAYER_ALLOCATORS
 from pared.allocation.program import names, operators
 from pared.checkpoint import format, manifest
-from pared.cli.main import COMMANDS, LazyCommands
+from pared.cli.commands import COMMANDS, LazyCommands
 from pared.importing import when_imported
 from pared.lazy import deferred
 from pared.lowrank import METHODS
+from pared.recipe import Sampling
 from pared.sparsity import METHODS as PRUNING_METHODS
 from pared.sparsity import sparsegpt
 from pared.training import METHODS as TRAINING_METHODS
@@ -124,6 +126,13 @@ def test_a_tracker_that_is_not_installed_is_told_before_torch(monkeypatch: pytes
 # Commands.
 
 
+def test_every_way_to_sample_is_in_the_help() -> None:
+    (option,) = (
+        one for one in LazyCommands(name="pared").get_command(None, "compress").params if one.name == "sampling"
+    )
+    assert all(way in str(option.help) for way in get_args(Sampling))
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_list_of_commands_tells_what_their_own_help_does(name: str) -> None:
     command = LazyCommands(name="pared").get_command(None, name)
@@ -136,7 +145,7 @@ WITHOUT_TORCH = """
 import sys
 from typer.testing import CliRunner
 import pared
-from pared.cli.main import app
+from pared.cli.commands import app
 
 for words, code, told in {cases!r}:
     result = CliRunner().invoke(app, words)
@@ -221,6 +230,8 @@ CASES: list[tuple[list[str], int, str]] = [
     ([*COMPRESS, "--allocation", "los"], 2, "unknown allocation 'los'; did you mean 'loss'?"),
     ([*COMPRESS, "--sparsity", "0.5", "--allocation", "swift"], 2, "unknown allocation of zeros 'swift'"),
     ([*COMPRESS, "--option", "grup_size=2"], 2, "did you mean 'group_size'?"),
+    ([*COMPRESS, "--option", "group_size"], 2, "--option 'group_size': expected NAME=VALUE"),
+    ([*COMPRESS, "--allocation-option", "foo"], 2, "--allocation-option 'foo': expected NAME=VALUE"),
     ([*COMPRESS, "--option", "group_size=two"], 2, "expected a int, found 'two'"),
     ([*COMPRESS, "--option", "loss=sampld"], 2, "found 'sampld'"),
     ([*COMPRESS, "--allocation-option", "program=x"], 2, "allocation loss has no option 'program'"),
@@ -264,6 +275,47 @@ def test_what_needs_no_torch_imports_none(tmp_path: Path) -> None:
         (tmp_path / name / "config.json").write_text(json.dumps({"model_type": "llama", **fields}))
     fresh(WITHOUT_TORCH.format(cases=CASES), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(configs)
+
+
+INTERRUPTED = """
+import os, signal, sys
+from pared.cli.main import main
+
+class Signal:
+    def find_spec(self, name, *_):
+        if name == {module!r}:
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.{signal})
+
+sys.meta_path.insert(0, Signal())
+sys.argv = ["pared", *{words!r}]
+main()
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+@pytest.mark.parametrize(
+    ("module", "words", "told"),
+    [
+        ("typer", ["--version"], "interrupted"),
+        ("pared.cli.methods", ["methods"], ""),
+        ("torch", ["compress", "MODEL", "--out", "new"], "interrupted"),
+    ],
+)
+def test_a_signal_while_importing_ends_with_its_exit_code_and_no_traceback(
+    name: str, code: int, module: str, words: list[str], told: str, tmp_path: Path
+) -> None:
+    (tmp_path / "MODEL").mkdir()
+    (tmp_path / "MODEL" / "config.json").write_text('{"model_type": "llama"}')
+    script = INTERRUPTED.format(module=module, words=words, signal=name)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert told in done.stderr
+
+
+def test_nothing_slow_is_imported_before_signals_are_handled() -> None:
+    fresh("import sys, pared.cli.main\nassert not {'typer', 'click', 'rich', 'pydantic', 'yaml'} & set(sys.modules)")
 
 
 # Registration with transformers; that it works with `pared` imported first is tested with the folders.

@@ -29,7 +29,7 @@ import pared
 from pared import ParedError
 from pared.anatomy import find_anatomy
 from pared.checkpoint import Manifest, convert, export_dense, load, record, verify
-from pared.cli.main import app
+from pared.cli.commands import app
 from pared.evaluation.vision import answer_questions, is_right, processor_of, questions_of, written_one_way
 from pared.modules import LowRankLinear
 from pared.sources.architecture import is_causal

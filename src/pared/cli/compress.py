@@ -63,7 +63,7 @@ def compress(
                 "skip": skip,
                 "blocks": blocks,
                 "allocation": allocation,
-                "allocation_options": options.named_values(allocation_option),
+                "allocation_options": options.named_values(allocation_option, "--allocation-option"),
                 "storage": storage,
                 "statistics": statistics,
                 "refit": refit,

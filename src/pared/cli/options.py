@@ -2,10 +2,11 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 import typer
 
+from pared import recipe
 from pared.errors import ParedError
 from pared.guarded import parse_yaml
 from pared.presets import left_below
@@ -98,7 +99,8 @@ Data = Annotated[
 Samples = Annotated[int | None, typer.Option(help="Calibration windows. [default: 256]")]
 Length = Annotated[int | None, typer.Option(help="Tokens in a calibration window. [default: 2048]")]
 Seed = Annotated[int | None, typer.Option(help="Seed of random offsets. [default: 0]")]
-Sampling = Annotated[str | None, typer.Option(help="consecutive or random-offset. [default: consecutive]")]
+_SAMPLINGS = ", ".join(get_args(recipe.Sampling))
+Sampling = Annotated[str | None, typer.Option(help=f"{_SAMPLINGS}. [default: consecutive]")]
 CalibrationDtype = Annotated[
     str | None, typer.Option(help="What blocks compute in while calibrating: auto, float32, bfloat16, float16.")
 ]
@@ -117,15 +119,19 @@ Out = Annotated[Path | None, typer.Option(help="The folder to make.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it is there.")]
 
 
-def named_values(pairs: list[str] | None) -> dict[str, Any] | None:
+def named_values(pairs: list[str] | None, option: str = "--option") -> dict[str, Any] | None:
     """Return ``NAME=VALUE`` pairs as a mapping: truth values, numbers and lists as YAML has them, all else as text.
+
+    Args:
+        pairs: as they were given.
+        option: that they were given with, for messages.
 
     Raises:
         ParedError: a pair without an equals sign.
     """
     for pair in pairs or []:
         if "=" not in pair:
-            raise ParedError(f"--option {pair!r}: expected NAME=VALUE")
+            raise ParedError(f"{option} {pair!r}: expected NAME=VALUE")
     return {name: _value(value) for name, _, value in (pair.partition("=") for pair in pairs or [])} or None
 
 
