@@ -54,9 +54,9 @@ def export_dense(name: str, out: Path, dtype: str = "auto", overwrite: bool = Fa
     source = find_model(name)
     read = [Path(source.location), *inputs_of({"model": name})]
     require_apart(out, read)
+    model = load(name, dtype)  # says more of what is damaged than a digest
     if (Path(source.location) / MANIFEST).is_file():
         require_recorded(Path(source.location))  # else what is damaged would be listed as whole
-    model = load(name, dtype)
     fingerprint = take_fingerprint(model)
     make_dense(model)
     needed = sum(p.numel() * p.itemsize for p in model.parameters())

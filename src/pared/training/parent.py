@@ -82,8 +82,9 @@ class CompressedParent:
         Raises:
             ParedError: a file is not the one that was written.
         """
+        model = load(self.name)  # says more of what is damaged than a digest
         require_recorded(path_of(self.name))
-        return load(self.name)
+        return model
 
     def evaluation(self) -> Evaluation | None:
         """Return what it was measured on when it was compressed."""
