@@ -168,8 +168,9 @@ def own_class(cls: type) -> type:
 
 def portable_class(cls: type) -> type:
     """Return the subclass of a model class, of the same name and module, that saves the loader with itself."""
-    if is_portable(cls):
+    if issubclass(cls, PortableMixin) or (IS_COPY and is_portable(cls)):
         return cls
+    cls = own_class(cls)  # a copy's twin knows neither the modules nor the map of the package, which takes over
     if cls not in _portable:
         _portable[cls] = type(
             cls.__name__, (PortableMixin, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__}
