@@ -11,7 +11,7 @@ from pared.files import write_whole
 from pared.inputs import inputs_of, remember, told_apart, without_places
 from pared.record import hashes_of, write_sums
 
-Card = Callable[[Manifest, str], str]
+Card = Callable[[Manifest, str, Mapping[str, Any]], str]
 Published = Mapping[str, tuple[Path, str]]
 
 
@@ -43,7 +43,8 @@ def seal(folder: Path, manifest: Manifest, name: str, read: Iterable[Path], card
     told = Manifest.model_validate(fields)
     _clean_configurations(folder, published)
     if card is not None:
-        (folder / "README.md").write_text(card(told, name), encoding="utf-8")
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        (folder / "README.md").write_text(card(told, name, config), encoding="utf-8")
     return told.model_copy(update={"files": hashes_of(folder)}).write(folder)
 
 

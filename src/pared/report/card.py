@@ -1,5 +1,6 @@
 """The model card that lies in every folder: what this is, how it was made, how to load it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -7,44 +8,62 @@ import yaml
 from pared.checkpoint.manifest import Manifest
 from pared.presets import summary_of
 from pared.report.table import comparison, learned_from
+from pared.sources.architecture import AUTO_CLASSES
 
 LOADING = """\
 With the package `pared`:
 
 ```python
 import pared  # teaches transformers the format
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{folder}")
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
+model = {auto}.from_pretrained("{folder}"{trust})
+tokenizer = AutoTokenizer.from_pretrained("{folder}"{trust})
 ```
 
 Without it, with the loader that lies in this folder:
 
 ```python
-model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)
+model = {auto}.from_pretrained("{folder}", trust_remote_code=True)
 ```
 
-With neither, transformers only warns about an unknown quantisation type and fills the factorised layers with random
+With neither, transformers only warns about an unknown quantisation type and fills the compressed layers with random
 numbers. `pared verify {folder}` tells whether a copy answers as the original did.
 
+"""
+LORA = """\
 LoRA with PEFT takes the names that the layers have in the dense model:
 
 ```python
 from peft import LoraConfig, get_peft_model
 
 adapted = get_peft_model(model, LoraConfig(target_modules={targets}))
-merged = adapted.merge_and_unload()  # after training; save_pretrained as any model
+merged = adapted.merge_and_unload()  # after training
+merged.save_pretrained("merged")
+```
+"""
+SPARSE_LORA = """\
+LoRA with PEFT leaves the zeros alone. Merging as PEFT does would fill them, so this merges under their mask; what the
+adapter learned where weights are zero is lost by that:
+
+```python
+from peft import LoraConfig, get_peft_model
+from pared.training import merge_lora_keeping_zeros
+
+adapted = get_peft_model(model, LoraConfig(target_modules={targets}))
+merged = merge_lora_keeping_zeros(adapted)  # after training
+merged.save_pretrained("merged")
 ```
 """
 
 
-def model_card(manifest: Manifest, folder: str) -> str:
+def model_card(manifest: Manifest, folder: str, config: Mapping[str, Any]) -> str:
     """Return the text of ``README.md``, YAML header included.
 
     Args:
         manifest: of the compression.
         folder: what the loading examples call the folder.
+        config: what its ``config.json`` holds.
     """
     recipe = manifest.recipe
     pruned = recipe.sparsity is not None or recipe.pattern is not None
@@ -79,7 +98,8 @@ def model_card(manifest: Manifest, folder: str) -> str:
             *_trained(manifest),
             "## Load",
             "",
-            LOADING.format(folder=folder, targets=_targets(manifest)),
+            _loading(folder, config),
+            (SPARSE_LORA if pruned else LORA).format(targets=_targets(manifest)),
             "## Recipe",
             "",
             "```yaml",
@@ -92,6 +112,14 @@ def model_card(manifest: Manifest, folder: str) -> str:
             "",
         ]
     )
+
+
+def _loading(folder: str, config: Mapping[str, Any]) -> str:
+    """Return how to load a folder: by the Auto class that gives the class the configuration names."""
+    told: Mapping[str, str] = config.get("auto_map") or {}
+    named = [auto for auto in AUTO_CLASSES if told.get(auto, "").rpartition(".")[2] in config.get("architectures", ())]
+    own = ", trust_remote_code=True" if "AutoConfig" in told else ""  # transformers cannot read its configuration
+    return LOADING.format(folder=folder, auto=named[-1] if named else "AutoModelForCausalLM", trust=own)
 
 
 def _targets(manifest: Manifest) -> str:
