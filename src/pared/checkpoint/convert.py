@@ -1,6 +1,5 @@
 """The same weights stored in another way: two factors, or pivots and coefficients."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -10,7 +9,7 @@ from pared.checkpoint.load import load, require_recorded
 from pared.checkpoint.manifest import Manifest
 from pared.checkpoint.portable import module_map
 from pared.checkpoint.save import mark, save
-from pared.checkpoint.seal import seal
+from pared.checkpoint.seal import Card, seal
 from pared.checkpoint.self_check import reloaded, written
 from pared.checkpoint.verify import require_tensors
 from pared.errors import ParedError
@@ -26,7 +25,7 @@ def convert(
     out: Path,
     pivoted: bool,
     overwrite: bool = False,
-    card: Callable[[Manifest, str], str] | None = None,
+    card: Card | None = None,
 ) -> Manifest:
     """Write a compressed folder anew with every low-rank module stored pivoted, or as two factors again.
 
@@ -38,7 +37,7 @@ def convert(
         out: the folder to make.
         pivoted: pivots and coefficients if true, two factors if false.
         overwrite: whether a model folder at ``out`` may be replaced.
-        card: writes the text of ``README.md`` from the manifest and the folder's name; none is written without.
+        card: writes the text of ``README.md``, see ``seal``; none is written without.
 
     Returns:
         The manifest of the new folder.
