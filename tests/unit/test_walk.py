@@ -1,4 +1,4 @@
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import FAMILIES, REPEATED, TINY_MODELS, VOCAB
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 import pared
 from pared import ParedError, Recipe
@@ -305,3 +305,62 @@ def test_hidden_states_that_overflow_are_refused_by_their_block(block: int) -> N
 )
 def test_blocks_compute_in_what_was_asked_or_stored(asked: str, stored: torch.dtype, expected: torch.dtype) -> None:
     assert choose_dtype(asked, stored, CPU) == expected
+
+
+class Routed(nn.Module):
+    """Experts by the hidden states' sign and size, in any container; a layer before them."""
+
+    def __init__(self, container: Callable[[list[nn.Module]], nn.Module]) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.experts = container([nn.Linear(8, 8) for _ in range(3)])
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        read = torch.tanh(self.first(hidden))
+        out = torch.zeros_like(hidden)
+        for number, expert in enumerate(self.experts.children()):
+            rows = hidden[..., 0].round().long() == number  # the embedding's first number says which expert
+            if rows.any():
+                out[rows] = expert(read[rows])
+        return hidden + out * torch.tensor([0.0] + [0.1] * 7)
+
+
+class RoutedModel(PreTrainedModel):
+    config_class = PreTrainedConfig
+
+    def __init__(self, container: Callable[[list[nn.Module]], nn.Module]) -> None:
+        super().__init__(PreTrainedConfig())
+        self.embed = nn.Embedding(9, 8)
+        with torch.no_grad():
+            self.embed.weight[:, 0] = torch.arange(9).remainder(3)
+        self.layers = nn.ModuleList([Routed(container), Routed(container)])
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def forward(self, input_ids: torch.Tensor, **_: object) -> torch.Tensor:
+        hidden = self.embed(input_ids)
+        for block in self.layers:
+            hidden = block(hidden)
+        return hidden
+
+
+CONTAINERS = [
+    nn.ModuleList,
+    lambda experts: nn.ModuleDict({f"expert_{'abc'[i]}": one for i, one in enumerate(experts)}),
+    lambda experts: nn.Sequential(OrderedDict((f"e{'abc'[i]}", one) for i, one in enumerate(experts))),
+]
+
+
+@pytest.mark.parametrize("container", CONTAINERS, ids=["list", "dictionary", "named"])
+@pytest.mark.parametrize("first", [[0, 1], [0], [1], [2]], ids=str)
+def test_experts_that_only_a_later_batch_reaches_are_collected(container: Any, first: list[int]) -> None:
+    """A batch ended at the last expert that the first one had reached, unless a digit stood in its name."""
+    model = RoutedModel(container).eval()
+    anatomy, calls = probe(model, find_anatomy(model))
+    ids = torch.stack([torch.tensor(first).repeat(12)[:12], torch.arange(12) % 9])
+    inputs = capture(model, anatomy, ids, 1, calls, torch.float32, CPU)
+    for block in walk(anatomy.blocks(model), anatomy, inputs, only_gram, sequential=True):
+        found = [one["gram"].tokens for name, one in block.statistics.items() if "expert" in name]
+        expected = torch.bincount(ids.flatten() % 3, minlength=3).tolist()
+        assert found == expected

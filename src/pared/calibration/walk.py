@@ -103,7 +103,9 @@ def walk(
         statistics = _accumulators(anatomy, index, needs, inputs.device, crossed=dense is not None)
         if sequential:
             trail[index] = [hidden.clone() for hidden in inputs.hidden]
-        running = _Running(dense, last=_LastRead() if sequential and not influence else None)
+        running = _Running(dense)
+        if sequential and not influence:
+            running.last = _LastRead(sum(_is_collected(s, statistics.get(s.name, {})) for s in anatomy.sites_of(index)))
         if dense is not None:
             running.beside = copy_block(dense.block(index)).to(device=inputs.device, dtype=inputs.dtype)
         with hooks(_tap(worker, anatomy, index, statistics, running)):
@@ -153,22 +155,27 @@ class _Enough(Exception):  # noqa: N818 - no error
 class _LastRead:
     """Finds in the first batch which site is collected last, and ends every later batch there.
 
-    Nothing ends where that site is one of a list, which may be one of several experts that are sent tokens in any
-    order, or is called more than once.
+    Nothing ends where that site is called more than once or is sent a part of the tokens, as one of several experts is,
+    or where the first batch does not reach a site that a later one may.
 
     Attributes:
+        expected: how many sites there are to collect.
         sites: in the order they were collected in the first batch.
+        whole: whether the last of them was given one row for every token.
         known: whether the first batch is over.
     """
 
+    expected: int
     sites: list[str] = field(default_factory=list)
+    whole: bool = False
     known: bool = False
 
-    def collected(self, site: str, path: str) -> None:
+    def collected(self, site: str, whole: bool) -> None:
         """Take notice that everything of a site's call is collected."""
         if not self.known:
             self.sites.append(site)
-        elif site == self.sites[-1] and self.sites.count(site) == 1 and not in_a_list(path):
+            self.whole = whole
+        elif self.whole and site == self.sites[-1] and len(self.sites) == len(set(self.sites)) == self.expected:
             raise _Enough
 
 
@@ -244,8 +251,7 @@ def _tap(
             module = worker.get_submodule(path)
             if isinstance(statistic, Cross):
                 if site.reads == site.name and running.beside is not None:
-                    # One of several experts is sent its tokens in any order.
-                    flat = not in_a_list(path)
+                    flat = not _may_be_routed(anatomy, site)
                     beside = running.beside.get_submodule(path)
                     yield beside.register_forward_pre_hook(_dense_hook(running, site.name, flat))
                     yield module.register_forward_pre_hook(_cross_hook(statistic, running, site.name, flat))
@@ -253,25 +259,32 @@ def _tap(
                 yield module.register_forward_hook(_output_hook(statistic, running, site.name))
             elif site.reads == site.name:
                 yield module.register_forward_pre_hook(_input_hook(statistic, running, site.name))
-        if running.last is not None and own:
-            yield from _tap_last(worker.get_submodule(path), site, path, own, running.last)
+        if running.last is not None and _is_collected(site, own):
+            yield _tap_last(worker.get_submodule(path), site, own, running, running.last)
 
 
-def _tap_last(module: nn.Module, site: Site, path: str, own: Accumulators, last: _LastRead) -> Iterator[Any]:
+def _of_output(own: Mapping[str, object]) -> bool:
+    return any(name in STATISTICS and STATISTICS[name].of == "output" for name in own)
+
+
+def _is_collected(site: Site, own: Mapping[str, object]) -> bool:
+    """Whether anything is collected at a call of this site itself."""
+    return bool(own) and (_of_output(own) or site.reads == site.name)
+
+
+def _tap_last(module: nn.Module, site: Site, own: Accumulators, running: _Running, last: _LastRead) -> Any:
     """Hook the moment when everything of a site's call is collected."""
 
-    def hook(*_: Any) -> None:
-        last.collected(site.name, path)
+    def hook(_: nn.Module, args: tuple[torch.Tensor, ...], *__: Any) -> None:
+        last.collected(site.name, _of_the_batch(args[0], running, flat=True))
 
-    if any(name in STATISTICS and STATISTICS[name].of == "output" for name in own):
-        yield module.register_forward_hook(hook)
-    elif site.reads == site.name:
-        yield module.register_forward_pre_hook(hook)
+    return module.register_forward_hook(hook) if _of_output(own) else module.register_forward_pre_hook(hook)
 
 
-def in_a_list(path: str) -> bool:
-    """Whether a module's path leads through a list, as that of an expert does."""
-    return any(part.isdigit() for part in path.split("."))
+def _may_be_routed(anatomy: Anatomy, site: Site) -> bool:
+    """Whether a site may be one of several experts, which are sent their tokens in any order."""
+    alike = [layer for layer in anatomy.layers if layer.block == site.block and layer.role == site.role]
+    return len(alike) > 1 or any(part.isdigit() for part in anatomy.path_in_block(site).split("."))
 
 
 def _input_hook(statistic: Statistic, running: _Running, site: str) -> Callable[..., None]:
