@@ -105,7 +105,7 @@ PACKAGED = {
             "ours, after the effective rank of D-Rank (arXiv 2509.25622); not searched",
             "The entropy of the squared singular values of a block, the logarithm of their effective rank, which no "
             "scale changes: blocks whose spectra are flat keep most. The default of ranks; where it tells no block "
-            "from another all keep the same.",
+            "from another all keep the same. Perplexity 142.6 where uniform ranks have 139.7 (docs/search.md).",
         ),
     )
 }
