@@ -4,7 +4,6 @@ This file is a part of the loader that a saved folder carries, so it may use the
 """
 
 import importlib
-import importlib.abc
 import importlib.machinery
 import sys
 import threading
@@ -35,7 +34,7 @@ def when_imported(name: str, action: Action) -> None:
     action(importlib.import_module(name))  # waits for another thread that is in the middle of it
 
 
-class _Finder(importlib.abc.MetaPathFinder):
+class _Finder:  # not one of importlib.abc, which takes as long to import as all of pared
     """Finds modules that are waited for as the finders behind it do, and puts the actions behind their execution."""
 
     def find_spec(
@@ -49,12 +48,12 @@ class _Finder(importlib.abc.MetaPathFinder):
             spec: importlib.machinery.ModuleSpec | None = find(fullname, path, target) if find else None
             if spec is not None:
                 if spec.loader is not None:
-                    spec.loader = _Acting(spec.loader)
+                    spec.loader = _Acting(spec.loader)  # type: ignore[assignment]
                 return spec
         return None
 
 
-class _Acting(importlib.abc.Loader):
+class _Acting:
     """A loader that makes way for the real one, and then acts."""
 
     def __init__(self, loader: Any) -> None:
