@@ -1,18 +1,22 @@
 """Run the unit tier as other processors would: under three instruction sets, with one thread and with two.
 
 ``make test-portable [ARGS="tests/unit/test_sharding.py"]``. What a leg prints goes to ``.portable/LEG.log``. A leg that
-fails does not end the others. Called again on the same files, what passed is not run again (``--again`` does).
+fails does not end the others. Called again on the same files, packages and processor, what passed is not run again
+(``--again`` does).
 ``--leg=plain-1`` runs that one alone.
 """
 
 import hashlib
+import importlib.metadata
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / ".portable"
@@ -30,9 +34,8 @@ def main(words: list[str]) -> int:
     asked = [word for word in words if word != "--again" and not word.startswith("--leg=")] or ["tests/unit"]
     FOLDER.mkdir(exist_ok=True)
     memory = FOLDER / "passed.json"
-    files = _files(asked)
-    passed = json.loads(memory.read_text()) if memory.exists() and not again else {}
-    passed = {leg: line for leg, line in passed.items() if line["files"] == files}
+    ran = digest_of(asked)
+    passed = {} if again else remembered(memory, ran)
     table, failed = [], False
     for name, variables in INSTRUCTIONS.items():
         for threads in THREADS:
@@ -42,7 +45,7 @@ def main(words: list[str]) -> int:
             line = passed.get(leg)
             if line is None:
                 print(f"{leg} ...", flush=True)
-                line = {"files": files, **_run(leg, variables, threads, asked)}
+                line = {"ran": ran, **_run(leg, variables, threads, asked)}
             if line["result"] == "passed":
                 passed[leg] = line
                 memory.write_text(json.dumps(passed))
@@ -78,11 +81,34 @@ def _run(leg: str, variables: dict[str, str], threads: int, asked: list[str]) ->
             "seconds": time.monotonic() - started, "result": result}  # fmt: skip
 
 
-def _files(asked: list[str]) -> str:
-    """Return a digest of what is run, and of all that git tracks or would."""
+def remembered(memory: Path, ran: str) -> dict[str, dict[str, Any]]:
+    """Return what passed of the same run by leg; nothing where the file is missing, torn or of another layout."""
+    try:
+        return {leg: line for leg, line in json.loads(memory.read_text(encoding="utf-8")).items() if line["ran"] == ran}
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        return {}
+
+
+def surroundings() -> list[object]:
+    """Return what results may hang on beside the files: Python, every package that is installed, the processor."""
+    packages = sorted((one.name, one.version) for one in importlib.metadata.distributions())
+    return [sys.version, packages, platform.machine(), _processor()]
+
+
+def _processor() -> list[str]:
+    """Return the model and the instructions of the processor, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return [platform.processor()]
+    return sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
+
+
+def digest_of(asked: list[str]) -> str:
+    """Return a digest of what is run, of all that git tracks or would, and of what it runs on."""
     listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT,
                             capture_output=True, check=True).stdout  # fmt: skip
-    digest = hashlib.sha256(json.dumps(asked).encode())
+    digest = hashlib.sha256(json.dumps([asked, surroundings()]).encode())
     for name in sorted(filter(None, listed.split(b"\0"))):
         path = ROOT / os.fsdecode(name)
         if path.is_file():
