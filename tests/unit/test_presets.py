@@ -249,6 +249,14 @@ def test_a_budget_or_length_given_replaces_another_of_a_file_or_a_copy(
     assert kind.of(file).model_copy(update=given) == kind.of(expected)
 
 
+def test_an_option_given_leaves_the_other_options_of_a_file(tmp_path: Path) -> None:
+    """Regression: one ``--option`` beside a file dropped all that the file has, where a preset keeps them."""
+    path = tmp_path / "asked.yaml"
+    path.write_text("method: basis-sharing\noptions: {group_size: 2, sharing: paper}\n", encoding="utf-8")
+    asked = asked_of(Recipe, path, {"options": {"group_size": 3}})
+    assert asked.options == {"group_size": 3, "sharing": "paper"}
+
+
 def test_two_budgets_on_the_command_line_are_two(tmp_path: Path) -> None:
     path = tmp_path / "asked.yaml"
     path.write_text("keep: 0.8", encoding="utf-8")

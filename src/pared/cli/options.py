@@ -183,5 +183,5 @@ def asked_of(kind: type[Asked], file: Path | None, given: dict[str, Any]) -> Ask
         target = fields
         if section:
             target = fields[section] = dict(fields.get(section) or {})
-        target[leaf] = value
+        target[leaf] = {**(target.get(leaf) or {}), **value} if isinstance(value, dict) else value
     return kind.of(fields, origin=f"{what} {file} with options" if file else "options")
