@@ -369,7 +369,7 @@ def test_the_end_that_is_measured_on_is_not_trained_on_however_its_place_is_spel
     """Regression: names were compared as they were spelt, and a relative path was trained on to its end."""
     monkeypatch.chdir(folder)
     evaluated = f"file:{folder}/text.txt[80%:]"
-    for name in ("file:text.txt", "file:./text.txt", "file:model/../text.txt", "file:link.txt"):
+    for name in ("file:text.txt", "file:./text.txt", "file:model/../text.txt", "file:link.txt", "file:copy.txt"):
         assert learned_part(name, evaluated) == f"{name}[:80%]"
     assert learned_part("file:text.txt", f"file:{folder}/other.txt[80%:]") == "file:text.txt"
     assert learned_part("file:text.txt", f"file:{folder}/text.txt[50%:]") == "file:text.txt"

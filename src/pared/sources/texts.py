@@ -4,10 +4,12 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
+from pared.digests import file_digest
 from pared.errors import ParedError, TextTooShortError
 from pared.files import path_of
 from pared.names import PART, did_you_mean
@@ -133,7 +135,7 @@ def held_out(name: str) -> str | None:
 def learned_part(name: str, evaluated: str | None) -> str:
     """Return the name of what is learned from: of a file whose last fifth is evaluated on, what is before that.
 
-    However the two names spell where the file lies.
+    However the two names spell where the file lies, and of a copy of it too.
     """
     apart = held_out(name) if name.startswith("file:") else None
     if apart is None or evaluated is None:
@@ -141,8 +143,17 @@ def learned_part(name: str, evaluated: str | None) -> str:
     own, other = PART.search(apart), PART.search(evaluated)
     if own is None or other is None or own.group() != other.group() or not evaluated.startswith("file:"):
         return name
-    there = _path(evaluated[: other.start()]).resolve()
-    return f"{name}[:{1 - KEPT_APART:.0%}]" if _path(name).resolve() == there else name
+    same = _same_file(_path(name), _path(evaluated[: other.start()]))
+    return f"{name}[:{1 - KEPT_APART:.0%}]" if same else name
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    """Whether two paths lead to one file, or to copies of one."""
+    if one.resolve() == other.resolve():
+        return True
+    with suppress(OSError):
+        return one.stat().st_size == other.stat().st_size and file_digest(one) == file_digest(other)
+    return False
 
 
 def from_learned_part(name: str, evaluated: str | None, make: Callable[[str], Made]) -> Made:
