@@ -300,10 +300,10 @@ pared tune SMALLER --preset basis-sharing-lora --out BETTER
 ```
 
 In a YAML file it is `preset: NAME`, in Python `pared.Recipe.of({"preset": NAME})`. `pared presets` lists them, `pared
-presets NAME` prints one. What is given beside a preset wins, and what does not go with it gives way: another budget, the
-options of another allocation, any allocation beside `--rank-fraction`. So does a length that is more than the model has
-positions. Where that changes the protocol it is reported, and `pared.json` holds every field, the preset's name and each
-deviation. Another method beside a preset is refused.
+presets NAME` prints one. What is given beside a preset wins, and what does not go with it gives way: another budget,
+the options of another allocation, any allocation beside `--rank-fraction`. So does a length that is more than the model
+has positions. Where that changes the protocol it is reported, and `pared.json` holds every field, the preset's name and
+each deviation. Another method beside a preset is refused.
 
 Below, every field of every preset stands beside what the paper or its code says, **bold** where the two are not the
 same, and under the table what no field is of. A preset says what is done, not what comes out: none of the papers'
