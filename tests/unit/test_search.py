@@ -140,6 +140,19 @@ def test_ranks_are_searched_for_alike_and_are_what_compress_makes_of_the_program
     assert here == pytest.approx(found.told["perplexity"]["full"], rel=1e-3)
 
 
+def test_a_journal_whose_dense_model_has_no_values_is_told(recipe: Any, tokenizer: Any, tmp_path: Path) -> None:
+    """Regression: IndexError; a measurement of a worker that died has none."""
+    model = TINY_MODELS["llama"]()
+    search(model, tokenizer, recipe(), RULES, LOOK, tmp_path / "a")
+    path = tmp_path / "a" / "journal.jsonl"
+    first = json.loads(path.read_bytes().partition(b"\n")[0])
+    del first["check"]
+    rows = [first, {"name": "dense", "program": "dense", "values": []}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ParedError, match="the dense model has no perplexity"):
+        search(model, tokenizer, recipe(), RULES, LOOK, tmp_path / "a")
+
+
 def test_the_same_search_writes_the_same_bytes_and_another_is_refused(
     recipe: Any, tokenizer: Any, tmp_path: Path
 ) -> None:

@@ -277,10 +277,11 @@ def _references(
         elif measured is None:
             with trial.installed(trial.uniform()):
                 measured = measure.as_it_is(steps)
-        if kind == "dense" and not math.isfinite(measured.values[-1]):
+        value = measured.values[-1] if measured.values else math.inf
+        if kind == "dense" and not math.isfinite(value):
             raise ParedError(f"the dense model has no perplexity on the search split: {measured.why or 'infinite'}")
         journal.put(kind + name, kind, measured)
-        found[kind + name] = measured.values[-1]
+        found[kind + name] = value
     return found
 
 
