@@ -36,7 +36,7 @@ class Tuning(FromPreset):
         weight_decay: of AdamW.
         evaluate_every: steps between two measurements of the loss on the validation part; none measures at the end.
         patience: measurements without a smaller loss after which training stops; the best is kept. None trains on.
-        checkpoint_every: steps after which the state is saved, to go on from after a crash.
+        checkpoint_every: steps after which the state is saved, to resume from after a crash.
         gradient_checkpointing: compute activations again in the backward pass rather than hold them.
         precision: what is multiplied in; ``auto`` is the dtype of the model, or for float32 models bfloat16 where that
             is measured to be faster. What is trained is held in float32.

@@ -18,7 +18,7 @@ from pared.evaluation.choice import CHOICES, evaluate_choices, prepare
 from pared.evaluation.classification import BATCH, batches
 from pared.evaluation.generation import require_possible
 from pared.evaluation.protocols import cut_by, protocol_of
-from pared.evaluation.tasks import examples_of, require_leave, rows_of
+from pared.evaluation.tasks import examples_of, require_permission, rows_of
 from pared.evaluation.vision import BATCH as BATCH_OF_IMAGES
 from pared.evaluation.vision import answer_questions, processor_of, questions_of
 from pared.names import require_known
@@ -185,7 +185,7 @@ def do_tasks(
         raise ParedError(f"--samples and --temperature are of answers that are written; {', '.join(chosen)} choose")
     written = [name for name in names if name not in CHOICES]
     for name in written:
-        require_leave(task_of(name), run_code)
+        require_permission(task_of(name), run_code)
         require_possible(sampling, task_of(name).tokens)
     counts: dict[str, int] = {}
     for name in written:  # whatever is wrong with any, before loading

@@ -60,7 +60,7 @@ def tune(
         int | None, typer.Option(help="Stop after so many measurements without a better one, and keep the best.")
     ] = None,
     checkpoint_every: Annotated[
-        int | None, typer.Option(help="Steps between two states to go on from after a crash. [default: 100]")
+        int | None, typer.Option(help="Steps between two states to resume from after a crash. [default: 100]")
     ] = None,
     gradient_checkpointing: Annotated[
         bool | None, typer.Option("--gradient-checkpointing", help="Less memory for a third more time.")

@@ -116,12 +116,12 @@ def evaluate_task(
         on_batch: called after every batch.
 
     Raises:
-        ParedError: an unknown task, missing or malformed data, code to run without leave, or k above the samples.
+        ParedError: an unknown task, missing or malformed data, code to run without permission, or k above the samples.
     """
     from pared.evaluation.generation import Sampling, complete, room
 
     task, sampling = task_of(name), sampling or Sampling()
-    require_leave(task, run_code)
+    require_permission(task, run_code)
     if task.runs and max(ks) > sampling.samples:
         raise ParedError(f"pass@{max(ks)} needs {max(ks)} samples of every problem, found {sampling.samples}: ask for "
                          "more samples and a temperature")  # fmt: skip
@@ -175,7 +175,7 @@ def task_of(name: str) -> Task:
     return TASKS[name]
 
 
-def require_leave(task: Task, run_code: bool) -> None:
+def require_permission(task: Task, run_code: bool) -> None:
     """Refuse to run programs that nobody allowed to run.
 
     Raises:

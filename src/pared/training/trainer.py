@@ -1,4 +1,4 @@
-"""One stage through the Trainer of transformers: what it computes in, what it saves, how it goes on after a crash."""
+"""One stage through the Trainer of transformers: what it computes in, what it saves, how it resumes after a crash."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -184,7 +184,7 @@ def train(
         steps: optimiser steps.
         examples: rows.
         folder: for checkpoints.
-        checkpoint: what to go on from.
+        checkpoint: what to resume from.
         precision: what products are made in.
         processes: that train together.
         progress: who watches.

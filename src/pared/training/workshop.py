@@ -1,4 +1,4 @@
-"""The folder a training works in, beside its output: state to go on from after a crash, finished stages."""
+"""The folder a training works in, beside its output: state to resume from after a crash, finished stages."""
 
 import json
 import os
@@ -34,7 +34,7 @@ class Workshop:
     @classmethod
     @contextmanager
     def beside(cls, out: Path, settings: Mapping[str, Any], processes: Processes) -> Iterator["Workshop"]:
-        """Open the work folder of an output folder; it goes again if there is nothing in it to go on from.
+        """Open the work folder of an output folder; it goes again if there is nothing in it to resume from.
 
         Args:
             out: the output.
@@ -67,7 +67,7 @@ class Workshop:
         return self.folder / f"state-{number}"
 
     def holds_anything(self) -> bool:
-        """Whether there is anything to go on from: a whole checkpoint, or a finished stage."""
+        """Whether there is anything to resume from: a whole checkpoint, or a finished stage."""
         return any(self.folder.glob(f"state-*/{CHECKPOINT}*/{WHOLE}")) or any(self.folder.glob("stage-*"))
 
     def last_checkpoint(self, number: int) -> Path | None:
@@ -99,7 +99,7 @@ class Workshop:
             there, here = found.get(name), self._settings.get(name)
             if there != here:
                 raise ParedError(
-                    f"{self.folder} holds an unfinished training with {name} {there!r}, found {here!r} now; go on with "
+                    f"{self.folder} holds an unfinished training with {name} {there!r}, found {here!r} now; resume with "
                     "the same settings, name another output, or remove that folder to begin anew"
                 )
 
