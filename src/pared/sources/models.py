@@ -149,7 +149,7 @@ class ModelSource:
         return bool(set(listed) & set(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()))
 
     def processor_files(self) -> list[Path]:
-        """Return the files of what turns images and dialogues into the inputs of a vision-language model; none of others."""
+        """Return the files of a vision-language model's processor, which makes inputs of images; none of others."""
         if not self.sees:
             return []
         from transformers.utils import cached_file

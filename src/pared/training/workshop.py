@@ -99,8 +99,8 @@ class Workshop:
             there, here = found.get(name), self._settings.get(name)
             if there != here:
                 raise ParedError(
-                    f"{self.folder} holds an unfinished training with {name} {there!r}, found {here!r} now; resume with "
-                    "the same settings, name another output, or remove that folder to begin anew"
+                    f"{self.folder} holds an unfinished training with {name} {there!r}, found {here!r} now; resume "
+                    "with the same settings, name another output, or remove that folder to begin anew"
                 )
 
 
