@@ -195,11 +195,16 @@ def test_the_probe_leaves_no_hook_behind() -> None:
     assert not [name for name, m in model.named_modules() if m._forward_pre_hooks or m._forward_hooks]
 
 
-def test_a_layer_that_never_runs_is_idle() -> None:
+@pytest.mark.parametrize("own", [None, "forward", "hook"])
+def test_a_layer_that_the_probe_does_not_run_is_idle_only_if_its_class_cannot_tell(own: str | None) -> None:
     model = TINY_MODELS["llama"]()
-    model.model.layers[1].spare = nn.Linear(32, 32)
-    idle = [site.name for site in probed(model).sites if site.idle]
-    assert idle == ["model.layers.1.spare"]
+    model.model.layers[1].spare = spare = nn.Linear(32, 32)
+    if own == "forward":
+        spare.forward = lambda x: 2 * nn.functional.linear(x, spare.weight)
+    elif own == "hook":
+        spare.register_forward_hook(lambda _, __, output: 2 * output)
+    found = {site.name: (site.seen, site.idle) for site in probed(model).sites if site.idle or not site.seen}
+    assert found == {"model.layers.1.spare": (False, own is not None)}
 
 
 def test_a_layer_that_runs_twice_shares_with_nobody() -> None:

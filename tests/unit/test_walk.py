@@ -13,6 +13,7 @@ from pared import ParedError, Recipe
 from pared.anatomy import Anatomy, find_anatomy, probe
 from pared.calibration import BlockInputs, WalkedBlock, capture, walk
 from pared.calibration.precision import choose_dtype
+from pared.sources.windows import Windows
 
 CPU = torch.device("cpu")
 WINDOWS, LENGTH, BATCH = 7, 12, 3  # batches of 3, 3 and 1; longer than the sliding windows and the probe
@@ -364,3 +365,36 @@ def test_experts_that_only_a_later_batch_reaches_are_collected(container: Any, f
         found = [one["gram"].tokens for name, one in block.statistics.items() if "expert" in name]
         expected = torch.bincount(ids.flatten() % 3, minlength=3).tolist()
         assert found == expected
+
+
+@pytest.mark.parametrize("container", CONTAINERS, ids=["list", "dictionary", "named"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"method": "svd", "keep": 0.6},
+        {"method": "svd-llm", "keep": 0.75},
+        {"method": "svd-llm", "keep": 0.75, "allocation": "effective-rank"},
+        {"method": "magnitude", "sparsity": 0.5},
+        {"method": "wanda", "sparsity": 0.5},
+    ],
+    ids=lambda recipe: "-".join(map(str, recipe.values())),
+)
+@pytest.mark.parametrize("reached", [True, False])
+def test_experts_that_the_probe_does_not_reach_are_compressed(
+    container: Any, recipe: dict[str, Any], reached: bool, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """They stayed dense whatever the text or the method was."""
+    model = RoutedModel(container).eval()
+    with torch.no_grad():
+        model.embed.weight[:, 0] = torch.arange(9) // 8  # of the probe's tokens, 0 to 7, all go to the first expert
+    ids = (torch.arange(16) % (9 if reached else 8)).repeat(4, 1)
+    windows = Windows(ids, "digest", "text", "origin", stand_in=True)
+    calibration = pared.Calibration(samples=4, length=16, batch=2, dtype="float32")
+    plan = pared.compress(model, tokenizer, Recipe(calibration=calibration, **recipe), windows=windows).plan
+    dense = {s.name: s.decision.reason for s in plan.sites if s.decision.kind == "dense"}
+    if recipe["method"] in ("svd", "magnitude"):
+        assert not dense
+    else:
+        experts = [[s.name for s in plan.sites if s.block == block and "experts" in s.name] for block in (0, 1)]
+        left = [name for names in experts for name in names[2 if reached else 1 :]]
+        assert dense == dict.fromkeys(left, "no calibration token reached it")

@@ -92,7 +92,7 @@ def probe(model: PreTrainedModel, anatomy: Anatomy, read: bool = True) -> tuple[
             wired in any way.
 
     Returns:
-        The anatomy with ``reads``, ``idle`` and the order of sites filled in, without what is not
+        The anatomy with ``reads``, ``seen``, ``idle`` and the order of sites filled in, without what is not
         ``x Wᵀ + b``; and how the blocks were called, in order. No calls, and ``reads`` assumed, where no pass can tell.
 
     Raises:

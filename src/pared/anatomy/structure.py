@@ -34,7 +34,8 @@ class Site:
         in_features: its columns.
         has_bias: whether there is a bias.
         reads: sites with equal ``reads`` see the same input tensor; known after the probe pass.
-        idle: the probe pass never ran it, so nothing can be said about its inputs.
+        idle: nothing is said about it, as no token reached it or it could not be proved linear; it stays dense.
+        seen: whether the probe pass ran it. Its few tokens do not reach every expert; a text may.
         owner: the class of the module it lies in, an attention or an expert.
         position: which of that module's sites it is: in the order they run, before the probe pass that of the model.
         transposed: its weight is stored ``(in, out)``, as GPT-2's.
@@ -51,6 +52,7 @@ class Site:
     owner: str = ""
     position: int = 0
     transposed: bool = False
+    seen: bool = True
 
     @property
     def parent(self) -> str:

@@ -40,6 +40,7 @@ class Watch:
         self._alive: dict[tuple[int, ...], tuple[torch.Tensor, int]] = {}  # holds tensors: no address is used twice
         self._tensors = 0
         self._not_linear: dict[str, str] = {}
+        self._own: set[str] = set()  # layers of which the class does not tell everything: only a pass can prove them
 
     def hooked(self, model: nn.Module, blocks: list[nn.Module]) -> Iterator[Any]:
         """Hook every block and every linear layer."""
@@ -49,6 +50,8 @@ class Watch:
         sites = {site.name for site in self.anatomy.sites}
         for site in self.anatomy.layers:
             module = model.get_submodule(site.name)
+            if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+                self._own.add(site.name)
             yield module.register_forward_pre_hook(self._read(site.name))
             if site.name in sites and isinstance(module, LINEAR_TYPES):  # not what has taken the place of one already
                 yield module.register_forward_hook(self._put_out(site.name), with_kwargs=True)
@@ -169,6 +172,8 @@ class Watch:
             seen, times = tuple(self._reads.get(site.name, ())), max(runs[site.block], 1)
             # One that runs again inside its block shares with nobody: a Gram must see every read once.
             leader = first.setdefault(seen, site.name) if len(seen) == times else site.name
-            found[site.name] = replace(site, reads=leader, idle=not seen, position=positions[site.parent])
+            idle = not seen and site.name in self._own
+            place = positions[site.parent]
+            found[site.name] = replace(site, reads=leader, seen=bool(seen), idle=idle, position=place)
             positions[site.parent] += 1
         return anatomy.with_layers(found[layer.name] for layer in anatomy.layers)

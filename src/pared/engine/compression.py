@@ -153,7 +153,10 @@ class _Compression:
             anatomy, calls = probe(self.model, anatomy, read=self.calibrated)
             units = self.units(anatomy)
             grouped = any(len(unit.members) > 1 for unit in units)
-            known = None if self.allocator.needs or grouped or self.refit != "off" else self.plan(anatomy)
+            # What the probe's few tokens did not reach the text may not reach either; the others then pay for it.
+            open_ended = self.calibrated and not all(site.seen for site in anatomy.sites)
+            late = self.allocator.needs or grouped or open_ended or self.refit != "off"
+            known = None if late else self.plan(anatomy)
         inputs: BlockInputs | None = None
         if self.calibrated:
             with self.watch("text"):
