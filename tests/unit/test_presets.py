@@ -327,7 +327,7 @@ CARDS: list[dict[str, Any]] = [
 def test_the_recipe_of_a_model_card_is_the_same_recipe(fields: dict[str, Any], manifest: Manifest) -> None:
     """Regression: nulls were left out of the card, where the default, or the preset, is a number."""
     asked = Recipe.of(fields)
-    card = model_card(manifest.model_copy(update={"recipe": asked}), "folder")
+    card = model_card(manifest.model_copy(update={"recipe": asked}), "folder", {})
     shown = yaml.safe_load(card.partition("```yaml\n")[2].partition("```")[0])
     assert Recipe.of(shown) == asked
 

@@ -266,7 +266,7 @@ def test_what_cannot_be_searched_for_is_refused(recipe: Any, tokenizer: Any, tmp
         (recipe(options={"variant": True}), LOOK, "a", "search without it"),
         (recipe("basis-sharing", keep=0.8), LOOK, "a", "search with svd-llm"),
         (recipe("svd-llm", rank_fraction=0.3), LOOK, "a", "rank_fraction fixes"),
-        (recipe(), LOOK, "full", "holds something else than a search"),
+        (recipe(), LOOK, "full", "holds something other than a search"),
         (recipe(), Look(windows=5000, length=16), "a", "fewer than the 5000 asked for"),
         (recipe(), Look(windows=0, length=16), "a", "expected 1 or more, found 0"),
     ):
