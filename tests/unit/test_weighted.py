@@ -228,3 +228,20 @@ def test_statistics_that_are_no_numbers_are_refused():
         loss_optimal.decompose(draw(6, 9), gram(9), torch.full((6,), math.nan))
     with pytest.raises(ValueError, match="input Gram"):
         loss_optimal.decompose(draw(6, 9), torch.full((9, 9), math.nan), torch.ones(6))
+
+
+@pytest.mark.parametrize("shape", [(192, 64), (64, 192)])
+def test_a_gradient_gram_of_one_direction_and_rounding_is_damped_further(
+    shape: tuple[int, int],
+) -> None:
+    """The head of a classifier: its Gram is indefinite by more than 1e-4 of the mean diagonal."""
+    generator = torch.Generator().manual_seed(0)
+    W_ON, X_TN = torch.randn(shape, generator=generator), torch.randn(500, shape[1], generator=generator)
+    direction_O = torch.randn(shape[0], generator=generator).double()
+    B_OO = torch.outer(direction_O, direction_O)
+    B_OO -= 3e-6 * B_OO.trace() * torch.eye(shape[0])  # what rounding does, at its worst
+    assert torch.linalg.eigvalsh(B_OO)[0] < -loss_optimal.DAMPING * B_OO.diagonal().mean()
+    found = loss_optimal.decompose(W_ON, X_TN.T @ X_TN / 500, B_OO)
+    assert found.damping in loss_optimal.MORE_DAMPING
+    seen_N, kept_N = direction_O @ W_ON.double(), direction_O @ cut(found, 1).double()
+    assert (seen_N - kept_N).norm() < 0.05 * seen_N.norm()  # the one direction that matters is kept

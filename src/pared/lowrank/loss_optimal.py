@@ -13,13 +13,17 @@ targets behind the compressed prefix.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from pared.lowrank.decomposition import Decomposition, at_no_cost, from_output_gram, from_root, weigh_outputs
 from pared.lowrank.sharing import block_diagonal
+from pared.lowrank.whitening import cholesky_factor
 
 DAMPING = 1e-4  # of the mean diagonal, on both sides
+# A Gram of few directions (the gradients of a classifier's head) is indefinite by the rounding of its float32 products.
+MORE_DAMPING = (1e-3, 1e-2, 1e-1)
 
 
 def decompose(W_ON: torch.Tensor, gram_NN: torch.Tensor, gradient: torch.Tensor) -> Decomposition:
@@ -56,10 +60,11 @@ def decompose_group(
     energies = [_mean_energy(gradient) for gradient in gradients]
     felt = [energy for energy in energies if energy]
     stand_in = DAMPING * sum(felt) / len(felt) if felt else 1.0
-    roots = [
+    found_roots = [
         root(gradient if energy else gradient.new_full((), stand_in), len(weight))
         for gradient, energy, weight in zip(gradients, energies, W_ON, strict=True)
     ]
+    roots, damping = [one for one, _ in found_roots], max(used for _, used in found_roots)
     if any(one.ndim == 2 for one in roots):
         roots = [one if one.ndim == 2 else one.diag() for one in roots]
     weight_ON = torch.cat(list(W_ON)).double()
@@ -67,6 +72,7 @@ def decompose_group(
     read = bool(gram_NN.any())
     seen_NN = gram_NN if read else torch.eye(len(gram_NN), dtype=gram_NN.dtype, device=gram_NN.device)
     found = decompose_weighted(weight_ON, seen_NN, L_OO)
+    found = replace(found, damping=max(found.damping, damping))
     if read and felt:
         return found
     return at_no_cost(found, "no gradient of the loss reaches it" if read else "nothing but zeros reach it on the text")
@@ -78,21 +84,26 @@ def decompose_weighted(W_ON: torch.Tensor, gram_NN: torch.Tensor, L_OO: torch.Te
     Raises:
         ValueError: the input Gram is not finite, negative, or all zero.
     """
-    W_ON, gram_NN = W_ON.double(), _damped(gram_NN.double(), "input Gram")
+    W_ON, gram_NN = W_ON.double(), gram_NN.double()
     if W_ON.shape[0] > W_ON.shape[1]:
-        return from_root(W_ON, torch.linalg.cholesky(gram_NN), L_OO=L_OO)
+        R_NN, damping = _factor(gram_NN, "input Gram")
+        return from_root(W_ON, R_NN, damping, L_OO=L_OO)
+    damped_NN = gram_NN.clone()
+    damped_NN.diagonal().add_(DAMPING * _mean(gram_NN.diagonal(), "input Gram"))
     weighted_ON = weigh_outputs(L_OO, W_ON)
-    return from_output_gram(W_ON, weighted_ON @ gram_NN @ weighted_ON.T, L_OO=L_OO)
+    return from_output_gram(W_ON, weighted_ON @ damped_NN @ weighted_ON.T, L_OO=L_OO)
 
 
-def root(gradient: torch.Tensor, out_features: int) -> torch.Tensor:
-    """Return ``L`` with ``L Lᵀ = B``, damped, float64: a diagonal ``(out,)`` unless ``B`` is full."""
-    gradient = gradient.double()
+def root(gradient: torch.Tensor, out_features: int) -> tuple[torch.Tensor, float]:
+    """Return ``L`` with ``L Lᵀ = B``, damped, float64, and the damping where it is more than the usual.
+
+    ``L`` is a diagonal ``(out,)`` unless ``B`` is full.
+    """
     if gradient.ndim == 2:
-        return torch.linalg.cholesky(_damped(gradient, "output gradient Gram"))
-    energy_O = gradient.expand(out_features)
+        return _factor(gradient.double(), "output gradient Gram")
+    energy_O = gradient.double().expand(out_features)
     mean = _mean(energy_O, "output gradient energy")
-    return (energy_O + DAMPING * mean).sqrt()
+    return (energy_O + DAMPING * mean).sqrt(), 0.0
 
 
 def _mean_energy(gradient: torch.Tensor) -> float:
@@ -104,10 +115,11 @@ def _block_diagonal(blocks: Sequence[torch.Tensor]) -> torch.Tensor:
     return blocks[0] if len(blocks) == 1 else block_diagonal(blocks)
 
 
-def _damped(gram_NN: torch.Tensor, what: str) -> torch.Tensor:
-    damped_NN = gram_NN.clone()
-    damped_NN.diagonal().add_(DAMPING * _mean(gram_NN.diagonal(), what))
-    return damped_NN
+def _factor(gram_NN: torch.Tensor, what: str) -> tuple[torch.Tensor, float]:
+    """Return the Cholesky factor of a damped Gram, and its damping where that is more than the usual, else 0."""
+    _mean(gram_NN.diagonal(), what)
+    L_NN, _, damping = cholesky_factor(gram_NN, (DAMPING, *MORE_DAMPING))
+    return L_NN, damping if damping > DAMPING else 0.0
 
 
 def _mean(diagonal_N: torch.Tensor, what: str) -> float:

@@ -7,6 +7,7 @@ formed, and only ``U`` is needed, from whichever of two symmetric eigenproblems 
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -65,24 +66,30 @@ def decompose_by_outputs(W_ON: torch.Tensor, output_gram_OO: torch.Tensor) -> De
     return from_output_gram(W_ON, C_OO + damping * mean / _mean_diagonal(free_OO) * free_OO, damping)
 
 
-def cholesky_factor(gram_NN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
+def cholesky_factor(
+    gram_NN: torch.Tensor, dampings: Sequence[float] = DAMPINGS
+) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Return ``L`` with ``L Lᵀ = G + λ·mean(diag G)·I``, the damped Gram, and the least λ of a ladder that works.
 
     A Gram of fewer tokens than features has no information in some directions. Damping gives those directions an
-    equal, tiny weight, so that what is free to choose follows the weight itself; it is logged.
+    equal, tiny weight, so that what is free to choose follows the weight itself; more than the first is logged.
+
+    Args:
+        gram_NN: the Gram ``(n, n)``, float64.
+        dampings: the ladder, rising; the first is what a Gram of full rank gets.
 
     Raises:
         ValueError: the Gram is zero, not finite, or not positive semi-definite.
     """
     mean = _mean_diagonal(gram_NN)
-    for damping in DAMPINGS:
+    for damping in dampings:
         damped_NN = gram_NN.clone()
         damped_NN.diagonal().add_(damping * mean)
         if (L_NN := _cholesky(damped_NN)) is not None:
-            if damping:
+            if damping > dampings[0]:
                 log.info("Gram of %d features is rank-deficient: relative damping %g", gram_NN.shape[0], damping)
             return L_NN, damped_NN, damping
-    raise ValueError(f"the Gram is not positive semi-definite, even with damping {DAMPINGS[-1]}")
+    raise ValueError(f"the Gram is not positive semi-definite, even with damping {dampings[-1]}")
 
 
 def _unseen(W_ON: torch.Tensor) -> Decomposition:
