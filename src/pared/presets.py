@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 import yaml
 from pydantic import Field, ModelWrapValidatorHandler, ValidationInfo, model_validator
-from typing_extensions import Self
+from typing_extensions import Self, TypedDict
 
 from pared.errors import ParedError
 from pared.fields import flatten, lies_inside, only, plain, side_by_side, value_at, without_plain_nulls
@@ -29,6 +29,21 @@ LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # several times faster, 
 ALL_IF_NULL = ("samples", "windows")
 DEMO = "demo"  # nobody's protocol
 EVALUATION = "evaluation"  # free too, where a preset says nothing of it
+
+
+class Deviation(TypedDict):
+    """A field of a preset that something else was asked for."""
+
+    preset: Any
+    given: Any
+
+
+class PresetRecord(TypedDict):
+    """What a manifest holds of a preset: its name, its source, and by dotted field where it was left."""
+
+    name: str
+    source: str
+    deviations: dict[str, Deviation]
 
 
 class Setting(Strict):
@@ -98,7 +113,7 @@ class FromPreset(Strict):
         given = {name: getattr(self, name) for name in self.model_fields_set}
         return validated(type(self), {**left_below(given, update, self.COMMAND), **update}, type(self).__name__)
 
-    def deviations(self) -> dict[str, dict[str, Any]]:
+    def deviations(self) -> dict[str, Deviation]:
         """Return where this leaves its preset: by dotted field what the preset has, and what is asked for here.
 
         A section that only one of the two has is told of as a whole.
@@ -226,7 +241,7 @@ def require_user_fields(asked: FromPreset) -> None:
             raise ParedError(f"preset {preset.name} leaves {name} to you: {what}")
 
 
-def record_of(asked: FromPreset) -> dict[str, Any] | None:
+def record_of(asked: FromPreset) -> PresetRecord | None:
     """Return what a manifest holds of a preset: its name, its source, and where it was left; none without one."""
     if asked.preset is None:
         return None
@@ -240,7 +255,7 @@ def note_of(asked: FromPreset) -> str:
     return summary_of(record) if record else ""
 
 
-def summary_of(record: Mapping[str, Any]) -> str:
+def summary_of(record: PresetRecord) -> str:
     """Return in words what :func:`record_of` returned, nothing where no paper's protocol was followed or left."""
     deviations = record["deviations"]
     if not deviations:

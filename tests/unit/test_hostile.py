@@ -271,6 +271,8 @@ def test_several_members_of_an_archive_are_read(tmp_path: Path) -> None:
         lambda f: f["plan"].update(sites=[]),
         lambda f: f["plan"]["sites"][0].update(name=5),
         lambda f: f.update(recipe=[]),
+        lambda f: f.update(preset={"": None}),
+        lambda f: f.update(preset={"name": "demo", "source": "", "deviations": {"keep": 0.8}}),
         lambda f: f["plan"].update(model_parameters=10**60),
     ],
 )

@@ -13,7 +13,7 @@ from pared.errors import ParedError
 from pared.files import write_whole
 from pared.guarded import brief, read_json
 from pared.plan import Plan
-from pared.presets import RECORDED
+from pared.presets import RECORDED, PresetRecord
 from pared.recipe import Recipe
 from pared.record import MANIFEST, checksum
 from pared.tuning import Tuning
@@ -72,7 +72,7 @@ class Training(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     tuning: Tuning
-    preset: dict[str, Any] | None = None
+    preset: PresetRecord | None = None
     settled: dict[str, Any]
     parent: dict[str, str]
     data: list[dict[str, Any]]
@@ -123,7 +123,7 @@ class Manifest(BaseModel):
     format_version: int
     model: dict[str, str]
     recipe: Recipe
-    preset: dict[str, Any] | None = None
+    preset: PresetRecord | None = None
     settled: dict[str, Any] = {}
     plan: Plan
     damping: dict[str, float] = {}

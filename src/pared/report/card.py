@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from pared.checkpoint.manifest import Manifest
-from pared.presets import summary_of
+from pared.presets import PresetRecord, summary_of
 from pared.report.table import comparison, learned_from
 from pared.sources.architecture import AUTO_CLASSES
 
@@ -148,7 +148,7 @@ def _trained(manifest: Manifest) -> list[str]:
     return [*lines, ""]
 
 
-def _protocol(preset: dict[str, Any] | None) -> str:
+def _protocol(preset: PresetRecord | None) -> str:
     """Tell the preset of a recipe or a training, and what was changed of it."""
     words = summary_of(preset) if preset else ""
     return f", {words}" if words else ""
