@@ -71,5 +71,5 @@ def plan_zeros(
                                  f"multiple of {asked.group}; skip it, or name another pattern")  # fmt: skip
     for site in anatomy.sites:
         if site.idle:
-            decisions[site.name] = Dense(reason="never ran in the probe pass; nothing is known about its inputs")
+            decisions[site.name] = Dense(reason="no token reached it; nothing is known about its inputs")
     return whole_plan(anatomy, 1 - target_of(recipe), decisions, bytes_per_parameter)
