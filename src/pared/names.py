@@ -47,7 +47,15 @@ def match(patterns: Iterable[str], names: Iterable[str]) -> set[str]:
         hits = set(fnmatch.filter(names, pattern))
         if not hits:
             wider = f"*{pattern.strip('*.')}*"
-            valid = f"did you mean {wider!r}?" if fnmatch.filter(names, wider) else did_you_mean(pattern, names[:12])
+            valid = f"did you mean {wider!r}?" if fnmatch.filter(names, wider) else _some_of(pattern, names)
             raise ParedError(f"pattern {pattern!r} matches none of the {len(names)} sites; {valid}")
         matched |= hits
     return matched
+
+
+def _some_of(pattern: str, names: list[str]) -> str:
+    """Return the tail of an error message on a pattern: the name nearest to it, and the first few of all."""
+    near = difflib.get_close_matches(pattern.strip("*."), {name.rpartition(".")[2] for name in names}, n=1, cutoff=0.6)
+    hint = f"did you mean '*{near[0]}'? " if near else ""
+    more = f" and {len(names) - 12} more" if len(names) > 12 else ""
+    return f"{hint}Sites: {', '.join(names[:12])}{more}"

@@ -160,7 +160,11 @@ class Recipe(FromPreset):
             with suppress(ValueError):
                 number = float(value)
         if isinstance(number, (bool, str)) or (isinstance(number, (int, float)) and not 0 < number <= 1):
-            raise ValueError(f"keep is the fraction that stays, in (0, 1], so that 0.8 removes 20%; found {value}")
+            percent = isinstance(number, (int, float)) and 1 < number <= 100
+            meant = f"; did you mean {float(number) / 100:g}?" if percent else ""
+            raise ValueError(
+                f"keep is the fraction that stays, in (0, 1], so that 0.8 removes 20%; found {value}{meant}"
+            )
         return value
 
     @field_validator("dense_path", mode="before")

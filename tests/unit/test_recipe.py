@@ -10,6 +10,7 @@ import yaml
 
 from pared.cli.options import recipe_of
 from pared.errors import ParedError
+from pared.names import match
 from pared.plan import Plan
 from pared.recipe import Calibration, Evaluation, Recipe
 from pared.tuning import Tuning
@@ -273,3 +274,16 @@ def test_wrong_option_says_that_it_came_from_the_options(write: Any):
     path = write("keep: 0.8\n")
     with pytest.raises(ParedError, match=r"with options: calibration\.samples: "):
         recipe_of(path, {"calibration.samples": 0})
+
+
+def test_a_percentage_is_offered_as_a_fraction() -> None:
+    with pytest.raises(ParedError, match=r"found 80; did you mean 0\.8\?"):
+        Recipe.of({"method": "svd", "keep": 80})
+    with pytest.raises(ParedError, match=r"found 0$"):
+        Recipe.of({"method": "svd", "keep": 0})
+
+
+def test_a_pattern_that_matches_nothing_is_told_that_the_list_goes_on() -> None:
+    names = [f"model.layers.{block}.self_attn.{name}" for block in range(10) for name in ("q_proj", "k_proj")]
+    with pytest.raises(ParedError, match=r"did you mean '\*q_proj'\? Sites: model\.layers\.0\..* and 8 more"):
+        match(["*.q_prj"], names)

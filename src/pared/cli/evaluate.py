@@ -81,7 +81,9 @@ def evaluate(
     json_file: JsonFile = None,
 ) -> None:
     """Measure a model: perplexity on a text, tasks it does, or what an encoder gets right of labelled examples."""
-    with errors("interrupted; tasks that were done are kept beside the file of --json"), Kept(json_file) as kept:
+    kept_back = tasks is not None and json_file is not None
+    interrupted = "tasks that were done are kept beside the file of --json" if kept_back else "nothing is kept of it"
+    with errors(f"interrupted; {interrupted}"), Kept(json_file) as kept:
         quiet_libraries()
         given = {
             "perplexity": perplexity,

@@ -102,7 +102,8 @@ class ModelSource:
             config = AutoConfig.from_pretrained(self.location, trust_remote_code=trusted())
         except Exception as error:  # huggingface_hub and transformers raise many kinds
             refuse_code(self.name, error)
-            raise ParedError(f"model {self.name!r}: no readable config.json ({first_line(error)})") from None
+            why = f"{first_line(error)}){_no_folder(self.name)}"
+            raise ParedError(f"model {self.name!r}: no readable config.json ({why}") from None
         name_architectures(config)
         note_causal(config)
         return config
@@ -308,3 +309,12 @@ def _embedded(name: str) -> ModelSource:
     if path.is_dir():
         return ModelSource(name, str(path), distribution)
     return ModelSource(name, str(path), f"{distribution} ({file}), dequantised to float32")
+
+
+def _no_folder(name: str) -> str:
+    """Return a hint that a Hub id may be a folder's misspelt name, where the folder that would hold it is there."""
+    path = Path(name)
+    if path.exists() or not path.parent.name or not path.parent.is_dir():
+        return ""
+    folders = [f"{path.parent}/{one.name}" for one in path.parent.iterdir() if (one / "config.json").is_file()]
+    return f"; there is no folder {name!r} either: {did_you_mean(name, folders)}" if folders else ""

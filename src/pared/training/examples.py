@@ -78,8 +78,8 @@ def find_rows(
         if len(rows) <= tuning.validation:
             raise ParedError(
                 f"data {name!r} has {len(rows)} windows of {windows.tokens.shape[1]} tokens, and {tuning.validation} "
-                "of them are kept apart for validation; nothing is left to train on: use a longer text or a smaller "
-                "length"
+                "of them are kept apart for validation; nothing is left to train on: keep fewer apart (--validation) "
+                f"or give more {'rows' if name.startswith(PREFIX) else 'text'}"
             )
         cut = len(rows) - tuning.validation
         train += rows[:cut]
