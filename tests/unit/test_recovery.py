@@ -496,11 +496,13 @@ def test_a_bfloat16_folder_trains_in_every_precision(
     folder: Folder, tmp_path: Path, text_file: Path, method: str, precision: str
 ) -> None:
     from pared.checkpoint import load_tokenizer, mark, save
+    from pared.checkpoint.seal import record
 
     model = load(folder("factors")).to(torch.bfloat16)
     mark(model)
     save(model, load_tokenizer(folder("factors")), tmp_path / "half")
     Manifest.read(folder("factors")).write(tmp_path / "half")
+    record(tmp_path / "half")
     made = tune(asked(tmp_path / "half", tmp_path / "out", text_file, method=method, precision=precision, tokens=128))
     assert load(made.folder).dtype == torch.bfloat16
     expected = "bfloat16" if precision == "auto" else precision
@@ -539,7 +541,7 @@ def test_options_of_evaluation_hold_for_the_text_of_the_parent_too(
 
 
 def test_a_tracker_that_is_not_here_is_refused_before_anything_is_read(tmp_path: Path, text_file: Path) -> None:
-    with pytest.raises(ParedError, match="tracker 'tensorbord' is unknown or its package is not installed"):
+    with pytest.raises(ParedError, match="unknown tracker 'tensorbord'; did you mean 'tensorboard'"):
         tune(asked(tmp_path / "nowhere", tmp_path / "out", text_file, report_to=["tensorbord"]))
 
 
