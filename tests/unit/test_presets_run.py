@@ -61,7 +61,12 @@ def test_a_protocol_of_compression_runs(place: Path, name: str) -> None:
     assert verify(out) <= 1e-6
     manifest = pared.checkpoint.Manifest.read(out)
     assert manifest.preset is not None
-    assert set(manifest.preset["deviations"]) <= {"calibration.text", "calibration.length", "calibration.samples"}
+    assert set(manifest.preset["deviations"]) <= {
+        "calibration.text",
+        "calibration.length",
+        "calibration.samples",
+        "evaluation",
+    }
 
 
 TINY: dict[str, dict[str, Any]] = {

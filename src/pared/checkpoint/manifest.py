@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+from typing_extensions import NotRequired, TypedDict
 
 from pared.errors import ParedError
 from pared.files import write_whole
@@ -51,6 +52,46 @@ class Fingerprint(BaseModel):
         return self
 
 
+class Origin(TypedDict):
+    """What was compressed: the last part of its name, where it came from, and its class."""
+
+    name: str
+    origin: str
+    architecture: str
+
+
+class WindowsRead(TypedDict):
+    """What was calibrated or trained on, see :meth:`pared.sources.windows.Windows.describe`; it may say more."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    text: str
+    origin: str
+    windows: int
+    length: int
+    digest: str
+    stand_in: bool
+
+
+class Measured(WindowsRead):
+    """What perplexity was measured on, and which share of it was calibrated or trained on."""
+
+    bos: str
+    learned_from: NotRequired[float]
+
+
+class StageRecord(TypedDict):
+    """How one stage of a training went, see :class:`pared.training.trainer.Went`."""
+
+    name: str
+    steps: int
+    tokens: int
+    trained_parameters: int
+    loss: tuple[float, float]
+    validation: list[tuple[int, float]]
+    reached: NotRequired[dict[str, float | int]]
+    notes: NotRequired[list[str]]
+
+
 class Training(BaseModel):
     """The record of one training of a compressed model.
 
@@ -75,9 +116,9 @@ class Training(BaseModel):
     preset: PresetRecord | None = None
     settled: dict[str, Any]
     parent: dict[str, str]
-    data: list[dict[str, Any]]
-    stages: list[dict[str, Any]]
-    evaluation: dict[str, Any] | None = None
+    data: list[WindowsRead]
+    stages: list[StageRecord]
+    evaluation: Measured | None = None
     perplexity_before: float | None = None
     perplexity_after: float | None = None
     seconds: dict[str, float]
@@ -121,7 +162,7 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     format_version: int
-    model: dict[str, str]
+    model: Origin
     recipe: Recipe
     preset: PresetRecord | None = None
     settled: dict[str, Any] = {}
@@ -129,8 +170,8 @@ class Manifest(BaseModel):
     damping: dict[str, float] = {}
     fallbacks: dict[str, str] = {}
     sharing: list[dict[str, Any]] = []
-    calibration: dict[str, Any] | None = None
-    evaluation: dict[str, Any] | None = None
+    calibration: WindowsRead | None = None
+    evaluation: Measured | None = None
     perplexity_before: float | None = None
     perplexity_after: float | None = None
     seconds: dict[str, float] = {}

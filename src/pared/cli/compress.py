@@ -114,7 +114,8 @@ def print_manifest(manifest: "Manifest", folder: str) -> None:
     if manifest.plan.missed:
         out.print(manifest.plan.missed, markup=False)
     if manifest.damping:
-        tokens = (manifest.calibration or {}).get("windows", 0) * (manifest.calibration or {}).get("length", 0)
+        read = manifest.calibration
+        tokens = read["windows"] * read["length"] if read is not None else 0
         out.print(
             f"{len(manifest.damping)} layers read too little to tell all their inputs apart ({tokens:,} tokens of "
             "calibration text): raise --samples or --length", markup=False

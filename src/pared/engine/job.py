@@ -3,6 +3,7 @@
 import gc
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -12,7 +13,7 @@ from pared.arguments import asked_from
 from pared.checkpoint import Manifest, save, take_fingerprint, verify
 from pared.checkpoint.finite import require_finite
 from pared.checkpoint.format import FORMAT_VERSION
-from pared.checkpoint.manifest import machine, versions
+from pared.checkpoint.manifest import Measured, WindowsRead, machine, versions
 from pared.checkpoint.seal import published_recipe, seal
 from pared.checkpoint.self_check import reloaded, written
 from pared.engine.asked import calibrates, calibration_windows, evaluated_text, plan_of, settled
@@ -116,9 +117,9 @@ def _run(recipe: Recipe, overwrite: bool, progress: Progress) -> Outcome:
             damping=compressed.damping,
             fallbacks=compressed.fallbacks,
             sharing=[asdict(one) for one in compressed.sharing],
-            calibration=compressed.calibration,
+            calibration=cast("WindowsRead | None", compressed.calibration),
             evaluation=None if windows is None or recipe.evaluation is None
-            else {**windows.describe(), "bos": recipe.evaluation.bos, "learned_from": seen},
+            else cast("Measured", {**windows.describe(), "bos": recipe.evaluation.bos, "learned_from": seen}),
             perplexity_before=before,
             perplexity_after=after,
             seconds={**watch.seconds, **compressed.seconds},

@@ -184,12 +184,11 @@ def _measured_on(manifest: Manifest) -> str:
         if share := learned_from(manifest):
             lines.append(f"**{share:.0%} of this text was calibrated or trained on**: the perplexity tells nothing of "
                          "text the model has not seen.")  # fmt: skip
-    if manifest.calibration:
-        on = manifest.calibration
+    if read := manifest.calibration:
         lines.append(
-            f"Calibrated on {on['windows']} windows of {on['length']} tokens of {on['text']} ({on['origin']})."
+            f"Calibrated on {read['windows']} windows of {read['length']} tokens of {read['text']} ({read['origin']})."
         )
-    if (manifest.evaluation or {}).get("stand_in") or (manifest.calibration or {}).get("stand_in"):
+    if any(on["stand_in"] for on in (manifest.evaluation, manifest.calibration) if on is not None):
         lines.append("This text only stands in for a real corpus; do not compare the figures with published ones.")
     if manifest.converted:
         lines.append(f"Stored anew as {manifest.converted} by `pared convert`, up to rounding the same weights; what "

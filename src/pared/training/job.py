@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -15,7 +15,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from pared.arguments import asked_from
 from pared.checkpoint import Manifest, load, mark, save, take_fingerprint
-from pared.checkpoint.manifest import Training, machine, versions
+from pared.checkpoint.manifest import Measured, StageRecord, Training, WindowsRead, machine, versions
 from pared.checkpoint.seal import seal
 from pared.checkpoint.self_check import reloaded, written
 from pared.engine.progress import Progress, Silent, Stopwatch, peak_memory_bytes
@@ -300,11 +300,14 @@ class _Job:
                 preset=record_of(done),
                 settled={"precision": str(self.precision).removeprefix("torch."), **self.options},
                 parent={"name": self.parent.name, "digest": self.parent.digest},
-                data=list(examples.described),
-                stages=[asdict(one) for one in went],
+                data=[cast("WindowsRead", one) for one in examples.described],
+                stages=[cast("StageRecord", asdict(one)) for one in went],
                 evaluation=None
                 if windows is None or asked is None
-                else {**windows.describe(), "bos": asked.bos, "learned_from": self.learned_from(windows, examples)},
+                else cast(
+                    "Measured",
+                    {**windows.describe(), "bos": asked.bos, "learned_from": self.learned_from(windows, examples)},
+                ),
                 perplexity_before=before,
                 perplexity_after=after,
                 seconds=self.watch.seconds,
