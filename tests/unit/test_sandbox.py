@@ -1,6 +1,7 @@
 """Hostile programs fail, leave nothing behind, and the evaluator goes on."""
 
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -97,6 +98,19 @@ def test_a_fork_bomb_is_put_out() -> None:
     ran = run("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass")
     assert not ran.passed
     assert "more than" in ran.why
+
+
+def test_a_fork_bomb_on_a_busy_machine_leaves_time_to_those_who_watch() -> None:
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(4)]
+    try:
+        started = time.perf_counter()
+        ran = run("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass")
+        assert "more than" in ran.why
+        assert time.perf_counter() - started < 10
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
 
 
 def test_output_without_end_is_cut() -> None:
