@@ -102,16 +102,9 @@ class FromPreset(Strict):
                     owner.model_fields_set.discard(leaf)  # nobody asked for it: it gives way where a model has less
         return made
 
-    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """Return a copy with other values, before which those that do not go with them give way.
-
-        Raises:
-            ParedError: an unknown key or a value out of range.
-        """
-        if not update:
-            return super().model_copy(deep=deep)
-        given = {name: getattr(self, name) for name in self.model_fields_set}
-        return validated(type(self), {**left_below(given, update, self.COMMAND), **update}, type(self).__name__)
+    def left_beside(self, given: Mapping[str, Any], update: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return what was given and goes with other values; what does not gives way."""
+        return left_below(given, update, self.COMMAND)
 
     def deviations(self) -> dict[str, Deviation]:
         """Return where this leaves its preset: by dotted field what the preset has, and what is asked for here.

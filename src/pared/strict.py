@@ -86,7 +86,12 @@ class Strict(BaseModel, metaclass=_InOneLine):
         if not update:
             return super().model_copy(deep=deep)
         given = {name: getattr(self, name) for name in self.model_fields_set}
-        return validated(type(self), {**given, **update}, type(self).__name__)
+        return validated(type(self), {**self.left_beside(given, update), **update}, type(self).__name__)
+
+    def left_beside(self, given: Mapping[str, Any], update: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return what was given and stays where other values are laid over it: all, unless a subclass knows better."""
+        del update
+        return given
 
 
 Asked = TypeVar("Asked", bound=Strict)
