@@ -16,13 +16,13 @@ import torch
 
 import pared
 from grid import plot, signature
-from pared.checkpoint import Manifest
-from pared.engine.asked import plan_of
-from pared.engine.progress import peak_memory_bytes
-from pared.sources import find_text
-from pared.sources.models import find_model
+from pared.data import find_text
+from pared.engine.allocate import plan_of
+from pared.environment import peak_memory_bytes
+from pared.models.source import find_model
+from pared.schema.manifest import Manifest
+from pared.schema.training import Tuning
 from pared.training import tune
-from pared.tuning import Tuning
 from record import RESULTS, append, read, table
 
 LINES, PAGE, PLOT = RESULTS / "basel.jsonl", RESULTS / "basel.md", RESULTS / "basel.svg"

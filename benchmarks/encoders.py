@@ -15,14 +15,14 @@ from transformers import PreTrainedModel
 
 import pared
 from grid import signature
-from pared.engine.asked import plan_of
+from pared.data.encoding import cut_examples
+from pared.data.labelled import find_examples
+from pared.engine.allocate import plan_of
+from pared.entrypoints.fine_tune_encoder import FineTuning, fine_tune, with_head
 from pared.evaluation import classify
-from pared.sources.labelled import find_examples
-from pared.sources.labelled_windows import cut_examples
-from pared.sources.models import find_model
+from pared.models.source import find_model
+from pared.schema.training import Tuning
 from pared.training import tune
-from pared.training.encoders import FineTuning, fine_tune, with_head
-from pared.tuning import Tuning
 from record import RESULTS, append, read, table
 
 LINES, PAGE = RESULTS / "encoders.jsonl", RESULTS / "encoders.md"
@@ -148,7 +148,7 @@ def main() -> None:
                 start = time.perf_counter()
                 dense = task_model(asked.model, task)
                 folder = dense if method == "dense" else compressed(method, dense, task, fraction)
-                keep = 1.0 if method == "dense" else pared.checkpoint.Manifest.read(folder).plan.achieved_keep
+                keep = 1.0 if method == "dense" else pared.schema.manifest.Manifest.read(folder).plan.achieved_keep
                 if tuned:
                     parent, folder = folder, PLACE / f"{task}-{method}-{fraction:g}-tuned"
                     if not (folder / "pared.json").exists():

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pared
-from pared.sources import find_text
+from pared.data import find_text
 from record import Line
 
 WINDOWS, LENGTH, SAMPLES = 20, 1024, 64

@@ -23,7 +23,7 @@ from grid import LENGTH, SAMPLES, WINDOWS, measured, plot, ratios, require_disjo
 from pared.calibration import WalkedBlock, saved_blocks
 from pared.cli.options import named_values
 from pared.engine import collect
-from pared.engine.asked import dense_path_of, low_rank_of, options_of, refit_of, statistics_of
+from pared.engine.spec import dense_path_of, low_rank_of, options_of, refit_of, statistics_of
 from pared.lowrank import METHODS
 from record import RESULTS, append, read, table
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import pared
 from grid import LENGTH, SAMPLES, WINDOWS, measured, ratios, require_disjoint, signature
-from pared.checkpoint import Manifest
+from pared.schema.manifest import Manifest
+from pared.schema.training import Tuning
 from pared.training import tune
-from pared.tuning import Tuning
 from record import RESULTS, append, read, table
 
 LINES, PAGE = RESULTS / "recovery.jsonl", RESULTS / "recovery.md"

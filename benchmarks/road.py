@@ -17,14 +17,15 @@ from typing import Any
 
 import torch
 
-from pared.anatomy import find_anatomy, probe
-from pared.calibration import capture, choose_dtype, walk
-from pared.engine import run
-from pared.lowrank.methods import nothing
-from pared.recipe import Recipe
-from pared.sources.models import find_model
-from pared.sources.texts import find_text
-from pared.sources.windows import cut
+from pared.calibration import capture, walk
+from pared.data.texts import find_text
+from pared.data.windows import cut
+from pared.entrypoints.compress import run
+from pared.environment import choose_dtype
+from pared.lowrank.registry import nothing
+from pared.models.source import find_model
+from pared.schema.recipe import Recipe
+from pared.structure import find_anatomy, probe
 from record import RESULTS, append, read, spread, table
 
 LINES = RESULTS / "road.jsonl"
@@ -66,7 +67,7 @@ def peak_memory(recipe: Recipe) -> dict[str, float]:
     """Return the peak resident bytes of a fresh process, after the imports and after the whole job, and the model's."""
     code = (
         "import json, sys, torch, transformers.models.llama.modeling_llama; torch.set_num_threads(1); import pared; "
-        "from pared.engine.progress import peak_memory_bytes as peak; "
+        "from pared.progress import peak_memory_bytes as peak; "
         "recipe = pared.Recipe.of(json.loads(sys.argv[1])); imported = peak(); pared.run(recipe); "
         "print(imported, peak())"
     )

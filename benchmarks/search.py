@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pared
+from pared.entrypoints.search import Look, run
 from pared.search.evolution import Rules, Strategy
-from pared.search.run import Look, run
 from record import RESULTS, ROOT, table
 
 FOLDERS = ROOT / "benchmarks" / "search"

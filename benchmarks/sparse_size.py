@@ -24,7 +24,8 @@ import torch
 from safetensors import safe_open
 
 import pared
-from pared.checkpoint import Manifest, export_dense
+from pared.entrypoints.export import export_dense
+from pared.schema.manifest import Manifest
 from record import RESULTS, append, provenance, read, spread, table
 
 LINES = RESULTS / "sparse_size.jsonl"

@@ -20,8 +20,9 @@ import torch
 
 import pared
 from grid import LENGTH, SAMPLES, WINDOWS, measured, plot, ratios, require_disjoint, signature
-from pared.allocation.layerwise import LayerEvidence
-from pared.engine import Silent, look, prune
+from pared.allocation.registry import LayerEvidence
+from pared.engine import look, prune
+from pared.progress import Silent
 from record import RESULTS, Line, append, read, table
 
 LINES = RESULTS / "sparsity.jsonl"

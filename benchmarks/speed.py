@@ -20,10 +20,10 @@ import transformers
 import pared
 from grid import signature
 from pared.checkpoint import mark, save
-from pared.engine.asked import plan_of
+from pared.engine.allocate import plan_of
 from pared.evaluation.speed import Settings, bench, parse_case
 from pared.modules import LowRankLinear, PivotedLinear, replace_module
-from pared.plan import LowRank
+from pared.schema.plan import LowRank
 from record import RESULTS, Line, append, read, spread, table
 
 LINES, PAGE = RESULTS / "speed.jsonl", RESULTS / "speed.md"

@@ -22,9 +22,9 @@ from datasets import Dataset
 
 import pared
 from grid import signature
-from pared.checkpoint import export_dense
-from pared.engine import Silent
-from pared.evaluation.choice import evaluate_choices, prepare
+from pared.entrypoints.export import export_dense
+from pared.evaluation.multiple_choice import evaluate_choices, prepare
+from pared.progress import Silent
 from record import RESULTS, Line, append, read, table
 
 LINES, PAGE = RESULTS / "tasks.jsonl", RESULTS / "tasks.md"

@@ -1,7 +1,7 @@
 """Run the unit tier as other processors would: under three instruction sets, with one thread and with two.
 
-``make test-portable [ARGS="tests/unit/test_sharding.py"]``. What a leg prints goes to ``.portable/LEG.log``. A leg that
-fails does not end the others. Called again on the same files, packages and processor, what passed is not run again
+``make test-portable [ARGS="tests/unit/io/test_output_dir.py"]``. What a leg prints goes to ``.portable/LEG.log``. A leg
+that fails does not end the others. Called again on the same files, packages and processor, what passed is not run again
 (``--again`` does).
 ``--leg=plain-1`` runs that one alone.
 """

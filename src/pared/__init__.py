@@ -12,13 +12,14 @@ from pared.importing import when_imported
 from pared.lazy import lazy_package
 
 if TYPE_CHECKING:
-    from pared.api import perplexity
     from pared.checkpoint import load, load_tokenizer, verify
-    from pared.engine import Compressed, compress, run
+    from pared.engine import Compressed, compress
+    from pared.entrypoints.compress import run
+    from pared.entrypoints.evaluate import perplexity
+    from pared.environment import __version__
     from pared.errors import ParedError
-    from pared.plan import Plan
-    from pared.recipe import Calibration, Evaluation, Recipe
-    from pared.versions import __version__
+    from pared.schema.plan import Plan
+    from pared.schema.recipe import Calibration, Evaluation, Recipe
 
 __all__ = [
     "Calibration",
@@ -39,13 +40,14 @@ __all__ = [
 lazy_package(
     __name__,
     {
-        "pared.api": ["perplexity"],
         "pared.checkpoint": ["load", "load_tokenizer", "verify"],
-        "pared.engine": ["Compressed", "compress", "run"],
+        "pared.engine": ["Compressed", "compress"],
+        "pared.entrypoints.compress": ["run"],
+        "pared.entrypoints.evaluate": ["perplexity"],
+        "pared.environment": ["__version__"],
         "pared.errors": ["ParedError"],
-        "pared.plan": ["Plan"],
-        "pared.recipe": ["Calibration", "Evaluation", "Recipe"],
-        "pared.versions": ["__version__"],
+        "pared.schema.plan": ["Plan"],
+        "pared.schema.recipe": ["Calibration", "Evaluation", "Recipe"],
     },
 )
 

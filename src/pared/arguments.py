@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.errors import ParedError
-from pared.recipe import Recipe
-from pared.tuning import Tuning
+from pared.schema.recipe import Recipe
+from pared.schema.training import Tuning
 
 Asked = TypeVar("Asked", Recipe, Tuning)
 

@@ -9,8 +9,8 @@ from real_model import FEW, MODEL, Corpus, Scale
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import pared
-from pared.engine import Outcome
-from pared.sources.models import find_model
+from pared.entrypoints.compress import Outcome
+from pared.models.source import find_model
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

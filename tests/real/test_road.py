@@ -13,8 +13,8 @@ from real_model import MANY, MODEL, ROOT, Corpus, Scale
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import pared
-from pared.engine import Outcome
-from pared.sources.texts import find_text
+from pared.data.texts import find_text
+from pared.entrypoints.compress import Outcome
 
 Dense = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
@@ -60,7 +60,7 @@ def test_the_three_sizes_are_those_of_the_files(compressed: Outcome) -> None:
 
 def test_plain_svd_destroys_the_model(dense: Dense, corpus: Corpus) -> None:
     _, tokenizer = dense
-    model = AutoModelForCausalLM.from_pretrained(pared.sources.models.find_model(MODEL).location)
+    model = AutoModelForCausalLM.from_pretrained(pared.models.source.find_model(MODEL).location)
     first_three = pared.Recipe(method="svd", keep=0.8, skip=["*.layers.1?.*", "*.layers.2?.*", "*.layers.[3-9].*"])
     pared.compress(model, tokenizer, first_three)
     assert pared.perplexity(model, tokenizer, corpus.evaluation, length=256, windows=1).value > 5_000

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from pared.cli import console
-from pared.engine.progress import Pace
+from pared.progress import Pace
 from pared.search.evolution import Rules, evolve
 
 
@@ -65,7 +65,7 @@ def test_names_of_data_sets_are_no_emoji(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_a_resumed_search_says_which_results_it_recalls() -> None:
-    from test_search_evolution import Book, Inline, everything, plain
+    from unit.search.test_search_evolution import Book, Inline, everything, plain
 
     rules, first, again = Rules(iterations=9, population=3), list[bool](), list[bool]()
     found = evolve(rules, everything, Inline(plain), Book(), advance=first.append)

@@ -17,14 +17,15 @@ import typer
 
 import pared
 from pared.allocation import ALLOCATORS
-from pared.allocation.layerwise import LAYER_ALLOCATORS
-from pared.allocation.program import names, operators
-from pared.checkpoint import format, manifest
+from pared.allocation.dsa import names, operators
+from pared.allocation.registry import LAYER_ALLOCATORS
+from pared.checkpoint import format
 from pared.cli.commands import COMMANDS, LazyCommands
 from pared.importing import when_imported
 from pared.lazy import deferred
 from pared.lowrank import METHODS
-from pared.recipe import Sampling
+from pared.schema import manifest
+from pared.schema.recipe import Sampling
 from pared.sparsity import METHODS as PRUNING_METHODS
 from pared.sparsity import sparsegpt
 from pared.training import METHODS as TRAINING_METHODS
@@ -58,9 +59,9 @@ def test_a_lazy_package_has_what_type_checkers_are_told(path: Path) -> None:
 
 def test_a_part_of_the_package_was_not_there_until_something_had_imported_it() -> None:
     """Regression: ``import pared; pared.training`` was an AttributeError until the first ``pared.load``."""
-    code = "import sys, pared; print(pared.plan.__name__, pared.report.table.__name__, 'torch' in sys.modules)"
+    code = "import sys, pared; print(pared.schema.plan.__name__, pared.report.table.__name__, 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout == "pared.plan pared.report.table False\n", done.stderr
+    assert done.stdout == "pared.schema.plan pared.report.table False\n", done.stderr
 
 
 def test_a_name_that_is_not_there_is_an_attribute_error() -> None:

@@ -1,4 +1,4 @@
-"""From evidence, a target and an allocation's options to sparsities: what the declarations in ``layerwise`` name."""
+"""From evidence, a target and an allocation's options to sparsities: what the declarations in ``registry`` name."""
 
 import logging
 import math
@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from pared.allocation.layerwise import LayerEvidence
-from pared.allocation.program import DEFAULT_OF_ZEROS, as_scores, judge, named
+from pared.allocation.dsa import DEFAULT_OF_ZEROS, as_scores, judge, named
+from pared.allocation.registry import LayerEvidence
 from pared.allocation.sparsity import alphapruning, er, least_loss, one_threshold, outlier_ratio, owl, uniform
 from pared.errors import ParedError
 

@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from pared.plan import Decision, LowRank, pivoted_rank_for, rank_for
+from pared.schema.plan import Decision, LowRank, pivoted_rank_for, rank_for
 
 if TYPE_CHECKING:
     import torch
 
-    from pared.anatomy.structure import Site
+    from pared.structure.model import Site
 
 Spectra = Mapping[str, "torch.Tensor"]  # unit name -> what leaving out each direction costs, falling
 Trial = Callable[[Mapping[str, Decision]], float]

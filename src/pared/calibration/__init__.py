@@ -1,7 +1,9 @@
 """What the data says about the weights: one pass over the blocks, statistics as small accumulators."""
 
+from pared.calibration.activations import BlockInputs, capture
 from pared.calibration.backward import backward
-from pared.calibration.capture import BlockInputs, capture
+from pared.calibration.cache import save_blocks, saved_blocks
+from pared.calibration.forward import DensePath, Shapes, WalkedBlock, walk
 from pared.calibration.gradient_statistics import (
     GRADIENT_STATISTICS,
     Fisher,
@@ -12,8 +14,6 @@ from pared.calibration.gradient_statistics import (
     share_felt,
 )
 from pared.calibration.labels import Given, Labels, NextToken, Sampled, Scores, choose_labels
-from pared.calibration.precision import choose_dtype
-from pared.calibration.saved import save_blocks, saved_blocks
 from pared.calibration.statistics import (
     CROSS,
     STATISTICS,
@@ -25,7 +25,7 @@ from pared.calibration.statistics import (
     per_token,
     require_statistics,
 )
-from pared.calibration.walk import DensePath, Shapes, WalkedBlock, walk
+from pared.environment import choose_dtype
 
 __all__ = [
     "CROSS",

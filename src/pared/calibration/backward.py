@@ -8,14 +8,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from pared.anatomy.probe import BlockCall, call_model, evaluating, hooks
-from pared.anatomy.state import KeptState
-from pared.anatomy.structure import Anatomy, Site
-from pared.calibration.capture import BlockInputs, real_rows, replaced_forwards
+from pared.calibration.activations import BlockInputs, real_rows, replaced_forwards
+from pared.calibration.forward import require_finite_hidden, worker_of
 from pared.calibration.gradient_statistics import GradientStatistic, OfInput
 from pared.calibration.labels import Labels, logit_gradient
-from pared.calibration.walk import require_finite_hidden, worker_of
 from pared.errors import ParedError
+from pared.structure.model import Anatomy, Site
+from pared.structure.probe import BlockCall, call_model, evaluating, hooks
+from pared.structure.state import KeptState
 
 Wants = Mapping[str, Mapping[str, GradientStatistic]]
 

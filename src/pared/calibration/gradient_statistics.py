@@ -9,9 +9,9 @@ from typing import Literal, Protocol
 
 import torch
 
-from pared.anatomy.structure import Anatomy, Site
 from pared.calibration.precision import exact_products
 from pared.calibration.statistics import STATISTICS, Energy, Gram, Statistic, StatisticKind
+from pared.structure.model import Anatomy, Site
 
 Form = Literal["scalar", "diagonal", "full"]
 

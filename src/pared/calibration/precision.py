@@ -1,40 +1,11 @@
 """What the blocks compute in, and products of half-precision inputs that lose nothing."""
 
-import functools
-import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-from pared.hardware import DTYPES, dtype_of
-from pared.names import require_known
-
 HALF = (torch.bfloat16, torch.float16)
-VARIABLE = "PARED_COMPUTE_DTYPE"
-
-
-def choose_dtype(asked: str, model_dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Return what the blocks compute in: what was asked or, for ``auto``, the faster honest choice.
-
-    ``auto`` keeps a half-precision model as it is; a float32 model runs in bfloat16 where this machine multiplies
-    matrices clearly faster in it (measured once a process, a few milliseconds), and in float32 elsewhere. The
-    environment variable ``PARED_COMPUTE_DTYPE`` settles what a float32 model runs in without measuring, so that one
-    recipe does the same on every machine.
-
-    Raises:
-        ParedError: not a dtype, in ``asked`` or in the variable.
-    """
-    if (chosen := dtype_of(asked)) is not None:
-        return chosen
-    if model_dtype in HALF:
-        return model_dtype
-    if settled := os.environ.get(VARIABLE):
-        require_known(f"dtype in the environment variable {VARIABLE}", settled, DTYPES)
-        found: torch.dtype = getattr(torch, settled)
-        return found
-    return torch.bfloat16 if _bfloat16_is_faster(device) else model_dtype
 
 
 @contextmanager
@@ -60,20 +31,3 @@ def exact_products(dtype: torch.dtype) -> Iterator[None]:
     finally:
         for knob, value in before:
             knob.fp32_precision = value  # type: ignore[attr-defined]
-
-
-@functools.cache
-def _bfloat16_is_faster(device: torch.device) -> bool:
-    return _seconds(torch.float32, device) > 1.3 * _seconds(torch.bfloat16, device)
-
-
-def _seconds(dtype: torch.dtype, device: torch.device) -> float:
-    x = torch.ones(512, 512, dtype=dtype, device=device)
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        x @ x
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return best

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from pared.errors import ParedError
-from pared.leftovers import scratch
+from pared.io.leftovers import scratch
 
 RESERVE = 32 * 1024 * 1024  # bytes of the disk that are left free
 

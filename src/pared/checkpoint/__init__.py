@@ -5,25 +5,17 @@ from typing import TYPE_CHECKING
 from pared.lazy import lazy_package
 
 if TYPE_CHECKING:
-    from pared.checkpoint.convert import convert
-    from pared.checkpoint.export import Exported, export_dense, make_dense
     from pared.checkpoint.load import is_compressed, load, load_tokenizer, read_config
-    from pared.checkpoint.manifest import Manifest
     from pared.checkpoint.portable import module_map
     from pared.checkpoint.save import mark, save
     from pared.checkpoint.seal import record
     from pared.checkpoint.verify import compare, require_tensors, take_fingerprint, verify
 
 __all__ = [
-    "Exported",
-    "Manifest",
     "compare",
-    "convert",
-    "export_dense",
     "is_compressed",
     "load",
     "load_tokenizer",
-    "make_dense",
     "mark",
     "module_map",
     "read_config",
@@ -37,10 +29,7 @@ __all__ = [
 lazy_package(
     __name__,
     {
-        "pared.checkpoint.convert": ["convert"],
-        "pared.checkpoint.export": ["Exported", "export_dense", "make_dense"],
         "pared.checkpoint.load": ["is_compressed", "load", "load_tokenizer", "read_config"],
-        "pared.checkpoint.manifest": ["Manifest"],
         "pared.checkpoint.portable": ["module_map"],
         "pared.checkpoint.save": ["mark", "save"],
         "pared.checkpoint.seal": ["record"],

@@ -10,12 +10,12 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from pared.arguments import name_from
 from pared.checkpoint.finite import require_finite
 from pared.checkpoint.format import QUANT_METHOD, ParedConfig
+from pared.environment import dtype_of
 from pared.errors import ParedError
-from pared.hardware import dtype_of
-from pared.record import MANIFEST, SUMS, recorded, require_own_sum, require_whole
-from pared.sources.architecture import first_line
-from pared.sources.models import ModelSource, find_model
-from pared.sources.trust import trusting
+from pared.io.record import MANIFEST, SUMS, recorded, require_own_sum, require_whole
+from pared.models.architecture import first_line
+from pared.models.source import ModelSource, find_model
+from pared.models.trust import trusting
 
 log = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from pared.checkpoint.format import DOWN, LOADER_NAME, ParedConfig
 from pared.checkpoint.loader import tie
 from pared.checkpoint.portable import has_importable_code, make_portable, module_map, own_class
 from pared.errors import ParedError
+from pared.models.architecture import AUTO_CLASSES
+from pared.models.source import ModelSource
 from pared.modules import BasisHolder
-from pared.sources.architecture import AUTO_CLASSES
-from pared.sources.models import ModelSource
 
 SHARD_SIZE = "5GB"
 

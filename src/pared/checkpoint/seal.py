@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pared.checkpoint.manifest import Manifest
 from pared.errors import ParedError
-from pared.files import write_whole
-from pared.inputs import inputs_of, remember, told_apart, without_places
-from pared.record import hashes_of, write_sums
+from pared.io.files import write_whole
+from pared.io.inputs import inputs_of, remember, told_apart, without_places
+from pared.io.record import hashes_of, write_sums
+from pared.schema.manifest import Manifest
 
 Card = Callable[[Manifest, str, Mapping[str, Any]], str]
 Published = Mapping[str, tuple[Path, str]]

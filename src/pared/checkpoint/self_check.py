@@ -8,9 +8,10 @@ import torch
 from transformers import PreTrainedModel
 
 from pared.checkpoint.load import load
-from pared.checkpoint.manifest import Fingerprint, versions
 from pared.checkpoint.verify import compare, require_tensors, stored_tensors
+from pared.environment import versions
 from pared.errors import DamagedError, ParedError
+from pared.schema.manifest import Fingerprint
 
 
 @contextmanager

@@ -10,16 +10,16 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from pared.anatomy import weight_of
-from pared.anatomy.probe import hooks
 from pared.arguments import name_from
 from pared.checkpoint.load import load, read_map, read_shared, require_recorded
 from pared.checkpoint.loader import empty_module
-from pared.checkpoint.manifest import Fingerprint, Manifest
 from pared.checkpoint.portable import module_map
 from pared.errors import DamagedError, ParedError
-from pared.guarded import require_regular_files
-from pared.sources.trust import trusted, trusting
+from pared.io.guarded import require_regular_files
+from pared.models.trust import trusted, trusting
+from pared.schema.manifest import Fingerprint, Manifest
+from pared.structure import weight_of
+from pared.structure.probe import hooks
 
 TOKENS, SAMPLES = 16, 64
 LAYERS, LAYER_SAMPLES = 64, 8  # the most of those the tokens do not reach, and of their outputs

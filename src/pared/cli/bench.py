@@ -9,10 +9,10 @@ import typer
 from rich.table import Table
 
 from pared.cli.console import ConsoleProgress, JsonFile, errors, out, quiet_libraries, write_json
+from pared.environment import device_of, require_device, require_dtype
 from pared.errors import ParedError
 from pared.evaluation.speed import Settings, parse_case, preset
-from pared.hardware import device_of, require_device, require_dtype
-from pared.sources.models import find_model
+from pared.models.source import find_model
 
 if TYPE_CHECKING:
     from pared.evaluation.speed import Bench, Timed

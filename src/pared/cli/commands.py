@@ -107,7 +107,7 @@ def _let_code_be_trusted(command: Any) -> None:
 
 def _trust(ctx: typer.Context, asked: bool) -> None:
     if asked:
-        from pared.sources.trust import trusting_everywhere
+        from pared.models.trust import trusting_everywhere
 
         ctx.with_resource(trusting_everywhere())
 
@@ -133,7 +133,7 @@ app = typer.Typer(
 
 def _version(asked: bool) -> None:
     if asked:
-        from pared.versions import __version__
+        from pared.environment import __version__
 
         typer.echo(f"pared {__version__}")
         raise typer.Exit
@@ -146,4 +146,5 @@ def _options(
 ) -> None:
     logging.basicConfig(format="note: %(message)s")
     logging.getLogger("pared").setLevel(logging.INFO if verbose else logging.WARNING)
-    logging.getLogger("pared.sources").setLevel(logging.INFO)
+    for what_is_named in ("pared.data", "pared.models"):
+        logging.getLogger(what_is_named).setLevel(logging.INFO)

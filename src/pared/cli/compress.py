@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING
 from pared.cli import options
 from pared.cli.console import ConsoleProgress, JsonFile, errors, out, print_rows, quiet_libraries, write_json
 from pared.engine.early import require_job
-from pared.presets import summary_of
 from pared.report.table import learned_from
+from pared.schema.presets import summary_of
 
 if TYPE_CHECKING:
-    from pared.checkpoint import Manifest
+    from pared.schema.manifest import Manifest
 
 RUINED = 100  # times the perplexity of the dense model
 
@@ -84,7 +84,7 @@ def compress(
             },
         )
         require_job(asked, overwrite)
-        from pared.engine import run
+        from pared.entrypoints.compress import run
 
         outcome = run(asked, overwrite, ConsoleProgress())
         print_manifest(outcome.manifest, str(outcome.folder))

@@ -15,11 +15,11 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 from pared.errors import ParedError
-from pared.files import why_not_written, write_to
 from pared.importing import when_imported
+from pared.io.files import why_not_written, write_to
 
 if TYPE_CHECKING:
-    from pared.engine.progress import Advance, Pace
+    from pared.progress import Advance, Pace
     from pared.report.table import Row
 
 out = Console(soft_wrap=True, highlight=False, emoji=False)  # NAME:train:text is no train
@@ -45,7 +45,7 @@ class ConsoleProgress:
 
 @contextmanager
 def _bar(name: str, total: int, unit: str) -> "Iterator[Advance]":
-    from pared.engine.progress import Pace
+    from pared.progress import Pace
 
     rate = TextColumn("{task.fields[rate]}")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeElapsedColumn())
@@ -61,7 +61,7 @@ def _bar(name: str, total: int, unit: str) -> "Iterator[Advance]":
 
 @contextmanager
 def _lines(name: str, total: int, unit: str) -> "Iterator[Advance]":
-    from pared.engine.progress import Pace
+    from pared.progress import Pace
 
     start = printed = time.perf_counter()
     pace = Pace(total)

@@ -37,7 +37,8 @@ def convert(
 def _to_dense(folder: Path, out_folder: Path, _: bool, overwrite: bool, json_file: Path | None) -> None:
     if not folder.is_dir():
         raise ParedError(f"{folder}: no such folder")
-    from pared.checkpoint import export_dense, is_compressed, read_config, require_tensors
+    from pared.checkpoint import is_compressed, read_config, require_tensors
+    from pared.entrypoints.export import export_dense
 
     if not is_compressed(read_config(str(folder))):
         raise ParedError(f"{folder} has nothing to convert: its weights are plain already")
@@ -49,10 +50,10 @@ def _to_dense(folder: Path, out_folder: Path, _: bool, overwrite: bool, json_fil
 
 
 def _to_low_rank(folder: Path, out_folder: Path, pivot: bool, overwrite: bool, json_file: Path | None) -> None:
-    from pared.checkpoint import Manifest
+    from pared.schema.manifest import Manifest
 
     before = Manifest.read(folder)
-    from pared.checkpoint import convert as store
+    from pared.entrypoints.convert import convert as store
     from pared.report import model_card
 
     after = store(folder, out_folder, pivot, overwrite, model_card)

@@ -7,9 +7,9 @@ import typer
 
 from pared.cli.compress import print_manifest
 from pared.cli.console import ConsoleProgress, JsonFile, errors, out, quiet_libraries, write_json
-from pared.files import cache_folder
-from pared.recipe import Recipe
-from pared.sources.models import find_model
+from pared.io.files import cache_folder
+from pared.models.source import find_model
+from pared.schema.recipe import Recipe
 
 PROMPT = "The most important thing about a good tool is"
 TOKENS = 40
@@ -33,7 +33,7 @@ def demo(
             markup=False,
         )
         from pared.checkpoint import load
-        from pared.engine import reusable, run
+        from pared.entrypoints.compress import reusable, run
         from pared.evaluation import greedy
 
         outcome = reusable(recipe)

@@ -8,8 +8,8 @@ from rich.table import Table
 
 from pared.cli import options
 from pared.cli.console import ConsoleProgress, JsonFile, errors, out, quiet_libraries, write_json
-from pared.engine.asked import low_rank_of as require_low_rank
 from pared.engine.early import require_model, require_possible, require_suited
+from pared.engine.spec import low_rank_of as require_low_rank
 
 diagnose = typer.Typer(help="Look into what a method does to a model.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -77,7 +77,7 @@ def rank_groups(
         require_possible(asked)
         source = require_model(asked)
         require_suited(source.config(), asked, source.name)
-        from pared.engine.diagnose import rank_groups as measure
+        from pared.entrypoints.rank_groups import rank_groups as measure
 
         tokenizer = source.tokenizer()
         loaded = source.load(asked.dtype).to(asked.device)

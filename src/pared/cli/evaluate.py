@@ -5,20 +5,20 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from pared.cli.console import JsonFile, errors, quiet_libraries, write_json
-from pared.cli.kept import Kept
+from pared.cli.console import JsonFile, err, errors, quiet_libraries, write_json
+from pared.data.files import require_there
+from pared.data.labelled import parts_of_task, require_examples
+from pared.data.texts import require_text
+from pared.entrypoints.kept_results import Kept
+from pared.environment import device_of, require_device, require_dtype
 from pared.errors import ParedError
 from pared.evaluation import TASKS
-from pared.evaluation.choice import CHOICES
+from pared.evaluation.multiple_choice import CHOICES
 from pared.evaluation.protocols import protocol_of
-from pared.files import path_of
-from pared.hardware import device_of, require_device, require_dtype
+from pared.io.files import path_of
+from pared.models.source import find_model
 from pared.names import require_known
-from pared.recipe import Bos
-from pared.sources.files import require_there
-from pared.sources.labelled import parts_of_task, require_examples
-from pared.sources.models import find_model
-from pared.sources.texts import require_text
+from pared.schema.recipe import Bos
 
 # What each measure reads of the options, beside --device and --json.
 READS = {
@@ -83,7 +83,10 @@ def evaluate(
     """Measure a model: perplexity on a text, tasks it does, or what an encoder gets right of labelled examples."""
     kept_back = tasks is not None and json_file is not None
     interrupted = "tasks that were done are kept beside the file of --json" if kept_back else "nothing is kept of it"
-    with errors(f"interrupted; {interrupted}"), Kept(json_file) as kept:
+    with (
+        errors(f"interrupted; {interrupted}"),
+        Kept(json_file, lambda told: err.print(f"note: {told}", markup=False)) as kept,
+    ):
         quiet_libraries()
         given = {
             "perplexity": perplexity,
@@ -127,7 +130,7 @@ def evaluate(
         elif examples is not None:
             result = label(model, examples, length, windows, dtype, place)
         elif fine_tune is not None:
-            from pared.training.encoders import FineTuning  # the Trainer is seconds to import
+            from pared.entrypoints.fine_tune_encoder import FineTuning  # the Trainer is seconds to import
 
             how = {"epochs": epochs, "learning_rate": learning_rate, "length": length, "examples": limit}
             chosen = FineTuning(**{name: value for name, value in how.items() if value is not None})  # type: ignore[arg-type]

@@ -7,11 +7,11 @@ import typer
 
 from pared.cli.console import errors, out, quiet_libraries
 from pared.cli.options import Overwrite
+from pared.models.source import find_model
 from pared.names import require_known
-from pared.sources.models import find_model
 
 if TYPE_CHECKING:
-    from pared.checkpoint import Exported
+    from pared.entrypoints.export import Exported
 
 FORMS = ("dense",)
 
@@ -28,7 +28,7 @@ def export(
         quiet_libraries()
         require_known("form", to, FORMS)
         find_model(model)
-        from pared.checkpoint import export_dense
+        from pared.entrypoints.export import export_dense
 
         print_exported(export_dense(model, out_folder, dtype, overwrite), out_folder)
 

@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from pared.checkpoint import Manifest
 from pared.cli.compress import print_manifest
 from pared.cli.console import JsonFile, errors, out, quiet_libraries, write_json
 from pared.cli.tune import print_training
-from pared.plan import Dense, SitePlan
+from pared.schema.manifest import Manifest
+from pared.schema.plan import Dense, SitePlan
 
 
 def info(folder: Annotated[Path, typer.Argument(help="A folder that pared made.")], json_file: JsonFile = None) -> None:

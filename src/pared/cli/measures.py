@@ -8,36 +8,37 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.checkpoint import load
-from pared.checkpoint.manifest import Manifest, versions
 from pared.cli.console import ConsoleProgress, err, out
-from pared.cli.kept import Kept
+from pared.data.encoding import cut_examples
+from pared.data.evaluated import evaluation_windows
+from pared.data.files import data_folder
+from pared.data.labelled import find_examples
+from pared.data.lengths import Length
+from pared.data.overlap import overlap
+from pared.data.texts import find_text
+from pared.data.windows import Windows
+from pared.entrypoints.kept_results import Kept
+from pared.environment import versions
 from pared.errors import ParedError
 from pared.evaluation import TASKS, Result, Sampling, classify, evaluate_task, task_of
 from pared.evaluation import perplexity as measure
-from pared.evaluation.choice import CHOICES, evaluate_choices, prepare
 from pared.evaluation.classification import BATCH, batches
 from pared.evaluation.generation import require_possible
+from pared.evaluation.multiple_choice import CHOICES, evaluate_choices, prepare
 from pared.evaluation.protocols import cut_by, protocol_of
 from pared.evaluation.tasks import examples_of, require_permission, rows_of
-from pared.evaluation.vision import BATCH as BATCH_OF_IMAGES
-from pared.evaluation.vision import answer_questions, processor_of, questions_of
+from pared.evaluation.vqa import BATCH as BATCH_OF_IMAGES
+from pared.evaluation.vqa import answer_questions, processor_of, questions_of
+from pared.io.record import MANIFEST
+from pared.models.architecture import is_causal
+from pared.models.source import ModelSource, find_model
 from pared.names import require_known
-from pared.recipe import Recipe
-from pared.record import MANIFEST
 from pared.report.table import WORTH_SAYING
-from pared.sources.architecture import is_causal
-from pared.sources.evaluated import evaluation_windows
-from pared.sources.files import data_folder
-from pared.sources.labelled import find_examples
-from pared.sources.labelled_windows import cut_examples
-from pared.sources.lengths import Length
-from pared.sources.models import ModelSource, find_model
-from pared.sources.overlap import overlap
-from pared.sources.texts import find_text
-from pared.sources.windows import Windows
+from pared.schema.manifest import Manifest
+from pared.schema.recipe import Recipe
 
 if TYPE_CHECKING:
-    from pared.training.encoders import FineTuning
+    from pared.entrypoints.fine_tune_encoder import FineTuning
 
 WRITTEN_TOGETHER = 8  # prompts
 LABELLED_LENGTH = 1024  # tokens of a labelled example at most
@@ -127,7 +128,7 @@ def label(
 
 def fine_tune_for(model: str, names: list[str], asked: "FineTuning", place: torch.device, kept: Kept) -> dict[str, Any]:
     """Train an encoder for every task, and score it; what is done is kept."""
-    from pared.training.encoders import examples_of, fine_tuned_score, require_encoder, steps_of, within
+    from pared.entrypoints.fine_tune_encoder import examples_of, fine_tuned_score, require_encoder, steps_of, within
 
     require_encoder(model)
     asked = within(asked, find_model(model).config())

@@ -3,7 +3,7 @@
 from rich.table import Table
 
 from pared.allocation import ALLOCATORS
-from pared.allocation.layerwise import LAYER_ALLOCATORS
+from pared.allocation.registry import LAYER_ALLOCATORS
 from pared.cli.console import out
 from pared.engine import EVERY_METHOD
 from pared.training import METHODS

@@ -6,13 +6,13 @@ from typing import Annotated, Any, TypeVar, get_args
 
 import typer
 
-from pared import recipe
 from pared.errors import ParedError
-from pared.guarded import parse_yaml
-from pared.presets import left_below
-from pared.recipe import Recipe
-from pared.strict import read_fields
-from pared.tuning import Tuning
+from pared.io.guarded import parse_yaml
+from pared.schema import recipe
+from pared.schema.base import read_fields
+from pared.schema.presets import left_below
+from pared.schema.recipe import Recipe
+from pared.schema.training import Tuning
 
 Model = Annotated[
     str | None,

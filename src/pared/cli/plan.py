@@ -5,10 +5,10 @@ from rich.table import Table
 from pared.cli import options
 from pared.cli.console import JsonFile, errors, out, print_rows, quiet_libraries, write_json
 from pared.engine import allocation_of, decided_from_data, plan_of
-from pared.engine.asked import anatomy_of
 from pared.engine.early import require_model, require_possible, require_suited
-from pared.plan import Dense
+from pared.engine.spec import anatomy_of
 from pared.report.table import sizes
+from pared.schema.plan import Dense
 
 
 def plan(
@@ -43,7 +43,7 @@ def plan(
         require_possible(asked)
         source = require_model(asked)
         require_suited(source.config(), asked, source.name)
-        from pared.engine.compressed import stacks
+        from pared.engine.result import stacks
 
         skeleton = source.skeleton()
         decided = plan_of(skeleton, asked, source.weight_bytes(asked.dtype))

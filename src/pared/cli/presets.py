@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from pared.presets import load_preset, preset_names, read_preset, to_markdown
+from pared.schema.presets import load_preset, preset_names, read_preset, to_markdown
 
 
 def presets(

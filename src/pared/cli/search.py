@@ -9,11 +9,11 @@ from pared.cli.console import ConsoleProgress, JsonFile, errors, quiet_libraries
 from pared.engine.early import require_model, require_possible
 from pared.errors import ParedError
 from pared.names import require_known
-from pared.search.trace import against, draw, require_plotting
+from pared.report.search_trace import against, draw, require_plotting
 
 if TYPE_CHECKING:
+    from pared.entrypoints.search import Found
     from pared.search.evolution import Strategy
-    from pared.search.run import Found
 
 STRATEGIES = ("evolution", "random")
 
@@ -92,14 +92,14 @@ def search(
         found_strategy = strategy_of(strategy)
         require_possible(asked)
         require_model(asked)
+        from pared.entrypoints.search import Look, run
         from pared.search.evolution import Rules
-        from pared.search.run import Look, run
 
         rules = Rules(iterations, population, sample_ratio, top, seed, found_strategy, workers)
         look = Look(windows, length, final_windows, halving)
         pools = None
         if ray is not None:
-            from pared.search.cluster import on_ray
+            from pared.search.ray_pool import on_ray
 
             pools = on_ray(ray)
         found = run(asked, rules, look, out, ConsoleProgress(), pools)
@@ -122,7 +122,7 @@ def strategy_of(name: str) -> "Strategy":
 
 def tell(found: "Found") -> None:
     """Print the best program, what it is worth and how it is used."""
-    from pared.search.run import FOUND
+    from pared.entrypoints.search import FOUND
 
     told = found.told
     console.out.print(f"best program: {found.program}", markup=False)

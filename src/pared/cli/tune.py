@@ -7,13 +7,13 @@ import typer
 
 from pared.cli import options
 from pared.cli.console import ConsoleProgress, JsonFile, errors, out, quiet_libraries, write_json
-from pared.presets import summary_of
 from pared.report.table import WORTH_SAYING
+from pared.schema.presets import summary_of
+from pared.schema.training import Tuning
 from pared.training.early import require_possible
-from pared.tuning import Tuning
 
 if TYPE_CHECKING:
-    from pared.checkpoint.manifest import Manifest, Training
+    from pared.schema.manifest import Manifest, Training
 
 
 def tune(

@@ -18,7 +18,7 @@ def verify(
     """Compare a folder's files with their recorded SHA-256, and what it answers with what was recorded before."""
     with errors():
         quiet_libraries()
-        from pared.checkpoint import Manifest
+        from pared.schema.manifest import Manifest
 
         Manifest.read(folder)  # before anything that takes long to import
         from pared.checkpoint import record

@@ -1,24 +1,20 @@
-"""Drives the road: from a model and a recipe to a compressed model and a folder."""
+"""Drives the road: from a model and a recipe to a compressed model."""
 
 from typing import TYPE_CHECKING
 
 from pared.lazy import lazy_package
 
 if TYPE_CHECKING:
-    from pared.engine.asked import EVERY_METHOD, allocation_of, decided_from_data, method_of, plan_of
-    from pared.engine.compressed import Compressed
-    from pared.engine.compression import compress
-    from pared.engine.job import Outcome, reusable, run
-    from pared.engine.passes import collect
-    from pared.engine.progress import Progress, Silent
+    from pared.engine.allocate import decided_from_data, plan_of
+    from pared.engine.compress import compress
+    from pared.engine.observe import collect
     from pared.engine.pruning import look, prune
+    from pared.engine.result import Compressed
+    from pared.engine.spec import EVERY_METHOD, allocation_of, method_of
 
 __all__ = [
     "EVERY_METHOD",
     "Compressed",
-    "Outcome",
-    "Progress",
-    "Silent",
     "allocation_of",
     "collect",
     "compress",
@@ -27,19 +23,16 @@ __all__ = [
     "method_of",
     "plan_of",
     "prune",
-    "reusable",
-    "run",
 ]
 
 lazy_package(
     __name__,
     {
-        "pared.engine.asked": ["EVERY_METHOD", "allocation_of", "decided_from_data", "method_of", "plan_of"],
-        "pared.engine.compressed": ["Compressed"],
-        "pared.engine.compression": ["compress"],
-        "pared.engine.job": ["Outcome", "reusable", "run"],
-        "pared.engine.passes": ["collect"],
-        "pared.engine.progress": ["Progress", "Silent"],
+        "pared.engine.allocate": ["decided_from_data", "plan_of"],
+        "pared.engine.compress": ["compress"],
+        "pared.engine.observe": ["collect"],
         "pared.engine.pruning": ["look", "prune"],
+        "pared.engine.result": ["Compressed"],
+        "pared.engine.spec": ["EVERY_METHOD", "allocation_of", "method_of"],
     },
 )

@@ -6,8 +6,9 @@ A dry run (`pared plan`), the command line and the Python functions refuse by th
 from pathlib import Path
 
 from pared.allocation import allocator_of
-from pared.apart import require_apart
-from pared.engine.asked import (
+from pared.data.labelled import SETS as LABELLED
+from pared.data.texts import require_text
+from pared.engine.spec import (
     allocation_of,
     calibrates,
     evaluated_text,
@@ -20,16 +21,15 @@ from pared.engine.asked import (
     refit_of,
     tries,
 )
+from pared.environment import require_device
 from pared.errors import ParedError
-from pared.files import path_of
-from pared.hardware import require_device
-from pared.inputs import inputs_of
-from pared.presets import require_user_fields
-from pared.recipe import Recipe
-from pared.sources.labelled import SETS as LABELLED
-from pared.sources.models import ModelSource, find_model, require_dense, require_one_stack
-from pared.sources.texts import require_text
-from pared.staging import require_free
+from pared.io.apart import require_apart
+from pared.io.files import path_of
+from pared.io.inputs import inputs_of
+from pared.io.output_dir import require_free
+from pared.models.source import ModelSource, find_model, require_dense, require_one_stack
+from pared.schema.presets import require_user_fields
+from pared.schema.recipe import Recipe
 
 
 def require_possible(recipe: Recipe) -> None:

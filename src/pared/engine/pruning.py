@@ -7,25 +7,25 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pared.allocation.layerwise import LayerEvidence
-from pared.allocation.program import ScoreHistogram
+from pared.allocation.dsa import ScoreHistogram
+from pared.allocation.registry import LayerEvidence
 from pared.allocation.sparsity import eigenvalues, hill_alpha
-from pared.anatomy import Anatomy, Site, bias_of, probe, weight_of
-from pared.anatomy.probe import BlockCall
 from pared.calibration import Collected, WalkedBlock, per_token, share_felt
-from pared.engine.asked import anatomy_of, calibrates, layer_allocation_of, options_of, pruner_of
+from pared.data.windows import Windows, require_fits
 from pared.engine.checks import require_finite_weights
-from pared.engine.compressed import Compressed, remarks, stacks
-from pared.engine.passes import Passes
-from pared.engine.progress import Progress, Silent, Stopwatch
+from pared.engine.observe import Passes
+from pared.engine.result import Compressed, remarks, stacks
+from pared.engine.spec import anatomy_of, calibrates, layer_allocation_of, options_of, pruner_of
 from pared.engine.zeros import plan_zeros, target_of
 from pared.errors import ParedError
 from pared.modules import NMGroups, SparseLinear, inherit_requires_grad, replace_module
-from pared.plan import NM, Dense, Plan, SitePlan, Sparse
-from pared.recipe import Recipe
-from pared.sources.windows import Windows, require_fits
+from pared.progress import Progress, Silent, Stopwatch
+from pared.schema.plan import NM, Dense, Plan, SitePlan, Sparse
+from pared.schema.recipe import Recipe
 from pared.sparsity import Pattern, Unstructured, pattern, wanda
-from pared.sparsity.methods import energy
+from pared.sparsity.registry import energy
+from pared.structure import Anatomy, Site, bias_of, probe, weight_of
+from pared.structure.probe import BlockCall
 
 
 def prune(

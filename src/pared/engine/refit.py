@@ -5,16 +5,16 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from pared.anatomy import Anatomy
-from pared.anatomy.state import copy_block
 from pared.calibration import WalkedBlock, cross_of
-from pared.engine.solver import Solver
-from pared.install import dense_linear, factors_of
+from pared.engine.install import dense_linear, factors_of
+from pared.engine.solve import Solver
 from pared.lowrank import Factors
 from pared.lowrank.dense_path import mixed_cross
 from pared.lowrank.sharing import refit
 from pared.modules import LowRankLinear, PivotedLinear, replace_module
-from pared.plan import Plan
+from pared.schema.plan import Plan
+from pared.structure import Anatomy
+from pared.structure.state import copy_block
 
 Grams = tuple[torch.Tensor, torch.Tensor]  # of what a site reads, and of that with what its targets are made from
 

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import torch
 
 from pared.allocation.sparsity import mixture
-from pared.allocation.whole import whole_plan
-from pared.anatomy import Anatomy, Site
-from pared.engine.asked import pattern_of
+from pared.engine.allocate import whole_plan
+from pared.engine.spec import pattern_of
 from pared.errors import ParedError
-from pared.plan import NM, Decision, Dense, Plan, Sparse
-from pared.recipe import Recipe
+from pared.schema.plan import NM, Decision, Dense, Plan, Sparse
+from pared.schema.recipe import Recipe
+from pared.structure import Anatomy, Site
 
 
 def target_of(recipe: Recipe) -> float:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from pared.data.windows import NO_LABEL, Windows
 from pared.errors import ParedError
-from pared.sources.windows import NO_LABEL, Windows
 
 BATCH = 32
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
+from pared.data.lengths import positions_of
 from pared.errors import ParedError
-from pared.sources.lengths import positions_of
 
 # The likeliest token each time, whatever the model's own generation settings are.
 GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}

@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pared.data.windows import Windows, require_fits
 from pared.errors import ParedError
-from pared.sources.architecture import is_causal
-from pared.sources.windows import Windows, require_fits
+from pared.models.architecture import is_causal
 
 
 @dataclass(frozen=True)

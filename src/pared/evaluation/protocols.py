@@ -4,15 +4,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from pared.data.cutting import BLANK_LINES
+from pared.data.texts import Text
 from pared.errors import ParedError
 from pared.names import require_known
-from pared.sources.cutting import BLANK_LINES
-from pared.sources.texts import Text
 
 if TYPE_CHECKING:  # which protocols there are is told without them
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-    from pared.sources.windows import Windows
+    from pared.data.windows import Windows
 
 Averaging = Literal["token", "window"]
 SPLITS = {"wikitext2": "test", "ptb": "test", "c4": "validation"}  # that papers measure on
@@ -103,8 +103,8 @@ def cut_by(protocol: Protocol, text: Text, tokenizer: "PreTrainedTokenizerBase",
     """
     import torch
 
-    from pared.sources.lengths import positions_of
-    from pared.sources.windows import Windows, digest_of, padded
+    from pared.data.lengths import positions_of
+    from pared.data.windows import Windows, digest_of, padded
 
     corpus = text.name.partition(":")[0]
     deviations: list[str] = []

@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from pared.data.data_sets import GSM8K_TEST, GSM8K_TRAIN, MATH500, MBPP, DataSet
+from pared.data.hub import HubSet
 from pared.errors import ParedError
 from pared.evaluation.answers import boxed, last_number, marked_number, same_expression, same_number
-from pared.evaluation.passes import mean_pass_at_k
+from pared.evaluation.pass_at_k import mean_pass_at_k
 from pared.evaluation.sandbox import Limits, run_program
 from pared.names import require_known
-from pared.sources.data_sets import GSM8K_TEST, GSM8K_TRAIN, MATH500, MBPP, DataSet
-from pared.sources.hub import HubSet
 
 if TYPE_CHECKING:  # which tasks there are is told without them
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -6,7 +6,7 @@ from pared.lazy import lazy_package
 
 if TYPE_CHECKING:
     from pared.lowrank.decomposition import Decomposition, Factors
-    from pared.lowrank.methods import METHODS, LowRankMethod
+    from pared.lowrank.registry import METHODS, LowRankMethod
 
 __all__ = ["METHODS", "Decomposition", "Factors", "LowRankMethod"]
 
@@ -14,6 +14,6 @@ lazy_package(
     __name__,
     {
         "pared.lowrank.decomposition": ["Decomposition", "Factors"],
-        "pared.lowrank.methods": ["METHODS", "LowRankMethod"],
+        "pared.lowrank.registry": ["METHODS", "LowRankMethod"],
     },
 )

@@ -8,8 +8,8 @@ model, so that one global budget decides all ranks. ``B = I`` is SVD-LLM, ``A = 
 
 The decomposition is published: GFWSVD (arXiv 2505.17974), OBD-LLM (arXiv 2604.00821), IO-SVD (arXiv 2605.15626, another
 output factor) and KFAC-SVD with LEMS (ICML 2026). Ours is what is done with its costs: one exact budget in nats over
-ranks, dense weights and shared bases (:mod:`pared.allocation.loss`), with PIFA's pivots counted in it, and two-sided
-targets behind the compressed prefix.
+ranks, dense weights and shared bases (:mod:`pared.allocation.ranks.loss`), with PIFA's pivots counted in it, and
+two-sided targets behind the compressed prefix.
 """
 
 from collections.abc import Sequence

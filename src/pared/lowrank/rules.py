@@ -7,7 +7,7 @@ import torch
 
 from pared.lowrank import asvd, fwsvd, loss_optimal, sharing, svd, whitening
 from pared.lowrank.decomposition import Decomposition
-from pared.lowrank.methods import Statistics, fisher, output_gradient
+from pared.lowrank.registry import Statistics, fisher, output_gradient
 
 
 def plain(W_ON: torch.Tensor, _: Statistics, __: Mapping[str, Any]) -> Decomposition:

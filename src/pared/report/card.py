@@ -5,10 +5,10 @@ from typing import Any
 
 import yaml
 
-from pared.checkpoint.manifest import Manifest
-from pared.presets import PresetRecord, summary_of
+from pared.models.architecture import AUTO_CLASSES
 from pared.report.table import comparison, learned_from
-from pared.sources.architecture import AUTO_CLASSES
+from pared.schema.manifest import Manifest
+from pared.schema.presets import PresetRecord, summary_of
 
 LOADING = """\
 With the package `pared`:

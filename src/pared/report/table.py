@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from pared.checkpoint.manifest import Manifest
-    from pared.plan import Plan
+    from pared.schema.manifest import Manifest
+    from pared.schema.plan import Plan
 
 WORTH_SAYING = 0.05  # of the tokens; any two texts of one kind share some phrases
 

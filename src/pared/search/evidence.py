@@ -7,15 +7,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pared.anatomy import Anatomy
-from pared.anatomy.probe import BlockCall
 from pared.calibration import per_token
-from pared.engine.passes import Passes
-from pared.engine.progress import Progress
+from pared.data.windows import Windows
+from pared.engine.observe import Passes
 from pared.errors import ParedError
-from pared.recipe import Recipe
-from pared.sources.windows import Windows
-from pared.sparsity.methods import energy
+from pared.progress import Progress
+from pared.schema.recipe import Recipe
+from pared.sparsity.registry import energy
+from pared.structure import Anatomy
+from pared.structure.probe import BlockCall
 
 FILE = "evidence.safetensors"
 

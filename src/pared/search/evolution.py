@@ -13,7 +13,7 @@ from random import Random
 from statistics import median
 from typing import Literal, Protocol, get_args
 
-from pared.allocation.program import EVERYTHING, Program, Space, crossover, mutate, random_program
+from pared.allocation.dsa import EVERYTHING, Program, Space, crossover, mutate, random_program
 from pared.errors import ParedError
 
 CHILDREN = 50  # drawn from parents for one candidate before random programs are drawn

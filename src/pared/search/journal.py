@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pared.errors import ParedError
-from pared.lines import Lines
-from pared.locking import opened_alone
+from pared.io.journal import Lines
+from pared.io.lock import opened_alone
 from pared.search.evolution import Candidate, Measured
 
 FORMAT = 1

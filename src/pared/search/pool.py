@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from pared.errors import ParedError
-from pared.leftovers import scratch
+from pared.io.leftovers import scratch
 from pared.search.evolution import Candidate, Measured
 
 LIVES = 3  # workers that a candidate may cost before it is given up
@@ -201,7 +201,7 @@ def _context() -> BaseContext:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pared.search.run"])
+    context.set_forkserver_preload(["pared.entrypoints.search"])
     return context
 
 

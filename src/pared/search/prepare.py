@@ -4,17 +4,17 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pared.anatomy import probe
-from pared.engine.asked import anatomy_of, budget_of, is_pruning
+from pared.data.windows import Windows
 from pared.engine.checks import require_finite_weights
-from pared.engine.progress import Progress
+from pared.engine.spec import anatomy_of, budget_of, is_pruning
 from pared.errors import ParedError
-from pared.recipe import Recipe
+from pared.progress import Progress
+from pared.schema.recipe import Recipe
 from pared.search.evidence import energies, kept
-from pared.search.measure import Trial
+from pared.search.objective import Trial
 from pared.search.ranks import RanksTrial, decompositions
 from pared.search.zeros import ZerosTrial
-from pared.sources.windows import Windows
+from pared.structure import probe
 
 
 def prepare(

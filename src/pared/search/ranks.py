@@ -8,21 +8,21 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.allocation import Budget, Evidence, Unit
-from pared.allocation.budget import set_aside
-from pared.allocation.by_program import by_program, shared_out
-from pared.allocation.program import Program
-from pared.anatomy import Anatomy, weight_of
-from pared.anatomy.probe import BlockCall
+from pared.allocation.dsa import Program
+from pared.allocation.rank_budget import set_aside
+from pared.allocation.ranks.dsa import by_program, shared_out
 from pared.calibration import per_token
-from pared.engine.asked import low_rank_of, options_of
-from pared.engine.passes import Passes
-from pared.engine.progress import Progress
+from pared.data.windows import Windows
+from pared.engine.observe import Passes
+from pared.engine.spec import low_rank_of, options_of
 from pared.errors import ParedError
-from pared.plan import LowRank
-from pared.recipe import Recipe
+from pared.progress import Progress
+from pared.schema.plan import LowRank
+from pared.schema.recipe import Recipe
 from pared.search.evidence import Tensors
 from pared.search.evolution import Allocation
-from pared.sources.windows import Windows
+from pared.structure import Anatomy, weight_of
+from pared.structure.probe import BlockCall
 
 
 def require_rankable(recipe: Recipe) -> None:
@@ -86,7 +86,7 @@ def decompositions(
 
 
 class RanksTrial:
-    """A model whose candidates are ranks. Satisfies :class:`pared.search.measure.Trial`.
+    """A model whose candidates are ranks. Satisfies :class:`pared.search.objective.Trial`.
 
     An allocation holds, for every site, its rank, or 0 where it stays dense. Memory beside the model: a copy of the
     covered weights, and all their directions in float32.

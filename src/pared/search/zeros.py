@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from pared.allocation.program import SCORE_TOKENS, Program, ScoreHistogram, Scores, judge
-from pared.anatomy import Anatomy, Site, weight_of
+from pared.allocation.dsa import SCORE_TOKENS, Program, ScoreHistogram, Scores, judge
 from pared.errors import ParedError
 from pared.search.evolution import Allocation
 from pared.sparsity import METHODS, Unstructured, wanda
+from pared.structure import Anatomy, Site, weight_of
 
 PRUNERS = ("wanda", "magnitude")
 
@@ -75,7 +75,7 @@ class Ordered:
 
 
 class ZerosTrial:
-    """A model whose candidates are allocations of zeros over blocks. Satisfies :class:`pared.search.measure.Trial`.
+    """A model whose candidates are allocations of zeros over blocks. Satisfies :class:`pared.search.objective.Trial`.
 
     An allocation holds, for every site, the zeros among the weights that compete. Memory beside the model: a copy of
     the covered weights, and two bytes a weight (four where more than 32,767 compete, as for ``magnitude``).

@@ -6,8 +6,8 @@ from pared.lazy import lazy_package
 
 if TYPE_CHECKING:
     from pared.sparsity.masks import Pruned
-    from pared.sparsity.methods import METHODS, PruningMethod
     from pared.sparsity.pattern import NM, Pattern, Unstructured, parse
+    from pared.sparsity.registry import METHODS, PruningMethod
 
 __all__ = ["METHODS", "NM", "Pattern", "Pruned", "PruningMethod", "Unstructured", "parse"]
 
@@ -15,7 +15,7 @@ lazy_package(
     __name__,
     {
         "pared.sparsity.masks": ["Pruned"],
-        "pared.sparsity.methods": ["METHODS", "PruningMethod"],
+        "pared.sparsity.registry": ["METHODS", "PruningMethod"],
         "pared.sparsity.pattern": ["NM", "Pattern", "Unstructured", "parse"],
     },
 )

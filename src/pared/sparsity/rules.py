@@ -7,8 +7,8 @@ import torch
 
 from pared.sparsity import magnitude, sparsegpt, wanda
 from pared.sparsity.masks import Pruned
-from pared.sparsity.methods import Statistics
 from pared.sparsity.pattern import Pattern
+from pared.sparsity.registry import Statistics
 
 
 def by_magnitude(W_ON: torch.Tensor, pattern: Pattern, _: Statistics, __: Mapping[str, Any]) -> Pruned:

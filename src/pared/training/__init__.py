@@ -5,12 +5,10 @@ from typing import TYPE_CHECKING
 from pared.lazy import lazy_package
 
 if TYPE_CHECKING:
-    from pared.training.job import Tuned, tune
-    from pared.training.keep_zeros import KeepZeros
-    from pared.training.merge import merge_lora_keeping_zeros
-    from pared.training.methods import METHODS
-    from pared.training.pruned import pruned_layers, zeros_of
-    from pared.training.stage import TuningMethod
+    from pared.entrypoints.train import Tuned, tune
+    from pared.training.masks import KeepZeros, merge_lora_keeping_zeros, pruned_layers, zeros_of
+    from pared.training.method import TuningMethod
+    from pared.training.registry import METHODS
 
 __all__ = [
     "METHODS",
@@ -26,11 +24,9 @@ __all__ = [
 lazy_package(
     __name__,
     {
-        "pared.training.job": ["Tuned", "tune"],
-        "pared.training.keep_zeros": ["KeepZeros"],
-        "pared.training.merge": ["merge_lora_keeping_zeros"],
-        "pared.training.methods": ["METHODS"],
-        "pared.training.pruned": ["pruned_layers", "zeros_of"],
-        "pared.training.stage": ["TuningMethod"],
+        "pared.entrypoints.train": ["Tuned", "tune"],
+        "pared.training.masks": ["KeepZeros", "merge_lora_keeping_zeros", "pruned_layers", "zeros_of"],
+        "pared.training.method": ["TuningMethod"],
+        "pared.training.registry": ["METHODS"],
     },
 )

@@ -3,22 +3,22 @@
 import importlib.util
 from collections.abc import Sequence
 
+from pared.data.instructions import PREFIX as INSTRUCTIONS
+from pared.data.instructions import require_instructions
+from pared.data.labelled import SETS as LABELLED
+from pared.data.labelled import require_examples
+from pared.data.templates import templates
+from pared.data.texts import require_text
+from pared.environment import require_device
 from pared.errors import ParedError
-from pared.files import path_of
-from pared.hardware import require_device
-from pared.inputs import inputs_of
+from pared.io.files import path_of
+from pared.io.inputs import inputs_of
+from pared.io.output_dir import require_free
+from pared.models.source import find_model
 from pared.names import require_known
-from pared.presets import require_user_fields
-from pared.sources.instructions import PREFIX as INSTRUCTIONS
-from pared.sources.instructions import require_instructions
-from pared.sources.labelled import SETS as LABELLED
-from pared.sources.labelled import require_examples
-from pared.sources.models import find_model
-from pared.sources.templates import templates
-from pared.sources.texts import require_text
-from pared.staging import require_free
-from pared.training.methods import method_of, settled
-from pared.tuning import Tuning
+from pared.schema.presets import require_user_fields
+from pared.schema.training import Tuning
+from pared.training.registry import method_of, settled
 
 # As transformers calls them, and the modules any of which it takes; it alone decides for one without.
 TRACKERS: dict[str, tuple[str, ...]] = {

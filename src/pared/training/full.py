@@ -5,11 +5,10 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from pared.training.keep_zeros import KeepZeros
-from pared.training.parts import compressed_layers, norms, unpack
+from pared.training.masks import KeepZeros, pruned_layers
+from pared.training.method import Context, Loss, Prepared, Stage, own_loss
 from pared.training.precision import hold_in_float32
-from pared.training.pruned import pruned_layers
-from pared.training.stage import Context, Loss, Prepared, Stage, own_loss
+from pared.training.trainable import compressed_layers, norms, unpack
 
 
 def stages(_: Mapping[str, Any]) -> tuple[Stage, ...]:

@@ -14,16 +14,15 @@ from typing import Any, cast
 from torch import nn
 from transformers import PreTrainedModel
 
-from pared.anatomy import find_blocks
-from pared.anatomy.linear import LINEAR_TYPES
 from pared.errors import ParedError
 from pared.modules import LowRankLinear, PivotedLinear
 from pared.names import match
-from pared.training.merge import merge_lora_keeping_zeros
+from pared.structure import find_blocks
+from pared.structure.linear import LINEAR_TYPES
+from pared.training.masks import merge_lora_keeping_zeros, pruned_layers
+from pared.training.method import Context, Loss, Prepared, Stage, own_loss
 from pared.training.options import ALL, PEFT, patterns_of
-from pared.training.parts import COMPRESSED, compressed_layers, unpack
-from pared.training.pruned import pruned_layers
-from pared.training.stage import Context, Loss, Prepared, Stage, own_loss
+from pared.training.trainable import COMPRESSED, compressed_layers, unpack
 
 
 def stages(options: Mapping[str, Any]) -> tuple[Stage, ...]:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pared.calibration.precision import choose_dtype
+from pared.environment import choose_dtype
 from pared.errors import ParedError
 
 PRECISIONS = (torch.float32, torch.bfloat16)

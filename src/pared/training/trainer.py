@@ -12,18 +12,16 @@ from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from pared.anatomy import find_blocks
-from pared.engine.progress import Progress
 from pared.errors import ParedError
-from pared.training.examples import Examples, Row, collate
+from pared.progress import Progress
+from pared.schema.training import Tuning
+from pared.structure import find_blocks
+from pared.training.callbacks import Validation, Watch, WholeCheckpoints
+from pared.training.dataset import Examples, Row, collate
+from pared.training.distributed import Processes, collected, fill, hand_out_whole, shard
+from pared.training.method import Prepared, Stage
 from pared.training.precision import precise
-from pared.training.processes import Processes
-from pared.training.sharding import collected, fill, hand_out_whole, shard
-from pared.training.stage import Prepared, Stage
-from pared.training.validation import Validation
-from pared.training.watch import Watch, WholeCheckpoints
-from pared.training.workshop import CHECKPOINT
-from pared.tuning import Tuning
+from pared.training.run_dir import CHECKPOINT
 
 TRAINED = "trained.safetensors"
 SCHEDULES: dict[str, tuple[str, dict[str, float]]] = {

@@ -4,7 +4,7 @@ from typing import Literal
 
 import torch
 
-from pared.allocation.spread import recentred, require_sparsity, same, shares
+from pared.allocation.sparsity_budget import recentred, require_sparsity, same, shares
 from pared.errors import ParedError
 
 EPSILON = 0.3

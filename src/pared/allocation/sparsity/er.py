@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from pared.allocation.spread import MOST, meet, require_sparsity, shares
+from pared.allocation.sparsity_budget import MOST, meet, require_sparsity, shares
 
 
 def er(

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import torch
 
-from pared.allocation.program.scores import ScoreHistogram, Scores, as_scores
+from pared.allocation.dsa.scores import ScoreHistogram, Scores, as_scores
 from pared.allocation.sparsity.threshold import one_threshold
-from pared.allocation.spread import MOST
+from pared.allocation.sparsity_budget import MOST
 from pared.errors import ParedError
 
 

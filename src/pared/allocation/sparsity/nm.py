@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from pared.allocation.program.evaluate import faults
-from pared.allocation.spread import require_sparsity, shares
+from pared.allocation.dsa.evaluate import faults
+from pared.allocation.sparsity_budget import require_sparsity, shares
 from pared.errors import ParedError
 
 STATES = 4096  # sums that are told apart at a time; fewer sums than that make the result exact

@@ -2,8 +2,8 @@
 
 import torch
 
-from pared.allocation.program.scores import ScoreHistogram, Scores, as_scores
-from pared.allocation.spread import spread
+from pared.allocation.dsa.scores import ScoreHistogram, Scores, as_scores
+from pared.allocation.sparsity_budget import spread
 
 WIDTH = 0.08  # λ
 MULTIPLE = 5.0  # the README's M for LLaMA-7B; the code's default is 3

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from pared.allocation.program.scores import ScoreHistogram, Scores, as_scores
-from pared.allocation.spread import MOST, meet, require_sparsity, shares
+from pared.allocation.dsa.scores import ScoreHistogram, Scores, as_scores
+from pared.allocation.sparsity_budget import MOST, meet, require_sparsity, shares
 from pared.errors import ParedError
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from pared.allocation.spread import recentred
+from pared.allocation.sparsity_budget import recentred
 
 
 def uniform(units: int, sparsity: float) -> torch.Tensor:

@@ -9,11 +9,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+from pared.data.lengths import positions_of
 from pared.errors import ParedError
 from pared.evaluation.speed.settings import Case, Settings
-from pared.sources.architecture import is_causal
-from pared.sources.lengths import positions_of
-from pared.sources.models import find_model
+from pared.models.architecture import is_causal
+from pared.models.source import find_model
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from pared.checkpoint import load
 from pared.errors import ParedError
 from pared.evaluation.speed.settings import Case, Settings
-from pared.files import path_of
+from pared.io.files import path_of
 
 
 def run(model: PreTrainedModel, case: Case, ids: torch.Tensor) -> dict[str, float]:

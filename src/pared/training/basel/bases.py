@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import torch
 
-from pared.anatomy import find_anatomy, probe, weight_of
 from pared.calibration import capture, walk
 from pared.lowrank import whitening
-from pared.training.examples import collate
-from pared.training.stage import Context
+from pared.structure import find_anatomy, probe, weight_of
+from pared.training.dataset import collate
+from pared.training.method import Context
 
 ROWS, BATCH = 128, 8  # of the training data that outputs are seen on, and at a time
 

@@ -4,10 +4,10 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from pared.install import install
+from pared.engine.install import install
 from pared.lowrank import Factors
 from pared.modules import replace_module
-from pared.plan import Dense, LowRank
+from pared.schema.plan import Dense, LowRank
 from pared.training.basel.layer import NEGLIGIBLE, BasisLinear
 
 

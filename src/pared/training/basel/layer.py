@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional
 
 from pared.training.basel.bases import Bases, bases_of_weight
-from pared.training.sharding import gathered
+from pared.training.distributed import gathered
 
 NEGLIGIBLE = 1e-3  # times the mean singular value: bases below are not taken up
 

@@ -14,20 +14,20 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
-from pared.anatomy import bias_of, find_anatomy, weight_of
 from pared.errors import ParedError
 from pared.modules import replace_module
-from pared.plan import LowRank
+from pared.schema.plan import LowRank
+from pared.structure import bias_of, find_anatomy, weight_of
 from pared.training.basel.bases import decomposed
-from pared.training.basel.choose import Weight, share_for
 from pared.training.basel.factorise import put_back
 from pared.training.basel.layer import BasisLinear
 from pared.training.basel.penalty import L1
-from pared.training.basel.pruning import BatchLoss, Prune
+from pared.training.basel.prune_callback import BatchLoss, Prune
 from pared.training.basel.schedule import falling, prune_steps, rate_factor
-from pared.training.examples import Row, collate
+from pared.training.basel.select import Weight, share_for
+from pared.training.dataset import Row, collate
+from pared.training.method import Context, Prepared, Stage, own_loss
 from pared.training.precision import hold_in_float32, precise
-from pared.training.stage import Context, Prepared, Stage, own_loss
 
 LEAST_MASS = 0.01  # for learning rates: where a budget leaves hardly more than the new bases, K says nothing
 

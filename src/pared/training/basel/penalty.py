@@ -7,7 +7,7 @@ import torch
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from pared.training.basel.layer import BasisLinear
-from pared.training.stage import Batch, own_loss
+from pared.training.method import Batch, own_loss
 
 
 class L1(TrainerCallback):

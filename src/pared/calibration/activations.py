@@ -1,0 +1,219 @@
+"""What the first block reads and what every block is called with, without running a single block."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from pared.errors import ParedError
+from pared.structure.model import Anatomy
+from pared.structure.probe import BlockCall, StopForwardError, run_model
+
+
+@dataclass
+class BlockInputs:
+    """The inputs of the first block and the calls of all blocks, one entry a batch.
+
+    A block that runs several times in a pass has as many calls, one after the other.
+
+    Attributes:
+        hidden: hidden states ``(batch, tokens, width)`` of every batch; the walk overwrites them block by block.
+        calls: for every batch, how the blocks are called, in order; equal tensors are held once.
+        dtype: what the blocks compute in.
+        device: where they do.
+        beside: for every batch, what the model was given beside the tokens, ``(batch, tokens)`` by argument; nothing
+            for windows without padding.
+    """
+
+    hidden: list[torch.Tensor]
+    calls: list[list[BlockCall]]
+    dtype: torch.dtype
+    device: torch.device
+    beside: list[Mapping[str, torch.Tensor]] = field(default_factory=list)
+
+    def calls_of(self, batch: int, block: int) -> list[BlockCall]:
+        """Return the calls of one block in a batch, in order."""
+        return [call for call in self.calls[batch] if call.block == block]
+
+    def first(self, batches: int) -> "BlockInputs":
+        """Return the same inputs, not copied, of the first batches alone."""
+        return replace(self, hidden=self.hidden[:batches], calls=self.calls[:batches], beside=self.beside[:batches])
+
+    def mask(self, batch: int) -> torch.Tensor | None:
+        """Return which tokens ``(batch, tokens)`` of a batch are no padding, bool; none if all are."""
+        mask = self.beside[batch].get("attention_mask")
+        return None if mask is None or bool(mask.all()) else mask.bool().to(self.device)
+
+
+def capture(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    tokens: torch.Tensor,
+    batch: int,
+    probed: list[BlockCall],
+    dtype: torch.dtype,
+    device: torch.device,
+    beside: Mapping[str, torch.Tensor] | None = None,
+) -> BlockInputs:
+    """Run everything before and between the blocks on ``tokens (windows, length)``, but no block.
+
+    Every block is replaced by a stub that writes down how it was called and hands its input on. Masks, position
+    embeddings and whatever else a block is given are therefore those of the real call, on any architecture.
+
+    Args:
+        model: the model; unchanged afterwards.
+        anatomy: of the model.
+        tokens: the calibration windows.
+        batch: windows in one forward pass.
+        probed: the calls of the probe pass, in which the blocks really ran.
+        dtype: what the blocks will compute in.
+        device: where they will.
+        beside: what the model is given beside the tokens, as ``call_model``; ``Windows.beside``.
+
+    Raises:
+        ParedError: a block's arguments depend on what an earlier block computed, which a walk cannot reproduce.
+    """
+    with _stubbed(model, anatomy, probed) as recorded:
+        probe_tokens = torch.arange(probed[0].hidden.shape[1]).remainder(model.get_input_embeddings().weight.shape[0])
+        try:
+            run_model(model, probe_tokens.unsqueeze(0))
+        except Exception as error:  # these tokens went through the probe pass: only a block's own result was missing
+            if isinstance(error, ParedError) and error.__cause__ is None:
+                raise
+            raise _fed_by_another(anatomy, probed[min(len(recorded), len(probed) - 1)]) from error
+        if len(recorded) < len(probed):
+            raise _other_order(anatomy)
+        _require_same_arguments(anatomy, probed, recorded)
+        inputs = BlockInputs([], [], dtype, device)
+        for start in range(0, len(tokens), batch):
+            recorded.clear()
+            more = {name: tensor[start : start + batch] for name, tensor in (beside or {}).items()}
+            run_model(model, tokens[start : start + batch], more)
+            if len(recorded) < len(probed):
+                raise _other_order(anatomy)
+            inputs.beside.append(more)
+            inputs.hidden.append(recorded[0].hidden.to(device, dtype))
+            first = inputs.calls[0] if inputs.calls else None
+            adapted: dict[int, torch.Tensor] = {}  # blocks are given the same masks and tables: one copy of each
+            calls = [_adapted(call, dtype, device, adapted) for call in recorded]
+            inputs.calls.append([_share(call, first[index]) for index, call in enumerate(calls)] if first else calls)
+    return inputs
+
+
+def real_rows(x: torch.Tensor, mask_BT: torch.Tensor | None, site: str) -> torch.Tensor:
+    """Return the rows of what a site reads or puts out that belong to no padding, ``(1, rows, features)``.
+
+    Args:
+        x: ``(..., features)``, one row a token of the batch.
+        mask_BT: which tokens are no padding; ``x`` is returned as it is if none is given.
+        site: for the error.
+
+    Raises:
+        ParedError: the rows are not one a token, so that those of padding cannot be told.
+    """
+    if mask_BT is None:
+        return x
+    x_RN = x.reshape(-1, x.shape[-1])
+    if len(x_RN) != mask_BT.numel():
+        raise ParedError(
+            f"site {site} has {len(x_RN)} rows of {mask_BT.shape[0]} padded windows of {mask_BT.shape[1]} tokens, so "
+            "its padding cannot be told apart; use data without padding"
+        )
+    return x_RN[mask_BT.flatten()].unsqueeze(0)
+
+
+@contextmanager
+def _stubbed(model: PreTrainedModel, anatomy: Anatomy, probed: list[BlockCall]) -> Iterator[list[BlockCall]]:
+    recorded: list[BlockCall] = []
+    blocks = anatomy.blocks(model)
+
+    def stub(index: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            place = len(recorded)
+            if index != probed[place].block:
+                raise _other_order(anatomy)
+            call = BlockCall.seen(args, kwargs, anatomy.block_name(index), index)
+            recorded.append(replace(call, returns=probed[place].returns))
+            if len(recorded) == len(probed):
+                raise StopForwardError
+            call = recorded[-1]
+            return call.answer(call.hidden)
+
+        return forward
+
+    with replaced_forwards(blocks, stub):
+        yield recorded
+
+
+@contextmanager
+def replaced_forwards(blocks: list[nn.Module], stub: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
+    """Let every block run ``stub(its index)`` for the length of a ``with`` block."""
+    own = [block.__dict__.get("forward") for block in blocks]  # accelerate's hooks put one there
+    try:
+        for index, block in enumerate(blocks):
+            block.forward = stub(index)
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            del block.forward
+            if forward is not None:
+                block.forward = forward
+
+
+def _require_same_arguments(anatomy: Anatomy, probed: list[BlockCall], stubbed: list[BlockCall]) -> None:
+    for real, stub in zip(probed, stubbed, strict=True):
+        real_tensors, stub_tensors = real.tensors(), stub.tensors()
+        same = len(real_tensors) == len(stub_tensors) and all(
+            a.shape == b.shape and torch.equal(a, b) for a, b in zip(real_tensors, stub_tensors, strict=True)
+        )
+        if not same:
+            raise _fed_by_another(anatomy, real)
+
+
+def _other_order(anatomy: Anatomy) -> ParedError:
+    return ParedError(
+        f"how often the blocks of {anatomy.blocks_path} run depends on what they compute, or on the text; only "
+        "data-free methods (svd, magnitude, with uniform allocation) can be used"
+    )
+
+
+def _fed_by_another(anatomy: Anatomy, call: BlockCall) -> ParedError:
+    return ParedError(
+        f"block {anatomy.block_name(call.block)} is given values that an earlier block computed "
+        f"(arguments {sorted(call.kwargs)}); such models cannot be walked block by block yet"
+    )
+
+
+def _adapted(call: BlockCall, dtype: torch.dtype, device: torch.device, adapted: dict[int, torch.Tensor]) -> BlockCall:
+    def adapt_tensor(value: torch.Tensor) -> torch.Tensor:
+        if not value.is_floating_point():
+            return value.to(device)
+        # A mask of float32's lowest value must not become -inf in a half dtype.
+        limit = min(torch.finfo(dtype).max, torch.finfo(value.dtype).max)
+        return value.clamp(-limit, limit).to(device, dtype)
+
+    def adapt(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            if id(value) not in adapted:
+                adapted[id(value)] = adapt_tensor(value)
+            return adapted[id(value)]
+        if isinstance(value, dict):
+            return {name: adapt(item) for name, item in value.items()}
+        if type(value) in (tuple, list):
+            return type(value)(adapt(item) for item in value)
+        return value
+
+    return replace(call, args=adapt(call.args), kwargs=adapt(call.kwargs), hidden=call.hidden.new_empty(0))
+
+
+def _share(call: BlockCall, first: BlockCall) -> BlockCall:
+    """Return the first batch's call if the arguments are equal, so that equal tensors are held once."""
+    ours, theirs = call.tensors(), first.tensors()
+    equal = len(ours) == len(theirs) and all(
+        a.shape == b.shape and torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)
+    )
+    return first if equal else call

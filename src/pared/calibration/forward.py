@@ -1,0 +1,314 @@
+"""The pass: blocks one after the other on captured inputs, statistics handed on as each block is done."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from pared.calibration.activations import BlockInputs, real_rows
+from pared.calibration.early_exit import Enough, LastRead
+from pared.calibration.statistics import CROSS, STATISTICS, Collected, Cross, Statistic
+from pared.errors import ParedError
+from pared.structure.linear import bias_of, weight_of
+from pared.structure.model import Anatomy, Site
+from pared.structure.probe import hooks
+from pared.structure.state import KeptState, copy_block
+
+Accumulators = dict[str, Statistic | Cross]
+Shapes = Sequence[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class WalkedBlock:
+    """One block after its pass.
+
+    Attributes:
+        index: of the block.
+        statistics: ``statistics[site name][statistic name]``; sites that read one tensor share one.
+        influence: ShortGPT's Block Influence, 1 - the mean cosine of what the block reads and puts out, if asked for;
+            the mean over its runs.
+    """
+
+    index: int
+    statistics: Mapping[str, Mapping[str, Collected]]
+    influence: float | None = None
+
+
+@dataclass(frozen=True)
+class DensePath:
+    """The dense model, which goes beside a compressed one on the same tokens.
+
+    Attributes:
+        hidden: what its next block reads, by batch; overwritten.
+        block: gives the dense block of an index, when the walk is there; it may be the very block that is walked.
+    """
+
+    hidden: list[torch.Tensor]
+    block: Callable[[int], nn.Module]
+
+
+def walk(
+    blocks: list[nn.Module],
+    anatomy: Anatomy,
+    inputs: BlockInputs,
+    needs: Callable[[Shapes], frozenset[str]],
+    on_batch: Callable[[], None] = lambda: None,
+    influence: bool = False,
+    sequential: bool = False,
+    dense: DensePath | None = None,
+    group: int = 1,
+    observed: Callable[[int], nn.Module] | None = None,
+) -> Iterator[WalkedBlock]:
+    """Run every block once over all batches and yield its statistics before the next block starts.
+
+    A block that runs several times in a pass does so here, and its statistics are over all runs together. Whatever it
+    keeps between calls is put back before every one. The caller may replace or free a block as soon as it is yielded.
+    Memory: one block in the computing dtype, its inputs, and its statistics.
+
+    A ``sequential`` walk runs a block again after it was yielded, on the same inputs, so that the next block reads what
+    the changed block puts out: twice the forward passes, the first of which ends as soon as the last site has read, and
+    the hidden states of one more block in memory. Where blocks are changed in groups, all of a group are run again
+    behind its last one: one pass more, and the hidden states of ``group`` blocks. Inside a group a block reads what
+    those before it put out so far.
+
+    With a ``dense`` path every site has the statistic ``cross`` too, of what it reads on both paths: one more forward
+    pass, and the hidden states and one block of the dense model in memory.
+
+    Behind a changed prefix the later runs of a block still read what the block puts out before it is changed itself, as
+    its sites do among themselves.
+
+    Args:
+        blocks: the blocks, in order.
+        anatomy: after the probe pass.
+        inputs: captured inputs; overwritten.
+        needs: names of the statistics to collect, from the shapes ``(out, in)`` of the sites that read one tensor.
+        on_batch: called after every batch of every block.
+        influence: measure how much every block changes the hidden states.
+        sequential: let later blocks see what the caller made of earlier ones.
+        dense: the dense model, if it is to go beside.
+        group: how many neighbouring blocks the caller may change together, once it has the last of them.
+        observed: gives a block of the same structure that statistics are of, in place of the one of an index, when a
+            sequential walk is there; what is handed on is put out by the block itself.
+
+    Raises:
+        ParedError: an activation is NaN or infinite; names the site.
+    """
+    trail: dict[int, list[torch.Tensor]] = {}  # what the blocks of the open group read
+    for index, block in enumerate(blocks):
+        worker = worker_of(observed(index) if observed else block, inputs.dtype, inputs.device)
+        statistics = _accumulators(anatomy, index, needs, inputs.device, crossed=dense is not None)
+        if sequential:
+            trail[index] = [hidden.clone() for hidden in inputs.hidden]
+        running = _Running(dense)
+        if sequential and not influence:
+            running.last = LastRead(sum(_is_collected(s, statistics.get(s.name, {})) for s in anatomy.sites_of(index)))
+        if dense is not None:
+            running.beside = copy_block(dense.block(index)).to(device=inputs.device, dtype=inputs.dtype)
+        with hooks(_tap(worker, anatomy, index, statistics, running)):
+            cosines = list(_run_block(worker, index, inputs, running, on_batch, influence))
+        _require_finite(anatomy, index, statistics, inputs)
+        yield WalkedBlock(index, statistics, 1 - sum(cosines) / len(cosines) if cosines else None)
+        if sequential:
+            closed = (index + 1) % group == 0
+            first = index + 1 - group if closed else index
+            inputs.hidden[:] = [hidden.clone() for hidden in trail[first]] if first < index else trail[index]
+            if not closed:
+                trail[index] = [hidden.clone() for hidden in inputs.hidden]
+            for again in range(first, index + 1):
+                worker = worker_of(blocks[again], inputs.dtype, inputs.device)
+                list(_run_block(worker, again, inputs, _Running(), lambda: None))
+                _require_finite(anatomy, again, {}, inputs)
+            if closed:
+                trail.clear()
+
+
+@dataclass
+class _Running:
+    """The batch that runs.
+
+    Attributes:
+        path: the dense path, if there is one.
+        last: ends the batch at the last read, where nothing of what the block puts out is used.
+        beside: its block.
+        mask_BT: which tokens of the batch are no padding; none if all are.
+        shape: of the batch, ``(windows, tokens)``.
+        reads: what the sites of the dense block have read of this batch, by the site that reads first.
+    """
+
+    path: DensePath | None = None
+    last: "LastRead | None" = None
+    beside: nn.Module | None = None
+    mask_BT: torch.Tensor | None = None
+    shape: tuple[int, ...] = ()
+    reads: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def _run_block(
+    worker: nn.Module,
+    index: int,
+    inputs: BlockInputs,
+    running: _Running,
+    on_batch: Callable[[], None],
+    influence: bool = False,
+) -> Iterator[float]:
+    """Run a block over every batch; yield the mean cosine of what each run reads and puts out, if asked for."""
+    state = KeptState([worker] if running.beside is None else [worker, running.beside])
+    for number in range(len(inputs.calls)):
+        running.mask_BT = mask_BT = inputs.mask(number)
+        running.shape = tuple(inputs.hidden[number].shape[:2])
+        for call in inputs.calls_of(number, index):
+            if running.path is not None and running.beside is not None:
+                running.reads.clear()
+                running.path.hidden[number] = call.run(running.beside, running.path.hidden[number])
+            before = inputs.hidden[number].clone() if influence else None  # a block may change its input in place
+            with suppress(Enough):
+                inputs.hidden[number] = call.run(worker, inputs.hidden[number])
+            state.restore()
+            if before is not None:
+                cosine_BT = functional.cosine_similarity(before.float(), inputs.hidden[number].float(), dim=-1)
+                yield float((cosine_BT if mask_BT is None else cosine_BT[mask_BT]).mean())
+        if running.last is not None:
+            running.last.known = True
+        on_batch()
+
+
+def worker_of(block: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """Return the block itself if it already computes in this dtype and place, else a copy that does."""
+    if all(p.dtype == dtype and p.device == device for p in block.parameters()):
+        return block
+    return copy_block(block).to(device=device, dtype=dtype)
+
+
+def _accumulators(
+    anatomy: Anatomy, index: int, needs: Callable[[Shapes], frozenset[str]], device: torch.device, crossed: bool
+) -> dict[str, Accumulators]:
+    """Make the accumulators of a block; sites that read one tensor are given the same one for its input."""
+    readers: dict[str, list[Site]] = {}
+    for site in anatomy.sites_of(index):
+        if not site.idle:
+            readers.setdefault(site.reads, []).append(site)
+    statistics: dict[str, Accumulators] = {}
+    for sites in readers.values():
+        kinds = {name: STATISTICS[name] for name in sorted(needs([(s.out_features, s.in_features) for s in sites]))}
+        shared: Accumulators = {
+            name: kind.accumulator(sites[0].in_features, device) for name, kind in kinds.items() if kind.of == "input"
+        }
+        if crossed:
+            shared[CROSS] = Cross(sites[0].in_features, device)
+        for site in sites:
+            own = {
+                name: kind.accumulator(site.out_features, device) for name, kind in kinds.items() if kind.of == "output"
+            }
+            statistics[site.name] = {**shared, **own}
+    return statistics
+
+
+def _tap(
+    worker: nn.Module, anatomy: Anatomy, index: int, statistics: dict[str, Accumulators], running: _Running
+) -> Iterator[Any]:
+    """Hook the outputs of every site, and the input of one site of every group that reads the same tensor."""
+    for site in anatomy.sites_of(index):
+        path = anatomy.path_in_block(site)
+        own = statistics.get(site.name, {})
+        for name, statistic in own.items():
+            module = worker.get_submodule(path)
+            if isinstance(statistic, Cross):
+                if site.reads == site.name and running.beside is not None:
+                    flat = not _may_be_routed(anatomy, site)
+                    beside = running.beside.get_submodule(path)
+                    yield beside.register_forward_pre_hook(_dense_hook(running, site.name, flat))
+                    yield module.register_forward_pre_hook(_cross_hook(statistic, running, site.name, flat))
+            elif STATISTICS[name].of == "output":
+                yield module.register_forward_hook(_output_hook(statistic, running, site.name))
+            elif site.reads == site.name:
+                yield module.register_forward_pre_hook(_input_hook(statistic, running, site.name))
+        if running.last is not None and _is_collected(site, own):
+            yield _tap_last(worker.get_submodule(path), site, own, running, running.last)
+
+
+def _of_output(own: Mapping[str, object]) -> bool:
+    return any(name in STATISTICS and STATISTICS[name].of == "output" for name in own)
+
+
+def _is_collected(site: Site, own: Mapping[str, object]) -> bool:
+    """Whether anything is collected at a call of this site itself."""
+    return bool(own) and (_of_output(own) or site.reads == site.name)
+
+
+def _tap_last(module: nn.Module, site: Site, own: Accumulators, running: _Running, last: LastRead) -> Any:
+    """Hook the moment when everything of a site's call is collected."""
+
+    def hook(_: nn.Module, args: tuple[torch.Tensor, ...], *__: Any) -> None:
+        last.collected(site.name, _of_the_batch(args[0], running, flat=True))
+
+    return module.register_forward_hook(hook) if _of_output(own) else module.register_forward_pre_hook(hook)
+
+
+def _may_be_routed(anatomy: Anatomy, site: Site) -> bool:
+    """Whether a site may be one of several experts, which are sent their tokens in any order."""
+    alike = [layer for layer in anatomy.layers if layer.block == site.block and layer.role == site.role]
+    return len(alike) > 1 or any(part.isdigit() for part in anatomy.path_in_block(site).split("."))
+
+
+def _input_hook(statistic: Statistic, running: _Running, site: str) -> Callable[..., None]:
+    def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        statistic.update(real_rows(args[0], running.mask_BT, site))
+
+    return hook
+
+
+def _dense_hook(running: _Running, site: str, flat: bool) -> Callable[..., None]:
+    def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if _of_the_batch(args[0], running, flat):
+            running.reads[site] = real_rows(args[0], running.mask_BT, site)
+
+    return hook
+
+
+def _cross_hook(statistic: Cross, running: _Running, site: str, flat: bool) -> Callable[..., None]:
+    def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if _of_the_batch(args[0], running, flat) and site in running.reads:
+            statistic.update(running.reads.pop(site), real_rows(args[0], running.mask_BT, site))
+
+    return hook
+
+
+def _of_the_batch(x: torch.Tensor, running: _Running, flat: bool) -> bool:
+    """Whether a site reads one row for every token of the batch, in its order; ``flat``, if the rows may be flat."""
+    shape = tuple(x.shape[:-1])
+    return shape == running.shape or (flat and shape == (math.prod(running.shape),))
+
+
+def _output_hook(statistic: Statistic, running: _Running, site: str) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        # Taking a large bias off a rounded output would leave little but the rounding: multiply again without it.
+        seen = output if bias_of(module) is None else args[0] @ weight_of(module).T
+        statistic.update(real_rows(seen, running.mask_BT, site))
+
+    return hook
+
+
+def _require_finite(anatomy: Anatomy, index: int, statistics: dict[str, Accumulators], inputs: BlockInputs) -> None:
+    for site in anatomy.sites_of(index):
+        for name, statistic in statistics.get(site.name, {}).items():
+            if not statistic.finite():
+                what = "puts out" if name in STATISTICS and STATISTICS[name].of == "output" else "reads"
+                raise ParedError(
+                    f"site {site.name} {what} NaN or infinity; check the weights before it, or calibrate in float32"
+                )
+    for hidden in inputs.hidden:
+        require_finite_hidden(anatomy, index, hidden)
+
+
+def require_finite_hidden(anatomy: Anatomy, index: int, hidden: torch.Tensor) -> None:
+    """Raise a ParedError that names the block if the hidden states it puts out are NaN or infinite."""
+    if not hidden.sum(dtype=torch.float32).isfinite():
+        raise ParedError(
+            f"block {anatomy.block_name(index)} puts out NaN or infinity; check its weights, or calibrate in float32"
+        )

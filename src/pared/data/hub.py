@@ -1,0 +1,78 @@
+"""Data sets of the Hub, read by the datasets library."""
+
+import importlib.util
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pared.data.files import require_characters
+from pared.errors import ParedError
+
+
+@dataclass(frozen=True)
+class HubSet:
+    """A split of a data set on the Hub.
+
+    Attributes:
+        repository: such as ``openai/gsm8k``.
+        config: of the repository, if it has several.
+        split: of that.
+        file: of the repository, where a single one is read.
+    """
+
+    repository: str
+    config: str | None = None
+    split: str = "train"
+    file: str | None = None
+
+    def __str__(self) -> str:
+        config = "" if self.config is None else f"[{self.config}]"
+        part = f"split {self.split!r}" if self.file is None else self.file
+        return f"Hub data set {self.repository}{config}, {part}"
+
+    def rows(self, *fields: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Yield each row, one at least, behind the words that say which it is.
+
+        Args:
+            fields: that a row must have.
+
+        Raises:
+            ParedError: the datasets library is not installed, the data set cannot be read or has no rows, or a row has
+                not the fields; names the row.
+        """
+        number = 0
+        for number, row in enumerate(self._read(), 1):
+            missing = [field for field in fields if row.get(field) is None]
+            if missing:
+                raise ParedError(f"{self}, row {number}: expected {', '.join(fields)}; {missing[0]} is missing, found "
+                                 f"{', '.join(sorted(row))}")  # fmt: skip
+            for field in fields:
+                require_characters(f"{self}, row {number}", row[field])
+            yield f"{self}, row {number}", row
+        if not number:
+            raise ParedError(f"{self} has no rows")
+
+    def _read(self) -> Iterable[Mapping[str, Any]]:
+        if importlib.util.find_spec("datasets") is None:
+            raise ParedError(
+                f"{self} is read by the package datasets; install it with: pip install datasets, or name a folder of "
+                "local copies in PARED_DATA"
+            )
+        import datasets
+
+        files = {self.split: self.file} if self.file else None
+        try:
+            rows: Iterable[Mapping[str, Any]] = datasets.load_dataset(
+                self.repository, self.config, split=self.split, data_files=files
+            )
+        except Exception as error:  # datasets and huggingface_hub raise many kinds
+            raise unreadable(self, error) from None
+        return rows
+
+
+def unreadable(what: object, error: Exception) -> ParedError:
+    """Return the error of data on the Hub that cannot be read."""
+    return ParedError(
+        f"{what}: cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:160]}); if this machine is "
+        "offline, name a folder of local copies in PARED_DATA (docs/evaluation.md tells what lies there)"
+    )

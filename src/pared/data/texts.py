@@ -1,0 +1,318 @@
+"""Texts by name: the embedded one, well-known corpora, the user's files, anything the datasets library has."""
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+from pared.data.chat import messages_of, rendered
+from pared.data.cutting import BLANK_LINES, cut_in_two
+from pared.data.data_sets import ALPACA
+from pared.data.documents import SUFFIXES, read_documents, require_file, suffix_of
+from pared.data.files import data_file, data_folder
+from pared.data.hub import HubSet
+from pared.errors import ParedError, TextTooShortError
+from pared.io.digests import file_digest
+from pared.io.files import path_of
+from pared.names import PART, did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+Made = TypeVar("Made")
+
+EMBEDDED_SHARE = 0.8  # of pydoc_data.topics is for calibration, the rest for evaluation
+KEPT_APART = 0.2  # of a file, at its end, if perplexity is to be measured on what is not calibrated on
+
+
+@dataclass(frozen=True)
+class Text:
+    """A named text: its documents, how they are joined, and where they really came from.
+
+    Attributes:
+        name: what the user called it.
+        documents: the rows, in order.
+        origin: the file, package or Hub data set they were read from, for the manifest.
+        stand_in: true for the embedded text, which only stands in for a real corpus.
+        start: of a part of a text, the character of the whole that it begins at.
+        part_of: of a part, the SHA-256 of the whole; empty for a whole text.
+    """
+
+    name: str
+    documents: tuple[str, ...]
+    origin: str
+    stand_in: bool = False
+    start: int = 0
+    part_of: str = ""
+
+    @property
+    def joined(self) -> str:
+        """The documents joined by blank lines, as the papers' perplexity protocols do."""
+        return BLANK_LINES.join(self.documents)
+
+    @property
+    def whole(self) -> str:
+        """The SHA-256 of the whole text, of which this may be a part."""
+        return self.part_of or hashlib.sha256(self.joined.encode()).hexdigest()
+
+    def split(self, share: float) -> tuple["Text", "Text"] | None:
+        """Cut the text in two at the end of a document; where none is near, at a blank line, a line's end or a blank.
+
+        Args:
+            share: of the characters that the first part has, as nearly as can be.
+
+        Returns:
+            Both parts, ``NAME[:80%]`` and ``NAME[80%:]``; None if one of them would be empty.
+        """
+        if (parts := cut_in_two(self.documents, share)) is None:
+            return None
+        first, second, start = parts
+        return (
+            replace(self, name=f"{self.name}[:{share:.0%}]", documents=first, part_of=self.whole),
+            replace(self, name=f"{self.name}[{share:.0%}:]", documents=second, start=self.start + start,
+                    part_of=self.whole),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Corpus:
+    """A well-known corpus: its file under ``PARED_DATA``, how rows lie in it, and its place on the Hub, if any."""
+
+    file: str
+    hub: HubSet | None  # whose rows have a ``text``
+    layout: Literal["documents", "wikitext", "sentences"] = "documents"
+
+
+def _wikitext(file: str, split: str) -> _Corpus:
+    hub = HubSet("Salesforce/wikitext", "wikitext-2-raw-v1", split)
+    return _Corpus(f"lm/wikitext2_raw_{file}.txt", hub, layout="wikitext")
+
+
+def _ptb(file: str) -> _Corpus:
+    """Penn Treebank as Mikolov prepared it, a sentence a line; not free, so that users bring the file themselves."""
+    return _Corpus(f"lm/ptb.{file}.txt", None, layout="sentences")
+
+
+CORPORA = {
+    "wikitext2:train": _wikitext("train_part", "train"),
+    "wikitext2:validation": _wikitext("valid", "validation"),
+    "wikitext2:test": _wikitext("test", "test"),
+    "ptb:train": _ptb("train"),
+    "ptb:validation": _ptb("valid"),
+    "ptb:test": _ptb("test"),
+    "c4:train": _Corpus("lm/c4_truncated_1480.jsonl", HubSet("allenai/c4", file="en/c4-train.00000-of-01024.json.gz")),
+    "c4:validation": _Corpus(
+        "lm/c4_demo_300.jsonl", HubSet("allenai/c4", file="en/c4-validation.00000-of-00008.json.gz")
+    ),
+    "alpaca": _Corpus(ALPACA.file, ALPACA.hub),
+}
+EMBEDDED_PARTS = ("calibration", "eval")
+HELD_OUT = {
+    "embedded": "embedded:eval",
+    "wikitext2:train": "wikitext2:test",
+    "wikitext2:validation": "wikitext2:test",
+    "c4:train": "c4:validation",
+    "ptb:train": "ptb:test",
+    "ptb:validation": "ptb:test",
+}
+
+
+def held_out(name: str) -> str | None:
+    """Return the name of the text that calibration on ``name`` never sees; None if none is known.
+
+    Of a file it is the last fifth, which calibration leaves alone then; see :func:`learned_part`.
+    """
+    if name.startswith("file:") and PART.search(name) is None:
+        return f"{name}[{1 - KEPT_APART:.0%}:]"
+    return HELD_OUT.get(name)
+
+
+def learned_part(name: str, evaluated: str | None) -> str:
+    """Return the name of what is learned from: of a file whose last fifth is evaluated on, what is before that.
+
+    However the two names spell where the file lies, and of a copy of it too.
+    """
+    apart = held_out(name) if name.startswith("file:") else None
+    if apart is None or evaluated is None:
+        return name
+    own, other = PART.search(apart), PART.search(evaluated)
+    if own is None or other is None or own.group() != other.group() or not evaluated.startswith("file:"):
+        return name
+    same = _same_file(_path(name), _path(evaluated[: other.start()]))
+    return f"{name}[:{1 - KEPT_APART:.0%}]" if same else name
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    """Whether two paths lead to one file, or to copies of one."""
+    if one.resolve() == other.resolve():
+        return True
+    with suppress(OSError):
+        return one.stat().st_size == other.stat().st_size and file_digest(one) == file_digest(other)
+    return False
+
+
+def from_learned_part(name: str, evaluated: str | None, make: Callable[[str], Made]) -> Made:
+    """Make something of what is learned from; of a file that is too short to keep a part of it apart, of all of it.
+
+    Args:
+        name: of a text.
+        evaluated: the name of what perplexity is measured on, None for nothing.
+        make: of a name; windows, say.
+
+    Raises:
+        ParedError: the text is unknown or cannot be read.
+        TextTooShortError: all of it is too short.
+    """
+    part = learned_part(name, evaluated)
+    try:
+        return make(part)
+    except TextTooShortError:
+        if part == name:
+            raise
+    whole = make(name)
+    log.warning("text %r is too short to keep a part apart to measure on: all of it is learned from", name)
+    return whole
+
+
+def find_text(name: str, evaluation: bool = False, tokenizer: "PreTrainedTokenizerBase | None" = None) -> Text:
+    """Find a text by name.
+
+    Args:
+        name: ``embedded``, ``wikitext2:train|validation|test``, ``ptb:train|validation|test``, ``c4:train|validation``,
+            ``alpaca``, ``file:PATH`` (.txt, .jsonl with a ``text`` field or ``messages``, .gz of both), a part of that,
+            ``file:PATH[:80%]`` or ``file:PATH[80%:]``, or ``NAME:SPLIT:FIELD`` of the datasets library
+            (``NAME[CONFIG]:SPLIT:FIELD`` with a configuration).
+        evaluation: ``embedded`` has two parts; true takes the one that is never calibrated on.
+        tokenizer: of the model, whose chat template makes a text of a conversation.
+
+    Raises:
+        ParedError: nothing of that name, unreadable, or empty.
+    """
+    require_text(name)
+    if name == "embedded" or name.startswith("embedded:"):
+        text = _embedded("embedded:eval" if name == "embedded" and evaluation else name)
+    elif (part := _part(name)) is not None:
+        text = _part_of_file(name, part, tokenizer)
+    elif name.startswith("file:"):
+        text = _file(name, tokenizer)
+    elif name in CORPORA:
+        text = _corpus(name)
+    else:
+        dataset, split, field = name.split(":")
+        repository, _, config = dataset.removesuffix("]").partition("[")
+        text = _from_hub(name, HubSet(repository, config or None, split), field, tokenizer)
+    if not text.joined.strip():
+        raise ParedError(f"text {name!r} ({text.origin}) is empty")
+    return text
+
+
+def require_text(name: str) -> None:
+    """Check that a name is one of a text, without reading it.
+
+    Raises:
+        ParedError: nothing of that name; offers what it may have been meant for.
+    """
+    if name == "embedded" or name in CORPORA:
+        return
+    if name.startswith("embedded:"):
+        if name.partition(":")[2] not in EMBEDDED_PARTS:
+            raise ParedError(
+                f"unknown text {name!r}; {did_you_mean(name, [f'embedded:{one}' for one in EMBEDDED_PARTS])}"
+            )
+        return
+    if name.startswith("file:"):
+        part = _part(name)
+        require_file(_path(name if part is None else part["text"]))
+        return
+    if name.count(":") == 2 and all(name.split(":")):
+        return
+    path = path_of(name)
+    if suffix_of(path) in SUFFIXES or (os.path.isfile(path) and not name.isspace()):
+        there = "" if os.path.isfile(path) else " (no such file is there)"
+        raise ParedError(f"unknown text {name!r}; did you mean 'file:{name}'{there}?")
+    valid = did_you_mean(name, ["embedded", *CORPORA])
+    raise ParedError(f"unknown text {name[:80]!r}; {valid}, file:PATH, NAME:SPLIT:FIELD")
+
+
+def _path(name: str) -> Path:
+    return path_of(name.removeprefix("file:"))
+
+
+def _part(name: str) -> Mapping[str, str] | None:
+    """Return what a name says of a part of a file, None if it names a whole one, brackets and all."""
+    found = PART.search(name)
+    if found is None or os.path.isfile(_path(name)):
+        return None
+    return {**found.groupdict(), "text": name[: found.start()]}
+
+
+def _file(name: str, tokenizer: "PreTrainedTokenizerBase | None") -> Text:
+    path = _path(name)
+    require_file(path)
+    return Text(name, tuple(read_documents(path, tokenizer)), str(path))
+
+
+def _part_of_file(name: str, part: Mapping[str, str], tokenizer: "PreTrainedTokenizerBase | None") -> Text:
+    text = _file(part["text"], tokenizer)
+    if not text.joined.strip():
+        raise ParedError(f"text {part['text']!r} ({text.origin}) is empty")
+    parts = text.split(int(part["until"] or part["since"]) / 100)
+    if parts is None:
+        raise TextTooShortError(f"text {part['text']!r} is too short to keep a part of it apart")
+    return replace(parts[0] if part["until"] else parts[1], name=name)
+
+
+def wikitext_rows(content: str) -> tuple[str, ...]:
+    """Return the rows of the WikiText data set from its file: a line of one blank is the empty row."""
+    lines = content.split("\n")
+    if lines and lines[-1] == "":
+        lines.pop()
+    return tuple("" if line == " " else line + "\n" for line in lines)
+
+
+def _embedded(name: str) -> Text:
+    from pydoc_data import topics
+
+    part = name.partition(":")[2] or "calibration"
+    documents = [topics.topics[key] for key in sorted(topics.topics)]
+    # Whole topics on either side of the cut: no document is half calibrated on, half evaluated on.
+    cut, seen, total = 0, 0, sum(map(len, documents))
+    while seen < EMBEDDED_SHARE * total:
+        seen += len(documents[cut])
+        cut += 1
+    text = Text(name, tuple(documents), "pydoc_data.topics of the Python standard library", stand_in=True)
+    if part == "calibration":
+        return replace(text, documents=text.documents[:cut], part_of=text.whole)
+    start = len(BLANK_LINES.join(documents[:cut])) + len(BLANK_LINES)
+    return replace(text, documents=text.documents[cut:], start=start, part_of=text.whole)
+
+
+def _corpus(name: str) -> Text:
+    corpus = CORPORA[name]
+    if corpus.hub is not None and data_folder() is None:
+        return _from_hub(name, corpus.hub, "text", None)
+    path = data_file(corpus.file, f"text {name!r}", "use file:PATH" if corpus.hub is None else None)
+    documents = read_documents(path)
+    if corpus.layout == "wikitext":
+        documents = [*wikitext_rows(documents[0])]
+    elif corpus.layout == "sentences":
+        documents = [line.strip() for line in documents[0].split("\n") if line.strip()]
+    return Text(name, tuple(documents), str(path))
+
+
+def _from_hub(name: str, where: HubSet, field: str, tokenizer: "PreTrainedTokenizerBase | None") -> Text:
+    def documents() -> Iterator[str]:
+        for which, row in where.rows(field):
+            if isinstance(row[field], str):
+                yield row[field]
+            elif isinstance(row[field], list):
+                yield rendered(which, messages_of(which, {"messages": row[field]}), tokenizer)
+            else:
+                raise ParedError(f"{which}: expected {field!r} to be a string, found {row[field]!r:.60}")
+
+    return Text(name, tuple(documents()), str(where))

@@ -1,0 +1,94 @@
+"""Low-rank factors in the place of layers, and back: the one place where mathematics and modules meet."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from pared.lowrank import Factors
+from pared.lowrank.pivot import pivot, unpivot
+from pared.modules import LowRankLinear, PivotedLinear, inherit_requires_grad, replace_module, share
+from pared.structure import bias_of, weight_of
+
+
+def install(model: nn.Module, name: str, factors: Factors, pivoted: bool = False) -> None:
+    """Put factors where one linear layer stands, as :func:`install_group`."""
+    install_group(model, [name], factors, pivoted)
+
+
+@torch.no_grad()
+def install_group(model: nn.Module, names: Sequence[str], factors: Factors, pivoted: bool = False) -> None:
+    """Put these factors where layers stand, dense or of low rank.
+
+    Biases, dtype, device, mode, hooks and ``requires_grad`` are those of the layers; a shared ``down`` is trained only
+    if every one of them was.
+
+    Args:
+        model: the whole model.
+        names: of the layers; more than one share ``down``, one parameter, and have their rows of ``up`` each.
+        factors: what takes their place, ``up`` stacked.
+        pivoted: as a ``PivotedLinear``, ``rank²`` parameters fewer, rather than a ``LowRankLinear``.
+    """
+    olds = [model.get_submodule(name) for name in names]
+    stored = pivot(factors) if pivoted else None
+    up_OK = factors.up if stored is None else stored.W_OK
+    news: list[LowRankLinear | PivotedLinear] = []
+    for old, rows_OK in zip(olds, torch.split(up_OK, [_rows(old) for old in olds]), strict=True):
+        bias, kind = _bias(old), _floating(old)
+        shape = (factors.down.shape[1], *rows_OK.shape, bias is not None)
+        new: LowRankLinear | PivotedLinear
+        if stored is None:
+            new = LowRankLinear(*shape, **kind)
+            new.down.weight.copy_(factors.down)
+            new.up.weight.copy_(rows_OK)
+        else:
+            new = PivotedLinear(*shape, **kind)
+            new.set_weight(stored.pivots_K, rows_OK, stored.C_KR)
+        if bias is not None and new.bias is not None:
+            new.bias.copy_(bias)
+        inherit_requires_grad(new, old)
+        news.append(new)
+    for new in news[1:]:
+        if new.down is not None:
+            share(new, news[0], f"{names[0]}.down.weight")
+            new.down.weight.requires_grad_(all(one.up.weight.requires_grad for one in news))
+    for name, new in zip(names, news, strict=True):
+        replace_module(model, name, new)
+
+
+def dense_linear(old: nn.Module, W_ON: torch.Tensor) -> nn.Linear:
+    """Return a linear layer of this weight ``(out, in)`` with the bias, dtype and device of a layer."""
+    bias = _bias(old)
+    new = nn.Linear(W_ON.shape[1], W_ON.shape[0], bias is not None, **_floating(old))
+    with torch.no_grad():
+        new.weight.copy_(W_ON)
+        if bias is not None:
+            new.bias.copy_(bias)
+    inherit_requires_grad(new, old)
+    return new
+
+
+def factors_of(modules: Sequence[LowRankLinear | PivotedLinear]) -> Factors:
+    """Return the factors that modules with one basis stand for: ``down (rank, in)``, ``up (Σ out, rank)``."""
+    first = modules[0]
+    up_OK = torch.cat([module.up.weight for module in modules]).detach()
+    if isinstance(first, LowRankLinear):
+        return Factors(first.down.weight.detach(), up_OK)
+    others = first.in_features - first.rank
+    C_KR = up_OK.new_empty(first.rank, others) if first.down is None else first.down.weight.detach()
+    return unpivot(first.pivots, up_OK, C_KR)
+
+
+def _rows(layer: nn.Module) -> int:
+    return layer.out_features if isinstance(layer, (LowRankLinear, PivotedLinear)) else len(weight_of(layer))
+
+
+def _bias(layer: nn.Module) -> torch.Tensor | None:
+    return layer.bias if isinstance(layer, (LowRankLinear, PivotedLinear)) else bias_of(layer)
+
+
+def _floating(layer: nn.Module) -> dict[str, Any]:
+    """Return the device and dtype of a layer's numbers."""
+    weight = layer.up.weight if isinstance(layer, (LowRankLinear, PivotedLinear)) else weight_of(layer)
+    return {"device": weight.device, "dtype": weight.dtype}

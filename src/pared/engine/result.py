@@ -1,0 +1,63 @@
+"""What a compression hands back, whatever the method."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedModel
+
+from pared.engine.grouping import Comparison
+from pared.schema.plan import Dense, Plan
+from pared.schema.recipe import Recipe
+from pared.structure import Anatomy
+
+
+@dataclass
+class Compressed:
+    """A compressed model and how it came about.
+
+    Attributes:
+        model: the model, changed in place; plain ``save_pretrained`` writes a folder that loads again.
+        recipe: what was asked for.
+        plan: what was decided, with what calibration taught.
+        damping: sites whose Gram was rank-deficient, with the relative damping used.
+        sharing: for every group that was compared, what it loses with one basis and what with its members' own.
+        fallbacks: sites whose weight or statistics say nothing (zero inputs, no gradient), with the rule that decided.
+        calibration: what was calibrated on; none for a method that needs no data.
+        seconds: by stage.
+    """
+
+    model: PreTrainedModel
+    recipe: Recipe
+    plan: Plan = field(init=False)
+    sharing: tuple[Comparison, ...] = ()
+    damping: dict[str, float] = field(default_factory=dict)
+    fallbacks: dict[str, str] = field(default_factory=dict)
+    calibration: dict[str, object] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def stacks(anatomy: Anatomy) -> Iterator[str]:
+    """Say which list of blocks is compressed, and how to name another, where a model has several."""
+    if anatomy.other_stacks:
+        others = ", ".join(anatomy.other_stacks)
+        yield (
+            f"compressed are the blocks of {anatomy.blocks_path}; left alone are {others}: --blocks NAME takes another"
+        )
+
+
+def remarks(plan: Plan, fallbacks: Mapping[str, str]) -> Iterator[str]:
+    """Say what is not covered, what the budget could not reach, and where a rule stood in for what is not known."""
+    if plan.uncovered:
+        first = plan.uncovered[0]
+        yield (
+            f"not covered: {len(plan.uncovered)} weights, {plan.uncovered_share:.1%} of the parameters inside the "
+            f"blocks, the first is {first.name} {first.shape} ({first.reason})"
+        )
+    dense = [site for site in plan.sites if isinstance(site.decision, Dense)]
+    if dense and plan.keep < 1:
+        yield f"{len(dense)} sites stay dense, the first is {dense[0].name}"
+    if plan.missed:
+        yield plan.missed
+    if fallbacks:
+        name, rule = next(iter(fallbacks.items()))
+        yield f"{len(fallbacks)} fallbacks, all in the manifest; the first is {name}: {rule}"

@@ -1,0 +1,72 @@
+"""The windows that a recipe calibrates on, and those that trials use."""
+
+import logging
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from pared.data.lengths import Length
+from pared.data.texts import find_text, from_learned_part
+from pared.engine.spec import evaluated_text
+from pared.schema.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from pared.data.windows import Windows
+
+log = logging.getLogger(__name__)
+
+TRIAL_WINDOWS = 8  # windows kept apart for allocators that try what they propose
+
+
+def calibration_windows(
+    recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", config: "PretrainedConfig", causal: bool
+) -> "Windows":
+    """Cut a recipe's calibration text, or its labelled examples.
+
+    Args:
+        recipe: whose calibration is read.
+        tokenizer: of the model.
+        config: of the model; knows its classes.
+        causal: whether it is a causal language model, which reads texts only.
+
+    Raises:
+        ParedError: the text is unknown, or shorter than one window.
+    """
+    from pared.data.encoding import find_windows
+
+    asked, length = recipe.calibration, Length.of(recipe.calibration)
+
+    def windows(name: str) -> "Windows":
+        return find_windows(name, tokenizer, config, causal, length, asked.samples, asked.sampling, asked.seed)
+
+    return from_learned_part(asked.text, evaluated_text(recipe), windows) if causal else windows(asked.text)
+
+
+def trial_windows(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", config: "PretrainedConfig") -> "Windows":
+    """Cut the windows that follow those a recipe calibrates on, for allocators that try what they propose.
+
+    A text that has no more of them gives the last that are calibrated on, and says so in the log.
+
+    Raises:
+        ParedError: the text is unknown, or shorter than one window.
+    """
+    from pared.data.windows import cut, digest_of
+
+    asked, length = recipe.calibration, Length.of(recipe.calibration).within(config)
+    again = asked.sampling == "random-offset"
+    wanted = None if asked.samples is None else asked.samples + TRIAL_WINDOWS
+    count, seed = (TRIAL_WINDOWS, asked.seed + 1) if again else (wanted, asked.seed)
+
+    def make(name: str) -> "Windows":
+        return cut(find_text(name, tokenizer=tokenizer), tokenizer, length, count, asked.sampling, seed)
+
+    windows = from_learned_part(asked.text, evaluated_text(recipe), make)
+    if again:
+        return windows
+    apart = 0 if asked.samples is None else len(windows.tokens) - asked.samples
+    if apart < 1:
+        log.warning("text %r has no windows beside the calibration windows: trials use the last of those", windows.text)
+    last = slice(-(apart if apart > 0 else TRIAL_WINDOWS), None)
+    tokens = windows.tokens[last]
+    return replace(windows, tokens=tokens, digest=digest_of(tokens), spans=windows.spans[last])

@@ -1,0 +1,1 @@
+"""Names in, folders out: one file for each thing that pared does."""

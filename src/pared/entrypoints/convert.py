@@ -1,0 +1,115 @@
+"""The same weights stored in another way: two factors, or pivots and coefficients."""
+
+from pathlib import Path
+from typing import cast
+
+from torch import nn
+
+from pared.checkpoint.load import load, require_recorded
+from pared.checkpoint.portable import module_map
+from pared.checkpoint.save import mark, save
+from pared.checkpoint.seal import Card, seal
+from pared.checkpoint.self_check import reloaded, written
+from pared.checkpoint.verify import require_tensors
+from pared.engine.install import factors_of, install_group
+from pared.errors import ParedError
+from pared.io.output_dir import require_free, staged
+from pared.models.source import find_model
+from pared.modules import LowRankLinear, PivotedLinear, SparseLinear
+from pared.schema.manifest import Manifest
+from pared.schema.plan import Dense, Plan
+
+
+def convert(
+    folder: str | Path,
+    out: Path,
+    pivoted: bool,
+    overwrite: bool = False,
+    card: Card | None = None,
+) -> Manifest:
+    """Write a compressed folder anew with every low-rank module stored pivoted, or as two factors again.
+
+    The weights stay what they were up to rounding: the new folder is loaded and must give the answers that were
+    recorded when the model was compressed. Recipe, perplexities and seconds in its manifest are those of that time.
+
+    Args:
+        folder: that pared made.
+        out: the folder to make.
+        pivoted: pivots and coefficients if true, two factors if false.
+        overwrite: whether a model folder at ``out`` may be replaced.
+        card: writes the text of ``README.md``, see ``seal``; none is written without.
+
+    Returns:
+        The manifest of the new folder.
+
+    Raises:
+        ParedError: not a folder that pared made, damaged, nothing in it to convert, the output is taken, or the new
+            folder does not answer as the old one; nothing was written.
+    """
+    folder = Path(folder)
+    require_free(out, overwrite, [folder])
+    manifest = Manifest.read(folder)
+    require_tensors(folder)
+    require_recorded(folder)  # else what is damaged would be listed as whole
+    model = load(folder)
+    groups = _groups(model, LowRankLinear if pivoted else PivotedLinear)
+    if not groups:
+        raise ParedError(f"{folder} has nothing to convert: {_nothing(model, pivoted)}")
+    for names in groups:
+        try:
+            old = [cast("LowRankLinear | PivotedLinear", model.get_submodule(name)) for name in names]
+            install_group(model, names, factors_of(old), pivoted)
+        except (ValueError, RuntimeError) as error:
+            raise ParedError(f"{folder}: {names[0]}: {error}") from error
+    mark(model)
+    plan = _replanned(manifest.plan, {name for names in groups for name in names}, pivoted)
+    with staged(out, overwrite, needed=plan.after.bytes_on_disk, inputs=[folder]) as staging:
+        source = find_model(str(folder))
+        save(model, source.tokenizer(), staging, source)
+        bytes_on_disk = written(staging, str(folder))
+        del model
+        _, difference = reloaded(staging, manifest.fingerprint, str(folder))
+        form = "pivots and coefficients" if pivoted else "two factors"
+        update = {"plan": plan, "bytes_on_disk": bytes_on_disk, "self_check": difference, "converted": form}
+        return seal(staging, manifest.model_copy(update=update), out.name, [], card)
+
+
+def _nothing(model: nn.Module, pivoted: bool) -> str:
+    """Say why no module can be stored the other way, and what can be done."""
+    sparse = [name for name in module_map(model) if isinstance(model.get_submodule(name), SparseLinear)]
+    if sparse:
+        return (
+            f"its {len(sparse)} changed layers are sparse, the first is {sparse[0]}, and have no factors or pivots; "
+            "for plain weights: --dense"
+        )
+    form, other = ("pivoted", "two factors") if pivoted else ("two factors", "pivoted")
+    return f"no module is stored as {other}, all there is is {form}"
+
+
+def _groups(model: nn.Module, kind: type[nn.Module]) -> list[list[str]]:
+    """Return the names of the modules of a kind, those with one basis together."""
+    groups: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        if type(module) is kind:
+            assert isinstance(module, (LowRankLinear, PivotedLinear))
+            groups.setdefault(id(module if module.down is None else module.down.weight), []).append(name)
+    return list(groups.values())
+
+
+def _replanned(plan: Plan, names: set[str], pivoted: bool) -> Plan:
+    """Return the plan with the storage of these sites changed.
+
+    Raises:
+        ParedError: a module is not a low-rank site of the plan.
+    """
+    sites = []
+    for site in plan.sites:
+        if site.name in names and not isinstance(site.decision, Dense):
+            names = names - {site.name}
+            decision = site.decision.model_copy(update={"pivoted": pivoted})
+            sites.append(site.model_copy(update={"decision": decision}))
+        else:
+            sites.append(site)
+    if names:
+        raise ParedError(f"{sorted(names)[0]} is stored with a low rank but the plan in pared.json says otherwise")
+    return plan.model_copy(update={"sites": tuple(sites)})

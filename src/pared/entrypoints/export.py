@@ -1,0 +1,110 @@
+"""From any model to a plain dense folder that needs nothing of pared."""
+
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import torch
+from transformers import PreTrainedModel
+
+from pared.checkpoint.load import load, require_recorded
+from pared.checkpoint.loader import tie
+from pared.checkpoint.portable import DYNAMIC, is_portable, module_map, own_class, own_code
+from pared.checkpoint.save import save
+from pared.checkpoint.seal import seal_plain
+from pared.checkpoint.self_check import reloaded, written
+from pared.checkpoint.verify import take_fingerprint
+from pared.io.apart import require_apart
+from pared.io.inputs import inputs_of
+from pared.io.output_dir import require_free, staged
+from pared.io.record import MANIFEST
+from pared.models.source import find_model
+from pared.modules import SparseLinear, replace_module
+from pared.structure import bias_of, weight_of
+
+
+class Exported(NamedTuple):
+    """A plain folder that was written.
+
+    Attributes:
+        bytes_on_disk: of the weights.
+        self_check: largest difference of the reloaded folder from the model it was made of, relative to the largest
+            output.
+    """
+
+    bytes_on_disk: int
+    self_check: float
+
+
+def export_dense(name: str, out: Path, dtype: str = "auto", overwrite: bool = False) -> Exported:
+    """Write any model that has a name as a plain dense folder: factors multiplied out, zeros written out.
+
+    The folder is loaded again and must answer as the model it was made of.
+
+    Args:
+        name: of a model, dense or compressed.
+        out: the folder to make.
+        dtype: to store; ``auto`` keeps what is stored.
+        overwrite: whether a folder there may be replaced.
+
+    Raises:
+        ParedError: not a model, the output is taken or is the model itself, the disk is full, or the new folder does
+            not answer as the model; nothing was written.
+    """
+    require_free(out, overwrite, inputs_of({"model": name}))  # before a .gguf file is converted
+    source = find_model(name)
+    read = [Path(source.location), *inputs_of({"model": name})]
+    require_apart(out, read)
+    model = load(name, dtype)  # says more of what is damaged than a digest
+    if (Path(source.location) / MANIFEST).is_file():
+        require_recorded(Path(source.location))  # else what is damaged would be listed as whole
+    fingerprint = take_fingerprint(model)
+    make_dense(model)
+    needed = sum(p.numel() * p.itemsize for p in model.parameters())
+    with staged(out, overwrite, needed, read) as staging:
+        save(model, source.tokenizer(), staging, source)
+        bytes_on_disk = written(staging, name)
+        del model
+        _, difference = reloaded(staging, fingerprint, name)
+        seal_plain(staging, inputs_of({"model": name}))
+    return Exported(bytes_on_disk, difference)
+
+
+@torch.no_grad()
+def make_dense(model: PreTrainedModel) -> PreTrainedModel:
+    """Make every compressed module the linear layer it stands for, in place: multiplied out, or with its zeros."""
+    compressed = {name: model.get_submodule(name) for name in module_map(model)}
+    _forget_compression(model)
+    tie(model, {})
+    with torch.device("meta"):
+        skeleton = type(model)._from_config(model.config)  # knows which modules are Linear and which Conv1D
+    for name, module in compressed.items():
+        if isinstance(module, SparseLinear):
+            module.unpack_()
+        weight, bias = cast("torch.Tensor", module.weight), cast("torch.Tensor | None", module.bias)
+        dense = skeleton.get_submodule(name).to_empty(device=weight.device).to(weight.dtype)
+        weight_of(dense).copy_(weight)
+        if bias is not None and (place := bias_of(dense)) is not None:
+            place.copy_(bias)
+        replace_module(model, name, dense)
+    return model
+
+
+def _forget_compression(model: PreTrainedModel) -> None:
+    own, refs = own_code(model), dict(getattr(model.config, "auto_map", None) or {})
+    for owner, attributes in (
+        (model.config, ("quantization_config", "auto_map")),
+        (model, ("hf_quantizer", "quantization_method", "is_quantized")),
+    ):
+        for attribute in attributes:
+            if attribute in owner.__dict__:
+                delattr(owner, attribute)
+    if is_portable(type(model)):
+        model.__class__ = own_class(type(model))
+    # What came with the model's own folder is saved by transformers again, as it was before.
+    for auto, ref in refs.items():
+        cls = own.get(str(ref).rpartition(".")[2])
+        if cls is not None and cls.__module__.startswith(DYNAMIC):
+            file = cls.__module__.rpartition(".")[2]
+            model.config.auto_map = {**(getattr(model.config, "auto_map", None) or {}), auto: f"{file}.{cls.__name__}"}
+            if cls is type(model):
+                cls.register_for_auto_class(auto)

@@ -1,0 +1,343 @@
+"""A whole search: a model by name, its scores once, candidates one after the other, the best of them in a file."""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pared.allocation.dsa import SCORE_TOKENS, parse
+from pared.data.lengths import Length
+from pared.data.windows import Windows, cut, require_fits
+from pared.engine.spec import is_pruning, options_of
+from pared.environment import device_of
+from pared.errors import ParedError
+from pared.io.apart import require_apart
+from pared.io.digests import model_digest
+from pared.io.files import write_whole
+from pared.io.inputs import inputs_of, told_apart, without_places
+from pared.io.output_dir import require_short
+from pared.models.architecture import is_causal
+from pared.models.source import find_model, require_dense
+from pared.progress import Progress, Silent
+from pared.schema.recipe import Recipe
+from pared.search.data_split import search_texts
+from pared.search.evolution import Candidate, Measured, Result, Rules, best_so_far, evolve
+from pared.search.journal import Journal
+from pared.search.objective import Measure, Trial, first, in_steps
+from pared.search.pool import InProcess, Processes
+from pared.search.prepare import prepare
+from pared.search.ranks import require_rankable
+from pared.search.zeros import require_pruner
+
+JOURNAL, FOUND = "journal.jsonl", "FOUND.json"
+FORMAT = 1
+LENGTH = 1024  # tokens of a window if nobody says
+
+
+@dataclass(frozen=True)
+class Look:
+    """What candidates are measured on.
+
+    Attributes:
+        windows: of the search split, for every candidate.
+        length: tokens in a window, of calibration too where the recipe says nothing; none is 1024, or what the model
+            and the text allow if that is less.
+        final_windows: of the search split, for the best; none means all.
+        halving: measure on a quarter of the windows, half of them, all, and stop who is behind.
+    """
+
+    windows: int = 8
+    length: int | None = None
+    final_windows: int | None = None
+    halving: bool = False
+
+    @property
+    def rungs(self) -> int:
+        """Steps of a complete measurement."""
+        return 3 if self.halving else 1
+
+
+class Pool(Protocol):
+    """Measures candidates, and the best of them on the full split."""
+
+    def submit(self, candidate: Candidate, final: bool = False) -> None:
+        """Begin with a candidate."""
+
+    def next(self) -> tuple[int, Measured]:
+        """Wait for any candidate that was begun."""
+
+
+Pools = Callable[[Measure, int], AbstractContextManager[Pool]]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found.
+
+    Attributes:
+        folder: journal, evidence and ``FOUND.json``.
+        told: the content of ``FOUND.json``.
+    """
+
+    folder: Path
+    told: Mapping[str, Any]
+
+    @property
+    def program(self) -> str:
+        """The best program."""
+        return str(self.told["program"])
+
+
+def run(
+    recipe: Recipe,
+    rules: Rules,
+    look: Look,
+    out: Path,
+    progress: Progress | None = None,
+    pools: Pools | None = None,
+) -> Found:
+    """Search for a model by name; a folder that holds the journal of this very search is resumed.
+
+    Args:
+        recipe: model, pruner or low-rank method, budget and calibration; evaluation and allocation are not read.
+        rules: how the search goes; its rungs are those of ``look``.
+        look: what candidates are measured on.
+        out: the folder, made if it is not there.
+        progress: who watches; nobody by default.
+        pools: makes what measures, given how and how many workers; processes on this machine by default.
+
+    Raises:
+        ParedError: anything that does not work; what can be refused is refused before a weight is read.
+    """
+    check(recipe)
+    device_of(recipe.device)
+    if recipe.model is None:
+        raise ParedError("name a model: embedded:smollm2-135m, a folder or a Hub id")
+    source = find_model(recipe.model)
+    require_dense(source.config(), recipe.model)
+    require_place(out, inputs_of(recipe.model_dump()))
+    tokenizer = source.tokenizer()
+    search_texts(recipe.calibration.text, tokenizer)
+    model = source.load(recipe.dtype).to(recipe.device)
+    return search(model, tokenizer, recipe, rules, look, out, progress, pools)
+
+
+def search(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    rules: Rules,
+    look: Look,
+    out: Path,
+    progress: Progress | None = None,
+    pools: Pools | None = None,
+) -> Found:
+    """Search for a loaded model, which is the same bits afterwards; the other arguments are those of :func:`run`.
+
+    Raises:
+        ParedError: anything that does not work.
+    """
+    progress = progress or Silent()
+    check(recipe)
+    require_place(out)
+    if not is_causal([type(model).__name__]):
+        raise ParedError(f"{type(model).__name__} is not a causal language model; candidates are told by perplexity")
+    if rules.rungs != look.rungs:
+        rules = Rules(**{**asdict(rules), "rungs": look.rungs})
+    windows, full = _windows(model, tokenizer, recipe, look)
+    look = replace(look, length=full.tokens.shape[1])
+    steps = in_steps(first(full, look.windows), look.halving)
+    if look.final_windows is not None:
+        full = first(full, look.final_windows)
+    settings = _settings(model, recipe, rules, look, windows, full)
+    out.mkdir(parents=True, exist_ok=True)
+    with Journal(out / JOURNAL, settings) as journal:
+        if journal.resumed:
+            progress.note(f"{out} holds {journal.resumed} measurements of this search; it resumes from there")
+        trial = prepare(model, tokenizer, recipe, windows, out, progress)
+        measure = Measure(trial, tokenizer, steps, full)
+        references = _references(measure, trial, journal, "", measure.steps)
+        with (pools or local)(measure, rules.workers) as pool:
+            with progress.stage("search", rules.total, "candidate") as advance:
+                results = evolve(rules, trial.allocate, pool, journal, advance=lambda known: advance(recalled=known))
+            if len(results) < rules.total:
+                progress.note(f"the search ends after {len(results)} candidates: no other allocations were found")
+            finals = _finals(results, rules, pool, journal, progress)
+        references |= _references(measure, trial, journal, " final", [measure.full])
+        return _write(out, trial, settings, results, finals, references)
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse a recipe that cannot be searched for.
+
+    Raises:
+        ParedError: the method, its budget or the allocation do not allow it.
+    """
+    if recipe.allocation not in ("auto", "dsa"):
+        raise ParedError(f"a search looks for programs of allocation dsa; found allocation {recipe.allocation!r}")
+    if is_pruning(recipe):
+        require_pruner(recipe.method)
+        if recipe.pattern is not None:
+            raise ParedError(f"a search needs a sparsity (--sparsity 0.7); pattern {recipe.pattern} leaves no zeros to "
+                             "spread")  # fmt: skip
+    else:
+        require_rankable(recipe)
+    if options_of(recipe).get("variant"):
+        raise ParedError("Wanda's variant chooses zeros row by row from all scores; search without it")
+
+
+def require_place(out: Path, inputs: Iterable[Path] = ()) -> None:
+    """Check that a folder is new, empty, or that of a search, and apart from what is read.
+
+    Raises:
+        ParedError: it is something else.
+    """
+    require_short(out)
+    require_apart(out, inputs)
+    if out.exists() and not out.is_dir():
+        raise ParedError(f"output {out} is a file; name a folder")
+    if out.is_dir() and any(out.iterdir()) and not (out / JOURNAL).exists():
+        raise ParedError(f"output folder {out} holds something other than a search; name another")
+
+
+@contextmanager
+def local(measure: Measure, workers: int) -> Iterator[Pool]:
+    """Measure in this process, or in several on this machine."""
+    with InProcess(measure) if workers == 1 else Processes(measure, workers) as pool:
+        yield pool
+
+
+def _windows(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, look: Look
+) -> tuple[Windows, Windows]:
+    """Cut what is calibrated on, and the whole search split."""
+    asked = recipe.calibration
+    calibration, text = search_texts(asked.text, tokenizer)
+    length = Length.given(look.length, LENGTH).within(model.config)
+    own = Length.of(asked).within(model.config) if recipe.preset or "length" in asked.model_fields_set else length
+    windows = cut(calibration, tokenizer, own, asked.samples, asked.sampling, asked.seed)
+    full = cut(text, tokenizer, length, None)
+    require_fits(model.config, windows)
+    require_fits(model.config, full)
+    least = max(look.windows, look.final_windows or 1)
+    if look.windows < 1 or (look.final_windows is not None and look.final_windows < 1):
+        raise ParedError(f"windows of a search: expected 1 or more, found {min(look.windows, least)}")
+    if len(full.tokens) < least:
+        raise ParedError(
+            f"text {text.name!r} has {len(full.tokens)} windows of {full.tokens.shape[1]} tokens, fewer than the "
+            f"{least} asked for; take fewer or shorter windows, or a longer text"
+        )
+    return windows, full
+
+
+def _settings(
+    model: PreTrainedModel, recipe: Recipe, rules: Rules, look: Look, windows: Windows, full: Windows
+) -> dict[str, Any]:
+    """Return everything that results depend on."""
+    budget = {"sparsity": recipe.sparsity} if is_pruning(recipe) else {"keep": recipe.keep, "storage": recipe.storage}
+    settings = {
+        "pared": version("pared"),
+        "model": recipe.model or type(model).__name__,
+        "weights": model_digest(model),
+        "dtype": str(model.dtype),
+        "device": recipe.device,
+        "method": recipe.method,
+        **budget,
+        "options": options_of(recipe),
+        "skip": list(recipe.skip),
+        **({"blocks": recipe.blocks} if recipe.blocks else {}),
+        **{f"calibration {name}": value for name, value in recipe.calibration.model_dump().items()},
+        "calibration length": windows.tokens.shape[1],
+        "calibration digest": windows.digest,
+        "score_tokens": SCORE_TOKENS if is_pruning(recipe) else 1,  # programs read numbers of so many tokens
+        "search digest": full.digest,
+        **{("search seed" if name == "seed" else name): value for name, value in asdict(rules).items()},
+        **asdict(look),
+    }
+    private = told_apart(inputs_of(recipe.model_dump()))  # the folder may be published
+    told: dict[str, Any] = without_places(settings, private)
+    return told
+
+
+def _references(
+    measure: Measure, trial: Trial, journal: Journal, name: str, steps: Sequence[Windows]
+) -> dict[str, float]:
+    """Measure the dense model and the uniform allocation, to compare with."""
+    found: dict[str, float] = {}
+    for kind in ("dense", "uniform"):
+        measured = journal.get(kind + name, kind)
+        if measured is None and kind == "dense":
+            measured = measure.as_it_is(steps)
+        elif measured is None:
+            with trial.installed(trial.uniform()):
+                measured = measure.as_it_is(steps)
+        value = measured.values[-1] if measured.values else math.inf
+        if kind == "dense" and not math.isfinite(value):
+            raise ParedError(f"the dense model has no perplexity on the search split: {measured.why or 'infinite'}")
+        journal.put(kind + name, kind, measured)
+        found[kind + name] = value
+    return found
+
+
+def _finals(
+    results: list[Result], rules: Rules, pool: Pool, journal: Journal, progress: Progress
+) -> list[tuple[Result, float]]:
+    """Measure the best on the full split; return them with what was found, in the order of the search."""
+    best = sorted((one for one in results if one.complete), key=lambda one: one.rank)[: rules.top]
+    names = [f"final {one.candidate.number}" for one in best]
+    found = [journal.get(name, str(one.candidate.program)) for name, one in zip(names, best, strict=True)]
+    missing = {one.candidate.number: place for place, one in enumerate(best) if found[place] is None}
+    for place in missing.values():
+        pool.submit(best[place].candidate, final=True)
+    written = 0
+    with progress.stage("the best on the full split", len(best), "candidate") as advance:
+        while written < len(best):
+            measured = found[written]
+            if measured is None:
+                number, measured = pool.next()
+                found[missing[number]] = measured
+                continue
+            journal.put(names[written], str(best[written].candidate.program), measured)
+            advance(recalled=best[written].candidate.number not in missing)
+            written += 1
+    return [(one, measured.values[-1] if measured and measured.values else math.inf)
+            for one, measured in zip(best, found, strict=True)]  # fmt: skip
+
+
+def _write(
+    out: Path,
+    trial: Trial,
+    settings: Mapping[str, Any],
+    results: list[Result],
+    finals: list[tuple[Result, float]],
+    references: Mapping[str, float],
+) -> Found:
+    """Write ``FOUND.json``: whole or not at all."""
+    if not finals or not math.isfinite(min(value for _, value in finals)):
+        raise ParedError(f"no candidate has a finite perplexity (see {out / JOURNAL}); ask for fewer zeros")
+    best, value = min(finals, key=lambda one: one[1])
+    program = str(best.candidate.program)
+    told = {
+        "pared_program": FORMAT,
+        "program": program,
+        "score_tokens": settings["score_tokens"],
+        "method": settings["method"],
+        **{name: settings[name] for name in ("sparsity", "keep") if name in settings},
+        "perplexity": {"search": best.fitness, "full": value},
+        "uniform": {"search": references["uniform"], "full": references["uniform final"]},
+        "dense": {"search": references["dense"], "full": references["dense final"]},
+        "candidate": best.candidate.number,
+        "blocks": trial.shares(parse(program)),
+        "best": [{"program": str(one.candidate.program), "search": one.fitness, "full": full} for one, full in finals],
+        "settings": dict(settings),
+        "trace": best_so_far(results),
+    }
+    told = json.loads(json.dumps(told), parse_constant=lambda _: None)  # JSON has no infinity
+    write_whole(out / FOUND, json.dumps(told, indent=2, allow_nan=False) + "\n")
+    return Found(out, told)

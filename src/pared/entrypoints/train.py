@@ -1,0 +1,368 @@
+"""A whole training: a folder or model by name, its stages one after the other, a folder that appears whole."""
+
+import gc
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedModel
+from transformers.integrations import get_available_reporting_integrations
+
+from pared.arguments import asked_from
+from pared.checkpoint import load, mark, save, take_fingerprint
+from pared.checkpoint.seal import seal
+from pared.checkpoint.self_check import reloaded, written
+from pared.data.evaluated import evaluation_windows
+from pared.data.lengths import Length
+from pared.data.overlap import overlap
+from pared.data.texts import learned_part
+from pared.data.windows import Windows
+from pared.entrypoints.parent import parent_of
+from pared.environment import machine, peak_memory_bytes, versions
+from pared.errors import ParedError, TextTooShortError
+from pared.evaluation import perplexity
+from pared.io.files import path_of, write_whole
+from pared.io.inputs import inputs_of
+from pared.io.output_dir import require_free, require_space, staged
+from pared.models.architecture import is_causal
+from pared.models.source import find_model
+from pared.models.trust import trusting
+from pared.progress import Progress, Silent, Stopwatch
+from pared.report.card import model_card
+from pared.report.table import WORTH_SAYING
+from pared.schema.manifest import Manifest, Measured, StageRecord, Training, WindowsRead
+from pared.schema.presets import note_of, record_of, require_user_fields
+from pared.schema.recipe import Evaluation
+from pared.schema.training import Tuning
+from pared.training.dataset import Examples, find_rows
+from pared.training.distributed import Processes
+from pared.training.early import require_trackers
+from pared.training.method import Context, Prepared, Stage, TuningMethod
+from pared.training.precision import PRECISIONS, training_precision
+from pared.training.registry import method_of, settled
+from pared.training.run_dir import Workshop
+from pared.training.trainable import unpack
+from pared.training.trainer import Went, put_back, train
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A finished training.
+
+    Attributes:
+        folder: that was written.
+        manifest: of it.
+        is_first: whether this is the process that tells, of several that trained together.
+    """
+
+    folder: Path
+    manifest: Manifest
+    is_first: bool = True
+
+
+def tune(
+    tuning: Tuning | Mapping[str, Any],
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    trust_remote_code: bool = False,
+) -> Tuned:
+    """Train a folder that pared made and write it anew.
+
+    What can be refused is refused before a weight is read. The state is saved as training goes on, in a hidden folder
+    beside the output: the same call resumes there after a crash, and ends as it would have without one.
+
+    Args:
+        tuning: with ``model`` and ``out``; a mapping is read as one.
+        overwrite: whether an output folder that is there may be replaced.
+        progress: who watches; nobody by default.
+        trust_remote_code: whether code that lies beside the model's weights may run.
+
+    Raises:
+        ParedError: anything wrong; the output was not written, and what was trained is kept beside it.
+    """
+    with trusting(trust_remote_code):
+        return _Job(asked_from(Tuning, tuning, "pared.training.tune"), overwrite, progress or Silent()).run()
+
+
+class _Job:
+    def __init__(self, tuning: Tuning, overwrite: bool, progress: Progress) -> None:
+        self.processes = Processes(tuning.device)
+        self.tuning, self.overwrite = tuning, overwrite
+        self.progress = progress if self.processes.is_first else Silent()
+        self.watch = Stopwatch()
+        self.method: TuningMethod = method_of(tuning.method)
+        self.options = settled(self.method, tuning.options)
+        if self.processes.sharded and (reason := self.method.needs_whole(self.options)):
+            raise ParedError(f"{reason}, and FSDP holds weights in shards; launch data parallel: accelerate launch "
+                             "--multi_gpu, or torchrun --nproc-per-node N")  # fmt: skip
+        require_user_fields(tuning)
+        _require_trackers(tuning.report_to)
+        if tuning.out is None:
+            raise ParedError("no output folder is named; give --out DIR, or 'out' in the file")
+        self.out = path_of(tuning.out)
+        self.read = inputs_of(tuning.model_dump())
+        self.processes.first(lambda: require_free(self.out, overwrite, self.read))
+        if "tensorboard" in tuning.report_to:  # by default beside the checkpoints, which go when training is done
+            os.environ.setdefault("TENSORBOARD_LOGGING_DIR", f"{self.out}-runs")
+        self.parent = parent_of(tuning, self.options, self.method.compresses)
+        require_space(self.out, self.parent.bytes_needed)
+        self.config = self.parent.config
+        self.tokenizer = self.parent.tokenizer()
+        self.causal = is_causal(self.config.architectures or [])
+        measured = training_precision(tuning.precision, _stored_dtype(self.config), self.processes.device)
+        # Each process measures by itself, but all must multiply alike.
+        self.precision = PRECISIONS[int(self.processes.agreed(PRECISIONS.index(measured)))]
+
+    def run(self) -> Tuned:
+        """Do everything."""
+        tuning = self.tuning
+        if note := note_of(tuning):
+            self.progress.note(note)
+        with self.watch("load"):
+            asked = self.asked_evaluation() if self.causal else None
+            evaluated = None if asked is None else asked.text
+            examples = find_rows(tuning, self.tokenizer, self.config, self.causal, evaluated)
+            windows = self.evaluation_windows(examples)
+        stages = self.method.stages(self.options)
+        with Workshop.beside(self.out, self.settings(examples), self.processes) as workshop:
+            if workshop.resumed:
+                self.progress.note(f"resuming the training that {workshop.folder} holds")
+            before = self.measured(workshop, windows)
+            went = [self.trained(workshop, number, stages, examples) for number in range(1, len(stages) + 1)]
+            self.processes.first(lambda: self.write(workshop, went, examples, windows, before))
+            self.processes.first(workshop.close)
+        return Tuned(self.out, Manifest.read(self.out), self.processes.is_first)
+
+    def trained(self, workshop: Workshop, number: int, stages: tuple[Stage, ...], examples: Examples) -> Went:
+        """Train a stage from the folder of the one before, unless its folder is there."""
+        stage, folder = stages[number - 1], workshop.stage(number)
+        record = folder / "went.json"
+        if record.exists():
+            return Went(**json.loads(record.read_text(encoding="utf-8")))
+        steps = self.steps(stage, stages, examples)
+        prepared, stored = self.prepared(workshop, number, stage, steps, examples)
+        with self.watch(stage.name):
+            rate = prepared.rate * (self.tuning.learning_rate or self.method.learning_rate)
+            state, checkpoint = workshop.state(number), workshop.last_checkpoint(number)
+            went, state_in_shards = train(
+                prepared,
+                stage,
+                self.tuning,
+                rate,
+                steps,
+                examples,
+                state,
+                checkpoint,
+                self.precision,
+                self.processes,
+                self.progress,
+            )
+        whole = None if self.processes.sharded else prepared
+        del prepared
+        gc.collect()
+
+        def keep() -> None:
+            ready = whole or self.prepared(workshop, number, stage, steps, examples)[0]
+            if state_in_shards is not None:
+                put_back(ready, state_in_shards, str(state))
+            with self.watch(stage.name):
+                trained = ready.finish()
+            went.reached, went.notes = ready.reached, ready.notes
+            for note in went.notes:
+                self.progress.note(note)
+            with self.watch("save"), staged(folder, True, self.parent.bytes_needed, ours=True) as staging:
+                trained.to(dtype=stored)
+                mark(trained)
+                save(trained, self.tokenizer, staging)
+                (staging / "went.json").write_text(json.dumps(asdict(went)), encoding="utf-8")
+            workshop.forget(number)
+
+        self.processes.first(keep)
+        return went
+
+    def prepared(
+        self, workshop: Workshop, number: int, stage: Stage, steps: int, examples: Examples
+    ) -> tuple[Prepared, torch.dtype]:
+        """Return what the stage before has left, made ready, and the dtype it was stored in."""
+        with self.watch("load"):
+            model = self.parent.load() if number == 1 else load(workshop.stage(number - 1))
+            stored = model.dtype
+            model.to(self.processes.device, torch.float32 if self.precision == torch.float32 else None)
+            unpack(model)
+        torch.manual_seed(self.tuning.seed)
+        context = Context(
+            model,
+            self.options,
+            self.tuning,
+            self.parent.manifest,
+            steps,
+            examples,
+            self.processes.device,
+            self.precision,
+        )
+        with self.watch(stage.name):
+            return stage.prepare(context), stored
+
+    def steps(self, stage: Stage, stages: tuple[Stage, ...], examples: Examples) -> int:
+        """Return the steps of a stage."""
+        tuning = self.tuning
+        rows = tuning.batch * tuning.accumulation * self.processes.count
+        if tuning.tokens is None:
+            return max(
+                1,
+                math.ceil((tuning.epochs or self.method.epochs) * stage.share * math.ceil(len(examples.train) / rows)),
+            )
+        share = stage.share / sum(one.share for one in stages)
+        return max(1, math.ceil(tuning.tokens * share / (rows * examples.tokens_per_row)))
+
+    def evaluation_windows(self, examples: Examples) -> Windows | None:
+        """Return what perplexity is measured on, None for nothing: a part too short to be kept apart is not."""
+        asked, chosen = self.asked_evaluation(), self.tuning.evaluation
+        if asked is None or chosen is None or not self.causal:
+            return None
+        learned = {str(row["text"]) for row in examples.described}
+        why = ""
+        if all(name not in learned or learned_part(name, asked.text) == name for name in self.tuning.data):
+            try:
+                return evaluation_windows(asked, self.tokenizer, self.config)
+            except TextTooShortError as error:
+                if chosen.text != "auto" or "length" in chosen.model_fields_set:
+                    raise
+                why = str(error)
+        elif chosen.text != "auto":
+            return evaluation_windows(asked, self.tokenizer, self.config)
+        why = why or f"all of {asked.text!r} is trained on"
+        self.progress.note(f"no perplexity: {why}; name a text to measure it on (--eval TEXT)")
+        return None
+
+    def asked_evaluation(self) -> Evaluation | None:
+        """Return what to measure on, the parent's where it is left to us."""
+        asked = self.tuning.evaluation
+        if asked is None or asked.text != "auto":
+            return asked
+        there = self.parent.evaluation()
+        own = asked.model_dump(include=asked.model_fields_set - {"text"})
+        return None if there is None else there.model_copy(update=own)
+
+    def measured(self, workshop: Workshop, windows: Windows | None) -> float | None:
+        """Return the perplexity of the folder before it is trained, once for all tries."""
+        if windows is None:
+            return None
+        if (known := self.parent.perplexity_on(windows.digest)) is not None:
+            return known
+        file = workshop.folder / f"before-{windows.digest[:16]}.json"
+
+        def measure() -> None:
+            with self.watch("perplexity before"):
+                value = self.perplexity(self.parent.load(), windows, "before")
+            write_whole(file, json.dumps(value))
+
+        self.processes.first(lambda: None if file.exists() else measure())
+        return float(json.loads(file.read_text(encoding="utf-8")))
+
+    def perplexity(self, model: PreTrainedModel, windows: Windows, when: str) -> float:
+        """Measure a model."""
+        asked = self.asked_evaluation()
+        assert asked is not None
+        with self.progress.stage(f"perplexity {when}", len(windows.tokens), "window") as advance:
+            return perplexity(model.to(self.processes.device), self.tokenizer, windows, asked.bos, advance).value
+
+    def write(
+        self,
+        workshop: Workshop,
+        went: list[Went],
+        examples: Examples,
+        windows: Windows | None,
+        before: float | None,
+    ) -> None:
+        """Write the folder of the last stage where it belongs, checked by reloading and measured."""
+        with staged(self.out, self.overwrite, self.parent.bytes_needed, self.read) as staging:
+            with self.watch("save"):
+                model = load(workshop.stage(len(went)))
+                fingerprint = take_fingerprint(model)
+                save(model, self.tokenizer, staging, find_model(str(self.tuning.model)))
+                bytes_on_disk = written(staging, self.parent.name)
+            del model
+            gc.collect()
+            with self.watch("verify"):
+                model, difference = reloaded(staging, fingerprint, self.parent.name)
+            after = None
+            if windows is not None:
+                with self.watch("perplexity after"):
+                    after = self.perplexity(model, windows, "after")
+            asked, done = self.asked_evaluation(), self.with_length()
+            training = Training(
+                tuning=done,
+                preset=record_of(done),
+                settled={"precision": str(self.precision).removeprefix("torch."), **self.options},
+                parent={"name": self.parent.name, "digest": self.parent.digest},
+                data=[cast("WindowsRead", one) for one in examples.described],
+                stages=[cast("StageRecord", asdict(one)) for one in went],
+                evaluation=None
+                if windows is None or asked is None
+                else cast(
+                    "Measured",
+                    {**windows.describe(), "bos": asked.bos, "learned_from": self.learned_from(windows, examples)},
+                ),
+                perplexity_before=before,
+                perplexity_after=after,
+                seconds=self.watch.seconds,
+                peak_memory_bytes=peak_memory_bytes(),
+                versions=versions(),
+                machine=machine(),
+            )
+            measured = {"bytes_on_disk": bytes_on_disk, "fingerprint": fingerprint, "self_check": difference}
+            manifest = self.parent.child(model, training, measured)
+            seal(staging, manifest, self.out.name, self.read, model_card)
+
+    def learned_from(self, windows: Windows, examples: Examples) -> float:
+        """Return the share of what is measured on that is trained on, or was calibrated on."""
+        parent = self.parent.manifest
+        calibrated = [] if parent is None or parent.calibration is None else [parent.calibration]
+        share = overlap(windows, [*calibrated, *examples.described], [row["input_ids"] for row in examples.train])
+        if share >= WORTH_SAYING:
+            self.progress.note(f"{share:.0%} of what perplexity is measured on ({windows.text!r}) was trained or "
+                               "calibrated on: it tells nothing of text the model has not seen")  # fmt: skip
+        return share
+
+    def with_length(self) -> Tuning:
+        """Return what is asked for with the length that a default came to on this model, for the record."""
+        length = Length.of(self.tuning).within(self.config, "rows to train on").tokens
+        return self.tuning if length == self.tuning.length else self.tuning.model_copy(update={"length": length})
+
+    def settings(self, examples: Examples) -> dict[str, Any]:
+        """Return everything the result depends on."""
+        left_out = {"out", "report_to", "evaluation", "checkpoint_every"}
+        return {
+            **self.tuning.model_dump(mode="json", exclude=left_out),
+            "options": self.options,
+            "parent": self.parent.digest,
+            "multiplied in": str(self.precision),
+            "processes": self.processes.count,
+            "digests": [entry["digest"] for entry in examples.described],
+            "versions": versions(),
+        }
+
+
+def _require_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers that are not there.
+
+    Raises:
+        ParedError: transformers does not know one, its package is missing, or it is not set up.
+    """
+    require_trackers(names)
+    there = get_available_reporting_integrations()
+    for name in names:
+        if name not in there:
+            raise ParedError(f"tracker {name!r} cannot be used as it is installed and set up here; "
+                             f"these can: {', '.join(there) or 'none'}")  # fmt: skip
+
+
+def _stored_dtype(config: Any) -> torch.dtype:
+    stored = getattr(config, "dtype", None)
+    return stored if isinstance(stored, torch.dtype) else torch.float32

@@ -1,0 +1,23 @@
+"""Everything a user reads or writes as YAML or JSON: data, which knows no torch."""
+
+from typing import TYPE_CHECKING
+
+from pared.lazy import lazy_package
+
+if TYPE_CHECKING:
+    from pared.schema.manifest import Manifest
+    from pared.schema.plan import Plan
+    from pared.schema.recipe import Calibration, Evaluation, Recipe
+    from pared.schema.training import Tuning
+
+__all__ = ["Calibration", "Evaluation", "Manifest", "Plan", "Recipe", "Tuning"]
+
+lazy_package(
+    __name__,
+    {
+        "pared.schema.manifest": ["Manifest"],
+        "pared.schema.plan": ["Plan"],
+        "pared.schema.recipe": ["Calibration", "Evaluation", "Recipe"],
+        "pared.schema.training": ["Tuning"],
+    },
+)

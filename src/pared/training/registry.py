@@ -1,0 +1,80 @@
+"""The training methods there are."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pared.errors import ParedError
+from pared.lazy import deferred
+from pared.names import require_known
+from pared.schema.options import checked_options
+from pared.training.method import TuningMethod
+from pared.training.options import BASEL, LORA, check_basel, check_distill, check_full, check_lora
+
+METHODS: dict[str, TuningMethod] = {
+    method.name: method
+    for method in (
+        TuningMethod(
+            name="lora",
+            paper="Hu et al., ICLR 2022, arXiv 2106.09685; SVD-LLM's order: arXiv 2403.07378",
+            summary="adapters on the factors, or on layers named by pattern, merged: rank and format stay",
+            stages=deferred("pared.training.lora:stages"),
+            learning_rate=1e-4,
+            epochs=2.0,
+            options=LORA,
+            check=check_lora,
+        ),
+        TuningMethod(
+            name="full",
+            paper="ours; of all parameters Basis Sharing's: J. Wang et al., ICLR 2025, arXiv 2410.03765",
+            summary="all factors on the model's own loss",
+            stages=deferred("pared.training.full:stages"),
+            learning_rate=2e-6,
+            options={"train": "factors"},
+            check=check_full,
+        ),
+        TuningMethod(
+            name="distill",
+            paper="Hinton et al., 2015, arXiv 1503.02531",
+            summary="factors and norms towards the predictions of the dense parent, on any text",
+            stages=deferred("pared.training.distill:stages"),
+            learning_rate=3e-5,
+            options={"teacher": "parent", "temperature": 1.0, "text": 0.5, "hidden": 0.0, "adapters": 0},
+            check=check_distill,
+        ),
+        TuningMethod(
+            name="basel",
+            paper="Li et al., TMLR 2025, arXiv 2405.15877; importance bsi: arXiv 2605.01627",
+            summary="a dense model made smaller for a task: bases weighed anew on it, the useless ones dropped",
+            stages=deferred("pared.training.basel.method:stages"),
+            learning_rate=2e-5,
+            options=BASEL,
+            check=check_basel,
+            needs_whole=deferred("pared.training.basel.method:needs_whole"),
+            compresses=True,
+        ),
+    )
+}
+
+
+def method_of(name: str) -> TuningMethod:
+    """Return a training method by name.
+
+    Raises:
+        ParedError: there is none of that name.
+    """
+    require_known("training method", name, METHODS)
+    return METHODS[name]
+
+
+def settled(method: TuningMethod, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a method, the default of each that is not given.
+
+    Raises:
+        ParedError: an unknown option, or a value that cannot be.
+    """
+    options = checked_options(given, method.options, f"training method {method.name}")
+    try:
+        method.check(options)
+    except ValueError as error:
+        raise ParedError(f"training method {method.name}: {error}") from None
+    return options
