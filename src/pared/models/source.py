@@ -4,7 +4,6 @@ import hashlib
 import importlib.util
 import logging
 import os
-import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -164,8 +163,10 @@ class ModelSource:
         Raises:
             ParedError: the checkpoint is missing, truncated, or lacks weights the model needs.
         """
+        from pared.models.weights import require_none_missing, warn_of_unused
+
         kind, chosen = architecture(self.config(), self.name, self.location), dtype_of(dtype) or "auto"
-        self._require_files()
+        self.require_files()
         asked: dict[str, Any] = {"dtype": chosen, "trust_remote_code": trusted(), "output_loading_info": True}
         try:
             model, info = kind.from_pretrained(self.location, **asked)
@@ -175,19 +176,16 @@ class ModelSource:
                 f"model {self.name!r}: unreadable or truncated checkpoint ({first_line(error)}, {raised_in(error)})",
                 "fetch it again",
             ) from error
-        if missing := sorted(info["missing_keys"]):
-            raise DamagedError(
-                f"model {self.name!r}: {len(missing)} weights are missing from the checkpoint, the first is "
-                f"{missing[0]!r}; transformers would fill them with random numbers",
-                "fetch it again",
-            )
-        if unused := sorted(key for key in info["unexpected_keys"] if re.search(r"\.\d+\.", key)):
-            log.warning(
-                "%d weights of the checkpoint have no place in the model, the first is %s", len(unused), unused[0]
-            )
+        require_none_missing(info["missing_keys"], self.name)
+        warn_of_unused(info["unexpected_keys"], self.name)
         return model.eval()
 
-    def _require_files(self) -> None:
+    def require_files(self) -> None:
+        """Refuse a folder whose files cannot hold the weights that its configuration describes.
+
+        Raises:
+            ParedError: it is one, or weights are stored as whole numbers.
+        """
         folder, config = Path(self.location), self.config()
         if folder.is_dir():
             stored = getattr(config, "quantization_config", None)

@@ -212,6 +212,15 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
     return _registered(stacks[path])
 
 
+def find_blocks_path(model: nn.Module, blocks_path: str | None = None) -> str:
+    """Return the name of the list of blocks, as :func:`find_anatomy` finds it; nothing is asked of what is in them.
+
+    Raises:
+        ParedError: there is no such list.
+    """
+    return _find_stack(model, blocks_path)[0]
+
+
 def _registered(stack: nn.ModuleList) -> list[nn.Module]:
     """Return what a list holds, each once for every place; a looped stack may iterate over it in another order."""
     return [module for module in stack._modules.values() if module is not None]

@@ -1,0 +1,101 @@
+"""A block of a model in a file of its own, and what the block is without its tensors."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from pared.checkpoint.loader import empty_module
+from pared.errors import ParedError
+from pared.modules.sparse import SparseLinear
+
+T = TypeVar("T")
+
+
+@dataclass
+class Before:
+    """A module of a block before it was loaded: what it holds, and is given back."""
+
+    module: nn.Module
+    parameters: dict[str, nn.Parameter | None]
+    buffers: dict[str, torch.Tensor | None]
+    children: dict[str, nn.Module | None]
+    tensors: dict[str, torch.Tensor]  # in plain attributes: the stand-in for the weight of a packed layer
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "Before":
+        """Note what a module holds now."""
+        tensors = {name: value for name, value in vars(module).items() if isinstance(value, torch.Tensor)}
+        return cls(module, dict(module._parameters), dict(module._buffers), dict(module._modules), tensors)
+
+    def restore(self) -> None:
+        """Give it back what it held; what came meanwhile goes."""
+        _exchange(self.module._parameters, self.parameters)
+        _exchange(self.module._buffers, self.buffers)
+        _exchange(self.module._modules, self.children)
+        own = vars(self.module)
+        for name in [name for name, value in own.items() if isinstance(value, torch.Tensor)]:
+            del own[name]
+        own.update(self.tensors)
+
+
+def _exchange(now: dict[str, T], before: dict[str, T]) -> None:
+    now.clear()
+    now.update(before)
+
+
+def pack_empty(module: SparseLinear) -> None:
+    """Make an unpacked layer a packed one without values, as it is before it is read."""
+    empty = empty_module({"kind": "sparse", **module.entry()}, device="meta", dtype=module.weight.dtype)
+    assert isinstance(empty, SparseLinear)
+    empty.values.requires_grad_(module.weight.requires_grad)
+    bias = module.bias
+    del module.weight  # the parameter
+    vars(module)["weight"] = empty.weight
+    module._parameters["values"] = empty.values
+    module._parameters["bias"] = bias
+    module._buffers["bits"] = empty.bits
+
+
+def own_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor with memory of its own, as a file of tensors needs it."""
+    tensor = tensor.contiguous().cpu()
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+
+
+def write_block(file: Path, tensors: dict[str, torch.Tensor], notes: dict[str, Any]) -> None:
+    """Write a file of tensors so that it is there as a whole, on the disk, or not at all.
+
+    Args:
+        file: to be.
+        tensors: each with memory of its own.
+        notes: plain data that is kept in its header.
+
+    Raises:
+        ParedError: it cannot be written, as where the disk is full.
+    """
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        save_file(tensors, partial, metadata={"format": "pt", "pared": json.dumps(notes, sort_keys=True)})
+        _sync(partial)
+        os.replace(partial, file)
+        _sync(file.parent)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        if isinstance(error, Exception):
+            told = " ".join(str(error).split()) or type(error).__name__
+            raise ParedError(f"{file} cannot be written ({told}); blocks before it are as they were") from error
+        raise
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
