@@ -71,6 +71,11 @@ def save(
         source: what it was made from, whose files for images and dialogues are copied.
     """
     model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+    save_beside(tokenizer, folder, source)
+
+
+def save_beside(tokenizer: PreTrainedTokenizerBase | None, folder: Path, source: ModelSource | None) -> None:
+    """Write what lies beside a model's weights: its tokenizer, and the files for images and dialogues of its source."""
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     for file in source.processor_files() if source is not None else ():
