@@ -21,7 +21,7 @@ import torch
 import pared
 from grid import LENGTH, SAMPLES, WINDOWS, measured, plot, ratios, require_disjoint, signature
 from pared.calibration import WalkedBlock, saved_blocks
-from pared.cli.options import named_values
+from pared.cli.from_schema import named_values
 from pared.engine import collect
 from pared.engine.spec import dense_path_of, low_rank_of, options_of, refit_of, statistics_of
 from pared.lowrank import METHODS

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pared
-from pared.entrypoints.search import Look, run
-from pared.search.evolution import Rules, Strategy
+from pared.entrypoints.search import run
+from pared.schema.search import SearchConfig, Strategy
 from record import RESULTS, ROOT, table
 
 FOLDERS = ROOT / "benchmarks" / "search"
@@ -30,12 +30,7 @@ RECIPE = {
     "dtype": "bfloat16",
     "calibration": {"text": "wikitext2:train", "samples": 128, "length": 512},
 }
-LOOK = Look(windows=8, length=512, final_windows=40, halving=True)
-
-
-def rules(strategy: Strategy) -> Rules:
-    """Return how a search goes: 320 candidates."""
-    return Rules(iterations=300, strategy=strategy, rungs=LOOK.rungs)
+CONFIG = SearchConfig(iterations=300, windows=8, length=512, final_windows=40, halving=True)  # 320 candidates
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
@@ -63,7 +58,7 @@ def summary(strategy: str) -> tuple[str, ...]:
     """Return the row of a search."""
     told, folder = told_of(strategy), FOLDERS / strategy
     lines = [line for line in lines_of(folder / "journal.jsonl") if str(line.get("name", "")).startswith("candidate")]
-    whole = sum(len(line["values"]) == LOOK.rungs for line in lines)
+    whole = sum(len(line["values"]) == CONFIG.rungs for line in lines)
     drawn = sum(line["draws"] for line in lines)
     at = [told["trace"][min(n, len(lines)) - 1] for n in (20, 50, 100, 200, len(lines))]
     best = f"{told['perplexity']['full']:.1f} ({told['perplexity']['full'] / told['uniform']['full']:.3f})"
@@ -142,7 +137,7 @@ def main() -> None:
 
         torch.set_num_threads(asked.threads)
         for strategy in asked.strategy:
-            run(pared.Recipe.of(RECIPE), rules(strategy), LOOK, FOLDERS / strategy)
+            run(pared.Recipe.of(RECIPE), CONFIG.model_copy(update={"strategy": strategy}), FOLDERS / strategy)
     draw()
     PAGE.write_text(render(), encoding="utf-8")
     print(PAGE.read_text(encoding="utf-8"))

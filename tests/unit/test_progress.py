@@ -7,7 +7,8 @@ from rich.console import Console
 
 from pared.cli import console
 from pared.progress import Pace
-from pared.search.evolution import Rules, evolve
+from pared.schema.search import SearchConfig
+from pared.search.evolution import evolve
 
 
 class Clock:
@@ -67,8 +68,8 @@ def test_names_of_data_sets_are_no_emoji(capsys: pytest.CaptureFixture[str]) -> 
 def test_a_resumed_search_says_which_results_it_recalls() -> None:
     from unit.search.test_search_evolution import Book, Inline, everything, plain
 
-    rules, first, again = Rules(iterations=9, population=3), list[bool](), list[bool]()
-    found = evolve(rules, everything, Inline(plain), Book(), advance=first.append)
-    evolve(rules, everything, Inline(plain), Book([one.measured for one in found[:5]]), advance=again.append)
+    config, first, again = SearchConfig(iterations=9, population=3), list[bool](), list[bool]()
+    found = evolve(config, everything, Inline(plain), Book(), advance=first.append)
+    evolve(config, everything, Inline(plain), Book([one.measured for one in found[:5]]), advance=again.append)
     assert first == [False] * 12
     assert again == [True] * 5 + [False] * 7

@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -40,7 +40,7 @@ class ConsoleProgress:
 
     def note(self, message: str) -> None:
         """Print a note."""
-        err.print(f"note: {message}", markup=False)
+        err.print(f"note: {message}")
 
 
 @contextmanager
@@ -72,10 +72,10 @@ def _lines(name: str, total: int, unit: str) -> "Iterator[Advance]":
         now = time.perf_counter()
         if now - printed >= LOG_EVERY_SECONDS and pace.done < total:
             printed = now
-            err.print(f"{name}: {pace.done}/{total} {unit}, {_told(pace, '', told)}", markup=False)
+            err.print(f"{name}: {pace.done}/{total} {unit}, {_told(pace, '', told)}")
 
     yield advance
-    err.print(f"{name}: {pace.done}/{total} {unit} in {time.perf_counter() - start:.1f} s", markup=False)
+    err.print(f"{name}: {pace.done}/{total} {unit} in {time.perf_counter() - start:.1f} s")
 
 
 def _told(pace: "Pace", unit: str, told: str) -> str:
@@ -91,10 +91,10 @@ def errors(interrupted: str = "interrupted; nothing was left behind") -> Iterato
     try:
         yield
     except ParedError as error:
-        err.print(f"error: {error}", markup=False, style="red")
+        err.print(f"error: {error}", style="red")
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        err.print(interrupted, markup=False)
+        err.print(interrupted)
         raise SystemExit(130) from None
 
 
@@ -112,14 +112,34 @@ JsonFile = Annotated[
 ]
 
 
+def print_table(
+    columns: Iterable[str],
+    rows: Iterable[Sequence[str]],
+    justify: str = "l",
+    title: str | None = None,
+    faint_from: int | None = None,
+) -> None:
+    """Print a table.
+
+    Args:
+        columns: their headings.
+        rows: their cells; a long one is folded.
+        justify: of every column ``l`` or ``r``; the last letter holds for all that follow.
+        title: above it.
+        faint_from: the first of the rows that are printed faintly; none are by default.
+    """
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for place, column in enumerate(columns):
+        right = justify[min(place, len(justify) - 1)] == "r"
+        table.add_column(column, justify="right" if right else "left", overflow="fold")
+    for place, row in enumerate(rows):
+        table.add_row(*row, style="dim" if faint_from is not None and place >= faint_from else None)
+    out.print(table)
+
+
 def print_rows(title: str, rows: "list[Row]") -> None:
     """Print a comparison of before and after."""
-    table = Table(title=title, title_justify="left", header_style="bold")
-    for column in ("", "before", "after", ""):
-        table.add_column(column, justify="left" if column == "" and not table.columns else "right")
-    for row in rows:
-        table.add_row(*row)
-    out.print(table)
+    print_table(("", "before", "after", ""), rows, "lr", title)
 
 
 def write_json(path: Path | None, result: dict[str, Any]) -> None:

@@ -63,10 +63,10 @@ def _to_low_rank(folder: Path, out_folder: Path, pivot: bool, overwrite: bool, j
         ("bytes on disk", before.bytes_on_disk, after.bytes_on_disk),
     ):
         _print_sizes(what, old, new)
-    out.print(f"self-check: reloaded, largest relative difference {after.self_check:.2g}", markup=False)
-    out.print(f"folder: {out_folder}", markup=False)
+    out.print(f"self-check: reloaded, largest relative difference {after.self_check:.2g}")
+    out.print(f"folder: {out_folder}")
     write_json(json_file, {"folder": str(out_folder), **after.model_dump(mode="json")})
 
 
 def _print_sizes(what: str, old: int, new: int) -> None:
-    out.print(f"{what}: {old:,} -> {new:,} ({new / old:.1%})", markup=False)
+    out.print(f"{what}: {old:,} -> {new:,} ({new / old:.1%})")

@@ -29,8 +29,7 @@ def demo(
         given = recipe.calibration
         out.print(
             f"pared compress {recipe.model} --method {recipe.method} --keep {recipe.keep:g} --data {given.text} "
-            f"--samples {given.samples} --length {given.length} --out {place}",
-            markup=False,
+            f"--samples {given.samples} --length {given.length} --out {place}"
         )
         from pared.checkpoint import load
         from pared.entrypoints.compress import reusable, run
@@ -40,14 +39,12 @@ def demo(
         if outcome is None:
             outcome = run(recipe, overwrite=folder is None, progress=ConsoleProgress())
         else:
-            out.print(f"reusing {place} of an earlier run; remove it to run anew", markup=False)
+            out.print(f"reusing {place} of an earlier run; remove it to run anew")
         print_manifest(outcome.manifest, str(place))
         write_json(json_file, {"folder": str(place), **outcome.manifest.model_dump(mode="json")})
         assert recipe.model is not None
         tokenizer = find_model(recipe.model).tokenizer()
         for when, name in (("before", recipe.model), ("after", str(place))):
             text = greedy(load(name), tokenizer, PROMPT, TOKENS)
-            out.print(f"\n{when}: {PROMPT}{text}", markup=False)
-        out.print(
-            "\nWithout any training a small model loses much at this size; docs/results has the figures.", markup=False
-        )
+            out.print(f"\n{when}: {PROMPT}{text}")
+        out.print("\nWithout any training a small model loses much at this size; docs/results has the figures.")

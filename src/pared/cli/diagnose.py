@@ -1,17 +1,33 @@
 """``pared diagnose``: what a method's order of directions is worth."""
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
-from pared.cli import options
-from pared.cli.console import ConsoleProgress, JsonFile, errors, out, quiet_libraries, write_json
-from pared.engine.early import require_model, require_possible, require_suited
-from pared.engine.spec import low_rank_of as require_low_rank
+from pared.cli.console import ConsoleProgress, JsonFile, errors, out, print_table, quiet_libraries, write_json
+from pared.cli.from_schema import Change, Fields, Given, schema_options
+from pared.cli.options import SHAPES
+from pared.schema.recipe import Recipe
+
+if TYPE_CHECKING:
+    from pared.entrypoints.rank_groups import RankGroups
 
 diagnose = typer.Typer(help="Look into what a method does to a model.", no_args_is_help=True, rich_markup_mode=None)
+
+FIELDS = Fields(
+    Recipe,
+    (*SHAPES, "method", "calibration", "evaluation", "device"),
+    changed={
+        "method": Change(default="loss-optimal"),
+        "evaluation.text": Change(
+            "Text, or labelled examples for a classifier (glue:cola:dev, ner:wnut17:dev, file:PATH), that quality is "
+            "measured on.",
+            default="the held-out part of the calibration data",
+        ),
+        "evaluation.windows": Change("Evaluation windows, or examples.", default="20 windows, 200 examples"),
+    },
+)
 
 
 @diagnose.callback()
@@ -20,84 +36,43 @@ def _diagnose() -> None:
 
 
 @diagnose.command("rank-groups")
+@schema_options
 def rank_groups(
-    model: options.Model = None,
-    method: options.Method = None,
+    given: Annotated[Given[Recipe], FIELDS],
     groups: Annotated[int, typer.Option(help="Groups that the directions of every weight are split into.")] = 10,
-    skip: options.Skip = None,
-    blocks: options.Blocks = None,
-    option: options.MethodOptions = None,
-    data: options.Data = None,
-    samples: options.Samples = None,
-    length: options.Length = None,
-    seed: options.Seed = None,
-    sampling: options.Sampling = None,
-    calibration_dtype: options.CalibrationDtype = None,
-    eval_data: Annotated[
-        str | None,
-        typer.Option(
-            "--eval",
-            help="Text, or labelled examples for a classifier (glue:cola:dev, ner:wnut17:dev, file:PATH), that quality "
-            "is measured on. [default: the held-out part of the calibration data]",
-        ),
-    ] = None,
-    eval_length: options.EvalLength = None,
-    eval_windows: Annotated[
-        int | None, typer.Option(help="Evaluation windows, or examples. [default: 20 windows, 200 examples]")
-    ] = None,
-    dtype: options.Dtype = None,
-    device: options.Device = None,
     json_file: JsonFile = None,
 ) -> None:
     """Take one group of every weight's directions out at a time and measure the model (FWSVD's brute-force attack)."""
     with errors():
         quiet_libraries()
-        asked = options.recipe_of(
-            None,
-            {
-                "model": model,
-                "method": method,
-                "skip": skip,
-                "blocks": blocks,
-                "options": options.named_values(option),
-                "calibration.text": data,
-                "calibration.samples": samples,
-                "calibration.length": length,
-                "calibration.seed": seed,
-                "calibration.sampling": sampling,
-                "calibration.dtype": calibration_dtype,
-                "evaluation.text": eval_data,
-                "evaluation.length": eval_length,
-                "evaluation.windows": eval_windows,
-                "dtype": dtype,
-                "device": device,
-            },
-        )
-        require_low_rank(asked)
-        require_possible(asked)
-        source = require_model(asked)
-        require_suited(source.config(), asked, source.name)
+        recipe = given.merged()
+        from pared.engine.early import require_model, require_possible, require_suited
+        from pared.engine.spec import low_rank_of
+
+        low_rank_of(recipe)
+        require_possible(recipe)
+        source = require_model(recipe)
+        require_suited(source.config(), recipe, source.name)
         from pared.entrypoints.rank_groups import rank_groups as measure
 
         tokenizer = source.tokenizer()
-        loaded = source.load(asked.dtype).to(asked.device)
-        result = measure(loaded, tokenizer, asked, groups, ConsoleProgress())
-        table = Table(header_style="bold", title=f"{asked.model}  {asked.method}", title_justify="left")
-        qualities = (column for name in result.before for column in (name, "change"))
-        for column in ("group", "directions", "error", *qualities):
-            table.add_column(column, justify="right")
-        table.add_row("none", "", "0", *(text for value in result.before.values() for text in (f"{value:.6g}", "")))
-        for group in result.groups:
-            share = f"{(group.number - 1) / groups:.0%}-{group.number / groups:.0%}"
-            quality = (
-                text
-                for name, value in group.quality.items()
-                for text in (f"{value:.6g}", f"{value - result.before[name]:+.3g}")
-            )
-            table.add_row(str(group.number), share, f"{group.error:.4f}", *quality)
-        out.print(table)
-        if result.untouched:
-            out.print(f"{len(result.untouched)} sites left whole, the first is {result.untouched[0]}", markup=False)
-        on = result.evaluation
-        out.print(f"measured on {on['text']}: {on['windows']} x {on['length']} tokens", markup=False)
-        write_json(json_file, {"model": asked.model, "recipe": asked.model_dump(mode="json"), **asdict(result)})
+        loaded = source.load(recipe.dtype).to(recipe.device)
+        result = measure(loaded, tokenizer, recipe, groups, ConsoleProgress())
+        print_groups(result, f"{recipe.model}  {recipe.method}")
+        write_json(json_file, {"model": recipe.model, "recipe": recipe.model_dump(mode="json"), **asdict(result)})
+
+
+def print_groups(result: "RankGroups", title: str) -> None:
+    """Print what the model is worth without each group of directions."""
+    count = len(result.groups)
+    rows = [("none", "", "0", *(text for value in result.before.values() for text in (f"{value:.6g}", "")))]
+    for group in result.groups:
+        share = f"{(group.number - 1) / count:.0%}-{group.number / count:.0%}"
+        changes = ((f"{value:.6g}", f"{value - result.before[name]:+.3g}") for name, value in group.quality.items())
+        rows.append((str(group.number), share, f"{group.error:.4f}", *(text for pair in changes for text in pair)))
+    qualities = (column for name in result.before for column in (name, "change"))
+    print_table(("group", "directions", "error", *qualities), rows, "r", title=title)
+    if result.untouched:
+        out.print(f"{len(result.untouched)} sites left whole, the first is {result.untouched[0]}")
+    on = result.evaluation
+    out.print(f"measured on {on['text']}: {on['windows']} x {on['length']} tokens")

@@ -35,5 +35,5 @@ def export(
 
 def print_exported(exported: "Exported", folder: Path) -> None:
     """Print what was written as plain weights, and that it was checked."""
-    out.print(f"self-check: reloaded, largest relative difference {exported.self_check:.2g}", markup=False)
-    out.print(f"folder: {folder}  ({exported.bytes_on_disk:,} bytes of weights)", markup=False)
+    out.print(f"self-check: reloaded, largest relative difference {exported.self_check:.2g}")
+    out.print(f"folder: {folder}  ({exported.bytes_on_disk:,} bytes of weights)")

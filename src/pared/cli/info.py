@@ -20,11 +20,11 @@ def info(folder: Annotated[Path, typer.Argument(help="A folder that pared made."
         manifest = Manifest.read(folder)
         print_manifest(manifest, str(folder))
         for told, count in sorted(Counter(map(_describe, manifest.plan.sites)).items()):
-            out.print(f"{count:5} x {told}", markup=False)
+            out.print(f"{count:5} x {told}")
         for training in manifest.training:
             print_training(training)
         versions = "  ".join(f"{name} {number}" for name, number in manifest.versions.items())
-        out.print(f"made with {versions}", markup=False)
+        out.print(f"made with {versions}")
         write_json(json_file, manifest.model_dump(mode="json"))
 
 

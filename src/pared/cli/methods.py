@@ -22,10 +22,10 @@ def methods() -> None:
     print_training()
     for allocator in ALLOCATORS.values():
         options = "".join(f" ({name}={value})" for name, value in allocator.options.items())
-        out.print(f"allocation {allocator.name}: {allocator.summary}{options}", markup=False)
+        out.print(f"allocation {allocator.name}: {allocator.summary}{options}")
     for zeros in LAYER_ALLOCATORS.values():
         options = ", ".join(f"{name}={value}" for name, value in zeros.options.items())
-        out.print(f"allocation of zeros {zeros.name}: {zeros.summary} ({options})", markup=False)
+        out.print(f"allocation of zeros {zeros.name}: {zeros.summary} ({options})")
 
 
 def print_training() -> None:
@@ -34,6 +34,5 @@ def print_training() -> None:
         options = "".join(f", {name}={value}" for name, value in method.options.items())
         out.print(
             f"training {method.name}: {method.summary} (learning rate {method.learning_rate:g}{options}; "
-            f"{method.paper})",
-            markup=False,
+            f"{method.paper})"
         )

@@ -1,69 +1,59 @@
 """``pared plan``: every site's decision and the three sizes, from shapes alone."""
 
-from rich.table import Table
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated
 
-from pared.cli import options
-from pared.cli.console import JsonFile, errors, out, print_rows, quiet_libraries, write_json
-from pared.engine import allocation_of, decided_from_data, plan_of
-from pared.engine.early import require_model, require_possible, require_suited
-from pared.engine.spec import anatomy_of
-from pared.report.table import sizes
-from pared.schema.plan import Dense
+from pared.cli.console import JsonFile, errors, out, print_rows, print_table, quiet_libraries, write_json
+from pared.cli.from_schema import Fields, Given, schema_options
+from pared.cli.options import PLANNED, RECIPE_FILE
+from pared.schema.recipe import Recipe
+
+if TYPE_CHECKING:
+    from pared.schema.plan import Plan
 
 
+@schema_options
 def plan(
-    model: options.Model = None,
-    recipe: options.RecipeFile = None,
-    preset: options.Preset = None,
-    method: options.Method = None,
-    keep: options.Keep = None,
-    rank_fraction: options.RankFraction = None,
-    sparsity: options.Sparsity = None,
-    pattern: options.Pattern = None,
-    skip: options.Skip = None,
-    blocks: options.Blocks = None,
-    allocation: options.Allocation = None,
-    storage: options.Storage = None,
-    option: options.MethodOptions = None,
-    dtype: options.Dtype = None,
+    given: Annotated[Given[Recipe], Fields(Recipe, PLANNED, file=RECIPE_FILE)],
     json_file: JsonFile = None,
 ) -> None:
     """Print what `pared compress` would do, without reading a single weight."""
     with errors():
         quiet_libraries()
-        asked = options.recipe_of(
-            recipe,
-            {
-                "model": model, "preset": preset, "method": method, "keep": keep, "rank_fraction": rank_fraction,
-                "sparsity": sparsity, "pattern": pattern, "skip": skip, "blocks": blocks,
-                "allocation": allocation, "storage": storage,
-                "options": options.named_values(option), "dtype": dtype
-            },
-        )  # fmt: skip
-        require_possible(asked)
-        source = require_model(asked)
-        require_suited(source.config(), asked, source.name)
+        recipe = given.merged()
+        from pared.engine import allocation_of, decided_from_data, plan_of
+        from pared.engine.early import require_model, require_possible, require_suited
+        from pared.engine.spec import anatomy_of
+
+        require_possible(recipe)
+        source = require_model(recipe)
+        require_suited(source.config(), recipe, source.name)
         from pared.engine.result import stacks
 
         skeleton = source.skeleton()
-        decided = plan_of(skeleton, asked, source.weight_bytes(asked.dtype))
-        table = Table(header_style="bold")
-        for column, justify in (("site", "left"), ("out x in", "right"), ("decision", "left"), ("parameters", "right")):
-            table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
-        for site in decided.sites:
-            choice = site.decision
-            told = f"dense: {choice.reason}" if isinstance(choice, Dense) else str(choice)
-            table.add_row(site.name, f"{site.out_features} x {site.in_features}", told, f"{site.after:,}")
-        for weight in decided.uncovered:
-            shape = " x ".join(map(str, weight.shape))
-            table.add_row(weight.name, shape, f"not covered: {weight.reason}", f"{weight.parameters:,}", style="dim")
-        out.print(table)
-        for line in stacks(anatomy_of(skeleton, asked)):
-            out.print(line, markup=False)
-        rows = sizes(decided, decided.before.bytes_on_disk, decided.after.bytes_on_disk)
-        print_rows(f"{asked.model}  {asked.method}  {asked.budget}", rows)
-        if decided_from_data(asked):
-            out.print(f"allocation {allocation_of(asked)} looks at the model or data; this is uniform", markup=False)
+        decided = plan_of(skeleton, recipe, source.weight_bytes(recipe.dtype))
+        print_plan(decided, stacks(anatomy_of(skeleton, recipe)), f"{recipe.model}  {recipe.method}  {recipe.budget}")
+        if decided_from_data(recipe):
+            out.print(f"allocation {allocation_of(recipe)} looks at the model or data; this is uniform")
         if decided.missed:
-            out.print(decided.missed, markup=False)
+            out.print(decided.missed)
         write_json(json_file, decided.model_dump(mode="json"))
+
+
+def print_plan(plan: "Plan", stacks: Iterable[str], title: str) -> None:
+    """Print every site's decision, the stacks of blocks, and the sizes before and after."""
+    from pared.report.table import sizes
+    from pared.schema.plan import Dense
+
+    rows = []
+    for site in plan.sites:
+        choice = site.decision
+        told = f"dense: {choice.reason}" if isinstance(choice, Dense) else str(choice)
+        rows.append((site.name, f"{site.out_features} x {site.in_features}", told, f"{site.after:,}"))
+    for weight in plan.uncovered:
+        shape = " x ".join(map(str, weight.shape))
+        rows.append((weight.name, shape, f"not covered: {weight.reason}", f"{weight.parameters:,}"))
+    print_table(("site", "out x in", "decision", "parameters"), rows, "lrlr", faint_from=len(plan.sites))
+    for line in stacks:
+        out.print(line)
+    print_rows(title, sizes(plan, plan.before.bytes_on_disk, plan.after.bytes_on_disk))

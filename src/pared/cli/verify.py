@@ -27,5 +27,5 @@ def verify(
         if take_over:
             record(folder)
         difference = check(folder)
-        out.print(f"{folder}: ok, largest relative difference {difference:.2g}", markup=False)
+        out.print(f"{folder}: ok, largest relative difference {difference:.2g}")
         write_json(json_file, {"folder": str(folder), "difference": difference})

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,8 +26,9 @@ from pared.models.architecture import is_causal
 from pared.models.source import find_model, require_dense
 from pared.progress import Progress, Silent
 from pared.schema.recipe import Recipe
+from pared.schema.search import SearchConfig
 from pared.search.data_split import search_texts
-from pared.search.evolution import Candidate, Measured, Result, Rules, best_so_far, evolve
+from pared.search.evolution import Candidate, Measured, Result, best_so_far, evolve
 from pared.search.journal import Journal
 from pared.search.objective import Measure, Trial, first, in_steps
 from pared.search.pool import InProcess, Processes
@@ -38,29 +39,9 @@ from pared.search.zeros import require_pruner
 JOURNAL, FOUND = "journal.jsonl", "FOUND.json"
 FORMAT = 1
 LENGTH = 1024  # tokens of a window if nobody says
-
-
-@dataclass(frozen=True)
-class Look:
-    """What candidates are measured on.
-
-    Attributes:
-        windows: of the search split, for every candidate.
-        length: tokens in a window, of calibration too where the recipe says nothing; none is 1024, or what the model
-            and the text allow if that is less.
-        final_windows: of the search split, for the best; none means all.
-        halving: measure on a quarter of the windows, half of them, all, and stop who is behind.
-    """
-
-    windows: int = 8
-    length: int | None = None
-    final_windows: int | None = None
-    halving: bool = False
-
-    @property
-    def rungs(self) -> int:
-        """Steps of a complete measurement."""
-        return 3 if self.halving else 1
+# What a journal holds of a search's own settings, in this order: the same settings write the same bytes.
+SETTINGS = ("iterations", "population", "sample_ratio", "top", "seed", "strategy", "workers", "rungs", "windows",
+            "length", "final_windows", "halving")  # fmt: skip
 
 
 class Pool(Protocol):
@@ -96,8 +77,7 @@ class Found:
 
 def run(
     recipe: Recipe,
-    rules: Rules,
-    look: Look,
+    config: SearchConfig,
     out: Path,
     progress: Progress | None = None,
     pools: Pools | None = None,
@@ -106,8 +86,7 @@ def run(
 
     Args:
         recipe: model, pruner or low-rank method, budget and calibration; evaluation and allocation are not read.
-        rules: how the search goes; its rungs are those of ``look``.
-        look: what candidates are measured on.
+        config: how the search goes, and what candidates are measured on.
         out: the folder, made if it is not there.
         progress: who watches; nobody by default.
         pools: makes what measures, given how and how many workers; processes on this machine by default.
@@ -125,15 +104,14 @@ def run(
     tokenizer = source.tokenizer()
     search_texts(recipe.calibration.text, tokenizer)
     model = source.load(recipe.dtype).to(recipe.device)
-    return search(model, tokenizer, recipe, rules, look, out, progress, pools)
+    return search(model, tokenizer, recipe, config, out, progress, pools)
 
 
 def search(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     recipe: Recipe,
-    rules: Rules,
-    look: Look,
+    config: SearchConfig,
     out: Path,
     progress: Progress | None = None,
     pools: Pools | None = None,
@@ -148,14 +126,12 @@ def search(
     require_place(out)
     if not is_causal([type(model).__name__]):
         raise ParedError(f"{type(model).__name__} is not a causal language model; candidates are told by perplexity")
-    if rules.rungs != look.rungs:
-        rules = Rules(**{**asdict(rules), "rungs": look.rungs})
-    windows, full = _windows(model, tokenizer, recipe, look)
-    look = replace(look, length=full.tokens.shape[1])
-    steps = in_steps(first(full, look.windows), look.halving)
-    if look.final_windows is not None:
-        full = first(full, look.final_windows)
-    settings = _settings(model, recipe, rules, look, windows, full)
+    windows, full = _windows(model, tokenizer, recipe, config)
+    config = config.model_copy(update={"length": full.tokens.shape[1]})
+    steps = in_steps(first(full, config.windows), config.halving)
+    if config.final_windows is not None:
+        full = first(full, config.final_windows)
+    settings = _settings(model, recipe, config, windows, full)
     out.mkdir(parents=True, exist_ok=True)
     with Journal(out / JOURNAL, settings) as journal:
         if journal.resumed:
@@ -163,12 +139,12 @@ def search(
         trial = prepare(model, tokenizer, recipe, windows, out, progress)
         measure = Measure(trial, tokenizer, steps, full)
         references = _references(measure, trial, journal, "", measure.steps)
-        with (pools or local)(measure, rules.workers) as pool:
-            with progress.stage("search", rules.total, "candidate") as advance:
-                results = evolve(rules, trial.allocate, pool, journal, advance=lambda known: advance(recalled=known))
-            if len(results) < rules.total:
+        with (pools or local)(measure, config.workers) as pool:
+            with progress.stage("search", config.total, "candidate") as advance:
+                results = evolve(config, trial.allocate, pool, journal, advance=lambda known: advance(recalled=known))
+            if len(results) < config.total:
                 progress.note(f"the search ends after {len(results)} candidates: no other allocations were found")
-            finals = _finals(results, rules, pool, journal, progress)
+            finals = _finals(results, config, pool, journal, progress)
         references |= _references(measure, trial, journal, " final", [measure.full])
         return _write(out, trial, settings, results, finals, references)
 
@@ -214,20 +190,18 @@ def local(measure: Measure, workers: int) -> Iterator[Pool]:
 
 
 def _windows(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, look: Look
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, config: SearchConfig
 ) -> tuple[Windows, Windows]:
     """Cut what is calibrated on, and the whole search split."""
     asked = recipe.calibration
     calibration, text = search_texts(asked.text, tokenizer)
-    length = Length.given(look.length, LENGTH).within(model.config)
+    length = Length.given(config.length, LENGTH).within(model.config)
     own = Length.of(asked).within(model.config) if recipe.preset or "length" in asked.model_fields_set else length
     windows = cut(calibration, tokenizer, own, asked.samples, asked.sampling, asked.seed)
     full = cut(text, tokenizer, length, None)
     require_fits(model.config, windows)
     require_fits(model.config, full)
-    least = max(look.windows, look.final_windows or 1)
-    if look.windows < 1 or (look.final_windows is not None and look.final_windows < 1):
-        raise ParedError(f"windows of a search: expected 1 or more, found {min(look.windows, least)}")
+    least = max(config.windows, config.final_windows or 1)
     if len(full.tokens) < least:
         raise ParedError(
             f"text {text.name!r} has {len(full.tokens)} windows of {full.tokens.shape[1]} tokens, fewer than the "
@@ -237,7 +211,7 @@ def _windows(
 
 
 def _settings(
-    model: PreTrainedModel, recipe: Recipe, rules: Rules, look: Look, windows: Windows, full: Windows
+    model: PreTrainedModel, recipe: Recipe, config: SearchConfig, windows: Windows, full: Windows
 ) -> dict[str, Any]:
     """Return everything that results depend on."""
     budget = {"sparsity": recipe.sparsity} if is_pruning(recipe) else {"keep": recipe.keep, "storage": recipe.storage}
@@ -257,8 +231,7 @@ def _settings(
         "calibration digest": windows.digest,
         "score_tokens": SCORE_TOKENS if is_pruning(recipe) else 1,  # programs read numbers of so many tokens
         "search digest": full.digest,
-        **{("search seed" if name == "seed" else name): value for name, value in asdict(rules).items()},
-        **asdict(look),
+        **{("search seed" if name == "seed" else name): getattr(config, name) for name in SETTINGS},
     }
     private = told_apart(inputs_of(recipe.model_dump()))  # the folder may be published
     told: dict[str, Any] = without_places(settings, private)
@@ -286,10 +259,10 @@ def _references(
 
 
 def _finals(
-    results: list[Result], rules: Rules, pool: Pool, journal: Journal, progress: Progress
+    results: list[Result], config: SearchConfig, pool: Pool, journal: Journal, progress: Progress
 ) -> list[tuple[Result, float]]:
     """Measure the best on the full split; return them with what was found, in the order of the search."""
-    best = sorted((one for one in results if one.complete), key=lambda one: one.rank)[: rules.top]
+    best = sorted((one for one in results if one.complete), key=lambda one: one.rank)[: config.top]
     names = [f"final {one.candidate.number}" for one in best]
     found = [journal.get(name, str(one.candidate.program)) for name, one in zip(names, best, strict=True)]
     missing = {one.candidate.number: place for place, one in enumerate(best) if found[place] is None}

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from typing_extensions import Self
@@ -13,6 +13,7 @@ from typing_extensions import Self
 from pared.errors import ParedError
 from pared.io.guarded import read_yaml
 from pared.names import did_you_mean
+from pared.schema.command_line import with_attributes
 
 # What pydantic calls the errors of something that is no mapping, or no list.
 _NO_MAPPING = ("model_type", "model_attributes_type", "dict_type", "mapping_type")
@@ -92,6 +93,41 @@ class Strict(BaseModel, metaclass=_InOneLine):
         """Return what was given and stays where other values are laid over it: all, unless a subclass knows better."""
         del update
         return given
+
+
+class Config(Strict):
+    """What users write: a model that is read from files, and whose fields are described by the text under them."""
+
+    NOUN: ClassVar[str] = "settings"  # what a file of it is called
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Add the descriptions of the fields to the docstring, for ``help``."""
+        super().__pydantic_init_subclass__(**kwargs)
+        cls.__doc__ = with_attributes(cls)
+
+    @classmethod
+    def of(cls, fields: Any, origin: str | None = None) -> Self:
+        """Build one from plain data.
+
+        Args:
+            fields: a mapping; one that is built already is returned as it is.
+            origin: where the fields are from, for messages.
+
+        Raises:
+            ParedError: an unknown key (quoted, with the nearest valid one) or a value out of range.
+        """
+        return validated(cls, fields, origin or cls.NOUN)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read one from a YAML (or JSON) file.
+
+        Raises:
+            ParedError: the file is missing, not YAML, or something else.
+        """
+        return cls.of(read_fields(path, cls.NOUN), f"{cls.NOUN} {path}")
 
 
 Asked = TypeVar("Asked", bound=Strict)

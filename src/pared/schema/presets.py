@@ -7,7 +7,7 @@ paper's name says where it is not the paper's. Nothing here needs torch.
 from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import Field, ModelWrapValidatorHandler, ValidationInfo, model_validator
@@ -15,7 +15,8 @@ from typing_extensions import Self, TypedDict
 
 from pared.errors import ParedError
 from pared.names import require_known
-from pared.schema.base import Strict, validated
+from pared.schema.base import Config, Strict, validated
+from pared.schema.command_line import Option
 from pared.schema.fields import flatten, lies_inside, only, plain, side_by_side, value_at, without_plain_nulls
 
 RECORDED = {"recorded": True}  # the context in which what was asked for once is read again, and nothing is added to it
@@ -77,15 +78,12 @@ class Preset(Strict):
     differences: tuple[str, ...] = ()
 
 
-class FromPreset(Strict):
-    """What may begin with a preset: its fields hold where nothing else is given, and it says where it leaves it.
-
-    Attributes:
-        preset: a name that ``pared presets`` lists.
-    """
+class FromPreset(Config):
+    """What may begin with a preset: its fields hold where nothing else is given, and it says where it leaves it."""
 
     COMMAND: ClassVar[Literal["compress", "tune"]]
-    preset: str | None = None
+    preset: Annotated[str | None, Option()] = None
+    """A protocol by name, which `pared presets` lists; what is given beside it wins and is reported."""
 
     @model_validator(mode="wrap")
     @classmethod

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -16,7 +15,8 @@ from pydantic import (
     model_validator,
 )
 
-from pared.schema.base import Name, Strict, Whole, read_fields, validated
+from pared.schema.base import Config, Name, Whole
+from pared.schema.command_line import OWN, Option
 from pared.schema.presets import FromPreset
 
 
@@ -38,110 +38,103 @@ TextName = Annotated[str, BeforeValidator(_text_name)]  # a path is the text fil
 DEFAULT_METHOD, DEFAULT_PRUNER = "loss-optimal", "sparsegpt"
 BUDGETS = ("keep", "rank_fraction", "sparsity", "pattern")  # of which a recipe has one
 
+OptionValues = dict[str, bool | int | float | str]
 Bos = Literal["none", "text", "window"]
 Sampling = Literal["consecutive", "shuffled", "random-offset"]
 
 
-class Calibration(Strict):
-    """The text the statistics are collected on.
+class Calibration(Config):
+    """The text the statistics are collected on."""
 
-    Attributes:
-        text: a text by name (``embedded``, ``wikitext2:train``, ``c4:train``, ``alpaca``, ``file:PATH``,
-            ``NAME:SPLIT:FIELD`` of the datasets library).
-        samples: number of token windows, or of labelled examples; none means all there are.
-        length: tokens in a window.
-        seed: seed of the random offsets.
-        sampling: ``consecutive`` windows from the start, ``shuffled`` ones of all of those that lie side by side, or
-            windows at ``random-offset`` tokens.
-        dtype: what the blocks compute in; ``auto`` measures whether bfloat16 is faster on this machine,
-            unless the environment variable PARED_COMPUTE_DTYPE settles it.
-            Statistics are accumulated in float32 or better whatever this says.
-        batch: windows in one forward pass.
-    """
-
-    text: TextName = "embedded"
-    samples: Annotated[Whole, Field(ge=1, strict=True)] | None = 256
-    length: Annotated[Whole, Field(ge=2, strict=True)] = 2048
-    seed: Annotated[Whole, Field(ge=0, lt=2**63, strict=True)] = 0
-    sampling: Sampling = "consecutive"
-    dtype: DType = "auto"
+    text: Annotated[TextName, Option("--data")] = "embedded"
+    """Calibration text by name: embedded, wikitext2:train, c4:train, alpaca, file:PATH, or NAME:SPLIT:FIELD of the
+    datasets library."""
+    samples: Annotated[Annotated[Whole, Field(ge=1, strict=True)] | None, Option()] = 256
+    """Calibration windows, or labelled examples; null means all there are."""
+    length: Annotated[Whole, Field(ge=2, strict=True), Option()] = 2048
+    """Tokens in a calibration window."""
+    seed: Annotated[Whole, Field(ge=0, lt=2**63, strict=True), Option()] = 0
+    """Seed of the random offsets."""
+    sampling: Annotated[Sampling, Option()] = "consecutive"
+    """Which windows: consecutive ones from the start, shuffled ones of all that lie side by side, or windows that
+    begin at a random-offset each."""
+    dtype: Annotated[DType, Option("--calibration-dtype")] = "auto"
+    """What the blocks compute in while calibrating; auto measures whether bfloat16 is faster on this machine, unless
+    the environment variable PARED_COMPUTE_DTYPE decides. Statistics are accumulated in float32 or better in any
+    case."""
     batch: Annotated[Whole, Field(ge=1, strict=True)] = 4
+    """Windows in one forward pass."""
 
 
-class Evaluation(Strict):
-    """The text perplexity is measured on, before and after.
+class Evaluation(Config):
+    """The text perplexity is measured on, before and after."""
 
-    Attributes:
-        text: a text by name; ``auto`` takes the held-out part of a calibration text that has one.
-        length: tokens in a window.
-        windows: how many windows from the start; none means all.
-        bos: where a beginning-of-sequence token is put: nowhere, before the text, before every window.
-    """
-
-    text: TextName = "auto"
-    length: Annotated[Whole, Field(ge=2, strict=True)] = 1024
-    windows: Annotated[Whole, Field(ge=1, strict=True)] | None = 20
+    text: Annotated[TextName, Option("--eval")] = "auto"
+    """Text to measure perplexity on, before and after; auto takes the held-out part of the calibration text, or for a
+    training what the folder was measured on when it was compressed; none measures nothing."""
+    length: Annotated[Whole, Field(ge=2, strict=True), Option("--eval-length")] = 1024
+    """Tokens in an evaluation window."""
+    windows: Annotated[Annotated[Whole, Field(ge=1, strict=True)] | None, Option("--eval-windows")] = 20
+    """Evaluation windows, from the start of the text; null means all."""
     bos: Bos = "none"
+    """Where a beginning-of-sequence token is put: nowhere (none), before the text, before every window."""
 
 
 class Recipe(FromPreset):
-    """A whole compression: model in, method, budget, data, folder out.
-
-    Attributes:
-        preset: a protocol by name, which ``pared presets`` lists; what is given beside it wins.
-        version: version of this file's layout.
-        model: ``embedded:smollm2-135m``, a Hub id, a local folder, or a ``.gguf`` file. Unused by
-            :func:`pared.compress`, which is given the model itself.
-        method: a name that ``pared methods`` lists; unless one is named ``loss-optimal``, and with ``sparsity`` or
-            ``pattern`` ``sparsegpt``.
-        keep: fraction of the parameters of the covered sites that stays; 0.8 removes 20%.
-        rank_fraction: a budget of ranks in place of ``keep``: every weight gets this fraction of its full rank (FWSVD).
-        sparsity: a budget of zeros in place of ``keep``, for methods that prune: 0.5 makes half of the weights zero.
-        pattern: ``N:M`` in place of it: N of every M consecutive inputs of an output stay.
-        skip: shell-style patterns of site names that are left alone and not counted in the budget.
-        blocks: name of the list of blocks that is compressed, where it is not the language model's: a vision tower's.
-        allocation: how the budget is spread over the sites; ``auto`` is what the method's paper does.
-        allocation_options: of the allocation, by the names that ``pared methods`` lists.
-        storage: ``factors`` stores a low-rank weight as two factors, ``pivoted`` without loss in rank² fewer numbers;
-            ``auto`` is what the method says.
-        statistics: ``once`` collects them on the dense model; ``sequential`` collects them once more, block after block
-            behind the blocks that are compressed already, when the ranks are known; ``auto`` is what the method says.
-        refit: a stage after the method that fits every ``up`` to the inputs the compressed model has: ``update`` all at
-            once, ``sequential`` block after block, each behind those already fitted, ``sequential-dense-block`` the
-            same to what the layers of the dense block read there (SVD-LLM's released code); ``auto`` is what the method
-            says, ``off`` is neither.
-        dense_path: the share of the dense model's own outputs in the targets of a refit and of sequential statistics;
-            the rest is what the dense weights make of the compressed model's inputs. ``auto`` is what the method says.
-        options: of the method, by the names that ``pared methods`` lists.
-        calibration: what the statistics are collected on.
-        evaluation: what perplexity is measured on; ``null`` measures nothing.
-        dtype: what the model is loaded and saved in; ``auto`` keeps what the checkpoint has.
-        device: where the blocks run, as torch names it.
-        out: the folder to write.
-    """
+    """A whole compression: model in, method, budget, data, folder out."""
 
     COMMAND: ClassVar[Literal["compress", "tune"]] = "compress"
+    NOUN: ClassVar[str] = "recipe"
     version: Literal[1] = 1
-    model: Name | None = None
-    method: str = DEFAULT_METHOD
-    keep: Annotated[float, Field(gt=0, le=1)] = 0.8
-    rank_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
-    sparsity: Annotated[float, Field(ge=0, lt=1)] | None = None
-    pattern: Annotated[str, Field(pattern=r"^\d+:\d+$")] | None = None
-    skip: tuple[str, ...] = ()
-    blocks: str | None = None
-    allocation: str = "auto"
-    allocation_options: dict[str, bool | int | float | str] = Field(default={})
-    storage: Literal["auto", "factors", "pivoted"] = "auto"
-    statistics: Literal["auto", "once", "sequential"] = "auto"
-    refit: Literal["auto", "off", "update", "sequential", "sequential-dense-block"] = "auto"
-    dense_path: float | Literal["auto"] = "auto"
-    options: dict[str, bool | int | float | str] = Field(default={})
+    """Version of this file's layout."""
+    model: Annotated[Name | None, Option(argument=True)] = None
+    """embedded:smollm2-135m, a Hub id, a local folder, or a .gguf file."""
+    method: Annotated[str, Option(default=f"{DEFAULT_METHOD}; {DEFAULT_PRUNER} with --sparsity or --pattern")] = (
+        DEFAULT_METHOD
+    )
+    """A name that `pared methods` lists."""
+    keep: Annotated[float, Field(gt=0, le=1), Option()] = 0.8
+    """Fraction of the parameters of the target modules that stays: 0.8 removes 20%."""
+    rank_fraction: Annotated[Annotated[float, Field(gt=0, le=1)] | None, Option()] = None
+    """A budget of ranks in place of keep: this fraction of every weight's full rank (FWSVD: 0.33)."""
+    sparsity: Annotated[Annotated[float, Field(ge=0, lt=1)] | None, Option()] = None
+    """Fraction of zeros, a budget in place of keep for methods that prune: 0.5 makes half of the weights zero."""
+    pattern: Annotated[Annotated[str, Field(pattern=r"^\d+:\d+$")] | None, Option()] = None
+    """The same as N:M: of every M consecutive inputs of an output N stay."""
+    skip: Annotated[tuple[str, ...], Option()] = ()
+    """Shell-style pattern of module names that are left dense and do not count in the budget."""
+    blocks: Annotated[str | None, Option()] = None
+    """Name of the list of blocks to compress, where it is not the language model's: a vision tower's."""
+    allocation: Annotated[str, Option(default=OWN)] = "auto"
+    """How the budget is spread over the target modules, by a name that `pared methods` lists."""
+    allocation_options: Annotated[OptionValues, Option("--allocation-option")] = Field(default={})
+    """Option of the allocation, NAME=VALUE, by the names that `pared methods` lists."""
+    storage: Annotated[Literal["auto", "factors", "pivoted"], Option(default=OWN)] = "auto"
+    """How a low-rank weight is stored: as two factors, or pivoted, which needs rank² fewer parameters without loss."""
+    statistics: Annotated[Literal["auto", "once", "sequential"], Option(default=OWN)] = "auto"
+    """Collected on the dense model (once), or collected again when the ranks are known, block after block behind those
+    already compressed (sequential)."""
+    refit: Annotated[Literal["auto", "off", "update", "sequential", "sequential-dense-block"], Option(default=OWN)] = (
+        "auto"
+    )
+    """Fit every up factor to the inputs that the compressed model has: update (all at once), sequential (block after
+    block, each behind those already fitted), sequential-dense-block (the same, to what the layers of the dense block
+    read there, as SVD-LLM's released code does), off."""
+    dense_path: Annotated[float | Literal["auto"], Option(default=OWN)] = "auto"
+    """Share of the dense model's own outputs in the targets of a refit and of sequential statistics, 0 to 1, or auto;
+    the rest is what the dense weights make of the compressed model's inputs."""
+    options: Annotated[OptionValues, Option("--option")] = Field(default={})
+    """Option of the method, NAME=VALUE, by the names that `pared methods` lists."""
     calibration: Calibration = Calibration()
+    """What the statistics are collected on."""
     evaluation: Evaluation | None = Evaluation()
-    dtype: DType = "auto"
-    device: Device = "cpu"
-    out: Name | None = None
+    """What perplexity is measured on; null measures nothing."""
+    dtype: Annotated[DType, Option()] = "auto"
+    """What the model is loaded and saved in; auto keeps what the checkpoint has."""
+    device: Annotated[Device, Option()] = "cpu"
+    """Where the blocks run, as torch names it."""
+    out: Annotated[Name | None, Option(path=True)] = None
+    """The folder to make."""
 
     @model_validator(mode="before")
     @classmethod
@@ -211,21 +204,3 @@ class Recipe(FromPreset):
         if self.sparsity is not None:
             return f"sparsity {self.sparsity:g}"
         return f"keep {self.keep:g}" if self.pattern is None else f"pattern {self.pattern}"
-
-    @classmethod
-    def of(cls, fields: Any, origin: str = "recipe") -> "Recipe":
-        """Build a recipe from plain data.
-
-        Raises:
-            ParedError: an unknown key (quoted, with the nearest valid one) or a value out of range.
-        """
-        return validated(cls, fields, origin)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "Recipe":
-        """Read a recipe from a YAML (or JSON) file.
-
-        Raises:
-            ParedError: the file is missing, not YAML, or not a recipe.
-        """
-        return cls.of(read_fields(path, "recipe"), origin=f"recipe {path}")

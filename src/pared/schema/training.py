@@ -1,83 +1,81 @@
 """What the user asked for of a training: one model, one method, data, how long, a folder out."""
 
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pared.schema.base import Name, Whole, read_fields, validated
+from pared.schema.base import Name, Whole
+from pared.schema.command_line import OWN, Option
 from pared.schema.presets import FromPreset
-from pared.schema.recipe import Device, DType, Evaluation, TextName
+from pared.schema.recipe import Device, DType, Evaluation, OptionValues, TextName
 
 Positive = Annotated[Whole, Field(ge=1, strict=True)]
 
 
 class Tuning(FromPreset):
-    """A whole training: folder or model in, folder out.
-
-    Attributes:
-        preset: a protocol by name, which ``pared presets`` lists; what is given beside it wins.
-        version: version of this file's layout.
-        model: what is trained; a folder that pared made, or for methods that compress themselves any named model.
-        method: a name that ``pared methods`` lists under training.
-        data: what is trained on, by name; several are mixed.
-        template: of the prompts of instructions.
-        length: tokens in a window of a text, the most tokens of an example.
-        windows: the most windows or examples of each; none means all.
-        validation: windows or examples at the end of each that are never trained on, to measure the loss on.
-        epochs: how often the data is gone through; none is the method's own.
-        tokens: how many tokens are trained on, in place of ``epochs``; rounded up to a whole step.
-        batch: windows a step and process.
-        accumulation: batches whose gradients make one step.
-        learning_rate: of AdamW at its peak; none is the method's own.
-        warmup: how long it rises at first: below 1 a share of the steps, from 1 on steps; none is the method's own.
-        schedule: how it falls; ``auto`` is the method's own.
-        clip: gradients are scaled to at most this norm.
-        weight_decay: of AdamW.
-        evaluate_every: steps between two measurements of the loss on the validation part; none measures at the end.
-        patience: measurements without a smaller loss after which training stops; the best is kept. None trains on.
-        checkpoint_every: steps after which the state is saved, to resume from after a crash.
-        gradient_checkpointing: compute activations again in the backward pass rather than hold them.
-        precision: what is multiplied in; ``auto`` is the dtype of the model, or for float32 models bfloat16 where that
-            is measured to be faster. What is trained is held in float32.
-        report_to: trackers by the names Accelerate has for them.
-        options: of the method, by the names that ``pared methods`` lists; a list of names is one text with commas.
-        evaluation: what perplexity is measured on before and after; ``auto`` is what the folder was measured on when it
-            was compressed, ``null`` measures nothing.
-        seed: of order, dropout and what a method draws.
-        device: where it runs.
-        out: the folder to write.
-    """
+    """A whole training: folder or model in, folder out."""
 
     COMMAND: ClassVar[Literal["compress", "tune"]] = "tune"
+    NOUN: ClassVar[str] = "tuning"
     version: Literal[1] = 1
-    model: Name | None = None
-    method: str = "distill"
-    data: tuple[TextName, ...] = ("embedded",)
-    template: str = "alpaca"
-    length: Annotated[Whole, Field(ge=2, strict=True)] = 512
-    windows: Positive | None = None
-    validation: Annotated[Whole, Field(ge=0, strict=True)] = 8
-    epochs: Annotated[float, Field(gt=0)] | None = None
-    tokens: Positive | None = None
-    batch: Positive = 8
-    accumulation: Positive = 1
-    learning_rate: Annotated[float, Field(gt=0)] | None = None
-    warmup: Annotated[float, Field(ge=0)] | None = None
-    schedule: Literal["auto", "constant", "linear", "cosine"] = "auto"
-    clip: Annotated[float, Field(gt=0)] = 1.0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    evaluate_every: Positive | None = None
-    patience: Positive | None = None
-    checkpoint_every: Positive = 100
-    gradient_checkpointing: bool = False
-    precision: DType = "auto"
-    report_to: tuple[str, ...] = ()
-    options: dict[str, bool | int | float | str] = Field(default={})
+    """Version of this file's layout."""
+    model: Annotated[Name | None, Option(argument=True)] = None
+    """A folder that pared made; for methods that compress themselves (basel) any named dense model."""
+    method: Annotated[str, Option()] = "distill"
+    """A name that `pared methods` lists under training."""
+    data: Annotated[tuple[TextName, ...], Option()] = ("embedded",)
+    """What to train on, by name: a text, instruct:NAME, or for encoders glue:NAME:train or ner:NAME:train; several are
+    mixed."""
+    template: Annotated[str, Option()] = "alpaca"
+    """Template of the prompts of instructions: alpaca, plain."""
+    length: Annotated[Whole, Field(ge=2, strict=True), Option()] = 512
+    """Tokens in a window of a text, the most tokens of an example."""
+    windows: Annotated[Positive | None, Option(default="all")] = None
+    """The most windows or examples of each."""
+    validation: Annotated[Whole, Field(ge=0, strict=True), Option()] = 8
+    """Windows or examples at the end of each that are never trained on, to measure the loss on."""
+    epochs: Annotated[Annotated[float, Field(gt=0)] | None, Option(default="lora 2, others 1")] = None
+    """How often the data is gone through."""
+    tokens: Annotated[Positive | None, Option()] = None
+    """Tokens to train on, in place of epochs; rounded up to a whole step."""
+    batch: Annotated[Positive, Option()] = 8
+    """Windows a batch and process."""
+    accumulation: Annotated[Positive, Option()] = 1
+    """Batches whose gradients make one step."""
+    learning_rate: Annotated[Annotated[float, Field(gt=0)] | None, Option(default=OWN)] = None
+    """Learning rate of AdamW at its peak."""
+    warmup: Annotated[Annotated[float, Field(ge=0)] | None, Option(default=OWN)] = None
+    """How long the learning rate rises at first: below 1 a share of the steps, from 1 on steps."""
+    schedule: Annotated[Literal["auto", "constant", "linear", "cosine"], Option(default=OWN)] = "auto"
+    """How the learning rate falls."""
+    clip: Annotated[float, Field(gt=0), Option()] = 1.0
+    """Largest norm of a step's gradient; a larger one is scaled down to it."""
+    weight_decay: Annotated[float, Field(ge=0), Option()] = 0.0
+    """Weight decay of AdamW."""
+    evaluate_every: Annotated[Positive | None, Option(default="at the end")] = None
+    """Steps between two measurements of the validation loss."""
+    patience: Annotated[Positive | None, Option()] = None
+    """Stop after so many measurements without a smaller loss, and keep the best."""
+    checkpoint_every: Annotated[Positive, Option()] = 100
+    """Steps between two saved states, from which training resumes after a crash."""
+    gradient_checkpointing: Annotated[bool, Option()] = False
+    """Compute activations again in the backward pass rather than hold them: less memory for a third more time."""
+    precision: Annotated[DType, Option()] = "auto"
+    """What is multiplied in; auto is the dtype of the model, or for float32 models bfloat16 where that is measured to
+    be faster. What is trained is held in float32."""
+    report_to: Annotated[tuple[str, ...], Option()] = ()
+    """A tracker, as Accelerate names it: tensorboard, wandb."""
+    options: Annotated[OptionValues, Option("--option")] = Field(default={})
+    """Option of the method, NAME=VALUE, by the names that `pared methods` lists; a list of names is one text with
+    commas."""
     evaluation: Evaluation | None = Evaluation()
-    seed: Annotated[Whole, Field(ge=0, lt=2**32, strict=True)] = 0
-    device: Device = "cpu"
-    out: Name | None = None
+    """What perplexity is measured on before and after; null measures nothing."""
+    seed: Annotated[Whole, Field(ge=0, lt=2**32, strict=True), Option()] = 0
+    """Seed of the order of the data, of dropout and of what a method draws."""
+    device: Annotated[Device, Option()] = "cpu"
+    """Where it runs, as torch names it."""
+    out: Annotated[Name | None, Option(path=True)] = None
+    """The folder to make."""
 
     @field_validator("warmup", mode="after")
     @classmethod
@@ -106,21 +104,3 @@ class Tuning(FromPreset):
         if self.evaluate_every is not None and not self.validation:
             raise ValueError("evaluate_every measures on the validation part, and validation is 0")
         return self
-
-    @classmethod
-    def of(cls, fields: Any, origin: str = "tuning") -> "Tuning":
-        """Build a tuning from plain data.
-
-        Raises:
-            ParedError: an unknown key (quoted, with the nearest valid one) or a value out of range.
-        """
-        return validated(cls, fields, origin)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "Tuning":
-        """Read a tuning from a YAML (or JSON) file.
-
-        Raises:
-            ParedError: the file is missing, not YAML, or not a tuning.
-        """
-        return cls.of(read_fields(path, "tuning"), origin=f"tuning {path}")

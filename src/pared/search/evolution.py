@@ -11,56 +11,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 from statistics import median
-from typing import Literal, Protocol, get_args
+from typing import Protocol
 
 from pared.allocation.dsa import EVERYTHING, Program, Space, crossover, mutate, random_program
 from pared.errors import ParedError
+from pared.schema.search import SearchConfig
 
 CHILDREN = 50  # drawn from parents for one candidate before random programs are drawn
 DRAWS = 2000  # for one candidate before the search is over
 
-Strategy = Literal["evolution", "random"]
 Allocation = tuple[int, ...]  # what becomes of every site, in whole numbers: zeros, or ranks
 Allocate = Callable[[Program], Allocation | None]  # None is a rejected program
-
-
-@dataclass(frozen=True)
-class Rules:
-    """How a search goes.
-
-    Attributes:
-        iterations: candidates after the first population.
-        population: programs that may become parents.
-        sample_ratio: part of the population that parents are looked for in.
-        top: the best of that part, among which two parents are drawn.
-        seed: of all randomness.
-        strategy: ``evolution``, or ``random`` programs all along, to compare with.
-        workers: candidates measured at a time; the last ``workers - 1`` before a candidate are unknown to it.
-        rungs: in how many steps a candidate is measured; it may be stopped after any but the last.
-    """
-
-    iterations: int = 1000
-    population: int = 20
-    sample_ratio: float = 0.9
-    top: int = 5
-    seed: int = 0
-    strategy: Strategy = "evolution"
-    workers: int = 1
-    rungs: int = 1
-
-    def __post_init__(self) -> None:
-        for name, least in (("iterations", 0), ("population", 2), ("top", 2), ("workers", 1), ("rungs", 1)):
-            if getattr(self, name) < least:
-                raise ParedError(f"{name} of a search: expected {least} or more, found {getattr(self, name)}")
-        if not 0 < self.sample_ratio <= 1:
-            raise ParedError(f"sample ratio of a search: expected a fraction in (0, 1], found {self.sample_ratio}")
-        if self.strategy not in get_args(Strategy):
-            raise ParedError(f"strategy of a search: expected evolution or random, found {self.strategy!r}")
-
-    @property
-    def total(self) -> int:
-        """Candidates in all."""
-        return self.population + self.iterations
 
 
 @dataclass(frozen=True)
@@ -146,7 +107,7 @@ class Memory(Protocol):
 
 
 def evolve(
-    rules: Rules,
+    config: SearchConfig,
     allocate: Allocate,
     pool: Pool,
     memory: Memory,
@@ -155,12 +116,12 @@ def evolve(
 ) -> list[Result]:
     """Search, and return all results in the order of their numbers.
 
-    Fewer than ``rules.total`` come back only where ``DRAWS`` programs in a row are rejected or repeat an allocation.
+    Fewer than ``config.total`` come back only where ``DRAWS`` programs in a row are rejected or repeat an allocation.
 
     Args:
-        rules: how.
+        config: how.
         allocate: what a program makes of the model, None if it is rejected; quick, and without any chance in it.
-        pool: measures; is given at most ``rules.workers`` candidates at a time.
+        pool: measures; is given at most ``config.workers`` candidates at a time.
         memory: is told every result, in order; what it knows is not measured again.
         space: what programs are drawn from.
         advance: called after every result; is told whether memory knew it.
@@ -173,11 +134,11 @@ def evolve(
     landed: dict[int, Measured] = {}
     recalled: set[int] = set()
     seen: set[Allocation] = set()
-    number, total = 0, rules.total
+    number, total = 0, config.total
     while len(results) < total:
-        while number < total and number - len(results) < rules.workers:
-            known = results[: max(0, number - rules.workers + 1)]
-            candidate = propose(rules, number, known, seen, allocate, space)
+        while number < total and number - len(results) < config.workers:
+            known = results[: max(0, number - config.workers + 1)]
+            candidate = propose(config, number, known, seen, allocate, space)
             if candidate is None:
                 total = number
                 break
@@ -198,7 +159,7 @@ def evolve(
             continue
         candidate, measured = flying.pop(len(results)), landed.pop(len(results))
         memory.remember(candidate, measured)
-        results.append(Result(candidate, measured, rules.rungs))
+        results.append(Result(candidate, measured, config.rungs))
         advance(candidate.number in recalled)
     if not results:
         raise ParedError(f"none of {DRAWS} random programs gives the blocks different shares; nothing to search for")
@@ -206,30 +167,30 @@ def evolve(
 
 
 def propose(
-    rules: Rules, number: int, known: Sequence[Result], seen: set[Allocation], allocate: Allocate, space: Space
+    config: SearchConfig, number: int, known: Sequence[Result], seen: set[Allocation], allocate: Allocate, space: Space
 ) -> Candidate | None:
     """Draw a candidate that is valid and new; None if none is found.
 
     Args:
-        rules: how.
+        config: how.
         number: of the candidate.
         known: the results it may know.
         seen: allocations of the candidates before it.
         allocate: as in :func:`evolve`.
         space: what programs are drawn from.
     """
-    generator = Random(f"{rules.seed}:{number}")
-    people = population(known, rules.population)
-    evolving = rules.strategy == "evolution" and number >= rules.population and len(people) > 1
+    generator = Random(f"{config.seed}:{number}")
+    people = population(known, config.population)
+    evolving = config.strategy == "evolution" and number >= config.population and len(people) > 1
     for draw in range(1, DRAWS + 1):
         program = (
-            _child(people, rules, generator, space)
+            _child(people, config, generator, space)
             if evolving and draw <= CHILDREN
             else random_program(generator, space)
         )
         allocation = allocate(program)
         if allocation is not None and allocation not in seen:
-            return Candidate(number, program, allocation, _limits(rules, number, people), draw)
+            return Candidate(number, program, allocation, _limits(config, number, people), draw)
     return None
 
 
@@ -247,16 +208,16 @@ def best_so_far(results: Sequence[Result]) -> list[float]:
     return found
 
 
-def _child(people: list[Result], rules: Rules, generator: Random, space: Space) -> Program:
+def _child(people: list[Result], config: SearchConfig, generator: Random, space: Space) -> Program:
     """Draw two parents among the best of a sample, cross them over and change one place."""
-    sample = generator.sample(people, max(2, round(rules.sample_ratio * len(people))))
-    best = sorted(sample, key=lambda result: result.rank)[: rules.top]
+    sample = generator.sample(people, max(2, round(config.sample_ratio * len(people))))
+    best = sorted(sample, key=lambda result: result.rank)[: config.top]
     a, b = generator.sample(best, 2)
     return mutate(crossover(a.candidate.program, b.candidate.program, generator), generator, space)
 
 
-def _limits(rules: Rules, number: int, people: list[Result]) -> tuple[float, ...]:
+def _limits(config: SearchConfig, number: int, people: list[Result]) -> tuple[float, ...]:
     """Return what the better half of the population had after each step; none for the first population."""
-    if number < rules.population or not people:
-        return (math.inf,) * (rules.rungs - 1)
-    return tuple(median(one.measured.values[step] for one in people) for step in range(rules.rungs - 1))
+    if number < config.population or not people:
+        return (math.inf,) * (config.rungs - 1)
+    return tuple(median(one.measured.values[step] for one in people) for step in range(config.rungs - 1))

@@ -20,6 +20,7 @@ from pared.data.overlap import overlap
 from pared.data.texts import Text, find_text, held_out, learned_part
 from pared.data.windows import Windows, cut
 from pared.engine.windows import calibration_windows
+from pared.entrypoints.compress import Outcome
 from pared.report import comparison
 
 TOKENIZER = tiny_tokenizer(64)
@@ -44,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def run(folder: Path, out: Path, **fields: Any) -> pared.entrypoints.compress.Outcome:
+def run(folder: Path, out: Path, **fields: Any) -> Outcome:
     recipe = {"model": str(folder / "model"), "out": str(out), "method": "svd-llm", "keep": 0.6, **fields}
     recipe["calibration"] = {"text": f"file:{folder}/text.txt", "dtype": "float32", **fields.get("calibration", {})}
     return pared.run(pared.Recipe.of(recipe))
@@ -257,16 +258,17 @@ class TestLengths:
             find_rows(Tuning(data=(f"file:{folder}/text.txt",), length=512), TOKENIZER, config, True)
 
     def test_a_search_takes_what_the_model_has(self, folder: Path) -> None:
-        from pared.entrypoints.search import Look, _windows
+        from pared.entrypoints.search import _windows
+        from pared.schema.search import SearchConfig
 
         recipe = pared.Recipe(
             method="wanda", sparsity=0.5, calibration=pared.Calibration(text=f"file:{folder}/text.txt")
         )
         model = TINY_MODELS["llama"]()
-        windows, full = _windows(model, TOKENIZER, recipe, Look(windows=2))
+        windows, full = _windows(model, TOKENIZER, recipe, SearchConfig(windows=2))
         assert windows.tokens.shape[1] == full.tokens.shape[1] == 128
         with pytest.raises(ParedError, match="windows of 1024 tokens, but this model has 128"):
-            _windows(model, TOKENIZER, recipe, Look(windows=2, length=1024))
+            _windows(model, TOKENIZER, recipe, SearchConfig(windows=2, length=1024))
 
 
 def test_a_classifier_is_not_trained_on_plain_text(folder: Path) -> None:

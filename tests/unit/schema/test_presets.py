@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import pared
 from pared import ParedError, Recipe
 from pared.cli.commands import app
-from pared.cli.options import asked_of
+from pared.cli.from_schema import merge
 from pared.data.windows import cut
 from pared.engine.spec import method_of, options_of, settled
 from pared.progress import Silent
@@ -245,7 +245,7 @@ def test_a_budget_or_length_given_replaces_another_of_a_file_or_a_copy(
     """Regression: an option beside the file's other budget was refused as the second of two."""
     path = tmp_path / "asked.yaml"
     path.write_text(yaml.safe_dump(file), encoding="utf-8")
-    assert asked_of(kind, path, given) == kind.of(expected)
+    assert merge(kind, path, given) == kind.of(expected)
     assert kind.of(file).model_copy(update=given) == kind.of(expected)
 
 
@@ -253,7 +253,7 @@ def test_an_option_given_leaves_the_other_options_of_a_file(tmp_path: Path) -> N
     """Regression: one ``--option`` beside a file dropped all that the file has, where a preset keeps them."""
     path = tmp_path / "asked.yaml"
     path.write_text("method: basis-sharing\noptions: {group_size: 2, sharing: paper}\n", encoding="utf-8")
-    asked = asked_of(Recipe, path, {"options": {"group_size": 3}})
+    asked = merge(Recipe, path, {"options": {"group_size": 3}})
     assert asked.options == {"group_size": 3, "sharing": "paper"}
 
 
@@ -261,7 +261,7 @@ def test_two_budgets_on_the_command_line_are_two(tmp_path: Path) -> None:
     path = tmp_path / "asked.yaml"
     path.write_text("keep: 0.8", encoding="utf-8")
     with pytest.raises(ParedError, match="are two budgets"):
-        asked_of(Recipe, path, {"keep": 0.5, "rank_fraction": 0.3})
+        merge(Recipe, path, {"keep": 0.5, "rank_fraction": 0.3})
 
 
 def test_what_was_recorded_is_read_as_it_was_though_its_preset_is_gone() -> None:

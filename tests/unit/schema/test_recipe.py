@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from pared.cli.options import recipe_of
+from pared.cli.from_schema import merge
 from pared.errors import ParedError
 from pared.names import match
 from pared.schema.plan import Plan
@@ -233,7 +233,7 @@ def test_demo_recipe_of_the_package_is_valid():
 
 def test_options_win_over_the_file_and_the_rest_of_it_stays(write: Any):
     path = write(yaml.safe_dump(FULL.model_dump(mode="json")))
-    recipe = recipe_of(path, {"keep": 0.9, "calibration.samples": 8, "evaluation.length": 64, "out": Path("else")})
+    recipe = merge(Recipe, path, {"keep": 0.9, "calibration.samples": 8, "evaluation.length": 64, "out": Path("else")})
     assert recipe.keep == 0.9
     assert recipe.out == "else"
     assert recipe.calibration == FULL.calibration.model_copy(update={"samples": 8})
@@ -243,37 +243,37 @@ def test_options_win_over_the_file_and_the_rest_of_it_stays(write: Any):
 
 def test_options_that_were_not_given_change_nothing(write: Any):
     path = write(yaml.safe_dump(FULL.model_dump(mode="json")))
-    assert recipe_of(path, {"keep": None, "skip": [], "calibration.samples": None, "evaluation.text": None}) == FULL
-    assert recipe_of(None, {"keep": None, "skip": None}) == Recipe()
+    assert merge(Recipe, path, {"keep": None, "skip": [], "calibration.samples": None, "evaluation.text": None}) == FULL
+    assert merge(Recipe, None, {"keep": None, "skip": None}) == Recipe()
 
 
 def test_options_alone_make_a_recipe():
-    recipe = recipe_of(None, {"model": "a/b", "skip": ["*q_proj"], "calibration.seed": 0, "keep": 0.5})
+    recipe = merge(Recipe, None, {"model": "a/b", "skip": ["*q_proj"], "calibration.seed": 0, "keep": 0.5})
     assert recipe == Recipe(model="a/b", skip=("*q_proj",), keep=0.5)
 
 
 def test_eval_none_measures_nothing(write: Any):
-    assert recipe_of(None, {"evaluation.text": "none"}).evaluation is None
-    assert recipe_of(write("evaluation: {length: 99}"), {"evaluation.text": "none"}).evaluation is None
+    assert merge(Recipe, None, {"evaluation.text": "none"}).evaluation is None
+    assert merge(Recipe, write("evaluation: {length: 99}"), {"evaluation.text": "none"}).evaluation is None
 
 
 def test_eval_none_with_a_length_is_a_contradiction():
     with pytest.raises(ParedError, match="--eval none measures nothing"):
-        recipe_of(None, {"evaluation.text": "none", "evaluation.length": 5})
+        merge(Recipe, None, {"evaluation.text": "none", "evaluation.length": 5})
 
 
 def test_evaluation_option_revives_an_evaluation_that_the_file_switched_off(write: Any):
     path = write("evaluation: null\n")
-    assert recipe_of(path, {}).evaluation is None
-    assert recipe_of(path, {"evaluation.text": "alpaca"}).evaluation == Evaluation(text="alpaca")
+    assert merge(Recipe, path, {}).evaluation is None
+    assert merge(Recipe, path, {"evaluation.text": "alpaca"}).evaluation == Evaluation(text="alpaca")
 
 
 def test_wrong_option_says_that_it_came_from_the_options(write: Any):
     with pytest.raises(ParedError, match=r"^options: keep is the fraction"):
-        recipe_of(None, {"keep": 80})
+        merge(Recipe, None, {"keep": 80})
     path = write("keep: 0.8\n")
     with pytest.raises(ParedError, match=r"with options: calibration\.samples: "):
-        recipe_of(path, {"calibration.samples": 0})
+        merge(Recipe, path, {"calibration.samples": 0})
 
 
 def test_a_percentage_is_offered_as_a_fraction() -> None:

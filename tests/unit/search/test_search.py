@@ -22,9 +22,10 @@ from pared.data.texts import find_text
 from pared.data.windows import cut
 from pared.engine.allocate import plan_of
 from pared.engine.spec import layer_allocation_of
-from pared.entrypoints.search import Look, search
+from pared.entrypoints.search import search
+from pared.schema.search import SearchConfig
 from pared.search.data_split import require_training, search_texts
-from pared.search.evolution import Candidate, Measured, Rules
+from pared.search.evolution import Candidate, Measured
 from pared.search.journal import Journal
 from pared.search.objective import Measure, in_steps
 from pared.search.pool import Processes, Queue
@@ -32,8 +33,7 @@ from pared.search.zeros import Ordered, ZerosTrial
 from pared.sparsity import METHODS, Unstructured
 from pared.structure import find_anatomy, probe, weight_of
 
-RULES = Rules(iterations=8, population=4, top=2)
-LOOK = Look(windows=4, length=16, final_windows=6)
+CONFIG = SearchConfig(iterations=8, population=4, top=2, windows=4, length=16, final_windows=6)
 PROGRAM = parse("W:(ABSLOG)-(VAR)-(ATAN)-(9)")
 
 
@@ -106,7 +106,7 @@ def test_magnitude_finds_the_perplexity_that_compress_has(
     """Magnitude's zeros depend on nothing that pruning changes, so that a candidate is the compressed model itself."""
     model = TINY_MODELS["llama"]()
     before = state(model)
-    found = search(model, tokenizer, recipe("magnitude"), RULES, LOOK, tmp_path / "s")
+    found = search(model, tokenizer, recipe("magnitude"), CONFIG, tmp_path / "s")
     assert same(model, before)
     calibration, held_out = search_texts(f"file:{text_file}")
     windows = cut(calibration, tokenizer, 16, 5)
@@ -126,7 +126,7 @@ def test_ranks_are_searched_for_alike_and_are_what_compress_makes_of_the_program
     model = TINY_MODELS["llama"]()
     before = state(model)
     fields = {"keep": 0.6, "refit": "off", "statistics": "once"}
-    found = search(model, tokenizer, recipe(method, **fields), RULES, LOOK, tmp_path / "s")
+    found = search(model, tokenizer, recipe(method, **fields), CONFIG, tmp_path / "s")
     assert same(model, before)
     trace = found.told["trace"]
     assert len(trace) == 12
@@ -144,37 +144,37 @@ def test_ranks_are_searched_for_alike_and_are_what_compress_makes_of_the_program
 def test_a_journal_whose_dense_model_has_no_values_is_told(recipe: Any, tokenizer: Any, tmp_path: Path) -> None:
     """Regression: IndexError; a measurement of a worker that died has none."""
     model = TINY_MODELS["llama"]()
-    search(model, tokenizer, recipe(), RULES, LOOK, tmp_path / "a")
+    search(model, tokenizer, recipe(), CONFIG, tmp_path / "a")
     path = tmp_path / "a" / "journal.jsonl"
     first = json.loads(path.read_bytes().partition(b"\n")[0])
     del first["check"]
     rows = [first, {"name": "dense", "program": "dense", "values": []}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ParedError, match="the dense model has no perplexity"):
-        search(model, tokenizer, recipe(), RULES, LOOK, tmp_path / "a")
+        search(model, tokenizer, recipe(), CONFIG, tmp_path / "a")
 
 
 def test_the_same_search_writes_the_same_bytes_and_another_is_refused(
     recipe: Any, tokenizer: Any, tmp_path: Path
 ) -> None:
     model = TINY_MODELS["llama"]()
-    a, b = (search(model, tokenizer, recipe(), RULES, LOOK, tmp_path / name) for name in "ab")
+    a, b = (search(model, tokenizer, recipe(), CONFIG, tmp_path / name) for name in "ab")
     journals = [(tmp_path / name / "journal.jsonl").read_bytes() for name in "ab"]
     assert journals[0] == journals[1]
     assert a.told == b.told
     assert a.told["trace"] == sorted(a.told["trace"], reverse=True)
     assert a.told["perplexity"]["full"] == min(one["full"] for one in a.told["best"])
-    again = search(model, tokenizer, recipe(), RULES, LOOK, tmp_path / "a")
+    again = search(model, tokenizer, recipe(), CONFIG, tmp_path / "a")
     assert again.told == a.told
     assert (tmp_path / "a" / "journal.jsonl").read_bytes() == journals[0]
-    for asked, rules, look, told in (
-        (recipe(sparsity=0.5), RULES, LOOK, "with sparsity 0.6, found 0.5 now"),
-        (recipe(), replace(RULES, seed=1), LOOK, "with search seed 0, found 1 now"),
-        (recipe(), RULES, replace(LOOK, windows=3), "with windows 4, found 3 now"),
-        (recipe("magnitude"), RULES, LOOK, "with method 'wanda', found 'magnitude' now"),
+    for asked, config, told in (
+        (recipe(sparsity=0.5), CONFIG, "with sparsity 0.6, found 0.5 now"),
+        (recipe(), CONFIG.model_copy(update={"seed": 1}), "with search seed 0, found 1 now"),
+        (recipe(), CONFIG.model_copy(update={"windows": 3}), "with windows 4, found 3 now"),
+        (recipe("magnitude"), CONFIG, "with method 'wanda', found 'magnitude' now"),
     ):
         with pytest.raises(ParedError, match=told):
-            search(model, tokenizer, asked, rules, look, tmp_path / "a")
+            search(model, tokenizer, asked, config, tmp_path / "a")
 
 
 @pytest.mark.parametrize("kept", [1, 4, 9, 17])
@@ -182,12 +182,12 @@ def test_a_journal_cut_anywhere_is_gone_on_with_to_the_same_end(
     kept: int, recipe: Any, tokenizer: Any, tmp_path: Path
 ) -> None:
     model = TINY_MODELS["llama"]()
-    look = replace(LOOK, halving=True)
-    whole = search(model, tokenizer, recipe(), RULES, look, tmp_path / "a")
+    config = CONFIG.model_copy(update={"halving": True})
+    whole = search(model, tokenizer, recipe(), config, tmp_path / "a")
     journal = tmp_path / "a" / "journal.jsonl"
     lines = journal.read_bytes().splitlines(keepends=True)
     journal.write_bytes(b"".join(lines[:kept]) + lines[kept][:11])  # and a torn line
-    again = search(model, tokenizer, recipe(), RULES, look, tmp_path / "a")
+    again = search(model, tokenizer, recipe(), config, tmp_path / "a")
     assert journal.read_bytes() == b"".join(lines)
     assert again.told == whole.told
 
@@ -261,21 +261,20 @@ def test_what_cannot_be_searched_for_is_refused(recipe: Any, tokenizer: Any, tmp
     model = TINY_MODELS["llama"]()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("x")
-    for asked, look, out, told in (
-        (recipe("sparsegpt"), LOOK, "a", "sparsegpt changes the weights it keeps"),
-        (recipe(allocation="owl"), LOOK, "a", "found allocation 'owl'"),
-        (recipe(options={"variant": True}), LOOK, "a", "search without it"),
-        (recipe("basis-sharing", keep=0.8), LOOK, "a", "search with svd-llm"),
-        (recipe("svd-llm", rank_fraction=0.3), LOOK, "a", "rank_fraction fixes"),
-        (recipe(), LOOK, "full", "holds something other than a search"),
-        (recipe(), Look(windows=5000, length=16), "a", "fewer than the 5000 asked for"),
-        (recipe(), Look(windows=0, length=16), "a", "expected 1 or more, found 0"),
+    for asked, config, out, told in (
+        (recipe("sparsegpt"), CONFIG, "a", "sparsegpt changes the weights it keeps"),
+        (recipe(allocation="owl"), CONFIG, "a", "found allocation 'owl'"),
+        (recipe(options={"variant": True}), CONFIG, "a", "search without it"),
+        (recipe("basis-sharing", keep=0.8), CONFIG, "a", "search with svd-llm"),
+        (recipe("svd-llm", rank_fraction=0.3), CONFIG, "a", "rank_fraction fixes"),
+        (recipe(), CONFIG, "full", "holds something other than a search"),
+        (recipe(), SearchConfig(windows=5000, length=16), "a", "fewer than the 5000 asked for"),
     ):
         with pytest.raises(ParedError, match=told):
-            search(model, tokenizer, asked, RULES, look, tmp_path / out)
+            search(model, tokenizer, asked, config, tmp_path / out)
         assert not (tmp_path / "a").exists(), "nothing was written"
     with pytest.raises(ParedError, match="not a causal language model"):
-        search(TINY_MODELS["bert"](), tokenizer, recipe(), RULES, LOOK, tmp_path / "b")
+        search(TINY_MODELS["bert"](), tokenizer, recipe(), CONFIG, tmp_path / "b")
 
 
 def test_a_program_file_that_is_none_is_refused(recipe: Any, tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ import pytest
 
 from pared.allocation.dsa import EVERYTHING, Program, parse
 from pared.errors import ParedError
+from pared.schema.search import SearchConfig
 from pared.search import evolution
-from pared.search.evolution import Candidate, Measured, Result, Rules, best_so_far, evolve, population
+from pared.search.evolution import Candidate, Measured, Result, best_so_far, evolve, population
 
 OPTIMUM = parse("W:(ABSLOG,POW)-(VAR)-(ATAN,EXP)-(9)-(KEEP)")
 
@@ -67,46 +68,47 @@ def plain(candidate: Candidate) -> Measured:
     return Measured((distance(candidate.program),))
 
 
-def search(rules: Rules, shuffle: int | None = None, allocate=everything, fitness=plain, known=None):
+def search(config: SearchConfig, shuffle: int | None = None, allocate=everything, fitness=plain, known=None):
     pool, book = Inline(fitness, shuffle), Book(known)
-    return evolve(rules, allocate, pool, book), pool, book
+    return evolve(config, allocate, pool, book), pool, book
 
 
 @pytest.mark.parametrize("seeds", [6, pytest.param(40, marks=pytest.mark.slow)])
 def test_the_optimum_is_found_in_more_than_95_percent_of_the_seeds(seeds: int) -> None:
     """Of 3.7 million programs, among the first 370."""
     found = [
-        min(result.fitness for result in search(Rules(iterations=350, seed=seed))[0]) == 0 for seed in range(seeds)
+        min(result.fitness for result in search(SearchConfig(iterations=350, seed=seed))[0]) == 0
+        for seed in range(seeds)
     ]
     assert sum(found) > 0.95 * len(found)
 
 
 def test_evolution_is_better_than_random_programs_at_the_same_budget() -> None:
     for seed in range(5):
-        evolved, _, _ = search(Rules(iterations=300, seed=seed))
-        at_random, _, _ = search(Rules(iterations=300, seed=seed, strategy="random"))
+        evolved, _, _ = search(SearchConfig(iterations=300, seed=seed))
+        at_random, _, _ = search(SearchConfig(iterations=300, seed=seed, strategy="random"))
         assert best_so_far(evolved)[-1] < best_so_far(at_random)[-1]
 
 
 def test_the_same_seed_is_the_same_search_and_another_is_another() -> None:
-    first, second, other = (search(Rules(iterations=50, seed=seed))[2].lines for seed in (3, 3, 4))
+    first, second, other = (search(SearchConfig(iterations=50, seed=seed))[2].lines for seed in (3, 3, 4))
     assert first == second
     assert first != other
 
 
 @pytest.mark.parametrize("workers", [2, 5])
 def test_the_order_in_which_workers_finish_changes_nothing(workers: int) -> None:
-    rules = Rules(iterations=80, seed=1, workers=workers)
-    lines = [search(rules, shuffle)[2].lines for shuffle in (None, 1, 2)]
+    config = SearchConfig(iterations=80, seed=1, workers=workers)
+    lines = [search(config, shuffle)[2].lines for shuffle in (None, 1, 2)]
     assert lines[0] == lines[1] == lines[2]
-    assert search(rules, 3)[1].most == workers
+    assert search(config, 3)[1].most == workers
 
 
 def test_what_is_remembered_is_not_measured_again_and_changes_nothing() -> None:
-    rules = Rules(iterations=60, seed=2, workers=3)
-    whole, _, book = search(rules, 1)
+    config = SearchConfig(iterations=60, seed=2, workers=3)
+    whole, _, book = search(config, 1)
     known = [measured for _, measured in book.lines[:37]]
-    resumed, pool, _ = search(rules, 2, known=known)
+    resumed, pool, _ = search(config, 2, known=known)
     assert resumed == whole
     assert [candidate.number for candidate in sorted(pool.asked, key=lambda one: one.number)] == list(range(37, 80))
 
@@ -115,21 +117,25 @@ def test_a_rejected_program_is_never_measured_and_none_twice() -> None:
     def picky(program: Program) -> tuple[int, ...] | None:
         return None if program.sign == "prune" else (program.spread, len(program.pre), hash(program.reduce) % 97)
 
-    results, pool, _ = search(Rules(iterations=40, seed=0), allocate=picky)
+    results, pool, _ = search(SearchConfig(iterations=40, seed=0), allocate=picky)
     assert all(candidate.program.sign == "keep" for candidate in pool.asked)
     assert len({candidate.allocation for candidate in pool.asked}) == len(pool.asked) == len(results)
 
 
 def test_no_more_than_the_budget_is_measured_and_the_best_never_becomes_worse() -> None:
-    for rules in (Rules(iterations=30, seed=5), Rules(iterations=0, population=4), Rules(iterations=1, workers=9)):
-        results, pool, _ = search(rules)
-        assert len(pool.asked) == len(results) == rules.population + rules.iterations
+    for config in (
+        SearchConfig(iterations=30, seed=5),
+        SearchConfig(iterations=0, population=4),
+        SearchConfig(iterations=1, workers=9),
+    ):
+        results, pool, _ = search(config)
+        assert len(pool.asked) == len(results) == config.population + config.iterations
         best = best_so_far(results)
         assert all(later <= earlier for earlier, later in pairwise(best))
 
 
 def test_the_population_is_constant_and_holds_the_best() -> None:
-    results, _, _ = search(Rules(iterations=100, seed=6))
+    results, _, _ = search(SearchConfig(iterations=100, seed=6))
     alive: list[Result] = []
     for count, result in enumerate(results, 1):  # as the paper has it: insert, drop the worst
         alive = sorted([*alive, result], key=lambda one: one.rank)[:20]
@@ -139,20 +145,22 @@ def test_the_population_is_constant_and_holds_the_best() -> None:
 
 def test_a_small_space_ends_the_search_early_and_an_empty_one_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evolution, "DRAWS", 200)
-    results, _, _ = search(Rules(iterations=50), allocate=lambda program: (program.spread,))
+    results, _, _ = search(SearchConfig(iterations=50), allocate=lambda program: (program.spread,))
     assert len(results) == len(EVERYTHING.spreads)
     with pytest.raises(ParedError, match="none of 200 random programs"):
-        search(Rules(), allocate=lambda _: None)
+        search(SearchConfig(), allocate=lambda _: None)
 
 
 def test_who_is_worse_than_half_of_the_population_is_stopped_and_has_no_children() -> None:
     def stepwise(candidate: Candidate) -> Measured:
         values = [distance(candidate.program) + 0.5]
-        if values[0] <= candidate.limits[0]:
+        for limit in candidate.limits:
+            if values[-1] > limit:
+                break
             values.append(distance(candidate.program))
         return Measured(tuple(values))
 
-    results, _, _ = search(Rules(iterations=200, seed=1, rungs=2), fitness=stepwise)
+    results, _, _ = search(SearchConfig(iterations=200, seed=1, halving=True), fitness=stepwise)
     assert all(result.complete for result in results[:20]), "the first population is measured as a whole"
     stopped = [result for result in results if not result.complete]
     assert stopped
@@ -171,10 +179,11 @@ def test_who_is_worse_than_half_of_the_population_is_stopped_and_has_no_children
         ({"population": 1}, "population of a search: expected 2 or more, found 1"),
         ({"top": 1}, "top of a search: expected 2 or more"),
         ({"workers": 0}, "workers of a search: expected 1 or more"),
+        ({"windows": 0}, "windows of a search: expected 1 or more, found 0"),
         ({"sample_ratio": 0.0}, r"expected a fraction in \(0, 1\], found 0.0"),
         ({"strategy": "grid"}, "expected evolution or random, found 'grid'"),
     ],
 )
 def test_rules_that_make_no_search_are_refused(fields, told: str) -> None:
     with pytest.raises(ParedError, match=told):
-        Rules(**fields)
+        SearchConfig(**fields)

@@ -11,8 +11,8 @@ from tiny_models import TINY_MODELS
 
 from pared import ParedError, Recipe
 from pared.entrypoints.search import search
-from pared.search.evolution import Candidate, Measured, Rules
-from unit.search.test_search import LOOK, PROGRAM, RULES
+from pared.search.evolution import Candidate, Measured
+from unit.search.test_search import CONFIG, PROGRAM
 
 MISSING = importlib.util.find_spec("ray") is None
 needs_ray = pytest.mark.skipif(MISSING, reason="ray is not installed (pip install 'pared[ray]')")
@@ -63,11 +63,11 @@ def test_a_ray_worker_that_dies_costs_only_its_candidate_and_the_journal_is_the_
             pool.submit(Candidate(7, PROGRAM, ()), final=True)
             with pytest.raises(ParedError, match="on purpose 7"):
                 pool.next()
-        model, rules = TINY_MODELS["llama"](), Rules(**{**vars(RULES), "workers": 2})
-        search(model, tokenizer, recipe, rules, LOOK, tmp_path / "ray", pools=on_ray("auto"))
+        model, config = TINY_MODELS["llama"](), CONFIG.model_copy(update={"workers": 2})
+        search(model, tokenizer, recipe, config, tmp_path / "ray", pools=on_ray("auto"))
     finally:
         ray.shutdown()
-    search(model, tokenizer, recipe, rules, LOOK, tmp_path / "here")
+    search(model, tokenizer, recipe, config, tmp_path / "here")
     assert (tmp_path / "ray" / "journal.jsonl").read_bytes() == (tmp_path / "here" / "journal.jsonl").read_bytes()
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import pared
 from pared import ParedError
-from pared.cli.options import named_values
+from pared.cli.from_schema import named_values
 from pared.modules import LowRankLinear, PivotedLinear, SparseLinear
 from pared.schema.training import Tuning
 from pared.training import METHODS, lora

@@ -1,0 +1,138 @@
+"""How the fields of a recipe, a training and a search are given on the command line, declared beside the field.
+
+    keep: Annotated[float, Field(gt=0, le=1), Option()] = 0.8
+    "Fraction of the parameters that stays: 0.8 removes 20%."
+
+is all there is to ``--keep``, to the key of the file, to the attribute in Python and to its row in ``docs/options.md``:
+pydantic reads the text under the field as its description. A field without an :class:`Option` is one of files and of
+Python alone.
+"""
+
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+OWN = "the method's own"  # what a default is that the method decides
+
+
+@dataclass(frozen=True)
+class Option:
+    """The option of a field.
+
+    Attributes:
+        flag: such as ``--data``; empty is the field's own name.
+        default: what happens without it, in words, where the value of the field does not say so.
+        argument: whether it is given by position rather than by name.
+        path: whether it is a file or a folder.
+    """
+
+    flag: str = ""
+    default: str | None = None
+    argument: bool = False
+    path: bool = False
+
+
+@dataclass(frozen=True)
+class Declared:
+    """A field, wherever it stands in a model.
+
+    Attributes:
+        key: its dotted name: ``calibration.samples``.
+        field: what pydantic knows of it.
+        option: its option; None for one that the command line does not have.
+    """
+
+    key: str
+    field: FieldInfo
+    option: Option | None
+
+    @property
+    def flag(self) -> str:
+        """The name of the option, or of the argument."""
+        option = self.option or Option()
+        name = self.key.rpartition(".")[2]
+        return name if option.argument else option.flag or f"--{name.replace('_', '-')}"
+
+    @property
+    def text(self) -> str:
+        """What it means."""
+        return " ".join((self.field.description or "").split())
+
+    @property
+    def help(self) -> str:
+        """What it means, and what it may be where that is a choice."""
+        text, choices = self.text, self.choices
+        if self.option is not None and self.option.default is not None:
+            choices = tuple(one for one in choices if one != "auto")  # what the default stands for
+        told = len(choices) < 2 or all(one in text for one in choices)
+        return text if told else f"{text} One of {', '.join(choices)}."
+
+    @property
+    def default(self) -> str:
+        """What holds without it, in words; empty if that is nothing."""
+        option, value = self.option or Option(), self.field.default
+        if option.default is not None:
+            return option.default
+        if isinstance(value, float):
+            return f"{value:g}"
+        if isinstance(value, (tuple, list)):
+            return ", ".join(map(str, value))
+        return "" if value is None or isinstance(value, (bool, dict)) else str(value)
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The values there are; empty if there are any."""
+        kinds = list(_plain(self.field.annotation))
+        return tuple(str(one) for kind in kinds for one in get_args(kind)) if _all_literal(kinds) else ()
+
+    @property
+    def kind(self) -> Any:
+        """The type that the command line reads, which pydantic checks afterwards; ``dict`` for ``NAME=VALUE`` pairs."""
+        kinds = list(_plain(self.field.annotation))
+        if any(get_origin(kind) is dict for kind in kinds):
+            return dict
+        if any(get_origin(kind) is tuple for kind in kinds):
+            return list[str]
+        if self.option is not None and self.option.path:
+            return Path
+        return kinds[0] if len(kinds) == 1 and kinds[0] in (bool, int, float) else str
+
+
+def declared(model: type[BaseModel], above: str = "") -> Iterator[Declared]:
+    """Yield the fields of a model and of those inside of it, in the order in which they are declared."""
+    for name, field in model.model_fields.items():
+        inner = [kind for kind in _plain(field.annotation) if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if inner:
+            yield from declared(inner[0], f"{above}{name}.")
+        else:
+            option = next((one for one in field.metadata if isinstance(one, Option)), None)
+            yield Declared(f"{above}{name}", field, option)
+
+
+def with_attributes(model: type[BaseModel]) -> str | None:
+    """Return the docstring of a model with the descriptions of its fields as Google's style has them."""
+    described = {name: field.description for name, field in model.model_fields.items() if field.description}
+    if not model.__doc__ or not described:
+        return model.__doc__
+    lines = [f"    {name}: {' '.join(text.split())}" for name, text in described.items()]
+    return "\n".join([model.__doc__.rstrip(), "", "Attributes:", *lines, ""])
+
+
+def _plain(annotation: Any) -> Iterator[Any]:
+    """Yield the types of an annotation without what pydantic is told of them, and without None."""
+    if get_origin(annotation) is Annotated:
+        yield from _plain(get_args(annotation)[0])
+    elif get_origin(annotation) in (Union, types.UnionType):
+        for one in get_args(annotation):
+            yield from _plain(one)
+    elif annotation is not type(None):
+        yield annotation
+
+
+def _all_literal(kinds: list[Any]) -> bool:
+    return bool(kinds) and all(get_origin(kind) is Literal for kind in kinds)

@@ -1,0 +1,138 @@
+"""One declaration of an option makes the command's option, the key of the file and the row of the documentation."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import pared
+from pared import ParedError
+from pared.cli.from_schema import Change, Fields, Given, schema_options
+from pared.cli.reference import BLOCK, MODELS, renewed
+from pared.schema.base import Config
+from pared.schema.command_line import declared
+from pared.schema.recipe import Recipe
+from pared.schema.search import SearchConfig
+from pared.schema.training import Tuning
+
+DOCS = Path(__file__).parents[3] / "docs"
+# Every option of a compression with what the recipe then holds.
+GIVEN: dict[str, tuple[str, Any]] = {
+    "model": ("a/b", "a/b"),
+    "--preset": ("svd-llm-paper", "svd-llm-paper"),
+    "--method": ("svd-llm", "svd-llm"),
+    "--keep": ("0.7", 0.7),
+    "--skip": ("*.0.*", ("*.0.*",)),
+    "--blocks": ("vision.layers", "vision.layers"),
+    "--allocation": ("uniform", "uniform"),
+    "--allocation-option": ("program=x", {"program": "x"}),
+    "--storage": ("pivoted", "pivoted"),
+    "--statistics": ("once", "once"),
+    "--refit": ("off", "off"),
+    "--dense-path": ("0.25", 0.25),
+    "--option": ("group_size=2", {"group_size": 2}),
+    "--data": ("alpaca", "alpaca"),
+    "--samples": ("5", 5),
+    "--length": ("64", 64),
+    "--seed": ("3", 3),
+    "--sampling": ("shuffled", "shuffled"),
+    "--calibration-dtype": ("float32", "float32"),
+    "--eval": ("embedded", "embedded"),
+    "--eval-length": ("65", 65),
+    "--eval-windows": ("7", 7),
+    "--dtype": ("float16", "float16"),
+    "--device": ("cuda", "cuda"),
+    "--out": ("there", "there"),
+}
+OTHER_BUDGETS = {"--rank-fraction", "--sparsity", "--pattern"}  # one at a time goes with a recipe
+
+
+def asked(marker: Fields, *words: str) -> Any:
+    """Return what a command of these options is given."""
+    found: list[Any] = []
+
+    @schema_options
+    def command(given: Annotated[Given[Any], marker]) -> None:
+        found.append(given.merged())
+
+    app = typer.Typer(add_completion=False)
+    app.command()(command)
+    result = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return found[0]
+
+
+def value_of(config: Config, key: str) -> Any:
+    found: Any = config
+    for part in key.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def test_every_option_of_a_recipe_arrives_at_its_field() -> None:
+    words = [word for flag, (text, _) in GIVEN.items() for word in ([flag, text] if flag != "model" else [text])]
+    recipe = asked(Fields(Recipe), *words)
+    options = {one.flag: one.key for one in declared(Recipe) if one.option is not None}
+    assert options.keys() == GIVEN.keys() | OTHER_BUDGETS
+    for flag, (_, expected) in GIVEN.items():
+        assert value_of(recipe, options[flag]) == expected, flag
+    for flag, text in (("--rank-fraction", "0.3"), ("--sparsity", "0.5"), ("--pattern", "2:4")):
+        assert str(value_of(asked(Fields(Recipe), flag, text), options[flag])) == text
+
+
+def test_nothing_given_is_the_default_of_every_field() -> None:
+    for model in (Recipe, Tuning, SearchConfig):
+        found = asked(Fields(model))
+        assert found == model()
+        assert found.model_fields_set == set()
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_every_field_says_what_it_means_and_no_flag_is_taken_twice(model: type[Config]) -> None:
+    fields = list(declared(model))
+    assert [one.key for one in fields if not one.text.endswith(".")] == []
+    flags = [one.flag for one in fields if one.option is not None]
+    assert len(flags) == len(set(flags))
+    assert set(flags) - {"model"} == {flag for flag in flags if flag.startswith("--")}
+    for one in fields:
+        told = [choice in one.help for choice in one.choices if choice != "auto"]
+        assert len(told) < 2 or all(told), one.key
+
+
+def test_a_flag_that_a_file_sets_can_be_taken_back(tmp_path: Path) -> None:
+    file = tmp_path / "tune.yaml"
+    file.write_text("gradient_checkpointing: true\nepochs: 2\n")
+    marker = Fields(Tuning, file="A file.")
+    assert asked(marker, "--recipe", str(file)).gradient_checkpointing
+    assert not asked(marker, "--recipe", str(file), "--no-gradient-checkpointing").gradient_checkpointing
+    assert asked(marker, "--recipe", str(file), "--tokens", "100").epochs is None  # one length in place of another
+
+
+def test_a_command_takes_what_it_names_with_its_own_default() -> None:
+    marker = Fields(Recipe, ("model", "calibration"), changed={"calibration.samples": Change(value=64)})
+    assert [one.key for one, _ in marker.options()][:2] == ["model", "calibration.text"]
+    assert asked(marker).calibration.samples == 64
+    assert asked(marker, "--samples", "9").calibration.samples == 9
+    with pytest.raises(AssertionError, match="No such option"):
+        asked(marker, "--keep", "0.5")
+
+
+def test_a_pair_without_a_value_is_told_with_its_option() -> None:
+    with pytest.raises(ParedError, match="--allocation-option 'program': expected NAME=VALUE"):
+        asked(Fields(Recipe), "--allocation-option", "program")
+
+
+@pytest.mark.parametrize("name", ["options.md"])
+def test_the_tables_of_options_are_those_that_are_declared(name: str) -> None:
+    """Made anew by: python -m pared.cli.reference docs/options.md."""
+    page = (DOCS / name).read_text(encoding="utf-8")
+    assert {found[1] for found in BLOCK.findall(page)} == set(MODELS)
+    assert renewed(page) == page
+
+
+def test_help_in_python_lists_the_fields() -> None:
+    told = pared.Recipe.__doc__ or ""
+    assert "Attributes:\n    preset: A protocol by name" in told
+    assert all(f"    {name}: " in told for name in Recipe.model_fields)
