@@ -102,3 +102,33 @@ def run_python(source: str, place: Path) -> None:
     print(json.dumps([source, str(place), str(told)]), file=server.stdin, flush=True)
     code = server.stdout.readline().strip()
     assert code == "0", told.read_text()[-3000:]
+
+
+def run_ranks(count: int, work: Callable[[int, Path], None], place: Path) -> None:
+    """Run a function of a test file on ranks of a gloo process group; it is given its rank and this folder.
+
+    Args:
+        count: of ranks.
+        work: a function of a module, which the processes import.
+        place: an empty folder, for what the ranks find.
+    """
+    processes = [_FORKS.Process(target=_rank, args=(rank, count, work, place)) for rank in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(PATIENCE)
+        process.kill()  # where it still waits for another rank
+    assert [process.exitcode for process in processes] == [0] * count
+
+
+def _rank(rank: int, count: int, work: Callable[[int, Path], None], place: Path) -> None:
+    from datetime import timedelta
+
+    import torch
+    from torch import distributed
+
+    torch.set_num_threads(1)
+    store = distributed.FileStore(str(place / "store"), count)
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=timedelta(seconds=60))
+    work(rank, place)
+    distributed.destroy_process_group()

@@ -4,27 +4,27 @@ from pared.calibration.activations import BlockInputs, capture
 from pared.calibration.backward import backward
 from pared.calibration.cache import save_blocks, saved_blocks
 from pared.calibration.forward import DensePath, Shapes, WalkedBlock, walk
-from pared.calibration.gradient_statistics import (
-    GRADIENT_STATISTICS,
-    Fisher,
-    GradientStatistic,
-    OfInput,
-    OutputGradient,
-    gradient_accumulators,
-    share_felt,
-)
+from pared.calibration.gradient_statistics import FORWARD as STATISTICS
+from pared.calibration.gradient_statistics import GRADIENT_STATISTICS, GradientStatistic, OfInput, share_felt
 from pared.calibration.labels import Given, Labels, NextToken, Sampled, Scores, choose_labels
 from pared.calibration.statistics import (
     CROSS,
-    STATISTICS,
-    Collected,
+    Fisher,
     Gram,
     MeanGram,
+    OutputGradient,
     Statistic,
+    StatisticView,
+    accumulators,
+    all_reduce,
+    backward_data_fraction,
     cross_of,
+    gradient_accumulators,
     per_token,
     require_statistics,
+    statistic_kind,
 )
+from pared.calibration.statistics import StatisticView as Collected
 from pared.environment import choose_dtype
 
 __all__ = [
@@ -47,8 +47,12 @@ __all__ = [
     "Scores",
     "Shapes",
     "Statistic",
+    "StatisticView",
     "WalkedBlock",
+    "accumulators",
+    "all_reduce",
     "backward",
+    "backward_data_fraction",
     "capture",
     "choose_dtype",
     "choose_labels",
@@ -59,5 +63,6 @@ __all__ = [
     "save_blocks",
     "saved_blocks",
     "share_felt",
+    "statistic_kind",
     "walk",
 ]

@@ -1,0 +1,43 @@
+"""Statistics of what happens at a site, forward and backward: one protocol, one registry."""
+
+from pared.calibration.statistics.accumulators import Shapes, accumulators, gradient_accumulators
+from pared.calibration.statistics.base import Of, Statistic, StatisticView
+from pared.calibration.statistics.base import StatisticView as Collected
+from pared.calibration.statistics.distributed import all_reduce
+from pared.calibration.statistics.features import Energy, Magnitude
+from pared.calibration.statistics.gradients import Fisher, OutputGradient
+from pared.calibration.statistics.gram import CROSS, Cross, Gram, MeanGram, cross_of
+from pared.calibration.statistics.registry import (
+    STATISTICS,
+    StatisticKind,
+    backward_data_fraction,
+    per_token,
+    require_statistics,
+    statistic_kind,
+)
+
+__all__ = [
+    "CROSS",
+    "STATISTICS",
+    "Collected",
+    "Cross",
+    "Energy",
+    "Fisher",
+    "Gram",
+    "Magnitude",
+    "MeanGram",
+    "Of",
+    "OutputGradient",
+    "Shapes",
+    "Statistic",
+    "StatisticKind",
+    "StatisticView",
+    "accumulators",
+    "all_reduce",
+    "backward_data_fraction",
+    "cross_of",
+    "gradient_accumulators",
+    "per_token",
+    "require_statistics",
+    "statistic_kind",
+]

@@ -1,0 +1,53 @@
+"""Statistics of single features: one number each."""
+
+import torch
+
+from pared.calibration.statistics.base import SUM_ROWS, Of, Summed
+
+
+class Energy(Summed):
+    """The energy ``Σ x²`` of every feature over tokens, ``(features,)``, float64, not normalised.
+
+    Attributes:
+        of: ``input`` or ``output_grad``: which tensor's features.
+        features: of that tensor.
+        tokens: how many tokens were seen.
+    """
+
+    def __init__(self, features: int, device: torch.device, of: Of = "input") -> None:
+        super().__init__(features, (features,), device, of)
+
+    def update(self, x: torch.Tensor, grad: torch.Tensor | None = None) -> None:  # noqa: ARG002 - the protocol's
+        """Add one batch ``(..., features)``, summed in float32."""
+        x_TN = x.reshape(-1, x.shape[-1])
+        self.tokens += x_TN.shape[0]
+        for rows_TN in torch.split(x_TN, SUM_ROWS):
+            energy_N = rows_TN.float().square().sum(dim=0)
+            # Squares of finite numbers may leave float32.
+            finite = bool(energy_N.isfinite().all())
+            self._sum += energy_N if finite else rows_TN.double().square().sum(dim=0)
+
+
+class Magnitude(Summed):
+    """The mean magnitude of every feature over tokens, ``(features,)`` float64 (ASVD).
+
+    Attributes:
+        of: ``input``.
+        features: that the site reads.
+        tokens: how many tokens were seen.
+    """
+
+    def __init__(self, features: int, device: torch.device) -> None:
+        super().__init__(features, (features,), device, "input")
+
+    def update(self, x: torch.Tensor, grad: torch.Tensor | None = None) -> None:  # noqa: ARG002 - the protocol's
+        """Add one batch ``(..., features)``."""
+        x_TN = x.reshape(-1, x.shape[-1])
+        self.tokens += x_TN.shape[0]
+        for rows_TN in torch.split(x_TN, SUM_ROWS):
+            self._sum += rows_TN.float().abs().sum(dim=0)
+
+    @property
+    def value(self) -> torch.Tensor:
+        """The mean over tokens ``(features,)``."""
+        return self._sum / max(self.tokens, 1)

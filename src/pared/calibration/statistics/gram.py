@@ -1,0 +1,125 @@
+"""Grams: sums of products of every pair of features, of one tensor or of what a site reads on two paths."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from pared.calibration.precision import exact_products
+from pared.calibration.statistics.base import PRODUCT_ROWS, Of, StatisticView, Summed
+
+PANEL = 192  # columns of one panel of a Gram; only panels on and above the diagonal are multiplied
+STRIP = 64  # rows of what is held: from the diagonal to the right, so that about half of a square is
+
+
+class Gram(Summed):
+    """The Gram ``G = Σ xᵀx`` over tokens, ``(features, features)``, not normalised.
+
+    One batch is multiplied in float32 (exactly, for half-precision inputs, with float32 accumulation) and added to a
+    float64 total. Only the upper panels are computed, and only strips of 64 rows from the diagonal to the right are
+    held, one after the other in one tensor; ``value`` mirrors them.
+
+    Attributes:
+        of: ``input``, ``output`` or ``output_grad``: which tensor it is the Gram of.
+        features: of that tensor.
+        tokens: how many tokens were seen.
+        dtype: what the last batch came in; none before the first.
+    """
+
+    def __init__(self, features: int, device: torch.device, of: Of = "input") -> None:
+        self.dtype: torch.dtype | None = None
+        held = sum(min(STRIP, features - start) * (features - start) for start in range(0, features, STRIP))
+        super().__init__(features, (held,), device, of)
+
+    def update(self, x: torch.Tensor, grad: torch.Tensor | None = None) -> None:  # noqa: ARG002 - the protocol's
+        """Add one batch ``(..., features)``."""
+        x_TN = x.reshape(-1, x.shape[-1])
+        self.tokens += x_TN.shape[0]
+        self.dtype = x.dtype
+        with exact_products(x.dtype):
+            for rows_TN in torch.split(x_TN, PRODUCT_ROWS):
+                self._add(rows_TN.float())
+
+    def _add(self, x_TN: torch.Tensor) -> None:
+        strips = self._strips()
+        for start in range(0, self.features, PANEL):
+            x_TP, rest_TN = x_TN[:, start : start + PANEL], x_TN[:, start:]
+            product_PN = x_TP.T @ rest_TN
+            if not bool(product_PN.diagonal().isfinite().all()):  # squares of finite numbers may leave float32
+                product_PN = x_TP.double().T @ rest_TN.double()
+            for offset in range(0, x_TP.shape[1], STRIP):
+                _, strip = next(strips)
+                strip += product_PN[offset : offset + STRIP, offset:]
+
+    def _strips(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield the first row of every strip and the strip, ``(rows, features from the diagonal to the right)``."""
+        held = 0
+        for start in range(0, self.features, STRIP):
+            width = self.features - start
+            size = min(STRIP, width) * width
+            yield start, self._sum[held : held + size].view(-1, width)
+            held += size
+
+    @property
+    def value(self) -> torch.Tensor:
+        """The Gram ``(features, features)``, float64, symmetric to the last bit."""
+        value_NN = self._sum.new_empty(self.features, self.features)
+        for start, strip in self._strips():
+            stop = start + len(strip)
+            corner = strip[:, : len(strip)]
+            value_NN[start:stop, start:] = strip
+            value_NN[start:, start:stop] = strip.T
+            value_NN[start:stop, start:stop] = corner.triu() + corner.triu(1).T
+        return value_NN
+
+    def finite(self) -> bool:
+        """Whether everything seen so far was a finite number: a sum of squares keeps every NaN and infinity."""
+        squares = [strip.diagonal() for _, strip in self._strips()]
+        return not squares or bool(torch.cat(squares).isfinite().all())
+
+
+class MeanGram(Gram):
+    """The Gram per token, ``E[xᵀx]``: losses weighted by it do not depend on how much text there was."""
+
+    @property
+    def value(self) -> torch.Tensor:
+        """The Gram over the number of tokens ``(features, features)``."""
+        return super().value.div_(max(self.tokens, 1))
+
+
+CROSS = "cross"  # the name of the statistic below, which a pass over two paths adds to those that are asked for
+
+
+class Cross(Summed):
+    """What a site reads on two paths, ``E[xᵀx']`` per token, ``(features, features)``, float64.
+
+    Of the dense path ``x`` and of the compressed one ``x'``, the same tokens in both. Where a batch sends a site other
+    tokens on the two paths (a routed expert) nothing is added, and ``tokens`` falls behind those of a Gram.
+
+    Attributes:
+        of: ``input_pair``.
+        features: that the site reads.
+        tokens: how many tokens were seen.
+    """
+
+    def __init__(self, features: int, device: torch.device) -> None:
+        super().__init__(features, (features, features), device, "input_pair")
+
+    def update(self, dense: torch.Tensor, own: torch.Tensor | None = None) -> None:
+        """Add one batch of both, ``(..., features)``, row by row the same tokens."""
+        assert own is not None
+        x_TN, own_TN = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (dense, own))
+        self.tokens += len(own_TN)
+        with exact_products(own.dtype):
+            for x_RN, own_RN in zip(torch.split(x_TN, PRODUCT_ROWS), torch.split(own_TN, PRODUCT_ROWS), strict=True):
+                self._sum += x_RN.float().T @ own_RN.float()
+
+    @property
+    def value(self) -> torch.Tensor:
+        """The mean over tokens ``(features, features)``."""
+        return self._sum / max(self.tokens, 1)
+
+
+def cross_of(own: Mapping[str, StatisticView], gram: str) -> StatisticView | None:
+    """Return what a site reads on two paths, if that is of the same tokens as its Gram of this name."""
+    cross = own.get(CROSS)
+    return cross if cross is not None and gram in own and cross.tokens == own[gram].tokens else None
