@@ -1,68 +1,130 @@
 """Statistics on disk: collected once, solved for as many methods and budgets as one likes."""
 
 import json
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from pared.calibration.forward import WalkedBlock
+from pared.calibration.statistics import Statistic, statistic_kind
 from pared.errors import ParedError
+
+VERSION = 2  # of the files: 1 held values, which nothing can be added to
 
 
 @dataclass(frozen=True)
 class SavedStatistic:
-    """A statistic as it was when it was saved.
+    """A statistic in a file, which is read when it is asked for and not kept: a handle is all that is in memory.
 
     Attributes:
+        name: of the statistic.
         tokens: how many tokens it saw.
-        value: the statistic, float64.
+        features: that it was made for.
+        file: of its block.
+        key: what its tensors are called there, up to the last ``/``; the same for all sites that share it.
     """
 
+    name: str
     tokens: int
-    value: torch.Tensor
+    features: int
+    file: Path
+    key: str
+
+    @property
+    def value(self) -> torch.Tensor:
+        """The statistic, float64; read anew every time."""
+        return self.load().value
+
+    def load(self, device: torch.device | None = None) -> Statistic:
+        """Return the accumulator as it was when it was saved: it can be updated and merged, to the same bits.
+
+        Args:
+            device: where it goes on adding up; the CPU if none is given.
+
+        Raises:
+            ParedError: the file is gone or damaged.
+        """
+        statistic = statistic_kind(self.name).accumulator(self.features, device or torch.device("cpu"))
+        with _opened(self.file) as tensors:
+            prefix = f"{self.key}/"
+            names = [name for name in tensors.keys() if name.startswith(prefix)]  # noqa: SIM118 - not a mapping
+            statistic.load_state_dict({name.removeprefix(prefix): tensors.get_tensor(name) for name in names})
+        return statistic
 
 
 def save_blocks(folder: Path, blocks: Iterable[WalkedBlock]) -> None:
     """Write the statistics of blocks as they come, one file a block; what sites share is written once.
 
-    A file appears when its block is complete, so that an interrupted pass leaves only whole files.
+    A file appears when its block is complete and on the disk, so that an interrupted pass leaves only whole files.
+
+    Args:
+        folder: made if it is not there.
+        blocks: with accumulators.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for block in blocks:
         tensors: dict[str, torch.Tensor] = {}
-        first: dict[int, str] = {}  # a statistic that several sites share -> the key it is written under
-        entries: dict[str, dict[str, list[object]]] = {}
+        keys: dict[int, str] = {}  # of a statistic that several sites share: that of the first of them
+        entries: dict[str, dict[str, dict[str, Any]]] = {}
         for site, own in block.statistics.items():
-            for name, statistic in own.items():
-                key = first.setdefault(id(statistic), f"{site}/{name}")
-                if key not in tensors:
-                    tensors[key] = statistic.value.contiguous()
-                entries.setdefault(site, {})[name] = [key, statistic.tokens]
-        about = {"index": block.index, "influence": block.influence, "entries": entries}
-        place = folder / f"block-{block.index:05}.safetensors"
-        save_file(tensors, place.with_suffix(".part"), metadata={"block": json.dumps(about)})
-        place.with_suffix(".part").rename(place)
+            for name, found in own.items():
+                key = keys.setdefault(id(found), f"{site}/{name}")
+                statistic = found.load() if isinstance(found, SavedStatistic) else cast(Statistic, found)
+                if key == f"{site}/{name}":
+                    tensors |= {f"{key}/{part}": tensor.cpu() for part, tensor in statistic.state_dict().items()}
+                entry = {"key": key, "tokens": statistic.tokens, "features": statistic.features}
+                entries.setdefault(site, {})[name] = entry
+        about = {"version": VERSION, "index": block.index, "influence": block.influence, "entries": entries}
+        _write(folder / f"block-{block.index:05}.safetensors", tensors, about)
 
 
 def saved_blocks(folder: Path) -> Iterator[WalkedBlock]:
-    """Yield the blocks of a folder in order, one in memory at a time.
+    """Yield the blocks of a folder in order; their statistics are read one by one, when their value is asked for.
 
     Raises:
-        ParedError: there are none.
+        ParedError: there are none, or a file is damaged or of another version.
     """
     files = sorted(folder.glob("block-*.safetensors"))
     if not files:
         raise ParedError(f"{folder} holds no saved statistics; collect them first")
     for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            about = json.loads(tensors.metadata()["block"])
-            values = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118 - not a mapping
-        statistics = {
-            site: {name: SavedStatistic(tokens, values[key]) for name, (key, tokens) in own.items()}
-            for site, own in about["entries"].items()
-        }
+        with _opened(file) as tensors:
+            about = json.loads((tensors.metadata() or {}).get("block", "{}"))
+        if about.get("version") != VERSION:
+            raise ParedError(f"{file} was not written by this version of pared; collect the statistics again")
+        handles: dict[str, SavedStatistic] = {}
+        statistics: dict[str, dict[str, SavedStatistic]] = {}
+        for site, own in about["entries"].items():
+            for name, entry in own.items():
+                handle = handles.setdefault(entry["key"], SavedStatistic(name, **entry, file=file))
+                statistics.setdefault(site, {})[name] = handle
         yield WalkedBlock(about["index"], statistics, about["influence"])
+
+
+def _write(place: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[str, object]) -> None:
+    part = place.with_suffix(".part")
+    save_file(dict(tensors), part, metadata={"block": json.dumps(about)})
+    with part.open("rb") as file:
+        os.fsync(file.fileno())
+    part.replace(place)
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """Open a file of tensors.
+
+    Raises:
+        ParedError: it is gone or damaged.
+    """
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise ParedError(f"{file} cannot be read ({error}); collect the statistics again") from None

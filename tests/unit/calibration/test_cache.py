@@ -7,17 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_models import TINY_MODELS
 from transformers import PreTrainedTokenizerFast
 
 import pared
 from pared import ParedError
-from pared.calibration import saved_blocks
+from pared.calibration import Statistic, WalkedBlock, save_blocks, saved_blocks, statistic_kind
 from pared.engine import collect, compress
 from pared.engine.observe import Passes
 from pared.progress import Silent
 from pared.structure import find_anatomy, probe
 
+CPU = torch.device("cpu")
 TOKENS = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(1))
 
 
@@ -132,3 +134,89 @@ def test_statistics_that_were_saved_for_another_method_are_named(
         ParedError, match="method svd-llm needs the statistic 'output_gram'; those given hold magnitude"
     ):
         compress(TINY_MODELS["llama"](), tokenizer, recipe, collected=lambda: saved_blocks(tmp_path))
+
+
+NAMES = frozenset({"mean_gram", "fisher:3", "output_gradient_full"})
+
+
+def empty(name: str, out_features: int, in_features: int) -> Statistic:
+    kind = statistic_kind(name)
+    return kind.accumulator(kind.features(out_features, in_features), CPU)
+
+
+def accumulated(windows: int = 5) -> WalkedBlock:
+    """A block of two sites that read one tensor; a group of three examples is left open."""
+    sites = {"up": (4, 70), "gate": (6, 70)}
+    made = {site: {name: empty(name, *shape) for name in NAMES} for site, shape in sites.items()}
+    made["gate"]["mean_gram"] = made["up"]["mean_gram"]
+    x = torch.randn(windows, 9, 70)
+    for site, (outputs, _) in sites.items():
+        g = torch.randn(windows, 9, outputs)
+        for name, statistic in made[site].items():
+            if site == "up" or name != "mean_gram":
+                statistic.update(x, g)
+    return WalkedBlock(3, made, 0.25)
+
+
+def reloaded(folder: Path, block: WalkedBlock) -> WalkedBlock:
+    save_blocks(folder, [block])
+    (found,) = saved_blocks(folder)
+    return found
+
+
+def test_a_reloaded_statistic_can_be_merged_and_updated_to_the_same_bits(tmp_path: Path) -> None:
+    block, other = accumulated(), accumulated(4)
+    found = reloaded(tmp_path, block)
+    assert (found.index, found.influence) == (3, 0.25)
+    for site, outputs in (("up", 4), ("gate", 6)):
+        x, g = torch.randn(2, 9, 70), torch.randn(2, 9, outputs)
+        for name in NAMES if site == "up" else NAMES - {"mean_gram"}:  # the Gram is the same one
+            here, saved = block.statistics[site][name], found.statistics[site][name]
+            there = saved.load()
+            assert saved.tokens == here.tokens
+            assert torch.equal(saved.value, here.value)
+            for one in (here, there):
+                one.update(x, g)
+                one.merge(other.statistics[site][name])
+            assert torch.equal(there.value, here.value)
+            assert there.tokens == here.tokens
+
+
+def test_what_sites_share_is_on_disk_once_and_one_handle(tmp_path: Path) -> None:
+    found = reloaded(tmp_path, accumulated())
+    assert found.statistics["up"]["mean_gram"] is found.statistics["gate"]["mean_gram"]
+    assert found.statistics["up"]["fisher:3"] is not found.statistics["gate"]["fisher:3"]
+    held = (tmp_path / "block-00003.safetensors").stat().st_size
+    assert held < 8 * (64 * 70 + 6 * 6) + 8 * 70 * 12 + 8000, "half of one Gram"
+
+
+def test_statistics_that_were_read_can_be_saved_again(tmp_path: Path) -> None:
+    block = accumulated()
+    found = reloaded(tmp_path / "second", reloaded(tmp_path / "first", block))
+    for site, own in block.statistics.items():
+        for name, statistic in own.items():
+            assert torch.equal(found.statistics[site][name].value, statistic.value)
+
+
+def test_a_statistic_is_read_when_its_value_is_asked_for(tmp_path: Path) -> None:
+    """A block's Grams of a large model are gigabytes; who solves site by site holds one at a time."""
+    found = reloaded(tmp_path, accumulated())
+    (tmp_path / "block-00003.safetensors").unlink()
+    assert found.statistics["up"]["mean_gram"].tokens == 45
+    with pytest.raises(ParedError, match=r"block-00003.safetensors cannot be read .* collect the statistics again"):
+        _ = found.statistics["up"]["mean_gram"].value
+
+
+@pytest.mark.parametrize("length", [0, 4, 100, -8])
+def test_a_damaged_file_is_named(tmp_path: Path, length: int) -> None:
+    save_blocks(tmp_path, [accumulated()])
+    file = tmp_path / "block-00003.safetensors"
+    file.write_bytes(file.read_bytes()[:length])
+    with pytest.raises(ParedError, match=r"block-00003.safetensors cannot be read"):
+        next(saved_blocks(tmp_path))
+
+
+def test_files_of_another_version_are_refused(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / "block-00000.safetensors", metadata={"block": '{"index": 0}'})
+    with pytest.raises(ParedError, match="was not written by this version of pared; collect the statistics again"):
+        next(saved_blocks(tmp_path))
