@@ -18,7 +18,6 @@ import typer
 import pared
 from pared.allocation import ALLOCATORS
 from pared.allocation.dsa import names, operators
-from pared.allocation.registry import LAYER_ALLOCATORS
 from pared.checkpoint import format
 from pared.cli.commands import COMMANDS, LazyCommands
 from pared.importing import when_imported
@@ -74,14 +73,8 @@ def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
 
 
 def test_every_declaration_names_a_function_there_is() -> None:
-    registries = (METHODS, PRUNING_METHODS, ALLOCATORS, LAYER_ALLOCATORS, TRAINING_METHODS)
-    paths = {
-        value.path
-        for registry in registries
-        for entry in registry.values()
-        for value in vars(entry).values()
-        if hasattr(value, "path")
-    }
+    every = [*METHODS.values(), *PRUNING_METHODS.values(), *sum(ALLOCATORS.values(), ()), *TRAINING_METHODS.values()]
+    paths = {value.path for entry in every for value in vars(entry).values() if hasattr(value, "path")}
     assert len(paths) > 20
     for path in paths:
         module, _, name = path.partition(":")
@@ -107,7 +100,7 @@ def test_programs_are_read_by_the_names_that_there_are() -> None:
 
 
 def test_declared_defaults_are_those_of_the_mathematics() -> None:
-    assert PRUNING_METHODS["sparsegpt"].options == {"block": sparsegpt.BLOCK, "damping": sparsegpt.DAMPING}
+    assert PRUNING_METHODS["sparsegpt"].config.defaults() == {"block": sparsegpt.BLOCK, "damping": sparsegpt.DAMPING}
 
 
 def test_the_trackers_are_those_of_transformers() -> None:

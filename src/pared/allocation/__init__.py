@@ -5,39 +5,26 @@ from typing import TYPE_CHECKING
 from pared.lazy import lazy_package
 
 if TYPE_CHECKING:
-    from pared.allocation.registry import (
-        ALLOCATORS,
-        LAYER_ALLOCATORS,
-        Allocator,
-        LayerAllocator,
-        allocator_of,
-        layer_allocator_of,
-    )
+    from pared.allocation.options import UnitOptions
+    from pared.allocation.registry import ALLOCATORS, Allocator, allocator_of, allocators_for
     from pared.allocation.units import Budget, Evidence, Unit
 
 __all__ = [
     "ALLOCATORS",
-    "LAYER_ALLOCATORS",
     "Allocator",
     "Budget",
     "Evidence",
-    "LayerAllocator",
     "Unit",
+    "UnitOptions",
     "allocator_of",
-    "layer_allocator_of",
+    "allocators_for",
 ]
 
 lazy_package(
     __name__,
     {
-        "pared.allocation.registry": [
-            "ALLOCATORS",
-            "LAYER_ALLOCATORS",
-            "Allocator",
-            "LayerAllocator",
-            "allocator_of",
-            "layer_allocator_of",
-        ],
+        "pared.allocation.options": ["UnitOptions"],
+        "pared.allocation.registry": ["ALLOCATORS", "Allocator", "allocator_of", "allocators_for"],
         "pared.allocation.units": ["Budget", "Evidence", "Unit"],
     },
 )

@@ -9,18 +9,21 @@ from pared.schema.plan import Decision, LowRank, pivoted_rank_for, rank_for
 if TYPE_CHECKING:
     import torch
 
+    from pared.allocation.dsa import ScoreHistogram
     from pared.structure.model import Site
 
-Spectra = Mapping[str, "torch.Tensor"]  # unit name -> what leaving out each direction costs, falling
+Costs = Mapping[str, "torch.Tensor"]  # unit name -> what leaving out each direction costs, falling
 Trial = Callable[[Mapping[str, Decision]], float]
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One site, or several stacked to one tall weight ``(Σ out, in)`` with one basis for all.
+    """What gets one decision: a site; several stacked to one tall weight ``(Σ out, in)``; or those of a block.
+
+    Stacked sites get one basis and all have the same ``in_features``; those of a block get one sparsity.
 
     Attributes:
-        members: the sites, in the model's order; all have the same ``in_features``.
+        members: the sites, in the model's order.
     """
 
     members: "tuple[Site, ...]"
@@ -56,9 +59,14 @@ class Unit:
         return self.members[0].in_features
 
     @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """``(out, in)`` of every member."""
+        return tuple((site.out_features, site.in_features) for site in self.members)
+
+    @property
     def parameters(self) -> int:
         """Weight parameters of the dense members."""
-        return self.out_features * self.in_features
+        return sum(m * n for m, n in self.shapes)
 
     @property
     def idle(self) -> bool:
@@ -74,11 +82,13 @@ class Budget:
         keep: fraction of the covered parameters that stays.
         pivoted: low-rank results are stored by pivots, ``rank²`` parameters fewer.
         rank_fraction: a budget of ranks in place of parameters, for the allocation of that name.
+        sparsity: a budget of zeros: the fraction of the covered parameters that becomes zero.
     """
 
     keep: float
     pivoted: bool = False
     rank_fraction: float | None = None
+    sparsity: float | None = None
 
     def low_rank(self, rank: int) -> LowRank:
         """Return the decision for a rank, in this budget's storage."""
@@ -106,22 +116,30 @@ class Budget:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What an allocator may know beside shapes; an allocator declares which of it it needs.
+    """What an allocator may know beside shapes; it declares which of it it requires. Units are named by their first.
+
+    One type serves every family: what is known of ranks and of zeros are fields like any other, filled where they are
+    required.
 
     Attributes:
-        spectra: of every unit that is not idle, what leaving out each direction costs, falling; per token, wherever
-            that depends on a text.
+        cost: of every unit that is not idle, what leaving out each direction costs, falling; per token, wherever that
+            depends on a text.
         influence: for every block, ShortGPT's Block Influence, 1 - the mean cosine of what it reads and puts out.
         trial: the perplexity, on tokens kept apart from the calibration windows, of the model with these decisions and
             everything else dense.
-        options: of the allocator, complete.
         key: digest of all that a trial depends on but the decisions; none if results must not outlive this process.
-        notes: what was decided by a rule where nothing is known; allocators add to it.
+        notes: what was decided by a rule where nothing is known, by site, or ``allocation``; allocators add to it.
+        scores: of every unit, Wanda's scores of all its weights, ``|W_ij| √E[x_j²]``, from the dense model; per token.
+        losses: of every unit, the expected loss of pruning each of its weights, ``½ w² E[x²] E[g²]``, nats a token.
+        alphas: of every unit, the mean exponent of the tails of its weights' spectra; NaN where none of them has one.
     """
 
-    spectra: Spectra = field(default_factory=dict)
+    cost: Costs = field(default_factory=dict)
     influence: Mapping[int, float] = field(default_factory=dict)
     trial: Trial | None = None
-    options: Mapping[str, object] = field(default_factory=dict)
     key: str | None = None
     notes: dict[str, str] = field(default_factory=dict)
+    scores: "Mapping[str, ScoreHistogram]" = field(default_factory=dict)
+    losses: "Mapping[str, ScoreHistogram]" = field(default_factory=dict)
+    alphas: Mapping[str, float] = field(default_factory=dict)
+    options: Mapping[str, object] | None = None  # until the engine hands on a typed config

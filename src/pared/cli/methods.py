@@ -1,12 +1,13 @@
 """``pared methods``: what can be asked for."""
 
+from rich.markup import escape
 from rich.table import Table
 
-from pared.allocation import ALLOCATORS
-from pared.allocation.registry import LAYER_ALLOCATORS
 from pared.cli.console import out
-from pared.engine import EVERY_METHOD
-from pared.training import METHODS
+from pared.entrypoints import catalog
+from pared.entrypoints.catalog import Listed
+
+SPREADS = {"low_rank": "allocation", "sparse": "allocation of zeros"}
 
 
 def methods() -> None:
@@ -14,25 +15,26 @@ def methods() -> None:
     table = Table(header_style="bold")
     for column in ("method", "what it does", "needs", "options", "allocation", "paper"):
         table.add_column(column, overflow="fold")
-    for method in EVERY_METHOD.values():
-        options = "\n".join(f"{name}={value}" for name, value in method.options.items())
+    for method in catalog.methods():
         needs = "calibration text" if method.calibrated else "no data"
-        table.add_row(method.name, method.summary, needs, options, method.allocation, method.paper)
+        options = "\n".join(map(str, method.options))
+        cells = (method.name, method.summary + _added(method), needs, options, method.allocation, method.paper)
+        table.add_row(*map(escape, cells))
     out.print(table)
     print_training()
-    for allocator in ALLOCATORS.values():
-        options = "".join(f" ({name}={value})" for name, value in allocator.options.items())
-        out.print(f"allocation {allocator.name}: {allocator.summary}{options}")
-    for zeros in LAYER_ALLOCATORS.values():
-        options = ", ".join(f"{name}={value}" for name, value in zeros.options.items())
-        out.print(f"allocation of zeros {zeros.name}: {zeros.summary} ({options})")
+    for allocator in catalog.allocators():
+        options = f" ({', '.join(map(str, allocator.options))})" if allocator.options else ""
+        for family in allocator.families:
+            out.print(f"{SPREADS[family]} {allocator.name}: {allocator.summary}{options}{_added(allocator)}")
 
 
 def print_training() -> None:
     """List what `pared tune` trains with."""
-    for method in METHODS.values():
-        options = "".join(f", {name}={value}" for name, value in method.options.items())
-        out.print(
-            f"training {method.name}: {method.summary} (learning rate {method.learning_rate:g}{options}; "
-            f"{method.paper})"
-        )
+    for method in catalog.trainings():
+        options = "".join(f", {option}" for option in method.options)
+        rate = method.figures["learning rate"]
+        out.print(f"training {method.name}: {method.summary} (learning rate {rate:g}{options}; {method.paper})")
+
+
+def _added(listed: Listed) -> str:
+    return f" (added by {listed.package})" if listed.package else ""

@@ -1,10 +1,14 @@
-"""The low-rank methods, one declaration each: which statistics it needs and how one weight is decomposed."""
+"""The low-rank methods, one declaration each: its options, the statistics it needs and how weights are decomposed."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal
+
+from pydantic import Field
+from typing_extensions import TypeVar
 
 from pared.lazy import deferred
+from pared.schema.options import Options, read_options
 
 if TYPE_CHECKING:  # what a method is called and which options it has is read without it
     import torch
@@ -12,213 +16,299 @@ if TYPE_CHECKING:  # what a method is called and which options it has is read wi
     from pared.lowrank.decomposition import Decomposition
 
 Statistics = Mapping[str, "torch.Tensor"]
-Rule = Callable[["torch.Tensor", Statistics, Mapping[str, Any]], "Decomposition"]
-GroupRule = Callable[[Sequence["torch.Tensor"], Sequence[Statistics], Mapping[str, Any]], "Decomposition"]
+Shapes = Sequence[tuple[int, int]]  # (out, in) of the sites that read one tensor
+
+
+class GradientOptions(Options):
+    """Options of a method that reads gradients of the loss."""
+
+    loss: Annotated[
+        Literal["sampled", "labels"],
+        Field(description="whose loss: of labels sampled from the model's own predictions, or of the text's"),
+    ] = "sampled"
+
+
+class SharingOptions(Options):
+    """Options of a method that lets the same weight of neighbouring blocks share a basis."""
+
+    group_size: Annotated[int, Field(ge=1, description="at least 1 block, as many as may share a basis")] = 1
+    sharing: Annotated[
+        Literal["measured", "paper", "all", "none"],
+        Field(description="which groups share: where it loses less, by the paper's table, all that may, or none"),
+    ] = "measured"
+
+
+C = TypeVar("C", bound=Options, default=Any)
+
+
+def nothing(_: Shapes, __: Options | None = None) -> frozenset[str]:
+    """Require nothing of the forward pass."""
+    return frozenset()
 
 
 @dataclass(frozen=True)
-class LowRankMethod:
-    """A low-rank method.
+class LowRankMethod(Generic[C]):
+    """A low-rank method. Satisfies :class:`pared.methods.Method`.
 
     Attributes:
         name: what a recipe calls it.
         paper: where it comes from.
         summary: what it minimises, in a line.
-        needs: names of the statistics it reads, from the shapes ``(out, in)`` of the sites that read one tensor.
-        rule: from a weight ``(out, in)``, those statistics by name and the options to a decomposition.
-        gradients: names of the statistics it reads of a backward pass, from its options. A method that has any has the
-            option ``loss``: that of labels ``sampled`` from the model's own predictions, or of the text's ``labels``.
-        options: names and default values; a recipe may set others of the same type.
+        config: its options; the type belongs to this method alone. A method of gradients has
+            :class:`GradientOptions`, one whose basis may be shared :class:`SharingOptions`.
+        requires: names of the statistics of the forward pass it reads, from the shapes ``(out, in)`` of the sites that
+            read one tensor and the options.
+        solve: from weights ``(out, in)``, the statistics of each by name and the options to a decomposition, which
+            answers every rank: of one weight, or of several that get one basis, stacked.
+        gradients: names of the statistics it reads of a backward pass, from its options.
         allocation: the allocator its paper uses.
         pivoted: whether its results are stored by pivots unless a recipe says otherwise.
         statistics: when statistics are collected at a budget ``keep``, unless a recipe says otherwise: ``once``, or
             ``sequential``, behind the compressed prefix.
         refit: which refit stage follows at a budget ``keep``, unless a recipe says otherwise.
         dense_path: share of the dense model's outputs in the targets of both, unless a recipe says otherwise.
-        group_rule: as ``rule`` for several weights that get one basis, stacked; none if a basis cannot be shared. A
-            method that has one has the options ``group_size`` and ``sharing``.
         input_gram: name of the statistic that is the input Gram, with which sharing is compared.
     """
 
     name: str
     paper: str
     summary: str
-    needs: Callable[[Sequence[tuple[int, int]]], frozenset[str]]
-    rule: Rule
-    gradients: Callable[[Mapping[str, Any]], frozenset[str]] = lambda _: frozenset()
-    options: Mapping[str, bool | int | float | str] = field(default_factory=dict)
+    config: type[C]
+    solve: "Callable[[Sequence[torch.Tensor], Sequence[Statistics], C], Decomposition]"
+    requires: Callable[[Shapes, C], frozenset[str]] = nothing
+    gradients: Callable[[C], frozenset[str]] = lambda _: frozenset()
     allocation: str = "uniform"
     pivoted: bool = False
     statistics: Callable[[float], str] = lambda _: "once"
     refit: Callable[[float], str] = lambda _: "off"
     dense_path: float = 0.0
-    group_rule: GroupRule | None = None
     input_gram: str = "gram"
+    family: ClassVar[Literal["low_rank"]] = "low_rank"
 
     def decompose(
-        self,
-        W_ON: "torch.Tensor",
-        statistics: Statistics,
-        options: Mapping[str, object] | None = None,
+        self, W_ON: "torch.Tensor", statistics: Statistics, options: Mapping[str, object] | Options | None = None
     ) -> "Decomposition":
         """Decompose one weight ``(out, in)``, with the default of every option that is not given."""
-        return self.rule(W_ON, statistics, {**self.options, **(options or {})})
+        return self.solve([W_ON], [statistics], self.configured(options))
+
+    def configured(self, options: Mapping[str, object] | Options | None = None) -> C:
+        """Return options, with the default of each that is not given.
+
+        Raises:
+            ParedError: an option the method does not have, or a value that it does not take.
+        """
+        if isinstance(options, self.config):
+            return options
+        assert not isinstance(options, Options), f"options of another method than {self.name}"
+        return read_options(self.config, options or {}, f"method {self.name}")
+
+    @property
+    def shares(self) -> bool:
+        """Whether several weights may get one basis."""
+        return issubclass(self.config, SharingOptions)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it needs data at all, by default."""
+        return self.walked or bool(self.gradients(self.config()))
+
+    @property
+    def walked(self) -> bool:
+        """Whether it needs statistics of the forward pass, by default."""
+        return bool(self.requires([(1, 1)], self.config()))
+
+    # What the engine reads until it is handed a typed config.
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Names and default values of the options."""
+        return self.config.defaults()
+
+    def needs(self, shapes: Shapes) -> frozenset[str]:
+        """Return the statistics of the forward pass it reads, by default."""
+        return self.requires(shapes, self.config())
 
     def check(self, options: Mapping[str, object]) -> None:
         """Refuse values that an option does not have.
 
         Raises:
-            ValueError: names the option.
+            ParedError: names the option.
         """
-        self.gradients(options)
-        if "sharing" in self.options:
-            _one_of(options, "sharing", SHARING)
-            if not isinstance(size := options["group_size"], int) or size < 1:
-                raise ValueError(f"option group_size: expected at least 1 block, found {size}")
+        self.configured(options)
 
     @property
-    def calibrated(self) -> bool:
-        """Whether it needs data at all."""
-        return self.walked or bool(self.gradients(self.options))
-
-    @property
-    def walked(self) -> bool:
-        """Whether it needs statistics of the forward pass."""
-        return bool(self.needs([(1, 1)]))
+    def group_rule(self) -> "Callable[..., Decomposition] | None":
+        """As ``decompose`` for several weights that get one basis; none if a basis cannot be shared."""
+        if not self.shares:
+            return None
+        return lambda weights, own, options: self.solve(weights, own, self.configured(options))
 
 
-def nothing(_: Sequence[tuple[int, int]]) -> frozenset[str]:
-    """Need no data."""
-    return frozenset()
+class Svd(Options):
+    """Options of ``svd``."""
 
 
-def either_gram(shapes: Sequence[tuple[int, int]]) -> frozenset[str]:
-    """Need the Gram of the one input or those of the outputs, whichever is fewer products a token."""
+class Fwsvd(GradientOptions):
+    """Options of ``fwsvd``."""
+
+    fisher_batch: Annotated[int, Field(ge=1, description="the examples squared together, 1 or more")] = 1
+    fisher_power: Annotated[float, Field(description="the power of an input feature's Fisher information")] = 0.5
+    loss: Annotated[
+        Literal["sampled", "labels"],
+        Field(description="whose loss: of the text's labels, or of labels sampled from the model's own predictions"),
+    ] = "labels"
+
+
+class Asvd(Options):
+    """Options of ``asvd``."""
+
+    alpha: Annotated[float, Field(description="the power of an input channel's mean magnitude")] = 0.5
+
+
+class SvdLlm(Options):
+    """Options of ``svd-llm``."""
+
+
+class SvdLlmV2(Options):
+    """Options of ``svd-llm-v2``."""
+
+
+class SwiftSvd(Options):
+    """Options of ``swift-svd``."""
+
+
+class BasisSharing(SharingOptions):
+    """Options of ``basis-sharing``."""
+
+    group_size: Annotated[int, Field(ge=1, description="at least 1 block, as many as may share a basis")] = 2
+
+
+class LossOptimal(GradientOptions, SharingOptions):
+    """Options of ``loss-optimal``."""
+
+    output_weighting: Annotated[
+        Literal["none", "scalar", "diagonal", "full"],
+        Field(description="what is collected of the output gradients: nothing, their mean energy, each output's, all"),
+    ] = "full"
+
+
+def either_gram(shapes: Shapes, _: Options | None = None) -> frozenset[str]:
+    """Require the Gram of the one input or those of the outputs, whichever is fewer products a token."""
     of_input = shapes[0][1] ** 2
     of_outputs = sum(out_features**2 for out_features, _ in shapes)
     return frozenset({"gram" if of_input <= of_outputs else "output_gram"})
 
 
-def gram(_: Sequence[tuple[int, int]]) -> frozenset[str]:
-    """Need the Gram of every input."""
-    return frozenset({"gram"})
-
-
-def magnitude(_: Sequence[tuple[int, int]]) -> frozenset[str]:
-    """Need the mean magnitude of every input feature."""
+def magnitude(_: Shapes, __: Options | None = None) -> frozenset[str]:
+    """Require the mean magnitude of every input feature."""
     return frozenset({"magnitude"})
 
 
-def mean_gram(_: Sequence[tuple[int, int]]) -> frozenset[str]:
-    """Need the Gram of the input per token."""
+def gram(_: Shapes, __: Options | None = None) -> frozenset[str]:
+    """Require the Gram of every input."""
+    return frozenset({"gram"})
+
+
+def mean_gram(_: Shapes, __: Options | None = None) -> frozenset[str]:
+    """Require the Gram of the input per token."""
     return frozenset({"mean_gram"})
+
+
+def _typed(config: type[C], options: Any) -> C:  # until the engine hands on a typed config
+    return options if isinstance(options, config) else read_options(config, options, "method")
+
+
+def fisher(options: Fwsvd) -> frozenset[str]:
+    """Require the Fisher information of every weight; of as many examples squared together as the option says."""
+    batch = _typed(Fwsvd, options).fisher_batch
+    return frozenset({"fisher" if batch == 1 else f"fisher:{batch}"})
+
+
+def output_gradient(options: LossOptimal) -> frozenset[str]:
+    """Require the second moments of the outputs' gradients, as far as the weighting asked for looks at them."""
+    weighting = _typed(LossOptimal, options).output_weighting
+    return frozenset() if weighting == "none" else frozenset({f"output_gradient_{weighting}"})
 
 
 UPDATE = 0.6  # basis-sharing updates the coefficients at this budget and below
 SEQUENTIAL = 0.7  # loss-optimal collects its statistics behind the compressed prefix at this budget and below
 DENSE_PATH = 0.25  # ours; Basis Sharing's own update has targets of the compressed model's inputs alone, 0
-SHARING = ("measured", "paper", "all", "none")
-WEIGHTINGS = ("none", "scalar", "diagonal", "full")
-LOSSES = ("sampled", "labels")
 
-
-def _one_of(options: Mapping[str, Any], name: str, valid: Sequence[str]) -> str:
-    if options[name] not in valid:
-        raise ValueError(f"option {name}: expected one of {', '.join(valid)}, found {options[name]!r}")
-    return str(options[name])
-
-
-def fisher(options: Mapping[str, Any]) -> frozenset[str]:
-    """Need the Fisher information of every weight; of as many examples squared together as the option says."""
-    _one_of(options, "loss", LOSSES)
-    batch = options["fisher_batch"]
-    if batch < 1:
-        raise ValueError(f"option fisher_batch: expected the examples squared together, 1 or more, found {batch}")
-    return frozenset({"fisher" if batch == 1 else f"fisher:{batch}"})
-
-
-def output_gradient(options: Mapping[str, Any]) -> frozenset[str]:
-    """Need the second moments of the outputs' gradients, as far as the weighting asked for looks at them."""
-    _one_of(options, "loss", LOSSES)
-    weighting = _one_of(options, "output_weighting", WEIGHTINGS)
-    return frozenset() if weighting == "none" else frozenset({f"output_gradient_{weighting}"})
-
-
-METHODS = {
+METHODS: dict[str, LowRankMethod] = {
     method.name: method
     for method in (
         LowRankMethod(
             name="svd",
             paper="Eckart and Young, 1936",
             summary="least error of the weight itself; needs no data",
-            needs=nothing,
-            rule=deferred("pared.lowrank.rules:plain"),
+            config=Svd,
+            solve=deferred("pared.lowrank.rules:plain"),
         ),
         LowRankMethod(
             name="fwsvd",
             paper="Hsu et al., ICLR 2022 (arXiv 2207.00112)",
             summary="least error of the weight, input features weighted by the Fisher information of the task loss",
-            needs=nothing,
-            rule=deferred("pared.lowrank.rules:fisher_weighted"),
+            config=Fwsvd,
+            solve=deferred("pared.lowrank.rules:fisher_weighted"),
             gradients=fisher,
-            options={"fisher_batch": 1, "fisher_power": 0.5, "loss": "labels"},
         ),
         LowRankMethod(
             name="asvd",
             paper="Yuan et al., 2023 (arXiv 2312.05821), exact SVD",
             summary="least error of the weight, input channels scaled by their mean magnitude to the power alpha",
-            needs=magnitude,
-            rule=deferred("pared.lowrank.rules:scaled"),
-            options={"alpha": 0.5},
+            config=Asvd,
+            solve=deferred("pared.lowrank.rules:scaled"),
+            requires=magnitude,
         ),
         LowRankMethod(
             name="svd-llm",
             paper="Wang et al., ICLR 2025 (arXiv 2403.07378), whitening",
             summary="least error of the layer's output on the calibration data",
-            needs=either_gram,
-            rule=deferred("pared.lowrank.rules:whitened"),
+            config=SvdLlm,
+            solve=deferred("pared.lowrank.rules:whitened"),
+            requires=either_gram,
         ),
         LowRankMethod(
             name="svd-llm-v2",
             paper="Wang et al., NAACL 2025 (arXiv 2503.12340)",
             summary="svd-llm with more kept, within a kind of layer, where uniform ranks lose more",
-            needs=either_gram,
-            rule=deferred("pared.lowrank.rules:whitened"),
+            config=SvdLlmV2,
+            solve=deferred("pared.lowrank.rules:whitened"),
+            requires=either_gram,
             allocation="svd-llm-v2",
         ),
         LowRankMethod(
             name="swift-svd",
             paper="Qi et al., ICML 2026 (arXiv 2604.01609)",
             summary="svd-llm by eigenvectors of the outputs' covariance; ranks by loss and influence, tried on a text",
-            needs=either_gram,
-            rule=deferred("pared.lowrank.rules:whitened"),
+            config=SwiftSvd,
+            solve=deferred("pared.lowrank.rules:whitened"),
+            requires=either_gram,
             allocation="swift",
         ),
         LowRankMethod(
             name="basis-sharing",
             paper="J. Wang et al., ICLR 2025 (arXiv 2410.03765)",
             summary="svd-llm with one basis for the same weight of neighbouring blocks, where that loses less",
-            needs=either_gram,
-            rule=deferred("pared.lowrank.rules:whitened"),
-            options={"group_size": 2, "sharing": "measured"},
+            config=BasisSharing,
+            solve=deferred("pared.lowrank.rules:whitened"),
+            requires=either_gram,
             refit=lambda keep: "update" if keep <= UPDATE else "off",
             dense_path=DENSE_PATH,
-            group_rule=deferred("pared.lowrank.rules:whitened_group"),
         ),
         LowRankMethod(
             name="loss-optimal",
             paper="K-FAC on both sides, as GFWSVD (arXiv 2505.17974), OBD-LLM (2604.00821), IO-SVD (2605.15626) and "
             "KFAC-SVD (ICML 2026); the budget in nats over ranks, dense and sharing is ours",
             summary="least expected increase of the loss, inputs and output gradients weighted, one global budget",
-            needs=mean_gram,
-            rule=deferred("pared.lowrank.rules:both_sides"),
+            config=LossOptimal,
+            solve=deferred("pared.lowrank.rules:both_sides"),
+            requires=mean_gram,
             gradients=output_gradient,
-            options={"output_weighting": "full", "loss": "sampled", "group_size": 1, "sharing": "measured"},
             allocation="loss",
             pivoted=True,
             statistics=lambda keep: "sequential" if keep <= SEQUENTIAL else "once",
             dense_path=DENSE_PATH,
-            group_rule=deferred("pared.lowrank.rules:both_sides_group"),
             input_gram="mean_gram",
         ),
     )

@@ -1,57 +1,52 @@
-"""From a weight, its statistics and a method's options to a decomposition: what ``methods`` declares."""
+"""From weights, their statistics and a method's options to a decomposition: what ``registry`` declares."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
 from pared.lowrank import asvd, fwsvd, loss_optimal, sharing, svd, whitening
 from pared.lowrank.decomposition import Decomposition
-from pared.lowrank.registry import Statistics, fisher, output_gradient
+from pared.lowrank.registry import Asvd, Fwsvd, LossOptimal, Statistics, fisher, output_gradient
+from pared.schema.options import Options
+
+Weights = Sequence[torch.Tensor]
 
 
-def plain(W_ON: torch.Tensor, _: Statistics, __: Mapping[str, Any]) -> Decomposition:
+def plain(W_ON: Weights, _: Sequence[Statistics], __: Options) -> Decomposition:
     """SVD of the weight alone."""
-    return svd.decompose(W_ON)
+    (weight_ON,) = W_ON
+    return svd.decompose(weight_ON)
 
 
-def fisher_weighted(W_ON: torch.Tensor, statistics: Statistics, options: Mapping[str, Any]) -> Decomposition:
+def fisher_weighted(W_ON: Weights, statistics: Sequence[Statistics], options: Fwsvd) -> Decomposition:
     """FWSVD."""
-    (name,) = fisher(options)
-    return fwsvd.decompose(W_ON, statistics[name], options["fisher_power"])
+    (weight_ON,), (own,), (name,) = W_ON, statistics, fisher(options)
+    return fwsvd.decompose(weight_ON, own[name], options.fisher_power)
 
 
-def scaled(W_ON: torch.Tensor, statistics: Statistics, options: Mapping[str, Any]) -> Decomposition:
+def scaled(W_ON: Weights, statistics: Sequence[Statistics], options: Asvd) -> Decomposition:
     """ASVD."""
-    return asvd.decompose(W_ON, statistics["magnitude"], options["alpha"])
+    (weight_ON,), (own,) = W_ON, statistics
+    return asvd.decompose(weight_ON, own["magnitude"], options.alpha)
 
 
-def _weighting(W_ON: torch.Tensor, statistics: Statistics, options: Mapping[str, Any]) -> torch.Tensor:
-    return next((statistics[name] for name in output_gradient(options)), W_ON.new_ones(()))
+def whitened(W_ON: Weights, statistics: Sequence[Statistics], _: Options) -> Decomposition:
+    """Whiten the inputs, by their Gram or, of one weight, by that of the outputs."""
+    if len(W_ON) > 1:
+        return whitening.decompose(sharing.stacked(W_ON), sharing.pooled(statistics, "gram"))
+    (weight_ON,), (own,) = W_ON, statistics
+    if "gram" in own:
+        return whitening.decompose(weight_ON, own["gram"])
+    return whitening.decompose_by_outputs(weight_ON, own["output_gram"])
 
 
-def both_sides(W_ON: torch.Tensor, statistics: Statistics, options: Mapping[str, Any]) -> Decomposition:
+def both_sides(W_ON: Weights, statistics: Sequence[Statistics], options: LossOptimal) -> Decomposition:
     """Weight inputs and outputs."""
-    return loss_optimal.decompose(W_ON, statistics["mean_gram"], _weighting(W_ON, statistics, options))
-
-
-def both_sides_group(
-    W_ON: Sequence[torch.Tensor], statistics: Sequence[Statistics], options: Mapping[str, Any]
-) -> Decomposition:
-    """Weight inputs and outputs of several weights that share a basis."""
-    weightings = [_weighting(weight, own, options) for weight, own in zip(W_ON, statistics, strict=True)]
-    return loss_optimal.decompose_group(W_ON, sharing.pooled(statistics, "mean_gram"), weightings)
-
-
-def whitened_group(
-    W_ON: Sequence[torch.Tensor], statistics: Sequence[Statistics], _: Mapping[str, Any]
-) -> Decomposition:
-    """Whiten the inputs of several weights that share a basis."""
-    return whitening.decompose(sharing.stacked(W_ON), sharing.pooled(statistics, "gram"))
-
-
-def whitened(W_ON: torch.Tensor, statistics: Statistics, _: Mapping[str, Any]) -> Decomposition:
-    """Whiten the inputs, by their Gram or by that of the outputs."""
-    if "gram" in statistics:
-        return whitening.decompose(W_ON, statistics["gram"])
-    return whitening.decompose_by_outputs(W_ON, statistics["output_gram"])
+    names = output_gradient(options)
+    weightings = [
+        next((own[name] for name in names), weight_ON.new_ones(()))
+        for weight_ON, own in zip(W_ON, statistics, strict=True)
+    ]
+    if len(W_ON) > 1:
+        return loss_optimal.decompose_group(W_ON, sharing.pooled(statistics, "mean_gram"), weightings)
+    return loss_optimal.decompose(W_ON[0], statistics[0]["mean_gram"], weightings[0])

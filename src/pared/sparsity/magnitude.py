@@ -2,9 +2,18 @@
 
 import torch
 
-from pared.sparsity import masks
 from pared.sparsity.masks import Pruned
-from pared.sparsity.pattern import NM, Pattern
+from pared.sparsity.pattern import Pattern
+from pared.sparsity.solution import RankedWeights
+
+
+def solve(W_ON: torch.Tensor) -> RankedWeights:
+    """Rank a weight's entries by ``|W_ij|``, over the whole matrix, or within a group of N:M.
+
+    Args:
+        W_ON: the weight ``(out, in)``, any floating dtype; what is kept stays bit for bit.
+    """
+    return RankedWeights(W_ON, W_ON.double().abs(), "matrix")
 
 
 def prune(W_ON: torch.Tensor, pattern: Pattern) -> Pruned:
@@ -17,7 +26,4 @@ def prune(W_ON: torch.Tensor, pattern: Pattern) -> Pruned:
     Raises:
         ValueError: the weight is not finite, or its inputs do not fit the pattern.
     """
-    scores_ON = W_ON.double().abs()
-    if isinstance(pattern, NM):
-        return masks.apply(W_ON, masks.per_group(scores_ON, pattern))
-    return masks.apply(W_ON, masks.per_matrix(scores_ON, pattern))
+    return solve(W_ON).realize(pattern)

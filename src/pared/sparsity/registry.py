@@ -1,32 +1,54 @@
-"""The pruning methods, one declaration each: which statistics it needs and how one weight is pruned."""
+"""The pruning methods, one declaration each: its options, the statistics it needs and how weights are pruned."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal
+
+from pydantic import Field
+from typing_extensions import TypeVar
 
 from pared.lazy import deferred
+from pared.schema.options import Options, read_options
 from pared.sparsity.pattern import Pattern
 
 if TYPE_CHECKING:  # what a method is called and which options it has is read without it
     import torch
 
     from pared.sparsity.masks import Pruned
+    from pared.sparsity.solution import PruningSolution
 
 Statistics = Mapping[str, "torch.Tensor"]
-Rule = Callable[["torch.Tensor", Pattern, Statistics, Mapping[str, Any]], "Pruned"]
+Shapes = Sequence[tuple[int, int]]  # (out, in) of the sites that read one tensor
+C = TypeVar("C", bound=Options, default=Any)
+
+
+def nothing(_: Shapes, __: Options | None = None) -> frozenset[str]:
+    """Require no data."""
+    return frozenset()
+
+
+def energy(_: Shapes, __: Options | None = None) -> frozenset[str]:
+    """Require the sum of squares of every input feature."""
+    return frozenset({"energy"})
+
+
+def gram(_: Shapes, __: Options | None = None) -> frozenset[str]:
+    """Require the Gram of every input."""
+    return frozenset({"gram"})
 
 
 @dataclass(frozen=True)
-class PruningMethod:
-    """A pruning method.
+class PruningMethod(Generic[C]):
+    """A pruning method. Satisfies :class:`pared.methods.Method`.
 
     Attributes:
         name: what a recipe calls it.
         paper: where it comes from.
         summary: what it does, in a line.
-        needs: names of the statistics it reads, from the shapes ``(out, in)`` of the sites that read one tensor.
-        rule: from a weight ``(out, in)``, a pattern, those statistics by name and the options to a pruned weight.
-        options: names and default values; a recipe may set others of the same type.
+        config: its options; the type belongs to this method alone.
+        solve: from one weight ``(out, in)``, its statistics by name and the options to what answers every pattern.
+        requires: names of the statistics it reads, from the shapes ``(out, in)`` of the sites that read one tensor and
+            the options.
         allocation: how zeros are spread over the model unless a recipe says otherwise.
         blind: what decides where nothing but zeros reach a weight, so that its statistics say nothing.
     """
@@ -34,92 +56,120 @@ class PruningMethod:
     name: str
     paper: str
     summary: str
-    needs: Callable[[Sequence[tuple[int, int]]], frozenset[str]]
-    rule: Rule
-    options: Mapping[str, bool | int | float | str] = field(default_factory=dict)
+    config: type[C]
+    solve: "Callable[[Sequence[torch.Tensor], Sequence[Statistics], C], PruningSolution]"
+    requires: Callable[[Shapes, C], frozenset[str]] = nothing
     allocation: str = "uniform"
     blind: str = ""
+    family: ClassVar[Literal["sparse"]] = "sparse"
+
+    def gradients(self, _: Options) -> frozenset[str]:
+        """Return the names of the statistics of a backward pass: no pruning method reads any."""
+        return frozenset()
 
     def fallback(self, statistics: Statistics) -> str:
         """Return the rule that decides where all statistics are zero, for the record; empty where they decide."""
         said = not statistics or any(bool(value.any()) for value in statistics.values())
         return "" if said else f"nothing but zeros reach it on the text: {self.blind}"
 
-    def check(self, options: Mapping[str, object]) -> None:
-        """Refuse values that an option does not have.
-
-        Raises:
-            ValueError: names the option.
-        """
-        for name, least in (("block", 1), ("damping", 0)):
-            value = options.get(name, least)
-            if not isinstance(value, (int, float)) or value < least:
-                raise ValueError(f"option {name}: expected {least} or more, found {value!r}")
-
     def prune(
         self,
         W_ON: "torch.Tensor",
         pattern: Pattern,
         statistics: Statistics,
-        options: Mapping[str, object] | None = None,
+        options: Mapping[str, object] | Options | None = None,
     ) -> "Pruned":
         """Prune one weight ``(out, in)``, with the default of every option that is not given.
 
         Raises:
-            ValueError: the weight, a statistic, the pattern or an option is none the method can work with.
+            ParedError: an option the method does not have, or a value that it does not take.
+            ValueError: the weight, a statistic or the pattern is none the method can work with.
         """
-        if unknown := set(options or {}) - set(self.options):
-            raise ValueError(f"method {self.name} has no option {', '.join(sorted(unknown))}; it has "
-                             f"{', '.join(self.options) or 'none'}")  # fmt: skip
-        return self.rule(W_ON, pattern, statistics, {**self.options, **(options or {})})
+        return self.solve([W_ON], [statistics], self.configured(options)).realize(pattern)
+
+    def configured(self, options: Mapping[str, object] | Options | None = None) -> C:
+        """Return options, with the default of each that is not given.
+
+        Raises:
+            ParedError: an option the method does not have, or a value that it does not take.
+        """
+        if isinstance(options, self.config):
+            return options
+        assert not isinstance(options, Options), f"options of another method than {self.name}"
+        return read_options(self.config, options or {}, f"method {self.name}")
 
     @property
     def calibrated(self) -> bool:
-        """Whether it needs data at all."""
-        return bool(self.needs([(1, 1)]))
+        """Whether it needs data at all, by default."""
+        return bool(self.requires([(1, 1)], self.config()))
+
+    # What the engine reads until it is handed a typed config.
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Names and default values of the options."""
+        return self.config.defaults()
+
+    def needs(self, shapes: Shapes) -> frozenset[str]:
+        """Return the statistics it reads, by default."""
+        return self.requires(shapes, self.config())
+
+    def check(self, options: Mapping[str, object]) -> None:
+        """Refuse values that an option does not have.
+
+        Raises:
+            ParedError: names the option.
+        """
+        self.configured(options)
 
 
-def nothing(_: Sequence[tuple[int, int]]) -> frozenset[str]:
-    """Need no data."""
-    return frozenset()
+class Magnitude(Options):
+    """Options of ``magnitude``."""
 
 
-def energy(_: Sequence[tuple[int, int]]) -> frozenset[str]:
-    """Need the sum of squares of every input feature."""
-    return frozenset({"energy"})
+class Wanda(Options):
+    """Options of ``wanda``."""
+
+    variant: Annotated[
+        bool, Field(description="whether every output gives up the same share of its scores, not as many weights")
+    ] = False
 
 
-def gram(_: Sequence[tuple[int, int]]) -> frozenset[str]:
-    """Need the Gram of every input."""
-    return frozenset({"gram"})
+class SparseGpt(Options):
+    """Options of ``sparsegpt``."""
+
+    block: Annotated[int, Field(ge=1, description="1 or more inputs, which are compared and updated together")] = 128
+    damping: Annotated[
+        float, Field(ge=0, description="0 or more, added to the Gram's diagonal, relative to its mean")
+    ] = 0.01
 
 
-METHODS = {
+METHODS: dict[str, PruningMethod] = {
     method.name: method
     for method in (
         PruningMethod(
             name="magnitude",
             paper="Han et al., NeurIPS 2015 (arXiv 1506.02626)",
             summary="the smallest weights of every matrix go; needs no data",
-            needs=nothing,
-            rule=deferred("pared.sparsity.rules:by_magnitude"),
+            config=Magnitude,
+            solve=deferred("pared.sparsity.rules:by_magnitude"),
         ),
         PruningMethod(
             name="wanda",
             paper="Sun et al., ICLR 2024 (arXiv 2306.11695)",
             summary="within every output, the smallest weights times the norm of their input go; none is changed",
-            needs=energy,
-            rule=deferred("pared.sparsity.rules:by_wanda"),
-            options={"variant": False},
+            config=Wanda,
+            solve=deferred("pared.sparsity.rules:by_wanda"),
+            requires=energy,
             blind="pruned by magnitude, within every output",
         ),
         PruningMethod(
             name="sparsegpt",
             paper="Frantar and Alistarh, ICML 2023 (arXiv 2301.00774)",
             summary="what hurts the layer's output least goes, input by input, and later weights make up for it",
-            needs=gram,
-            rule=deferred("pared.sparsity.rules:by_sparsegpt"),
-            options={"block": 128, "damping": 0.01},
+            config=SparseGpt,
+            solve=deferred("pared.sparsity.rules:by_sparsegpt"),
+            requires=gram,
             blind="pruned by magnitude, within every block of inputs",
         ),
     )

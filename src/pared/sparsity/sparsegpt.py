@@ -10,6 +10,7 @@ Legend of the shape suffixes: O outputs, N inputs, B the inputs of a block.
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -52,14 +53,75 @@ def prune(
         ValueError: the weight or the Gram is not finite, the Gram is not positive semi-definite or of another width,
             inputs or block do not fit the pattern, or the result leaves the range of the weight's dtype.
     """
-    pattern.check(W_ON.shape[-1])
-    if isinstance(pattern, NM):
-        if block % pattern.group:
-            raise ValueError(f"pattern {pattern} in blocks of {block} inputs: expected a multiple of {pattern.group}")
-        every, chosen = pattern.group, partial(masks.per_group, pattern=pattern)
-    else:
-        every, chosen = block, partial(masks.per_matrix, pattern=pattern)
-    return _prune(W_ON, gram_NN, lambda scores, _: chosen(scores), every, block, damping, compute)
+    return solve(W_ON, gram_NN, block, damping, compute).realize(pattern)
+
+
+@dataclass(frozen=True)
+class FactorisedHessian:
+    """A weight and the factor of its inputs' inverse Hessian, from which every pattern is pruned.
+
+    Attributes:
+        W_ON: the weight ``(out, in)``, zero where inputs were always zero.
+        U_NN: upper triangular ``(in, in)``, ``UᵀU = H⁻¹``, of the dtype that updates are computed in.
+        block: inputs that are compared, and updated, together.
+    """
+
+    W_ON: torch.Tensor
+    U_NN: torch.Tensor
+    block: int = BLOCK
+
+    @property
+    def cost(self) -> torch.Tensor:
+        """What pruning each entry alone costs, ``W_ij² / U_jj²`` ``(out, in)``: before any other is pruned."""
+        return (self.W_ON.to(self.U_NN.dtype) / self.U_NN.diagonal()).square()
+
+    def realize(self, pattern: Pattern) -> Pruned:
+        """Prune the weight and update what is kept.
+
+        Raises:
+            ValueError: inputs or block do not fit the pattern, or the result leaves the range of the weight's dtype.
+        """
+        pattern.check(self.W_ON.shape[-1])
+        if isinstance(pattern, NM):
+            if self.block % pattern.group:
+                raise ValueError(
+                    f"pattern {pattern} in blocks of {self.block} inputs: expected a multiple of {pattern.group}"
+                )
+            every, chosen = pattern.group, partial(masks.per_group, pattern=pattern)
+        else:
+            every, chosen = self.block, partial(masks.per_matrix, pattern=pattern)
+        return self.pruned(lambda scores, _: chosen(scores), every)
+
+    def pruned(self, choose: Callable[[torch.Tensor, int], torch.Tensor], every: int) -> Pruned:
+        """Prune the weight by masks chosen from scores and the first input whenever ``every`` inputs are done.
+
+        Raises:
+            ValueError: the result leaves the range of the weight's dtype.
+        """
+        new_ON, mask_ON = _sweep(self.W_ON.to(self.U_NN.dtype), self.U_NN, choose, every, self.block)
+        if bool(mask_ON.all()):
+            return Pruned(self.W_ON, mask_ON)  # bit for bit: an update by zero turns -0.0 into 0.0
+        pruned = masks.apply(new_ON.to(self.W_ON.dtype), mask_ON)
+        if not bool(pruned.weight.isfinite().all()):
+            raise ValueError(f"the updated weight leaves the range of {self.W_ON.dtype}; give the weight in float32")
+        return pruned
+
+
+def solve(
+    W_ON: torch.Tensor,
+    gram_NN: torch.Tensor,
+    block: int = BLOCK,
+    damping: float = DAMPING,
+    compute: torch.dtype = torch.float64,
+) -> FactorisedHessian:
+    """Factorise the Hessian of a weight's inputs; the arguments are those of :func:`prune`.
+
+    Raises:
+        ValueError: the weight or the Gram is not finite, or the Gram is not positive semi-definite or of another width.
+    """
+    _check(W_ON, gram_NN, block, damping, compute)
+    gram_NN, dead_N = _without_dead_inputs(gram_NN.double())
+    return FactorisedHessian(W_ON.masked_fill(dead_N, 0), inverse_factor(gram_NN, damping).to(compute), block)
 
 
 def update(
@@ -84,7 +146,7 @@ def update(
     def given(scores_OB: torch.Tensor, first: int) -> torch.Tensor:
         return mask_ON[:, first : first + scores_OB.shape[1]]
 
-    return _prune(W_ON, gram_NN, given, block, block, damping, compute)
+    return solve(W_ON, gram_NN, block, damping, compute).pruned(given, block)
 
 
 def inverse_factor(gram_NN: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
@@ -114,27 +176,6 @@ def inverse_factor(gram_NN: torch.Tensor, damping: float = DAMPING) -> torch.Ten
                 log.info("Gram of %d features is rank-deficient: relative damping %g", len(gram_NN), more)
             return torch.linalg.solve_triangular(L_NN, eye_NN, upper=False).flip(0, 1)
     raise ValueError(f"the Gram is not positive semi-definite, even with damping {max(damping, MORE_DAMPING[-1])}")
-
-
-def _prune(
-    W_ON: torch.Tensor,
-    gram_NN: torch.Tensor,
-    choose: Callable[[torch.Tensor, int], torch.Tensor],
-    every: int,
-    block: int,
-    damping: float,
-    compute: torch.dtype,
-) -> Pruned:
-    _check(W_ON, gram_NN, block, damping, compute)
-    gram_NN, dead_N = _without_dead_inputs(gram_NN.double())
-    alive_ON = W_ON.masked_fill(dead_N, 0)
-    new_ON, mask_ON = _sweep(alive_ON.to(compute), inverse_factor(gram_NN, damping).to(compute), choose, every, block)
-    if bool(mask_ON.all()):
-        return Pruned(alive_ON, mask_ON)  # bit for bit: an update by zero turns -0.0 into 0.0
-    pruned = masks.apply(new_ON.to(W_ON.dtype), mask_ON)
-    if not bool(pruned.weight.isfinite().all()):
-        raise ValueError(f"the updated weight leaves the range of {W_ON.dtype}; give the weight in float32")
-    return pruned
 
 
 def _sweep(

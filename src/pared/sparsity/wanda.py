@@ -5,34 +5,43 @@
 
 import torch
 
-from pared.sparsity import masks
 from pared.sparsity.masks import Pruned
-from pared.sparsity.pattern import NM, Pattern
+from pared.sparsity.pattern import Pattern
+from pared.sparsity.solution import RankedWeights
 
 BELOW = 2.0**-500  # of the least living norm: below whatever float32 weights differ by, and far from underflow
+
+
+def solve(W_ON: torch.Tensor, energy_N: torch.Tensor, variant: bool = False) -> RankedWeights:
+    """Rank a weight's entries by ``|W_ij| · √energy_j``, within every output, or within a group of N:M.
+
+    Args:
+        W_ON: the weight ``(out, in)``, any floating dtype; what is kept stays bit for bit.
+        energy_N: ``Σ x²`` of every input feature over tokens ``(in,)``, any scale. Weights of inputs that were always
+            zero are compared by size, and go before all others.
+        variant: every output gives up the same share of its scores rather than as many weights.
+
+    Raises:
+        ValueError: the energy is negative, not finite, or of another width than the weight.
+    """
+    scores_ON = scores(W_ON, energy_N)
+    return RankedWeights(W_ON, _telling_dead_apart(W_ON, energy_N, scores_ON), "share" if variant else "row", scores_ON)
 
 
 def prune(W_ON: torch.Tensor, energy_N: torch.Tensor, pattern: Pattern, variant: bool = False) -> Pruned:
     """Prune a weight by ``|W_ij| · √energy_j``, compared within every output, or within a group of N:M.
 
     Args:
-        W_ON: the weight ``(out, in)``, any floating dtype; what is kept stays bit for bit.
-        energy_N: ``Σ x²`` of every input feature over tokens ``(in,)``, any scale. Weights of inputs that were always
-            zero are compared by size, and go before all others.
+        W_ON: as in :func:`solve`.
+        energy_N: as in :func:`solve`.
         pattern: which zeros.
-        variant: every output gives up the same share of its scores rather than as many weights.
+        variant: as in :func:`solve`.
 
     Raises:
         ValueError: the weight or the energy is not finite, the energy is negative or of another width, the inputs do
             not fit the pattern, or the variant is asked for N:M.
     """
-    scores_ON = ordering(W_ON, energy_N)
-    if not isinstance(pattern, NM):
-        chosen = masks.by_share if variant else masks.per_row
-        return masks.apply(W_ON, chosen(scores_ON, pattern))
-    if variant:
-        raise ValueError(f"pattern {pattern}: the variant chooses how many weights an output keeps, which N:M fixes")
-    return masks.apply(W_ON, masks.per_group(scores_ON, pattern))
+    return solve(W_ON, energy_N, variant).realize(pattern)
 
 
 def ordering(W_ON: torch.Tensor, energy_N: torch.Tensor) -> torch.Tensor:
@@ -44,7 +53,10 @@ def ordering(W_ON: torch.Tensor, energy_N: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: as :func:`scores`.
     """
-    scores_ON = scores(W_ON, energy_N)
+    return _telling_dead_apart(W_ON, energy_N, scores(W_ON, energy_N))
+
+
+def _telling_dead_apart(W_ON: torch.Tensor, energy_N: torch.Tensor, scores_ON: torch.Tensor) -> torch.Tensor:
     dead_N = energy_N == 0
     if not bool(dead_N.any()):
         return scores_ON

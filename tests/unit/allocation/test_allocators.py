@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from pared.allocation import ALLOCATORS, Budget, Evidence, Unit
+from pared.allocation import Budget, Evidence, Unit, allocators_for
 from pared.allocation.rank_budget import tails
 from pared.allocation.ranks.effective_rank import entropy_rank
 from pared.allocation.ranks.svd_llm_v2 import removal_ratios
@@ -15,7 +15,7 @@ from pared.errors import ParedError
 from pared.schema.plan import Dense, LowRank, Plan
 from pared.structure.model import Anatomy, Site
 
-BY_SPECTRUM = sorted(name for name, allocator in ALLOCATORS.items() if allocator.needs == {"spectra"})
+BY_SPECTRUM = sorted(name for name, one in allocators_for("low_rank").items() if one.requires == {"cost"})
 
 
 def site(name: str, out_features: int, in_features: int, kind: str = "fc", block: int = 0, idle: bool = False) -> Site:

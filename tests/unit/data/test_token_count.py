@@ -11,10 +11,9 @@ from transformers import PreTrainedTokenizerFast
 
 import pared
 from pared import ParedError
-from pared.allocation import ALLOCATORS, Budget, Evidence, Unit
+from pared.allocation import Budget, Evidence, Unit, allocator_of, allocators_for
 from pared.allocation.dsa import DEFAULT_OF_RANKS, DEFAULT_OF_ZEROS, judge, named, packaged_of
 from pared.allocation.ranks.svd_llm_v2 import svd_llm_v2
-from pared.allocation.registry import LAYER_ALLOCATORS, LayerEvidence
 from pared.calibration import Fisher, Gram, Sampled, per_token
 from pared.data.windows import Windows
 from pared.engine import compress
@@ -47,7 +46,11 @@ def calibration(calibration: pared.Calibration) -> pared.Calibration:
 
 @pytest.mark.parametrize(
     ("pruner", "allocation"),
-    [*(("wanda", name) for name in LAYER_ALLOCATORS), *((name, "dsa") for name in PRUNERS), ("sparsegpt", "owl")],
+    [
+        *(("wanda", name) for name in allocators_for("sparse")),
+        *((name, "dsa") for name in PRUNERS),
+        ("sparsegpt", "owl"),
+    ],
 )
 def test_doubling_the_text_leaves_sparsities_as_they_are(
     pruner: str, allocation: str, tokenizer: PreTrainedTokenizerFast, calibration: pared.Calibration
@@ -62,9 +65,14 @@ def test_doubling_the_text_leaves_sparsities_as_they_are(
 
 @pytest.mark.parametrize(
     ("method", "allocation"),
-    [*((name, "auto") for name in METHODS), *(("svd-llm", name) for name in ALLOCATORS if name not in TRIED),
-     ("fwsvd", "dsa"), ("asvd", "svd-llm-v2"), ("svd-llm", "swift")],
-)  # fmt: skip
+    [
+        *((name, "auto") for name in METHODS),
+        *(("svd-llm", name) for name in allocators_for("low_rank") if name not in TRIED),
+        ("fwsvd", "dsa"),
+        ("asvd", "svd-llm-v2"),
+        ("svd-llm", "swift"),
+    ],
+)
 def test_doubling_the_text_leaves_ranks_as_they_are(
     method: str, allocation: str, tokenizer: PreTrainedTokenizerFast, calibration: pared.Calibration
 ) -> None:
@@ -125,26 +133,30 @@ def test_v2_takes_its_logarithms_on_the_papers_tokens() -> None:
 # Programs.
 
 
-def evidence(scale: float = 1.0) -> LayerEvidence:
+def scores(scale: float = 1.0) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    blocks = [torch.randn(400, generator=generator).abs() * 0.02 * (b + 1) * scale for b in range(5)]
-    return LayerEvidence([[(20, 20)]] * 5, scores=blocks)  # type: ignore[arg-type]
+    return [torch.randn(400, generator=generator).abs() * 0.02 * (b + 1) * scale for b in range(5)]
 
 
-def options(**given: object) -> dict[str, object]:
-    return {**LAYER_ALLOCATORS["dsa"].options, **given}
+def allocate(scores: list[torch.Tensor], sparsity: float, **options: object) -> torch.Tensor:
+    """Return the sparsities that allocation dsa gives units of these scores."""
+    units = [Unit((replace(SITES[0], name=str(number)),)) for number in range(len(scores))]
+    known = Evidence(scores={unit.name: one for unit, one in zip(units, scores, strict=True)})  # type: ignore
+    allocator = allocator_of("dsa", "sparse")
+    found = allocator.allocate(units, Budget(1 - sparsity, sparsity=sparsity), known, allocator.configured(options))
+    assert list(found) == [unit.name for unit in units]
+    return torch.tensor([one.sparsity for one in found.values()], dtype=torch.float64)  # type: ignore
 
 
 def test_a_program_reads_scores_of_the_tokens_of_its_search() -> None:
     program = packaged_of("found-wanda-0.7")
     assert named("found-wanda-0.7").tokens == program.tokens == 128 * 512
-    allocate = LAYER_ALLOCATORS["dsa"].allocate
-    found = allocate(evidence(), 0.6, options(program="found-wanda-0.7"))
-    summed = [scores * 256.0 for scores in evidence().scores]  # what a sum over 65,536 tokens gave  # type: ignore
+    found = allocate(scores(), 0.6, program="found-wanda-0.7")
+    summed = [one * 256.0 for one in scores()]  # what a sum over 65,536 tokens gave
     expected = judge(program.program, summed, 0.6).sparsities_L
     assert expected is not None
     torch.testing.assert_close(found, expected)
-    other = allocate(evidence(), 0.6, options(program="found-wanda-0.7", score_tokens=1))
+    other = allocate(scores(), 0.6, program="found-wanda-0.7", score_tokens=1)
     assert float((other - found).abs().max()) > 0.01
 
 
@@ -169,16 +181,12 @@ def test_a_search_that_summed_over_its_own_text_is_read_as_it_was(tmp_path: Path
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-6, 1.0, 1e6, 1e30])
 def test_the_default_program_is_defined_for_any_finite_scores_and_knows_no_scale(scale: float) -> None:
-    allocate = LAYER_ALLOCATORS["dsa"].allocate
-    assert LAYER_ALLOCATORS["dsa"].options["program"] == DEFAULT_OF_ZEROS
+    assert allocator_of("dsa", "sparse").config.defaults()["program"] == DEFAULT_OF_ZEROS
     generator = torch.Generator().manual_seed(0)
     blocks = [torch.randn(400, generator=generator).abs().double() ** (b + 1) for b in range(4)]
     blocks[1][:100] = 0
     blocks += [torch.zeros(400).double(), torch.full((400,), 1e30).double()]
-    found, scaled = (
-        allocate(LayerEvidence([[(20, 20)]] * 6, scores=[b * by for b in blocks]), 0.6, options())  # type: ignore
-        for by in (1.0, scale)
-    )
+    found, scaled = (allocate([b * by for b in blocks], 0.6) for by in (1.0, scale))
     if scale == 1.0:
         assert float(found.mean()) == pytest.approx(0.6)
         assert float(found.max() - found.min()) == pytest.approx(0.3)
@@ -186,13 +194,12 @@ def test_the_default_program_is_defined_for_any_finite_scores_and_knows_no_scale
 
 
 def test_where_the_default_program_tells_nothing_all_get_the_same(caplog: pytest.LogCaptureFixture) -> None:
-    allocate = LAYER_ALLOCATORS["dsa"].allocate
     for scores in ([torch.zeros(9)] * 3, [torch.ones(1)] * 3, [torch.arange(9.0)] * 3):
-        found = allocate(LayerEvidence([[(3, 3)]] * 3, scores=scores), 0.6, options())  # type: ignore[arg-type]
+        found = allocate(scores, 0.6)
         assert torch.allclose(found, torch.full((3,), 0.6).double())
     assert "every unit gets the same sparsity" in caplog.text
     with pytest.raises(ParedError, match="the same for all 3 blocks"):
-        allocate(LayerEvidence([[(3, 3)]] * 3, scores=[torch.ones(9)] * 3), 0.6, options(program="dsa-poster-first"))  # type: ignore[arg-type]
+        allocate([torch.ones(9)] * 3, 0.6, program="dsa-poster-first")
 
 
 @pytest.mark.parametrize("zero", [True, False])
@@ -200,9 +207,9 @@ def test_the_default_program_of_ranks_is_defined_for_all_spectra(zero: bool) -> 
     units = [Unit((one,)) for one in SITES]
     spectra = {unit.name: torch.rand(40).sort(descending=True).values for unit in units}
     spectra[SITES[0].name] = torch.zeros(40) if zero else spectra[SITES[0].name]
-    allocator = ALLOCATORS["dsa"]
-    assert allocator.options["program"] == DEFAULT_OF_RANKS
-    found = allocator.allocate(units, Budget(0.6), Evidence(spectra, options=allocator.options))
+    allocator = allocator_of("dsa", "low_rank")
+    assert allocator.config.defaults()["program"] == DEFAULT_OF_RANKS
+    found = allocator.allocate(units, Budget(0.6), Evidence(spectra))
     assert sum(80 * one.rank for one in found.values()) <= 0.6 * 4800  # type: ignore[union-attr]
 
 

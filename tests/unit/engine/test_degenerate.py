@@ -8,8 +8,7 @@ from tiny_models import TINY_MODELS
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import pared
-from pared.allocation import ALLOCATORS
-from pared.allocation.registry import LAYER_ALLOCATORS
+from pared.allocation import allocators_for
 from pared.engine import compress
 from pared.engine.result import remarks
 from pared.lowrank import METHODS
@@ -118,7 +117,7 @@ SOME = ("zero_value", "zero_gradient", "rank_one", "everything")  # what each fa
 
 LOW_RANK = [
     *((method, "auto", case) for method in METHODS for case in CASES),
-    *((method, allocation, "everything") for method in METHODS for allocation in ALLOCATORS
+    *((method, allocation, "everything") for method in METHODS for allocation in allocators_for("low_rank")
       if allocation != "sensitivity"),
 ]  # fmt: skip
 
@@ -128,7 +127,11 @@ LOW_RANK = [
     quick_first(
         [(method, "auto", case) for method in ("fwsvd", "svd-llm", "loss-optimal") for case in SOME]
         + [(method, "auto", "everything") for method in METHODS]
-        + [("svd-llm", name, "everything") for name in ALLOCATORS if name not in ("sensitivity", "swift")],
+        + [
+            ("svd-llm", name, "everything")
+            for name in allocators_for("low_rank")
+            if name not in ("sensitivity", "swift")
+        ],
         LOW_RANK,
     ),
 )
@@ -144,7 +147,7 @@ def test_a_degenerate_site_never_ends_a_low_rank_run(method: str, allocation: st
 PRUNING = [
     *((method, "uniform", case) for method in PRUNERS for case in CASES),
     *(("wanda", allocation, case) for allocation in ("alphapruning", "dsa", "loss", "owl") for case in CASES),
-    *((method, allocation, "everything") for method in PRUNERS for allocation in LAYER_ALLOCATORS),
+    *((method, allocation, "everything") for method in PRUNERS for allocation in allocators_for("sparse")),
 ]
 
 
@@ -152,7 +155,7 @@ PRUNING = [
     ("method", "allocation", "case"),
     quick_first(
         [(method, "uniform", case) for method in PRUNERS for case in SOME]
-        + [("wanda", name, "everything") for name in LAYER_ALLOCATORS]
+        + [("wanda", name, "everything") for name in allocators_for("sparse")]
         + [("wanda", name, "zero_block") for name in ("alphapruning", "dsa", "loss")],
         PRUNING,
     ),

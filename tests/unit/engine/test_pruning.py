@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import pared
 from pared import ParedError, engine
-from pared.allocation.registry import LAYER_ALLOCATORS
+from pared.allocation import allocators_for
 from pared.calibration import capture, walk
 from pared.engine import look
 from pared.engine.windows import calibration_windows
@@ -126,7 +126,7 @@ def test_skipped_sites_stay_dense(prune: Prune) -> None:
 # Allocation.
 
 
-@pytest.mark.parametrize("allocation", LAYER_ALLOCATORS)
+@pytest.mark.parametrize("allocation", allocators_for("sparse"))
 @pytest.mark.parametrize("method", METHODS)
 def test_any_allocation_goes_with_any_method_and_meets_the_budget(allocation: str, method: str, prune: Prune) -> None:
     more = {"allocation_options": {"program": "W:(LOG)-(STD)-(NO_OP)-(8)"}} if allocation == "dsa" else {}

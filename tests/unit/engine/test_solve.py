@@ -1,5 +1,7 @@
 """Two-phase compression: decompositions kept until the plan is known, and the options of a method."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_models import TINY_MODELS
@@ -7,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 import pared
 from pared import ParedError, Recipe
-from pared.allocation import ALLOCATORS, Budget, Unit
+from pared.allocation import ALLOCATORS, Budget, Unit, allocator_of, allocators_for
 from pared.engine.allocate import make_plan
 from pared.engine.solutions import DecompositionStore
 from pared.engine.solve import Solver
@@ -61,7 +63,9 @@ def test_a_member_of_a_group_reads_no_more_of_the_disk_than_its_own_dense_weight
     assert [rows.stop - rows.start for rows in read] == [6, 2, 4]
 
 
-@pytest.mark.parametrize("allocation", sorted(set(ALLOCATORS) - {"rank-fraction", "sensitivity", "dsa"}))
+@pytest.mark.parametrize(
+    "allocation", sorted(set(allocators_for("low_rank")) - {"rank-fraction", "sensitivity", "dsa"})
+)
 @pytest.mark.parametrize("method", ["svd", "asvd", "svd-llm", "svd-llm-v2"])
 def test_any_allocation_goes_with_any_method(
     method: str, allocation: str, tokenizer: PreTrainedTokenizerFast, calibration: pared.Calibration
@@ -81,18 +85,19 @@ def test_any_allocation_goes_with_any_method(
 
 
 def test_two_phases_give_what_one_gives_at_the_same_ranks(
-    tokenizer: PreTrainedTokenizerFast, calibration: pared.Calibration, monkeypatch: pytest.MonkeyPatch
+    tokenizer: PreTrainedTokenizerFast, calibration: pared.Calibration
 ) -> None:
-    from dataclasses import replace
-
-    late = replace(ALLOCATORS["uniform"], needs=frozenset({"spectra"}))
+    ALLOCATORS.register("late", replace(allocator_of("uniform"), name="late", requires=frozenset({"cost"})))
     logits = []
-    for allocator in (ALLOCATORS["uniform"], late):
-        monkeypatch.setitem(ALLOCATORS, "uniform", allocator)
-        model = TINY_MODELS["gpt2"]()
-        pared.compress(model, tokenizer, Recipe(method="svd-llm", keep=0.6, calibration=calibration))
-        with torch.no_grad():
-            logits.append(model(TOKENS).logits)
+    try:
+        for name in ("uniform", "late"):
+            model = TINY_MODELS["gpt2"]()
+            recipe = Recipe(method="svd-llm", keep=0.6, allocation=name, calibration=calibration)
+            pared.compress(model, tokenizer, recipe)
+            with torch.no_grad():
+                logits.append(model(TOKENS).logits)
+    finally:
+        ALLOCATORS.unregister("late")
     assert torch.allclose(logits[0], logits[1], atol=1e-4)
 
 

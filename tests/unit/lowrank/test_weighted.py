@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from pared.errors import ParedError
 from pared.lowrank import METHODS, asvd, fwsvd, loss_optimal, svd, whitening
 from pared.lowrank.decomposition import Decomposition
 
@@ -66,12 +67,12 @@ def test_fwsvd_weighted_error_is_the_tail_and_the_least_there_is(shape: tuple[in
 
 def test_a_method_says_how_many_examples_are_squared_together():
     method = METHODS["fwsvd"]
-    assert method.options["fisher_batch"] == 1, "the true empirical Fisher"
-    assert method.gradients(method.options) == {"fisher"}
-    assert method.gradients({**method.options, "fisher_batch": 8}) == {"fisher:8"}
+    assert method.config().fisher_batch == 1, "the true empirical Fisher"
+    assert method.gradients(method.config()) == {"fisher"}
+    assert method.gradients(method.configured({"fisher_batch": 8})) == {"fisher:8"}
     for batch in (0, -1):
-        with pytest.raises(ValueError, match=f"option fisher_batch: .* 1 or more, found {batch}"):
-            method.check({**method.options, "fisher_batch": batch})
+        with pytest.raises(ParedError, match=f"option fisher_batch: .* 1 or more, found {batch}"):
+            method.configured({"fisher_batch": batch})
     W_ON, fisher_N = draw(6, 9), draw(9, seed=2).square()
     one = method.decompose(W_ON, {"fisher": fisher_N})
     many = method.decompose(W_ON, {"fisher:8": fisher_N}, {"fisher_batch": 8})

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from pared.errors import ParedError
 from pared.sparsity import METHODS, NM, Pattern, Unstructured, magnitude, masks, parse, wanda
 
 SOME = (Unstructured(0.5), Unstructured(0.37), NM(2, 4), NM(1, 8))
@@ -304,7 +305,7 @@ def test_the_variant_has_no_groups_and_no_negative_scores():
 
 def test_methods_go_by_their_own_names_and_need_only_their_statistic():
     assert all(name == method.name for name, method in METHODS.items())
-    needed = {name: method.needs([(4, 9)]) for name, method in METHODS.items()}
+    needed = {name: method.requires([(4, 9)], method.config()) for name, method in METHODS.items()}
     assert needed == {"magnitude": frozenset(), "wanda": {"energy"}, "sparsegpt": {"gram"}}
     assert [method.name for method in METHODS.values() if not method.calibrated] == ["magnitude"]
 
@@ -319,14 +320,14 @@ def test_options_reach_the_method():
     ):
         plain = METHODS[name].prune(W_ON, Unstructured(0.5), statistics)
         assert not torch.equal(METHODS[name].prune(W_ON, Unstructured(0.5), statistics, options).weight, plain.weight)
-        defaults = METHODS[name].prune(W_ON, Unstructured(0.5), statistics, METHODS[name].options)
+        defaults = METHODS[name].prune(W_ON, Unstructured(0.5), statistics, METHODS[name].config.defaults())
         assert torch.equal(defaults.weight, plain.weight)
 
 
 def test_an_option_no_method_has_is_named():
-    with pytest.raises(ValueError, match="method wanda has no option blocksize; it has variant"):
+    with pytest.raises(ParedError, match="method wanda has no option 'blocksize'; Valid: variant"):
         METHODS["wanda"].prune(draw(4, 8), Unstructured(0.5), {"energy": torch.ones(8)}, {"blocksize": 4})
-    with pytest.raises(ValueError, match="method magnitude has no option block; it has none"):
+    with pytest.raises(ParedError, match="method magnitude has no option 'block'; it has none"):
         METHODS["magnitude"].prune(draw(4, 8), Unstructured(0.5), {}, {"block": 4})
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from pared.allocation.dsa import DEFAULT_OF_RANKS, PACKAGED, Program, Verdict, judge, named
+from pared.allocation.options import DsaRanks
 from pared.allocation.rank_budget import set_aside, within_budget
 from pared.allocation.units import Budget, Evidence, Unit
 from pared.errors import ParedError
@@ -27,7 +28,7 @@ def by_program(
     Args:
         units: what can be decided.
         budget: the fraction to keep, and what a rank costs.
-        evidence: the spectra.
+        evidence: the costs.
         program: what to judge the spectra by.
         tokens: spectra are read as sums over so many tokens; 1 as they are, per token.
 
@@ -40,7 +41,7 @@ def by_program(
     open_units, fixed, left = set_aside(units, budget)
     blocks = sorted({unit.block for unit in open_units})
     spectra = [
-        torch.cat([evidence.spectra[u.name] for u in open_units if u.block == block]) * math.sqrt(tokens)
+        torch.cat([evidence.cost[u.name] for u in open_units if u.block == block]) * math.sqrt(tokens)
         for block in blocks
     ]
     sizes_L = torch.tensor([sum(u.parameters for u in open_units if u.block == block) for block in blocks])
@@ -58,7 +59,7 @@ def shared_out(
     return within_budget(units, {u.name: _wished(u, keeps[u.block], budget.pivoted) for u in units}, parameters, budget)
 
 
-def dsa(units: Sequence[Unit], budget: Budget, evidence: Evidence) -> dict[str, Decision]:
+def dsa(units: Sequence[Unit], budget: Budget, evidence: Evidence, options: DsaRanks) -> dict[str, Decision]:
     """Return the decision of every unit by the program that the options name.
 
     The default, which is defined for all spectra that are not zero, gives every unit the same share where it tells no
@@ -67,12 +68,11 @@ def dsa(units: Sequence[Unit], budget: Budget, evidence: Evidence) -> dict[str, 
     Raises:
         ParedError: another program is rejected; says why. Or the budget does not buy one rank for every unit.
     """
-    options = {"program": DEFAULT_OF_RANKS, "score_tokens": 0, **evidence.options}
-    program, tokens = named(str(options["program"]), tokens=1)
-    if options["program"] in PACKAGED:
+    program, tokens = named(options.program, tokens=1)
+    if options.program in PACKAGED:
         tokens = 1  # those of packaged programs are of Wanda's scores
-    decisions, verdict = by_program(units, budget, evidence, program, int(str(options["score_tokens"])) or tokens)
-    if verdict.reasons and options["program"] == DEFAULT_OF_RANKS:
+    decisions, verdict = by_program(units, budget, evidence, program, options.score_tokens or tokens)
+    if verdict.reasons and options.program == DEFAULT_OF_RANKS:
         log.warning("allocation dsa: %s; every unit keeps the same share", verdict.reasons[0])
         evidence.notes["allocation"] = f"{verdict.reasons[0]}: every unit keeps the same share"
         open_units, fixed, left = set_aside(units, budget)

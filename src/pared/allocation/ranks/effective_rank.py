@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 TRANSFER = 0.3  # share of the parameters of q and k that moves to v
 
 
-def effective_rank(units: Sequence[Unit], budget: Budget, evidence: Evidence) -> dict[str, Decision]:
+def effective_rank(units: Sequence[Unit], budget: Budget, evidence: Evidence, _: object = None) -> dict[str, Decision]:
     """Give unit g a rank in proportion to ``sqrt(R_g / w_g)``, then move a share from q and k to v of each block.
 
     ``R = exp(-Σ p ln p)`` with ``p = s² / Σ s²`` is the effective rank, ``w = out + in`` what one rank costs; the ranks
@@ -25,13 +25,13 @@ def effective_rank(units: Sequence[Unit], budget: Budget, evidence: Evidence) ->
     Args:
         units: what can be decided.
         budget: the fraction to keep, and what a rank costs.
-        evidence: the spectra.
+        evidence: the costs.
 
     Raises:
         ParedError: the budget does not buy one rank for every unit.
     """
     open_units, decisions, left = set_aside(units, budget)
-    ideal = {unit.name: math.sqrt(entropy_rank(evidence.spectra[unit.name]) / _step(unit)) for unit in open_units}
+    ideal = {unit.name: math.sqrt(entropy_rank(evidence.cost[unit.name]) / _step(unit)) for unit in open_units}
     scale = left / sum(ideal[unit.name] * _step(unit) for unit in open_units)
     ideal = {name: max(scale * rank, 1e-9) for name, rank in ideal.items()}
     _transfer(open_units, units, ideal)

@@ -15,7 +15,7 @@ from pared.schema.plan import Decision, Dense
 STEPS = 200  # of the bisection; the multiplier is then known to the last bit
 
 
-def loss(units: Sequence[Unit], budget: Budget, evidence: Evidence) -> dict[str, Decision]:
+def loss(units: Sequence[Unit], budget: Budget, evidence: Evidence, _: object = None) -> dict[str, Decision]:
     """Choose every unit's rank, or to leave it dense, so that the losses sum to the least the budget allows.
 
     For a multiplier t each unit takes the candidate with the least ``tail + t · cost``; t is bisected until the costs
@@ -26,13 +26,13 @@ def loss(units: Sequence[Unit], budget: Budget, evidence: Evidence) -> dict[str,
     Args:
         units: what can be decided.
         budget: the fraction to keep, and what a rank costs.
-        evidence: the spectra.
+        evidence: the costs.
 
     Raises:
         ParedError: the budget does not buy one rank for every unit.
     """
     open_units, decisions, left = set_aside(units, budget)
-    tables = {unit.name: _candidates(unit, budget, evidence.spectra[unit.name]) for unit in open_units}
+    tables = {unit.name: _candidates(unit, budget, evidence.cost[unit.name]) for unit in open_units}
     require_one_rank_each(left, sum(int(costs[0]) for costs, _ in tables.values()), len(tables))
 
     def choose(t: float) -> dict[str, int]:

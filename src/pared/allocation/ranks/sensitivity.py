@@ -31,7 +31,7 @@ class Trial(NamedTuple):
     rank: int
 
 
-def sensitivity(units: Sequence[Unit], budget: Budget, evidence: Evidence) -> dict[str, Decision]:
+def sensitivity(units: Sequence[Unit], budget: Budget, evidence: Evidence, _: object = None) -> dict[str, Decision]:
     """Measure every weight at every candidate size, and take the least harmful trials until the budget is met.
 
     The trials are sorted by perplexity; those after a cut are applied, a weight taking the smallest rank among its own,

@@ -13,7 +13,7 @@ from pared.allocation.units import Budget, Evidence, Unit
 from pared.schema.plan import Decision
 
 
-def svd_llm_v2(units: Sequence[Unit], budget: Budget, evidence: Evidence) -> dict[str, Decision]:
+def svd_llm_v2(units: Sequence[Unit], budget: Budget, evidence: Evidence, _: object = None) -> dict[str, Decision]:
     """Take ``r_i = |g| R_c l_i / Σ_g l`` of unit i, with ``l_i = 1 / ln L_i`` and L_i its loss at uniform ranks.
 
     The formula needs ``L_i > 1``; losses scale with the number of tokens, which is the paper's here whatever was
@@ -24,7 +24,7 @@ def svd_llm_v2(units: Sequence[Unit], budget: Budget, evidence: Evidence) -> dic
     Args:
         units: what can be decided.
         budget: the fraction to keep, and what a rank costs.
-        evidence: the spectra.
+        evidence: the costs.
 
     Raises:
         ParedError: the budget does not buy one rank for every unit.
@@ -35,7 +35,7 @@ def svd_llm_v2(units: Sequence[Unit], budget: Budget, evidence: Evidence) -> dic
         kinds.setdefault(unit.role, []).append(unit)
     ideal: dict[str, float] = {}
     for group in kinds.values():
-        losses = [_loss(unit, budget, evidence.spectra[unit.name]) for unit in group]
+        losses = [_loss(unit, budget, evidence.cost[unit.name]) for unit in group]
         for unit, ratio in zip(group, removal_ratios(losses, 1 - budget.keep), strict=True):
             ideal[unit.name] = max(budget.rank(unit, 1 - ratio), 1)
     decisions |= within_budget(open_units, ideal, left, budget)

@@ -18,7 +18,7 @@ FLOOR = 0.5  # delta: the share of the uniform rank that every weight keeps
 ALPHAS = tuple(step / 10 for step in range(11))
 
 
-def swift(units: Sequence[Unit], budget: Budget, evidence: Evidence) -> dict[str, Decision]:
+def swift(units: Sequence[Unit], budget: Budget, evidence: Evidence, _: object = None) -> dict[str, Decision]:
     """Give every weight half its uniform rank, and share the other half out by score within its kind and shape.
 
     The score of a weight in block i is ``β_i^α · ln(e + ε_i)^(1-α)``: ``β`` the block's influence scaled to [1, 2] over
@@ -28,7 +28,7 @@ def swift(units: Sequence[Unit], budget: Budget, evidence: Evidence) -> dict[str
     Args:
         units: what can be decided.
         budget: the fraction to keep, and what a rank costs.
-        evidence: the spectra, the influence of every block, and a trial.
+        evidence: the costs, the influence of every block, and a trial.
 
     Raises:
         ParedError: the budget leaves a weight without a rank, or there is no trial.
@@ -51,7 +51,7 @@ def swift(units: Sequence[Unit], budget: Budget, evidence: Evidence) -> dict[str
         ranks: dict[str, int] = {}
         for members in kinds.values():
             uniform, full = budget.rank(members[0], share), budget.most_rank(members[0])
-            losses = [loss_on_paper_tokens(evidence.spectra[unit.name], uniform) for unit in members]
+            losses = [loss_on_paper_tokens(evidence.cost[unit.name], uniform) for unit in members]
             chosen = swift_ranks(uniform, full, [beta[unit.block] for unit in members], losses, alpha)
             ranks |= {unit.name: rank for unit, rank in zip(members, chosen, strict=True)}
         if (key := tuple(ranks.values())) in tried:

@@ -9,7 +9,7 @@ from pared.errors import ParedError
 from pared.schema.plan import Decision, Dense
 
 
-def uniform(units: Sequence[Unit], budget: Budget, _: Evidence) -> dict[str, Decision]:
+def uniform(units: Sequence[Unit], budget: Budget, _: Evidence, __: object = None) -> dict[str, Decision]:
     """Give every unit the largest rank whose storage fits the fraction that is kept.
 
     A unit that cannot be factorised into fewer parameters stays dense, and the others give up what it costs; if they
