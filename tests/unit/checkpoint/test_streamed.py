@@ -1,6 +1,8 @@
 """A model read block by block is the model that from_pretrained loads, and its changed blocks are what save writes."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -456,3 +458,44 @@ def test_a_file_of_something_else_is_not_adopted(llama: Path, tmp_path: Path) ->
     store = open_streamed(find_model(str(llama)), folder=tmp_path)
     with pytest.raises(DamagedError, match="was not written by pared for a block"):
         store.adopt(0, llama / "model.safetensors")
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+from pared.checkpoint.streamed import open_streamed
+from pared.models.source import find_model
+import torch
+
+def memory(key):
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+source = find_model(sys.argv[1])
+source.skeleton()  # what is imported is imported
+Path("/proc/self/clear_refs").write_text("5")
+before = memory("VmRSS")
+store = open_streamed(source, folder=Path(sys.argv[2]))
+for index in range(len(store)):
+    store.load(index)
+    store.commit(index)
+with store.running(), torch.no_grad():
+    store.model(input_ids=torch.arange(8).unsqueeze(0))
+print(memory("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peaks cannot be measured here")
+def test_reading_and_writing_takes_the_memory_of_a_few_blocks(tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=1000, hidden_size=512, intermediate_size=1376, num_hidden_layers=24, num_attention_heads=8
+    )
+    model = transformers.LlamaForCausalLM(config)  # 300 MB in 24 blocks
+    _saved(model, tmp_path / "model")
+    (tmp_path / "work").mkdir()
+    block = sum(parameter.nbytes for parameter in model.get_submodule("model.layers.0").parameters())
+    outside = sum(parameter.nbytes for parameter in model.parameters()) - 24 * block
+    arguments = [sys.executable, "-c", MEASURE, str(tmp_path / "model"), str(tmp_path / "work")]
+    run = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    assert int(run.stdout) < outside + 3 * block

@@ -1,0 +1,120 @@
+"""How much memory this process may still take, and sizes as users write them."""
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from pydantic import ByteSize, TypeAdapter, ValidationError
+
+from pared.errors import ParedError
+
+GROUPS = Path("/sys/fs/cgroup")
+PROC = Path("/proc")
+NO_LIMIT = 2**60  # what is more is none: groups without a limit have the largest number of pages
+
+_SIZE = TypeAdapter(ByteSize)
+_SHAPE = re.compile(r"\s*[0-9.]+\s*[a-zA-Z]*\s*")
+
+
+class Available(NamedTuple):
+    """Memory that may still be taken.
+
+    Attributes:
+        bytes: of it.
+        limit: what sets the limit, for messages.
+    """
+
+    bytes: int
+    limit: str
+
+
+def parse_size(text: str | int, what: str) -> int:
+    """Return the bytes of a size: ``2GiB``, ``500MB``, ``1.5 GiB`` or a number of bytes.
+
+    Args:
+        text: as it was given.
+        what: is so large, for messages.
+
+    Raises:
+        ParedError: it is no size.
+    """
+    with contextlib.suppress(ValidationError):
+        # The type reads what it knows of "2,5GB" and leaves the rest.
+        if _SHAPE.fullmatch(str(text)) and (found := _SIZE.validate_python(text)) >= 0:
+            return int(found)
+    raise ParedError(f"{what}: expected a size such as 2GiB or 500MB, got {str(text)[:40]!r}")
+
+
+def format_size(count: int) -> str:
+    """Return bytes as people read them: ``1.4 GiB``."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def available_memory() -> Available | None:
+    """Return the least that any limit leaves: of this machine, of a container, of the process; None if none is known.
+
+    Pages of files that the kernel can let go of at once count as free.
+    """
+    found = [*_of_machine(), *_of_groups(), *_of_process()]
+    return min(found) if found else None
+
+
+def _of_machine() -> Iterator[Available]:
+    told = _read(PROC / "meminfo")
+    if match := re.search(r"^MemAvailable:\s+(\d+) kB", told, re.MULTILINE):
+        yield Available(int(match[1]) * 1024, "the memory of this machine")
+    elif hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        yield Available(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "the memory of this machine")
+
+
+def _of_groups() -> Iterator[Available]:
+    """Yield what control groups leave, of both versions: those of the process and every group around them."""
+    for line in _read(PROC / "self" / "cgroup").splitlines():
+        _, controllers, path = (*line.split(":", 2), "", "")[:3]
+        if controllers == "":
+            root, limit, usage, idle = GROUPS, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            root, limit, usage, idle = (
+                GROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+            )  # fmt: skip
+        else:
+            continue
+        parts = [part for part in path.split("/") if part and part != ".."]
+        for depth in range(len(parts) + 1):  # a container may see its own group as the root
+            group = root.joinpath(*parts[:depth])
+            most, used = _number(group / limit), _number(group / usage)
+            if most is None or used is None or most >= NO_LIMIT:
+                continue
+            match = re.search(rf"^{idle} (\d+)", _read(group / "memory.stat"), re.MULTILINE)
+            yield Available(max(0, most - used + (int(match[1]) if match else 0)), "the limit of its control group")
+
+
+def _of_process() -> Iterator[Available]:
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    told = _read(PROC / "self" / "statm").split()
+    if soft not in (resource.RLIM_INFINITY, -1) and told:
+        yield Available(max(0, soft - int(told[0]) * os.sysconf("SC_PAGE_SIZE")), "the limit of its address space")
+
+
+def _number(file: Path) -> int | None:
+    told = _read(file).strip()
+    return int(told) if told.isdigit() else None
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,87 @@
+"""Limits of memory are found where the system has them, and sizes are read as users write them."""
+
+import resource
+from pathlib import Path
+
+import pytest
+
+from pared import memory
+from pared.errors import ParedError
+from pared.memory import available_memory, format_size, parse_size
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("2GiB", 2 * 2**30), ("500MB", 500 * 10**6), ("1.5 gib", 3 * 2**29), ("123", 123), (4096, 4096), ("0", 0),
+     ("7 B", 7), ("2TiB", 2**41)],
+)  # fmt: skip
+def test_sizes_are_read(text: str | int, expected: int) -> None:
+    assert parse_size(text, "--activation-memory") == expected
+
+
+@pytest.mark.parametrize("text", ["", "many", "2 GX", "-1", "1e9", "2,5GB", True, "nan"])
+def test_what_is_no_size_is_told(text: str) -> None:
+    with pytest.raises(ParedError, match="--activation-memory: expected a size such as 2GiB or 500MB, got"):
+        parse_size(text, "--activation-memory")
+
+
+def test_sizes_are_printed() -> None:
+    assert [format_size(count) for count in (10, 1536, 5 * 2**20, 7 * 2**30, 3 * 2**41)] == [
+        "10 B", "1.5 KiB", "5.0 MiB", "7.0 GiB", "6.0 TiB",
+    ]  # fmt: skip
+
+
+def _system(monkeypatch: pytest.MonkeyPatch, folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    monkeypatch.setattr(memory, "PROC", folder / "proc")
+    monkeypatch.setattr(memory, "GROUPS", folder / "groups")
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+MEMINFO = {"proc/meminfo": "MemTotal:  9000 kB\nMemAvailable:  8000 kB\n"}
+SECOND = {
+    "proc/self/cgroup": "0::/outer/inner\n",
+    "groups/outer/memory.max": "5000000\n",
+    "groups/outer/memory.current": "2000000\n",
+    "groups/outer/memory.stat": "anon 1\ninactive_file 1000000\n",
+    "groups/outer/inner/memory.max": "max\n",
+    "groups/outer/inner/memory.current": "2000000\n",
+}
+FIRST = {
+    "proc/self/cgroup": "4:cpu,memory:/job\n3:cpuset:/\n",
+    "groups/memory/memory.limit_in_bytes": f"{2**63 - 4096}\n",
+    "groups/memory/memory.usage_in_bytes": "7\n",
+    "groups/memory/job/memory.limit_in_bytes": "3000000\n",
+    "groups/memory/job/memory.usage_in_bytes": "1000000\n",
+    "groups/memory/job/memory.stat": "inactive_file 5\ntotal_inactive_file 500000\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (MEMINFO, (8000 * 1024, "the memory of this machine")),
+        ({**MEMINFO, **SECOND}, (4000000, "the limit of its control group")),
+        ({**MEMINFO, **FIRST}, (2500000, "the limit of its control group")),
+    ],
+    ids=["machine", "groups of version 2", "groups of version 1"],
+)
+def test_the_tightest_limit_is_found(
+    files: dict[str, str], expected: tuple[int, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _system(monkeypatch, tmp_path, files)
+    assert available_memory() == expected
+
+
+def test_the_limit_of_the_address_space_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _system(monkeypatch, tmp_path, {**MEMINFO, "proc/self/statm": "100 50 10\n"})
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (101 * resource.getpagesize(), resource.RLIM_INFINITY))
+    assert available_memory() == (resource.getpagesize(), "the limit of its address space")
+
+
+def test_this_machine_has_some() -> None:
+    found = available_memory()
+    assert found is None or found.bytes > 0
