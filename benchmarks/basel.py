@@ -21,7 +21,7 @@ from pared.engine.allocate import plan_of
 from pared.environment import peak_memory_bytes
 from pared.models.source import find_model
 from pared.schema.manifest import Manifest
-from pared.schema.training import Tuning
+from pared.schema.training import TrainingConfig
 from pared.training import tune
 from record import RESULTS, append, read, table
 
@@ -85,9 +85,9 @@ def compressed(model: str, method: str, size: float, keep: float, text: str) -> 
     return out
 
 
-def tuning(model: str, out: Path, text: str, tokens: int, **more: Any) -> Tuning:
+def tuning(model: str, out: Path, text: str, tokens: int, **more: Any) -> TrainingConfig:
     """Return what all trainings have in common."""
-    return Tuning.of({
+    return TrainingConfig.of({
         "model": model, "out": str(out), "data": [text], "tokens": tokens, "length": LENGTH, "batch": BATCH,
         "validation": 8, "evaluation": None, "learning_rate": RATE, "checkpoint_every": 32, **more,
     })  # fmt: skip

@@ -21,7 +21,7 @@ from pared.engine.allocate import plan_of
 from pared.entrypoints.fine_tune_encoder import FineTuning, fine_tune, with_head
 from pared.evaluation import classify
 from pared.models.source import find_model
-from pared.schema.training import Tuning
+from pared.schema.training import TrainingConfig
 from pared.training import tune
 from record import RESULTS, append, read, table
 
@@ -64,10 +64,10 @@ def score(folder: Path, task: str) -> float:
     return classify(model, windows_of(test, model, pared.load_tokenizer(folder), None)).metrics[metric]
 
 
-def tuning(parent: Path, out: Path, task: str, **more: Any) -> Tuning:
+def tuning(parent: Path, out: Path, task: str, **more: Any) -> TrainingConfig:
     """Return what all trainings have in common."""
     train, _, _, count, _ = TASKS[task]
-    return Tuning.of({
+    return TrainingConfig.of({
         "model": str(parent), "out": str(out), "data": [train], "windows": count - 64, "validation": 64,
         "length": LENGTH, "batch": BATCH, "learning_rate": RATE, "evaluation": None, "checkpoint_every": 200, **more,
     })  # fmt: skip

@@ -14,7 +14,7 @@ from typing import Any
 import pared
 from grid import LENGTH, SAMPLES, WINDOWS, measured, ratios, require_disjoint, signature
 from pared.schema.manifest import Manifest
-from pared.schema.training import Tuning
+from pared.schema.training import TrainingConfig
 from pared.training import tune
 from record import RESULTS, append, read, table
 
@@ -63,7 +63,7 @@ def train(parent: Path, cell: dict[str, Any]) -> dict[str, Any]:
     out = PLACE / named(cell)
     if not (out / "pared.json").exists():
         asked = {name: cell[name] for name in ("method", "learning_rate", "tokens", "batch", "length")}
-        tune(Tuning.of({
+        tune(TrainingConfig.of({
             **asked, "options": cell.get("options", {}), "model": str(parent), "out": str(out),
             "data": list(cell["data"]), "evaluation": None, "checkpoint_every": 20, "schedule": cell["schedule"],
         }))  # fmt: skip

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from pared.errors import ParedError
     from pared.schema.plan import Plan
     from pared.schema.recipe import Calibration, Evaluation, Recipe
+    from pared.schema.search import SearchConfig
+    from pared.schema.training import TrainingConfig
 
 __all__ = [
     "Calibration",
@@ -28,6 +30,8 @@ __all__ = [
     "ParedError",
     "Plan",
     "Recipe",
+    "SearchConfig",
+    "TrainingConfig",
     "__version__",
     "compress",
     "load",
@@ -48,6 +52,8 @@ lazy_package(
         "pared.errors": ["ParedError"],
         "pared.schema.plan": ["Plan"],
         "pared.schema.recipe": ["Calibration", "Evaluation", "Recipe"],
+        "pared.schema.search": ["SearchConfig"],
+        "pared.schema.training": ["TrainingConfig"],
     },
 )
 

@@ -8,9 +8,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.errors import ParedError
 from pared.schema.recipe import Recipe
-from pared.schema.training import Tuning
+from pared.schema.training import TrainingConfig
 
-Asked = TypeVar("Asked", Recipe, Tuning)
+Asked = TypeVar("Asked", Recipe, TrainingConfig)
 
 
 def require_model(model: object, function: str) -> None:
@@ -62,7 +62,7 @@ def asked_from(kind: type[Asked], value: Any, function: str) -> Asked:
     """Return a recipe or a tuning; a mapping is read as one.
 
     Args:
-        kind: ``Recipe`` or ``Tuning``.
+        kind: ``Recipe`` or ``TrainingConfig``.
         value: what was handed over.
         function: that it was handed to, for messages.
 
@@ -73,16 +73,20 @@ def asked_from(kind: type[Asked], value: Any, function: str) -> Asked:
         return value
     what = kind.__name__
     if isinstance(value, Mapping):
-        return kind.of(value, origin=f"the {what.lower()} of {function}")
+        return kind.of(value, origin=f"the {kind.NOUN} of {function}")
     raise ParedError(f"{function} takes a {what}, found {_kind(value)}; such as {_example(kind, value)}")
 
 
 def _example(kind: type, found: object) -> str:
     """Return what may have been meant."""
     if not isinstance(found, (str, os.PathLike)):
-        return "Recipe(method='loss-optimal', keep=0.8)" if kind is Recipe else "Tuning(model='small', out='trained')"
+        return (
+            "Recipe(method='loss-optimal', keep=0.8)"
+            if kind is Recipe
+            else "TrainingConfig(model='small', out='trained')"
+        )
     name = os.fspath(found)
-    meant = f"Recipe(method={name!r})" if kind is Recipe else f"Tuning(model={name!r}, out='trained')"
+    meant = f"Recipe(method={name!r})" if kind is Recipe else f"TrainingConfig(model={name!r}, out='trained')"
     return f"{meant}, or {kind.__name__}.load(PATH) for a file"
 
 

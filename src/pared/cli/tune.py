@@ -7,7 +7,7 @@ from pared.cli.from_schema import Fields, Given, schema_options
 from pared.cli.options import Overwrite
 from pared.report.table import WORTH_SAYING
 from pared.schema.presets import summary_of
-from pared.schema.training import Tuning
+from pared.schema.training import TrainingConfig
 
 if TYPE_CHECKING:
     from pared.schema.manifest import Manifest, Training
@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 @schema_options
 def tune(
-    given: Annotated[Given[Tuning], Fields(Tuning, file="YAML file of a training; options given here win over it.")],
+    given: Annotated[
+        Given[TrainingConfig], Fields(TrainingConfig, file="YAML file of a training; options given here win over it.")
+    ],
     overwrite: Overwrite = False,
     json_file: JsonFile = None,
 ) -> None:

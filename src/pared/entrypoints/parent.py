@@ -19,7 +19,7 @@ from pared.models.source import find_model, require_dense
 from pared.schema.manifest import Manifest, Training
 from pared.schema.plan import Decision, Dense, LowRank, Plan
 from pared.schema.recipe import Evaluation, Recipe
-from pared.schema.training import Tuning
+from pared.schema.training import TrainingConfig
 from pared.structure import find_anatomy
 from pared.training.early import require_named
 
@@ -120,7 +120,7 @@ class DenseParent:
 
     manifest: Manifest | None = None
 
-    def __init__(self, tuning: Tuning, options: dict[str, Any]) -> None:
+    def __init__(self, tuning: TrainingConfig, options: dict[str, Any]) -> None:
         assert tuning.model is not None
         self.name, self._tuning, self._options = tuning.model, tuning, options
         self._source = find_model(self.name)
@@ -194,7 +194,7 @@ class DenseParent:
         return plan.model_copy(update={"keep": min(plan.achieved_keep, 1.0)})
 
 
-def parent_of(tuning: Tuning, options: dict[str, Any], compresses: bool) -> Parent:
+def parent_of(tuning: TrainingConfig, options: dict[str, Any], compresses: bool) -> Parent:
     """Return what a tuning names.
 
     Raises:

@@ -38,7 +38,7 @@ from pared.report.table import WORTH_SAYING
 from pared.schema.manifest import Manifest, Measured, StageRecord, Training, WindowsRead
 from pared.schema.presets import note_of, record_of, require_user_fields
 from pared.schema.recipe import Evaluation
-from pared.schema.training import Tuning
+from pared.schema.training import TrainingConfig
 from pared.training.dataset import Examples, find_rows
 from pared.training.distributed import Processes
 from pared.training.early import require_trackers
@@ -66,7 +66,7 @@ class Tuned:
 
 
 def tune(
-    tuning: Tuning | Mapping[str, Any],
+    tuning: TrainingConfig | Mapping[str, Any],
     overwrite: bool = False,
     progress: Progress | None = None,
     trust_remote_code: bool = False,
@@ -86,11 +86,11 @@ def tune(
         ParedError: anything wrong; the output was not written, and what was trained is kept beside it.
     """
     with trusting(trust_remote_code):
-        return _Job(asked_from(Tuning, tuning, "pared.training.tune"), overwrite, progress or Silent()).run()
+        return _Job(asked_from(TrainingConfig, tuning, "pared.training.tune"), overwrite, progress or Silent()).run()
 
 
 class _Job:
-    def __init__(self, tuning: Tuning, overwrite: bool, progress: Progress) -> None:
+    def __init__(self, tuning: TrainingConfig, overwrite: bool, progress: Progress) -> None:
         self.processes = Processes(tuning.device)
         self.tuning, self.overwrite = tuning, overwrite
         self.progress = progress if self.processes.is_first else Silent()
@@ -330,7 +330,7 @@ class _Job:
                                "calibrated on: it tells nothing of text the model has not seen")  # fmt: skip
         return share
 
-    def with_length(self) -> Tuning:
+    def with_length(self) -> TrainingConfig:
         """Return what is asked for with the length that a default came to on this model, for the record."""
         length = Length.of(self.tuning).within(self.config, "rows to train on").tokens
         return self.tuning if length == self.tuning.length else self.tuning.model_copy(update={"length": length})

@@ -8,9 +8,9 @@ if TYPE_CHECKING:
     from pared.schema.manifest import Manifest
     from pared.schema.plan import Plan
     from pared.schema.recipe import Calibration, Evaluation, Recipe
-    from pared.schema.training import Tuning
+    from pared.schema.training import TrainingConfig
 
-__all__ = ["Calibration", "Evaluation", "Manifest", "Plan", "Recipe", "Tuning"]
+__all__ = ["Calibration", "Evaluation", "Manifest", "Plan", "Recipe", "TrainingConfig"]
 
 lazy_package(
     __name__,
@@ -18,6 +18,6 @@ lazy_package(
         "pared.schema.manifest": ["Manifest"],
         "pared.schema.plan": ["Plan"],
         "pared.schema.recipe": ["Calibration", "Evaluation", "Recipe"],
-        "pared.schema.training": ["Tuning"],
+        "pared.schema.training": ["TrainingConfig"],
     },
 )

@@ -15,7 +15,7 @@ from pared.io.record import MANIFEST, checksum
 from pared.schema.plan import Plan
 from pared.schema.presets import RECORDED, PresetRecord
 from pared.schema.recipe import Recipe
-from pared.schema.training import Tuning
+from pared.schema.training import TrainingConfig
 
 FORMAT_VERSION = 1  # that of the loader, which is copied into every folder and so has to name it itself
 
@@ -110,7 +110,7 @@ class Training(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid")
-    tuning: Tuning
+    tuning: TrainingConfig
     preset: PresetRecord | None = None
     settled: dict[str, Any]
     parent: dict[str, str]

@@ -1,6 +1,7 @@
 """What the user asked for of a training: one model, one method, data, how long, a folder out."""
 
-from typing import Annotated, ClassVar, Literal
+import warnings
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -12,7 +13,7 @@ from pared.schema.recipe import Device, DType, Evaluation, OptionValues, TextNam
 Positive = Annotated[Whole, Field(ge=1, strict=True)]
 
 
-class Tuning(FromPreset):
+class TrainingConfig(FromPreset):
     """A whole training: folder or model in, folder out."""
 
     COMMAND: ClassVar[Literal["compress", "tune"]] = "tune"
@@ -94,7 +95,7 @@ class Tuning(FromPreset):
         return {name: ",".join(map(str, one)) if isinstance(one, (list, tuple)) else one for name, one in value.items()}
 
     @model_validator(mode="after")
-    def _sensible(self) -> "Tuning":
+    def _sensible(self) -> "TrainingConfig":
         if not self.data:
             raise ValueError("data names nothing to train on")
         if self.tokens is not None and self.epochs is not None:
@@ -104,3 +105,11 @@ class Tuning(FromPreset):
         if self.evaluate_every is not None and not self.validation:
             raise ValueError("evaluate_every measures on the validation part, and validation is 0")
         return self
+
+
+def __getattr__(name: str) -> Any:
+    """Return what was called otherwise; a name of before is there until 0.3."""
+    if name == "Tuning":
+        warnings.warn("Tuning is called TrainingConfig", DeprecationWarning, stacklevel=2)
+        return TrainingConfig
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

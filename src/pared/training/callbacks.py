@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from pared.data.windows import NO_LABEL
 from pared.io.files import write_whole
 from pared.progress import Advance, Progress
-from pared.schema.training import Tuning
+from pared.schema.training import TrainingConfig
 from pared.training.dataset import Row, collate
 from pared.training.distributed import Processes
 from pared.training.method import own_loss
@@ -121,7 +121,7 @@ class Validation(TrainerCallback):
     def __init__(
         self,
         rows: Sequence[Row],
-        tuning: Tuning,
+        tuning: TrainingConfig,
         precision: torch.dtype,
         state: Callable[[], dict[str, torch.Tensor]],
         folder: Path,

@@ -14,7 +14,7 @@ from pared.data.lengths import Length
 from pared.data.texts import from_learned_part
 from pared.data.windows import NO_LABEL, Windows, merged, require_fits
 from pared.errors import ParedError
-from pared.schema.training import Tuning
+from pared.schema.training import TrainingConfig
 
 Row = dict[str, torch.Tensor]
 PADDING = {"labels": NO_LABEL}  # everything else is padded with 0
@@ -41,7 +41,7 @@ class Examples:
 
 
 def find_rows(
-    tuning: Tuning,
+    tuning: TrainingConfig,
     tokenizer: PreTrainedTokenizerBase,
     config: PretrainedConfig,
     causal: bool,

@@ -17,7 +17,7 @@ from pared.io.output_dir import require_free
 from pared.models.source import find_model
 from pared.names import require_known
 from pared.schema.presets import require_user_fields
-from pared.schema.training import Tuning
+from pared.schema.training import TrainingConfig
 from pared.training.registry import method_of, settled
 
 # As transformers calls them, and the modules any of which it takes; it alone decides for one without.
@@ -39,7 +39,7 @@ TRACKERS: dict[str, tuple[str, ...]] = {
 }
 
 
-def require_possible(tuning: Tuning, overwrite: bool) -> None:
+def require_possible(tuning: TrainingConfig, overwrite: bool) -> None:
     """Refuse what a tuning alone, or the disk, shows to be impossible.
 
     Args:
@@ -65,7 +65,7 @@ def require_possible(tuning: Tuning, overwrite: bool) -> None:
     find_model(str(tuning.model))
 
 
-def require_named(tuning: Tuning) -> None:
+def require_named(tuning: TrainingConfig) -> None:
     """Refuse a tuning without a model.
 
     Raises:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pared.schema.training import Tuning
+from pared.schema.training import TrainingConfig
 
 if TYPE_CHECKING:  # what a method is called and which options it has is read without them
     import torch
@@ -67,7 +67,7 @@ class Context:
 
     model: "PreTrainedModel"
     options: Mapping[str, Any]
-    tuning: Tuning
+    tuning: TrainingConfig
     manifest: "Manifest | None"
     steps: int
     examples: "Examples"

@@ -14,7 +14,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from pared.errors import ParedError
 from pared.progress import Progress
-from pared.schema.training import Tuning
+from pared.schema.training import TrainingConfig
 from pared.structure import find_blocks
 from pared.training.callbacks import Validation, Watch, WholeCheckpoints
 from pared.training.dataset import Examples, Row, collate
@@ -162,7 +162,7 @@ def warmup_steps(asked: float, steps: int) -> int:
 def train(
     prepared: Prepared,
     stage: Stage,
-    tuning: Tuning,
+    tuning: TrainingConfig,
     learning_rate: float,
     steps: int,
     examples: Examples,

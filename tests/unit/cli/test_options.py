@@ -15,7 +15,7 @@ from pared.schema.base import Config
 from pared.schema.command_line import declared
 from pared.schema.recipe import Recipe
 from pared.schema.search import SearchConfig
-from pared.schema.training import Tuning
+from pared.schema.training import TrainingConfig
 
 DOCS = Path(__file__).parents[3] / "docs"
 # Every option of a compression with what the recipe then holds.
@@ -83,7 +83,7 @@ def test_every_option_of_a_recipe_arrives_at_its_field() -> None:
 
 
 def test_nothing_given_is_the_default_of_every_field() -> None:
-    for model in (Recipe, Tuning, SearchConfig):
+    for model in (Recipe, TrainingConfig, SearchConfig):
         found = asked(Fields(model))
         assert found == model()
         assert found.model_fields_set == set()
@@ -104,7 +104,7 @@ def test_every_field_says_what_it_means_and_no_flag_is_taken_twice(model: type[C
 def test_a_flag_that_a_file_sets_can_be_taken_back(tmp_path: Path) -> None:
     file = tmp_path / "tune.yaml"
     file.write_text("gradient_checkpointing: true\nepochs: 2\n")
-    marker = Fields(Tuning, file="A file.")
+    marker = Fields(TrainingConfig, file="A file.")
     assert asked(marker, "--recipe", str(file)).gradient_checkpointing
     assert not asked(marker, "--recipe", str(file), "--no-gradient-checkpointing").gradient_checkpointing
     assert asked(marker, "--recipe", str(file), "--tokens", "100").epochs is None  # one length in place of another
@@ -136,3 +136,9 @@ def test_help_in_python_lists_the_fields() -> None:
     told = pared.Recipe.__doc__ or ""
     assert "Attributes:\n    preset: A protocol by name" in told
     assert all(f"    {name}: " in told for name in Recipe.model_fields)
+
+
+def test_the_old_name_of_a_training_config_is_told() -> None:
+    with pytest.warns(DeprecationWarning, match="Tuning is called TrainingConfig"):
+        from pared.schema.training import Tuning  # type: ignore[attr-defined]
+    assert Tuning is TrainingConfig

@@ -228,7 +228,7 @@ def test_what_is_unknown_is_refused(
 def test_a_model_learns_answers_from_a_file(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     from tiny_models import TINY_MODELS
 
-    from pared.schema.training import Tuning
+    from pared.schema.training import TrainingConfig
     from pared.training import tune
 
     TINY_MODELS["llama"]().save_pretrained(tmp_path / "dense")
@@ -236,7 +236,7 @@ def test_a_model_learns_answers_from_a_file(tmp_path: Path, tokenizer: PreTraine
     rows = [{"prompt": f"w{i} w{i}", "response": f"w{i + 1}"} for i in range(3, 50)]
     options = {"prunes": 2, "new": 1, "keep_ratio": 0.9, "keeping_epochs": 1.0, "pruning_epochs": 1.0,
                "post_epochs": 1.0}  # fmt: skip
-    made = tune(Tuning.of({
+    made = tune(TrainingConfig.of({
         "model": str(tmp_path / "dense"), "out": str(tmp_path / "out"), "method": "basel", "options": options,
         "data": [written(tmp_path / "rows.jsonl", rows)], "template": "plain", "length": 16, "validation": 4,
         "batch": 16, "epochs": 2.0, "learning_rate": 1e-2, "evaluation": None,

@@ -248,14 +248,14 @@ class TestLengths:
             pared.perplexity(model, TOKENIZER, text, length=1024)
 
     def test_training_takes_what_the_model_has(self, folder: Path) -> None:
-        from pared.schema.training import Tuning
+        from pared.schema.training import TrainingConfig
         from pared.training.dataset import find_rows
 
         config = TINY_MODELS["llama"]().config
-        rows = find_rows(Tuning(data=(f"file:{folder}/text.txt",)), TOKENIZER, config, True)
+        rows = find_rows(TrainingConfig(data=(f"file:{folder}/text.txt",)), TOKENIZER, config, True)
         assert {len(row["input_ids"]) for row in rows.train} == {128}
         with pytest.raises(ParedError, match="rows to train on of 512 tokens, but this model has 128"):
-            find_rows(Tuning(data=(f"file:{folder}/text.txt",), length=512), TOKENIZER, config, True)
+            find_rows(TrainingConfig(data=(f"file:{folder}/text.txt",), length=512), TOKENIZER, config, True)
 
     def test_a_search_takes_what_the_model_has(self, folder: Path) -> None:
         from pared.entrypoints.search import _windows
@@ -272,12 +272,12 @@ class TestLengths:
 
 
 def test_a_classifier_is_not_trained_on_plain_text(folder: Path) -> None:
-    from pared.schema.training import Tuning
+    from pared.schema.training import TrainingConfig
     from pared.training.dataset import find_rows
 
     config = TINY_MODELS["bert"]().config
     with pytest.raises(ParedError, match=r"is plain text, and .* is no language model .* name labelled examples"):
-        find_rows(Tuning(data=(f"file:{folder}/text.txt",), length=16), TOKENIZER, config, False)
+        find_rows(TrainingConfig(data=(f"file:{folder}/text.txt",), length=16), TOKENIZER, config, False)
 
 
 def test_windows_of_a_part_know_their_place_in_the_whole() -> None:

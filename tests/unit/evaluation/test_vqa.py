@@ -35,7 +35,7 @@ from pared.evaluation.vqa import answer_questions, is_right, processor_of, quest
 from pared.models.architecture import is_causal
 from pared.modules import LowRankLinear
 from pared.schema.manifest import Manifest
-from pared.schema.training import Tuning
+from pared.schema.training import TrainingConfig
 from pared.structure import find_anatomy
 from pared.training import tune
 from pared.training.trainable import compressed_layers
@@ -145,7 +145,7 @@ def test_a_tensor_that_is_missing_is_called_what_it_is_in_the_model(small: Path,
 def test_the_processor_goes_with_every_folder(small: Path, llava: Path, tmp_path: Path, text_file: Path) -> None:
     asked = {"model": str(small), "out": str(tmp_path / "tuned"), "data": [f"file:{text_file}"], "length": 16,
              "validation": 2, "tokens": 64, "method": "distill", "evaluation": None}  # fmt: skip
-    tune(Tuning.of(asked))
+    tune(TrainingConfig.of(asked))
     export_dense(str(small), tmp_path / "dense")
     convert(small, tmp_path / "pivoted", pivoted=True)
     wanted = AutoProcessor.from_pretrained(llava).image_processor.to_dict()

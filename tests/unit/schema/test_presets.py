@@ -34,7 +34,7 @@ from pared.schema.presets import (
     summary_of,
     to_markdown,
 )
-from pared.schema.training import Tuning
+from pared.schema.training import TrainingConfig
 from pared.training.registry import METHODS
 
 DOCS = Path(__file__).parents[3] / "docs"
@@ -44,7 +44,7 @@ TUNINGS = [name for name in preset_names() if load_preset(name).command == "tune
 
 
 def begun(name: str, **more: Any) -> FromPreset:
-    return (Recipe if name in RECIPES else Tuning).of({"preset": name, **more})
+    return (Recipe if name in RECIPES else TrainingConfig).of({"preset": name, **more})
 
 
 def test_all_protocols_of_the_papers_are_there() -> None:
@@ -155,10 +155,14 @@ def test_one_of_two_budgets_or_lengths_replaces_the_presets() -> None:
     [
         (Recipe, {"preset": "basis-sharing-papr"}, "unknown preset 'basis-sharing-papr'; did you mean"),
         (Recipe, {"preset": "basel-lm"}, "preset 'basel-lm' is for pared tune; for pared compress there are: asvd"),
-        (Tuning, {"preset": "wanda-paper"}, "preset 'wanda-paper' is for pared compress; for pared tune there are: b"),
+        (
+            TrainingConfig,
+            {"preset": "wanda-paper"},
+            "preset 'wanda-paper' is for pared compress; for pared tune there",
+        ),
         (Recipe, {"preset": "wanda-paper", "method": "svd"}, "is a protocol of method wanda, found method 'svd'"),
         (Recipe, {"preset": "wanda-paper", "calibration": {"sampels": 1}}, "unknown key 'calibration.sampels'"),
-        (Tuning, {"preset": "basel-lm", "epochs": 1.0, "tokens": 5}, "are two lengths"),
+        (TrainingConfig, {"preset": "basel-lm", "epochs": 1.0, "tokens": 5}, "are two lengths"),
     ],
 )
 def test_what_is_no_preset_or_does_not_go_with_it_is_refused(kind: Any, fields: dict[str, Any], message: str) -> None:
@@ -235,8 +239,8 @@ def test_what_does_not_go_with_what_is_given_leaves_the_preset_with_it(
          {"preset": "asvd-paper", "rank_fraction": 0.3}),
         (Recipe, {"allocation": "dsa", "allocation_options": {"program": "x"}}, {"allocation": "loss"},
          {"allocation": "loss"}),
-        (Tuning, {"epochs": 3.0}, {"tokens": 1000}, {"tokens": 1000}),
-        (Tuning, {"tokens": 1000}, {"epochs": 2.0}, {"epochs": 2.0}),
+        (TrainingConfig, {"epochs": 3.0}, {"tokens": 1000}, {"tokens": 1000}),
+        (TrainingConfig, {"tokens": 1000}, {"epochs": 2.0}, {"epochs": 2.0}),
     ],
 )  # fmt: skip
 def test_a_budget_or_length_given_replaces_another_of_a_file_or_a_copy(
@@ -407,7 +411,7 @@ def test_lengths_of_a_preset_give_way_to_what_a_model_takes_and_that_is_told(
 
     tuning = {"preset": "basis-sharing-lora", "model": str(tmp_path / "small"), "out": str(tmp_path / "tuned"),
               "data": [text], "tokens": 64, "precision": "float32", "evaluation": None, "validation": 0}  # fmt: skip
-    (training,) = pared.training.tune(Tuning.of(tuning)).manifest.training
+    (training,) = pared.training.tune(TrainingConfig.of(tuning)).manifest.training
     assert training.preset is not None
     assert training.preset["deviations"]["length"] == {"preset": 2048, "given": length}
     assert training.tuning.length == length

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 import pared
 from pared.checkpoint import verify
 from pared.schema.presets import DEMO, load_preset, preset_names
-from pared.schema.training import Tuning
+from pared.schema.training import TrainingConfig
 from pared.training import tune
 
 pytestmark = [
@@ -84,7 +84,7 @@ TINY: dict[str, dict[str, Any]] = {
 def test_a_protocol_of_training_runs(place: Path, tmp_path: Path, name: str) -> None:
     tiny = TINY[name]
     asked = {**tiny, "model": str(place / tiny["model"]), "data": [one.format(place) for one in tiny["data"]]}
-    made = tune(Tuning.of({"preset": name, "out": str(tmp_path / "out"), "evaluation": None, **asked}))
+    made = tune(TrainingConfig.of({"preset": name, "out": str(tmp_path / "out"), "evaluation": None, **asked}))
     assert verify(tmp_path / "out") <= 1e-6
     (training,) = made.manifest.training
     assert training.preset is not None

@@ -13,7 +13,7 @@ from pared.errors import ParedError
 from pared.names import match
 from pared.schema.plan import Plan
 from pared.schema.recipe import Calibration, Evaluation, Recipe
-from pared.schema.training import Tuning
+from pared.schema.training import TrainingConfig
 
 FULL = Recipe(
     model="org/name",
@@ -77,11 +77,11 @@ def test_a_copy_is_checked_like_a_recipe():
         (lambda: Recipe(calibration={"smaples": 3}), "unknown key 'calibration.smaples'; did you mean 'samples'"),
         (lambda: Calibration(smaples=3), "Calibration: unknown key 'smaples'; did you mean 'samples'"),
         (lambda: Evaluation(windws=3), "Evaluation: unknown key 'windws'; did you mean 'windows'"),
-        (lambda: Tuning(mehod="lora"), "did you mean 'method'"),
+        (lambda: TrainingConfig(mehod="lora"), "did you mean 'method'"),
         (lambda: Plan(kep=0.5), "Plan: "),
         (lambda: Recipe({"method": "svd"}), "takes named fields, such as Recipe(model=...); found {'method': 'svd'}"),
         (lambda: Recipe(skip="*.0.*"), "skip: expected a list of strings, such as ['*.0.*']; found '*.0.*'"),
-        (lambda: Tuning(data="embedded"), "data: expected a list of strings, such as ['embedded']"),
+        (lambda: TrainingConfig(data="embedded"), "data: expected a list of strings, such as ['embedded']"),
         (lambda: Recipe(calibration="c4:train"), "calibration: expected a mapping of its fields (text, samples"),
         (lambda: Recipe(evaluation="c4:train"), "evaluation: expected a mapping of its fields (text, length"),
         (lambda: Recipe(keep=80), "found 80"),
@@ -109,7 +109,7 @@ def test_what_python_calls_otherwise_is_taken():
     )
     assert (recipe.model, recipe.out, recipe.device, recipe.dtype) == ("/m", "o", "cpu", "bfloat16")
     assert recipe.calibration == Calibration(text="file:a.txt", samples=3)
-    assert Tuning(data=(Path("a.txt"), "embedded")).data == ("file:a.txt", "embedded")
+    assert TrainingConfig(data=(Path("a.txt"), "embedded")).data == ("file:a.txt", "embedded")
     assert Recipe.of(recipe) is recipe
 
 

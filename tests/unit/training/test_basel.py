@@ -23,7 +23,7 @@ from pared.modules import LowRankLinear, replace_module
 from pared.progress import Silent
 from pared.schema.manifest import Manifest
 from pared.schema.plan import LowRank
-from pared.schema.training import Tuning
+from pared.schema.training import TrainingConfig
 from pared.structure import bias_of, weight_of
 from pared.training import tune
 from pared.training.basel.bases import bases_of_outputs, bases_of_weight
@@ -499,10 +499,12 @@ def dense(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeniz
     return of
 
 
-def asked(folder: Path, out: Path, text_file: Path, options: dict[str, Any] | None = None, **more: Any) -> Tuning:
+def asked(
+    folder: Path, out: Path, text_file: Path, options: dict[str, Any] | None = None, **more: Any
+) -> TrainingConfig:
     few = {"prunes": 5, "new": 2, "keeping_epochs": 1.0, "pruning_epochs": 1.0, "post_epochs": 1.0, "keep_ratio": 0.4}
     evaluation = {"text": f"file:{text_file}", "length": 16, "windows": 4}
-    return Tuning.of({
+    return TrainingConfig.of({
         "model": str(folder), "out": str(out), "method": "basel", "data": [f"file:{text_file}"], "length": 16,
         "validation": 4, "batch": 4, "tokens": 4 * 16 * 24, "learning_rate": 1e-3, "evaluation": evaluation,
         "options": {**few, **(options or {})}, **more,
@@ -626,7 +628,7 @@ def test_a_dense_model_trained_in_place_is_another_parent(dense: Dense, tmp_path
     from pared.entrypoints.parent import parent_of
 
     shutil.copytree(dense("llama"), tmp_path / "m")
-    tuning = Tuning.of({"model": str(tmp_path / "m"), "method": "basel"})
+    tuning = TrainingConfig.of({"model": str(tmp_path / "m"), "method": "basel"})
     before = parent_of(tuning, {}, True).digest
     assert parent_of(tuning, {}, True).digest == before
     model = load(tmp_path / "m")

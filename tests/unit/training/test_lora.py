@@ -12,7 +12,7 @@ import pared
 from pared import ParedError
 from pared.cli.from_schema import named_values
 from pared.modules import LowRankLinear, PivotedLinear, SparseLinear
-from pared.schema.training import Tuning
+from pared.schema.training import TrainingConfig
 from pared.training import METHODS, lora
 from pared.training.method import Context
 from pared.training.trainable import compressed_layers
@@ -45,7 +45,7 @@ def model(tokenizer: PreTrainedTokenizerFast, calibration: pared.Calibration) ->
 
 
 def prepared(model: PreTrainedModel, **options: Any) -> Any:
-    tuning = Tuning.of({"model": "folder", "method": "lora", "options": options})
+    tuning = TrainingConfig.of({"model": "folder", "method": "lora", "options": options})
     settled = {**METHODS["lora"].options, **tuning.options}
     METHODS["lora"].check(settled)
     context = Context(model, settled, tuning, None, 1, None, torch.device("cpu"), torch.float32)
@@ -91,7 +91,7 @@ def test_named_layers_of_every_kind_are_adapted_and_merged(model: Any, kind: str
 def test_a_bare_name_is_the_end_of_names_and_a_list_is_taken(model: Any) -> None:
     patterns = lora.adapted_names(model("factors"), "*.q_proj,*.v_proj", "up")
     assert lora.adapted_names(model("factors"), "q_proj, v_proj", "up") == patterns
-    listed = Tuning.of({"options": {"targets": ["q_proj", "v_proj"]}})
+    listed = TrainingConfig.of({"options": {"targets": ["q_proj", "v_proj"]}})
     assert listed.options["targets"] == "q_proj,v_proj"
     assert lora.adapted_names(model("factors"), "model.layers.1.mlp.up_proj", "both") == [
         "model.layers.1.mlp.up_proj.up", "model.layers.1.mlp.up_proj.down"]  # fmt: skip

@@ -26,7 +26,7 @@ from pared.checkpoint import load, verify
 from pared.cli.commands import app
 from pared.modules import SparseLinear
 from pared.schema.manifest import Manifest
-from pared.schema.training import Tuning
+from pared.schema.training import TrainingConfig
 from pared.training import METHODS, tune
 from pared.training.dataset import collate
 from pared.training.distill import divergence, share_frozen, towards
@@ -67,8 +67,8 @@ def folder(
     return of
 
 
-def asked(folder: Path, out: Path, text_file: Path, **more: Any) -> Tuning:
-    return Tuning.of({
+def asked(folder: Path, out: Path, text_file: Path, **more: Any) -> TrainingConfig:
+    return TrainingConfig.of({
         "model": str(folder), "out": str(out), "data": [f"file:{text_file}"], "length": 16, "validation": 4,
         "batch": 4, "tokens": 4 * 16 * 6, "learning_rate": 1e-2, **more,
     })  # fmt: skip
@@ -340,7 +340,7 @@ def _validation_rows(text_file: Path, tmp_path: Path) -> list[torch.Tensor]:
     from pared.checkpoint import load_tokenizer
     from pared.training.dataset import find_rows
 
-    asked_of = Tuning.of({"data": [f"file:{text_file}"], "length": 16, "validation": 4})
+    asked_of = TrainingConfig.of({"data": [f"file:{text_file}"], "length": 16, "validation": 4})
     found = find_rows(asked_of, load_tokenizer(tmp_path / "out"), load(tmp_path / "out").config, True)
     assert len(found.validation) == 4
     return [row["input_ids"] for row in found.validation]
@@ -594,5 +594,5 @@ def test_a_dense_model_is_refused_and_told_what_to_do(folder: Folder, tmp_path: 
 )
 def test_a_tuning_that_cannot_be_is_told_in_one_line(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ParedError) as error:
-        Tuning.of(fields)
+        TrainingConfig.of(fields)
     assert message in str(error.value)

@@ -17,7 +17,7 @@ import pared
 from pared import ParedError
 from pared.checkpoint import load, verify
 from pared.schema.manifest import Manifest
-from pared.schema.training import Tuning
+from pared.schema.training import TrainingConfig
 from pared.training import tune
 from pared.training.callbacks import Watch
 from pared.training.distributed import Processes, units
@@ -50,7 +50,7 @@ import pared.training.callbacks as watch
 from pared import ParedError
 from pared.training import tune
 from pared.training.distributed import gathered as whole, is_sharded
-from pared.schema.training import Tuning
+from pared.schema.training import TrainingConfig
 
 torch.set_num_threads(int(os.environ["PARED_TEST_THREADS"]))
 gc.freeze()
@@ -73,10 +73,10 @@ shares, norms = {}, {}
 for name, case in json.loads(open(sys.argv[1]).read()).items():
     stops = name.startswith("killed")
     try:
-        tune(Tuning.of(case))
+        tune(TrainingConfig.of(case))
     except InterruptedError:
         stops = False
-        tune(Tuning.of(case))
+        tune(TrainingConfig.of(case))
     except ParedError as error:
         if int(os.environ["RANK"]) == 0:
             open(case["out"] + ".refused", "w").write(str(error))
@@ -135,7 +135,7 @@ def test_shards_train_as_the_whole_does(
 
     monkeypatch.setattr(Watch, "on_pre_optimizer_step", weigh)
     alone = settings(models, tmp_path / "one", text_file, name)
-    tune(Tuning.of({**alone, "accumulation": 2 * alone.get("accumulation", 1)}))
+    tune(TrainingConfig.of({**alone, "accumulation": 2 * alone.get("accumulation", 1)}))
     assert json.loads((together / "cases.json-0").read_text())[1][name] == pytest.approx(norms, rel=0.02)
     two, one = (Manifest.read(path).training[-1].stages for path in (together / name, tmp_path / "one"))
     assert [stage["steps"] for stage in two] == [stage["steps"] for stage in one]
