@@ -95,6 +95,9 @@ class Registry(Mapping[str, T], Generic[T]):
             self._loaded[name] = self._load(name)
         return self._loaded[name]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._brought or name in self._entries
+
     def __iter__(self) -> Iterator[str]:
         yield from self._brought
         yield from self._entries

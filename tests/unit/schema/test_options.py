@@ -1,0 +1,107 @@
+"""Typed options: what is taken and refused, for every method and allocator, and what is told."""
+
+import subprocess
+import sys
+from typing import Annotated, Any, Literal
+
+import pytest
+from pydantic import Field, field_validator
+
+from pared.allocation import ALLOCATORS
+from pared.errors import ParedError
+from pared.methods import METHODS
+from pared.schema.options import Options, read_options
+
+
+class Some(Options):
+    whole: Annotated[int, Field(ge=1, description="1 or more things")] = 1
+    real: Annotated[float, Field(description="any number")] = 0.5
+    kind: Literal["left", "right"] = "left"
+    flag: bool = False
+    word: str = "x"
+
+    @field_validator("word")
+    @classmethod
+    def _no_blank(cls, value: str) -> str:
+        if " " in value:
+            raise ValueError(f"one word, found {value!r}")
+        return value
+
+
+CONFIGS = {
+    **{f"method {name}": method.config for name, method in METHODS.items()},
+    **{
+        f"{'/'.join(one.families)} allocation {one.name}": one.config
+        for several in ALLOCATORS.values()
+        for one in several
+    },
+}
+
+
+@pytest.mark.parametrize("owner", CONFIGS)
+def test_every_option_has_a_default_that_is_taken_and_is_told_of(owner: str) -> None:
+    config = CONFIGS[owner]
+    made = read_options(config, {}, owner)
+    assert made.model_dump() == config.defaults()
+    assert read_options(config, config.defaults(), owner) == made
+    for name, field in config.model_fields.items():
+        assert type(field.default) in (bool, int, float, str), name
+        assert field.description, name
+
+
+def test_no_two_methods_and_no_two_allocators_have_the_same_options() -> None:
+    """The type of a config selects what it is for."""
+    assert len(set(CONFIGS.values())) == len(CONFIGS)
+
+
+@pytest.mark.parametrize("owner", CONFIGS)
+def test_a_value_of_another_type_is_refused_and_a_whole_number_is_a_number(owner: str) -> None:
+    """As before options were typed: what is given is not converted."""
+    config = CONFIGS[owner]
+    for name, default in config.defaults().items():
+        other: dict[type, list[Any]] = {
+            bool: [1, 0.0, "true"],
+            int: [True, 1.0, "1"],
+            float: [True, "0.5"],
+            str: [1, True],
+        }
+        for value in other[type(default)]:
+            with pytest.raises(ParedError, match=rf"^{owner}: option {name}: expected .*, found {value!r}$"):
+                read_options(config, {name: value}, owner)
+        if isinstance(default, float):
+            assert getattr(read_options(config, {name: 0}, owner), name) == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"whole": 0}, "method m: option whole: expected 1 or more things, found 0"),
+        ({"whole": "two"}, "method m: option whole: expected a int, found 'two'"),
+        ({"kind": "lft"}, "method m: option kind: expected one of left, right, found 'lft'"),
+        ({"word": "a b"}, "method m: option word: one word, found 'a b'"),
+        ({"wohle": 2}, "method m has no option 'wohle'; did you mean 'whole'? Valid: flag, kind, real, whole, word"),
+    ],
+)
+def test_what_is_wrong_is_told_in_a_line(given: dict[str, object], told: str) -> None:
+    with pytest.raises(ParedError) as error:
+        read_options(Some, given, "method m")
+    assert str(error.value) == told
+
+
+def test_what_has_no_options_says_so() -> None:
+    with pytest.raises(ParedError, match=r"^method svd has no option 'alpha'; it has none$"):
+        read_options(METHODS["svd"].config, {"alpha": 0.5}, "method svd")
+
+
+def test_options_are_declared_without_torch_and_built_when_they_are_used() -> None:
+    code = (
+        "import sys\n"
+        "from pared.allocation import ALLOCATORS\n"
+        "from pared.methods import METHODS\n"
+        "config = METHODS['wanda'].config\n"
+        "assert not config.__pydantic_complete__\n"
+        "assert config(variant=True).variant and config.__pydantic_complete__\n"
+        "assert not {'torch', 'numpy', 'transformers'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
