@@ -29,7 +29,7 @@ from pared.schema.recipe import Recipe
 from pared.schema.search import SearchConfig
 from pared.search.data_split import search_texts
 from pared.search.evolution import Candidate, Measured, Result, best_so_far, evolve
-from pared.search.journal import Journal
+from pared.search.journal import SearchJournal
 from pared.search.objective import Measure, Trial, first, in_steps
 from pared.search.pool import InProcess, Processes
 from pared.search.prepare import prepare
@@ -133,7 +133,7 @@ def search(
         full = first(full, config.final_windows)
     settings = _settings(model, recipe, config, windows, full)
     out.mkdir(parents=True, exist_ok=True)
-    with Journal(out / JOURNAL, settings) as journal:
+    with SearchJournal(out / JOURNAL, settings) as journal:
         if journal.resumed:
             progress.note(f"{out} holds {journal.resumed} measurements of this search; it resumes from there")
         trial = prepare(model, tokenizer, recipe, windows, out, progress)
@@ -239,7 +239,7 @@ def _settings(
 
 
 def _references(
-    measure: Measure, trial: Trial, journal: Journal, name: str, steps: Sequence[Windows]
+    measure: Measure, trial: Trial, journal: SearchJournal, name: str, steps: Sequence[Windows]
 ) -> dict[str, float]:
     """Measure the dense model and the uniform allocation, to compare with."""
     found: dict[str, float] = {}
@@ -259,7 +259,7 @@ def _references(
 
 
 def _finals(
-    results: list[Result], config: SearchConfig, pool: Pool, journal: Journal, progress: Progress
+    results: list[Result], config: SearchConfig, pool: Pool, journal: SearchJournal, progress: Progress
 ) -> list[tuple[Result, float]]:
     """Measure the best on the full split; return them with what was found, in the order of the search."""
     best = sorted((one for one in results if one.complete), key=lambda one: one.rank)[: config.top]

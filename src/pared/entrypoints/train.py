@@ -1,7 +1,6 @@
 """A whole training: a folder or model by name, its stages one after the other, a folder that appears whole."""
 
 import gc
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,7 @@ from pared.entrypoints.parent import parent_of
 from pared.environment import machine, peak_memory_bytes, versions
 from pared.errors import ParedError, TextTooShortError
 from pared.evaluation import perplexity
-from pared.io.files import path_of, write_whole
+from pared.io.files import path_of
 from pared.io.inputs import inputs_of
 from pared.io.output_dir import require_free, require_space, staged
 from pared.models.architecture import is_causal
@@ -45,7 +44,7 @@ from pared.training.early import require_trackers
 from pared.training.method import Context, Prepared, Stage, TuningMethod
 from pared.training.precision import PRECISIONS, training_precision
 from pared.training.registry import method_of, settled
-from pared.training.run_dir import Workshop
+from pared.training.run_dir import TrainingRun
 from pared.training.trainable import unpack
 from pared.training.trainer import Went, put_back, train
 
@@ -129,26 +128,25 @@ class _Job:
             examples = find_rows(tuning, self.tokenizer, self.config, self.causal, evaluated)
             windows = self.evaluation_windows(examples)
         stages = self.method.stages(self.options)
-        with Workshop.beside(self.out, self.settings(examples), self.processes) as workshop:
-            if workshop.resumed:
-                self.progress.note(f"resuming the training that {workshop.folder} holds")
-            before = self.measured(workshop, windows)
-            went = [self.trained(workshop, number, stages, examples) for number in range(1, len(stages) + 1)]
-            self.processes.first(lambda: self.write(workshop, went, examples, windows, before))
-            self.processes.first(workshop.close)
+        with TrainingRun.beside(self.out, self.settings(examples), self.processes) as run:
+            if run.resumed:
+                self.progress.note(f"resuming the training that {run.folder} holds")
+            before = self.measured(run, windows)
+            went = [self.trained(run, number, stages, examples) for number in range(1, len(stages) + 1)]
+            self.processes.first(lambda: self.write(run, went, examples, windows, before))
+            self.processes.first(run.close)
         return Tuned(self.out, Manifest.read(self.out), self.processes.is_first)
 
-    def trained(self, workshop: Workshop, number: int, stages: tuple[Stage, ...], examples: Examples) -> Went:
+    def trained(self, run: TrainingRun, number: int, stages: tuple[Stage, ...], examples: Examples) -> Went:
         """Train a stage from the folder of the one before, unless its folder is there."""
-        stage, folder = stages[number - 1], workshop.stage(number)
-        record = folder / "went.json"
-        if record.exists():
-            return Went(**json.loads(record.read_text(encoding="utf-8")))
+        stage, folder = stages[number - 1], run.stage(number)
+        if (known := run.recorded("stage", number)) is not None:
+            return Went(**known)
         steps = self.steps(stage, stages, examples)
-        prepared, stored = self.prepared(workshop, number, stage, steps, examples)
+        prepared, stored = self.prepared(run, number, stage, steps, examples)
         with self.watch(stage.name):
             rate = prepared.rate * (self.tuning.learning_rate or self.method.learning_rate)
-            state, checkpoint = workshop.state(number), workshop.last_checkpoint(number)
+            state, checkpoint = run.state(number), run.last_checkpoint(number)
             went, state_in_shards = train(
                 prepared,
                 stage,
@@ -167,7 +165,7 @@ class _Job:
         gc.collect()
 
         def keep() -> None:
-            ready = whole or self.prepared(workshop, number, stage, steps, examples)[0]
+            ready = whole or self.prepared(run, number, stage, steps, examples)[0]
             if state_in_shards is not None:
                 put_back(ready, state_in_shards, str(state))
             with self.watch(stage.name):
@@ -179,18 +177,18 @@ class _Job:
                 trained.to(dtype=stored)
                 mark(trained)
                 save(trained, self.tokenizer, staging)
-                (staging / "went.json").write_text(json.dumps(asdict(went)), encoding="utf-8")
-            workshop.forget(number)
+            run.record("stage", number, asdict(went))
+            run.forget(number)
 
         self.processes.first(keep)
         return went
 
     def prepared(
-        self, workshop: Workshop, number: int, stage: Stage, steps: int, examples: Examples
+        self, run: TrainingRun, number: int, stage: Stage, steps: int, examples: Examples
     ) -> tuple[Prepared, torch.dtype]:
         """Return what the stage before has left, made ready, and the dtype it was stored in."""
         with self.watch("load"):
-            model = self.parent.load() if number == 1 else load(workshop.stage(number - 1))
+            model = self.parent.load() if number == 1 else load(run.stage(number - 1))
             stored = model.dtype
             model.to(self.processes.device, torch.float32 if self.precision == torch.float32 else None)
             unpack(model)
@@ -249,21 +247,21 @@ class _Job:
         own = asked.model_dump(include=asked.model_fields_set - {"text"})
         return None if there is None else there.model_copy(update=own)
 
-    def measured(self, workshop: Workshop, windows: Windows | None) -> float | None:
+    def measured(self, run: TrainingRun, windows: Windows | None) -> float | None:
         """Return the perplexity of the folder before it is trained, once for all tries."""
         if windows is None:
             return None
         if (known := self.parent.perplexity_on(windows.digest)) is not None:
             return known
-        file = workshop.folder / f"before-{windows.digest[:16]}.json"
 
         def measure() -> None:
-            with self.watch("perplexity before"):
-                value = self.perplexity(self.parent.load(), windows, "before")
-            write_whole(file, json.dumps(value))
+            if run.recorded("perplexity before", windows.digest) is None:
+                with self.watch("perplexity before"):
+                    value = self.perplexity(self.parent.load(), windows, "before")
+                run.record("perplexity before", windows.digest, value)
 
-        self.processes.first(lambda: None if file.exists() else measure())
-        return float(json.loads(file.read_text(encoding="utf-8")))
+        self.processes.first(measure)
+        return float(run.recorded("perplexity before", windows.digest))
 
     def perplexity(self, model: PreTrainedModel, windows: Windows, when: str) -> float:
         """Measure a model."""
@@ -274,7 +272,7 @@ class _Job:
 
     def write(
         self,
-        workshop: Workshop,
+        run: TrainingRun,
         went: list[Went],
         examples: Examples,
         windows: Windows | None,
@@ -283,7 +281,7 @@ class _Job:
         """Write the folder of the last stage where it belongs, checked by reloading and measured."""
         with staged(self.out, self.overwrite, self.parent.bytes_needed, self.read) as staging:
             with self.watch("save"):
-                model = load(workshop.stage(len(went)))
+                model = load(run.stage(len(went)))
                 fingerprint = take_fingerprint(model)
                 save(model, self.tokenizer, staging, find_model(str(self.tuning.model)))
                 bytes_on_disk = written(staging, self.parent.name)

@@ -17,6 +17,7 @@ DESCRIPTOR = re.compile(r"/dev/std(?P<name>in|out|err)|(?:/dev/fd|/proc/(?P<proc
 STANDARD = {"in": 0, "out": 1, "err": 2}
 LONGEST_NAME = 255  # bytes, with what stands beside it for a while
 LINKS = 40  # as many as systems follow
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of errors: no space, a quota, a limit on the size of files
 _MASK = threading.Lock()
 
 
@@ -58,6 +59,29 @@ def write_whole(path: Path, content: str | bytes) -> None:
         with contextlib.suppress(OSError):
             os.unlink(name)
         raise
+
+
+def sync(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk before anything else happens; where folders cannot be, not.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EBADF):  # not for folders there
+            raise
+    finally:
+        os.close(handle)
+
+
+def is_full(error: Exception) -> bool:
+    """Whether a disk, a quota or a limit on the size of files is what stopped writing."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        return True
+    return any(os.strerror(number) in str(error) for number in FULL)  # safetensors has its own error
 
 
 def files_under(folder: Path, enters: Callable[[Path], bool] = lambda _: True) -> Iterator[str]:

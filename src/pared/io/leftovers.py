@@ -100,6 +100,21 @@ def _scratch_place(beside: Path | None) -> Path:
     raise ParedError("no folder for temporary files can be written to; set PARED_CACHE to one that can")
 
 
+def discard(folder: Path, out: Path) -> None:
+    """Remove a folder beside an output as one step: who is killed meanwhile leaves it whole, or what the next tidies.
+
+    Args:
+        folder: beside the output.
+        out: the output.
+
+    Raises:
+        OSError: it cannot be moved.
+    """
+    with held(out, STAGING) as gone:
+        folder.rename(gone)
+        remove(gone)
+
+
 def remove(path: Path, what: str | None = None) -> None:
     """Remove a hidden folder, and say what it was, or that it cannot be removed."""
     shutil.rmtree(path, ignore_errors=True)

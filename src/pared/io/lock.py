@@ -99,3 +99,27 @@ def locked_folder(path: Path, wait: bool = False) -> Iterator[bool]:
         yield could
     finally:
         os.close(handle)
+
+
+@contextmanager
+def folder_alone(path: Path, busy: str) -> Iterator[None]:
+    """Make a folder if it is not there, and hold its lock; the lock moves with the folder and ends with the process.
+
+    Raises:
+        ParedError: another process holds it; the message is ``busy``.
+        OSError: the folder cannot be made or opened.
+    """
+    while True:
+        path.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            try:
+                found = path.stat()
+                stack.enter_context(locked_folder(path))
+                held = os.path.samestat(found, path.stat())
+            except FileNotFoundError:
+                continue
+            except BlockingIOError:
+                raise ParedError(busy) from None
+            if held:
+                yield
+                return

@@ -1,6 +1,5 @@
 """An output folder appears whole or not at all: it is made beside its place and changes places with what is there."""
 
-import errno
 import logging
 import os
 import shutil
@@ -12,7 +11,7 @@ from safetensors import SafetensorError
 
 from pared.errors import ParedError
 from pared.io.apart import require_apart, require_holds_none, same
-from pared.io.files import new_mode, path_of
+from pared.io.files import is_full, new_mode, path_of, sync
 from pared.io.guarded import brief
 from pared.io.leftovers import REPLACED, ROOM, STAGING, held, remove, tidy
 from pared.io.lock import locked_folder
@@ -144,7 +143,7 @@ def staged(
                 if staging.exists():
                     remove(staging)
     except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error):
+        if is_full(error):
             raise ParedError(f"the disk filled up while writing {out}; the partial folder was removed") from None
         raise ParedError(f"writing {out} failed ({error}); the partial folder was removed") from error
 
@@ -153,14 +152,7 @@ def _finish(folder: Path) -> None:
     """Give what was written the permissions of new files, and have it on the disk before anything else goes."""
     for path in (*folder.rglob("*"), folder):
         path.chmod(new_mode(path.is_dir()))  # safetensors writes files that only their owner can read
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EBADF):  # not for folders there
-                raise
-        finally:
-            os.close(handle)
+        sync(path)
 
 
 def _swap(staging: Path, out: Path, ours: bool) -> None:

@@ -4,16 +4,15 @@ The first line holds the settings, every other one is named by what it tells of 
 in it depends on the clock: the same settings write the same bytes. Seconds go to a second file beside it.
 """
 
-import json
 import math
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from pared.errors import ParedError
-from pared.io.journal import Lines
-from pared.io.lock import opened_alone
+from pared.io.journal import Journal
 from pared.search.evolution import Candidate, Measured
 
 FORMAT = 1
@@ -21,14 +20,13 @@ HEADER = "pared_search"
 SECONDS = "seconds.jsonl"
 
 
-class Journal:
+class SearchJournal:
     """The journal of one search; a context manager, and no two are open on one file at a time.
 
     A last line that was torn by a crash is dropped. Satisfies :class:`pared.search.evolution.Memory`.
 
     Attributes:
         path: of the file.
-        settings: what the first line holds.
         resumed: lines that were there already, without the first.
     """
 
@@ -42,35 +40,36 @@ class Journal:
         Raises:
             ParedError: it is the journal of other settings, no journal, damaged, not a regular file, or open elsewhere.
         """
-        self.path, self.settings = path, json.loads(json.dumps(settings))
+        self.path = path
         busy = f"journal {path}: another search is writing it; wait for it, or name another folder"
-        self._file, beside = opened_alone(path, "journal", busy), path.with_name(SECONDS)
-        self._times: BinaryIO | None = None
-        try:
-            self._journal = Lines(self._file, path, "journal", "a search", HEADER)
-            if not self._journal.found:
-                self._journal.put({HEADER: FORMAT, **self.settings})
-                self._lines: dict[str, dict[str, Any]] = {}
-            else:
-                self._lines = self._read(*self._journal.found)
-            self._times = opened_alone(beside, "seconds", busy)
-            self._seconds = Lines(self._times, beside, "seconds", "a search", "name")
-        except BaseException:
-            self._close()
-            raise
+        with ExitStack() as stack:
+            self._journal = stack.enter_context(
+                Journal(
+                    path,
+                    {HEADER: FORMAT, **settings},
+                    of="a search",
+                    busy=busy,
+                    advice="resume it with the same settings, or name another folder",
+                )
+            )
+            self._journal.begin()
+            for number, line in enumerate(self._journal.entries, 2):
+                if not _is_whole(line):
+                    raise ParedError(f"journal {path}, line {number}: not a line of a search; the file is damaged")
+            beside = path.with_name(SECONDS)
+            self._seconds = stack.enter_context(
+                Journal(beside, {"name": None}, what="seconds", of="a search", busy=busy, headed=False)
+            )
+            self._stack = stack.pop_all()
+        self._lines = {str(line["name"]): line for line in self._journal.entries}
         self.resumed = len(self._lines)
         self._begun = time.time()
 
-    def __enter__(self) -> "Journal":
+    def __enter__(self) -> "SearchJournal":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        self._file.close()
-        if self._times is not None:
-            self._times.close()
+        self._stack.close()
 
     def get(self, name: str, program: str) -> Measured | None:
         """Return what a line tells, None if there is none of that name.
@@ -98,8 +97,8 @@ class Journal:
         if measured.why:
             line["why"] = measured.why
         self._lines[name] = line
-        self._journal.put(line)
-        self._seconds.put({"name": name, "seconds": round(time.time() - self._begun, 3)})
+        self._journal.append(line)
+        self._seconds.append({"name": name, "seconds": round(time.time() - self._begun, 3)})
 
     def recall(self, candidate: Candidate) -> Measured | None:
         """Return what was found of a candidate before."""
@@ -108,26 +107,6 @@ class Journal:
     def remember(self, candidate: Candidate, measured: Measured) -> None:
         """Write what was found of a candidate."""
         self.put(f"candidate {candidate.number}", str(candidate.program), measured, draws=candidate.draws)
-
-    def _read(self, first: Mapping[str, Any], *others: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        """Return the lines by name, and check the first."""
-        settings = dict(first)
-        if settings.pop(HEADER, None) != FORMAT:
-            raise ParedError(f"journal {self.path}: the first line is not that of a search of format {FORMAT}")
-        self._require_same(settings)
-        for number, line in enumerate(others, 2):
-            if not _is_whole(line):
-                raise ParedError(f"journal {self.path}, line {number}: not a line of a search; the file is damaged")
-        return {str(line["name"]): line for line in others}
-
-    def _require_same(self, found: Mapping[str, Any]) -> None:
-        for name in sorted({*found, *self.settings}):
-            there, here = found.get(name), self.settings.get(name)
-            if there != here:
-                raise ParedError(
-                    f"journal {self.path} is of a search with {name} {there!r}, found {here!r} now; resume it with the "
-                    "same settings, or name another folder"
-                )
 
 
 def _is_whole(line: Mapping[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from pared import ParedError
 from pared.allocation import Budget, Evidence, Unit
 from pared.allocation.ranks.sensitivity import CANDIDATES, SensitivityCache, Trial, cut, sensitivity
 from pared.allocation.ranks.swift import scaled, swift, swift_ranks
+from pared.io.journal import sealed
 from pared.schema.plan import Decision, Dense, LowRank
 from pared.structure.model import Site
 
@@ -191,13 +193,51 @@ def test_an_interrupted_search_goes_on_where_it_stopped(cache_folder: Path):
 
 
 def test_a_torn_line_of_the_cache_is_ignored(cache_folder: Path, caplog: pytest.LogCaptureFixture):
-    cache = SensitivityCache("one")
-    cache.put("a", 3, 7.5)
+    with SensitivityCache("one") as cache:
+        cache.put("a", 3, 7.5)
+        cache.put("c", 3, math.inf)
     (file,) = cache_folder.rglob("*.jsonl")
-    file.write_text(file.read_text() + '["b", 4, 8.')
-    again = SensitivityCache("one")
-    assert (again.get("a", 3), again.get("b", 4)) == (7.5, None)
+    file.write_text(file.read_text() + '{"unit": "b", "rank": 4, "perpl')
+    with SensitivityCache("one") as again:
+        assert (again.get("a", 3), again.get("b", 4), again.get("c", 3)) == (7.5, None, math.inf)
+    assert "line 4 is torn" in caplog.text
+
+
+def test_trials_of_before_they_were_a_journal_are_taken_up(cache_folder: Path, caplog: pytest.LogCaptureFixture):
+    """As every version up to 0.1 wrote them: lines that stand alone, damaged ones among them."""
+    with SensitivityCache("one") as cache:
+        cache.put("new", 1, 1.0)
+    (file,) = cache_folder.rglob("*.jsonl")
+    lines = [sealed({"unit": name, "rank": 3, "perplexity": value})[0] for name, value in (("a", 7.5), ("b", math.inf))]
+    file.write_bytes(lines[0] + b'{"unit": "c", "rank": 4\n' + lines[1] + b'["b", 4, 8.')
+    with SensitivityCache("one") as cache:
+        assert (cache.get("a", 3), cache.get("b", 3), cache.get("c", 4)) == (7.5, math.inf, None)
+        cache.put("c", 4, 8.5)
     assert "line 2 is not a measurement" in caplog.text
+    assert "line 4 is not a measurement" in caplog.text
+    with SensitivityCache("one") as cache:
+        assert (cache.get("a", 3), cache.get("b", 3), cache.get("c", 4)) == (7.5, math.inf, 8.5)
+    assert file.read_bytes().startswith(b'{"pared_sensitivity"')
+
+
+@pytest.mark.parametrize("trouble", ["busy", "damaged", "a folder"])
+def test_trials_that_cannot_be_kept_are_told_and_measured(
+    trouble: str, cache_folder: Path, caplog: pytest.LogCaptureFixture
+):
+    with SensitivityCache("one") as cache:
+        cache.put("a", 3, 7.5)
+    (file,) = cache_folder.rglob("*.jsonl")
+    if trouble == "damaged":
+        file.write_bytes(file.read_bytes().replace(b"7.5", b"7.6"))
+    elif trouble == "a folder":
+        file.unlink()
+        file.mkdir()
+    with SensitivityCache("one") if trouble == "busy" else nullcontext(), SensitivityCache("one") as cache:
+        assert cache.get("a", 3) is None
+        cache.put("a", 3, 7.5)
+        assert cache.get("a", 3) == 7.5
+    assert "the trials of this run are not kept" in caplog.text
+    assert str(file) in caplog.text
 
 
 # Through the road

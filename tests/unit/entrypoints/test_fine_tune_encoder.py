@@ -210,7 +210,7 @@ def test_a_killed_fine_tuning_goes_on_after_the_tasks_it_has_done(
     kept.write_text('{"settings": ')
     broken = CliRunner().invoke(app, [*command, str(out)])
     assert broken.exit_code == 2
-    assert "kept by an unfinished run, is not readable" in " ".join(broken.output.split())
+    assert "the first line is not that of an evaluation" in " ".join(broken.output.split())
     assert len(trained) == 3
 
 

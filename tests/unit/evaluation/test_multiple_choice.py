@@ -378,7 +378,7 @@ def test_a_killed_run_goes_on_after_the_tasks_it_has_done(
     assert CliRunner().invoke(app, [*command, str(out)]).exit_code != 0
     assert not out.exists()
     other = CliRunner().invoke(app, [*command, str(out), "--limit", "1"])
-    assert "keeps an unfinished run with limit None, and 1 is asked for" in other.output.replace("\n", " ")
+    assert "(limit: None there, 1 now)" in " ".join(other.output.split())
     again = CliRunner().invoke(app, [*command, str(out)])
     assert again.exit_code == 0, again.output
     assert "resuming after rte" in again.output

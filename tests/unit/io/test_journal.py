@@ -1,6 +1,8 @@
 """Journals: a torn last line is dropped, anything else that is damaged is told by file and line."""
 
+import errno
 import json
+import math
 import os
 import threading
 from collections.abc import Callable
@@ -14,23 +16,24 @@ from pared.cli.console import write_json
 from pared.entrypoints.kept_results import Kept
 from pared.io import lock as locking
 from pared.io.files import descriptor_of, is_kept_on_disk, why_not_written, write_whole
-from pared.io.journal import Lines, opened, sealed
-from pared.search.journal import Journal
+from pared.io.journal import Journal, opened, read_entries, sealed
+from pared.search.evolution import Measured
+from pared.search.journal import SearchJournal
 
-ROWS = [{"journal": 1, "x": 0.5}, *({"name": f"candidate {number}", "value": number / 7} for number in range(4))]
+HEADER = {"journal": 1, "x": 0.5}
+ROWS = [{"name": f"candidate {number}", "value": number / 7} for number in range(4)]
 
 
 def written(path: Path) -> list[bytes]:
-    with path.open("a+b") as file:
-        lines = Lines(file, path, "journal", "a test", "journal")
+    with Journal(path, HEADER, of="a test") as journal:
         for row in ROWS:
-            lines.put(row)
+            journal.append(row)
     return path.read_bytes().splitlines(keepends=True)
 
 
-def read(path: Path) -> list[dict[str, object]]:
-    with path.open("a+b") as file:
-        return Lines(file, path, "journal", "a test", "journal").found
+def read(path: Path) -> list[dict[str, Any]]:
+    with Journal(path, HEADER, of="a test") as journal:
+        return journal.entries
 
 
 def test_lines_come_back_as_they_were_written(tmp_path: Path) -> None:
@@ -46,12 +49,13 @@ def test_a_journal_cut_at_any_byte_is_gone_on_with(tmp_path: Path) -> None:
     for length in range(0, len(content) + 1, 7):
         path.write_bytes(content[:length])
         whole = content[:length].count(b"\n")
-        assert read(path) == ROWS[:whole]
-        assert path.read_bytes() == b"".join(lines[:whole])
-    with path.open("a+b") as file:  # and what is written then is what would have been
-        journal = Lines(file, path, "journal", "a test", "journal")
-        for row in ROWS[len(journal.found) :]:
-            journal.put(row)
+        assert read(path) == ROWS[: max(whole - 1, 0)]
+        assert not whole or path.read_bytes() == b"".join(lines[:whole])
+        assert path.exists() == bool(whole)  # nothing is left of a file that holds nothing
+    path.write_bytes(content[: len(content) // 2])
+    with Journal(path, HEADER, of="a test") as journal:  # and what is written then is what would have been
+        for row in ROWS[len(journal.entries) :]:
+            journal.append(row)
     assert path.read_bytes() == content
 
 
@@ -73,7 +77,7 @@ def test_a_flipped_bit_anywhere_is_found(tmp_path: Path) -> None:
 def test_lines_that_are_lost_moved_or_replaced_are_found(tmp_path: Path, change: str) -> None:
     path = tmp_path / "journal"
     lines = written(path)
-    bare = json.dumps(ROWS[2]).encode() + b"\n"
+    bare = json.dumps(ROWS[1]).encode() + b"\n"
     changed = {
         "lost": [*lines[:2], *lines[3:]],
         "swapped": [*lines[:2], lines[3], lines[2], lines[4]],
@@ -94,12 +98,11 @@ def test_a_torn_line_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
 
 def test_a_journal_of_before_there_were_checksums_is_read_and_gone_on_with(tmp_path: Path) -> None:
     path = tmp_path / "journal"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:3]))
-    with path.open("a+b") as file:
-        lines = Lines(file, path, "journal", "a test", "journal")
-        assert lines.found == ROWS[:3]
-        lines.put(ROWS[3])
-        lines.put(ROWS[4])
+    path.write_text("".join(json.dumps(row) + "\n" for row in (HEADER, *ROWS[:2])))
+    with Journal(path, HEADER, of="a test") as journal:
+        assert journal.entries == ROWS[:2]
+        journal.append(ROWS[2])
+        journal.append(ROWS[3])
     assert read(path) == ROWS
 
 
@@ -120,11 +123,17 @@ def test_lines_of_a_cache_stand_alone() -> None:
 
 @pytest.mark.parametrize("strategy", ["evolution", "random"])
 def test_the_journals_of_the_benchmarks_are_read(tmp_path: Path, strategy: str) -> None:
-    source = Path(__file__).parents[3] / "benchmarks" / "search" / strategy / "journal.jsonl"
-    (tmp_path / "journal").write_bytes(source.read_bytes())
-    with (tmp_path / "journal").open("a+b") as file:
-        found = Lines(file, tmp_path / "journal", "journal", "a search", "pared_search").found
-    assert len(found) == source.read_bytes().count(b"\n") > 300
+    source = Path(__file__).parents[3] / "benchmarks" / "search" / strategy
+    for name in ("journal.jsonl", "seconds.jsonl"):
+        (tmp_path / name).write_bytes((source / name).read_bytes())
+    settings = json.loads((source / "journal.jsonl").read_text().partition("\n")[0])
+    del settings["pared_search"]
+    with SearchJournal(tmp_path / "journal.jsonl", settings) as journal:
+        assert journal.resumed == (source / "journal.jsonl").read_bytes().count(b"\n") - 1 > 300
+        assert math.isfinite(journal.get("dense", "dense").values[0])
+        journal.put("new", "program", Measured((1.5,)))
+    for name in ("journal.jsonl", "seconds.jsonl"):
+        assert (tmp_path / name).read_bytes().startswith((source / name).read_bytes())
 
 
 def test_kept_results_with_a_flipped_digit_are_refused(tmp_path: Path) -> None:
@@ -135,10 +144,30 @@ def test_kept_results_with_a_flipped_digit_are_refused(tmp_path: Path) -> None:
     path = tmp_path / ".found.json.unfinished"
     path.write_bytes(path.read_bytes().replace(b"0.525", b"0.625"))
     with (
-        pytest.raises(ParedError, match=r"kept by an unfinished run, is not readable .*line 2"),
+        pytest.raises(ParedError, match=r"results .*\.found\.json\.unfinished, line 2: not a line of an evaluation"),
         Kept(tmp_path / "found.json") as kept,
     ):
         kept.begin({"model": "m"})
+
+
+def test_results_that_were_kept_with_settings_in_one_key_are_taken_up(tmp_path: Path) -> None:
+    """As every version up to 0.1 wrote them, before and after there were checksums."""
+    header, task = {"pared_eval": 1, "settings": {"model": "m", "limit": None}}, {"task": "rte", "result": {"n": 4}}
+    first, check = sealed(header)
+    bare = b"".join(json.dumps(row).encode() + b"\n" for row in (header, task))
+    for content in (first + sealed(task, check)[0], bare):
+        (tmp_path / ".found.json.unfinished").write_bytes(content)
+        with Kept(tmp_path / "found.json") as kept:
+            kept.begin({"model": "m", "limit": None})
+            assert kept.results(["rte"]) == [{"n": 4}]
+            kept.add("piqa", {"n": 5})
+        with Kept(tmp_path / "found.json") as kept, pytest.raises(ParedError, match="limit: None there, 1 now"):
+            kept.begin({"model": "m", "limit": 1})
+        with Kept(tmp_path / "found.json") as kept:
+            kept.begin({"model": "m", "limit": None})
+            assert kept.results(["rte", "piqa"]) == [{"n": 4}, {"n": 5}]
+            kept.finish(["rte", "piqa"])
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_kept_results_of_some_tasks_stay_when_others_are_done(tmp_path: Path) -> None:
@@ -233,7 +262,7 @@ def test_a_line_of_a_search_with_odd_values_is_told(tmp_path: Path, values: Any)
     line = {"name": "candidate 0", "program": "p", "values": values}
     (tmp_path / "journal.jsonl").write_text(f'{{"pared_search": 1}}\n{json.dumps(line)}\n')
     with pytest.raises(ParedError, match="line 2: not a line of a search"):
-        Journal(tmp_path / "journal.jsonl", {})
+        SearchJournal(tmp_path / "journal.jsonl", {})
 
 
 @pytest.mark.parametrize("name", ["journal.jsonl", "seconds.jsonl"])
@@ -242,10 +271,10 @@ def test_a_journal_that_is_no_file_is_told(tmp_path: Path, name: str, make: Call
     """Regression: a pipe ended in UnsupportedOperation, a folder in IsADirectoryError."""
     make(tmp_path / name)
     with pytest.raises(ParedError, match=rf"{name}: not a regular file"):
-        Journal(tmp_path / "journal.jsonl", {})
+        SearchJournal(tmp_path / "journal.jsonl", {})
     if name != "journal.jsonl":  # the first file was let go of
         (tmp_path / name).rmdir() if (tmp_path / name).is_dir() else (tmp_path / name).unlink()
-        with Journal(tmp_path / "journal.jsonl", {}):
+        with SearchJournal(tmp_path / "journal.jsonl", {}):
             pass
 
 
@@ -331,3 +360,70 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkey
     with pytest.raises(OSError, match="No space left"):
         write_whole(tmp_path / "file", "new")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "old")]
+
+
+def test_a_line_that_the_disk_has_no_room_for_leaves_the_journal_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, write = tmp_path / "journal", os.write
+    written(path)
+    before = path.read_bytes()
+
+    def full(number: int, data: bytes) -> int:
+        if len(data) > 10:
+            return write(number, bytes(data[:10]))
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with Journal(path, HEADER, of="a test") as journal:
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "write", full)
+            with pytest.raises(ParedError, match=f"journal {path}: the disk is full"):
+                journal.append({"name": "more"})
+        assert path.read_bytes() == before
+        journal.append({"name": "more"})  # once there is room again
+    assert read(path) == [*ROWS, {"name": "more"}]
+
+
+def test_an_interrupt_in_the_midst_of_a_line_leaves_no_half_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, write = tmp_path / "journal", os.write
+
+    def interrupted(number: int, data: bytes) -> int:
+        write(number, bytes(data[:10]))
+        raise KeyboardInterrupt
+
+    with Journal(path, HEADER, of="a test") as journal:
+        journal.append(ROWS[0])
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "write", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                journal.append(ROWS[1])
+        journal.append(ROWS[2])
+    assert read(path) == [ROWS[0], ROWS[2]]
+
+
+def test_the_journal_of_another_run_is_refused_with_all_that_differs(tmp_path: Path) -> None:
+    with Journal(tmp_path / "journal", {"journal": 1, "x": 0.5, "of": {"n": 1, "m": "a" * 64}}) as journal:
+        journal.append(ROWS[0])
+    with pytest.raises(ParedError, match=r"x: 0\.5 there, 0\.75 now, of\.m: 'a{12}…' there, 'b{12}…' now\)"):
+        Journal(tmp_path / "journal", {"journal": 1, "x": 0.75, "of": {"n": 1, "m": "b" * 64}})
+    with pytest.raises(ParedError, match=r"\(journal: 1 there, 2 now"):
+        Journal(tmp_path / "journal", {"journal": 2, "x": 0.5})
+
+
+def test_a_process_that_does_not_write_reads_what_is_written(tmp_path: Path) -> None:
+    assert read_entries(tmp_path / "journal", "journal") == []
+    with Journal(tmp_path / "journal", HEADER) as journal:
+        for number, row in enumerate(ROWS):
+            assert read_entries(tmp_path / "journal", "journal") == ROWS[:number]
+            journal.append(row)
+
+
+def test_all_lines_are_replaced_at_once(tmp_path: Path) -> None:
+    written(tmp_path / "journal")
+    with Journal(tmp_path / "journal", HEADER) as journal:
+        journal.replace(row for row in ROWS[1:3])
+        assert journal.entries == ROWS[1:3]
+        journal.append(ROWS[0])
+    assert read(tmp_path / "journal") == [*ROWS[1:3], ROWS[0]]

@@ -25,9 +25,9 @@ from pared.checkpoint.format import ParedConfig
 from pared.cli.commands import app
 from pared.data.files import read_rows
 from pared.io.guarded import UNPACKED_UNASKED, parse_json, parse_yaml
-from pared.io.journal import Lines
+from pared.io.journal import Journal
 from pared.schema.manifest import Manifest
-from pared.search.journal import Journal
+from pared.search.journal import SearchJournal
 
 Q = "model.layers.0.self_attn.q_proj"
 HUGE = 2**63
@@ -380,8 +380,7 @@ def test_any_bytes_in_a_users_file_are_read_or_told(content: bytes, tmp_path: Pa
     never_crashes(lambda: list(read_rows(tmp_path / "f.jsonl.gz")))
     never_crashes(lambda: program_named(str(tmp_path / "f.json")))
     never_crashes(lambda: parse_json(content, "file"))
-    with (tmp_path / "f.jsonl").open("a+b") as file:
-        never_crashes(lambda: Lines(file, tmp_path / "f.jsonl", "journal", "a search", "pared_search"))
+    never_crashes(lambda: Journal(tmp_path / "f.jsonl", {"pared_search": 1}).close())
 
 
 @pytest.mark.slow
@@ -392,7 +391,7 @@ def test_any_line_of_a_journal_is_read_or_told(line: Any, tmp_path: Path) -> Non
     path.write_text(f'{{"pared_search": 1}}\n{json.dumps(line)}\n')
 
     def read() -> None:
-        with Journal(path, {}) as journal:
+        with SearchJournal(path, {}) as journal:
             journal.get("a", str(line["program"]))
 
     never_crashes(read)

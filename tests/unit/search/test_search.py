@@ -26,7 +26,7 @@ from pared.entrypoints.search import search
 from pared.schema.search import SearchConfig
 from pared.search.data_split import require_training, search_texts
 from pared.search.evolution import Candidate, Measured
-from pared.search.journal import Journal
+from pared.search.journal import SearchJournal
 from pared.search.objective import Measure, in_steps
 from pared.search.pool import Processes, Queue
 from pared.search.zeros import Ordered, ZerosTrial
@@ -168,7 +168,7 @@ def test_the_same_search_writes_the_same_bytes_and_another_is_refused(
     assert again.told == a.told
     assert (tmp_path / "a" / "journal.jsonl").read_bytes() == journals[0]
     for asked, config, told in (
-        (recipe(sparsity=0.5), CONFIG, "with sparsity 0.6, found 0.5 now"),
+        (recipe(sparsity=0.5), CONFIG, "sparsity: 0.6 there, 0.5 now"),
         (recipe(), CONFIG.model_copy(update={"seed": 1}), "with search seed 0, found 1 now"),
         (recipe(), CONFIG.model_copy(update={"windows": 3}), "with windows 4, found 3 now"),
         (recipe("magnitude"), CONFIG, "with method 'wanda', found 'magnitude' now"),
@@ -194,11 +194,11 @@ def test_a_journal_cut_anywhere_is_gone_on_with_to_the_same_end(
 
 def test_a_damaged_or_busy_journal_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
-    with Journal(path, {"x": 1}) as journal:
+    with SearchJournal(path, {"x": 1}) as journal:
         journal.put("candidate 0", "W", Measured((math.inf,), "overflow"))
         with pytest.raises(ParedError, match="another search is writing it"):
-            Journal(path, {"x": 1})
-    with Journal(path, {"x": 1}) as journal:
+            SearchJournal(path, {"x": 1})
+    with SearchJournal(path, {"x": 1}) as journal:
         assert journal.get("candidate 0", "W") == Measured((math.inf,), "overflow")
         with pytest.raises(ParedError, match="candidate 0 is W, and this search would measure V"):
             journal.get("candidate 0", "V")
@@ -206,7 +206,7 @@ def test_a_damaged_or_busy_journal_is_refused(tmp_path: Path) -> None:
     for content, told in ((whole + b"{]\n", "line 3: not a line of a search"), (b'{"a": 1}\n', "first line is not")):
         path.write_bytes(content)
         with pytest.raises(ParedError, match=told):
-            Journal(path, {"x": 1})
+            SearchJournal(path, {"x": 1})
 
 
 def test_a_search_never_sees_what_results_are_reported_on(

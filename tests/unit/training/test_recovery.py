@@ -31,7 +31,7 @@ from pared.training import METHODS, tune
 from pared.training.dataset import collate
 from pared.training.distill import divergence, share_frozen, towards
 from pared.training.distributed import Processes
-from pared.training.run_dir import Workshop
+from pared.training.run_dir import TrainingRun
 from pared.training.trainable import compressed_layers
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -386,25 +386,25 @@ def test_another_training_of_the_same_output_is_refused_and_nothing_is_lost(
     work = tmp_path / ".out.training"
     work.mkdir()
     (work / "settings.json").write_text(json.dumps({"seed": 7}))
-    with pytest.raises(ParedError, match="holds an unfinished training with"):
+    with pytest.raises(ParedError, match=r"holds an unfinished run with other settings \(.* and \d+ more\)"):
         tune(asked(folder("factors"), tmp_path / "out", text_file))
     assert json.loads((work / "settings.json").read_text()) == {"seed": 7}
 
 
 def test_a_checkpoint_that_was_not_written_to_its_end_is_not_gone_on_from(tmp_path: Path) -> None:
-    with Workshop.beside(tmp_path / "out", {}, Processes("cpu")) as workshop:
+    with TrainingRun.beside(tmp_path / "out", {}, Processes("cpu")) as run:
         for step, whole in ((5, True), (10, True), (15, False)):
-            (workshop.state(1) / f"checkpoint-{step}").mkdir(parents=True)
+            (run.state(1) / f"checkpoint-{step}").mkdir(parents=True)
             if whole:
-                (workshop.state(1) / f"checkpoint-{step}" / "WHOLE").touch()
-        assert workshop.last_checkpoint(1).name == "checkpoint-10"
+                (run.state(1) / f"checkpoint-{step}" / "WHOLE").touch()
+        assert run.last_checkpoint(1).name == "checkpoint-10"
 
 
 def test_two_trainings_of_one_output_at_a_time_are_refused(tmp_path: Path) -> None:
     with (
-        Workshop.beside(tmp_path / "out", {}, Processes("cpu")),
-        pytest.raises(ParedError, match="another process is training this output"),
-        Workshop.beside(tmp_path / "out", {}, Processes("cpu")),
+        TrainingRun.beside(tmp_path / "out", {}, Processes("cpu")),
+        pytest.raises(ParedError, match="another process is at work on this output"),
+        TrainingRun.beside(tmp_path / "out", {}, Processes("cpu")),
     ):
         pass
 

@@ -6,20 +6,21 @@ Z. Yuan et al., 2023, arXiv 2312.05821, section 3.4.
 import hashlib
 import logging
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pared.allocation.rank_budget import set_aside
 from pared.allocation.units import Budget, Evidence, Unit
 from pared.errors import ParedError
 from pared.io.files import cache_folder
-from pared.io.journal import opened, sealed
+from pared.io.journal import Journal, opened
+from pared.io.lock import opened_alone
 from pared.schema.plan import Decision, Dense
 
 log = logging.getLogger(__name__)
 
+HEADER, FORMAT = "pared_sensitivity", 1
 CANDIDATES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # fractions of a weight's parameters
 
 
@@ -52,16 +53,16 @@ def sensitivity(units: Sequence[Unit], budget: Budget, evidence: Evidence, _: ob
     if evidence.trial is None:
         raise ParedError("allocation sensitivity measures perplexities; this model has none")
     open_units, fixed, left = set_aside(units, budget)
-    cache = SensitivityCache(evidence.key)
     trials: list[Trial] = []
-    for number, unit in enumerate(open_units, 1):
-        for rank in sorted({budget.rank(unit, ratio) for ratio in CANDIDATES} - {0}):
-            found = cache.get(unit.name, rank)
-            if found is None:
-                found = evidence.trial({unit.name: budget.low_rank(rank)})
-                cache.put(unit.name, rank, found)
-            trials.append(Trial(math.inf if math.isnan(found) else found, unit.name, rank))
-        log.info("allocation sensitivity: %d of %d weights measured", number, len(open_units))
+    with SensitivityCache(evidence.key) as cache:
+        for number, unit in enumerate(open_units, 1):
+            for rank in sorted({budget.rank(unit, ratio) for ratio in CANDIDATES} - {0}):
+                found = cache.get(unit.name, rank)
+                if found is None:
+                    found = evidence.trial({unit.name: budget.low_rank(rank)})
+                    cache.put(unit.name, rank, found)
+                trials.append(Trial(math.inf if math.isnan(found) else found, unit.name, rank))
+            log.info("allocation sensitivity: %d of %d weights measured", number, len(open_units))
     decided = {**fixed, **cut(open_units, trials, left, budget)}
     return {unit.name: decided[unit.name] for unit in units}
 
@@ -111,43 +112,76 @@ def cut(units: Sequence[Unit], trials: Sequence[Trial], parameters: int, budget:
 
 
 class SensitivityCache:
-    """Perplexities of trials, a line each in a file of its own key; without a key they are kept in memory only.
+    """Perplexities of trials, in a journal of its own key; without a key they are kept in memory only.
+
+    A context manager. Where the journal cannot be used, as another process measures the same trials or the file is
+    damaged, that is told, and these trials are not kept.
 
     Args:
         key: of everything a perplexity depends on but the weight and its rank.
-        folder: where the files are; the user's cache folder if none.
+        folder: where the journals are; the user's cache folder if none.
     """
 
     def __init__(self, key: str | None, folder: Path | None = None) -> None:
         self._known: dict[tuple[str, int], float] = {}
-        self._file: Path | None = None
+        self._journal: Journal | None = None
         if key is None:
             return
-        folder = folder or cache_folder() / "sensitivity"
-        self._file = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.jsonl"
-        if not self._file.exists():
-            return
-        *lines, torn = self._file.read_bytes().split(b"\n")
-        for number, line in enumerate([*lines, torn] if torn else lines, 1):
-            try:
-                found = opened(line)
-                if found is None or not found[1]:
-                    raise ValueError("no whole line")
-                self._known[str(found[0]["unit"]), int(found[0]["rank"])] = float(found[0]["perplexity"])
-            except (ValueError, TypeError, KeyError):
-                log.warning("%s line %d is not a measurement; ignored", self._file, number)
+        file = (folder or cache_folder() / "sensitivity") / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.jsonl"
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            _with_header(file)
+            self._journal = Journal(file, {HEADER: FORMAT}, what="trials", of="allocation sensitivity")
+            for line in self._journal.entries:
+                self._known[str(line["unit"]), int(line["rank"])] = float(line["perplexity"])
+        except (ParedError, OSError, KeyError, TypeError, ValueError) as error:
+            log.warning("%s; the trials of this run are not kept", error)
+            self.close()
+
+    def __enter__(self) -> "SensitivityCache":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def get(self, unit: str, rank: int) -> float | None:
         """Return what was measured, None if it was not."""
         return self._known.get((unit, rank))
 
     def put(self, unit: str, rank: int, perplexity: float) -> None:
-        """Keep a measurement, at once."""
+        """Keep a measurement, at once.
+
+        Raises:
+            ParedError: it cannot be written.
+        """
         self._known[unit, rank] = perplexity
-        if self._file is not None:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            line, _ = sealed({"unit": unit, "rank": rank, "perplexity": perplexity})
-            with self._file.open("a+b") as lines:
-                if lines.tell() and (lines.seek(-1, os.SEEK_END), lines.read(1))[1] != b"\n":
-                    lines.write(b"\n")  # behind a torn line
-                lines.write(line)
+        if self._journal is not None:
+            self._journal.append({"unit": unit, "rank": rank, "perplexity": perplexity})
+
+    def close(self) -> None:
+        """Let others have the journal."""
+        if self._journal is not None:
+            self._journal.close()
+        self._journal = None
+
+
+def _with_header(file: Path) -> None:
+    """Make a journal of a file of before trials were one: its lines stand alone, and damaged ones are left out."""
+    if not file.exists():
+        return
+    with opened_alone(file, "trials", f"trials {file}: another process measures them") as held:
+        held.seek(0)
+        content = held.read()
+        if content.startswith(b'{"unit"'):
+            Journal.write(file, {HEADER: FORMAT}, _standing_alone(file, content))
+
+
+def _standing_alone(file: Path, content: bytes) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for number, line in enumerate(content.splitlines(), 1):
+        one = opened(line)
+        if one is None or not one[1]:
+            log.warning("%s line %d is not a measurement; ignored", file, number)
+        else:
+            found.append(one[0])
+    return found

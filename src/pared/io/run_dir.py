@@ -1,0 +1,199 @@
+"""What a run keeps beside its output until it is done, so that the next process goes on where one was killed.
+
+A hidden folder ``.NAME.KIND`` holds everything: what the run depends on, a journal, and files that appear whole. Its
+name tells neither machine nor process: the next run of the same output finds it. So :func:`pared.io.leftovers.tidy`,
+which removes what killed processes left, leaves it alone; it goes when the output is there, or a run begins anew.
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from pared.errors import ParedError
+from pared.io.files import is_full, sync, write_whole
+from pared.io.fingerprint import as_json, require_same
+from pared.io.guarded import read_json
+from pared.io.journal import Journal, read_entries
+from pared.io.leftovers import discard, scratch
+from pared.io.lock import folder_alone
+
+log = logging.getLogger(__name__)
+
+SETTINGS, JOURNAL, PARTIAL = "settings.json", "journal.jsonl", ".partial"
+MARK, FORMAT = "pared_run", 1
+
+
+class RunDirectory:
+    """The state of one run; no other process works in it at the same time.
+
+    Attributes:
+        folder: where it lies.
+        journal: what the run has done so far, a line each.
+        resumed: whether the folder was there already, left by the very same run.
+        durable: whether the state is to outlive the process.
+    """
+
+    def __init__(self, folder: Path, kind: str, out: Path | None = None) -> None:
+        """Open the journal of a folder; see :meth:`open` and :meth:`temporary`.
+
+        Args:
+            folder: that is there and held.
+            kind: of run.
+            out: the output that it lies beside; without one it need not outlive the process.
+        """
+        self.folder, self.resumed, self.durable, self._out = folder, False, out is not None, out
+        self.journal = Journal(folder / JOURNAL, {MARK: FORMAT}, of=f"a {kind} run", advice=_anew(folder))
+
+    @classmethod
+    @contextmanager
+    def open(
+        cls,
+        out: Path,
+        kind: str,
+        fingerprint: Mapping[str, Any],
+        resume: bool = True,
+        worth: Callable[["RunDirectory"], bool] | None = None,
+    ) -> Iterator["RunDirectory"]:
+        """Open the state of a run beside its output, or begin one.
+
+        Args:
+            out: the output.
+            kind: of run, as part of the folder's name: ``training``.
+            fingerprint: everything a result depends on, as JSON has it.
+            resume: take up what a process before has left; otherwise that is removed.
+            worth: whether there is anything to go on from, asked at the end; what has nothing is removed. If none is
+                given, any line of the journal is.
+
+        Raises:
+            ParedError: another process works in the folder, it holds the state of a run with another fingerprint, or
+                that state is damaged; tells what differs, and what to do.
+        """
+        folder = run_folder(out, kind)
+        busy = f"{folder}: another process is at work on this output; wait for it, or name another folder"
+        with ExitStack() as stack:
+            try:
+                if not resume and folder.exists():
+                    with folder_alone(folder, busy):
+                        if any(folder.iterdir()):
+                            log.warning("%s, left by a run that did not end, was removed: this one begins anew", folder)
+                        discard(folder, out.absolute())
+                stack.enter_context(folder_alone(folder, busy))
+                resumed = _take_up(folder, fingerprint)
+                run = cls(folder, kind, out.absolute())
+            except OSError as error:
+                raise ParedError(f"{folder}: {error.strerror or error} ({error.filename})") from None
+            run.resumed = resumed
+            try:
+                yield run
+            finally:
+                run.journal.close()
+                if folder.exists() and not (bool(run.journal.entries) if worth is None else worth(run)):
+                    run.finish()
+
+    @classmethod
+    @contextmanager
+    def temporary(cls, beside: Path | None = None) -> Iterator["RunDirectory"]:
+        """Give a state that no process takes up after this one: of a run without an output.
+
+        Args:
+            beside: what its folder lies beside; the user's cache folder if none.
+        """
+        with scratch(beside) as folder:
+            run = cls(folder, "temporary")
+            try:
+                yield run
+            finally:
+                run.journal.close()
+
+    @contextmanager
+    def commit_file(self, name: str, needed: int = 0) -> Iterator[Path]:
+        """Give a path to write a file to, which then takes its place under a name, whole and on the disk.
+
+        Args:
+            name: of the file in the folder.
+            needed: bytes it will have, about; where the disk has fewer, nothing is written.
+
+        Raises:
+            ParedError: the disk is full, or writing failed; what was committed before is as it was.
+        """
+        path, partial = self.folder / name, self.folder / f"{name}{PARTIAL}"
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise ParedError(_full(path, needed, free))
+        try:
+            yield partial
+            if self.durable:
+                sync(partial)
+            needed = partial.stat().st_size
+            os.replace(partial, path)
+            if self.durable:
+                sync(self.folder)
+        except BaseException as error:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            if isinstance(error, (OSError, SafetensorError)):
+                if is_full(error):
+                    raise ParedError(_full(path, needed, shutil.disk_usage(self.folder).free)) from None
+                raise ParedError(f"{path} could not be written ({error}); the state of the run is as it was") from error
+            raise
+
+    def finish(self) -> None:
+        """Remove the folder, once the output is there."""
+        self.journal.close()
+        if self._out is not None:
+            discard(self.folder, self._out)
+
+
+def run_folder(out: Path, kind: str) -> Path:
+    """Return where a run of an output keeps its state."""
+    whole = out.absolute()
+    return whole.parent / f".{whole.name}.{kind}"
+
+
+def entries_of(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """Return what the journal of a run tells, in a process that does not hold the run.
+
+    Raises:
+        ParedError: it is damaged.
+    """
+    return read_entries(folder / JOURNAL, MARK, of=f"a {kind} run")
+
+
+def _take_up(folder: Path, fingerprint: Mapping[str, Any]) -> bool:
+    """Return whether a folder holds the state of this very run; if it is empty, make it this run's."""
+    for path in folder.glob(f"*{PARTIAL}"):  # of who was killed as it wrote
+        path.unlink()
+    settings = folder / SETTINGS
+    if settings.exists():
+        try:
+            found = read_json(settings, "settings")
+            if not isinstance(found, dict):
+                raise ParedError(f"settings {settings}: not a JSON object")
+        except ParedError as error:
+            raise ParedError(f"{folder} holds an unfinished run, and it is damaged: {error}; restore that file, or "
+                             f"remove {folder} to begin anew") from None  # fmt: skip
+        require_same(found, fingerprint, f"{folder} holds an unfinished run with other settings", _anew(folder))
+        return True
+    if found := [path.name for path in folder.iterdir() if path.name != JOURNAL]:
+        raise ParedError(f"{folder} holds {found[0]} and no {SETTINGS}: it is not the state of a run, or is damaged; "
+                         "remove it, or name another output")  # fmt: skip
+    (folder / JOURNAL).unlink(missing_ok=True)
+    write_whole(settings, json.dumps(as_json(fingerprint), indent=2) + "\n")
+    sync(folder)
+    return False
+
+
+def _anew(folder: Path) -> str:
+    return f"resume with the same settings, name another output, or remove {folder} to begin anew"
+
+
+def _full(path: Path, needed: int, free: int) -> str:
+    return (f"not enough disk for {path}: {needed:,} bytes needed, {free:,} free; the state of the run is as it was: "
+            "make room and resume")  # fmt: skip
