@@ -13,9 +13,9 @@ from pared.lazy import lazy_package
 
 if TYPE_CHECKING:
     from pared.checkpoint import load, load_tokenizer, verify
-    from pared.engine import Compressed, compress
-    from pared.entrypoints.compress import run
+    from pared.entrypoints.compress import compress, run
     from pared.entrypoints.evaluate import perplexity
+    from pared.entrypoints.result import Compressed
     from pared.environment import __version__
     from pared.errors import ParedError
     from pared.schema.plan import Plan
@@ -45,9 +45,9 @@ lazy_package(
     __name__,
     {
         "pared.checkpoint": ["load", "load_tokenizer", "verify"],
-        "pared.engine": ["Compressed", "compress"],
-        "pared.entrypoints.compress": ["run"],
+        "pared.entrypoints.compress": ["compress", "run"],
         "pared.entrypoints.evaluate": ["perplexity"],
+        "pared.entrypoints.result": ["Compressed"],
         "pared.environment": ["__version__"],
         "pared.errors": ["ParedError"],
         "pared.schema.plan": ["Plan"],

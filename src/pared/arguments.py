@@ -2,15 +2,20 @@
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.errors import ParedError
+from pared.io.files import path_of
+from pared.schema.fields import plain
 from pared.schema.recipe import Recipe
 from pared.schema.training import TrainingConfig
 
 Asked = TypeVar("Asked", Recipe, TrainingConfig)
+# Fields of a calibration that Python calls may give beside those of the recipe.
+OF_CALIBRATION = {"data": "text", "samples": "samples", "length": "length", "seed": "seed", "sampling": "sampling"}
 
 
 def require_model(model: object, function: str) -> None:
@@ -104,6 +109,46 @@ def name_from(name: object, function: str) -> str:
         found = os.fspath(name)
         return found if isinstance(found, str) else os.fsdecode(found)
     raise ParedError(f"{function} takes a name: embedded:smollm2-135m, a folder or a Hub id; found {_kind(name)}")
+
+
+def folder_from(folder: object, function: str) -> Path:
+    """Return the folder that an output is to be written to, with ``~`` written out.
+
+    Args:
+        folder: a string or a path.
+        function: that it was handed to, for messages.
+
+    Raises:
+        ParedError: neither.
+    """
+    if isinstance(folder, (str, os.PathLike)) and os.fspath(folder):
+        return path_of(os.fsdecode(folder))
+    raise ParedError(f"{function} takes the folder to write, a string or a path; found {_kind(folder)}")
+
+
+def recipe_from(recipe: Any, fields: Mapping[str, Any], function: str) -> Recipe:
+    """Return a recipe with fields laid over it, as options are over a file.
+
+    Args:
+        recipe: one, a mapping, or none for the defaults.
+        fields: of a recipe; of its calibration too, by ``samples``, ``length``, ``seed`` and ``sampling``.
+        function: that both were handed to, for messages.
+
+    Raises:
+        ParedError: no recipe, an unknown field or a value out of range.
+    """
+    below = Recipe() if recipe is None else asked_from(Recipe, recipe, function)
+    above = {name: value for name, value in fields.items() if name not in OF_CALIBRATION}
+    cut = {OF_CALIBRATION[name]: value for name, value in fields.items() if name in OF_CALIBRATION}
+    if cut:
+        section = plain(above.get("calibration", below.calibration))
+        above["calibration"] = {**section, **cut} if isinstance(section, Mapping) else section
+    if not above:
+        return below
+    if recipe is None:
+        return Recipe.of(above, origin=function)
+    given = {name: getattr(below, name) for name in below.model_fields_set}
+    return Recipe.of({**below.left_beside(given, above), **above}, origin=function)
 
 
 def _kind(value: object) -> str:

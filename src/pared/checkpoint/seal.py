@@ -15,7 +15,7 @@ Card = Callable[[Manifest, str, Mapping[str, Any]], str]
 Published = Mapping[str, tuple[Path, str]]
 
 
-def seal(folder: Path, manifest: Manifest, name: str, read: Iterable[Path], card: Card | None = None) -> Manifest:
+def seal(folder: Path, manifest: Manifest, name: str, read: Iterable[Path], card: Card) -> Manifest:
     """Write the manifest and the card of a folder whose other files are all there.
 
     Args:
@@ -23,7 +23,7 @@ def seal(folder: Path, manifest: Manifest, name: str, read: Iterable[Path], card
         manifest: of it, with names as the user gave them.
         name: that the folder will have.
         read: local files and folders it was made of; they are told by name and SHA-256.
-        card: writes the text of ``README.md``; none is written without.
+        card: returns the text of ``README.md``.
 
     Returns:
         The manifest as it was written.
@@ -42,9 +42,8 @@ def seal(folder: Path, manifest: Manifest, name: str, read: Iterable[Path], card
     fields["inputs"] = {**fields["inputs"], **{last: digest for last, (_, digest) in published.items()}}
     told = Manifest.model_validate(fields)
     _clean_configurations(folder, published)
-    if card is not None:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        (folder / "README.md").write_text(card(told, name, config), encoding="utf-8")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "README.md").write_text(card(told, name, config), encoding="utf-8")
     return told.model_copy(update={"files": hashes_of(folder)}).write(folder)
 
 

@@ -12,15 +12,15 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
-from rich.table import Table
+from rich.table import Table as RichTable
 
 from pared.errors import ParedError
 from pared.importing import when_imported
 from pared.io.files import why_not_written, write_to
+from pared.tables import Table
 
 if TYPE_CHECKING:
     from pared.progress import Advance, Pace
-    from pared.report.table import Row
 
 out = Console(soft_wrap=True, highlight=False, emoji=False)  # NAME:train:text is no train
 err = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
@@ -128,7 +128,7 @@ def print_table(
         title: above it.
         faint_from: the first of the rows that are printed faintly; none are by default.
     """
-    table = Table(title=title, title_justify="left", header_style="bold")
+    table = RichTable(title=title, title_justify="left", header_style="bold")
     for place, column in enumerate(columns):
         right = justify[min(place, len(justify) - 1)] == "r"
         table.add_column(column, justify="right" if right else "left", overflow="fold")
@@ -137,9 +137,11 @@ def print_table(
     out.print(table)
 
 
-def print_rows(title: str, rows: "list[Row]") -> None:
-    """Print a comparison of before and after."""
-    print_table(("", "before", "after", ""), rows, "lr", title)
+def print_result(table: Table) -> None:
+    """Print a result as Python shows it: its table, and the lines below."""
+    out.print(table.as_rich())
+    for line in table.lines:
+        out.print(line)
 
 
 def write_json(path: Path | None, result: dict[str, Any]) -> None:

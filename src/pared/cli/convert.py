@@ -54,9 +54,8 @@ def _to_low_rank(folder: Path, out_folder: Path, pivot: bool, overwrite: bool, j
 
     before = Manifest.read(folder)
     from pared.entrypoints.convert import convert as store
-    from pared.report import model_card
 
-    after = store(folder, out_folder, pivot, overwrite, model_card)
+    after = store(folder, out_folder, pivot, overwrite)
     for what, old, new in (
         ("covered parameters", before.plan.after.covered_parameters, after.plan.after.covered_parameters),
         ("whole-model parameters", before.plan.after.model_parameters, after.plan.after.model_parameters),

@@ -11,7 +11,7 @@ from pared.models.source import find_model
 from pared.names import require_known
 
 if TYPE_CHECKING:
-    from pared.entrypoints.export import Exported
+    from pared.entrypoints.publish import Written
 
 FORMS = ("dense",)
 
@@ -33,7 +33,7 @@ def export(
         print_exported(export_dense(model, out_folder, dtype, overwrite), out_folder)
 
 
-def print_exported(exported: "Exported", folder: Path) -> None:
+def print_exported(exported: "Written", folder: Path) -> None:
     """Print what was written as plain weights, and that it was checked."""
     out.print(f"self-check: reloaded, largest relative difference {exported.self_check:.2g}")
     out.print(f"folder: {folder}  ({exported.bytes_on_disk:,} bytes of weights)")

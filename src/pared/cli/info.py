@@ -1,6 +1,5 @@
 """``pared info``: what is in a folder."""
 
-from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +9,6 @@ from pared.cli.compress import print_manifest
 from pared.cli.console import JsonFile, errors, out, quiet_libraries, write_json
 from pared.cli.tune import print_training
 from pared.schema.manifest import Manifest
-from pared.schema.plan import Dense, SitePlan
 
 
 def info(folder: Annotated[Path, typer.Argument(help="A folder that pared made.")], json_file: JsonFile = None) -> None:
@@ -19,16 +17,10 @@ def info(folder: Annotated[Path, typer.Argument(help="A folder that pared made."
         quiet_libraries()
         manifest = Manifest.read(folder)
         print_manifest(manifest, str(folder))
-        for told, count in sorted(Counter(map(_describe, manifest.plan.sites)).items()):
-            out.print(f"{count:5} x {told}")
+        for told in manifest.plan.kinds():
+            out.print(told)
         for training in manifest.training:
             print_training(training)
         versions = "  ".join(f"{name} {number}" for name, number in manifest.versions.items())
         out.print(f"made with {versions}")
         write_json(json_file, manifest.model_dump(mode="json"))
-
-
-def _describe(site: SitePlan) -> str:
-    choice = site.decision
-    told = f"dense ({choice.reason})" if isinstance(choice, Dense) else str(choice)
-    return f"{site.kind} {site.out_features} x {site.in_features}: {told}"

@@ -3,10 +3,11 @@
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated
 
-from pared.cli.console import JsonFile, errors, out, print_rows, print_table, quiet_libraries, write_json
+from pared.cli.console import JsonFile, errors, out, print_result, print_table, quiet_libraries, write_json
 from pared.cli.from_schema import Fields, Given, schema_options
 from pared.cli.options import PLANNED, RECIPE_FILE
 from pared.schema.recipe import Recipe
+from pared.tables import Table
 
 if TYPE_CHECKING:
     from pared.schema.plan import Plan
@@ -42,7 +43,6 @@ def plan(
 
 def print_plan(plan: "Plan", stacks: Iterable[str], title: str) -> None:
     """Print every site's decision, the stacks of blocks, and the sizes before and after."""
-    from pared.report.table import sizes
     from pared.schema.plan import Dense
 
     rows = []
@@ -56,4 +56,4 @@ def print_plan(plan: "Plan", stacks: Iterable[str], title: str) -> None:
     print_table(("site", "out x in", "decision", "parameters"), rows, "lrlr", faint_from=len(plan.sites))
     for line in stacks:
         out.print(line)
-    print_rows(title, sizes(plan, plan.before.bytes_on_disk, plan.after.bytes_on_disk))
+    print_result(Table.comparison(title, plan.sizes()))

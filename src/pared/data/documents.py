@@ -30,7 +30,7 @@ def read_documents(path: Path, tokenizer: "PreTrainedTokenizerBase | None" = Non
     _require_suffix(path)
     if suffix_of(path) == ".txt":
         return [read_text(path, "text file").replace("\r\n", "\n")]
-    return [_row_text(f"{path}, row {number}", row, tokenizer) for number, row in read_rows(path, "text file")]
+    return [document_of(f"{path}, row {number}", row, tokenizer) for number, row in read_rows(path, "text file")]
 
 
 def suffix_of(path: Path) -> str:
@@ -55,7 +55,17 @@ def require_file(path: Path) -> None:
     require_there(path, "text file")
 
 
-def _row_text(which: str, row: Any, tokenizer: "PreTrainedTokenizerBase | None") -> str:
+def document_of(which: str, row: Any, tokenizer: "PreTrainedTokenizerBase | None") -> str:
+    """Return the document that a row holds: a text, an instruction with its answer, or a conversation.
+
+    Args:
+        which: row it is, for messages.
+        row: a mapping with ``text``, with ``instruction`` and ``output``, or with ``messages``.
+        tokenizer: of the model, whose chat template makes a text of a conversation.
+
+    Raises:
+        ParedError: the row holds none of them.
+    """
     if isinstance(row, dict) and isinstance(row.get("text"), str):
         return row["text"]
     if isinstance(row, dict) and "text" not in row and {"instruction", "output"} <= row.keys():

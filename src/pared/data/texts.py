@@ -4,9 +4,11 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from pared.data.chat import messages_of, rendered
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+_HANDED: ContextVar[Mapping[str, "Text"]] = ContextVar("texts of Python callers", default=MappingProxyType({}))
 Made = TypeVar("Made")
 
 EMBEDDED_SHARE = 0.8  # of pydoc_data.topics is for calibration, the rest for evaluation
@@ -179,6 +182,20 @@ def from_learned_part(name: str, evaluated: str | None, make: Callable[[str], Ma
     return whole
 
 
+@contextmanager
+def handed_over(text: Text | None) -> Iterator[None]:
+    """Let a text that a Python caller handed over be found by its name while the context lasts.
+
+    Args:
+        text: with a name that no other text has; none for nothing.
+    """
+    token = _HANDED.set(_HANDED.get() if text is None else {**_HANDED.get(), text.name: text})
+    try:
+        yield
+    finally:
+        _HANDED.reset(token)
+
+
 def find_text(name: str, evaluation: bool = False, tokenizer: "PreTrainedTokenizerBase | None" = None) -> Text:
     """Find a text by name.
 
@@ -194,7 +211,9 @@ def find_text(name: str, evaluation: bool = False, tokenizer: "PreTrainedTokeniz
         ParedError: nothing of that name, unreadable, or empty.
     """
     require_text(name)
-    if name == "embedded" or name.startswith("embedded:"):
+    if name in _HANDED.get():
+        text = _HANDED.get()[name]
+    elif name == "embedded" or name.startswith("embedded:"):
         text = _embedded("embedded:eval" if name == "embedded" and evaluation else name)
     elif (part := _part(name)) is not None:
         text = _part_of_file(name, part, tokenizer)
@@ -217,7 +236,7 @@ def require_text(name: str) -> None:
     Raises:
         ParedError: nothing of that name; offers what it may have been meant for.
     """
-    if name == "embedded" or name in CORPORA:
+    if name == "embedded" or name in CORPORA or name in _HANDED.get():
         return
     if name.startswith("embedded:"):
         if name.partition(":")[2] not in EMBEDDED_PARTS:

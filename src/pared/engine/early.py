@@ -91,6 +91,18 @@ def _what_calibrates(recipe: Recipe) -> str:
     return f"refit {refit_of(recipe)}" if refits else f"allocation {allocation_of(recipe)}"
 
 
+def require_texts(recipe: Recipe) -> None:
+    """Refuse a recipe whose texts are not there, or that leaves open what its preset leaves to the user.
+
+    Raises:
+        ParedError: names the text, or the field.
+    """
+    require_user_fields(recipe)
+    for name in {recipe.calibration.text, evaluated_text(recipe)} - {None}:
+        if not str(name).startswith(LABELLED):
+            require_text(str(name))
+
+
 def require_job(recipe: Recipe, overwrite: bool) -> tuple[ModelSource, Path]:
     """Refuse what can be refused without torch: all of the above, and an output that is there.
 
@@ -105,10 +117,7 @@ def require_job(recipe: Recipe, overwrite: bool) -> tuple[ModelSource, Path]:
         ParedError: anything that is wrong so far.
     """
     require_possible(recipe)
-    require_user_fields(recipe)
-    for name in {recipe.calibration.text, evaluated_text(recipe)} - {None}:
-        if not str(name).startswith(LABELLED):
-            require_text(str(name))
+    require_texts(recipe)
     if recipe.model is None:
         require_model(recipe)
     if recipe.out is None:

@@ -1,57 +1,137 @@
-"""A whole job: a model by name, compressed, checked by reloading, evaluated, in a folder that appears whole."""
+"""A compression: a model by name or from memory, compressed block by block, and the folder that is made of it."""
 
-import gc
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from pared.arguments import asked_from
-from pared.checkpoint import save, take_fingerprint, verify
+from pared import engine
+from pared.arguments import asked_from, name_from, recipe_from, require_model, require_tokenizer
+from pared.calibration import WalkedBlock
+from pared.checkpoint import verify
 from pared.checkpoint.finite import require_finite
-from pared.checkpoint.format import FORMAT_VERSION
-from pared.checkpoint.seal import published_recipe, seal
-from pared.checkpoint.self_check import reloaded, written
+from pared.checkpoint.seal import published_recipe
 from pared.data.evaluated import evaluation_windows
+from pared.data.handed import text_of
 from pared.data.overlap import overlap
-from pared.data.texts import learned_part
+from pared.data.texts import Text, handed_over, learned_part
 from pared.data.windows import Windows, require_fits
 from pared.engine.allocate import plan_of
 from pared.engine.checks import require_finite_weights
-from pared.engine.compress import compress
-from pared.engine.early import require_job, require_suited
+from pared.engine.early import require_job, require_possible, require_suited, require_texts
+from pared.engine.early import require_model as require_named_model
 from pared.engine.spec import calibrates, evaluated_text, settled
 from pared.engine.windows import calibration_windows
-from pared.environment import device_of, machine, peak_memory_bytes, versions
+from pared.entrypoints.measure import PerplexityOn
+from pared.entrypoints.result import Before, Compressed, Outcome
+from pared.environment import device_of, versions
 from pared.errors import ParedError, TextTooShortError
-from pared.evaluation import perplexity
 from pared.io.apart import require_apart
 from pared.io.files import path_of
-from pared.io.inputs import inputs_of
-from pared.io.output_dir import require_space, staged
+from pared.io.output_dir import require_space
 from pared.models.architecture import is_causal
-from pared.models.source import ModelSource
+from pared.models.source import ModelSource, find_model
 from pared.models.trust import trusting
-from pared.progress import Progress, Silent, Stopwatch
-from pared.report.card import model_card
+from pared.notebook import watcher_of
+from pared.progress import Progress, Stopwatch
 from pared.report.table import WORTH_SAYING
-from pared.schema.manifest import Manifest, Measured, WindowsRead
-from pared.schema.presets import note_of, record_of
+from pared.schema.manifest import Manifest
+from pared.schema.presets import note_of
 from pared.schema.recipe import Recipe
 from pared.structure import find_anatomy
 
+if TYPE_CHECKING:
+    from datasets import Dataset
 
-@dataclass(frozen=True)
-class Outcome:
-    """A finished job: the folder and its manifest."""
+Collected = Callable[[], Iterator[WalkedBlock]]
 
-    folder: Path
-    manifest: Manifest
+
+def compress(
+    model: PreTrainedModel | str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    recipe: Recipe | Mapping[str, Any] | None = None,
+    progress: Progress | bool | None = None,
+    windows: Windows | None = None,
+    collected: Collected | None = None,
+    *,
+    data: "str | Path | Sequence[str] | Dataset | Windows | None" = None,
+    method: str | None = None,
+    keep: float | None = None,
+    sparsity: float | None = None,
+    pattern: str | None = None,
+    trust_remote_code: bool = False,
+    **fields: Any,
+) -> Compressed:
+    """Compress a model, block by block.
+
+    A loaded model is changed in place. Finished blocks replace dense ones as the work goes on: beside the model there
+    is one block in the computing dtype, the hidden states of the calibration windows, and the statistics of that block
+    (behind a compressed prefix with a dense path two blocks and three sets of hidden states; for gradients those of all
+    blocks). If it is interrupted the model still works and can be saved, with some blocks compressed: reload it to
+    start again.
+
+    Args:
+        model: a dense causal language model or encoder in a floating point dtype, its weights in memory; or the name of
+            one, which is loaded: ``embedded:smollm2-135m``, a Hub id, a folder, a ``.gguf`` file.
+        tokenizer: of the model; that of a model by name is loaded with it.
+        recipe: method, budget and calibration, a mapping of them, or none for the defaults. Its ``model`` and ``out``
+            are not read.
+        progress: who watches, or whether bars are shown; by default in a notebook only.
+        windows: calibration tokens already cut, in place of a text; the same as ``data``.
+        collected: statistics of these tokens that :func:`pared.collect_statistics` saved, in place of a pass over them.
+        data: what is calibrated on: a text by name, a list of strings, a ``datasets.Dataset`` with a ``text`` (or
+            ``messages``) in every row, or windows. Texts are joined by blank lines, tokenised, and cut as the
+            recipe's calibration says.
+        method: of the recipe; as are the others below, which are laid over it.
+        keep: fraction of the covered parameters that stays; 0.8 removes 20%.
+        sparsity: fraction of zeros, for methods that prune.
+        pattern: ``N:M``, for methods that prune.
+        trust_remote_code: whether code that lies beside the weights of a model by name may run.
+        **fields: further fields of :class:`pared.Recipe`; of its calibration also ``samples``, ``length``, ``seed``
+            and ``sampling``.
+
+    Returns:
+        The compressed model and its record, whose ``save`` writes the folder that the command line writes. The
+        perplexity of the dense model is measured on the way, as the command line does, of a model by name, and of a
+        loaded one where ``evaluation`` is given, other than by a preset; ``evaluation=None`` measures nothing.
+
+    Raises:
+        ParedError: anything in the model, the recipe or the text that does not work; nothing is changed unless the
+            message says so.
+
+    Example:
+        >>> result = pared.compress("embedded:smollm2-135m", keep=0.8, samples=64, length=1024)  # doctest: +SKIP
+        >>> result.save("smaller")  # doctest: +SKIP
+    """
+    function = "pared.compress"
+    asked = {"method": method, "keep": keep, "sparsity": sparsity, "pattern": pattern}
+    fields |= {name: value for name, value in asked.items() if value is not None}
+    by_name = isinstance(model, (str, Path))
+    if not by_name:
+        require_model(model, function)
+    watcher, text = watcher_of(progress, function), None
+    if data is not None:
+        windows, text, fields = _calibrated_on(data, tokenizer if not by_name else model, windows, fields, function)
+    asked_for = recipe_from(recipe, fields, function)
+    if windows is not None and not isinstance(windows, Windows):
+        raise ParedError(f"pared.compress takes windows as pared.data.cut makes them, found a "
+                         f"{type(windows).__name__}; give a list of strings as data instead")  # fmt: skip
+    with trusting(trust_remote_code), handed_over(text):
+        if isinstance(model, (str, Path)):
+            asked_for = asked_for.model_copy(update={"model": name_from(model, function)})
+            require_possible(asked_for)
+            require_texts(asked_for)
+            source = require_named_model(asked_for)
+            return _by_name(source, asked_for, watcher, tokenizer=tokenizer, windows=windows, collected=collected)
+        measured = "evaluation" in fields or (asked_for.preset is None and "evaluation" in asked_for.model_fields_set)
+        return _in_memory(model, tokenizer, asked_for, measured, watcher, windows, collected)
 
 
 def run(
-    recipe: Recipe, overwrite: bool = False, progress: Progress | None = None, trust_remote_code: bool = False
+    recipe: Recipe, overwrite: bool = False, progress: Progress | bool | None = None, trust_remote_code: bool = False
 ) -> Outcome:
     """Carry out a recipe from model name to folder.
 
@@ -61,30 +141,86 @@ def run(
     Args:
         recipe: with ``model`` and ``out``.
         overwrite: whether an output folder that is there may be replaced.
-        progress: who watches; nobody by default.
+        progress: who watches, or whether bars are shown; by default in a notebook only.
         trust_remote_code: whether code that lies beside the model's weights may run.
 
     Raises:
         ParedError: anything wrong; nothing was written or overwritten.
     """
     with trusting(trust_remote_code):
-        return _run(asked_from(Recipe, recipe, "pared.run"), overwrite, progress or Silent())
+        asked, watcher = asked_from(Recipe, recipe, "pared.run"), watcher_of(progress, "pared.run")
+        source, out = require_job(asked, overwrite)
+        result = _by_name(source, asked, watcher, out)
+        return result.publish(out, overwrite, result.hand_over(), watcher)
 
 
-def _run(recipe: Recipe, overwrite: bool, progress: Progress) -> Outcome:
-    watch = Stopwatch()
-    source, out = _checked(recipe, overwrite)
+def reusable(recipe: Recipe) -> Outcome | None:
+    """Return the outcome in a recipe's output folder if this very recipe and these versions made it and it is whole."""
+    folder = path_of(recipe.out or "")
+    try:
+        manifest = Manifest.read(folder)
+        if manifest.recipe != published_recipe(recipe) or manifest.versions != versions():
+            return None
+        verify(folder)
+    except ParedError:
+        return None
+    return Outcome(folder, manifest)
+
+
+def _calibrated_on(
+    data: Any, tokenizer: Any, windows: Windows | None, fields: dict[str, Any], function: str
+) -> tuple[Windows | None, Text | None, dict[str, Any]]:
+    """Return what ``data`` stands for: windows, a text that was handed over, or the name of one among the fields."""
+    if windows is not None:
+        raise ParedError(f"{function} takes data or windows, found both; leave one of them out")
+    if isinstance(data, Windows):
+        return data, None, fields
+    if isinstance(data, (str, Path)):
+        return None, None, {**fields, "data": data}
+    if isinstance(tokenizer, (str, Path)):  # of a model by name
+        tokenizer = None
+    text = text_of(data, tokenizer, function)
+    return None, text, {**fields, "data": text.name}
+
+
+def _by_name(
+    source: ModelSource,
+    recipe: Recipe,
+    progress: Progress,
+    out: Path | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    windows: Windows | None = None,
+    collected: Collected | None = None,
+) -> Compressed:
+    """Load a model, measure it and compress it; what can be refused is refused before weights are read.
+
+    Args:
+        source: of the model.
+        recipe: as for :func:`compress`.
+        progress: who watches.
+        out: where it will be written, if that is known.
+        tokenizer: in place of the model's own.
+        windows: in place of the recipe's text.
+        collected: as for :func:`compress`.
+    """
+    device_of(recipe.device)
+    config = source.config()
+    require_suited(config, recipe, source.name)
+    if out is not None:
+        require_apart(out, [Path(source.location)])  # of an embedded model or a .gguf file in the cache
+    watch, causal = Stopwatch(), is_causal(config.architectures or [])
     if note := note_of(recipe):
         progress.note(note)
     with watch("load"):
-        tokenizer = source.tokenizer()
-        calibration = _calibration_windows(recipe, source, tokenizer)
-        windows = _evaluation_windows(recipe, source, tokenizer, calibration, progress)
-        seen = _overlap(windows, calibration, progress)
+        tokenizer = tokenizer or source.tokenizer()
+        calibration = windows or _calibration_windows(recipe, config, causal, tokenizer)
+        measured = _evaluation_windows(recipe, config, causal, tokenizer, calibration, progress)
+        before = _before(source.name, source.origin, source, recipe, tokenizer, measured, calibration, watch, progress)
         if "dequantised" in source.origin:
             progress.note(f"{source.name} is {source.origin}; sizes are compared with the dequantised weights")
         planned = plan_of(source.skeleton(), recipe, source.weight_bytes(recipe.dtype))
-        require_space(out, planned.after.bytes_on_disk)
+        if out is not None:
+            require_space(out, planned.after.bytes_on_disk)
         if source.sees and not source.processor_files():
             progress.note(f"{source.name} sees images, and no files of its image processor were found: the folder will "
                           "have none either")  # fmt: skip
@@ -93,70 +229,105 @@ def _run(recipe: Recipe, overwrite: bool, progress: Progress) -> Outcome:
             model, find_anatomy(model, recipe.blocks)
         )  # before perplexity, which could only say "nan"
         require_finite(model, source.name)
-    before = _measure(model, tokenizer, windows, recipe, "before", watch, progress)
-    compressed = compress(model, tokenizer, recipe, progress, calibration)
-    read = [*inputs_of(recipe.model_dump()), Path(source.location)]
-    with staged(out, overwrite, needed=compressed.plan.after.bytes_on_disk, inputs=read) as staging:
-        with watch("save"):
-            fingerprint = take_fingerprint(model)
-            save(model, tokenizer, staging, source)
-            bytes_on_disk = written(staging, source.name)
-        # The reloaded model is measured, not the one in memory; there is room for only one of them.
-        compressed.model = model = None
-        gc.collect()
-        with watch("verify"):
-            model, difference = reloaded(staging, fingerprint, source.name)
-            model = model.to(recipe.device)
-        after = _measure(model, tokenizer, windows, recipe, "after", watch, progress)
-        done = _with_lengths(recipe, calibration, windows)
-        manifest = Manifest(
-            format_version=FORMAT_VERSION,
-            model={"name": source.name, "origin": source.origin, "architecture": type(model).__name__},
-            recipe=done,
-            preset=record_of(done),
-            settled=settled(recipe),
-            plan=compressed.plan,
-            damping=compressed.damping,
-            fallbacks=compressed.fallbacks,
-            sharing=[asdict(one) for one in compressed.sharing],
-            calibration=cast("WindowsRead | None", compressed.calibration),
-            evaluation=None if windows is None or recipe.evaluation is None
-            else cast("Measured", {**windows.describe(), "bos": recipe.evaluation.bos, "learned_from": seen}),
-            perplexity_before=before,
-            perplexity_after=after,
-            seconds={**watch.seconds, **compressed.seconds},
-            peak_memory_bytes=peak_memory_bytes(),
-            bytes_before=compressed.plan.before.bytes_on_disk,
-            bytes_on_disk=bytes_on_disk,
-            fingerprint=fingerprint,
-            self_check=difference,
-            versions=versions(),
-            machine=machine(),
-        )  # fmt: skip
-        manifest = seal(staging, manifest, out.name, inputs_of(recipe.model_dump()), model_card)
-    return Outcome(out, manifest)
+    return _compressed(model, tokenizer, recipe, progress, calibration, collected, before, watch)
 
 
-def _checked(recipe: Recipe, overwrite: bool) -> tuple[ModelSource, Path]:
-    """Refuse whatever can be refused without reading weights."""
-    source, out = require_job(recipe, overwrite)
-    device_of(recipe.device)
-    require_suited(source.config(), recipe, source.name)
-    require_apart(out, [Path(source.location)])  # of an embedded model or a .gguf file in the cache
-    return source, out
+def _in_memory(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    recipe: Recipe,
+    measured: bool,
+    progress: Progress,
+    windows: Windows | None,
+    collected: Collected | None,
+) -> Compressed:
+    """Compress a loaded model, and measure it before if that is wanted."""
+    name = model.config.name_or_path
+    source, watch = _lies_beside(name), Stopwatch()
+    name = recipe.model or name or type(model).__name__
+    before = Before(name, "loaded in Python", source)
+    if measured and recipe.evaluation is not None:
+        require_possible(recipe)
+        require_suited(model.config, recipe, name)
+        require_tokenizer(tokenizer, "pared.compress")
+        assert tokenizer is not None
+        causal = is_causal([type(model).__name__])
+        with watch("load"):
+            windows = windows or _calibration_windows(recipe, model.config, causal, tokenizer)
+            held_out = _evaluation_windows(recipe, model.config, causal, tokenizer, windows, progress)
+            before = _before(name, before.origin, source, recipe, tokenizer, held_out, windows, watch, progress)
+    return _compressed(model, tokenizer, recipe, progress, windows, collected, before, watch)
 
 
-def _calibration_windows(recipe: Recipe, source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> Windows | None:
+def _lies_beside(name: str) -> ModelSource | None:
+    """Return where a loaded model says it was loaded from, if that is a folder on this machine."""
+    with suppress(ParedError):
+        if name and path_of(name).is_dir():
+            return find_model(name)
+    return None
+
+
+def _compressed(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    recipe: Recipe,
+    progress: Progress,
+    windows: Windows | None,
+    collected: Collected | None,
+    before: Before,
+    watch: Stopwatch,
+) -> Compressed:
+    """Measure the dense model where that is asked for, and compress it."""
+    if before.measure is not None:
+        before = replace(before, perplexity=before.measure.before(model))
+    made = engine.compress(model, tokenizer, recipe, progress, windows, collected)
+    return Compressed(
+        model=made.model,
+        tokenizer=tokenizer,
+        recipe=recipe,
+        settled=settled(recipe),
+        plan=made.plan,
+        before=before,
+        sharing=made.sharing,
+        damping=made.damping,
+        fallbacks=made.fallbacks,
+        calibration=made.calibration,
+        seconds={**watch.seconds, **made.seconds},
+    )
+
+
+def _before(
+    name: str,
+    origin: str,
+    source: ModelSource | None,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    measured: Windows | None,
+    calibrated: Windows | None,
+    watch: Stopwatch,
+    progress: Progress,
+) -> Before:
+    """Return what is known of a model before it is compressed, but for its perplexity."""
+    if measured is None or recipe.evaluation is None:
+        return Before(name, origin, source)
+    measure = PerplexityOn(measured, tokenizer, recipe.evaluation.bos, recipe.device, watch, progress)
+    return Before(name, origin, source, measure, learned_from=_overlap(measured, calibrated, progress))
+
+
+def _calibration_windows(
+    recipe: Recipe, config: PretrainedConfig, causal: bool, tokenizer: PreTrainedTokenizerBase
+) -> Windows | None:
     if not calibrates(recipe):
         return None
-    windows = calibration_windows(recipe, tokenizer, source.config(), is_causal(source.config().architectures or []))
-    require_fits(source.config(), windows)
+    windows = calibration_windows(recipe, tokenizer, config, causal)
+    require_fits(config, windows)
     return windows
 
 
 def _evaluation_windows(
     recipe: Recipe,
-    source: ModelSource,
+    config: PretrainedConfig,
+    causal: bool,
     tokenizer: PreTrainedTokenizerBase,
     calibration: Windows | None,
     progress: Progress,
@@ -164,7 +335,7 @@ def _evaluation_windows(
     asked = recipe.evaluation
     if asked is None:
         return None
-    if not is_causal(source.config().architectures or []):
+    if not causal:
         progress.note("no perplexity: this architecture is not a causal language model")
         return None
     name = evaluated_text(recipe)
@@ -181,7 +352,7 @@ def _evaluation_windows(
         )
         return None
     try:
-        windows = evaluation_windows(asked, tokenizer, source.config(), name)
+        windows = evaluation_windows(asked, tokenizer, config, name)
     except TextTooShortError as error:
         if asked.text != "auto" or "length" in asked.model_fields_set:
             raise
@@ -203,44 +374,3 @@ def _overlap(measured: Windows | None, calibrated: Windows | None, progress: Pro
             "it tells nothing of text the model has not seen; name another with --eval TEXT"
         )
     return seen
-
-
-def _with_lengths(recipe: Recipe, calibration: Windows | None, windows: Windows | None) -> Recipe:
-    """Return the recipe with the lengths that defaults came to on this model and text, for the record."""
-    update: dict[str, object] = {}
-    if calibration is not None and calibration.labels is None:
-        update["calibration"] = recipe.calibration.model_copy(update={"length": calibration.tokens.shape[1]})
-    if windows is not None and recipe.evaluation is not None:
-        update["evaluation"] = recipe.evaluation.model_copy(update={"length": windows.tokens.shape[1]})
-    return recipe.model_copy(update=update)
-
-
-def _measure(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    windows: Windows | None,
-    recipe: Recipe,
-    when: str,
-    watch: Stopwatch,
-    progress: Progress,
-) -> float | None:
-    if windows is None or recipe.evaluation is None:
-        return None
-    with (
-        watch(f"perplexity {when}"),
-        progress.stage(f"perplexity {when}", len(windows.tokens), "window") as advance,
-    ):
-        return perplexity(model, tokenizer, windows, recipe.evaluation.bos, advance).value
-
-
-def reusable(recipe: Recipe) -> Outcome | None:
-    """Return the outcome in a recipe's output folder if this very recipe and these versions made it and it is whole."""
-    folder = path_of(recipe.out or "")
-    try:
-        manifest = Manifest.read(folder)
-        if manifest.recipe != published_recipe(recipe) or manifest.versions != versions():
-            return None
-        verify(folder)
-    except ParedError:
-        return None
-    return Outcome(folder, manifest)

@@ -5,15 +5,15 @@ from typing import cast
 
 from torch import nn
 
+from pared.arguments import folder_from, name_from
 from pared.checkpoint.load import load, require_recorded
 from pared.checkpoint.portable import module_map
-from pared.checkpoint.save import mark, save
-from pared.checkpoint.seal import Card, seal
-from pared.checkpoint.self_check import reloaded, written
+from pared.checkpoint.save import mark
 from pared.checkpoint.verify import require_tensors
 from pared.engine.install import factors_of, install_group
+from pared.entrypoints.publish import Publication, Reread, ResidentSaver
 from pared.errors import ParedError
-from pared.io.output_dir import require_free, staged
+from pared.io.output_dir import require_free
 from pared.models.source import find_model
 from pared.modules import LowRankLinear, PivotedLinear, SparseLinear
 from pared.schema.manifest import Manifest
@@ -22,10 +22,9 @@ from pared.schema.plan import Dense, Plan
 
 def convert(
     folder: str | Path,
-    out: Path,
-    pivoted: bool,
+    out: str | Path,
+    pivoted: bool = True,
     overwrite: bool = False,
-    card: Card | None = None,
 ) -> Manifest:
     """Write a compressed folder anew with every low-rank module stored pivoted, or as two factors again.
 
@@ -37,7 +36,6 @@ def convert(
         out: the folder to make.
         pivoted: pivots and coefficients if true, two factors if false.
         overwrite: whether a model folder at ``out`` may be replaced.
-        card: writes the text of ``README.md``, see ``seal``; none is written without.
 
     Returns:
         The manifest of the new folder.
@@ -46,7 +44,7 @@ def convert(
         ParedError: not a folder that pared made, damaged, nothing in it to convert, the output is taken, or the new
             folder does not answer as the old one; nothing was written.
     """
-    folder = Path(folder)
+    folder, out = Path(name_from(folder, "pared.convert")), folder_from(out, "pared.convert")
     require_free(out, overwrite, [folder])
     manifest = Manifest.read(folder)
     require_tensors(folder)
@@ -63,15 +61,16 @@ def convert(
             raise ParedError(f"{folder}: {names[0]}: {error}") from error
     mark(model)
     plan = _replanned(manifest.plan, {name for names in groups for name in names}, pivoted)
-    with staged(out, overwrite, needed=plan.after.bytes_on_disk, inputs=[folder]) as staging:
-        source = find_model(str(folder))
-        save(model, source.tokenizer(), staging, source)
-        bytes_on_disk = written(staging, str(folder))
-        del model
-        _, difference = reloaded(staging, manifest.fingerprint, str(folder))
-        form = "pivots and coefficients" if pivoted else "two factors"
-        update = {"plan": plan, "bytes_on_disk": bytes_on_disk, "self_check": difference, "converted": form}
-        return seal(staging, manifest.model_copy(update=update), out.name, [], card)
+    source = find_model(str(folder))
+    saver = ResidentSaver(model, source.tokenizer(), source, manifest.fingerprint)
+    del model
+    form = "pivots and coefficients" if pivoted else "two factors"
+
+    def converted(reread: Reread) -> Manifest:
+        return manifest.model_copy(update={**reread.recorded, "plan": plan, "converted": form})
+
+    publication = Publication(out, str(folder), overwrite, plan.after.bytes_on_disk, beside=[folder])
+    return publication.publish(saver, converted)
 
 
 def _nothing(model: nn.Module, pivoted: bool) -> str:

@@ -1,7 +1,7 @@
 """From any model to a plain dense folder that needs nothing of pared."""
 
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from transformers import PreTrainedModel
@@ -9,33 +9,18 @@ from transformers import PreTrainedModel
 from pared.checkpoint.load import load, require_recorded
 from pared.checkpoint.loader import tie
 from pared.checkpoint.portable import DYNAMIC, is_portable, module_map, own_class, own_code
-from pared.checkpoint.save import save
-from pared.checkpoint.seal import seal_plain
-from pared.checkpoint.self_check import reloaded, written
 from pared.checkpoint.verify import take_fingerprint
+from pared.entrypoints.publish import Publication, ResidentSaver, Written
 from pared.io.apart import require_apart
 from pared.io.inputs import inputs_of
-from pared.io.output_dir import require_free, staged
+from pared.io.output_dir import require_free
 from pared.io.record import MANIFEST
 from pared.models.source import find_model
 from pared.modules import SparseLinear, replace_module
 from pared.structure import bias_of, weight_of
 
 
-class Exported(NamedTuple):
-    """A plain folder that was written.
-
-    Attributes:
-        bytes_on_disk: of the weights.
-        self_check: largest difference of the reloaded folder from the model it was made of, relative to the largest
-            output.
-    """
-
-    bytes_on_disk: int
-    self_check: float
-
-
-def export_dense(name: str, out: Path, dtype: str = "auto", overwrite: bool = False) -> Exported:
+def export_dense(name: str, out: Path, dtype: str = "auto", overwrite: bool = False) -> Written:
     """Write any model that has a name as a plain dense folder: factors multiplied out, zeros written out.
 
     The folder is loaded again and must answer as the model it was made of.
@@ -50,23 +35,20 @@ def export_dense(name: str, out: Path, dtype: str = "auto", overwrite: bool = Fa
         ParedError: not a model, the output is taken or is the model itself, the disk is full, or the new folder does
             not answer as the model; nothing was written.
     """
-    require_free(out, overwrite, inputs_of({"model": name}))  # before a .gguf file is converted
+    inputs = inputs_of({"model": name})
+    require_free(out, overwrite, inputs)  # before a .gguf file is converted
     source = find_model(name)
-    read = [Path(source.location), *inputs_of({"model": name})]
-    require_apart(out, read)
+    beside = [Path(source.location)]
+    require_apart(out, [*beside, *inputs])
     model = load(name, dtype)  # says more of what is damaged than a digest
     if (Path(source.location) / MANIFEST).is_file():
         require_recorded(Path(source.location))  # else what is damaged would be listed as whole
     fingerprint = take_fingerprint(model)
     make_dense(model)
     needed = sum(p.numel() * p.itemsize for p in model.parameters())
-    with staged(out, overwrite, needed, read) as staging:
-        save(model, source.tokenizer(), staging, source)
-        bytes_on_disk = written(staging, name)
-        del model
-        _, difference = reloaded(staging, fingerprint, name)
-        seal_plain(staging, inputs_of({"model": name}))
-    return Exported(bytes_on_disk, difference)
+    saver = ResidentSaver(model, source.tokenizer(), source, fingerprint)
+    del model
+    return Publication(out, name, overwrite, needed, inputs, beside).publish_plain(saver)
 
 
 @torch.no_grad()

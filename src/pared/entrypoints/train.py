@@ -9,22 +9,20 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import PreTrainedModel
 from transformers.integrations import get_available_reporting_integrations
 
 from pared.arguments import asked_from
-from pared.checkpoint import load, mark, save, take_fingerprint
-from pared.checkpoint.seal import seal
-from pared.checkpoint.self_check import reloaded, written
+from pared.checkpoint import load, mark, save
 from pared.data.evaluated import evaluation_windows
 from pared.data.lengths import Length
 from pared.data.overlap import overlap
 from pared.data.texts import learned_part
 from pared.data.windows import Windows
+from pared.entrypoints.measure import PerplexityOn
 from pared.entrypoints.parent import parent_of
+from pared.entrypoints.publish import Publication, Reread, ResidentSaver
 from pared.environment import machine, peak_memory_bytes, versions
 from pared.errors import ParedError, TextTooShortError
-from pared.evaluation import perplexity
 from pared.io.files import path_of
 from pared.io.inputs import inputs_of
 from pared.io.output_dir import require_free, require_space, staged
@@ -32,9 +30,8 @@ from pared.models.architecture import is_causal
 from pared.models.source import find_model
 from pared.models.trust import trusting
 from pared.progress import Progress, Silent, Stopwatch
-from pared.report.card import model_card
 from pared.report.table import WORTH_SAYING
-from pared.schema.manifest import Manifest, Measured, StageRecord, Training, WindowsRead
+from pared.schema.manifest import Fingerprint, Manifest, StageRecord, Training, WindowsRead
 from pared.schema.presets import note_of, record_of, require_user_fields
 from pared.schema.recipe import Evaluation
 from pared.schema.training import TrainingConfig
@@ -126,14 +123,14 @@ class _Job:
             asked = self.asked_evaluation() if self.causal else None
             evaluated = None if asked is None else asked.text
             examples = find_rows(tuning, self.tokenizer, self.config, self.causal, evaluated)
-            windows = self.evaluation_windows(examples)
+            measure = self.measure(self.evaluation_windows(examples))
         stages = self.method.stages(self.options)
         with TrainingRun.beside(self.out, self.settings(examples), self.processes) as run:
             if run.resumed:
                 self.progress.note(f"resuming the training that {run.folder} holds")
-            before = self.measured(run, windows)
+            before = self.measured(run, measure)
             went = [self.trained(run, number, stages, examples) for number in range(1, len(stages) + 1)]
-            self.processes.first(lambda: self.write(run, went, examples, windows, before))
+            self.processes.first(lambda: self.write(run, went, examples, measure, before))
             self.processes.first(run.close)
         return Tuned(self.out, Manifest.read(self.out), self.processes.is_first)
 
@@ -247,53 +244,40 @@ class _Job:
         own = asked.model_dump(include=asked.model_fields_set - {"text"})
         return None if there is None else there.model_copy(update=own)
 
-    def measured(self, run: TrainingRun, windows: Windows | None) -> float | None:
-        """Return the perplexity of the folder before it is trained, once for all tries."""
-        if windows is None:
+    def measure(self, windows: Windows | None) -> PerplexityOn | None:
+        """Return what perplexity is measured by, None for nothing."""
+        asked = self.asked_evaluation()
+        if windows is None or asked is None:
             return None
-        if (known := self.parent.perplexity_on(windows.digest)) is not None:
+        return PerplexityOn(windows, self.tokenizer, asked.bos, self.processes.device, self.watch, self.progress)
+
+    def measured(self, run: TrainingRun, measure: PerplexityOn | None) -> float | None:
+        """Return the perplexity of the folder before it is trained, once for all tries."""
+        if measure is None:
+            return None
+        digest = measure.windows.digest
+        if (known := self.parent.perplexity_on(digest)) is not None:
             return known
 
-        def measure() -> None:
-            if run.recorded("perplexity before", windows.digest) is None:
-                with self.watch("perplexity before"):
-                    value = self.perplexity(self.parent.load(), windows, "before")
-                run.record("perplexity before", windows.digest, value)
+        def record() -> None:
+            if run.recorded("perplexity before", digest) is None:
+                run.record("perplexity before", digest, measure.before(self.parent.load()))
 
-        self.processes.first(measure)
-        return float(run.recorded("perplexity before", windows.digest))
-
-    def perplexity(self, model: PreTrainedModel, windows: Windows, when: str) -> float:
-        """Measure a model."""
-        asked = self.asked_evaluation()
-        assert asked is not None
-        with self.progress.stage(f"perplexity {when}", len(windows.tokens), "window") as advance:
-            return perplexity(model.to(self.processes.device), self.tokenizer, windows, asked.bos, advance).value
+        self.processes.first(record)
+        return float(run.recorded("perplexity before", digest))
 
     def write(
         self,
         run: TrainingRun,
         went: list[Went],
         examples: Examples,
-        windows: Windows | None,
+        measure: PerplexityOn | None,
         before: float | None,
     ) -> None:
         """Write the folder of the last stage where it belongs, checked by reloading and measured."""
-        with staged(self.out, self.overwrite, self.parent.bytes_needed, self.read) as staging:
-            with self.watch("save"):
-                model = load(run.stage(len(went)))
-                fingerprint = take_fingerprint(model)
-                save(model, self.tokenizer, staging, find_model(str(self.tuning.model)))
-                bytes_on_disk = written(staging, self.parent.name)
-            del model
-            gc.collect()
-            with self.watch("verify"):
-                model, difference = reloaded(staging, fingerprint, self.parent.name)
-            after = None
-            if windows is not None:
-                with self.watch("perplexity after"):
-                    after = self.perplexity(model, windows, "after")
-            asked, done = self.asked_evaluation(), self.with_length()
+
+        def manifest(reread: Reread) -> Manifest:
+            done = self.with_length()
             training = Training(
                 tuning=done,
                 preset=record_of(done),
@@ -301,22 +285,23 @@ class _Job:
                 parent={"name": self.parent.name, "digest": self.parent.digest},
                 data=[cast("WindowsRead", one) for one in examples.described],
                 stages=[cast("StageRecord", asdict(one)) for one in went],
-                evaluation=None
-                if windows is None or asked is None
-                else cast(
-                    "Measured",
-                    {**windows.describe(), "bos": asked.bos, "learned_from": self.learned_from(windows, examples)},
-                ),
+                evaluation=None if measure is None else measure.record(self.learned_from(measure.windows, examples)),
                 perplexity_before=before,
-                perplexity_after=after,
+                perplexity_after=reread.perplexity,
                 seconds=self.watch.seconds,
                 peak_memory_bytes=peak_memory_bytes(),
                 versions=versions(),
                 machine=machine(),
             )
-            measured = {"bytes_on_disk": bytes_on_disk, "fingerprint": fingerprint, "self_check": difference}
-            manifest = self.parent.child(model, training, measured)
-            seal(staging, manifest, self.out.name, self.read, model_card)
+            return self.parent.child(reread.model, training, reread.recorded)
+
+        def save_last_stage(folder: Path) -> Fingerprint:
+            model = load(run.stage(len(went)))
+            return ResidentSaver(model, self.tokenizer, find_model(str(self.tuning.model)))(folder)
+
+        Publication(
+            self.out, self.parent.name, self.overwrite, self.parent.bytes_needed, inputs=self.read, watch=self.watch
+        ).publish(save_last_stage, manifest, None if measure is None else measure.after)
 
     def learned_from(self, windows: Windows, examples: Examples) -> float:
         """Return the share of what is measured on that is trained on, or was calibrated on."""

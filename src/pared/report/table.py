@@ -1,31 +1,13 @@
 """The rows a compression is told in: always the three sizes side by side."""
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
+
+from pared.tables import Row
 
 if TYPE_CHECKING:
     from pared.schema.manifest import Manifest
-    from pared.schema.plan import Plan
 
 WORTH_SAYING = 0.05  # of the tokens; any two texts of one kind share some phrases
-
-
-class Row(NamedTuple):
-    """One line of a comparison: what, before, after, and after as a fraction of before where that means something."""
-
-    what: str
-    before: str
-    after: str
-    share: str
-
-
-def sizes(plan: "Plan", bytes_before: int, bytes_after: int) -> list[Row]:
-    """Return the three sizes: covered parameters, whole-model parameters, bytes of weights on disk."""
-    before, after = plan.before, plan.after
-    return [
-        _row("covered parameters", before.covered_parameters, after.covered_parameters),
-        _row("whole-model parameters", before.model_parameters, after.model_parameters),
-        _row("bytes on disk", bytes_before, bytes_after),
-    ]
 
 
 def learned_from(manifest: "Manifest") -> float:
@@ -37,7 +19,7 @@ def learned_from(manifest: "Manifest") -> float:
 
 def comparison(manifest: "Manifest") -> list[Row]:
     """Return the rows of a finished compression."""
-    rows = sizes(manifest.plan, manifest.bytes_before, manifest.bytes_on_disk)
+    rows = manifest.plan.sizes(manifest.bytes_before, manifest.bytes_on_disk)
     before, after = manifest.perplexity_before, manifest.perplexity_after
     if before is not None and after is not None:
         share = learned_from(manifest)
@@ -46,7 +28,3 @@ def comparison(manifest: "Manifest") -> list[Row]:
     rows.append(Row("seconds", "", f"{sum(manifest.seconds.values()):,.1f}", ""))
     rows.append(Row("peak memory", "", f"{manifest.peak_memory_bytes / 2**20:,.0f} MiB", ""))
     return [Row("method", "dense", manifest.recipe.method, manifest.recipe.budget), *rows]
-
-
-def _row(what: str, before: int, after: int) -> Row:
-    return Row(what, f"{before:,}", f"{after:,}", f"{after / before:.1%}")

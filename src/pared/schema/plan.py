@@ -4,13 +4,16 @@ A plan is the only thing allocation produces and the only thing solvers, format,
 """
 
 import math
+from collections import Counter
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from pared.schema.base import Strict
+from pared.tables import Row, Shown, Table
 
 INDEX_BYTES = 4  # of an int32
+SHOWN = 16  # kinds of layers that a plan shows; with ranks of their own there are as many as layers
 
 
 class Dense(Strict):
@@ -179,6 +182,11 @@ class SitePlan(Strict):
                              f"weight has at most {most}")  # fmt: skip
         return self
 
+    def describe(self) -> str:
+        """Return kind, shape and decision in words."""
+        told = f"dense ({self.decision.reason})" if isinstance(self.decision, Dense) else str(self.decision)
+        return f"{self.kind} {self.out_features} x {self.in_features}: {told}"
+
     @property
     def before(self) -> int:
         """Weight parameters of the dense site."""
@@ -224,7 +232,7 @@ ROUNDED: dict[type, str] = {
 }
 
 
-class Plan(Strict):
+class Plan(Shown, Strict):
     """Every site's decision, what is not covered, and the sizes before and after.
 
     Attributes:
@@ -286,6 +294,37 @@ class Plan(Strict):
         share = self.shortfall / self.before.covered_parameters
         return (f"the budget is missed by {self.shortfall:,} parameters, {share:.2%} of those covered"
                 f"{': ' + ', and '.join(why) if why else ''}")  # fmt: skip
+
+    def sizes(self, bytes_before: int | None = None, bytes_after: int | None = None) -> list[Row]:
+        """Return the three sizes as rows: covered parameters, whole-model parameters, bytes on disk.
+
+        Args:
+            bytes_before: of the dense weights as they are stored; by default by their number.
+            bytes_after: of the written weights; by default by their number.
+        """
+        before, after = self.before, self.after
+        compared = {
+            "covered parameters": (before.covered_parameters, after.covered_parameters),
+            "whole-model parameters": (before.model_parameters, after.model_parameters),
+            "bytes on disk": (
+                before.bytes_on_disk if bytes_before is None else bytes_before,
+                after.bytes_on_disk if bytes_after is None else bytes_after,
+            ),
+        }
+        return [Row(what, f"{old:,}", f"{new:,}", f"{new / old:.1%}") for what, (old, new) in compared.items()]
+
+    def kinds(self) -> list[str]:
+        """Return a line for every kind of layer and what is decided for it, with how many there are of it."""
+        counted = Counter(site.describe() for site in self.sites)
+        return [f"{count:5} x {told}" for told, count in sorted(counted.items())]
+
+    def table(self) -> Table:
+        """Return the sizes, and below them what is decided, for every kind of layer."""
+        kinds = self.kinds()
+        more = [f"      and {len(kinds) - SHOWN:,} more" for _ in kinds[SHOWN : SHOWN + 1]]
+        left = f"not covered: {len(self.uncovered):,} weights, {self.uncovered_share:.1%} of those inside the blocks"
+        lines = [*kinds[:SHOWN], *more, *([left] if self.uncovered else []), *([self.missed] if self.missed else [])]
+        return Table.comparison(f"plan, keep {self.keep:g}", self.sizes(), lines)
 
     def _sizes(self, covered: int, removed: int) -> Sizes:
         whole = self.model_parameters - removed

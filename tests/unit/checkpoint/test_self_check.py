@@ -21,7 +21,7 @@ from transformers import initialization as init
 
 import pared
 from pared import ParedError, Recipe
-from pared.entrypoints import compress as job
+from pared.entrypoints import publish as job
 
 METHODS: dict[str, dict[str, Any]] = {
     "factors": {"method": "svd", "keep": 0.6, "storage": "factors"},

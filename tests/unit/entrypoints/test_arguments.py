@@ -33,11 +33,8 @@ def quantised() -> transformers.PreTrainedModel:
 
 SVD_LLM = pared.Recipe(method="svd-llm", keep=0.6)
 WRONG: dict[str, tuple[Any, str]] = {
-    "a name": (
-        lambda m, t: ("gpt2", t, SVD_LLM),
-        r"takes a loaded model, found the name 'gpt2'; load",
-    ),
-    "a path": (lambda m, t: (Path("gpt2"), t, SVD_LLM), "found the name 'gpt2'"),
+    "a name": (lambda m, t: ("gpt2", t, SVD_LLM), "model 'gpt2': no such folder"),
+    "a path": (lambda m, t: (Path("gpt2"), t, SVD_LLM), "model 'gpt2': no such folder"),
     "none": (lambda m, t: (None, t, SVD_LLM), "takes a loaded model of transformers, found None"),
     "a class": (lambda m, t: (type(m), t, SVD_LLM), "found the class LlamaForCausalLM"),
     "a module": (lambda m, t: (torch.nn.Linear(3, 3), t, SVD_LLM), "found a Linear"),
@@ -47,7 +44,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "no tokenizer": (lambda m, t: (m, None, SVD_LLM), "needs the model's tokenizer to read text, found None"),
     "its name": (lambda m, t: (m, "gpt2", SVD_LLM), r"takes a loaded tokenizer.*pared\.load_tokenizer\('gpt2'\)"),
     "model twice": (lambda m, t: (m, m, SVD_LLM), "needs the model's tokenizer"),
-    "no recipe": (lambda m, t: (m, t, None), "takes a Recipe, found None"),
+    "a number": (lambda m, t: (m, t, 0.8), "takes a Recipe, found 0.8"),
     "a method": (lambda m, t: (m, t, "svd"), r"takes a Recipe, found 'svd'; such as Recipe\(method='svd'\)"),
     "a misspelt mapping": (lambda m, t: (m, t, {"kep": 0.5}), "unknown key 'kep'; did you mean 'keep'"),
     "a device": (lambda m, t: (m, t, pared.Recipe(method="svd", device="gpu")), "device 'gpu' cannot be used"),

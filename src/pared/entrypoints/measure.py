@@ -1,0 +1,58 @@
+"""Perplexity before and after: measured by one protocol, and recorded with what it was measured on."""
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pared.data.windows import Windows
+from pared.evaluation import perplexity
+from pared.progress import Progress, Stopwatch
+from pared.schema.manifest import Measured
+from pared.schema.recipe import Bos
+
+
+@dataclass(frozen=True)
+class PerplexityOn:
+    """What perplexity is measured on, and how.
+
+    Attributes:
+        windows: the text, cut.
+        tokenizer: of the model.
+        bos: where a beginning-of-sequence token is put.
+        device: where the model is moved to and runs.
+        watch: seconds by stage.
+        progress: who watches.
+    """
+
+    windows: Windows
+    tokenizer: PreTrainedTokenizerBase
+    bos: Bos
+    device: torch.device | str
+    watch: Stopwatch
+    progress: Progress
+
+    def before(self, model: PreTrainedModel) -> float:
+        """Measure the model as it was."""
+        return self._measure(model, "before")
+
+    def after(self, model: PreTrainedModel) -> float:
+        """Measure what became of it."""
+        return self._measure(model, "after")
+
+    def _measure(self, model: PreTrainedModel, when: str) -> float:
+        model.to(self.device)
+        with (
+            self.watch(f"perplexity {when}"),
+            self.progress.stage(f"perplexity {when}", len(self.windows.tokens), "window") as advance,
+        ):
+            return perplexity(model, self.tokenizer, self.windows, self.bos, advance).value
+
+    def record(self, learned_from: float) -> Measured:
+        """Return what a manifest tells of the text.
+
+        Args:
+            learned_from: the share of it that was calibrated or trained on.
+        """
+        return cast("Measured", {**self.windows.describe(), "bos": self.bos, "learned_from": learned_from})

@@ -1,0 +1,200 @@
+"""What a compression hands back to Python: the model, how it came about, and the way to a folder."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pared.arguments import folder_from
+from pared.checkpoint.format import FORMAT_VERSION
+from pared.entrypoints.measure import PerplexityOn
+from pared.entrypoints.publish import Publication, Reread, ResidentSaver
+from pared.environment import machine, peak_memory_bytes, versions
+from pared.io.inputs import inputs_of
+from pared.models.source import ModelSource
+from pared.notebook import watcher_of
+from pared.progress import Progress, Stopwatch
+from pared.report.results import compressed_table
+from pared.schema.manifest import Manifest, WindowsRead
+from pared.schema.plan import Plan
+from pared.schema.presets import record_of
+from pared.schema.recipe import Recipe
+from pared.tables import Row, Shown, Table
+
+
+@dataclass(frozen=True, repr=False)
+class Outcome(Shown):
+    """A compressed folder; shown as the table that the command line prints.
+
+    Attributes:
+        folder: where it lies.
+        manifest: its record.
+    """
+
+    folder: Path
+    manifest: Manifest
+
+    def table(self) -> Table:
+        """Return sizes, perplexity, time and memory."""
+        return compressed_table(self.manifest, str(self.folder))
+
+
+@dataclass(frozen=True)
+class Before:
+    """What is known of the dense model that was compressed.
+
+    Attributes:
+        name: as the user gave it, or what it says it was loaded from.
+        origin: what that is, in words.
+        source: where it was loaded from by pared, or lies beside; none for a model that was made in memory.
+        measure: what perplexity is measured on; none if it is not.
+        perplexity: of the dense model on that.
+        learned_from: the share of that text that was calibrated on.
+    """
+
+    name: str
+    origin: str
+    source: ModelSource | None
+    measure: PerplexityOn | None = None
+    perplexity: float | None = None
+    learned_from: float = 0.0
+
+
+@dataclass(repr=False)
+class Compressed(Shown):
+    """A compressed model and how it came about; shown as the table that the command line prints.
+
+    Attributes:
+        model: the model, changed in place; plain ``save_pretrained`` writes a folder that loads again.
+        tokenizer: of it; none where none was needed.
+        recipe: what was asked for.
+        settled: what ``auto`` stood for in it.
+        plan: what was decided, with what calibration taught.
+        before: the dense model, and its perplexity if that was measured.
+        sharing: for every group that was compared, what it loses with one basis and what with its members' own.
+        damping: sites whose Gram was rank-deficient, with the relative damping used.
+        fallbacks: sites whose weight or statistics say nothing (zero inputs, no gradient), with the rule that decided.
+        calibration: what was calibrated on; none for a method that needs no data.
+        seconds: by stage.
+        saved: the folder it was last saved to, with its manifest; none before.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    recipe: Recipe
+    settled: Mapping[str, Any]
+    plan: Plan
+    before: Before
+    sharing: tuple[Any, ...] = ()
+    damping: dict[str, float] = field(default_factory=dict)
+    fallbacks: dict[str, str] = field(default_factory=dict)
+    calibration: dict[str, object] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    saved: Outcome | None = None
+
+    def save(self, folder: str | Path, overwrite: bool = False, progress: Progress | bool | None = None) -> Outcome:
+        """Write the folder that the command line writes: reloaded, compared, measured, with its manifest and card.
+
+        The reloaded model stands beside this one in memory while it is compared.
+
+        Args:
+            folder: to make; ``~`` is written out.
+            overwrite: whether a folder there that pared wrote may be replaced.
+            progress: who watches, or whether bars are shown; by default in a notebook only.
+
+        Returns:
+            The folder and its manifest. Its perplexity is that of the reloaded model, where that of the dense one was
+            measured too (see :func:`pared.compress`).
+
+        Raises:
+            ParedError: the place is taken, the disk is full, or the reloaded model does not answer as this one;
+                nothing was written or replaced.
+
+        Example:
+            >>> result = pared.compress("embedded:smollm2-135m", keep=0.8)  # doctest: +SKIP
+            >>> result.save("smaller").manifest.perplexity_after  # doctest: +SKIP
+        """
+        out = folder_from(folder, "Compressed.save")
+        saver = ResidentSaver(self.model, self.tokenizer, self.before.source)
+        return self.publish(out, overwrite, saver, watcher_of(progress, "Compressed.save"))
+
+    def hand_over(self) -> ResidentSaver:
+        """Return what saves the model, and let go of it, so that the reloaded one need not stand beside it."""
+        saver = ResidentSaver(self.model, self.tokenizer, self.before.source)
+        del self.model
+        return saver
+
+    def publish(self, out: Path, overwrite: bool, saver: ResidentSaver, progress: Progress) -> Outcome:
+        """Write the folder from what saves the model; see :meth:`save`."""
+        watch = Stopwatch()
+        asked = self._named(out)
+        measure = None if self.before.measure is None else replace(self.before.measure, watch=watch, progress=progress)
+        source = self.before.source
+        publication = Publication(
+            out,
+            self.before.name,
+            overwrite,
+            self.plan.after.bytes_on_disk,
+            inputs=inputs_of(asked.model_dump()),
+            beside=[] if source is None else [Path(source.location)],
+            watch=watch,
+        )
+        manifest = publication.publish(
+            saver, lambda reread: self._manifest(reread, asked, watch), None if measure is None else measure.after
+        )
+        self.saved = Outcome(out, manifest)
+        return self.saved
+
+    def _manifest(self, reread: Reread, asked: Recipe, watch: Stopwatch) -> Manifest:
+        done, before = self._with_lengths(asked), self.before
+        return Manifest(
+            format_version=FORMAT_VERSION,
+            model={"name": before.name, "origin": before.origin, "architecture": type(reread.model).__name__},
+            recipe=done,
+            preset=record_of(done),
+            settled=dict(self.settled),
+            plan=self.plan,
+            damping=self.damping,
+            fallbacks=self.fallbacks,
+            sharing=[asdict(one) for one in self.sharing],
+            calibration=cast("WindowsRead | None", self.calibration),
+            evaluation=None if before.measure is None else before.measure.record(before.learned_from),
+            perplexity_before=before.perplexity,
+            perplexity_after=reread.perplexity,
+            seconds={**self.seconds, **watch.seconds},
+            peak_memory_bytes=peak_memory_bytes(),
+            bytes_before=self.plan.before.bytes_on_disk,
+            versions=versions(),
+            machine=machine(),
+            **reread.recorded,
+        )
+
+    def _named(self, out: Path) -> Recipe:
+        """Return the recipe with the names that a model in memory and a call leave open, as the command line has it."""
+        update: dict[str, object] = {"out": str(out)}
+        if self.recipe.model is None and self.before.source is not None:
+            update["model"] = self.before.source.name
+        return self.recipe.model_copy(update=update)
+
+    def _with_lengths(self, asked: Recipe) -> Recipe:
+        """Return the recipe with the lengths that defaults came to on this model and text, for the record."""
+        update: dict[str, object] = {}
+        read, measure = self.calibration, self.before.measure
+        if read is not None and "labels" not in read:
+            update["calibration"] = asked.calibration.model_copy(update={"length": read["length"]})
+        if measure is not None and asked.evaluation is not None:
+            update["evaluation"] = asked.evaluation.model_copy(update={"length": measure.windows.tokens.shape[1]})
+        return asked.model_copy(update=update)
+
+    def table(self) -> Table:
+        """Return sizes, and what was measured so far: all of it once it was saved."""
+        if self.saved is not None:
+            return self.saved.table()
+        rows = [Row("method", "dense", self.recipe.method, self.recipe.budget), *self.plan.sizes()]
+        if self.before.perplexity is not None:
+            rows.append(Row("perplexity", f"{self.before.perplexity:,.2f}", "", ""))
+        rows.append(Row("seconds", "", f"{sum(self.seconds.values()):,.1f}", ""))
+        lines = [*([self.plan.missed] if self.plan.missed else []), "not saved yet: save(FOLDER) writes and checks it"]
+        return Table.comparison(self.before.name, rows, lines)

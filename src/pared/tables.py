@@ -1,0 +1,97 @@
+"""Results as tables: plain text at a prompt and HTML in a notebook, with the rows that the command line prints."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import rich.table
+
+WIDTH = 80  # columns of a terminal
+
+
+class Row(NamedTuple):
+    """One line of a comparison: what, before, after, and after as a fraction of before where that means something."""
+
+    what: str
+    before: str
+    after: str
+    share: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under a title, and lines below them.
+
+    Attributes:
+        title: above the table.
+        columns: their headings; the first is aligned left, the others right.
+        rows: each with one string a column.
+        lines: what is said below, a sentence each.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    lines: Sequence[str] = ()
+
+    @classmethod
+    def comparison(cls, title: str, rows: Sequence[Row], lines: Sequence[str] = ()) -> "Table":
+        """Return the table of before and after."""
+        return cls(title, ("", "before", "after", ""), rows, lines)
+
+    def as_rich(self) -> "rich.table.Table":
+        """Return it as the command line prints it, without the lines below."""
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        table = RichTable(title=Text(self.title), title_justify="left", header_style="bold")
+        for number, column in enumerate(self.columns):
+            table.add_column(column, justify="right" if number else "left", overflow="fold")
+        for row in self.rows:
+            table.add_row(*map(Text, row))
+        return table
+
+    def as_text(self, width: int = WIDTH) -> str:
+        """Return it as plain text of at most so many columns."""
+        from rich.console import Console
+
+        console = Console(width=width, color_system=None, highlight=False, emoji=False, force_terminal=False)
+        with console.capture() as captured:
+            if self.rows:
+                console.print(self.as_rich())
+            else:
+                console.print(self.title, markup=False)
+            for line in self.lines:
+                console.print(line, markup=False)
+        return "\n".join(line.rstrip() for line in captured.get().rstrip("\n").split("\n"))
+
+    def as_html(self) -> str:
+        """Return it as HTML, every string escaped."""
+        head = "".join(f"<th>{escape(column)}</th>" for column in self.columns)
+        body = "".join(f"<tr>{''.join(map(_cell, range(len(row)), row))}</tr>" for row in self.rows)
+        below = "".join(f"<p>{escape(line)}</p>" for line in self.lines)
+        table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>" if self.rows else ""
+        return f"<p><b>{escape(self.title)}</b></p>{table}{below}"
+
+
+def _cell(number: int, value: str) -> str:
+    return f'<td style="text-align: {"right" if number else "left"}">{escape(value)}</td>'
+
+
+class Shown:
+    """What is shown as a table wherever Python or a notebook shows a value."""
+
+    def table(self) -> Table:
+        """Return the table that shows it."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return self.table().as_text()
+
+    def __str__(self) -> str:
+        return self.table().as_text()
+
+    def _repr_html_(self) -> str:
+        return self.table().as_html()
