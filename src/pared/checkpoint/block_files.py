@@ -12,6 +12,7 @@ from torch import nn
 
 from pared.checkpoint.loader import empty_module
 from pared.errors import ParedError
+from pared.models.weights import LINE
 from pared.modules.sparse import SparseLinear
 
 T = TypeVar("T")
@@ -65,7 +66,7 @@ def pack_empty(module: SparseLinear) -> None:
 def own_memory(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor with memory of its own, as a file of tensors needs it."""
     tensor = tensor.contiguous().cpu()
-    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes + LINE else tensor
 
 
 def write_block(file: Path, tensors: dict[str, torch.Tensor], notes: dict[str, Any]) -> None:

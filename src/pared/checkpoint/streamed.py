@@ -29,6 +29,7 @@ from pared.models.architecture import architecture, first_line, raised_in
 from pared.models.source import ModelSource
 from pared.models.trust import trusted
 from pared.models.weights import (
+    LINE,
     Placed,
     StoredTensor,
     WeightNames,
@@ -162,6 +163,11 @@ class StreamedBlocks:
     def __len__(self) -> int:
         return len(self._keys)
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The modules, in order, in memory or not."""
+        return list(self._blocks.values())
+
     def block_name(self, index: int) -> str:
         """Return the full name of a block."""
         return f"{self.path}.{self._keys[index]}"
@@ -210,8 +216,10 @@ class StreamedBlocks:
         if self._folder is None:
             raise ParedError(f"model {self._name!r} was opened to be read; no folder was named for changed blocks")
         block, file = self._blocks[self._keys[index]], self.file_of(index)
-        notes = {"modules": self._map(block, index), "shared": self._shared(block, index)}
-        write_block(file, self._state(block, index), notes)
+        state = self._state(block, index)
+        places = {key: place for key, tensor in state.items() if (place := tensor.data_ptr() % LINE)}
+        notes = {"modules": self._map(block, index), "shared": self._shared(block, index), "places": places}
+        write_block(file, {key: own_memory(tensor) for key, tensor in state.items()}, notes)
         del self._loaded[index]
         self._empty_out(block)
         self._take_file(index, file)
@@ -357,15 +365,15 @@ class StreamedBlocks:
         state: dict[str, torch.Tensor] = block.state_dict(prefix=f"{self.block_name(index)}.")
         left_out = {*self._shared(block, index), *(self.model._keys_to_ignore_on_save or ())}
         state = {name: tensor.detach() for name, tensor in state.items() if name not in left_out}
-        reverted = revert_weight_conversion(self.model, state)
-        return {name: own_memory(tensor) for name, tensor in reverted.items()}
+        reverted: dict[str, torch.Tensor] = revert_weight_conversion(self.model, state)
+        return reverted
 
     def _take_file(self, index: int, file: Path) -> None:
         """Read a block from a file from now on."""
         for key in self._stored[index]:
             for name in self._placed.pop(key).names:
                 self._where.pop(name, None)
-        stored = stored_tensors([file], self._name)
+        stored = stored_tensors([file], self._name, metadata_of(file, self._name)["places"])
         self._placed |= self._names.placed(stored)
         self._stored[index], self.files[index] = stored, file
         self._where |= {

@@ -1,6 +1,8 @@
 """The tensors of a checkpoint one by one: in which file each lies, and where transformers puts it in a model.
 
-Files are read, not mapped: pages of a mapped file would count as memory of the process for as long as it is open.
+Files are read, not mapped: pages of a mapped file would count as memory of the process for as long as it is open. But
+a tensor lies where it would in a mapped one, up to multiples of a cache line: products of matrices differ in their last
+bits by where those begin, and a model read here is to compute what one that ``from_pretrained`` maps does.
 """
 
 import json
@@ -8,6 +10,7 @@ import logging as python_logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +36,7 @@ from pared.models.source import QUIETLY
 log = python_logging.getLogger(__name__)
 
 ADVICE = "fetch it again"
+LINE = 64  # bytes of a cache line, the finest that kernels look at; what torch aligns its own tensors to
 TORCH_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -55,12 +59,16 @@ class StoredTensor(NamedTuple):
         key: its name there.
         shape: of it.
         dtype: as safetensors calls it, ``BF16``.
+        start: of its first byte in the file.
+        place: in memory, modulo :data:`LINE`.
     """
 
     file: Path
     key: str
     shape: tuple[int, ...]
     dtype: str
+    start: int
+    place: int
 
     @property
     def is_floating(self) -> bool:
@@ -113,19 +121,36 @@ def _shard(location: str, file: str, name: str) -> Path:
     return Path(found)
 
 
-def stored_tensors(files: Iterable[Path], name: str) -> dict[str, StoredTensor]:
+def stored_tensors(
+    files: Iterable[Path], name: str, places: Mapping[str, int] | None = None
+) -> dict[str, StoredTensor]:
     """Return the tensors of some files by their names there; only headers are read.
+
+    Args:
+        files: of safetensors.
+        name: of the model, for messages.
+        places: where in memory they lie, modulo :data:`LINE`, but for zeros; where a mapped file has them if not given.
 
     Raises:
         DamagedError: a file is missing, is truncated, or is not safetensors.
     """
     found: dict[str, StoredTensor] = {}
     for file in files:
-        with opened(file, name) as tensors:
+        with opened(file, name) as tensors:  # checks the header too
+            starts = _starts(file)
             for key in tensors.keys():  # noqa: SIM118 - not a mapping
                 part = tensors.get_slice(key)
-                found[key] = StoredTensor(file, key, tuple(part.get_shape()), str(part.get_dtype()))
+                place = starts[key] % LINE if places is None else places.get(key, 0)
+                found[key] = StoredTensor(file, key, tuple(part.get_shape()), str(part.get_dtype()), starts[key], place)
     return found
+
+
+def _starts(file: Path) -> dict[str, int]:
+    """Return where in a file its tensors begin."""
+    with file.open("rb") as raw:
+        size = int.from_bytes(raw.read(8), "little")
+        header = json.loads(raw.read(size))
+    return {key: 8 + size + told["data_offsets"][0] for key, told in header.items() if key != "__metadata__"}
 
 
 @contextmanager
@@ -138,8 +163,24 @@ def opened(file: Path, name: str) -> Iterator[Any]:
     try:
         with safe_open(file, framework="pt", backend="pread") as tensors:
             yield tensors
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, EOFError) as error:
         raise DamagedError(f"model {name!r}: {file} is missing, unreadable or truncated ({error})", ADVICE) from None
+
+
+def _read(raw: FileIO, stored: StoredTensor) -> torch.Tensor:
+    """Return one tensor of an open file, at its place in a cache line."""
+    dtype, size = TORCH_DTYPES[stored.dtype], torch.Size(stored.shape).numel()
+    room = torch.empty(size * dtype.itemsize + LINE, dtype=torch.uint8)
+    shift = (stored.place - room.data_ptr()) % LINE
+    bytes_ = room[shift : shift + size * dtype.itemsize]
+    left = bytes_.numpy().data
+    raw.seek(stored.start)
+    while left:
+        count = raw.readinto(left)
+        if not count:
+            raise EOFError(f"{stored.key} ends too early")
+        left = left[count:]
+    return bytes_.view(dtype).view(stored.shape)
 
 
 class Placed(NamedTuple):
@@ -199,12 +240,13 @@ class WeightNames:
         """
         with ExitStack() as stack:
             files = {one.file: stack.enter_context(opened(one.file, self._name)) for one in tensors}
+            raw = {file: stack.enter_context(file.open("rb", buffering=0)) for file in files}
             merged: dict[str, Any] = {}
             for one in tensors:
                 if placed[one.key].converted:
                     merged[one.key] = files[one.file].get_slice(one.key)
                 else:
-                    self.put(placed[one.key].names[0], files[one.file].get_tensor(one.key), one)
+                    self.put(placed[one.key].names[0], _read(raw[one.file], one), one)
             if merged:
                 self._convert(merged)
 
@@ -214,9 +256,8 @@ class WeightNames:
         Raises:
             DamagedError: its file cannot be read.
         """
-        with opened(stored.file, self._name) as tensors:
-            values: torch.Tensor = tensors.get_tensor(stored.key)
-        return values
+        with opened(stored.file, self._name), stored.file.open("rb", buffering=0) as raw:
+            return _read(raw, stored)
 
     def missing(self, placed: Mapping[str, Placed]) -> set[str]:
         """Return the names of parameters and buffers that a checkpoint has nothing for, but should."""
