@@ -1,33 +1,30 @@
 """How far a compression has come, on disk: what every pass made of every block, to go on from after a kill.
 
-A block is finished when its line is in the journal. Its tensors are written before, so that a file counts only when
-the line that names it is there; what an earlier pass wrote of the block may go after. So at whatever moment a process
+A block is finished when its line is in the journal. Its files are written before, so that a file counts only when the
+line that names it is there; what an earlier pass wrote of the block may go after. So at whatever moment a process
 ends, what the next one finds is what was recorded up to some line.
 """
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from pared.errors import ParedError
 from pared.io.digests import sha256_of
 from pared.io.run_dir import RunDirectory
 
-PASS = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
-FILES = "*-block-*.safetensors"
+FILES = "pass-*.safetensors"
 HEADER_BYTES = 2**16  # of a file of tensors, about
 
 
 class CompressionRun:
     """What the passes of one compression have finished.
 
-    Passes have names, as ``pass-2``, which name their files too: ``pass-2-block-00012.safetensors``. Results that are
-    not of a block (the plan, a perplexity) are kept by a name of their own.
+    Passes have names, as ``pass-2``, which the names of their files begin with: ``pass-2-block-00012.safetensors``.
+    Results that are not of a block (the plan, a perplexity) are kept by a name of their own.
 
     Args:
         directory: that holds the state; a temporary one if nothing need outlive the process.
@@ -40,14 +37,16 @@ class CompressionRun:
         self._directory = directory
         self._blocks: dict[str, dict[int, dict[str, Any]]] = {}
         self._values: dict[str, Any] = {}
+        self._files: dict[str, dict[str, Any]] = {}  # what lines tell of files that are needed, by name
         self._verified = set[str]()
         for number, entry in enumerate(directory.journal.entries, 2):
             self._take(entry, f"journal {directory.journal.path}, line {number}")
-        for _, line in self._lines():
-            self._require_there(line)
-        kept = {line["file"] for _, line in self._lines()}
+        for told in self._files.values():
+            self._require_there(told)
         for path in directory.folder.glob(FILES):
-            if path.name not in kept:  # written and not recorded, or replaced and not removed, when a process ended
+            if (
+                path.name not in self._files
+            ):  # written and not recorded, or dropped and not removed, when a process ended
                 path.unlink()
 
     @property
@@ -55,84 +54,74 @@ class CompressionRun:
         """Where the files are."""
         return self._directory.folder
 
-    def finished(self, pass_name: str) -> int:
-        """Return how many blocks a pass has finished."""
-        return len(self._blocks.get(pass_name, ()))
+    @property
+    def durable(self) -> bool:
+        """Whether what is recorded outlives this process."""
+        return self._directory.durable
+
+    def finished(self, pass_name: str) -> frozenset[int]:
+        """Return the indices of the blocks that a pass has finished."""
+        return frozenset(self._blocks.get(pass_name, ()))
+
+    def write(self, name: str, tensors: Mapping[str, torch.Tensor]) -> Path:
+        """Write a file, whole and on the disk; it counts once a line names it.
+
+        Args:
+            name: of the file; begins with that of the pass, ends with ``.safetensors``.
+            tensors: what it holds.
+
+        Raises:
+            ParedError: it cannot be written, as the disk is full; all that was recorded before is as it was.
+        """
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) + HEADER_BYTES
+        with self._directory.commit_file(name, needed) as path:
+            save_file(dict(_apart(tensors)), path)
+        self._verified.add(name)
+        return self.folder / name
 
     def record(
         self,
         pass_name: str,
         index: int,
         fields: Mapping[str, Any],
-        tensors: Mapping[str, torch.Tensor] | None = None,
-        replaces: str | None = None,
+        files: Iterable[Path] = (),
+        drops: Iterable[Path] = (),
     ) -> None:
-        """Have it on the disk that a pass has finished a block.
+        """Have it on the disk that a pass has finished a block; what it recorded of it before is forgotten.
 
         Args:
             pass_name: of the pass.
             index: of the block.
             fields: what the pass found of it, as JSON has it.
-            tensors: what it made of it, by name; without any there is no file.
-            replaces: an earlier pass whose file of this block is no longer needed.
+            files: what it made of it; in the folder, and on the disk.
+            drops: files of earlier passes that are no longer needed, which go.
 
         Raises:
             ParedError: it cannot be written, as the disk is full; all that was recorded before is as it was.
         """
-        assert PASS.fullmatch(pass_name), pass_name
-        assert index not in self._blocks.get(pass_name, ()), f"{pass_name} has finished block {index} already"
+        dropped = [path.name for path in drops]
         line: dict[str, Any] = {"pass": pass_name, "block": index, "fields": dict(fields)}
-        if tensors:
-            line |= self._write(f"{pass_name}-block-{index:05}.safetensors", tensors)
-        if replaces is not None:
-            line["replaces"] = replaces
-        try:
-            self._directory.journal.append(line)
-        except BaseException:
-            if "file" in line:
-                (self.folder / line["file"]).unlink(missing_ok=True)
-            raise
-        old = self._blocks.get(replaces or "", {}).get(index, {}).get("file")
+        line |= {"files": [self._describe(path) for path in files]}
+        self._directory.journal.append(line | ({"drops": dropped} if dropped else {}))
         self._take(self._directory.journal.entries[-1], "")
-        if old is not None:
-            (self.folder / old).unlink(missing_ok=True)
+        for name in dropped:
+            (self.folder / name).unlink(missing_ok=True)
 
     def fields(self, pass_name: str, index: int) -> dict[str, Any]:
         """Return what a pass found of a block that it has finished."""
         found: dict[str, Any] = self._blocks[pass_name][index]["fields"]
         return found
 
-    def tensors(self, pass_name: str, index: int) -> dict[str, torch.Tensor]:
-        """Return what a pass made of a block that it has finished, on the CPU; nothing if it made nothing.
+    def files(self, pass_name: str, index: int) -> list[Path]:
+        """Return the files of what a pass made of a block, without those that were dropped since.
+
+        They are checked the first time that they are asked for.
 
         Raises:
-            ParedError: the file is missing or damaged.
+            ParedError: one is missing or damaged.
         """
-        path = self.file(pass_name, index)
-        if path is None:
-            return {}
-        try:
-            found: dict[str, torch.Tensor] = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise ParedError(f"{path} is not readable ({error}); {self._advice()}") from None
-        return found
-
-    def file(self, pass_name: str, index: int) -> Path | None:
-        """Return the file of what a pass made of a block, checked the first time; None if it made nothing.
-
-        Raises:
-            ParedError: the file is missing or damaged.
-        """
-        line = self._blocks[pass_name][index]
-        if "file" not in line:
-            return None
-        path = self.folder / line["file"]
-        if path.name not in self._verified:
-            self._require_there(line)
-            if "sha256" in line and sha256_of(path) != line["sha256"]:
-                raise ParedError(f"{path} is damaged: its SHA-256 is not what was recorded; {self._advice()}")
-            self._verified.add(path.name)
-        return path
+        names = [told["name"] for told in self._blocks[pass_name][index]["files"]]
+        return [self._checked(self._files[name]) for name in names if name in self._files]
 
     def put(self, name: str, value: Any) -> None:
         """Have a result on the disk that is not of a block; a later one of the same name takes its place.
@@ -151,41 +140,37 @@ class CompressionRun:
         """Return a result that was put, None if none was."""
         return self._values.get(name)
 
-    def _write(self, name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        """Write a file, and return what a line tells of it."""
-        needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) + HEADER_BYTES
-        with self._directory.commit_file(name, needed) as path:
-            save_file(dict(_apart(tensors)), path)
-        path = self.folder / name
-        told: dict[str, Any] = {"file": name, "bytes": path.stat().st_size}
-        if self._directory.durable:
-            told["sha256"] = sha256_of(path)
-        self._verified.add(name)
-        return told
+    def _describe(self, path: Path) -> dict[str, Any]:
+        told: dict[str, Any] = {"name": path.name, "bytes": path.stat().st_size}
+        return told | ({"sha256": sha256_of(path)} if self.durable else {})
 
     def _take(self, entry: Mapping[str, Any], where: str) -> None:
         """Take up a line of the journal."""
         if "name" in entry and "value" in entry:
             self._values[str(entry["name"])] = entry["value"]
-        elif "pass" in entry and "block" in entry and "fields" in entry:
-            replaced = self._blocks.get(entry.get("replaces", ""), {}).get(entry["block"], {})
-            for key in ("file", "bytes", "sha256"):
-                replaced.pop(key, None)
+        elif {"pass", "block", "fields", "files"} <= entry.keys():
             self._blocks.setdefault(entry["pass"], {})[entry["block"]] = dict(entry)
+            self._files |= {told["name"]: told for told in entry["files"]}
+            for name in entry.get("drops", ()):
+                self._files.pop(name, None)
         else:
             raise ParedError(f"{where}: not a line of a compression; {self._advice()}")
 
-    def _lines(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield every finished block that has a file, with its line."""
-        for blocks in self._blocks.values():
-            yield from ((index, line) for index, line in blocks.items() if "file" in line)
+    def _checked(self, told: Mapping[str, Any]) -> Path:
+        path = self.folder / told["name"]
+        if path.name not in self._verified:
+            self._require_there(told)
+            if "sha256" in told and sha256_of(path) != told["sha256"]:
+                raise ParedError(f"{path} is damaged: its SHA-256 is not what was recorded; {self._advice()}")
+            self._verified.add(path.name)
+        return path
 
-    def _require_there(self, line: Mapping[str, Any]) -> None:
-        path = self.folder / line["file"]
+    def _require_there(self, told: Mapping[str, Any]) -> None:
+        path = self.folder / told["name"]
         found = path.stat().st_size if path.is_file() else None
-        if found != line["bytes"]:
-            told = "is missing" if found is None else f"has {found:,} bytes, expected {line['bytes']:,}"
-            raise ParedError(f"{path} {told}; {self._advice()}")
+        if found != told["bytes"]:
+            is_now = "is missing" if found is None else f"has {found:,} bytes, expected {told['bytes']:,}"
+            raise ParedError(f"{path} {is_now}; {self._advice()}")
 
     def _advice(self) -> str:
         return f"restore it, or remove {self.folder} to begin anew"
