@@ -148,7 +148,8 @@ def _parameters(section: Fields) -> Iterator[tuple[str, inspect.Parameter]]:
         yield FILE, _parameter(FILE, Path, typer.Option(FILE, help=section.file, show_default=False))
     for one, change in (pair for pair in options if not pair[0].option.argument):  # type: ignore[union-attr]
         kind = list[str] if one.kind is dict else one.kind
-        flags = f"{one.flag}/--no-{one.flag.removeprefix('--')}" if kind is bool else one.flag
+        taken_back = kind is bool and section.file is not None  # what a file says
+        flags = f"{one.flag}/--no-{one.flag.removeprefix('--')}" if taken_back else one.flag
         yield one.key, _parameter(one.flag, kind, typer.Option(flags, help=_help(one, change), show_default=False))
 
 

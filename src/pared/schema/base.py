@@ -95,17 +95,18 @@ class Strict(BaseModel, metaclass=_InOneLine):
         return given
 
 
-class Config(Strict):
-    """What users write: a model that is read from files, and whose fields are described by the text under them."""
+class _Described(_InOneLine):
+    """Tells with the docstring of a model what its fields mean."""
+
+    @property
+    def __doc__(self) -> str | None:  # type: ignore[override]
+        return with_attributes(self)
+
+
+class Config(Strict, metaclass=_Described):
+    """What users write: a model that is read from files, and whose fields are explained by the text under them."""
 
     NOUN: ClassVar[str] = "settings"  # what a file of it is called
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
-    @classmethod
-    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        """Add the descriptions of the fields to the docstring, for ``help``."""
-        super().__pydantic_init_subclass__(**kwargs)
-        cls.__doc__ = with_attributes(cls)
 
     @classmethod
     def of(cls, fields: Any, origin: str | None = None) -> Self:

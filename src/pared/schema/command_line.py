@@ -3,14 +3,18 @@
     keep: Annotated[float, Field(gt=0, le=1), Option()] = 0.8
     "Fraction of the parameters that stays: 0.8 removes 20%."
 
-is all there is to ``--keep``, to the key of the file, to the attribute in Python and to its row in ``docs/options.md``:
-pydantic reads the text under the field as its description. A field without an :class:`Option` is one of files and of
-Python alone.
+is all there is to ``--keep``, to the key of the file, to the attribute in Python and to its row in ``docs/options.md``.
+A field without an :class:`Option` is one of files and of Python alone. The text under a field is read from the source
+when somebody asks for help: pydantic, which can do that for every class as it is made, takes 20 ms of every start.
 """
 
+import ast
+import inspect
+import sys
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -43,11 +47,13 @@ class Declared:
 
     Attributes:
         key: its dotted name: ``calibration.samples``.
+        text: what it means.
         field: what pydantic knows of it.
         option: its option; None for one that the command line does not have.
     """
 
     key: str
+    text: str
     field: FieldInfo
     option: Option | None
 
@@ -57,11 +63,6 @@ class Declared:
         option = self.option or Option()
         name = self.key.rpartition(".")[2]
         return name if option.argument else option.flag or f"--{name.replace('_', '-')}"
-
-    @property
-    def text(self) -> str:
-        """What it means."""
-        return " ".join((self.field.description or "").split())
 
     @property
     def help(self) -> str:
@@ -111,16 +112,39 @@ def declared(model: type[BaseModel], above: str = "") -> Iterator[Declared]:
             yield from declared(inner[0], f"{above}{name}.")
         else:
             option = next((one for one in field.metadata if isinstance(one, Option)), None)
-            yield Declared(f"{above}{name}", field, option)
+            yield Declared(f"{above}{name}", text_of(model, name), field, option)
 
 
-def with_attributes(model: type[BaseModel]) -> str | None:
-    """Return the docstring of a model with the descriptions of its fields as Google's style has them."""
-    described = {name: field.description for name, field in model.model_fields.items() if field.description}
-    if not model.__doc__ or not described:
-        return model.__doc__
-    lines = [f"    {name}: {' '.join(text.split())}" for name, text in described.items()]
-    return "\n".join([model.__doc__.rstrip(), "", "Attributes:", *lines, ""])
+def text_of(model: type[BaseModel], name: str) -> str:
+    """Return the text under a field, on one line; empty where the source is not at hand."""
+    texts = (_texts(owner.__module__).get(owner.__name__, {}).get(name) for owner in model.__mro__)
+    return next((text for text in texts if text), "")
+
+
+def with_attributes(model: type[Any]) -> str | None:
+    """Return the docstring of a model with what its fields mean, as Google's style has it."""
+    doc = model.__dict__.get("__doc__")
+    lines = [f"    {name}: {text}" for name in getattr(model, "model_fields", {}) if (text := text_of(model, name))]
+    return "\n".join([inspect.cleandoc(doc), "", "Attributes:", *lines, ""]) if doc and lines else doc
+
+
+@cache
+def _texts(module: str) -> dict[str, dict[str, str]]:
+    """Return of every class of a module the texts that stand under its fields, each on one line."""
+    try:
+        tree = ast.parse(inspect.getsource(sys.modules[module]))
+    except (OSError, TypeError, KeyError):  # typed in, or installed without source
+        return {}
+    found: dict[str, dict[str, str]] = {}
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            texts = found.setdefault(node.name, {})
+            for field, below in zip(node.body, node.body[1:], strict=False):
+                if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                    text = below.value if isinstance(below, ast.Expr) else None
+                    if isinstance(text, ast.Constant) and isinstance(text.value, str):
+                        texts[field.target.id] = " ".join(text.value.split())
+    return found
 
 
 def _plain(annotation: Any) -> Iterator[Any]:

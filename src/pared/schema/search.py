@@ -4,6 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from pared.errors import ParedError
 from pared.schema.base import Config, Whole
 from pared.schema.command_line import Option
 
@@ -43,7 +44,7 @@ class SearchConfig(Config):
     @classmethod
     def _known(cls, value: Any) -> Any:
         if value not in get_args(Strategy):
-            raise ValueError(f"strategy of a search: expected {' or '.join(get_args(Strategy))}, found {value!r}")
+            raise ParedError(f"strategy of a search: expected {' or '.join(get_args(Strategy))}, found {value!r}")
         return value
 
     @field_validator(*LEAST)
@@ -51,14 +52,14 @@ class SearchConfig(Config):
     def _enough(cls, value: int | None, info: ValidationInfo) -> int | None:
         least = LEAST[str(info.field_name)]
         if value is not None and value < least:
-            raise ValueError(f"{info.field_name} of a search: expected {least} or more, found {value}")
+            raise ParedError(f"{info.field_name} of a search: expected {least} or more, found {value}")
         return value
 
     @field_validator("sample_ratio")
     @classmethod
     def _a_fraction(cls, value: float) -> float:
         if not 0 < value <= 1:
-            raise ValueError(f"sample ratio of a search: expected a fraction in (0, 1], found {value}")
+            raise ParedError(f"sample ratio of a search: expected a fraction in (0, 1], found {value}")
         return value
 
     @property

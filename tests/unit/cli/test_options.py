@@ -13,6 +13,7 @@ from pared.cli.from_schema import Change, Fields, Given, schema_options
 from pared.cli.reference import BLOCK, MODELS, renewed
 from pared.schema.base import Config
 from pared.schema.command_line import declared
+from pared.schema.evaluate import EvaluationConfig
 from pared.schema.recipe import Recipe
 from pared.schema.search import SearchConfig
 from pared.schema.training import TrainingConfig
@@ -142,3 +143,17 @@ def test_the_old_name_of_a_training_config_is_told() -> None:
     with pytest.warns(DeprecationWarning, match="Tuning is called TrainingConfig"):
         from pared.schema.training import Tuning  # type: ignore[attr-defined]
     assert Tuning is TrainingConfig
+
+
+def test_a_measure_refuses_what_it_does_not_read() -> None:
+    """Regression: `pared eval --tasks arc_easy --protocol wanda` left the protocol out without a word."""
+    for fields, told in (
+        ({"tasks": "arc_easy", "protocol": "wanda"}, "--tasks reads no --protocol"),
+        ({"perplexity": "embedded", "protocol": "wanda", "length": 5}, "--perplexity --protocol reads no --length"),
+        ({"perplexity": "embedded", "allow_code_execution": True}, "--perplexity reads no --allow-code-execution"),
+        ({"fine_tune": " , "}, "--fine-tune names no task"),
+        ({}, "pass one thing to measure: --perplexity, --examples"),
+    ):
+        with pytest.raises(ParedError, match=told):
+            EvaluationConfig.of(fields)
+    assert EvaluationConfig(tasks="gsm8k, mbpp,gsm8k").tasks == ("gsm8k", "mbpp")  # type: ignore[arg-type]

@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import pared
-from pared.cli import measures
 from pared.cli.commands import app
+from pared.entrypoints import evaluate as entry
 from pared.evaluation.multiple_choice import CHOICES, evaluate_choices, prepare
 from pared.progress import Silent
 
@@ -366,7 +366,7 @@ def test_a_killed_run_goes_on_after_the_tasks_it_has_done(
     command = ["eval", str(folder), "--tasks", "rte,piqa", "--json"]
     assert CliRunner().invoke(app, [*command, str(tmp_path / "whole.json")]).exit_code == 0
     done: list[str] = []
-    score = measures.evaluate_choices
+    score = entry.evaluate_choices
 
     def killed_at_the_second(*arguments: Any, **more: Any) -> Any:
         done.append("")
@@ -374,7 +374,7 @@ def test_a_killed_run_goes_on_after_the_tasks_it_has_done(
             raise KeyboardInterrupt
         return score(*arguments, **more)
 
-    monkeypatch.setattr(measures, "evaluate_choices", killed_at_the_second)
+    monkeypatch.setattr(entry, "evaluate_choices", killed_at_the_second)
     assert CliRunner().invoke(app, [*command, str(out)]).exit_code != 0
     assert not out.exists()
     other = CliRunner().invoke(app, [*command, str(out), "--limit", "1"])

@@ -1,0 +1,113 @@
+"""What the user asked for of a measurement: one thing to measure, and how."""
+
+from typing import Annotated, Any, ClassVar, get_args
+
+from pydantic import BeforeValidator, model_validator
+from typing_extensions import Self
+
+from pared.errors import ParedError
+from pared.names import require_known
+from pared.schema.base import Config, Whole
+from pared.schema.command_line import Option
+from pared.schema.recipe import Bos, Device, TextName
+
+# What each measure reads of the options, beside the device.
+READS: dict[str, tuple[str, ...]] = {
+    "perplexity": ("length", "windows", "stride", "bos", "dtype"),
+    "perplexity --protocol": ("protocol", "dtype"),
+    "examples": ("length", "windows", "dtype"),
+    "tasks": ("limit", "shots", "samples", "temperature", "allow_code_execution", "dtype"),
+    "vqa": ("limit", "dtype"),
+    "fine_tune": ("epochs", "learning_rate", "length", "limit"),
+}
+MEASURES = tuple(name for name in READS if " " not in name)
+
+
+def _split(value: Any) -> Any:
+    """Return names that stand between commas, in one text or several, each once."""
+    if value is None:
+        return None
+    pieces = [value] if isinstance(value, str) else value
+    names = (name.strip() for piece in pieces for name in str(piece).split(","))
+    return tuple(dict.fromkeys(name for name in names if name))
+
+
+def _known_bos(value: Any) -> Any:
+    if value is not None:
+        require_known("bos", str(value), get_args(Bos))
+    return value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
+
+
+class EvaluationConfig(Config):
+    """What is measured of a model: one of perplexity, labelled examples, tasks, questions about images, fine-tuning."""
+
+    NOUN: ClassVar[str] = "evaluation"
+    perplexity: Annotated[TextName | None, Option()] = None
+    """Text to measure perplexity on."""
+    examples: Annotated[str | None, Option()] = None
+    """Labelled examples to label: glue:sst2:dev, ner:wnut17:test, file:PATH."""
+    tasks: Annotated[Names | None, Option()] = None
+    """Tasks to do, with commas, by the names that `pared eval --help` lists."""
+    vqa: Annotated[str | None, Option(path=True)] = None
+    """Questions about images: a .jsonl file of image, question, answers."""
+    fine_tune: Annotated[Names | None, Option()] = None
+    """Tasks an encoder is fine-tuned for and scored on, with commas: glue:cola, ner:wnut17."""
+    epochs: Annotated[float | None, Option(default="3")] = None
+    """Epochs of fine-tuning."""
+    learning_rate: Annotated[float | None, Option(default="5e-5")] = None
+    """Learning rate of fine-tuning."""
+    length: Annotated[Whole | None, Option(default="1024; fine-tuning 128")] = None
+    """Tokens in a window, or the most of an example."""
+    windows: Annotated[Whole | None, Option(default="all")] = None
+    """Windows, or examples, from the start."""
+    stride: Annotated[Whole | None, Option()] = None
+    """Windows overlap and begin every so many tokens; each counts its last so many."""
+    protocol: Annotated[str | None, Option()] = None
+    """Cut and average as a paper does: svd-llm, basis-sharing, wanda, gptq."""
+    bos: Annotated[Annotated[Bos, BeforeValidator(_known_bos)] | None, Option(default="none")] = None
+    """Beginning-of-sequence token before: none, text, window."""
+    limit: Annotated[Whole | None, Option(default="all")] = None
+    """The most rows (to train on, of fine-tuning), from the first."""
+    shots: Annotated[Whole | None, Option(default="the task's own")] = None
+    """Examples before a prompt."""
+    samples: Annotated[Whole | None, Option(default="1")] = None
+    """Answers to every prompt of a task."""
+    temperature: Annotated[float | None, Option(default="0")] = None
+    """Temperature of answers; 0 takes the likeliest token."""
+    allow_code_execution: Annotated[bool, Option()] = False
+    """Run the programs a model writes; limits are no security boundary."""
+    dtype: Annotated[str, Option()] = "auto"
+    """What the model is loaded in; auto keeps what is stored."""
+    device: Annotated[Device, Option()] = "cpu"
+    """Where it runs."""
+
+    @model_validator(mode="after")
+    def _one_measure(self) -> Self:
+        asked = [name for name in MEASURES if getattr(self, name) is not None]
+        if len(asked) != 1:
+            raise ParedError(f"pass one thing to measure: {', '.join(map(_flag, MEASURES))}")
+        measure = asked[0]
+        if measure == "perplexity" and self.protocol is not None:
+            measure = "perplexity --protocol"
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if name not in (*MEASURES, *READS[measure], "device") and value != field.default:
+                raise ParedError(
+                    f"{_flag(measure)} reads no {_flag(name)} (found {value}); it reads "
+                    f"{', '.join(map(_flag, (*READS[measure], 'device', 'json')))}"
+                )
+        if getattr(self, asked[0]) == ():
+            raise ParedError(f"{_flag(asked[0])} names no task")
+        return self
+
+    @property
+    def measure(self) -> str:
+        """The name of what is measured."""
+        return next(name for name in MEASURES if getattr(self, name) is not None)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
