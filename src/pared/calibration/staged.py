@@ -20,7 +20,7 @@ from pared.errors import ParedError
 from pared.structure.calls import BlockCall
 from pared.structure.state import KeptState, tensors_in
 
-Input = Mapping[str, torch.Tensor]
+Input = Mapping[str, Any]
 
 
 class Blocks(Protocol):

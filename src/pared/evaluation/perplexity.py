@@ -1,15 +1,18 @@
 """Perplexity by the standard protocol: windows that do not overlap, nats summed over every predicted token."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pared.calibration.spool import ActivationMemory
+from pared.calibration.staged import Blocks, run_staged
 from pared.data.windows import Windows, require_fits
 from pared.errors import ParedError
 from pared.models.architecture import is_causal
@@ -75,6 +78,8 @@ def perplexity(
     on_window: Callable[[], None] = lambda: None,
     averaging: Literal["token", "window"] = "token",
     fresh: int | None = None,
+    store: Blocks | None = None,
+    memory: ActivationMemory | None = None,
 ) -> Perplexity:
     """Measure perplexity, each window on its own.
 
@@ -87,6 +92,8 @@ def perplexity(
         averaging: every predicted token counts the same, or every window.
         fresh: of windows that overlap, how many tokens at the end of each are counted; the first counts whole. None
             counts all.
+        store: of the model, where its blocks are not in memory: all windows go through one block before the next.
+        memory: what the hidden states of all windows share then.
 
     Raises:
         ParedError: the model gives a loss that is not a number; names the window.
@@ -105,16 +112,20 @@ def perplexity(
     lengths = [tokens.shape[1]] * len(tokens) if windows.mask is None else windows.mask.sum(dim=1).tolist()
     try:
         model.eval()
-        for number, window_T in enumerate(tokens):
-            ids_1T = window_T[: lengths[number]].unsqueeze(0).to(device)
+        windows_1T = [window_T[: lengths[number]].unsqueeze(0).to(device) for number, window_T in enumerate(tokens)]
+        outputs = _outputs(model, windows_1T, store, memory)
+        for number, ids_1T in enumerate(windows_1T):
+            output = next(outputs)
             counted = slice(-fresh, None) if fresh is not None and number else slice(None)
-            logits_TV = model(input_ids=ids_1T, use_cache=False).logits[0, :-1][counted].float()
+            logits_TV = output.logits[0, :-1][counted].float()
+            del output
             aims_T = ids_1T[0, 1:][counted]
             loss = float(functional.cross_entropy(logits_TV, aims_T, reduction="sum"))
+            del logits_TV  # there is room for those of one window
             if not math.isfinite(loss):
-                raise ParedError(
-                    f"window {number} of text {windows.text!r}: the loss is {loss}; {first_non_finite(model, ids_1T)}"
-                )
+                with nullcontext() if store is None else store.running():
+                    where = first_non_finite(model, ids_1T)
+                raise ParedError(f"window {number} of text {windows.text!r}: the loss is {loss}; {where}")
             nats.append(loss)
             predicted.append(len(aims_T))
             on_window()
@@ -125,6 +136,18 @@ def perplexity(
     mean = total / count if averaging == "token" else sum(by_window) / len(by_window)
     value = math.exp(mean) if mean < 700 else math.inf
     return Perplexity(value, total, count, {**windows.describe(), "bos": bos})
+
+
+def _outputs(
+    model: PreTrainedModel, windows_1T: list[torch.Tensor], store: Blocks | None, memory: ActivationMemory | None
+) -> Iterator[Any]:
+    """Yield what the model puts out for every window, one at a time."""
+    inputs = [{"input_ids": ids_1T, "use_cache": False} for ids_1T in windows_1T]
+    if store is not None:
+        yield from run_staged(store, inputs, memory)
+    else:
+        for given in inputs:
+            yield model(**given)
 
 
 def first_non_finite(model: PreTrainedModel, ids_1T: torch.Tensor) -> str:
