@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
@@ -14,6 +14,8 @@ from pared.errors import ParedError
 GROUPS = Path("/sys/fs/cgroup")
 PROC = Path("/proc")
 NO_LIMIT = 2**60  # what is more is none: groups without a limit have the largest number of pages
+
+Stream = Literal["auto", "on", "off"]
 
 _SIZE = TypeAdapter(ByteSize)
 _SHAPE = re.compile(r"\s*[0-9.]+\s*[a-zA-Z]*\s*")
@@ -65,6 +67,17 @@ def available_memory() -> Available | None:
     """
     found = [*_of_machine(), *_of_groups(), *_of_process()]
     return min(found) if found else None
+
+
+def streams(asked: Stream, needed: int) -> bool:
+    """Whether a model is read block by block.
+
+    Args:
+        asked: ``auto`` for where memory does not hold it.
+        needed: bytes that it would take as a whole.
+    """
+    available = available_memory() if asked == "auto" else None
+    return asked == "on" or (available is not None and needed > available.bytes)
 
 
 def _of_machine() -> Iterator[Available]:

@@ -8,7 +8,8 @@ import torch
 from transformers import PreTrainedModel
 
 from pared.checkpoint.load import load
-from pared.checkpoint.verify import compare, require_tensors, stored_tensors
+from pared.checkpoint.streamed import StreamedBlocks
+from pared.checkpoint.verify import compare, open_whole, require_tensors, stored_tensors
 from pared.environment import versions
 from pared.errors import DamagedError, ParedError
 from pared.schema.manifest import Fingerprint
@@ -64,6 +65,20 @@ def reloaded(folder: Path, fingerprint: Fingerprint, source: str) -> tuple[PreTr
             return model, compare(model, fingerprint)
         except DamagedError as error:
             raise DamagedError(f"{error.what}; {_loaded_otherwise(model, folder)}", "") from error
+
+
+def reopened(folder: Path, fingerprint: Fingerprint, source: str) -> tuple[StreamedBlocks, float]:
+    """Open what was written block by block, and compare it with the model that it was written of.
+
+    Returns:
+        The model's blocks, and the largest difference relative to the largest output.
+
+    Raises:
+        ParedError: as :func:`our_own`.
+    """
+    with our_own(folder, source):
+        store = open_whole(folder)
+        return store, compare(store.model, fingerprint, store)
 
 
 @torch.no_grad()

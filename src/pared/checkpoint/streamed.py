@@ -68,8 +68,7 @@ def open_streamed(
     name, location = source.name, source.location
     files = weight_files(location, name)
     stored = stored_tensors(files, name)
-    model, quantizer = _empty_model(source, dtype, stored)
-    path = find_blocks_path(model, blocks_path)
+    model, quantizer, path = _empty_model(source, dtype, stored, blocks_path)
     _require_untied(model, path, name)
     names = WeightNames(model, model.dtype, quantizer, name)
     store = StreamedBlocks(model, path, names, names.placed(stored), stored, folder, name)
@@ -80,9 +79,13 @@ def open_streamed(
 
 
 def _empty_model(
-    source: ModelSource, dtype: "str | torch.dtype", stored: dict[str, StoredTensor]
-) -> tuple[PreTrainedModel, Any]:
-    """Build the model as ``from_pretrained`` does: parameters without values, buffers with theirs."""
+    source: ModelSource, dtype: "str | torch.dtype", stored: dict[str, StoredTensor], blocks_path: str | None
+) -> tuple[PreTrainedModel, Any, str]:
+    """Build the model as ``from_pretrained`` does: parameters without values, buffers with theirs.
+
+    Returns:
+        The model, what put compressed modules in place, if anything, and the name of its list of blocks.
+    """
     config = source.config()
     kind = architecture(config, source.name, source.location)
     quantizer, config, _ = get_hf_quantizer(config, None, None, True, {})
@@ -90,8 +93,11 @@ def _empty_model(
     try:
         with init_empty_weights(include_buffers=False):
             model: PreTrainedModel = kind._from_config(config, dtype=chosen)
+            path = find_blocks_path(model, blocks_path)  # of packed layers it could not be told
             if quantizer is not None:
                 quantizer.preprocess_model(model=model, dtype=chosen, device_map=None, checkpoint_files=[])
+    except ParedError:
+        raise
     except Exception as error:  # whatever a nonsensical configuration leads to
         raise ParedError(
             f"model {source.name!r}: config.json makes no model ({first_line(error)}, {raised_in(error)})"
@@ -102,7 +108,7 @@ def _empty_model(
             None, False, None, source.location, cache_dir=None, force_download=False, proxies=None,
             local_files_only=False, token=None, revision="main", subfolder="", trust_remote_code=trusted(),
         )  # fmt: skip
-    return model.eval(), quantizer
+    return model.eval(), quantizer, path
 
 
 def _require_untied(model: PreTrainedModel, path: str, name: str) -> None:
@@ -279,6 +285,19 @@ class StreamedBlocks:
                 handle = self._blocks[key].register_forward_pre_hook(hook(index), prepend=True)
                 stack.callback(handle.remove)
             yield
+
+    @contextmanager
+    def holding(self, module: str) -> Iterator[None]:
+        """Have the block that a module lies in, by the module's full name, in memory for the length of a ``with``."""
+        index = self._index_of(f"{module}.")
+        if index is None or index in self._loaded:
+            yield
+            return
+        self.load(index)
+        try:
+            yield
+        finally:
+            self.release(index)
 
     def outside_state(self) -> dict[str, torch.Tensor]:
         """Return the tensors outside of the blocks by name, as the model's ``state_dict`` has them."""

@@ -1,21 +1,25 @@
 """The self-check: what is on disk, loaded anew, must answer what the model in memory answered."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 from transformers import PreTrainedModel
 
 from pared.arguments import name_from
-from pared.checkpoint.load import load, read_map, read_shared, require_recorded
+from pared.checkpoint.finite import require_finite
+from pared.checkpoint.load import load, read_config, read_map, read_shared, require_recorded
 from pared.checkpoint.loader import empty_module
 from pared.checkpoint.portable import module_map
+from pared.checkpoint.streamed import StreamedBlocks, open_streamed
 from pared.errors import DamagedError, ParedError
 from pared.io.guarded import require_regular_files
+from pared.memory import Stream, streams
+from pared.models.source import find_model
 from pared.models.trust import trusted, trusting
 from pared.schema.manifest import Fingerprint, Manifest
 from pared.structure import weight_of
@@ -27,28 +31,38 @@ LAYERS, LAYER_SAMPLES = 64, 8  # the most of those the tokens do not reach, and 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
-def take_fingerprint(model: PreTrainedModel) -> Fingerprint:
-    """Run a fixed sequence through the model and sample its outputs at the last token, and layers it does not reach."""
+def take_fingerprint(model: PreTrainedModel, store: StreamedBlocks | None = None) -> Fingerprint:
+    """Run a fixed sequence through the model and sample its outputs at the last token, and layers it does not reach.
+
+    Args:
+        model: dense or compressed.
+        store: of the model, where its blocks are not in memory.
+    """
     vocabulary = model.get_input_embeddings().weight.shape[0]
     tokens = [(7 + 37 * index) % vocabulary for index in range(TOKENS)]
     reached: set[str] = set()
     with hooks(_note_reached(model, reached)):
-        outputs = _outputs(model, tokens)
+        outputs = _outputs(model, tokens, store)
     step = max(1, len(outputs) // SAMPLES)
     positions = list(range(0, len(outputs), step))[:SAMPLES]
     unreached = [name for name in module_map(model) if name not in reached]
     few = unreached[:: max(1, len(unreached) // LAYERS)][:LAYERS]
-    layers = {name: _layer_outputs(model.get_submodule(name)).tolist() for name in few}
+    layers = {name: _layer_outputs(model, name, store).tolist() for name in few}
     return Fingerprint(tokens=tokens, positions=positions, outputs=outputs[positions].tolist(), layers=layers)
 
 
-def compare(model: PreTrainedModel, fingerprint: Fingerprint) -> float:
+def compare(model: PreTrainedModel, fingerprint: Fingerprint, store: StreamedBlocks | None = None) -> float:
     """Return the largest difference of a model's outputs from a fingerprint, relative to the largest output.
+
+    Args:
+        model: dense or compressed.
+        fingerprint: of the model that was saved.
+        store: of the model, where its blocks are not in memory.
 
     Raises:
         ParedError: the difference is more than kernels can make: the folder does not hold the model that was saved.
     """
-    outputs = _outputs(model, fingerprint.tokens)
+    outputs = _outputs(model, fingerprint.tokens, store)
     if max(fingerprint.positions) >= len(outputs):
         raise ParedError(
             f"self-check failed: {len(outputs)} outputs, expected at least {max(fingerprint.positions) + 1}"
@@ -58,7 +72,7 @@ def compare(model: PreTrainedModel, fingerprint: Fingerprint) -> float:
         layer = dict(model.named_modules()).get(name)
         if layer is None or not hasattr(layer, "weight"):
             raise ParedError(f"the fingerprint in pared.json has a layer {name[:200]}, that this model does not have")
-        found[f"layer {name}"] = (_layer_outputs(layer), sample)
+        found[f"layer {name}"] = (_layer_outputs(model, name, store), sample)
     return max(_difference(what, now, then, model.dtype) for what, (now, then) in found.items())
 
 
@@ -86,12 +100,14 @@ def _note_reached(model: PreTrainedModel, reached: set[str]) -> Iterator[Any]:
 
 
 @torch.no_grad()
-def _layer_outputs(layer: nn.Module) -> torch.Tensor:
+def _layer_outputs(model: PreTrainedModel, name: str, store: StreamedBlocks | None) -> torch.Tensor:
     """Return a sample of what a linear layer, compressed or not, makes of a fixed input, float32 on the CPU."""
-    like = next(layer.parameters())
-    width: int = getattr(layer, "in_features", None) or weight_of(layer).shape[1]
-    fixed = torch.cos(torch.arange(width, dtype=torch.float32)).to(like.device, like.dtype)
-    outputs = layer(fixed.unsqueeze(0))[0].float().cpu()
+    layer = model.get_submodule(name)
+    with nullcontext() if store is None else store.holding(name):
+        like = next(layer.parameters())
+        width: int = getattr(layer, "in_features", None) or weight_of(layer).shape[1]
+        fixed = torch.cos(torch.arange(width, dtype=torch.float32)).to(like.device, like.dtype)
+        outputs = layer(fixed.unsqueeze(0))[0].float().cpu()
     return outputs[:: max(1, len(outputs) // LAYER_SAMPLES)][:LAYER_SAMPLES]
 
 
@@ -194,12 +210,13 @@ def _is_order(order: torch.Tensor) -> bool:
     return not order.is_floating_point() and torch.equal(order.sort().values.long(), torch.arange(len(order)))
 
 
-def verify(folder: str | Path, trust_remote_code: bool = False) -> float:
+def verify(folder: str | Path, trust_remote_code: bool = False, stream: Stream = "auto") -> float:
     """Check a folder: manifest, map, the SHA-256 of every file, and the answers of the model loaded from it.
 
     Args:
         folder: that pared made.
         trust_remote_code: whether code that lies in it may run.
+        stream: whether the model is read block by block; ``auto`` does where memory does not hold it.
 
     Returns:
         The largest difference from the recorded outputs, relative to the largest output; 0.0 where nothing differs.
@@ -212,8 +229,26 @@ def verify(folder: str | Path, trust_remote_code: bool = False) -> float:
         manifest = Manifest.read(folder)
         require_regular_files(folder)
         _require_written(folder)
-        require_tensors(folder)
+        weights = require_tensors(folder)
+        if streams(stream, weights):
+            store = open_whole(folder)
+            return compare(store.model, manifest.fingerprint, store)
         return compare(load(str(folder)), manifest.fingerprint)
+
+
+def open_whole(folder: Path) -> StreamedBlocks:
+    """Open a folder to be read block by block, as :func:`~pared.checkpoint.load.load` does: every weight is finite.
+
+    Raises:
+        ParedError: not a model, truncated, or NaN or infinity in a weight.
+    """
+    read_config(str(folder))
+    store = open_streamed(find_model(str(folder)))
+    for index in range(len(store)):
+        store.load(index)
+        require_finite(store.model, str(folder))
+        store.release(index)
+    return store
 
 
 def _require_written(folder: Path) -> None:
@@ -227,14 +262,15 @@ def _require_written(folder: Path) -> None:
 
 
 @torch.no_grad()
-def _outputs(model: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
+def _outputs(model: PreTrainedModel, tokens: list[int], store: StreamedBlocks | None) -> torch.Tensor:
     """Return the first output at the last token as float32 on the CPU: logits for a model with a head."""
     if max(tokens) >= model.get_input_embeddings().weight.shape[0]:
         raise ParedError("the fingerprint in pared.json has tokens this model does not know; it is of another model")
     ids = torch.tensor([tokens], device=model.get_input_embeddings().weight.device)
     beside = {"decoder_input_ids": ids} if getattr(model.config, "is_encoder_decoder", False) else {}
     was_training = model.training
-    output = model.eval()(input_ids=ids, **beside)
+    with nullcontext() if store is None else store.running():
+        output = model.eval()(input_ids=ids, **beside)
     model.train(was_training)
     first = output[0]
     return (first[0, -1] if first.ndim == 3 else first[0]).float().cpu()

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from pared.cli.console import JsonFile, errors, out, quiet_libraries, write_json
+from pared.memory import Stream
 
 
 def verify(
@@ -13,6 +14,9 @@ def verify(
     take_over: Annotated[
         bool, typer.Option("--record", help="Take over files as they are now, such as a card you edited; then check.")
     ] = False,
+    stream: Annotated[
+        Stream, typer.Option(help="Read the model block by block; auto does where memory does not hold it.")
+    ] = "auto",
     json_file: JsonFile = None,
 ) -> None:
     """Compare a folder's files with their recorded SHA-256, and what it answers with what was recorded before."""
@@ -26,6 +30,6 @@ def verify(
 
         if take_over:
             record(folder)
-        difference = check(folder)
+        difference = check(folder, stream=stream)
         out.print(f"{folder}: ok, largest relative difference {difference:.2g}")
         write_json(json_file, {"folder": str(folder), "difference": difference})
