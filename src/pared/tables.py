@@ -26,15 +26,23 @@ class Table:
 
     Attributes:
         title: above the table.
-        columns: their headings; the first is aligned left, the others right.
+        columns: their headings.
         rows: each with one string a column.
         lines: what is said below, a sentence each.
+        align: of every column ``l`` or ``r``; the last letter holds for all that follow.
+        faint_from: the first of the rows that are printed faintly; None for none.
     """
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     lines: Sequence[str] = ()
+    align: str = "lr"
+    faint_from: int | None = None
+
+    def is_right(self, column: int) -> bool:
+        """Whether the column of a number is aligned right."""
+        return self.align[min(column, len(self.align) - 1)] == "r"
 
     @classmethod
     def comparison(cls, title: str, rows: Sequence[Row], lines: Sequence[str] = ()) -> "Table":
@@ -48,9 +56,10 @@ class Table:
 
         table = RichTable(title=Text(self.title), title_justify="left", header_style="bold")
         for number, column in enumerate(self.columns):
-            table.add_column(column, justify="right" if number else "left", overflow="fold")
-        for row in self.rows:
-            table.add_row(*map(Text, row))
+            table.add_column(column, justify="right" if self.is_right(number) else "left", overflow="fold")
+        for number, row in enumerate(self.rows):
+            faint = self.faint_from is not None and number >= self.faint_from
+            table.add_row(*map(Text, row), style="dim" if faint else None)
         return table
 
     def as_text(self, width: int = WIDTH) -> str:
@@ -70,14 +79,17 @@ class Table:
     def as_html(self) -> str:
         """Return it as HTML, every string escaped."""
         head = "".join(f"<th>{escape(column)}</th>" for column in self.columns)
-        body = "".join(f"<tr>{''.join(map(_cell, range(len(row)), row))}</tr>" for row in self.rows)
+        body = "".join(
+            f"<tr>{''.join(_cell(self.is_right(number), value) for number, value in enumerate(row))}</tr>"
+            for row in self.rows
+        )
         below = "".join(f"<p>{escape(line)}</p>" for line in self.lines)
         table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>" if self.rows else ""
         return f"<p><b>{escape(self.title)}</b></p>{table}{below}"
 
 
-def _cell(number: int, value: str) -> str:
-    return f'<td style="text-align: {"right" if number else "left"}">{escape(value)}</td>'
+def _cell(right: bool, value: str) -> str:
+    return f'<td style="text-align: {"right" if right else "left"}">{escape(value)}</td>'
 
 
 class Shown:

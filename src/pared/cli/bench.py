@@ -1,18 +1,16 @@
 """``pared bench``: speed and memory of a model, alone or against another."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
-from pared.cli.console import ConsoleProgress, JsonFile, errors, out, quiet_libraries, write_json
-from pared.environment import device_of, require_device, require_dtype
-from pared.errors import ParedError
-from pared.evaluation.speed import Settings, parse_case, preset
-from pared.models.source import find_model
+from pared.cli.console import ConsoleProgress, JsonFile, errors, print_result, quiet_libraries, write_json
+from pared.entrypoints.bench import bench as measure
+from pared.entrypoints.bench import settings_of
+from pared.tables import Table
 
 if TYPE_CHECKING:
     from pared.evaluation.speed import Bench, Timed
@@ -46,43 +44,28 @@ def bench(
     """Measure tokens per second, time to the first token, memory and sizes."""
     with errors():
         quiet_libraries()
-        require_dtype(dtype)
-        if repeats < 1 or threads < 1:
-            raise ParedError(f"{repeats} repeats on {threads} threads: expected at least 1 of each")
-        cases = tuple(map(parse_case, case)) if case else preset(preset_name)
-        settings = Settings(cases, repeats, threads, dtype, device)
         names = [model] if against is None else [model, against]
-        for name in names:
-            find_model(name)
-        require_device(device)
-        device_of(device)
-        from pared.evaluation.speed import bench as measure
-
-        with ConsoleProgress().stage("bench", len(cases) * repeats * len(names), "run") as advance:
-            result = measure(names, settings, advance)
-        print_bench(result)
+        settings = settings_of(names, case or (), preset_name, repeats, threads, dtype, device)
+        result = measure(names, settings, ConsoleProgress())
+        for table in tables(result):
+            print_result(table)
         write_json(json_file, {"settings": settings.to_json(), "models": result.models,
                                "timed": [as_json(timed) for timed in result.timed]})  # fmt: skip
 
 
-def print_bench(result: "Bench") -> None:
-    """Print sizes and speeds side by side."""
-    sizes = Table(header_style="bold")
-    for column in ("", *(model["name"] for model in result.models)):
-        sizes.add_column(column, justify="right" if column else "left")
-    for label, told in SIZES.items():
-        sizes.add_row(label, *(told(model) for model in result.models))
-    out.print(sizes)
-    speeds = Table(header_style="bold")
-    names = [model["name"] for model in result.models]
-    for column in ("case", *(f"{name}, tokens/s" for name in names), "first token", "times as fast", "ideal"):
-        speeds.add_column(column, justify="left" if column == "case" else "right")
+def tables(result: "Bench") -> Iterator[Table]:
+    """Yield sizes and speeds side by side."""
+    names = [str(model["name"]) for model in result.models]
+    sizes = [(label, *(told(model) for model in result.models)) for label, told in SIZES.items()]
+    yield Table("", ("", *names), sizes)
+    columns = ("case", *(f"{name}, tokens/s" for name in names), "first token", "times as fast", "ideal")
+    rows = []
     for timed in result.timed:
         first = " / ".join(f"{statistics.median(own):.3f} s" for own in timed.first_token if own)
-        ratio = _spread(timed.ratios) if timed.ratios else ""
         rates = (_spread(timed.rates(index), 1) for index in range(len(names)))
-        speeds.add_row(str(timed.case), *rates, first, ratio, f"{timed.ideal:.2f}" if timed.ideal else "")
-    out.print(speeds)
+        ratio, ideal = _spread(timed.ratios) if timed.ratios else "", f"{timed.ideal:.2f}" if timed.ideal else ""
+        rows.append((str(timed.case), *rates, first, ratio, ideal))
+    yield Table("", columns, rows)
 
 
 def as_json(timed: "Timed") -> dict[str, Any]:

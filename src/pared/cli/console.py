@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +12,6 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
-from rich.table import Table as RichTable
 
 from pared.errors import ParedError
 from pared.importing import when_imported
@@ -110,31 +109,6 @@ def _writable(path: Path | None) -> Path | None:
 JsonFile = Annotated[
     Path | None, typer.Option("--json", help="Also write the result to this file as JSON.", callback=_writable)
 ]
-
-
-def print_table(
-    columns: Iterable[str],
-    rows: Iterable[Sequence[str]],
-    justify: str = "l",
-    title: str | None = None,
-    faint_from: int | None = None,
-) -> None:
-    """Print a table.
-
-    Args:
-        columns: their headings.
-        rows: their cells; a long one is folded.
-        justify: of every column ``l`` or ``r``; the last letter holds for all that follow.
-        title: above it.
-        faint_from: the first of the rows that are printed faintly; none are by default.
-    """
-    table = RichTable(title=title, title_justify="left", header_style="bold")
-    for place, column in enumerate(columns):
-        right = justify[min(place, len(justify) - 1)] == "r"
-        table.add_column(column, justify="right" if right else "left", overflow="fold")
-    for place, row in enumerate(rows):
-        table.add_row(*row, style="dim" if faint_from is not None and place >= faint_from else None)
-    out.print(table)
 
 
 def print_result(table: Table) -> None:

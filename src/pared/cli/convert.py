@@ -8,6 +8,7 @@ import typer
 from pared.cli.console import JsonFile, errors, out, quiet_libraries, write_json
 from pared.cli.export import print_exported
 from pared.cli.options import Overwrite
+from pared.entrypoints.folder import require_compressed
 from pared.errors import ParedError
 
 
@@ -35,14 +36,9 @@ def convert(
 
 
 def _to_dense(folder: Path, out_folder: Path, _: bool, overwrite: bool, json_file: Path | None) -> None:
-    if not folder.is_dir():
-        raise ParedError(f"{folder}: no such folder")
-    from pared.checkpoint import is_compressed, read_config, require_tensors
+    before = require_compressed(folder)
     from pared.entrypoints.export import export_dense
 
-    if not is_compressed(read_config(str(folder))):
-        raise ParedError(f"{folder} has nothing to convert: its weights are plain already")
-    before = require_tensors(folder)
     exported = export_dense(str(folder), out_folder, overwrite=overwrite)
     _print_sizes("bytes on disk", before, exported.bytes_on_disk)
     print_exported(exported, out_folder)

@@ -7,8 +7,8 @@ import typer
 
 from pared.cli.compress import print_manifest
 from pared.cli.console import ConsoleProgress, JsonFile, errors, out, quiet_libraries, write_json
+from pared.entrypoints.folder import continuations
 from pared.io.files import cache_folder
-from pared.models.source import find_model
 from pared.schema.recipe import Recipe
 
 PROMPT = "The most important thing about a good tool is"
@@ -31,9 +31,7 @@ def demo(
             f"pared compress {recipe.model} --method {recipe.method} --keep {recipe.keep:g} --data {given.text} "
             f"--samples {given.samples} --length {given.length} --out {place}"
         )
-        from pared.checkpoint import load
         from pared.entrypoints.compress import reusable, run
-        from pared.evaluation import greedy
 
         outcome = reusable(recipe)
         if outcome is None:
@@ -43,8 +41,7 @@ def demo(
         print_manifest(outcome.manifest, str(place))
         write_json(json_file, {"folder": str(place), **outcome.manifest.model_dump(mode="json")})
         assert recipe.model is not None
-        tokenizer = find_model(recipe.model).tokenizer()
-        for when, name in (("before", recipe.model), ("after", str(place))):
-            text = greedy(load(name), tokenizer, PROMPT, TOKENS)
+        texts = continuations([recipe.model, str(place)], PROMPT, TOKENS)
+        for when, text in zip(("before", "after"), texts, strict=True):
             out.print(f"\n{when}: {PROMPT}{text}")
         out.print("\nWithout any training a small model loses much at this size; docs/results has the figures.")

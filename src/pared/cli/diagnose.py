@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pared.cli.console import ConsoleProgress, JsonFile, errors, out, print_table, quiet_libraries, write_json
+from pared.cli.console import ConsoleProgress, JsonFile, errors, print_result, quiet_libraries, write_json
 from pared.cli.from_schema import Change, Fields, Given, schema_options
 from pared.cli.options import SHAPES
 from pared.schema.recipe import Recipe
+from pared.tables import Table
 
 if TYPE_CHECKING:
     from pared.entrypoints.rank_groups import RankGroups
@@ -71,8 +72,10 @@ def print_groups(result: "RankGroups", title: str) -> None:
         changes = ((f"{value:.6g}", f"{value - result.before[name]:+.3g}") for name, value in group.quality.items())
         rows.append((str(group.number), share, f"{group.error:.4f}", *(text for pair in changes for text in pair)))
     qualities = (column for name in result.before for column in (name, "change"))
-    print_table(("group", "directions", "error", *qualities), rows, "r", title=title)
-    if result.untouched:
-        out.print(f"{len(result.untouched)} sites left whole, the first is {result.untouched[0]}")
+    left = result.untouched
     on = result.evaluation
-    out.print(f"measured on {on['text']}: {on['windows']} x {on['length']} tokens")
+    lines = [
+        *([f"{len(left)} sites left whole, the first is {left[0]}"] if left else []),
+        f"measured on {on['text']}: {on['windows']} x {on['length']} tokens",
+    ]
+    print_result(Table(title, ("group", "directions", "error", *qualities), rows, lines, align="r"))

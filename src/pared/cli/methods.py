@@ -1,26 +1,23 @@
 """``pared methods``: what can be asked for."""
 
-from rich.markup import escape
-from rich.table import Table
-
-from pared.cli.console import out
+from pared.cli.console import out, print_result
 from pared.entrypoints import catalog
 from pared.entrypoints.catalog import Listed
+from pared.tables import Table
 
 SPREADS = {"low_rank": "allocation", "sparse": "allocation of zeros"}
 
 
 def methods() -> None:
     """List the methods, where each comes from and what it needs."""
-    table = Table(header_style="bold")
-    for column in ("method", "what it does", "needs", "options", "allocation", "paper"):
-        table.add_column(column, overflow="fold")
+    rows = []
     for method in catalog.methods():
         needs = "calibration text" if method.calibrated else "no data"
         options = "\n".join(map(str, method.options))
-        cells = (method.name, method.summary + _added(method), needs, options, method.allocation, method.paper)
-        table.add_row(*map(escape, cells))
-    out.print(table)
+        summary = method.summary + _added(method)
+        rows.append((method.name, summary, needs, options, method.allocation, method.paper))
+    columns = ("method", "what it does", "needs", "options", "allocation", "paper")
+    print_result(Table("", columns, rows, align="l"))
     print_training()
     for allocator in catalog.allocators():
         options = f" ({', '.join(map(str, allocator.options))})" if allocator.options else ""

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated
 
-from pared.cli.console import JsonFile, errors, out, print_result, print_table, quiet_libraries, write_json
+from pared.cli.console import JsonFile, errors, out, print_result, quiet_libraries, write_json
 from pared.cli.from_schema import Fields, Given, schema_options
 from pared.cli.options import PLANNED, RECIPE_FILE
 from pared.schema.recipe import Recipe
@@ -53,7 +53,6 @@ def print_plan(plan: "Plan", stacks: Iterable[str], title: str) -> None:
     for weight in plan.uncovered:
         shape = " x ".join(map(str, weight.shape))
         rows.append((weight.name, shape, f"not covered: {weight.reason}", f"{weight.parameters:,}"))
-    print_table(("site", "out x in", "decision", "parameters"), rows, "lrlr", faint_from=len(plan.sites))
-    for line in stacks:
-        out.print(line)
+    columns = ("site", "out x in", "decision", "parameters")
+    print_result(Table("", columns, rows, tuple(stacks), align="lrlr", faint_from=len(plan.sites)))
     print_result(Table.comparison(title, plan.sizes()))

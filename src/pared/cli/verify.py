@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from pared.cli.console import JsonFile, errors, out, quiet_libraries, write_json
+from pared.entrypoints.folder import verify as check
 from pared.memory import Stream
 
 
@@ -22,14 +23,6 @@ def verify(
     """Compare a folder's files with their recorded SHA-256, and what it answers with what was recorded before."""
     with errors():
         quiet_libraries()
-        from pared.schema.manifest import Manifest
-
-        Manifest.read(folder)  # before anything that takes long to import
-        from pared.checkpoint import record
-        from pared.checkpoint import verify as check
-
-        if take_over:
-            record(folder)
-        difference = check(folder, stream=stream)
+        difference = check(folder, take_over, stream)
         out.print(f"{folder}: ok, largest relative difference {difference:.2g}")
         write_json(json_file, {"folder": str(folder), "difference": difference})

@@ -1,0 +1,62 @@
+"""What is asked of a folder that is there: whether it is whole, what it holds, how its model goes on with a prompt."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pared.errors import ParedError
+from pared.memory import Stream
+from pared.schema.manifest import Manifest
+
+
+def verify(folder: Path, take_over: bool = False, stream: Stream = "auto") -> float:
+    """Check a folder that pared made, refused at once if it is none.
+
+    Args:
+        folder: that pared made.
+        take_over: record its files as they are now, before they are checked.
+        stream: whether the model is read block by block.
+
+    Returns:
+        The largest difference from the recorded outputs, relative to the largest output.
+
+    Raises:
+        ParedError: anything is missing, damaged or different.
+    """
+    Manifest.read(folder)  # before anything that takes long to import
+    from pared.checkpoint import record
+    from pared.checkpoint import verify as check
+
+    if take_over:
+        record(folder)
+    return check(folder, stream=stream)
+
+
+def require_compressed(folder: Path) -> int:
+    """Return the bytes of weights in a folder whose weights are not plain.
+
+    Raises:
+        ParedError: there is no such folder, or its weights are plain already.
+    """
+    if not folder.is_dir():
+        raise ParedError(f"{folder}: no such folder")
+    from pared.checkpoint import is_compressed, read_config, require_tensors
+
+    if not is_compressed(read_config(str(folder))):
+        raise ParedError(f"{folder} has nothing to convert: its weights are plain already")
+    return require_tensors(folder)
+
+
+def continuations(names: Sequence[str], prompt: str, tokens: int) -> Iterator[str]:
+    """Yield how each of some models goes on with a prompt, with the tokenizer of the first.
+
+    Args:
+        names: of the models.
+        prompt: the text before.
+        tokens: how many follow, the likeliest each time.
+    """
+    from pared.checkpoint import load, load_tokenizer
+    from pared.evaluation import greedy
+
+    tokenizer = load_tokenizer(names[0])
+    for name in names:
+        yield greedy(load(name), tokenizer, prompt, tokens)
