@@ -16,13 +16,13 @@ import torch
 
 import pared
 from grid import plot, signature
+from pared import tune
 from pared.data import find_text
 from pared.engine.allocate import plan_of
 from pared.environment import peak_memory_bytes
 from pared.models.source import find_model
 from pared.schema.manifest import Manifest
 from pared.schema.training import TrainingConfig
-from pared.training import tune
 from record import RESULTS, append, read, table
 
 LINES, PAGE, PLOT = RESULTS / "basel.jsonl", RESULTS / "basel.md", RESULTS / "basel.svg"

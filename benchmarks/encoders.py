@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 import pared
 from grid import signature
+from pared import tune
 from pared.data.encoding import cut_examples
 from pared.data.labelled import find_examples
 from pared.engine.allocate import plan_of
@@ -22,7 +23,6 @@ from pared.entrypoints.fine_tune_encoder import FineTuning, fine_tune, with_head
 from pared.evaluation import classify
 from pared.models.source import find_model
 from pared.schema.training import TrainingConfig
-from pared.training import tune
 from record import RESULTS, append, read, table
 
 LINES, PAGE = RESULTS / "encoders.jsonl", RESULTS / "encoders.md"

@@ -13,9 +13,9 @@ from typing import Any
 
 import pared
 from grid import LENGTH, SAMPLES, WINDOWS, measured, ratios, require_disjoint, signature
+from pared import tune
 from pared.schema.manifest import Manifest
 from pared.schema.training import TrainingConfig
-from pared.training import tune
 from record import RESULTS, append, read, table
 
 LINES, PAGE = RESULTS / "recovery.jsonl", RESULTS / "recovery.md"

@@ -13,11 +13,16 @@ from pared.lazy import lazy_package
 
 if TYPE_CHECKING:
     from pared.checkpoint import load, load_tokenizer, verify
+    from pared.entrypoints.api import collect_statistics, plan, search
     from pared.entrypoints.compress import compress, run
+    from pared.entrypoints.convert import convert
     from pared.entrypoints.evaluate import perplexity
+    from pared.entrypoints.export import export
     from pared.entrypoints.result import Compressed
+    from pared.entrypoints.train import tune
     from pared.environment import __version__
     from pared.errors import ParedError
+    from pared.schema.manifest import Manifest
     from pared.schema.plan import Plan
     from pared.schema.recipe import Calibration, Evaluation, Recipe
     from pared.schema.search import SearchConfig
@@ -27,17 +32,24 @@ __all__ = [
     "Calibration",
     "Compressed",
     "Evaluation",
+    "Manifest",
     "ParedError",
     "Plan",
     "Recipe",
     "SearchConfig",
     "TrainingConfig",
     "__version__",
+    "collect_statistics",
     "compress",
+    "convert",
+    "export",
     "load",
     "load_tokenizer",
     "perplexity",
+    "plan",
     "run",
+    "search",
+    "tune",
     "verify",
 ]
 
@@ -45,11 +57,16 @@ lazy_package(
     __name__,
     {
         "pared.checkpoint": ["load", "load_tokenizer", "verify"],
+        "pared.entrypoints.api": ["collect_statistics", "plan", "search"],
         "pared.entrypoints.compress": ["compress", "run"],
+        "pared.entrypoints.convert": ["convert"],
         "pared.entrypoints.evaluate": ["perplexity"],
+        "pared.entrypoints.export": ["export"],
         "pared.entrypoints.result": ["Compressed"],
+        "pared.entrypoints.train": ["tune"],
         "pared.environment": ["__version__"],
         "pared.errors": ["ParedError"],
+        "pared.schema.manifest": ["Manifest"],
         "pared.schema.plan": ["Plan"],
         "pared.schema.recipe": ["Calibration", "Evaluation", "Recipe"],
         "pared.schema.search": ["SearchConfig"],

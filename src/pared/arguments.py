@@ -9,11 +9,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.errors import ParedError
 from pared.io.files import path_of
+from pared.schema.base import Config
 from pared.schema.fields import plain
 from pared.schema.recipe import Recipe
-from pared.schema.training import TrainingConfig
 
-Asked = TypeVar("Asked", Recipe, TrainingConfig)
+Asked = TypeVar("Asked", bound=Config)
 # Fields of a calibration that Python calls may give beside those of the recipe.
 OF_CALIBRATION = {"data": "text", "samples": "samples", "length": "length", "seed": "seed", "sampling": "sampling"}
 
@@ -64,10 +64,10 @@ def require_tokenizer(tokenizer: object, function: str) -> None:
 
 
 def asked_from(kind: type[Asked], value: Any, function: str) -> Asked:
-    """Return a recipe or a tuning; a mapping is read as one.
+    """Return what users write of a kind; a mapping is read as one.
 
     Args:
-        kind: ``Recipe`` or ``TrainingConfig``.
+        kind: ``Recipe``, ``TrainingConfig``, or another.
         value: what was handed over.
         function: that it was handed to, for messages.
 
@@ -82,17 +82,58 @@ def asked_from(kind: type[Asked], value: Any, function: str) -> Asked:
     raise ParedError(f"{function} takes a {what}, found {_kind(value)}; such as {_example(kind, value)}")
 
 
-def _example(kind: type, found: object) -> str:
+def config_from(kind: type[Asked], config: Any, fields: Mapping[str, Any], function: str) -> Asked:
+    """Return what users write of a kind with fields laid over it, as options are over a file.
+
+    Args:
+        kind: ``Recipe``, ``TrainingConfig``, or another.
+        config: one, a mapping, or none for the defaults.
+        fields: of it.
+        function: that both were handed to, for messages.
+
+    Raises:
+        ParedError: something else, an unknown field or a value out of range.
+    """
+    if config is None:
+        return kind.of(dict(fields), origin=function)
+    below = asked_from(kind, config, function)
+    if not fields:
+        return below
+    given = {name: getattr(below, name) for name in below.model_fields_set}
+    return kind.of({**below.left_beside(given, fields), **fields}, origin=function)
+
+
+def recipe_from(recipe: Any, fields: Mapping[str, Any], function: str) -> Recipe:
+    """Return a recipe with fields laid over it; see :func:`config_from`.
+
+    Args:
+        recipe: one, a mapping, or none for the defaults.
+        fields: of a recipe; of its calibration too, by ``data``, ``samples``, ``length``, ``seed`` and ``sampling``.
+        function: that both were handed to, for messages.
+
+    Raises:
+        ParedError: no recipe, an unknown field or a value out of range.
+    """
+    above = {name: value for name, value in fields.items() if name not in OF_CALIBRATION}
+    cut = {OF_CALIBRATION[name]: value for name, value in fields.items() if name in OF_CALIBRATION}
+    if cut:
+        below = Recipe() if recipe is None else asked_from(Recipe, recipe, function)
+        section = plain(above.get("calibration", below.calibration))
+        above["calibration"] = {**section, **cut} if isinstance(section, Mapping) else section
+    return config_from(Recipe, recipe, above, function)
+
+
+EXAMPLES = {"Recipe": "method='loss-optimal', keep=0.8", "TrainingConfig": "model='small', out='trained'"}
+
+
+def _example(kind: type[Config], found: object) -> str:
     """Return what may have been meant."""
+    name = kind.__name__
     if not isinstance(found, (str, os.PathLike)):
-        return (
-            "Recipe(method='loss-optimal', keep=0.8)"
-            if kind is Recipe
-            else "TrainingConfig(model='small', out='trained')"
-        )
-    name = os.fspath(found)
-    meant = f"Recipe(method={name!r})" if kind is Recipe else f"TrainingConfig(model={name!r}, out='trained')"
-    return f"{meant}, or {kind.__name__}.load(PATH) for a file"
+        return f"{name}({EXAMPLES.get(name, '')})"
+    word = os.fspath(found)
+    meant = f"Recipe(method={word!r})" if kind is Recipe else f"{name}({EXAMPLES.get(name, '')})"
+    return f"{meant}, or {name}.load(PATH) for a file"
 
 
 def name_from(name: object, function: str) -> str:
@@ -124,31 +165,6 @@ def folder_from(folder: object, function: str) -> Path:
     if isinstance(folder, (str, os.PathLike)) and os.fspath(folder):
         return path_of(os.fsdecode(folder))
     raise ParedError(f"{function} takes the folder to write, a string or a path; found {_kind(folder)}")
-
-
-def recipe_from(recipe: Any, fields: Mapping[str, Any], function: str) -> Recipe:
-    """Return a recipe with fields laid over it, as options are over a file.
-
-    Args:
-        recipe: one, a mapping, or none for the defaults.
-        fields: of a recipe; of its calibration too, by ``samples``, ``length``, ``seed`` and ``sampling``.
-        function: that both were handed to, for messages.
-
-    Raises:
-        ParedError: no recipe, an unknown field or a value out of range.
-    """
-    below = Recipe() if recipe is None else asked_from(Recipe, recipe, function)
-    above = {name: value for name, value in fields.items() if name not in OF_CALIBRATION}
-    cut = {OF_CALIBRATION[name]: value for name, value in fields.items() if name in OF_CALIBRATION}
-    if cut:
-        section = plain(above.get("calibration", below.calibration))
-        above["calibration"] = {**section, **cut} if isinstance(section, Mapping) else section
-    if not above:
-        return below
-    if recipe is None:
-        return Recipe.of(above, origin=function)
-    given = {name: getattr(below, name) for name in below.model_fields_set}
-    return Recipe.of({**below.left_beside(given, above), **above}, origin=function)
 
 
 def _kind(value: object) -> str:

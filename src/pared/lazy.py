@@ -41,7 +41,8 @@ class _LazyPackage(ModuleType):
             super().__setattr__(name, value)
 
     def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *self._homes})
+        """Return what the package promises, and nothing that it is made of."""
+        return sorted(self._homes)
 
 
 def lazy_package(package: str, exports: Mapping[str, Sequence[str]]) -> None:

@@ -75,17 +75,14 @@ def search(
 
 def print_found(found: "Found") -> None:
     """Print the best program, what it is worth and how it is used."""
-    from pared.entrypoints.search import FOUND
-
     told = found.told
     out.print(f"best program: {found.program}")
     for name, key in (("dense", "dense"), ("uniform", "uniform"), ("best", "perplexity")):
         search, full = told[key]["search"], told[key]["full"]
         where = f"{_number(search)} on the windows of the search, {_number(full)} on the full split"
         out.print(f"perplexity {name}: {where}")
-    if told["uniform"]["full"] is not None and told["uniform"]["full"] <= told["perplexity"]["full"]:
-        out.print("on the full split the uniform allocation is no worse: search longer or on more windows")
-    out.print(f"use it: --allocation dsa --allocation-option program={found.folder / FOUND}")
+    for line in found.remarks():
+        out.print(line)
 
 
 def _number(value: float | None) -> str:

@@ -30,7 +30,7 @@ def tune(
         from pared.training.early import require_possible
 
         require_possible(config, overwrite)
-        from pared.training import tune as run
+        from pared import tune as run
 
         made = run(config, overwrite, ConsoleProgress())
         if made.is_first:

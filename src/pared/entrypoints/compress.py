@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from pared import engine
 from pared.arguments import asked_from, name_from, recipe_from, require_model, require_tokenizer
-from pared.calibration import WalkedBlock
+from pared.calibration import WalkedBlock, saved_blocks
 from pared.checkpoint import verify
 from pared.checkpoint.finite import require_finite
 from pared.checkpoint.seal import published_recipe
@@ -55,7 +56,7 @@ def compress(
     recipe: Recipe | Mapping[str, Any] | None = None,
     progress: Progress | bool | None = None,
     windows: Windows | None = None,
-    collected: Collected | None = None,
+    collected: Collected | str | Path | None = None,
     *,
     data: "str | Path | Sequence[str] | Dataset | Windows | None" = None,
     method: str | None = None,
@@ -81,7 +82,8 @@ def compress(
             are not read.
         progress: who watches, or whether bars are shown; by default in a notebook only.
         windows: calibration tokens already cut, in place of a text; the same as ``data``.
-        collected: statistics of these tokens that :func:`pared.collect_statistics` saved, in place of a pass over them.
+        collected: the folder of statistics of these tokens that :func:`pared.collect_statistics` wrote, in place of a
+            pass over them.
         data: what is calibrated on: a text by name, a list of strings, a ``datasets.Dataset`` with a ``text`` (or
             ``messages``) in every row, or windows. Texts are joined by blank lines, tokenised, and cut as the
             recipe's calibration says.
@@ -113,6 +115,8 @@ def compress(
     if not by_name:
         require_model(model, function)
     watcher, text = watcher_of(progress, function), None
+    if isinstance(collected, (str, Path)):
+        collected = partial(saved_blocks, path_of(collected))
     if data is not None:
         windows, text, fields = _calibrated_on(data, tokenizer if not by_name else model, windows, fields, function)
     asked_for = recipe_from(recipe, fields, function)

@@ -15,6 +15,7 @@ from pared.entrypoints.publish import Publication, Reread, ResidentSaver
 from pared.errors import ParedError
 from pared.io.output_dir import require_free
 from pared.models.source import find_model
+from pared.models.trust import trusting
 from pared.modules import LowRankLinear, PivotedLinear, SparseLinear
 from pared.schema.manifest import Manifest
 from pared.schema.plan import Dense, Plan
@@ -25,8 +26,9 @@ def convert(
     out: str | Path,
     pivoted: bool = True,
     overwrite: bool = False,
+    trust_remote_code: bool = False,
 ) -> Manifest:
-    """Write a compressed folder anew with every low-rank module stored pivoted, or as two factors again.
+    """Write a compressed folder anew with every low-rank weight stored pivoted, or as two factors again.
 
     The weights stay what they were up to rounding: the new folder is loaded and must give the answers that were
     recorded when the model was compressed. Recipe, perplexities and seconds in its manifest are those of that time.
@@ -34,8 +36,9 @@ def convert(
     Args:
         folder: that pared made.
         out: the folder to make.
-        pivoted: pivots and coefficients if true, two factors if false.
-        overwrite: whether a model folder at ``out`` may be replaced.
+        pivoted: pivots and coefficients, in rank² fewer numbers, if true; two factors if false.
+        overwrite: whether a folder there that pared wrote may be replaced.
+        trust_remote_code: whether code that lies in the folder may run.
 
     Returns:
         The manifest of the new folder.
@@ -43,8 +46,19 @@ def convert(
     Raises:
         ParedError: not a folder that pared made, damaged, nothing in it to convert, the output is taken, or the new
             folder does not answer as the old one; nothing was written.
+
+    Example:
+        >>> pared.convert("smaller", "pivoted").bytes_on_disk  # doctest: +SKIP
     """
-    folder, out = Path(name_from(folder, "pared.convert")), folder_from(out, "pared.convert")
+    function = "pared.convert"
+    if not isinstance(pivoted, bool):
+        raise ParedError(f"{function}: expected pivoted True or False, found {pivoted!r}")
+    folder, out = Path(name_from(folder, function)), folder_from(out, function)
+    with trusting(trust_remote_code):
+        return _convert(folder, out, pivoted, overwrite)
+
+
+def _convert(folder: Path, out: Path, pivoted: bool, overwrite: bool) -> Manifest:
     require_free(out, overwrite, [folder])
     manifest = Manifest.read(folder)
     require_tensors(folder)

@@ -6,6 +6,7 @@ from typing import cast
 import torch
 from transformers import PreTrainedModel
 
+from pared.arguments import folder_from, name_from
 from pared.checkpoint.load import load, require_recorded
 from pared.checkpoint.loader import tie
 from pared.checkpoint.portable import DYNAMIC, is_portable, module_map, own_class, own_code
@@ -16,6 +17,7 @@ from pared.io.inputs import inputs_of
 from pared.io.output_dir import require_free
 from pared.io.record import MANIFEST
 from pared.models.source import find_model
+from pared.models.trust import trusting
 from pared.modules import SparseLinear, replace_module
 from pared.structure import bias_of, weight_of
 
@@ -49,6 +51,33 @@ def export_dense(name: str, out: Path, dtype: str = "auto", overwrite: bool = Fa
     saver = ResidentSaver(model, source.tokenizer(), source, fingerprint)
     del model
     return Publication(out, name, overwrite, needed, inputs, beside).publish_plain(saver)
+
+
+def export(
+    model: str | Path, out: str | Path, dtype: str = "auto", overwrite: bool = False, trust_remote_code: bool = False
+) -> Written:
+    """Write any model that has a name as a plain dense folder that needs nothing of pared.
+
+    Factors are multiplied out and zeros written out. The folder is loaded again and must answer as the model it was
+    made of.
+
+    Args:
+        model: by name, dense or compressed.
+        out: the folder to make.
+        dtype: to store; ``auto`` keeps what is stored.
+        overwrite: whether a folder there that pared wrote may be replaced.
+        trust_remote_code: whether code that lies beside the model may run.
+
+    Raises:
+        ParedError: not a model, the output is taken or is the model itself, the disk is full, or the new folder does
+            not answer as the model; nothing was written.
+
+    Example:
+        >>> pared.export("smaller", "plain").bytes_on_disk  # doctest: +SKIP
+    """
+    function = "pared.export"
+    with trusting(trust_remote_code):
+        return export_dense(name_from(model, function), folder_from(out, function), dtype, overwrite)
 
 
 @torch.no_grad()

@@ -35,6 +35,7 @@ from pared.search.pool import InProcess, Processes
 from pared.search.prepare import prepare
 from pared.search.ranks import require_rankable
 from pared.search.zeros import require_pruner
+from pared.tables import Shown, Table
 
 JOURNAL, FOUND = "journal.jsonl", "FOUND.json"
 FORMAT = 1
@@ -57,9 +58,9 @@ class Pool(Protocol):
 Pools = Callable[[Measure, int], AbstractContextManager[Pool]]
 
 
-@dataclass(frozen=True)
-class Found:
-    """What a search found.
+@dataclass(frozen=True, repr=False)
+class Found(Shown):
+    """What a search found; shown as a table of perplexities, with the program.
 
     Attributes:
         folder: journal, evidence and ``FOUND.json``.
@@ -73,6 +74,22 @@ class Found:
     def program(self) -> str:
         """The best program."""
         return str(self.told["program"])
+
+    def table(self) -> Table:
+        """Return the perplexities of the dense model, the uniform allocation and the best program."""
+        rows = [
+            (name, *(_number(self.told[key][split]) for split in ("search", "full")))
+            for name, key in (("dense", "dense"), ("uniform", "uniform"), ("best", "perplexity"))
+        ]
+        lines = [f"best program: {self.program}", *self.remarks()]
+        return Table("search", ("perplexity", "windows of the search", "full split"), rows, lines)
+
+    def remarks(self) -> list[str]:
+        """Return what is to be said of the best program: whether it is better at all, and how it is used."""
+        uniform, best = self.told["uniform"]["full"], self.told["perplexity"]["full"]
+        no_worse = "on the full split the uniform allocation is no worse: search longer or on more windows"
+        use = f"use it: --allocation dsa --allocation-option program={self.folder / FOUND}"
+        return [*([no_worse] if uniform is not None and uniform <= best else []), use]
 
 
 def run(
@@ -314,3 +331,7 @@ def _write(
     told = json.loads(json.dumps(told), parse_constant=lambda _: None)  # JSON has no infinity
     write_whole(out / FOUND, json.dumps(told, indent=2, allow_nan=False) + "\n")
     return Found(out, told)
+
+
+def _number(value: float | None) -> str:
+    return "infinite" if value is None else f"{value:.4f}"

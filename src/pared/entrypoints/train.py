@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from transformers.integrations import get_available_reporting_integrations
 
-from pared.arguments import asked_from
+from pared.arguments import asked_from, config_from
 from pared.checkpoint import load, mark, save
 from pared.data.evaluated import evaluation_windows
 from pared.data.lengths import Length
@@ -29,15 +29,18 @@ from pared.io.output_dir import require_free, require_space, staged
 from pared.models.architecture import is_causal
 from pared.models.source import find_model
 from pared.models.trust import trusting
+from pared.notebook import watcher_of
 from pared.progress import Progress, Silent, Stopwatch
+from pared.report.results import trained_table
 from pared.report.table import WORTH_SAYING
 from pared.schema.manifest import Fingerprint, Manifest, StageRecord, Training, WindowsRead
 from pared.schema.presets import note_of, record_of, require_user_fields
 from pared.schema.recipe import Evaluation
 from pared.schema.training import TrainingConfig
+from pared.tables import Shown, Table
 from pared.training.dataset import Examples, find_rows
 from pared.training.distributed import Processes
-from pared.training.early import require_trackers
+from pared.training.early import require_possible, require_trackers
 from pared.training.method import Context, Prepared, Stage, TuningMethod
 from pared.training.precision import PRECISIONS, training_precision
 from pared.training.registry import method_of, settled
@@ -46,9 +49,9 @@ from pared.training.trainable import unpack
 from pared.training.trainer import Went, put_back, train
 
 
-@dataclass(frozen=True)
-class Tuned:
-    """A finished training.
+@dataclass(frozen=True, repr=False)
+class Tuned(Shown):
+    """A finished training; shown as a table, with what the command line tells of it.
 
     Attributes:
         folder: that was written.
@@ -60,12 +63,17 @@ class Tuned:
     manifest: Manifest
     is_first: bool = True
 
+    def table(self) -> Table:
+        """Return sizes and perplexity, and how the training went."""
+        return trained_table(self.manifest, str(self.folder))
+
 
 def tune(
-    tuning: TrainingConfig | Mapping[str, Any],
+    config: TrainingConfig | Mapping[str, Any] | str | Path | None = None,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     trust_remote_code: bool = False,
+    **fields: Any,
 ) -> Tuned:
     """Train a folder that pared made and write it anew.
 
@@ -73,16 +81,29 @@ def tune(
     beside the output: the same call resumes there after a crash, and ends as it would have without one.
 
     Args:
-        tuning: with ``model`` and ``out``; a mapping is read as one.
+        config: what is trained and how, with ``model`` and ``out``; a mapping of that; or the folder alone, with all
+            else among the fields.
         overwrite: whether an output folder that is there may be replaced.
-        progress: who watches; nobody by default.
+        progress: who watches, or whether bars are shown; by default in a notebook only.
         trust_remote_code: whether code that lies beside the model's weights may run.
+        **fields: of :class:`pared.TrainingConfig`, laid over it.
 
     Raises:
         ParedError: anything wrong; the output was not written, and what was trained is kept beside it.
+
+    Example:
+        >>> pared.tune("smaller", method="distill", tokens=16384, out="better")  # doctest: +SKIP
     """
+    function = "pared.tune"
+    if isinstance(config, (str, Path)):
+        config, fields = None, {"model": config, **fields}
+    watcher = watcher_of(progress, function)
+    if config is None and not fields:
+        asked_from(TrainingConfig, config, function)  # says what is expected
     with trusting(trust_remote_code):
-        return _Job(asked_from(TrainingConfig, tuning, "pared.training.tune"), overwrite, progress or Silent()).run()
+        asked = config_from(TrainingConfig, config, fields, function)
+        require_possible(asked, overwrite)
+        return _Job(asked, overwrite, watcher).run()
 
 
 class _Job:

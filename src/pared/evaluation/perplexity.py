@@ -16,11 +16,12 @@ from pared.calibration.staged import Blocks, run_staged
 from pared.data.windows import Windows, require_fits
 from pared.errors import ParedError
 from pared.models.architecture import is_causal
+from pared.tables import Shown, Table
 
 
-@dataclass(frozen=True)
-class Perplexity:
-    """A perplexity and what it was measured on.
+@dataclass(frozen=True, repr=False)
+class Perplexity(Shown):
+    """A perplexity and what it was measured on; shown as a table.
 
     Attributes:
         value: ``exp(nats / predicted)``, or of the mean of the windows' own means.
@@ -33,6 +34,18 @@ class Perplexity:
     nats: float
     predicted: int
     windows: dict[str, object]
+
+    def table(self) -> Table:
+        """Return the value beside the text, its windows and the predicted tokens."""
+        on = self.windows
+        rows = [
+            ("perplexity", f"{self.value:,.4f}"),
+            ("windows", f"{on['windows']:,} of {on['length']:,} tokens"),
+            ("predicted tokens", f"{self.predicted:,}"),
+            ("nats", f"{self.nats:,.2f}"),
+        ]
+        stand_in = ["the text only stands in for a real corpus"] if on["stand_in"] else []
+        return Table(f"perplexity on {on['text']}", ("", ""), rows, stand_in)
 
 
 def bos_token(

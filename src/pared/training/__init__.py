@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 from pared.lazy import lazy_package
 
 if TYPE_CHECKING:
-    from pared.entrypoints.train import Tuned, tune
     from pared.training.masks import KeepZeros, merge_lora_keeping_zeros, pruned_layers, zeros_of
     from pared.training.method import TuningMethod
     from pared.training.registry import METHODS
@@ -13,18 +12,15 @@ if TYPE_CHECKING:
 __all__ = [
     "METHODS",
     "KeepZeros",
-    "Tuned",
     "TuningMethod",
     "merge_lora_keeping_zeros",
     "pruned_layers",
-    "tune",
     "zeros_of",
 ]
 
 lazy_package(
     __name__,
     {
-        "pared.entrypoints.train": ["Tuned", "tune"],
         "pared.training.masks": ["KeepZeros", "merge_lora_keeping_zeros", "pruned_layers", "zeros_of"],
         "pared.training.method": ["TuningMethod"],
         "pared.training.registry": ["METHODS"],

@@ -228,8 +228,8 @@ def test_what_is_unknown_is_refused(
 def test_a_model_learns_answers_from_a_file(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     from tiny_models import TINY_MODELS
 
+    from pared import tune
     from pared.schema.training import TrainingConfig
-    from pared.training import tune
 
     TINY_MODELS["llama"]().save_pretrained(tmp_path / "dense")
     tokenizer.save_pretrained(tmp_path / "dense")

@@ -11,8 +11,7 @@ from tiny_models import TINY_MODELS
 from transformers import PreTrainedTokenizerFast
 
 import pared
-from pared import ParedError
-from pared.training import tune
+from pared import ParedError, tune
 
 
 @pytest.fixture(scope="module")
@@ -74,14 +73,38 @@ def test_a_mapping_is_a_recipe_and_a_data_free_method_needs_no_tokenizer() -> No
     [
         (lambda m, t: pared.run("gpt2"), r"takes a Recipe, found 'gpt2'"),
         (lambda m, t: pared.run({"modl": "x"}), "did you mean 'model'"),
-        (lambda m, t: tune({"modl": "x"}), "the tuning of pared.training.tune: .* did you mean 'model'"),
+        (lambda m, t: tune({"modl": "x"}), "the tuning of pared.tune: .* did you mean 'model'"),
+        (lambda m, t: tune("x"), "no output folder is named"),
+        (lambda m, t: tune("x", out="y", methd="lora"), "pared.tune: unknown key 'methd'; did you mean 'method'"),
         (
-            lambda m, t: tune("x"),
-            r"takes a TrainingConfig, found 'x'; such as TrainingConfig\(model='x', out='trained'\), or",
+            lambda m, t: tune(3),
+            r"takes a TrainingConfig, found 3; such as TrainingConfig\(model='small', out='trained'\)",
         ),
-        (lambda m, t: tune(None), r"pared.training.tune takes a TrainingConfig, found None; such as TrainingConfig\("),
+        (lambda m, t: tune(None), r"pared.tune takes a TrainingConfig, found None; such as TrainingConfig\("),
         (lambda m, t: tune(pared.Recipe()), "takes a TrainingConfig, found a Recipe"),
         (lambda m, t: tune({"model": "x"}, trust_remote_code=True), "no output folder is named"),
+        (lambda m, t: pared.plan(None), "pared.plan takes a loaded model of transformers, found None"),
+        (lambda m, t: pared.plan("no/such/model"), "no/such/model"),
+        (lambda m, t: pared.plan(m, kep=0.5), "pared.plan: unknown key 'kep'; did you mean 'keep'"),
+        (lambda m, t: pared.plan(m, keep=1), "keep 1 keeps everything"),
+        (lambda m, t: pared.plan(quantised()), r"is quantised \(gptq\)"),
+        (lambda m, t: pared.search(m, "out"), "pared.search needs the model's tokenizer"),
+        (lambda m, t: pared.search(m, None, t), "pared.search takes the folder to write, .* found None"),
+        (lambda m, t: pared.search(m, "out", t, populaton=3), "unknown key 'populaton'; did you mean"),
+        (lambda m, t: pared.search(m, "out", t, population=1), "population of a search: expected 2 or more, found 1"),
+        (lambda m, t: pared.search(m, "out", t, method="svd-lm"), "did you mean 'svd-llm'"),
+        (lambda m, t: pared.export(m, "out"), "pared.export takes a name"),
+        (lambda m, t: pared.export("./no", "out"), "no such folder"),
+        (lambda m, t: pared.export("./no", None), "pared.export takes the folder to write"),
+        (lambda m, t: pared.convert(m, "out"), "pared.convert takes a name"),
+        (lambda m, t: pared.convert("./no", "out"), "no: no such folder"),
+        (lambda m, t: pared.convert("./no", "out", "yes"), "expected pivoted True or False, found 'yes'"),
+        (
+            lambda m, t: pared.collect_statistics(m, t, "out", "gram"),
+            r"statistics in a list, .* found 'gram'",
+        ),
+        (lambda m, t: pared.collect_statistics(m, t, "out", ["grm"]), "did you mean 'gram'"),
+        (lambda m, t: pared.collect_statistics(m, None, "out", ["gram"]), "needs the model's tokenizer"),
         (lambda m, t: pared.load(None), "pared.load takes a name"),
         (lambda m, t: pared.load(m), "found a LlamaForCausalLM"),
         (lambda m, t: pared.load("embedded:smollm2-135m", 16), "dtype: expected one of auto"),

@@ -26,7 +26,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from typer.testing import CliRunner
 
 import pared
-from pared import ParedError
+from pared import ParedError, tune
 from pared.checkpoint import load, record, verify
 from pared.cli.commands import app
 from pared.entrypoints.convert import convert
@@ -37,7 +37,6 @@ from pared.modules import LowRankLinear
 from pared.schema.manifest import Manifest
 from pared.schema.training import TrainingConfig
 from pared.structure import find_anatomy
-from pared.training import tune
 from pared.training.trainable import compressed_layers
 
 IMAGE = "<image>"

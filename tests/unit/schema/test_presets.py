@@ -177,7 +177,7 @@ def test_what_a_preset_leaves_to_the_user_is_asked_for(tmp_path: Path) -> None:
         require_user_fields(begun("fwsvd-paper"))
     require_user_fields(begun("fwsvd-paper", calibration={"text": "glue:sst2:train"}))
     with pytest.raises(ParedError, match="preset fwsvd-glue leaves data to you"):
-        pared.training.tune(begun("fwsvd-glue", model=str(tmp_path), out=str(tmp_path / "out")))
+        pared.tune(begun("fwsvd-glue", model=str(tmp_path), out=str(tmp_path / "out")))
     with pytest.raises(ParedError, match="preset fwsvd-paper leaves"):
         pared.run(begun("fwsvd-paper", model=str(tmp_path), out=str(tmp_path / "out")))
     named = begun("fwsvd-glue", data=["glue:cola:train"])
@@ -411,7 +411,7 @@ def test_lengths_of_a_preset_give_way_to_what_a_model_takes_and_that_is_told(
 
     tuning = {"preset": "basis-sharing-lora", "model": str(tmp_path / "small"), "out": str(tmp_path / "tuned"),
               "data": [text], "tokens": 64, "precision": "float32", "evaluation": None, "validation": 0}  # fmt: skip
-    (training,) = pared.training.tune(TrainingConfig.of(tuning)).manifest.training
+    (training,) = pared.tune(TrainingConfig.of(tuning)).manifest.training
     assert training.preset is not None
     assert training.preset["deviations"]["length"] == {"preset": 2048, "given": length}
     assert training.tuning.length == length

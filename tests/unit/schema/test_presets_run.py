@@ -9,10 +9,10 @@ from tiny_models import TINY_MODELS
 from transformers import PreTrainedTokenizerFast
 
 import pared
+from pared import tune
 from pared.checkpoint import verify
 from pared.schema.presets import DEMO, load_preset, preset_names
 from pared.schema.training import TrainingConfig
-from pared.training import tune
 
 pytestmark = [
     pytest.mark.slow,

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast, TrainerState
 from transformers.pytorch_utils import Conv1D
 from typer.testing import CliRunner
 
-from pared import ParedError
+from pared import ParedError, tune
 from pared.checkpoint import load, verify
 from pared.cli.commands import app
 from pared.lowrank import whitening
@@ -25,7 +25,6 @@ from pared.schema.manifest import Manifest
 from pared.schema.plan import LowRank
 from pared.schema.training import TrainingConfig
 from pared.structure import bias_of, weight_of
-from pared.training import tune
 from pared.training.basel.bases import bases_of_outputs, bases_of_weight
 from pared.training.basel.factorise import factors_of, put_back
 from pared.training.basel.importance import curvature, fisher, taylor

@@ -21,13 +21,13 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import pared
-from pared import ParedError
+from pared import ParedError, tune
 from pared.checkpoint import load, verify
 from pared.cli.commands import app
 from pared.modules import SparseLinear
 from pared.schema.manifest import Manifest
 from pared.schema.training import TrainingConfig
-from pared.training import METHODS, tune
+from pared.training import METHODS
 from pared.training.dataset import collate
 from pared.training.distill import divergence, share_frozen, towards
 from pared.training.distributed import Processes

@@ -14,11 +14,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 import pared
-from pared import ParedError
+from pared import ParedError, tune
 from pared.checkpoint import load, verify
 from pared.schema.manifest import Manifest
 from pared.schema.training import TrainingConfig
-from pared.training import tune
 from pared.training.callbacks import Watch
 from pared.training.distributed import Processes, units
 
@@ -48,7 +47,7 @@ SCRIPT = """
 import gc, json, os, sys, torch
 import pared.training.callbacks as watch
 from pared import ParedError
-from pared.training import tune
+from pared import tune
 from pared.training.distributed import gathered as whole, is_sharded
 from pared.schema.training import TrainingConfig
 

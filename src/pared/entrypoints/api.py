@@ -1,0 +1,191 @@
+"""The rest of the Python API: what the command line does for one model, as one call each.
+
+Beside :func:`pared.compress`, :func:`pared.tune` and what loads and checks folders.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pared.arguments import (
+    config_from,
+    folder_from,
+    name_from,
+    recipe_from,
+    require_model,
+    require_tokenizer,
+)
+from pared.checkpoint import load, load_tokenizer
+from pared.data.handed import text_of
+from pared.data.texts import handed_over
+from pared.engine import collect
+from pared.engine.allocate import plan_of
+from pared.engine.early import require_model as require_named_model
+from pared.engine.early import require_possible, require_suited
+from pared.entrypoints.search import Found
+from pared.entrypoints.search import run as search_by_name
+from pared.entrypoints.search import search as search_loaded
+from pared.errors import ParedError
+from pared.models.trust import trusting
+from pared.notebook import watcher_of
+from pared.progress import Progress
+from pared.schema.plan import Plan
+from pared.schema.recipe import Recipe
+from pared.schema.search import SearchConfig
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SEARCHED_ON = 64  # calibration windows of a search where nobody says
+
+
+def plan(
+    model: PreTrainedModel | str | Path,
+    recipe: Recipe | Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
+    **fields: Any,
+) -> Plan:
+    """Decide what a compression would keep of every layer, from shapes alone: no weight is read.
+
+    Where ranks or zeros depend on the data, those of uniform allocation stand in: the sizes are right to a rank.
+
+    Args:
+        model: by name, or loaded; it is not changed.
+        recipe: method and budget; a mapping of them, or none for the defaults.
+        trust_remote_code: whether code that lies beside the model may run.
+        **fields: of :class:`pared.Recipe`, laid over it.
+
+    Raises:
+        ParedError: what :func:`pared.compress` refuses of such a recipe and model.
+
+    Example:
+        >>> pared.plan("embedded:smollm2-135m", keep=0.8).after.bytes_on_disk  # doctest: +SKIP
+    """
+    function = "pared.plan"
+    asked = recipe_from(recipe, fields, function)
+    with trusting(trust_remote_code):
+        if not isinstance(model, (str, Path)):
+            require_model(model, function)
+            require_possible(asked)
+            require_suited(model.config, asked, model.config.name_or_path or type(model).__name__)
+            return plan_of(model, asked)
+        asked = asked.model_copy(update={"model": name_from(model, function)})
+        require_possible(asked)
+        source = require_named_model(asked)
+        require_suited(source.config(), asked, source.name)
+        return plan_of(source.skeleton(), asked, source.weight_bytes(asked.dtype))
+
+
+def search(
+    model: PreTrainedModel | str | Path,
+    out: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    recipe: Recipe | Mapping[str, Any] | None = None,
+    config: SearchConfig | Mapping[str, Any] | None = None,
+    progress: Progress | bool | None = None,
+    ray: str | None = None,
+    trust_remote_code: bool = False,
+    **fields: Any,
+) -> Found:
+    """Search for the program that spreads zeros, or ranks, best over a model; one that was stopped resumes.
+
+    Args:
+        model: by name, or loaded with its tokenizer; the same bits afterwards.
+        out: the folder of journal and result; that of the same search is resumed.
+        tokenizer: of a loaded model.
+        recipe: method, budget and calibration: ``method="wanda", sparsity=0.7``, or a low-rank method and ``keep``.
+        config: how the search goes, and what candidates are measured on.
+        progress: who watches, or whether bars are shown; by default in a notebook only.
+        ray: measure on a Ray cluster: its address, ``auto`` or ``local``.
+        trust_remote_code: whether code that lies beside the model may run.
+        **fields: of :class:`pared.SearchConfig`, and of :class:`pared.Recipe` what that has not (``samples`` too).
+
+    Raises:
+        ParedError: anything that does not work; what can be refused is refused before a weight is read.
+
+    Example:
+        >>> pared.search("embedded:smollm2-135m", "found", method="wanda", sparsity=0.7).program  # doctest: +SKIP
+    """
+    function = "pared.search"
+    own = {name: fields.pop(name) for name in list(fields) if name in SearchConfig.model_fields}
+    settings = config_from(SearchConfig, config, own, function)
+    if recipe is None and "calibration" not in fields:
+        fields.setdefault("samples", SEARCHED_ON)
+    asked = recipe_from(recipe, fields, function)
+    folder, watcher = folder_from(out, function), watcher_of(progress, function)
+    require_possible(asked)
+    pools = None
+    if ray is not None:
+        from pared.search.ray_pool import on_ray
+
+        pools = on_ray(ray)
+    with trusting(trust_remote_code):
+        if isinstance(model, (str, Path)):
+            asked = asked.model_copy(update={"model": name_from(model, function)})
+            require_named_model(asked)
+            return search_by_name(asked, settings, folder, watcher, pools)
+        require_model(model, function)
+        require_tokenizer(tokenizer, function)
+        assert tokenizer is not None
+        return search_loaded(model, tokenizer, asked, settings, folder, watcher, pools)
+
+
+def collect_statistics(
+    model: PreTrainedModel | str | Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: str | Path,
+    statistics: Iterable[str],
+    recipe: Recipe | Mapping[str, Any] | None = None,
+    progress: Progress | bool | None = None,
+    data: "str | Path | Sequence[str] | Dataset | None" = None,
+    trust_remote_code: bool = False,
+    **fields: Any,
+) -> Path:
+    """Collect statistics once, on disk, for any number of compressions of the same dense model.
+
+    Args:
+        model: dense, loaded or by name; unchanged.
+        tokenizer: of the model; that of a model by name is loaded with it.
+        folder: where one file a block is written.
+        statistics: their names: of inputs (``gram``, ``mean_gram``, ``magnitude``), or of gradients.
+        recipe: its calibration is read, and the option ``loss`` of its method where gradients are among the names.
+        progress: who watches, or whether bars are shown; by default in a notebook only.
+        data: as for :func:`pared.compress`.
+        trust_remote_code: whether code that lies beside the weights of a model by name may run.
+        **fields: of :class:`pared.Recipe` and its calibration, laid over it.
+
+    Returns:
+        The folder, which :func:`pared.compress` takes as ``collected``.
+
+    Raises:
+        ParedError: an unknown statistic, or a model or text that does not allow it.
+
+    Example:
+        >>> saved = pared.collect_statistics(model, tokenizer, "grams", ["gram"], samples=64)  # doctest: +SKIP
+        >>> pared.compress(model, tokenizer, method="svd-llm", samples=64, collected=saved)  # doctest: +SKIP
+    """
+    function = "pared.collect_statistics"
+    place, watcher = folder_from(folder, function), watcher_of(progress, function)
+    names = frozenset(statistics) if isinstance(statistics, Iterable) and not isinstance(statistics, str) else None
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ParedError(
+            f"{function}: expected the names of statistics in a list, such as ['gram'], found {statistics!r}"
+        )
+    with trusting(trust_remote_code):
+        if isinstance(model, (str, Path)):
+            name = name_from(model, function)
+            model, tokenizer = load(name), tokenizer or load_tokenizer(name)
+        require_model(model, function)
+        require_tokenizer(tokenizer, function)
+        assert tokenizer is not None
+        text = None
+        if isinstance(data, (str, Path)):
+            fields["data"] = data
+        elif data is not None:
+            text = text_of(data, tokenizer, function)
+            fields["data"] = text.name
+        with handed_over(text):
+            collect(model, tokenizer, recipe_from(recipe, fields, function), names, place, watcher)
+    return place

@@ -1,0 +1,176 @@
+"""What ``import pared`` gives: the names, and each of the calls on a tiny model."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import TINY_MODELS
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+import pared
+
+WORDS = " ".join(f"w{(7 * place * place + 3 * place) % 64}" for place in range(1200))
+API = {
+    "Calibration", "Compressed", "Evaluation", "Manifest", "ParedError", "Plan", "Recipe", "SearchConfig",
+    "TrainingConfig", "__version__", "collect_statistics", "compress", "convert", "export", "load",
+    "load_tokenizer", "perplexity", "plan", "run", "search", "tune", "verify",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    folder = tmp_path_factory.mktemp("place")
+    TINY_MODELS["llama"]().save_pretrained(folder / "llama")
+    tokenizer.save_pretrained(folder / "llama")
+    (folder / "words.txt").write_text(WORDS)
+    pared.compress(folder / "llama", method="svd", keep=0.5, evaluation=None).save(folder / "small")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return TINY_MODELS["llama"]()
+
+
+def test_what_dir_lists_is_the_api() -> None:
+    assert dir(pared) == sorted(pared.__all__)
+    assert set(pared.__all__) == API
+    for name in API - {"__version__"}:
+        assert getattr(pared, name).__doc__, name
+
+
+def test_a_plan_is_the_same_by_name_and_loaded_and_that_of_the_compression(place: Path, model: PreTrainedModel) -> None:
+    plan = pared.plan(place / "llama", method="svd", keep=0.5)
+    assert plan == pared.plan(model, pared.Recipe(method="svd"), keep=0.5)
+    assert plan == pared.Manifest.read(place / "small").plan
+
+
+def test_a_folder_is_exported_converted_and_checked(place: Path, tmp_path: Path) -> None:
+    exported = pared.export(place / "small", tmp_path / "plain")
+    assert exported.self_check <= 1e-5
+    assert not hasattr(pared.load(tmp_path / "plain").config, "quantization_config")
+    manifest = pared.convert(place / "small", str(tmp_path / "pivoted"))
+    assert manifest.converted == "pivots and coefficients"
+    assert (tmp_path / "pivoted" / "README.md").is_file()
+    back = pared.convert(tmp_path / "pivoted", tmp_path / "factors", pivoted=False)
+    assert back.plan == pared.Manifest.read(place / "small").plan
+
+
+def test_collected_statistics_stand_in_for_a_pass(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    cut: dict[str, Any] = {"data": [WORDS], "samples": 4, "length": 32}
+    asked: dict[str, Any] = {"method": "svd-llm", "keep": 0.6, **cut}
+    folder = pared.collect_statistics(TINY_MODELS["llama"](), tokenizer, tmp_path / "grams", ["gram"], **cut)
+    ids = torch.arange(1, 9).unsqueeze(0)
+    logits = []
+    for collected in (None, folder):
+        result = pared.compress(TINY_MODELS["llama"](), tokenizer, **asked, collected=collected)
+        with torch.no_grad():
+            logits.append(result.model(ids).logits)
+    torch.testing.assert_close(*logits, atol=1e-3, rtol=1e-3)
+
+
+def test_a_folder_is_trained_by_its_name(place: Path, tmp_path: Path) -> None:
+    made = pared.tune(
+        place / "small",
+        method="full",
+        data=(f"file:{place}/words.txt",),
+        length=16,
+        windows=8,
+        validation=2,
+        batch=4,
+        evaluation=None,
+        out=tmp_path / "trained",
+    )
+    assert made.manifest.training[0].tuning.method == "full"
+    assert "trained by full on file:words.txt" in repr(made)
+
+
+def test_a_search_goes_by_name_and_loaded_and_resumes(
+    place: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, model: PreTrainedModel
+) -> None:
+    asked: dict[str, Any] = {
+        "method": "wanda", "sparsity": 0.5, "data": f"file:{place}/words.txt", "samples": 4, "length": 16,
+        "windows": 2, "final_windows": 2, "population": 2, "iterations": 1, "top": 2,
+    }  # fmt: skip
+    found = pared.search(place / "llama", tmp_path / "by name", **asked)
+    loaded = pared.search(pared.load(place / "llama"), tmp_path / "loaded", tokenizer, **asked)
+    assert found.program == loaded.program
+    assert found.told["settings"]["calibration samples"] == 4
+    assert f"best program: {found.program}" in repr(found)
+    assert pared.search(place / "llama", tmp_path / "by name", **asked).told == found.told
+
+
+# How results are shown.
+
+
+def shown(place: Path, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    result = pared.compress(TINY_MODELS["llama"](), tokenizer, method="svd", keep=0.5)
+    return {
+        "plan": pared.plan(place / "llama", method="svd", keep=0.5),
+        "compressed": result,
+        "perplexity": pared.perplexity(TINY_MODELS["llama"](), tokenizer, f"file:{place}/words.txt", 32, 2),
+    }
+
+
+def test_results_are_shown_as_tables_of_80_columns_and_in_html(
+    place: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    results = shown(place, tokenizer)
+    expected = {"plan": "covered parameters", "compressed": "not saved yet", "perplexity": "predicted tokens"}
+    results["saved"] = results["compressed"].save(tmp_path / "made")
+    expected["compressed"] = expected["saved"] = "self-check: reloaded"
+    for name, result in results.items():
+        text, html = repr(result), result._repr_html_()
+        assert expected[name] in text
+        assert expected[name] in html
+        assert str(result) == text
+        assert "\x1b" not in text
+        assert max(map(len, text.splitlines())) <= 80, text
+        assert html.count("<table>") == html.count("</table>") == 1
+    assert repr(results["compressed"]) == repr(results["saved"])
+
+
+def test_what_is_shown_in_html_is_escaped() -> None:
+    from pared.tables import Table
+
+    html = Table("<a>", ("x", "y"), [("<b>", "&")], ["<script>"]).as_html()
+    assert "<a>" not in html
+    assert "<script>" not in html
+    assert "&lt;b&gt;" in html
+    assert "&amp;" in html
+
+
+def test_square_brackets_are_no_markup() -> None:
+    from pared.tables import Table
+
+    text = Table("[bold]title", ("x", "y"), [("[red]a", "b")], ["[blue]line"]).as_text()
+    assert all(one in text for one in ("[bold]title", "[red]a", "[blue]line"))
+
+
+# Who watches.
+
+
+class Kernel:
+    config = ("IPKernelApp",)
+
+
+@pytest.mark.parametrize(
+    ("progress", "notebook", "bars"),
+    [(None, False, False), (None, True, True), (True, False, True), (False, True, False)],
+)
+def test_bars_are_shown_in_a_notebook_or_where_they_are_asked_for(
+    progress: bool | None, notebook: bool, bars: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from pared import notebook as watching
+
+    class IPython:
+        @staticmethod
+        def get_ipython() -> Any:
+            return Kernel() if notebook else None
+
+    monkeypatch.setitem(watching.sys.modules, "IPython", IPython)  # type: ignore[arg-type]
+    pared.compress(TINY_MODELS["llama"](), None, method="svd", keep=0.5, progress=progress)
+    written = capsys.readouterr()
+    assert ("solve" in written.err) == bars
+    assert written.out == ""
