@@ -16,11 +16,11 @@ COMMANDS = {
     "plan": ("pared.cli.plan:plan", "Print what `pared compress` would do, without reading a single weight."),
     "eval": (
         "pared.cli.evaluate:evaluate",
-        "Measure a model: perplexity on a text, tasks it does, or what an encoder gets right of labelled examples.",
+        "Measure a model: perplexity on a text, tasks, or how an encoder scores on labelled examples.",
     ),
     "verify": (
         "pared.cli.verify:verify",
-        "Compare a folder's files with their recorded SHA-256, and what it answers with what was recorded before.",
+        "Compare a folder's files with their recorded SHA-256, and its model's outputs with those recorded.",
     ),
     "info": ("pared.cli.info:info", "Print how a folder was made, its sizes and its ranks."),
     "methods": ("pared.cli.methods:methods", "List the methods, where each comes from and what it needs."),
@@ -31,22 +31,22 @@ COMMANDS = {
     "export": ("pared.cli.export:export", "Write a model as a plain folder."),
     "convert": (
         "pared.cli.convert:convert",
-        "Store a folder anew: low rank without loss in k² fewer numbers, as two factors again, or as plain weights.",
+        "Store a folder in another form: pivoted (k² fewer parameters, no loss), as two factors, or as plain weights.",
     ),
     "search": (
         "pared.cli.search:search",
-        "Search for the program that spreads zeros or ranks best; a search that was stopped resumes where it was.",
+        "Search for the program that allocates sparsity or ranks best; a search that was stopped resumes.",
     ),
     "tune": (
         "pared.cli.tune:tune",
-        "Train a compressed model: rank, format and zeros stay; or, with basel, make a dense one smaller for a task.",
+        "Train a compressed model, keeping its ranks and zeros; or, with basel, compress a dense one for a task.",
     ),
     "bench": ("pared.cli.bench:bench", "Measure tokens per second, time to the first token, memory and sizes."),
     "demo": (
         "pared.cli.demo:demo",
         "Compress the embedded model on the embedded text; a second run reuses what the first one made.",
     ),
-    "diagnose": ("pared.cli.diagnose:diagnose", "Look into what a method does to a model."),
+    "diagnose": ("pared.cli.diagnose:diagnose", "Examine what a method does to a model."),
 }
 LOADS_NOTHING = {"methods", "presets", "demo"}
 LOOKS: dict[str, Any] = {

@@ -85,7 +85,7 @@ def _told(pace: "Pace", unit: str, told: str) -> str:
 
 
 @contextmanager
-def errors(interrupted: str = "interrupted; nothing was left behind") -> Iterator[None]:
+def errors(interrupted: str = "interrupted; no partial output is left") -> Iterator[None]:
     """Turn what a user did wrong into one line and exit code 2, and Ctrl-C into 130 and what it leaves."""
     try:
         yield

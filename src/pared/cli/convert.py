@@ -27,7 +27,7 @@ def convert(
     overwrite: Overwrite = False,
     json_file: JsonFile = None,
 ) -> None:
-    """Store a folder anew: low rank without loss in k² fewer numbers, as two factors again, or as plain weights."""
+    """Store a folder in another form: pivoted (k² fewer parameters, no loss), as two factors, or as plain weights."""
     with errors():
         quiet_libraries()
         if dense and pivot is not None:

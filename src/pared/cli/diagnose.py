@@ -14,7 +14,7 @@ from pared.tables import Table
 if TYPE_CHECKING:
     from pared.entrypoints.rank_groups import RankGroups
 
-diagnose = typer.Typer(help="Look into what a method does to a model.", no_args_is_help=True, rich_markup_mode=None)
+diagnose = typer.Typer(help="Examine what a method does to a model.", no_args_is_help=True, rich_markup_mode=None)
 
 FIELDS = Fields(
     Recipe,

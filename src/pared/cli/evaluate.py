@@ -19,7 +19,7 @@ def evaluate(
     given: Annotated[Given[EvaluationConfig], FIELDS],
     json_file: JsonFile = None,
 ) -> None:
-    """Measure a model: perplexity on a text, tasks it does, or what an encoder gets right of labelled examples."""
+    """Measure a model: perplexity on a text, tasks, or how an encoder scores on labelled examples."""
     kept_back = given.values["tasks"] and json_file is not None
     interrupted = "tasks that were done are kept beside the file of --json" if kept_back else "nothing is kept of it"
     progress = ConsoleProgress()

@@ -4,8 +4,13 @@ from typing import Annotated
 
 import typer
 
+from pared.memory import Stream
+
 RECIPE_FILE = "YAML file; options given here win over it."
 # Of a recipe: what is compressed and how, as far as it can be told without a text, and how a text is read.
 SHAPES = ("model", "skip", "blocks", "options", "dtype")
 PLANNED = (*SHAPES, "preset", "method", "keep", "rank_fraction", "sparsity", "pattern", "allocation", "storage")
+Streaming = Annotated[
+    Stream, typer.Option("--stream", help="Read the model block by block; auto does where memory does not hold it.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it is there.")]

@@ -42,7 +42,7 @@ def search(
     folder: Annotated[Path | None, typer.Option("--out", help="The folder to make, or to resume in.")] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Search for the program that spreads zeros or ranks best; a search that was stopped resumes where it was."""
+    """Search for the program that allocates sparsity or ranks best; a search that was stopped resumes."""
     with errors("interrupted; what was measured is in the journal, the same command resumes from there"):
         quiet_libraries()
         if folder is None:

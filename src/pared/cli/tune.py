@@ -20,7 +20,7 @@ def tune(
     overwrite: Overwrite = False,
     json_file: JsonFile = None,
 ) -> None:
-    """Train a compressed model: rank, format and zeros stay; or, with basel, make a dense one smaller for a task.
+    """Train a compressed model, keeping its ranks and zeros; or, with basel, compress a dense one for a task.
 
     The same command resumes after a crash.
     """
