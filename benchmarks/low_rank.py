@@ -20,7 +20,7 @@ import torch
 
 import pared
 from grid import LENGTH, SAMPLES, WINDOWS, measured, plot, ratios, require_disjoint, signature
-from pared.calibration import WalkedBlock, saved_blocks
+from pared.calibration import BlockStatistics, saved_blocks
 from pared.cli.from_schema import named_values
 from pared.engine import collect
 from pared.engine.spec import dense_path_of, low_rank_of, options_of, refit_of, statistics_of
@@ -63,7 +63,7 @@ def measure(model_name: str, recipe: pared.Recipe | None) -> dict[str, Any]:
         asked = recipe.calibration
         row |= {"method": recipe.method, "keep": recipe.keep, "text": asked.text, "samples": asked.samples}
 
-        def collected() -> Iterator[WalkedBlock]:
+        def collected() -> Iterator[BlockStatistics]:
             return saved_blocks(statistics(model_name, recipe.method, asked))
 
         names = PASSES[PASS_OF.get(recipe.method, "forward")][1]

@@ -77,16 +77,33 @@ class Pace:
 
 
 class Stopwatch:
-    """Seconds by stage, summed over visits."""
+    """Seconds by stage, summed over visits; what happens in a stage inside another is counted in the inner one alone.
 
-    def __init__(self) -> None:
+    Args:
+        clock: tells seconds; ours by default.
+    """
+
+    def __init__(self, clock: Callable[[], float] | None = None) -> None:
         self.seconds: dict[str, float] = {}
+        self._clock = clock or time.perf_counter
+        self._open: list[str] = []
+        self._since = 0.0
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         """Time what happens inside."""
-        start = time.perf_counter()
+        self._count()
+        self._open.append(stage)
         try:
             yield
         finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+            self._count()
+            self._open.pop()
+
+    def _count(self) -> None:
+        """Give the time since the last change of stage to the stage that was open."""
+        now = self._clock()
+        if self._open:
+            stage = self._open[-1]
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._since
+        self._since = now

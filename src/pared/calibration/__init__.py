@@ -1,11 +1,11 @@
 """What the data says about the weights: one pass over the blocks, statistics as small accumulators."""
 
 from pared.calibration.activations import BlockInputs, capture
-from pared.calibration.backward import backward
-from pared.calibration.cache import save_blocks, saved_blocks
-from pared.calibration.forward import DensePath, Shapes, WalkedBlock, walk
+from pared.calibration.backward import Trail, Wants, back, from_head, frozen, record
+from pared.calibration.cache import save_block, saved_blocks
+from pared.calibration.forward import BlockStatistics, DenseReference, Shapes, observe, propagate, propagate_reference
 from pared.calibration.gradient_statistics import FORWARD as STATISTICS
-from pared.calibration.gradient_statistics import GRADIENT_STATISTICS, GradientStatistic, OfInput, share_felt
+from pared.calibration.gradient_statistics import GRADIENT_STATISTICS, GradientStatistic, OfInput
 from pared.calibration.labels import Given, Labels, NextToken, Sampled, Scores, choose_labels
 from pared.calibration.statistics import (
     CROSS,
@@ -32,8 +32,9 @@ __all__ = [
     "GRADIENT_STATISTICS",
     "STATISTICS",
     "BlockInputs",
+    "BlockStatistics",
     "Collected",
-    "DensePath",
+    "DenseReference",
     "Fisher",
     "Given",
     "GradientStatistic",
@@ -48,21 +49,26 @@ __all__ = [
     "Shapes",
     "Statistic",
     "StatisticView",
-    "WalkedBlock",
+    "Trail",
+    "Wants",
     "accumulators",
     "all_reduce",
-    "backward",
+    "back",
     "backward_data_fraction",
     "capture",
     "choose_dtype",
     "choose_labels",
     "cross_of",
+    "from_head",
+    "frozen",
     "gradient_accumulators",
+    "observe",
     "per_token",
+    "propagate",
+    "propagate_reference",
+    "record",
     "require_statistics",
-    "save_blocks",
+    "save_block",
     "saved_blocks",
-    "share_felt",
     "statistic_kind",
-    "walk",
 ]

@@ -39,9 +39,10 @@ class BlockInputs:
         """Return the calls of one block in a batch, in order."""
         return [call for call in self.calls[batch] if call.block == block]
 
-    def first(self, batches: int) -> "BlockInputs":
-        """Return the same inputs, not copied, of the first batches alone."""
-        return replace(self, hidden=self.hidden[:batches], calls=self.calls[:batches], beside=self.beside[:batches])
+    def part(self, start: int, stop: int) -> "BlockInputs":
+        """Return the same inputs, not copied, of some batches alone; what is done to them leaves these as they are."""
+        there = slice(start, stop)
+        return replace(self, hidden=self.hidden[there], calls=self.calls[there], beside=self.beside[there])
 
     def mask(self, batch: int) -> torch.Tensor | None:
         """Return which tokens ``(batch, tokens)`` of a batch are no padding, bool; none if all are."""

@@ -1,7 +1,8 @@
-"""The backward pass: the gradient of a loss at every site, with the graph of one block alive at a time."""
+"""The backward pass, piece by piece: blocks forward, the head, and blocks back, with one block's graph at a time."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,59 +21,8 @@ from pared.structure.state import KeptState
 Wants = Mapping[str, Mapping[str, GradientStatistic]]
 
 
-def backward(
-    model: PreTrainedModel,
-    anatomy: Anatomy,
-    inputs: BlockInputs,
-    tokens: torch.Tensor,
-    wants: Wants,
-    labels: Labels,
-    on_batch: Callable[[], None] = lambda: None,
-) -> None:
-    """Fill accumulators with the gradient of the summed loss at the outputs of the sites.
-
-    Every batch goes forward through the blocks, which leaves the input of each; through the model's own code around
-    them, window by window, for the loss; and back, block by block, each recomputed from its input. Weights are given
-    no gradient. A block that runs several times in a pass is gone back through as often; its statistics are over all
-    runs together, and the gradient of an example is the sum over them, as that of a shared weight is. Memory: the
-    blocks in the computing dtype if the model is stored in another, the inputs of all blocks for one batch, the graph
-    of one block, the logits of one window.
-
-    Args:
-        model: unchanged afterwards, also its ``requires_grad`` and ``training`` flags.
-        anatomy: after the probe pass.
-        inputs: captured inputs of ``tokens``; not changed, so this goes before a walk, which overwrites them. Tokens
-            that their attention mask leaves out are in no statistic and have no label.
-        tokens: the windows ``(windows, length)``.
-        wants: accumulators by site name and statistic name, updated in place. One that no token of a batch reached
-            (an expert) keeps its count.
-        labels: where the labels come from.
-        on_batch: called after every block of every batch went back.
-
-    Raises:
-        ParedError: a gradient is NaN or infinite (names the site), the model has no head that predicts classes, the
-            labels do not fit, or examples cannot be told apart where a statistic needs that.
-    """
-    if unknown := sorted(wants.keys() - {site.name for site in anatomy.sites}):
-        raise ParedError(f"gradients are wanted of {unknown[0]}, which is not a site of {type(model).__name__}")
-    window = 0
-    with _frozen(model):
-        workers = [worker_of(block, inputs.dtype, inputs.device) for block in anatomy.blocks(model)]
-        states = [KeptState([worker]) for worker in workers]
-        parts = torch.split(tokens, [len(hidden) for hidden in inputs.hidden])
-        for batch, (hidden, calls, part) in enumerate(zip(inputs.hidden, inputs.calls, parts, strict=True)):
-            trail = _forward(workers, anatomy, calls, hidden, states)
-            more, mask = inputs.beside[batch], inputs.mask(batch)
-            gradient = _through_head(model, anatomy, calls, trail.pop(), part, more, window, labels)
-            for index in reversed(range(len(workers))):
-                runs = [(call, trail.pop()) for call in reversed(inputs.calls_of(batch, index))]
-                gradient = _back(workers[index], anatomy, index, runs, gradient, wants, mask, states[index])
-                on_batch()
-            window += len(part)
-
-
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """Ask for no gradient of a weight and for no dropout; put every flag back afterwards."""
     asked = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
@@ -84,17 +34,108 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
+@dataclass
+class Trail:
+    """What the runs of the blocks read in some batches, on the way back from the last to the first.
+
+    Attributes:
+        inputs: of the batches; the calls of their blocks.
+        reads: what every run of a block reads, by run and by batch; a block that runs several times has as many runs.
+        gradients: of the loss with respect to what the last run that is left puts out, by batch.
+    """
+
+    inputs: BlockInputs
+    reads: list[list[torch.Tensor]] = field(default_factory=list)
+    gradients: list[torch.Tensor] = field(default_factory=list)
+
+    def runs_of(self, index: int) -> list[int]:
+        """Return the numbers of a block's runs, in order."""
+        return [run for run, call in enumerate(self.inputs.calls[0]) if call.block == index]
+
+
 @torch.no_grad()
-def _forward(
-    workers: list[nn.Module], anatomy: Anatomy, calls: list[BlockCall], hidden: torch.Tensor, states: list[KeptState]
-) -> list[torch.Tensor]:
-    """Return what every run of a block reads, and what the last one puts out."""
-    trail = [hidden]
-    for call in calls:
-        trail.append(call.run(workers[call.block], trail[-1].clone()))  # a block may change its input in place
-        states[call.block].restore()
-        require_finite_hidden(anatomy, call.block, trail[-1])
-    return trail
+def record(block: nn.Module, index: int, anatomy: Anatomy, trail: Trail) -> None:
+    """Let one block run over all batches of a trail, and keep what each of its runs reads.
+
+    Args:
+        block: in any dtype.
+        index: of the block.
+        anatomy: after the probe pass.
+        trail: ``inputs.hidden`` is what the block reads before, what it puts out afterwards.
+
+    Raises:
+        ParedError: what it puts out is NaN or infinite; names the block.
+    """
+    inputs = trail.inputs
+    worker = worker_of(block, inputs.dtype, inputs.device)
+    state = KeptState([worker])
+    for run in trail.runs_of(index):
+        trail.reads.append([])
+        for batch, calls in enumerate(inputs.calls):
+            trail.reads[run].append(inputs.hidden[batch])
+            # A block may change its input in place.
+            inputs.hidden[batch] = calls[run].run(worker, inputs.hidden[batch].clone())
+            state.restore()
+            require_finite_hidden(anatomy, index, inputs.hidden[batch])
+
+
+def from_head(
+    model: PreTrainedModel, anatomy: Anatomy, trail: Trail, tokens: torch.Tensor, first_window: int, labels: Labels
+) -> None:
+    """Begin the way back: the gradient of the summed loss with respect to what the last block puts out.
+
+    Args:
+        model: whose head and loss these are.
+        anatomy: of it.
+        trail: after the last block ran forward; it is given its ``gradients``.
+        tokens: the windows of its batches ``(windows, length)``.
+        first_window: number of the first of them, on which sampled labels depend.
+        labels: where the labels come from.
+
+    Raises:
+        ParedError: the model has no head that predicts classes, or the labels do not fit.
+    """
+    inputs, window = trail.inputs, first_window
+    parts = torch.split(tokens, [len(hidden) for hidden in inputs.hidden])
+    for batch, part in enumerate(parts):
+        calls, beside, hidden = inputs.calls[batch], inputs.beside[batch], inputs.hidden[batch]
+        trail.gradients.append(_through_head(model, anatomy, calls, hidden, part, beside, window, labels))
+        window += len(part)
+
+
+def back(
+    block: nn.Module,
+    index: int,
+    anatomy: Anatomy,
+    trail: Trail,
+    wants: Wants,
+    on_batch: Callable[[], None] = lambda: None,
+) -> None:
+    """Send the gradients of a trail back through one block, and tell the statistics of its sites on the way.
+
+    Args:
+        block: in any dtype.
+        index: of the block.
+        anatomy: after the probe pass.
+        trail: its last run is the last of this block; its gradients become those of what the block reads.
+        wants: accumulators by site name and statistic name, updated in place. One that no token of a batch reached
+            (an expert) keeps its count.
+        on_batch: called after every batch.
+
+    Raises:
+        ParedError: a gradient is NaN or infinite (names the site), or examples cannot be told apart where a statistic
+            needs that.
+    """
+    inputs = trail.inputs
+    worker = worker_of(block, inputs.dtype, inputs.device)
+    state, runs = KeptState([worker]), trail.runs_of(index)
+    for batch in range(len(inputs.calls)):
+        seen = [(inputs.calls[batch][run], trail.reads[run][batch]) for run in reversed(runs)]
+        trail.gradients[batch] = _back(
+            worker, anatomy, index, seen, trail.gradients[batch], wants, inputs.mask(batch), state
+        )
+        on_batch()
+    del trail.reads[runs[0] :]
 
 
 def _through_head(

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from pared.calibration.forward import WalkedBlock
+from pared.calibration.forward import BlockStatistics
 from pared.calibration.statistics import Statistic, statistic_kind
 from pared.errors import ParedError
 
@@ -59,33 +59,32 @@ class SavedStatistic:
         return statistic
 
 
-def save_blocks(folder: Path, blocks: Iterable[WalkedBlock]) -> None:
-    """Write the statistics of blocks as they come, one file a block; what sites share is written once.
+def save_block(folder: Path, block: BlockStatistics) -> None:
+    """Write the statistics of one block to a file of its own; what sites share is written once.
 
-    A file appears when its block is complete and on the disk, so that an interrupted pass leaves only whole files.
+    The file appears when it is complete and on the disk, so that an interrupted pass leaves only whole files.
 
     Args:
         folder: made if it is not there.
-        blocks: with accumulators.
+        block: with accumulators.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for block in blocks:
-        tensors: dict[str, torch.Tensor] = {}
-        keys: dict[int, str] = {}  # of a statistic that several sites share: that of the first of them
-        entries: dict[str, dict[str, dict[str, Any]]] = {}
-        for site, own in block.statistics.items():
-            for name, found in own.items():
-                key = keys.setdefault(id(found), f"{site}/{name}")
-                statistic = found.load() if isinstance(found, SavedStatistic) else cast(Statistic, found)
-                if key == f"{site}/{name}":
-                    tensors |= {f"{key}/{part}": tensor.cpu() for part, tensor in statistic.state_dict().items()}
-                entry = {"key": key, "tokens": statistic.tokens, "features": statistic.features}
-                entries.setdefault(site, {})[name] = entry
-        about = {"version": VERSION, "index": block.index, "influence": block.influence, "entries": entries}
-        _write(folder / f"block-{block.index:05}.safetensors", tensors, about)
+    tensors: dict[str, torch.Tensor] = {}
+    keys: dict[int, str] = {}  # of a statistic that several sites share: that of the first of them
+    entries: dict[str, dict[str, dict[str, Any]]] = {}
+    for site, own in block.statistics.items():
+        for name, found in own.items():
+            key = keys.setdefault(id(found), f"{site}/{name}")
+            statistic = found.load() if isinstance(found, SavedStatistic) else cast(Statistic, found)
+            if key == f"{site}/{name}":
+                tensors |= {f"{key}/{part}": tensor.cpu() for part, tensor in statistic.state_dict().items()}
+            entry = {"key": key, "tokens": statistic.tokens, "features": statistic.features}
+            entries.setdefault(site, {})[name] = entry
+    about = {"version": VERSION, "index": block.index, "influence": block.influence, "entries": entries}
+    _write(folder / f"block-{block.index:05}.safetensors", tensors, about)
 
 
-def saved_blocks(folder: Path) -> Iterator[WalkedBlock]:
+def saved_blocks(folder: Path) -> Iterator[BlockStatistics]:
     """Yield the blocks of a folder in order; their statistics are read one by one, when their value is asked for.
 
     Raises:
@@ -105,7 +104,7 @@ def saved_blocks(folder: Path) -> Iterator[WalkedBlock]:
             for name, entry in own.items():
                 handle = handles.setdefault(entry["key"], SavedStatistic(name, **entry, file=file))
                 statistics.setdefault(site, {})[name] = handle
-        yield WalkedBlock(about["index"], statistics, about["influence"])
+        yield BlockStatistics(about["index"], statistics, about["influence"])
 
 
 def _write(place: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[str, object]) -> None:

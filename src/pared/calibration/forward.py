@@ -1,9 +1,9 @@
-"""The pass: blocks one after the other on captured inputs, statistics handed on as each block is done."""
+"""One block over all batches: what it puts out, and statistics of what its sites read and put out on the way."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,8 +24,8 @@ Shapes = Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True)
-class WalkedBlock:
-    """One block after its pass.
+class BlockStatistics:
+    """What is known of one block after it has run over all batches.
 
     Attributes:
         index: of the block.
@@ -40,91 +40,78 @@ class WalkedBlock:
 
 
 @dataclass(frozen=True)
-class DensePath:
-    """The dense model, which goes beside a compressed one on the same tokens.
+class DenseReference:
+    """The dense model, which runs beside a compressed one on the same tokens.
 
     Attributes:
         hidden: what its next block reads, by batch; overwritten.
-        block: gives the dense block of an index, when the walk is there; it may be the very block that is walked.
+        block: gives the dense block of an index when its turn comes; it may be the very block that is observed.
     """
 
     hidden: list[torch.Tensor]
     block: Callable[[int], nn.Module]
 
 
-def walk(
-    blocks: list[nn.Module],
+def observe(
+    block: nn.Module,
+    index: int,
     anatomy: Anatomy,
     inputs: BlockInputs,
     needs: Callable[[Shapes], frozenset[str]],
-    on_batch: Callable[[], None] = lambda: None,
+    *,
+    reference: DenseReference | None = None,
     influence: bool = False,
-    sequential: bool = False,
-    dense: DensePath | None = None,
-    group: int = 1,
-    observed: Callable[[int], nn.Module] | None = None,
-) -> Iterator[WalkedBlock]:
-    """Run every block once over all batches and yield its statistics before the next block starts.
+    early_exit: bool = False,
+    on_batch: Callable[[], None] = lambda: None,
+) -> BlockStatistics:
+    """Run one block over all batches and collect statistics of what its sites read and put out.
 
     A block that runs several times in a pass does so here, and its statistics are over all runs together. Whatever it
-    keeps between calls is put back before every one. The caller may replace or free a block as soon as it is yielded.
-    Memory: one block in the computing dtype, its inputs, and its statistics.
-
-    A ``sequential`` walk runs a block again after it was yielded, on the same inputs, so that the next block reads what
-    the changed block puts out: twice the forward passes, the first of which ends as soon as the last site has read, and
-    the hidden states of one more block in memory. Where blocks are changed in groups, all of a group are run again
-    behind its last one: one pass more, and the hidden states of ``group`` blocks. Inside a group a block reads what
-    those before it put out so far.
-
-    With a ``dense`` path every site has the statistic ``cross`` too, of what it reads on both paths: one more forward
-    pass, and the hidden states and one block of the dense model in memory.
-
-    Behind a changed prefix the later runs of a block still read what the block puts out before it is changed itself, as
-    its sites do among themselves.
+    keeps between calls is put back before every one. Memory: one block in the computing dtype, its inputs, and its
+    statistics; with a reference, the dense block too.
 
     Args:
-        blocks: the blocks, in order.
+        block: in any dtype; a copy in that of the inputs runs if it is another.
+        index: of the block.
         anatomy: after the probe pass.
-        inputs: captured inputs; overwritten.
+        inputs: what the block reads; afterwards what it puts out, unless it was left early.
         needs: names of the statistics to collect, from the shapes ``(out, in)`` of the sites that read one tensor.
-        on_batch: called after every batch of every block.
-        influence: measure how much every block changes the hidden states.
-        sequential: let later blocks see what the caller made of earlier ones.
-        dense: the dense model, if it is to go beside.
-        group: how many neighbouring blocks the caller may change together, once it has the last of them.
-        observed: gives a block of the same structure that statistics are of, in place of the one of an index, when a
-            sequential walk is there; what is handed on is put out by the block itself.
+        reference: the dense model, if it runs beside; every site then has the statistic ``cross`` too, of what it reads
+            on both paths.
+        influence: measure how much the block changes the hidden states.
+        early_exit: leave the block as soon as the last site has read; what the block would put out is then not known.
+        on_batch: called after every batch.
 
     Raises:
         ParedError: an activation is NaN or infinite; names the site.
     """
-    trail: dict[int, list[torch.Tensor]] = {}  # what the blocks of the open group read
-    for index, block in enumerate(blocks):
-        worker = worker_of(observed(index) if observed else block, inputs.dtype, inputs.device)
-        statistics = _accumulators(anatomy, index, needs, inputs.device, crossed=dense is not None)
-        if sequential:
-            trail[index] = [hidden.clone() for hidden in inputs.hidden]
-        running = _Running(dense)
-        if sequential and not influence:
-            running.last = LastRead(sum(_is_collected(s, statistics.get(s.name, {})) for s in anatomy.sites_of(index)))
-        if dense is not None:
-            running.beside = copy_block(dense.block(index)).to(device=inputs.device, dtype=inputs.dtype)
-        with hooks(_tap(worker, anatomy, index, statistics, running)):
-            cosines = list(_run_block(worker, index, inputs, running, on_batch, influence))
-        _require_finite(anatomy, index, statistics, inputs)
-        yield WalkedBlock(index, statistics, 1 - sum(cosines) / len(cosines) if cosines else None)
-        if sequential:
-            closed = (index + 1) % group == 0
-            first = index + 1 - group if closed else index
-            inputs.hidden[:] = [hidden.clone() for hidden in trail[first]] if first < index else trail[index]
-            if not closed:
-                trail[index] = [hidden.clone() for hidden in inputs.hidden]
-            for again in range(first, index + 1):
-                worker = worker_of(blocks[again], inputs.dtype, inputs.device)
-                list(_run_block(worker, again, inputs, _Running(), lambda: None))
-                _require_finite(anatomy, again, {}, inputs)
-            if closed:
-                trail.clear()
+    worker = worker_of(block, inputs.dtype, inputs.device)
+    statistics = _accumulators(anatomy, index, needs, inputs.device, crossed=reference is not None)
+    running = _Running(reference)
+    if early_exit and not influence:
+        running.last = LastRead(sum(_is_collected(s, statistics.get(s.name, {})) for s in anatomy.sites_of(index)))
+    if reference is not None:
+        running.beside = copy_block(reference.block(index)).to(device=inputs.device, dtype=inputs.dtype)
+    with hooks(_tap(worker, anatomy, index, statistics, running)):
+        cosines = _run_block(worker, index, inputs, running, on_batch, influence)
+    _require_finite(anatomy, index, statistics, inputs)
+    return BlockStatistics(index, statistics, 1 - sum(cosines) / len(cosines) if cosines else None)
+
+
+def propagate(block: nn.Module, index: int, anatomy: Anatomy, inputs: BlockInputs) -> None:
+    """Let one block run over all batches: ``inputs`` are what it reads before, what it puts out afterwards.
+
+    Raises:
+        ParedError: what it puts out is NaN or infinite; names the block.
+    """
+    _run_block(worker_of(block, inputs.dtype, inputs.device), index, inputs, _Running())
+    _require_finite(anatomy, index, {}, inputs)
+
+
+def propagate_reference(index: int, inputs: BlockInputs, reference: DenseReference) -> None:
+    """Let the dense block of an index run over all batches, alone: the hidden states of the reference are its own."""
+    beside = copy_block(reference.block(index)).to(device=inputs.device, dtype=inputs.dtype)
+    _run_block(beside, index, replace(inputs, hidden=reference.hidden), _Running())
 
 
 @dataclass
@@ -140,7 +127,7 @@ class _Running:
         reads: what the sites of the dense block have read of this batch, by the site that reads first.
     """
 
-    path: DensePath | None = None
+    path: DenseReference | None = None
     last: "LastRead | None" = None
     beside: nn.Module | None = None
     mask_BT: torch.Tensor | None = None
@@ -154,10 +141,11 @@ def _run_block(
     index: int,
     inputs: BlockInputs,
     running: _Running,
-    on_batch: Callable[[], None],
+    on_batch: Callable[[], None] = lambda: None,
     influence: bool = False,
-) -> Iterator[float]:
-    """Run a block over every batch; yield the mean cosine of what each run reads and puts out, if asked for."""
+) -> list[float]:
+    """Run a block over every batch; return the mean cosine of what each run reads and puts out, if asked for."""
+    cosines: list[float] = []
     state = KeptState([worker] if running.beside is None else [worker, running.beside])
     for number in range(len(inputs.calls)):
         running.mask_BT = mask_BT = inputs.mask(number)
@@ -172,10 +160,11 @@ def _run_block(
             state.restore()
             if before is not None:
                 cosine_BT = functional.cosine_similarity(before.float(), inputs.hidden[number].float(), dim=-1)
-                yield float((cosine_BT if mask_BT is None else cosine_BT[mask_BT]).mean())
+                cosines.append(float((cosine_BT if mask_BT is None else cosine_BT[mask_BT]).mean()))
         if running.last is not None:
             running.last.known = True
         on_batch()
+    return cosines
 
 
 def worker_of(block: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:

@@ -4,10 +4,9 @@ from collections.abc import Callable
 
 import torch
 
-from pared.calibration.statistics import STATISTICS, Statistic, StatisticKind, backward_data_fraction
+from pared.calibration.statistics import STATISTICS, Statistic, StatisticKind
 
 GradientStatistic = Statistic
-share_felt = backward_data_fraction
 FORWARD = {name: kind for name, kind in STATISTICS.items() if kind.of in ("input", "output")}
 
 

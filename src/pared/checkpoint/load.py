@@ -8,7 +8,6 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.arguments import name_from
-from pared.checkpoint.finite import require_finite
 from pared.checkpoint.format import QUANT_METHOD, ParedConfig
 from pared.environment import dtype_of
 from pared.errors import ParedError
@@ -16,6 +15,7 @@ from pared.io.record import MANIFEST, SUMS, recorded, require_own_sum, require_w
 from pared.models.architecture import first_line
 from pared.models.source import ModelSource, find_model
 from pared.models.trust import trusting
+from pared.structure.finite import require_finite
 
 log = logging.getLogger(__name__)
 

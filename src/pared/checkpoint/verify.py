@@ -11,7 +11,6 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from pared.arguments import name_from
-from pared.checkpoint.finite import require_finite
 from pared.checkpoint.load import load, read_config, read_map, read_shared, require_recorded
 from pared.checkpoint.loader import empty_module
 from pared.checkpoint.portable import module_map
@@ -23,6 +22,7 @@ from pared.models.source import find_model
 from pared.models.trust import trusted, trusting
 from pared.schema.manifest import Fingerprint, Manifest
 from pared.structure import weight_of
+from pared.structure.finite import require_finite
 from pared.structure.probe import hooks
 
 TOKENS, SAMPLES = 16, 64

@@ -48,12 +48,12 @@ def rank_groups(
         quiet_libraries()
         recipe = given.merged()
         from pared.engine.early import require_model, require_possible, require_suited
-        from pared.engine.spec import low_rank_of
+        from pared.engine.spec import resolve_low_rank
 
-        low_rank_of(recipe)
-        require_possible(recipe)
-        source = require_model(recipe)
-        require_suited(source.config(), recipe, source.name)
+        resolve_low_rank(recipe)
+        spec = require_possible(recipe)
+        source = require_model(spec)
+        require_suited(source.config(), spec, source.name)
         from pared.entrypoints.rank_groups import rank_groups as measure
 
         tokenizer = source.tokenizer()

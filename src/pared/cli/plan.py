@@ -22,20 +22,19 @@ def plan(
     with errors():
         quiet_libraries()
         recipe = given.merged()
-        from pared.engine import allocation_of, decided_from_data, plan_of
         from pared.engine.early import require_model, require_possible, require_suited
-        from pared.engine.spec import anatomy_of
 
-        require_possible(recipe)
-        source = require_model(recipe)
-        require_suited(source.config(), recipe, source.name)
+        spec = require_possible(recipe)
+        source = require_model(spec)
+        require_suited(source.config(), spec, source.name)
+        from pared.engine.allocate import anatomy_of, plan_from_shapes
         from pared.engine.result import stacks
 
         skeleton = source.skeleton()
-        decided = plan_of(skeleton, recipe, source.weight_bytes(recipe.dtype))
+        decided = plan_from_shapes(skeleton, spec, source.weight_bytes(recipe.dtype))
         print_plan(decided, stacks(anatomy_of(skeleton, recipe)), f"{recipe.model}  {recipe.method}  {recipe.budget}")
-        if decided_from_data(recipe):
-            out.print(f"allocation {allocation_of(recipe)} looks at the model or data; this is uniform")
+        if spec.decided_from_data:
+            out.print(f"allocation {spec.allocator.name} looks at the model or data; this is uniform")
         if decided.missed:
             out.print(decided.missed)
         write_json(json_file, decided.model_dump(mode="json"))

@@ -56,8 +56,7 @@ def search(
         from pared.engine.early import require_model, require_possible
 
         recipe, settings = given.merged(method=pruner or method), config.merged()
-        require_possible(recipe)
-        require_model(recipe)
+        require_model(require_possible(recipe))
         from pared.entrypoints.search import run
 
         pools = None

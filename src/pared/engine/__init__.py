@@ -1,38 +1,49 @@
-"""Drives the road: from a model and a recipe to a compressed model."""
+"""Compresses a model block by block: a recipe resolved once, then observe, solve, allocate, install."""
 
 from typing import TYPE_CHECKING
 
 from pared.lazy import lazy_package
 
 if TYPE_CHECKING:
-    from pared.engine.allocate import decided_from_data, plan_of
-    from pared.engine.compress import compress
-    from pared.engine.observe import collect
-    from pared.engine.pruning import look, prune
+    from pared.engine.allocate import plan_from_shapes
+    from pared.engine.compress import collect_evidence, compress_blocks
+    from pared.engine.observe import Observer, collect
     from pared.engine.result import Compressed
-    from pared.engine.spec import EVERY_METHOD, allocation_of, method_of
+    from pared.engine.spec import EVERY_METHOD, CompressionSpec, LowRankSpec, PassSpec, SparseSpec, resolve
+    from pared.progress import Progress, Silent
 
 __all__ = [
     "EVERY_METHOD",
     "Compressed",
-    "allocation_of",
+    "CompressionSpec",
+    "LowRankSpec",
+    "Observer",
+    "PassSpec",
+    "Progress",
+    "Silent",
+    "SparseSpec",
     "collect",
-    "compress",
-    "decided_from_data",
-    "look",
-    "method_of",
-    "plan_of",
-    "prune",
+    "collect_evidence",
+    "compress_blocks",
+    "plan_from_shapes",
+    "resolve",
 ]
 
 lazy_package(
     __name__,
     {
-        "pared.engine.allocate": ["decided_from_data", "plan_of"],
-        "pared.engine.compress": ["compress"],
-        "pared.engine.observe": ["collect"],
-        "pared.engine.pruning": ["look", "prune"],
+        "pared.engine.allocate": ["plan_from_shapes"],
+        "pared.engine.spec": [
+            "EVERY_METHOD",
+            "CompressionSpec",
+            "LowRankSpec",
+            "PassSpec",
+            "SparseSpec",
+            "resolve",
+        ],
         "pared.engine.result": ["Compressed"],
-        "pared.engine.spec": ["EVERY_METHOD", "allocation_of", "method_of"],
+        "pared.engine.compress": ["collect_evidence", "compress_blocks"],
+        "pared.engine.observe": ["Observer", "collect"],
+        "pared.progress": ["Progress", "Silent"],
     },
 )

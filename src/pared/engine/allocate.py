@@ -1,28 +1,53 @@
 """Decisions put together to the plan of a whole model, from shapes alone or from evidence."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, cast
+
+import torch
+from transformers import PreTrainedModel
 
 from pared.allocation import Budget, Evidence, Unit, allocator_of
-from pared.engine.spec import (
-    allocation_of,
-    anatomy_of,
-    budget_of,
-    is_pruning,
-    layer_allocation_of,
-    options_of,
-    rank_options_of,
-)
-from pared.schema.plan import Decision, LowRank, Plan, Shared, SitePlan
+from pared.allocation.sparsity import mixture
+from pared.engine.grouping import candidate_units
+from pared.engine.spec import CompressionSpec, SparseSpec
+from pared.errors import ParedError
+from pared.schema.plan import NM, Decision, Dense, LowRank, Plan, Shared, SitePlan, Sparse
 from pared.schema.recipe import Recipe
-
-if TYPE_CHECKING:  # what a plan by shapes alone lacks is refused without torch
-    from transformers import PreTrainedModel
-
-    from pared.structure import Anatomy
+from pared.structure import Anatomy, Site, find_anatomy, probe
+from pared.structure.probe import probe_shapes
 
 
-def whole_plan(anatomy: "Anatomy", keep: float, decisions: Mapping[str, Decision], bytes_per_parameter: int) -> Plan:
+def anatomy_of(model: PreTrainedModel, recipe: Recipe) -> Anatomy:
+    """Return the sites a recipe covers, from shapes alone.
+
+    Raises:
+        ParedError: no such blocks, no linear layer in them, or nothing is left of them.
+    """
+    return find_anatomy(model, recipe.blocks).without(recipe.skip)
+
+
+def plan_from_shapes(model: PreTrainedModel, spec: CompressionSpec, bytes_per_parameter: int | None = None) -> Plan:
+    """Decide every site from shapes alone; the model may be on the meta device.
+
+    Where ranks or zeros depend on the data, those of uniform allocation stand in: the sizes are right to a rank.
+
+    Raises:
+        ParedError: nothing to compress, or a budget too small.
+    """
+    anatomy, itemsize = anatomy_of(model, spec.recipe), bytes_per_parameter or model.dtype.itemsize
+    if isinstance(spec, SparseSpec):
+        units = [[site] for site in anatomy.sites]
+        uniform = torch.full((len(units),), spec.sparsity, dtype=torch.float64)
+        return plan_zeros(anatomy, spec, units, uniform, itemsize)
+    by_shape = "uniform" if spec.allocator.needs else spec.allocator.name
+    grouped = None
+    # What is measured is not known from shapes: each weight alone.
+    if spec.options.get("sharing") in ("paper", "all"):
+        anatomy = probe_shapes(model, anatomy) if model.device.type == "meta" else probe(model, anatomy, read=False)[0]
+        grouped = candidate_units(anatomy, spec.group_size, str(spec.options["sharing"]))
+    return make_plan(anatomy, by_shape, spec.budget, itemsize, grouped)
+
+
+def whole_plan(anatomy: Anatomy, keep: float, decisions: Mapping[str, Decision], bytes_per_parameter: int) -> Plan:
     """Return the plan of a model.
 
     Args:
@@ -51,7 +76,7 @@ def whole_plan(anatomy: "Anatomy", keep: float, decisions: Mapping[str, Decision
 
 
 def make_plan(
-    anatomy: "Anatomy",
+    anatomy: Anatomy,
     allocation: str,
     budget: Budget,
     bytes_per_parameter: int,
@@ -86,36 +111,44 @@ def _of_member(unit: Unit, decision: Decision) -> Decision:
     return decision
 
 
-def decided_from_data(recipe: Recipe) -> bool:
-    """Whether more than shapes decides what every site keeps, so that :func:`plan_of` can only stand in."""
-    if is_pruning(recipe):
-        return bool(layer_allocation_of(recipe)[0].needs)
-    return bool(allocator_of(allocation_of(recipe)).needs)
+def plan_zeros(
+    anatomy: Anatomy,
+    spec: SparseSpec,
+    units: Sequence[Sequence[Site]],
+    sparsities_L: torch.Tensor,
+    bytes_per_parameter: int,
+) -> Plan:
+    """Decide every site from the sparsities of units.
 
+    With a pattern every unit gets a whole number of every M, so that the mean comes as close as it can.
 
-def plan_of(model: "PreTrainedModel", recipe: Recipe, bytes_per_parameter: int | None = None) -> Plan:
-    """Decide every site from shapes alone; the model may be on the meta device.
-
-    Where ranks or zeros depend on the data, those of uniform allocation stand in: the sizes are right to a rank.
+    Args:
+        anatomy: of the model.
+        spec: its sparsity, and its pattern if it has one.
+        units: the sites that get one sparsity.
+        sparsities_L: of every unit.
+        bytes_per_parameter: of the dtype the model is saved in.
 
     Raises:
-        ParedError: unknown method or allocation, nothing to compress, or a budget too small.
+        ParedError: a site's inputs are no multiple of M; names it.
     """
-    from pared.engine.grouping import candidate_units
-    from pared.engine.zeros import uniform_zeros
-    from pared.structure.probe import probe, probe_shapes
-
-    options = options_of(recipe)
-    if is_pruning(recipe):
-        layer_allocation_of(recipe)
-        anatomy = anatomy_of(model, recipe)
-        return uniform_zeros(anatomy, recipe, bytes_per_parameter or model.dtype.itemsize)
-    allocation = allocation_of(recipe)
-    rank_options_of(recipe)
-    by_shape = "uniform" if allocator_of(allocation).needs else allocation
-    anatomy = anatomy_of(model, recipe)
-    units = None
-    if options.get("sharing") in ("paper", "all"):  # what is measured is not known from shapes: each weight alone
-        anatomy = probe_shapes(model, anatomy) if model.device.type == "meta" else probe(model, anatomy, read=False)[0]
-        units = candidate_units(anatomy, cast("int", options["group_size"]), str(options["sharing"]))
-    return make_plan(anatomy, by_shape, budget_of(recipe), bytes_per_parameter or model.dtype.itemsize, units)
+    decisions: dict[str, Decision] = {}
+    if spec.pattern is None:
+        for unit, sparsity in zip(units, sparsities_L.tolist(), strict=True):
+            decisions |= {site.name: Sparse(sparsity=sparsity) for site in unit}
+    else:
+        asked = spec.pattern
+        sizes_L = torch.tensor([sum(s.out_features * s.in_features for s in unit) for unit in units])
+        mixed = mixture(sparsities_L, asked.group, asked.sparsity, sizes_L)
+        for unit, removed in zip(units, mixed.removed, strict=True):
+            kept = asked.group - removed
+            whole = Dense(reason=f"keeps {asked.group} of every {asked.group}")
+            decisions |= {site.name: NM(kept=kept, group=asked.group) if removed else whole for site in unit}
+        for site in anatomy.sites:
+            if site.in_features % asked.group:
+                raise ParedError(f"pattern {asked}: site {site.name} has {site.in_features} inputs, expected a "
+                                 f"multiple of {asked.group}; skip it, or name another pattern")  # fmt: skip
+    for site in anatomy.sites:
+        if site.idle:
+            decisions[site.name] = Dense(reason="no token reached it; nothing is known about its inputs")
+    return whole_plan(anatomy, 1 - spec.sparsity, decisions, bytes_per_parameter)

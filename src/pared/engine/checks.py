@@ -2,9 +2,9 @@
 
 from transformers import PreTrainedModel
 
-from pared.checkpoint.finite import is_finite
 from pared.errors import ParedError
 from pared.structure import Anatomy, weight_of
+from pared.structure.finite import is_finite
 
 # Forward and backward hooks move to what replaces a layer; these are about the names and shapes of its tensors.
 _STATE_HOOKS = (

@@ -1,6 +1,7 @@
-"""Low-rank factors in the place of layers, and back: the one place where mathematics and modules meet."""
+"""What stands in the place of layers, for good or for a while: where mathematics and modules meet."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -55,6 +56,39 @@ def install_group(model: nn.Module, names: Sequence[str], factors: Factors, pivo
             new.down.weight.requires_grad_(all(one.up.weight.requires_grad for one in news))
     for name, new in zip(names, news, strict=True):
         replace_module(model, name, new)
+
+
+@contextmanager
+def unchanged(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """Let layers be replaced for the length of a ``with`` block; afterwards the ones that stood there stand again."""
+    before = {name: model.get_submodule(name) for name in names}
+    try:
+        yield
+    finally:
+        for name, module in before.items():
+            replace_module(model, name, module)
+
+
+@contextmanager
+@torch.no_grad()
+def patched(model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[None]:
+    """Have other weights in layers for the length of a ``with`` block, the same bits as before afterwards.
+
+    Args:
+        model: whose layers these are; its modules stay where they are.
+        weights: of layers by name, each ``(out, in)`` and made when its turn comes; memory: a copy of the weights that
+            were there.
+    """
+    before: dict[str, torch.Tensor] = {}
+    try:
+        for name, W_ON in weights:
+            weight = weight_of(model.get_submodule(name))
+            before[name] = weight.detach().clone()
+            weight.copy_(W_ON)
+        yield
+    finally:
+        for name, dense in before.items():
+            weight_of(model.get_submodule(name)).copy_(dense)
 
 
 def dense_linear(old: nn.Module, W_ON: torch.Tensor) -> nn.Linear:

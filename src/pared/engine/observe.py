@@ -1,12 +1,12 @@
-"""Statistics for one recipe: of a walk, of a backward pass, or from a folder."""
+"""Statistics for one spec, block by block: of a forward pass, of a backward pass, or from a folder."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -14,236 +14,301 @@ from pared.calibration import (
     GRADIENT_STATISTICS,
     STATISTICS,
     BlockInputs,
+    BlockStatistics,
     Collected,
-    DensePath,
-    Shapes,
-    WalkedBlock,
-    backward,
+    DenseReference,
+    Wants,
     capture,
     choose_labels,
     gradient_accumulators,
     require_statistics,
-    save_blocks,
-    share_felt,
-    walk,
+    save_block,
 )
 from pared.data.windows import Windows, require_fits
-from pared.engine.spec import anatomy_of, dense_path_of, low_rank_of, method_of, options_of, statistics_of
+from pared.engine.allocate import anatomy_of
+from pared.engine.blocks import Needs, Visit, run_blocks, run_blocks_backward, visit_blocks
+from pared.engine.spec import CompressionSpec, HandOn, LowRankSpec, PassSpec, resolve_low_rank
 from pared.engine.windows import calibration_windows
 from pared.environment import choose_dtype, device_of
 from pared.errors import ParedError
-from pared.lowrank import METHODS, LowRankMethod
+from pared.lowrank import METHODS
 from pared.lowrank.registry import nothing
 from pared.models.architecture import is_causal
 from pared.progress import Progress, Silent, Stopwatch
 from pared.schema.recipe import Recipe
 from pared.structure import Anatomy, probe
 from pared.structure.probe import BlockCall
+from pared.structure.store import BlockStore, ResidentBlocks
 
 Loss = Literal["sampled", "labels"]
-Needs = Callable[[Shapes], frozenset[str]]  # names of statistics, from the shapes of sites that read one tensor
-Felt = Mapping[str, Mapping[str, Collected]]  # what the loss feels, by site and statistic
+Saved = Callable[[], Iterator[BlockStatistics]]
+BySite = dict[str, dict[str, Collected]]  # statistics by site and name
+
+TRAIL_BYTES = 2 * 2**30  # of what all blocks read of the batches that go backward together
 
 
 @dataclass
-class Passes:
-    """What goes over the blocks for one recipe.
+class Observer:
+    """Runs a model's blocks on the calibration tokens of one spec.
 
     Attributes:
-        model: as it is when a pass runs: dense, or compressed up to some block.
+        store: hands out the blocks, dense or compressed already.
         tokenizer: of the model.
-        recipe: whose method and calibration are read.
+        spec: whose method and calibration are read.
         progress: who watches.
-        collected: saved statistics, in place of the first pass.
+        saved: statistics that were saved, in place of the first pass over the dense model.
         watch: seconds by stage.
+        windows: the tokens, once :meth:`read` has cut them.
+        tokens: how many they are, padding aside.
+        dtype: what the blocks compute in, once anything ran.
+        backward_tokens: of those, how many went through the backward pass.
     """
 
-    model: PreTrainedModel
+    store: BlockStore
     tokenizer: PreTrainedTokenizerBase
-    recipe: Recipe
-    progress: Progress
-    collected: Callable[[], Iterator[WalkedBlock]] | None = None
+    spec: CompressionSpec
+    progress: Progress = field(default_factory=Silent)
+    saved: Saved | None = None
     watch: Stopwatch = field(default_factory=Stopwatch)
+    windows: Windows | None = None
+    tokens: int = 0
+    dtype: torch.dtype | None = None
+    backward_tokens: int = 0
 
     def __post_init__(self) -> None:
-        self.felt: Felt = {}
-        self.tokens = 0  # of the text, padding aside, once it is captured
-        self.felt_tokens = 0  # of those, the ones that went through a backward pass
+        self.model = self.store.model
+        self._gradients: BySite = {}  # of the dense model, for a pass behind compressed blocks
 
-    @cached_property
-    def method(self) -> LowRankMethod:
-        """What asks for statistics."""
-        return low_rank_of(self.recipe)
+    def probe(self, read: bool = True) -> None:
+        """Find the sites, and how the model calls its blocks; ``read`` as of :func:`pared.structure.probe`."""
+        with self.store.running():
+            self.anatomy, self.calls = probe(self.model, anatomy_of(self.model, self.spec.recipe), read=read)
 
-    @cached_property
-    def options(self) -> dict[str, object]:
-        """Of the method."""
-        return options_of(self.recipe)
+    def at(self, anatomy: Anatomy, calls: list[BlockCall]) -> "Observer":
+        """Take over what a probe pass has found."""
+        self.anatomy, self.calls = anatomy, calls
+        return self
+
+    def read(self, windows: Windows | None = None) -> Windows:
+        """Take these windows, or cut those of the recipe.
+
+        Raises:
+            ParedError: the text is unknown or too short, or a window is longer than the model can read.
+        """
+        with self.watch("text"):
+            causal = is_causal([type(self.model).__name__])
+            self.windows = windows or calibration_windows(self.spec.recipe, self.tokenizer, self.model.config, causal)
+            require_fits(self.model.config, self.windows)
+            self.tokens = self.windows.real_tokens
+        return self.windows
+
+    def capture(self) -> BlockInputs:
+        """Return what the first block reads, and how all are called."""
+        asked, windows = self.spec.calibration, self._windows
+        with self.watch("capture"):
+            device = device_of(self.spec.recipe.device)
+            self.dtype = dtype = choose_dtype(asked.dtype, self.model.dtype, device)
+            tokens, beside = windows.tokens, windows.beside
+            return capture(self.model, self.anatomy, tokens, asked.batch, self.calls, dtype, device, beside)
+
+    def reference(self, inputs: BlockInputs, block: Callable[[int], nn.Module] | None = None) -> DenseReference:
+        """Return the dense model on these inputs; its blocks are those of the store before they are visited."""
+        return DenseReference([hidden.clone() for hidden in inputs.hidden], block or self.store.load)
+
+    def run(self, step: PassSpec, visit: Visit, influence: bool = False) -> None:
+        """Collect what a low-rank method reads, and visit every block with the statistics of its sites.
+
+        Args:
+            step: a solve; says what runs, and whether visits change blocks.
+            visit: is given every block once, in the model's order or from the last to the first.
+            influence: measure how much every block changes the hidden states.
+        """
+        assert isinstance(self.spec, LowRankSpec)
+        behind, names = step.hand_on == "compressed", self.spec.gradients
+        if step.runs == "nothing":
+            self.without_data(visit, step.installs)
+            return
+        inputs = self.capture()
+        if self.saved is not None and not behind:
+            self._from_saved(visit, step.installs)
+            return
+        needs: Needs = self.spec.method.needs
+        if step.runs == "backward":
+            read = needs([(1, 1)])
+
+            def keep_and_visit(block: BlockStatistics) -> None:
+                self._keep(block.statistics)
+                visit(block)
+
+            self.backward(inputs, names | read, keep_and_visit, changes=step.installs)
+            return
+        if step.runs == "backward, then forward" and not self._gradients:
+            forward = behind or self.spec.gradient_share < 1
+            read = frozenset() if forward else needs([(1, 1)])
+            needs = needs if forward else nothing
+            if self.saved is not None:
+                for block in self.saved():
+                    self._gradients |= _only(block.statistics, names)
+            else:
+                self.backward(inputs, names | read, lambda block: self._gradients.update(_all(block.statistics)))
+        reference = self.reference(inputs) if step.reference else None
+        if reference is not None:
+            needs = self._with_input_gram(needs)
+
+        def visit_with_gradients(block: BlockStatistics) -> None:
+            sites = [site.name for site in self.anatomy.sites_of(block.index)]
+            seen = block.statistics
+            both = {name: {**self._gradients.get(name, {}), **seen.get(name, {})} for name in sites}
+            visit(replace(block, statistics=both))
+
+        self.forward(inputs, needs, visit_with_gradients, step, reference, influence=influence)
+        self._gradients = _only(self._gradients, names) if self.spec.sequential and not behind else {}
+
+    def forward(
+        self,
+        inputs: BlockInputs,
+        needs: Needs,
+        visit: Visit,
+        step: PassSpec,
+        reference: DenseReference | None = None,
+        influence: bool = False,
+        name: str = "calibrate and solve",
+        observed: Callable[[int], nn.Module] | None = None,
+    ) -> None:
+        """Visit every block with statistics of the forward pass.
+
+        Args:
+            inputs: of the first block; overwritten.
+            needs: names of the statistics.
+            visit: is given every block.
+            step: says what later blocks read, and whether visits change blocks.
+            reference: the dense model, if it runs beside.
+            influence: measure how much every block changes the hidden states.
+            name: of the stage, for who watches.
+            observed: as of :func:`pared.engine.blocks.run_blocks`.
+        """
+        hand_on: HandOn = step.hand_on
+        with self._stage(f"{name} ({inputs.dtype})", inputs) as advance, self.watch("walk"):
+            run_blocks(
+                self.store,
+                self.anatomy,
+                inputs,
+                needs,
+                visit,
+                hand_on=hand_on,
+                changes=step.installs or step.action == "refit",
+                reference=reference,
+                group=self.spec.group_size if step.action == "solve" else 1,
+                influence=influence,
+                observed=observed,
+                on_batch=advance,
+            )
+
+    def backward(
+        self,
+        inputs: BlockInputs,
+        names: frozenset[str],
+        visit: Visit,
+        share: float | None = None,
+        changes: bool = False,
+    ) -> None:
+        """Visit every block, the last one first, with what the loss makes of its sites' outputs, and what they read.
+
+        Args:
+            inputs: of the first block; not changed.
+            names: of statistics.
+            visit: is given every block.
+            share: of the batches, from the first on, at least one; the method's own if none is given.
+            changes: whether visits change blocks.
+        """
+        windows = self._windows
+        if share is None:
+            share = self.spec.gradient_share if isinstance(self.spec, LowRankSpec) else 1.0
+        if share < 1:  # windows that are there twice are one observation: a share is of those that differ
+            differing = len(set(map(tuple, windows.tokens.tolist()))) / len(windows.tokens)
+            inputs = inputs.part(0, math.ceil(share * math.ceil(differing * len(inputs.calls))))
+        windows = windows.first(sum(len(hidden) for hidden in inputs.hidden))
+        self.backward_tokens = windows.real_tokens
+        labels = choose_labels(self.model, self.loss, self.spec.calibration.seed, windows.labels)
+
+        def wants(index: int) -> Wants:
+            block = replace(self.anatomy, sites=tuple(self.anatomy.sites_of(index)))
+            return gradient_accumulators(block, names, inputs.device)
+
+        with self._stage(f"gradients ({inputs.dtype})", inputs) as advance, self.watch("backward"):
+            run_blocks_backward(
+                self.store,
+                self.anatomy,
+                inputs,
+                windows.tokens,
+                labels,
+                wants,
+                visit,
+                changes=changes,
+                group=self.spec.group_size,
+                batches=_batches_at_once(inputs),
+                on_batch=advance,
+            )
+
+    def without_data(self, visit: Visit, changes: bool) -> None:
+        """Visit every block without running anything."""
+        with self.progress.stage("solve", len(self.store), "block") as advance:
+            visit_blocks(self.store, visit, changes=changes, group=self.spec.group_size, on_block=advance)
 
     @property
     def loss(self) -> Loss:
         """How the labels of a backward pass are chosen."""
-        return "labels" if self.options["loss"] == "labels" else "sampled"
+        return "labels" if self.spec.options.get("loss") == "labels" else "sampled"
 
     @property
-    def group(self) -> int:
-        """How many neighbouring blocks are compressed together."""
-        size = method_of(self.recipe).options.get("group_size", 1)
-        return int(self.recipe.options.get("group_size", size))
+    def _windows(self) -> Windows:
+        assert self.windows is not None, "nothing was read"
+        return self.windows
 
-    @property
-    def dense_path(self) -> float:
-        """The share of the dense model's outputs in targets."""
-        return dense_path_of(self.recipe)
+    def _stage(self, name: str, inputs: BlockInputs):  # type: ignore[no-untyped-def]
+        return self.progress.stage(name, len(self.store) * len(inputs.calls), "batch")
 
-    @property
-    def gradient_share(self) -> float:
-        """The share of the windows that go through the backward pass."""
-        return share_felt(self.method.gradients(self.options))
+    def _from_saved(self, visit: Visit, changes: bool) -> None:
+        """Visit every block with the statistics that were saved of it."""
+        assert self.saved is not None
+        blocks = self.saved()
 
-    @property
-    def again(self) -> bool:
-        """Whether statistics are collected behind the compressed prefix; a method without any has none to collect."""
-        return statistics_of(self.recipe) == "sequential" and self.method.walked
+        def visit_saved(block: BlockStatistics) -> None:
+            there = next(blocks)
+            self._keep(there.statistics)
+            visit(replace(there, index=block.index))
 
-    def windows(self) -> Windows:
-        """Cut what is calibrated on."""
-        causal = is_causal([type(self.model).__name__])
-        return calibration_windows(self.recipe, self.tokenizer, self.model.config, causal)
+        self.without_data(visit_saved, changes)
 
-    def capture(self, anatomy: Anatomy, calls: list[BlockCall], windows: Windows) -> BlockInputs:
-        """Get the input of the first block and the calls of all."""
-        asked = self.recipe.calibration
-        self.tokens = windows.real_tokens
-        with self.watch("capture"):
-            device = device_of(self.recipe.device)
-            dtype = choose_dtype(asked.dtype, self.model.dtype, device)
-            return capture(self.model, anatomy, windows.tokens, asked.batch, calls, dtype, device, windows.beside)
+    def _keep(self, statistics: Mapping[str, Mapping[str, Collected]]) -> None:
+        """Keep what a second pass, behind compressed blocks, needs of the dense model's gradients."""
+        assert isinstance(self.spec, LowRankSpec)
+        if self.spec.sequential:
+            self._gradients |= _only(statistics, self.spec.gradients)
 
-    def beside(self, inputs: BlockInputs, block: Callable[[int], nn.Module]) -> DensePath | None:
-        """Return the dense path on these inputs, if it has a share in the targets."""
-        return DensePath([hidden.clone() for hidden in inputs.hidden], block) if self.dense_path else None
-
-    def statistics(
-        self,
-        anatomy: Anatomy,
-        inputs: BlockInputs | None,
-        windows: Windows | None,
-        behind: bool = False,
-        influence: bool = False,
-    ) -> Iterator[WalkedBlock]:
-        """Yield every block with the statistics of its sites: of a walk, of a backward pass, or of nothing at all.
-
-        Args:
-            anatomy: after the probe pass.
-            inputs: what the first block reads; none if nothing is done on text.
-            windows: the tokens.
-            behind: let every block read what the caller made of those before it.
-            influence: measure how much every block changes the hidden states.
-        """
-        names = self.method.gradients(self.options)
-        walked = behind or not names or (self.gradient_share < 1 and self.collected is None)
-        if inputs is None or windows is None or not (names or self.method.walked or influence):
-            yield from self.without_data(anatomy)
-            return
-        if self.collected is not None and not behind:
-            for saved in self.collected():
-                yield saved
-                if self.again:
-                    self.felt = {**self.felt, **_only(saved.statistics, names)}
-            return
-        if names and not self.felt:
-            if self.collected is not None:
-                self.felt = {k: v for saved in self.collected() for k, v in _only(saved.statistics, names).items()}
-            else:  # what sites read is collected on the way, unless it will be in a walk
-                read = frozenset() if walked else self.method.needs([(1, 1)])
-                self.felt = self.feel(anatomy, inputs, windows, names | read, self.loss, self.gradient_share)
-        needs = self.method.needs if walked else nothing
-        dense = self.beside(inputs, anatomy.blocks(self.model).__getitem__) if behind else None
-        if needs is nothing and not influence:
-            by_block = self.without_data(anatomy)
-        else:
-            asked = self.with_input_gram(needs, dense)
-            by_block = self.walk(anatomy, inputs, asked, influence, behind, dense, group=self.group)
-        for block in by_block:
-            seen = block.statistics
-            sites = [site.name for site in anatomy.sites_of(block.index)]
-            yield replace(block, statistics={name: {**self.felt.get(name, {}), **seen.get(name, {})} for name in sites})
-        self.felt = _only(self.felt, names) if self.again and not behind else {}
-
-    def with_input_gram(self, needs: Needs, dense: DensePath | None) -> Needs:
-        """Return the needs with the input Gram in place of that of outputs, if targets are made from both paths."""
-        return needs if dense is None else lambda shapes: needs(shapes) - {"output_gram"} | {self.method.input_gram}
-
-    def feel(
-        self,
-        anatomy: Anatomy,
-        inputs: BlockInputs,
-        windows: Windows,
-        names: frozenset[str],
-        loss: Loss = "sampled",
-        share: float = 1.0,
-    ) -> Felt:
-        """Collect what the loss feels at every site, and what every site reads, in one backward pass.
-
-        Args:
-            anatomy: after the probe pass.
-            inputs: what the first block reads.
-            windows: the tokens.
-            names: of statistics.
-            loss: how labels are chosen.
-            share: of the batches, from the first on, at least one.
-        """
-        if share < 1:  # windows that are there twice are one observation: a share is of those that differ
-            differing = len(set(map(tuple, windows.tokens.tolist()))) / len(windows.tokens)
-            inputs = inputs.first(math.ceil(share * math.ceil(differing * len(inputs.calls))))
-        windows = windows.first(sum(len(hidden) for hidden in inputs.hidden))
-        self.felt_tokens = windows.real_tokens
-        felt = gradient_accumulators(anatomy, names, inputs.device)
-        labels = choose_labels(self.model, loss, self.recipe.calibration.seed, windows.labels)
-        steps = len(anatomy.blocks(self.model)) * len(inputs.calls)
-        with (
-            self.watch("backward"),
-            self.progress.stage(f"gradients ({inputs.dtype})", steps, "batch") as advance,
-        ):
-            backward(self.model, anatomy, inputs, windows.tokens, felt, labels, advance)
-        return felt
-
-    def walk(
-        self,
-        anatomy: Anatomy,
-        inputs: BlockInputs,
-        needs: Needs,
-        influence: bool = False,
-        behind: bool = False,
-        dense: DensePath | None = None,
-        name: str = "calibrate and solve",
-        group: int = 1,
-        observed: Callable[[int], nn.Module] | None = None,
-    ) -> Iterator[WalkedBlock]:
-        """Yield every block with the statistics of the forward pass that are needed."""
-        blocks = anatomy.blocks(self.model)
-        steps = len(blocks) * len(inputs.calls)
-        with self.progress.stage(f"{name} ({inputs.dtype})", steps, "batch") as advance:
-            passes = walk(blocks, anatomy, inputs, needs, advance, influence, behind, dense, group, observed)
-            while True:
-                with self.watch("walk"):
-                    walked = next(passes, None)
-                if walked is None:
-                    return
-                yield walked
-
-    def without_data(self, anatomy: Anatomy) -> Iterator[WalkedBlock]:
-        """Yield every block without running anything."""
-        blocks = range(len(anatomy.blocks(self.model)))
-        with self.progress.stage("solve", len(blocks), "block") as advance:
-            for index in blocks:
-                yield WalkedBlock(index, {})
-                advance()
+    def _with_input_gram(self, needs: Needs) -> Needs:
+        """Return the needs with the input Gram in place of that of outputs, as targets are made from both paths."""
+        assert isinstance(self.spec, LowRankSpec)
+        gram = self.spec.method.input_gram
+        return lambda shapes: needs(shapes) - {"output_gram"} | {gram}
 
 
-def _only(felt: Felt, names: frozenset[str]) -> Felt:
-    return {site: {name: own[name] for name in names if name in own} for site, own in felt.items()}
+def _all(statistics: Mapping[str, Mapping[str, Collected]]) -> BySite:
+    return {site: dict(own) for site, own in statistics.items()}
+
+
+def _only(statistics: Mapping[str, Mapping[str, Collected]], names: frozenset[str]) -> BySite:
+    return {site: {name: own[name] for name in names if name in own} for site, own in statistics.items()}
+
+
+def _batches_at_once(inputs: BlockInputs) -> int | None:
+    """Return how many batches may go backward together; None for all.
+
+    What all blocks read of them is in memory at once; where that is not all there are, the statistics of all blocks
+    are, in its place.
+    """
+    largest = max(hidden.numel() * hidden.element_size() for hidden in inputs.hidden) * (len(inputs.calls[0]) + 1)
+    return None if largest * len(inputs.calls) <= TRAIL_BYTES else max(1, TRAIL_BYTES // largest)
 
 
 def collect(
@@ -267,26 +332,27 @@ def collect(
     Raises:
         ParedError: the model or the text does not allow it.
     """
-    work = Passes(model, tokenizer, recipe, progress or Silent())
+    spec = resolve_low_rank(recipe)
+    store = ResidentBlocks(model, anatomy_of(model, recipe))
+    work = Observer(store, tokenizer, spec, progress or Silent())
     require_statistics(names, {*STATISTICS, *GRADIENT_STATISTICS})
     gradients = not STATISTICS.keys() >= names
     if gradients and (apart := sorted(names & (STATISTICS.keys() - GRADIENT_STATISTICS.keys()))):
         raise ParedError(f"statistic {apart[0]} is of what sites put out; collect it apart from gradients")
-    if gradients and "loss" not in work.options:
+    if gradients and "loss" not in spec.options:
         having = [name for name, method in METHODS.items() if "loss" in method.options]
         raise ParedError(
             f"method {recipe.method} has no option loss, which says whose gradients {', '.join(sorted(names))} are of; "
             f"collect them with a recipe of {' or '.join(having)}"
         )
-    anatomy, calls = probe(model, anatomy_of(model, recipe))
-    windows = work.windows()
-    require_fits(model.config, windows)
-    inputs = work.capture(anatomy, calls, windows)
+    work.probe()
+    work.read()
+    inputs = work.capture()
+
+    def save(block: BlockStatistics) -> None:
+        save_block(folder, block)
+
     if gradients:
-        felt = work.feel(anatomy, inputs, windows, names, work.loss)
-        blocks = range(len(anatomy.blocks(model)))
-        save_blocks(
-            folder, (WalkedBlock(i, {s.name: felt.get(s.name, {}) for s in anatomy.sites_of(i)}) for i in blocks)
-        )
+        work.backward(inputs, names, save, share=1.0)
     else:
-        save_blocks(folder, work.walk(anatomy, inputs, lambda _: names, influence=True))
+        work.forward(inputs, lambda _: names, save, PassSpec("evidence", "forward"), influence=True)

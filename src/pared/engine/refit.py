@@ -1,11 +1,12 @@
 """Fitting what follows a basis to the inputs that the compressed model really has."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from pared.calibration import WalkedBlock, cross_of
+from pared.allocation import Unit
+from pared.calibration import BlockStatistics, cross_of
 from pared.engine.install import dense_linear, factors_of
 from pared.engine.solve import Solver
 from pared.lowrank import Factors
@@ -19,51 +20,43 @@ from pared.structure.state import copy_block
 Grams = tuple[torch.Tensor, torch.Tensor]  # of what a site reads, and of that with what its targets are made from
 
 
-def update(model: nn.Module, solver: Solver, plan: Plan, walked: Iterator[WalkedBlock], share: float) -> None:
-    """Fit the coefficients of all units at once, from one walk over the compressed, not yet updated model.
+class Refit:
+    """Fits every ``up`` of a compressed model anew, block by block."""
 
-    Basis Sharing's update for small budgets (section 3.3): the members of a group take the sum of their Grams.
+    def __init__(self, model: nn.Module, solver: Solver, plan: Plan, together: bool) -> None:
+        """Start.
 
-    Args:
-        model: compressed; its ``up`` weights are changed in place.
-        solver: that compressed it and still holds the dense weights.
-        plan: that it was compressed by.
-        walked: every block with the ``mean_gram`` of what its sites read, and ``cross`` if the dense model goes beside.
-        share: of what the dense model puts out in the targets.
-    """
-    waiting = [unit for unit, _ in solver.decided(plan)]
-    grams: dict[str, Grams] = {}
-    for block in walked:  # a block has handed its outputs on by now, so that changing it changes no later input
-        grams |= _grams(block, share)
-        for unit in [unit for unit in waiting if all(site.name in grams for site in unit.members)]:
-            waiting.remove(unit)
+        With ``together`` the members of a group are fitted to the sum of their Grams, all when the last was visited, as
+        in Basis Sharing's update for small budgets (section 3.3), where no block reads what a fitted one puts out. Else
+        every site is fitted to its own inputs, behind the blocks that are fitted already: those inside its block are
+        what its compressed layers put out, as they will be, or, where the dense block is observed, as in SVD-LLM's
+        released code, what the dense layers put out.
+
+        Args:
+            model: compressed; its ``up`` weights are changed in place.
+            solver: that compressed it and still holds the dense weights.
+            plan: that it was compressed by.
+            together: fit the members of a group at once.
+        """
+        self._model, self._solver = model, solver
+        decided = [unit for unit, _ in solver.decided(plan)]
+        self._waiting = decided if together else [Unit((site,)) for unit in decided for site in unit.members]
+        self._grams: dict[str, Grams] = {}
+        self._share = solver.dense_path
+
+    def visit(self, block: BlockStatistics) -> None:
+        """Fit what can be fitted with this block's ``mean_gram``, and ``cross`` if the dense model runs beside."""
+        open_sites = {site.name for unit in self._waiting for site in unit.members}
+        self._grams |= {name: found for name, found in _grams(block, self._share).items() if name in open_sites}
+        ready = [unit for unit in self._waiting if all(site.name in self._grams for site in unit.members)]
+        self._waiting = [unit for unit in self._waiting if unit not in ready]
+        for unit in ready:
             gram_NN, cross_NN = (
-                torch.stack(of_members).sum(dim=0)
-                for of_members in zip(*(grams.pop(site.name) for site in unit.members), strict=True)
+                of_members[0] if len(of_members) == 1 else torch.stack(of_members).sum(dim=0)
+                for of_members in zip(*(self._grams.pop(site.name) for site in unit.members), strict=True)
             )
             for site in unit.members:
-                fit(model, site.name, solver.dense_weight(site.name), gram_NN, cross_NN)
-
-
-def sequential(model: nn.Module, solver: Solver, plan: Plan, walked: Iterator[WalkedBlock], share: float) -> None:
-    """Fit block after block, each to what it reads behind the blocks already fitted; every site to its own inputs.
-
-    Where the walk observes the compressed block, those inside it are what its compressed layers put out, as they will
-    be. Where it observes the dense block, as SVD-LLM's released code does, only the block's own input is that of the
-    compressed model, and o, gate, up and down are fitted to what the dense layers before them put out.
-
-    Args:
-        model: compressed; its ``up`` weights are changed in place.
-        solver: that compressed it and still holds the dense weights.
-        plan: that it was compressed by.
-        walked: as for :func:`update`, of a sequential walk.
-        share: of what the dense model puts out in the targets.
-    """
-    decided = {site.name for unit, _ in solver.decided(plan) for site in unit.members}
-    for block in walked:
-        for name, (gram_NN, cross_NN) in _grams(block, share).items():
-            if name in decided:
-                fit(model, name, solver.dense_weight(name), gram_NN, cross_NN)
+                fit(self._model, site.name, self._solver.dense_weight(site.name), gram_NN, cross_NN)
 
 
 def dense_blocks(model: nn.Module, anatomy: Anatomy, solver: Solver, plan: Plan) -> Callable[[int], nn.Module]:
@@ -81,7 +74,7 @@ def dense_blocks(model: nn.Module, anatomy: Anatomy, solver: Solver, plan: Plan)
     return dense_block
 
 
-def _grams(block: WalkedBlock, share: float) -> dict[str, Grams]:
+def _grams(block: BlockStatistics, share: float) -> dict[str, Grams]:
     found = {}
     for name, own in block.statistics.items():
         gram, cross = own["mean_gram"], cross_of(own, "mean_gram")

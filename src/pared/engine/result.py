@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedModel
 
 from pared.engine.grouping import Comparison
+from pared.engine.spec import CompressionSpec
 from pared.schema.plan import Dense, Plan
 from pared.schema.recipe import Recipe
 from pared.structure import Anatomy
@@ -17,7 +18,7 @@ class Compressed:
 
     Attributes:
         model: the model, changed in place; plain ``save_pretrained`` writes a folder that loads again.
-        recipe: what was asked for.
+        spec: what was asked for, with everything settled.
         plan: what was decided, with what calibration taught.
         damping: sites whose Gram was rank-deficient, with the relative damping used.
         sharing: for every group that was compared, what it loses with one basis and what with its members' own.
@@ -27,13 +28,18 @@ class Compressed:
     """
 
     model: PreTrainedModel
-    recipe: Recipe
+    spec: CompressionSpec
     plan: Plan = field(init=False)
     sharing: tuple[Comparison, ...] = ()
     damping: dict[str, float] = field(default_factory=dict)
     fallbacks: dict[str, str] = field(default_factory=dict)
     calibration: dict[str, object] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def recipe(self) -> Recipe:
+        """What was asked for."""
+        return self.spec.recipe
 
 
 def stacks(anatomy: Anatomy) -> Iterator[str]:

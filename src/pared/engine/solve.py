@@ -1,30 +1,32 @@
 """Decomposes weights as statistics come in, and puts factors in place once their ranks are known."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from pared.allocation import Budget, Unit
-from pared.calibration import CROSS, Collected, cross_of, per_token
+from pared.allocation import Unit
+from pared.calibration import CROSS, BlockStatistics, Collected, cross_of, per_token
+from pared.engine.blocks import visit_blocks
 from pared.engine.grouping import Comparison, compare
-from pared.engine.install import install_group
+from pared.engine.install import install_group, unchanged
 from pared.engine.solutions import DecompositionStore
+from pared.engine.spec import LowRankSpec
 from pared.errors import ParedError
-from pared.lowrank import Decomposition, LowRankMethod
+from pared.lowrank import Decomposition
 from pared.lowrank.dense_path import target
 from pared.lowrank.sharing import stacked
-from pared.modules import replace_module
 from pared.schema.plan import Decision, Dense, LowRank, Plan, Shared
 from pared.structure import Site, weight_of
+from pared.structure.store import BlockStore
 
 StatisticsOfSite = Mapping[str, Collected]
 
 
 class Solver:
-    """One method at work on one model. A context manager: what it keeps on disk is gone at its end.
+    """One low-rank method at work on one model. A context manager: what it keeps on disk is gone at its end.
 
     Attributes:
         units: what was decomposed without a plan: sites alone, and groups where a shared basis pays.
@@ -39,41 +41,41 @@ class Solver:
     def __init__(
         self,
         model: nn.Module,
-        method: LowRankMethod,
-        options: Mapping[str, object],
-        budget: Budget,
-        plan: Plan | None,
+        spec: LowRankSpec,
+        candidates: Sequence[Unit],
+        plan: Plan | None = None,
+        *,
         keep_dense: bool = False,
-        dense_path: float = 0.0,
         tokens: int = 0,
-        beside: Path | None = None,
     ) -> None:
         """Start.
 
         Args:
             model: changed in place.
-            method: how a weight is decomposed.
-            options: of the method, complete.
-            budget: at which sharing is compared.
-            plan: the ranks; none if they depend on what is found, which is then kept until ``finish``.
+            spec: says how a weight is decomposed, and at which budget sharing is compared.
+            candidates: what may be decomposed, in the model's order: sites, and groups that may share a basis.
+            plan: the ranks; none if they depend on what is found, which is then kept until they are known.
             keep_dense: keep the dense weights too, for a refit.
-            dense_path: share of what the dense model puts out in what is decomposed, where statistics tell of both.
             tokens: of the text, which costs are averaged over; those that reach a site where they are not known.
-            beside: the output that temporary files lie beside.
         """
-        self._model, self._method, self._options, self._budget = model, method, options, budget
-        self._keep_dense, self._dense_path, self._tokens = keep_dense, dense_path, tokens
+        self._model, self._tokens, self._keep_dense = model, tokens, keep_dense
+        self._spec, self._method, self._options, self._budget = spec, spec.method, spec.options, spec.budget
         self._targets: dict[str, torch.Tensor] = {}
         self._rows: dict[str, tuple[str, slice]] = {}  # where the dense weights are that were kept, by site
         self._planned = None if plan is None else _planned(plan)
         self._stack = ExitStack()
-        self._store = self._stack.enter_context(DecompositionStore(beside))
+        out = spec.recipe.out
+        self._store = self._stack.enter_context(DecompositionStore(None if out is None else Path(out)))
+        self._waiting = list(candidates)
+        self._held: dict[str, StatisticsOfSite] = {}
+        self._order = _order(candidates)
         self.units: list[Unit] = []
         self.comparisons: list[Comparison] = []
         self.damping: dict[str, float] = {}
         self.fallbacks: dict[str, str] = {}
         self.unreached: set[str] = set()
         self.missed: list[Unit] = []
+        self._told_missed = 0
         self.untargeted: set[str] = set()
 
     def __enter__(self) -> "Solver":
@@ -83,9 +85,34 @@ class Solver:
         self._stack.close()
 
     @property
+    def dense_path(self) -> float:
+        """The share of the dense model's outputs in targets."""
+        return self._spec.dense_path
+
+    @property
     def spectra(self) -> Mapping[str, torch.Tensor]:
         """For every unit taken so far without a plan, what leaving out each direction costs."""
         return self._store.spectra
+
+    def visit(self, block: BlockStatistics) -> None:
+        """Take every unit whose members' statistics are all there with those of this block."""
+        own = {site.name for unit in self._waiting for site in unit.members if site.block == block.index}
+        self._held |= {name: block.statistics.get(name, {}) for name in own}
+        ready = [unit for unit in self._waiting if all(site.name in self._held for site in unit.members)]
+        self._waiting = [unit for unit in self._waiting if unit not in ready]
+        for unit in ready:
+            self.take(unit, {site.name: self._held.pop(site.name) for site in unit.members})
+
+    def in_order(self) -> None:
+        """Put what was found in the model's order, in whichever order the blocks were visited."""
+
+        def place(name: str) -> int:
+            return self._order.get(name, len(self._order))
+
+        self.units.sort(key=lambda unit: place(unit.name))
+        self.comparisons.sort(key=lambda one: place(one.name))
+        self.damping = {name: self.damping[name] for name in sorted(self.damping, key=place)}
+        self.fallbacks = {name: self.fallbacks[name] for name in sorted(self.fallbacks, key=place)}
 
     def take(self, unit: Unit, statistics: Mapping[str, StatisticsOfSite]) -> None:
         """Decompose a unit; put its factors in place if the plan is known, keep the decomposition if not.
@@ -127,10 +154,22 @@ class Solver:
             elif self._planned is None:
                 self.units.append(one)
 
-    def finish(self, plan: Plan) -> None:
-        """Put the factors of everything that was kept in place."""
-        for unit, decision in self.decided(plan):
-            self.install(unit, decision)
+    def take_missed(self) -> list[Unit]:
+        """Return the units of the plan that could not be taken since this was last asked."""
+        new, self._told_missed = self.missed[self._told_missed :], len(self.missed)
+        return new
+
+    def install_all(self, store: BlockStore, plan: Plan) -> None:
+        """Put the factors of everything that was kept in place, block after block."""
+        decided = self.decided(plan)
+        last = {unit.name: max(site.block for site in unit.members) for unit, _ in decided}
+
+        def visit(block: BlockStatistics) -> None:
+            for unit, decision in decided:
+                if last[unit.name] == block.index:
+                    self.install(unit, decision)
+
+        visit_blocks(store, visit, changes=True, group=self._spec.group_size)
 
     def decided(self, plan: Plan) -> list[tuple[Unit, LowRank]]:
         """Return the kept units that a plan gives a rank, with it."""
@@ -155,14 +194,10 @@ class Solver:
         """Have these decisions, by unit, in the model for the length of a ``with`` block; the rest is as it was."""
         chosen = [(unit, decisions.get(unit.name)) for unit in self.units]
         taken = [(unit, decision) for unit, decision in chosen if isinstance(decision, LowRank)]
-        before = {site.name: self._model.get_submodule(site.name) for unit, _ in taken for site in unit.members}
-        try:
+        with unchanged(self._model, [site.name for unit, _ in taken for site in unit.members]):
             for unit, decision in taken:
                 self.install(unit, decision)
             yield
-        finally:
-            for name, module in before.items():
-                replace_module(self._model, name, module)
 
     def _aim(self, site: Site, own: StatisticsOfSite) -> None:
         """Set what is decomposed in place of the dense weight, if the dense model went beside."""
@@ -174,7 +209,7 @@ class Solver:
         name = self._method.input_gram
         gram_NN = per_token(name, own[name])  # of the tokens that reached it, as the cross Gram is
         W_ON = self._dense(site).to(gram_NN.device)
-        self._targets[site.name] = target(W_ON, gram_NN, cross.value, self._dense_path)
+        self._targets[site.name] = target(W_ON, gram_NN, cross.value, self._spec.dense_path)
 
     def _dense(self, site: Site) -> torch.Tensor:
         return weight_of(self._model.get_submodule(site.name)).detach()
@@ -183,22 +218,7 @@ class Solver:
         """Decompose one site, or a group as one."""
         own = [values[site.name] for site in unit.members]
         weights = [self._targets.get(site.name, self._dense(site)) for site in unit.members]
-        weights = [
-            weight.to(next(iter(value.values()), weight).device) for weight, value in zip(weights, own, strict=True)
-        ]
-        try:
-            if len(weights) == 1:
-                found = self._method.decompose(weights[0], own[0], self._options)
-            else:
-                assert self._method.group_rule is not None
-                found = self._method.group_rule(weights, own, self._options)
-        except KeyError as missing:  # of statistics that were saved for another method
-            raise ParedError(
-                f"site {unit.name}: method {self._method.name} needs the statistic {missing}; those given hold "
-                f"{', '.join(sorted(own[0])) or 'none'}"
-            ) from missing
-        except (ValueError, RuntimeError) as error:
-            raise ParedError(f"site {unit.name}: {error}") from error
+        found = _decompose(self._spec, unit.name, weights, own)
         if found.damping:
             self.damping[unit.name] = found.damping
         if found.fallback or not bool(found.singular_values_R.any()):
@@ -247,6 +267,53 @@ def without(plan: Plan, unreached: set[str]) -> Plan:
     dense = Dense(reason="no calibration token reached it")
     sites = (site.model_copy(update={"decision": dense}) if site.name in unreached else site for site in plan.sites)
     return plan.model_copy(update={"sites": tuple(sites)})
+
+
+def decompose_site(
+    model: nn.Module, spec: LowRankSpec, site: Site, statistics: StatisticsOfSite, tokens: int
+) -> Decomposition | None:
+    """Decompose the weight of one site alone; None where nothing is known of it.
+
+    Args:
+        model: it lies in.
+        spec: says how.
+        site: of the model.
+        statistics: of it, by name.
+        tokens: of the text, which costs are averaged over.
+
+    Raises:
+        ParedError: its statistics or its weight do not allow it; names the site.
+    """
+    if site.idle or not all(one.tokens for one in statistics.values()):
+        return None
+    values = {name: per_token(name, one, tokens) for name, one in statistics.items()}
+    return _decompose(spec, site.name, [weight_of(model.get_submodule(site.name)).detach()], [values])
+
+
+def _decompose(
+    spec: LowRankSpec, name: str, weights: Sequence[torch.Tensor], values: Sequence[Mapping[str, torch.Tensor]]
+) -> Decomposition:
+    """Decompose one weight, or several as one; a name for the error."""
+    method = spec.method
+    weights = [weight.to(next(iter(own.values()), weight).device) for weight, own in zip(weights, values, strict=True)]
+    try:
+        if len(weights) == 1:
+            return method.decompose(weights[0], values[0], spec.options)
+        assert method.group_rule is not None
+        return method.group_rule(weights, values, spec.options)
+    except KeyError as missing:  # of statistics that were saved for another method
+        raise ParedError(
+            f"site {name}: method {method.name} needs the statistic {missing}; those given hold "
+            f"{', '.join(sorted(values[0])) or 'none'}"
+        ) from missing
+    except (ValueError, RuntimeError) as error:
+        raise ParedError(f"site {name}: {error}") from error
+
+
+def _order(candidates: Sequence[Unit]) -> dict[str, int]:
+    """Return the place of every site: those of the blocks in order, a group's with its last block."""
+    by_block = sorted(candidates, key=lambda unit: max(site.block for site in unit.members))
+    return {site.name: place for place, site in enumerate(site for unit in by_block for site in unit.members)}
 
 
 def _planned(plan: Plan) -> dict[str, LowRank]:

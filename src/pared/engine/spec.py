@@ -1,24 +1,22 @@
-"""What a recipe asks for, looked up and checked: method, budget, allocator and text."""
+"""A recipe resolved once: every ``auto`` settled, every name looked up, and the passes over the blocks as data.
 
-from typing import TYPE_CHECKING
+Whoever works on a compression is given the :class:`LowRankSpec` or :class:`SparseSpec`; nobody asks the recipe again.
+The type of the spec selects who does the work.
+"""
 
-from pared.allocation import Budget, allocator_of
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from pared.allocation import Allocator, Budget, allocator_of
 from pared.allocation.dsa.presets import SCORE_TOKENS
 from pared.allocation.registry import GRANULARITIES, LayerAllocator, layer_allocator_of
-from pared.data.texts import held_out
 from pared.errors import ParedError
 from pared.lowrank import METHODS, LowRankMethod
-from pared.names import require_known
-from pared.schema.options import checked_options
-from pared.schema.recipe import Recipe
+from pared.names import did_you_mean, require_known
+from pared.schema.recipe import Calibration, Recipe
 from pared.sparsity import METHODS as PRUNING_METHODS
 from pared.sparsity import NM, PruningMethod, parse
-
-if TYPE_CHECKING:  # what a recipe asks for is looked up and refused without torch
-    from transformers import PreTrainedModel
-
-    from pared.structure import Anatomy
-
 
 Method = LowRankMethod | PruningMethod
 EVERY_METHOD: dict[str, Method] = {**METHODS, **PRUNING_METHODS}
@@ -26,6 +24,276 @@ EVERY_METHOD: dict[str, Method] = {**METHODS, **PRUNING_METHODS}
 # Fields of a recipe that only one family of methods reads.
 ZEROS_ONLY = ("sparsity", "pattern")
 LOW_RANK_ONLY = ("keep", "rank_fraction", "storage", "statistics", "refit", "dense_path")
+
+Action = Literal["evidence", "solve", "allocate", "install", "refit"]
+Runs = Literal["nothing", "forward", "backward", "backward, then forward"]
+HandOn = Literal["dense", "compressed"]
+
+
+@dataclass(frozen=True)
+class PassSpec:
+    """One step of a compression; all but ``allocate`` go over the blocks.
+
+    Attributes:
+        action: what is done: collect evidence for the allocation, decompose or prune, decide every site, put in place
+            what was decomposed, fit anew.
+        runs: what runs on the calibration tokens.
+        hand_on: what later blocks read: what the dense blocks put out, or what was made of them.
+        reference: whether the dense model runs beside, for targets.
+        installs: whether a solve puts its result in place at once, as the decisions are known.
+    """
+
+    action: Action
+    runs: Runs = "nothing"
+    hand_on: HandOn = "dense"
+    reference: bool = False
+    installs: bool = False
+
+    def describe(self) -> dict[str, object]:
+        """Return it as JSON has it."""
+        told: dict[str, object] = {"action": self.action}
+        if self.action != "allocate":
+            told |= {"runs": self.runs}
+        if self.runs.endswith("forward"):
+            told |= {"hand_on": self.hand_on, "reference": self.reference}
+        return told | ({"installs": self.installs} if self.action == "solve" else {})
+
+    def __str__(self) -> str:
+        if self.action == "allocate":
+            return "allocate"
+        how = "no data" if self.runs == "nothing" else self.runs
+        behind = ", behind the compressed blocks" if self.hand_on == "compressed" else ""
+        beside = ", the dense model beside" if self.reference else ""
+        verb = "solve and install" if self.action == "solve" and self.installs else self.action
+        return f"{verb} ({how}{behind}{beside})"
+
+
+@dataclass(frozen=True)
+class _Spec:
+    """What the specs of all families have.
+
+    Attributes:
+        recipe: that was resolved, for the record.
+        options: of the method, complete.
+        allocation_options: of the allocator, complete.
+    """
+
+    recipe: Recipe
+    options: Mapping[str, object]
+    allocation_options: Mapping[str, object]
+
+    @property
+    def calibration(self) -> Calibration:
+        """What is calibrated on."""
+        return self.recipe.calibration
+
+    @property
+    def group_size(self) -> int:
+        """How many neighbouring blocks are compressed together."""
+        return int(str(self.options.get("group_size", 1)))
+
+
+@dataclass(frozen=True)
+class LowRankSpec(_Spec):
+    """A low-rank compression.
+
+    Attributes:
+        method: that decomposes.
+        allocator: that decides the ranks.
+        budget: how much may stay, and what a rank costs.
+        statistics: when they are collected.
+        refit: the stage that follows.
+        dense_path: share of the dense model's outputs in targets.
+    """
+
+    method: LowRankMethod
+    allocator: Allocator
+    budget: Budget
+    statistics: Literal["once", "sequential"]
+    refit: Literal["off", "update", "sequential", "sequential-dense-block"]
+    dense_path: float
+
+    @property
+    def gradients(self) -> frozenset[str]:
+        """Names of the statistics of a backward pass that the method reads."""
+        return self.method.gradients(self.options)
+
+    @property
+    def gradient_share(self) -> float:
+        """The share of the windows that go through a backward pass."""
+        from pared.calibration.statistics import backward_data_fraction  # torch, which a dry run need not wait for
+
+        return backward_data_fraction(self.gradients)
+
+    @property
+    def influence(self) -> bool:
+        """Whether the allocation looks at how much every block changes the hidden states."""
+        return "influence" in self.allocator.needs
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the model is run on a text: for statistics, a refit, or the allocation."""
+        return self.method.calibrated or self.refit != "off" or self.influence
+
+    @property
+    def tries(self) -> bool:
+        """Whether the allocation tries what it proposes, on windows that are not calibrated on."""
+        return "trial" in self.allocator.needs
+
+    @property
+    def decided_from_data(self) -> bool:
+        """Whether more than shapes decides what every site keeps."""
+        return bool(self.allocator.needs)
+
+    @property
+    def sequential(self) -> bool:
+        """Whether statistics are collected behind the compressed prefix; a method without any has none to collect."""
+        return self.statistics == "sequential" and self.method.walked
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether a stage follows whose targets may be the dense model's outputs."""
+        return self.sequential or self.refit != "off"
+
+    @property
+    def reference(self) -> bool:
+        """Whether the dense model runs beside where there are targets."""
+        return self.has_targets and self.dense_path > 0
+
+    @property
+    def solving(self) -> Runs:
+        """What runs on the dense model for the statistics of the method and of the allocation."""
+        if self.influence and self.gradients:
+            return "backward, then forward"
+        return "forward" if self.influence else self.solving_for_method
+
+    @property
+    def solving_for_method(self) -> Runs:
+        """What runs on the dense model for the statistics of the method."""
+        if not (self.gradients or self.method.walked):
+            return "nothing"
+        if not self.gradients:
+            return "forward"
+        return "backward, then forward" if self.gradient_share < 1 else "backward"
+
+    def passes(self, ranks_known: bool | None = None) -> tuple[PassSpec, ...]:
+        """Return the steps, in order.
+
+        Args:
+            ranks_known: whether the ranks are known before anything is solved; unless the model says otherwise where
+                shapes alone decide them and nothing needs the decompositions of all sites.
+        """
+        if ranks_known is None:
+            grouped = self.group_size > 1 and self.options.get("sharing") != "none"
+            ranks_known = not (self.decided_from_data or grouped or self.refit != "off")
+        refit = () if self.refit == "off" else (self._refit_pass(),)
+        # Gradients are of the dense model, so that behind compressed blocks only what sites read is collected anew.
+        behind: Runs = "backward, then forward" if self.gradients and ranks_known else "forward"
+        again = PassSpec("solve", behind, "compressed", self.dense_path > 0, installs=True)
+        if ranks_known:
+            once = PassSpec("solve", self.solving, installs=True)
+            return (PassSpec("allocate"), again if self.sequential else once, *refit)
+        first = PassSpec("solve", self.solving)
+        return (first, PassSpec("allocate"), again if self.sequential else PassSpec("install"), *refit)
+
+    def _refit_pass(self) -> PassSpec:
+        hand_on: HandOn = "dense" if self.refit == "update" else "compressed"
+        return PassSpec("refit", "forward", hand_on, self.dense_path > 0)
+
+    def describe(self) -> dict[str, object]:
+        """Return what the recipe's ``auto`` stands for, for the record."""
+        return {
+            "allocation": self.allocator.name,
+            **self.allocation_options,
+            "storage": "pivoted" if self.budget.pivoted else "factors",
+            "statistics": self.statistics,
+            "refit": self.refit,
+            **({"dense_path": self.dense_path} if self.has_targets else {}),
+        }
+
+
+@dataclass(frozen=True)
+class SparseSpec(_Spec):
+    """A compression that makes weights zero.
+
+    Attributes:
+        method: that prunes.
+        allocator: that spreads the zeros.
+        sparsity: the fraction of zeros.
+        pattern: N:M, if zeros follow one.
+    """
+
+    method: PruningMethod
+    allocator: LayerAllocator
+    sparsity: float
+    pattern: NM | None
+
+    tries = False  # no allocation of zeros does
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the model is run on a text: for statistics, or the allocation."""
+        return self.method.calibrated or bool(self.allocator.needs & {"scores", "losses"})
+
+    @property
+    def decided_from_data(self) -> bool:
+        """Whether more than shapes decides what every site keeps."""
+        return bool(self.allocator.needs)
+
+    @property
+    def granularity(self) -> str:
+        """What gets one sparsity: a ``block`` or a ``site``."""
+        return str(self.allocation_options["granularity"])
+
+    def passes(self) -> tuple[PassSpec, ...]:
+        """Return the steps, in order."""
+        runs: Runs = "forward" if "scores" in self.allocator.needs else "nothing"
+        evidence = PassSpec("evidence", "backward" if "losses" in self.allocator.needs else runs)
+        prune = PassSpec("solve", "forward", "compressed") if self.method.calibrated else PassSpec("solve")
+        solve = PassSpec(prune.action, prune.runs, prune.hand_on, installs=True)
+        return (*((evidence,) if self.allocator.needs else ()), PassSpec("allocate"), solve)
+
+    def describe(self) -> dict[str, object]:
+        """Return what the recipe's ``auto`` stands for, for the record."""
+        return {"allocation": self.allocator.name, **self.allocation_options}
+
+
+CompressionSpec = LowRankSpec | SparseSpec
+
+
+def resolve(recipe: Recipe) -> CompressionSpec:
+    """Settle what a recipe leaves open, and look up what it names.
+
+    Raises:
+        ParedError: unknown method, allocation or option, a value of another type, a field that the method does not
+            read, or no budget.
+    """
+    method = method_of(recipe)
+    return _resolve_low_rank(recipe, method) if isinstance(method, LowRankMethod) else _resolve_sparse(recipe, method)
+
+
+def resolve_low_rank(recipe: Recipe) -> LowRankSpec:
+    """Resolve a recipe that must be of a low-rank method.
+
+    Raises:
+        ParedError: as :func:`resolve`, or its method is of another family.
+    """
+    method = method_of(recipe)
+    if not isinstance(method, LowRankMethod):
+        raise ParedError(f"method {method.name} prunes; here one of low rank is needed: {', '.join(METHODS)}")
+    return _resolve_low_rank(recipe, method)
+
+
+def resolve_sparse(recipe: Recipe) -> SparseSpec:
+    """Resolve a recipe that must be of a pruning method.
+
+    Raises:
+        ParedError: as :func:`resolve`, or its method is of another family.
+    """
+    method = method_of(recipe)
+    if not isinstance(method, PruningMethod):
+        raise ParedError(f"method {method.name} does not prune; here one of {', '.join(PRUNING_METHODS)} is needed")
+    return _resolve_sparse(recipe, method)
 
 
 def method_of(recipe: Recipe) -> Method:
@@ -38,64 +306,80 @@ def method_of(recipe: Recipe) -> Method:
     return EVERY_METHOD[recipe.method]
 
 
-def anatomy_of(model: "PreTrainedModel", recipe: Recipe) -> "Anatomy":
-    """Return the sites a recipe covers, from shapes alone.
-
-    Raises:
-        ParedError: no such blocks, no linear layer in them, or nothing is left of them.
-    """
-    from pared.structure import find_anatomy
-
-    return find_anatomy(model, recipe.blocks).without(recipe.skip)
-
-
-def is_pruning(recipe: Recipe) -> bool:
-    """Whether a recipe's method makes weights zero, rather than ranks low."""
-    return isinstance(method_of(recipe), PruningMethod)
-
-
-def low_rank_of(recipe: Recipe) -> LowRankMethod:
-    """Return the low-rank method a recipe names.
-
-    Raises:
-        ParedError: there is none of that name, or it is of another family.
-    """
-    method = method_of(recipe)
-    if not isinstance(method, LowRankMethod):
-        raise ParedError(f"method {method.name} prunes; here one of low rank is needed: {', '.join(METHODS)}")
-    return method
-
-
-def pruner_of(recipe: Recipe) -> PruningMethod:
-    """Return the pruning method a recipe names.
-
-    Raises:
-        ParedError: there is none of that name, or it is of another family.
-    """
-    method = method_of(recipe)
-    if not isinstance(method, PruningMethod):
-        raise ParedError(f"method {method.name} does not prune; here one of {', '.join(PRUNING_METHODS)} is needed")
-    return method
-
-
-def _require_own_fields(recipe: Recipe) -> None:
-    """Refuse what a recipe sets and its method does not read."""
-    pruning = is_pruning(recipe)
-    for name in LOW_RANK_ONLY if pruning else ZEROS_ONLY:
-        if (value := getattr(recipe, name)) != Recipe.model_fields[name].default:
-            hint = "its budget is sparsity or pattern" if pruning else "its budget is keep or rank_fraction"
-            raise ParedError(f"method {recipe.method} knows no {name} (found {value!r}); {hint}")
-    if not pruning and recipe.dense_path not in ("auto", 0) and not has_targets(recipe):
+def _resolve_low_rank(recipe: Recipe, method: LowRankMethod) -> LowRankSpec:
+    _refuse_fields(recipe, ZEROS_ONLY, "its budget is keep or rank_fraction")
+    statistics = method.statistics(recipe.keep) if recipe.statistics == "auto" else recipe.statistics
+    refit = method.refit(recipe.keep) if recipe.refit == "auto" else recipe.refit
+    if recipe.dense_path not in ("auto", 0) and refit == "off" and not (statistics == "sequential" and method.walked):
         raise ParedError(
             f"dense_path {recipe.dense_path:g} needs targets: a refit (--refit), or sequential statistics of a method "
-            f"that collects any; method {recipe.method} has statistics {statistics_of(recipe)} and refit "
-            f"{refit_of(recipe)} here"
+            f"that collects any; method {recipe.method} has statistics {statistics} and refit {refit} here"
         )
-    if pruning and recipe.sparsity is None and recipe.pattern is None:
+    options = _options_of(recipe, method)
+    name = "rank-fraction" if recipe.rank_fraction is not None else _allocation_name(recipe, method)
+    allocator = allocator_of(name)
+    given = checked_options(recipe.allocation_options, allocator.options, f"allocation {allocator.name}")
+    pivoted = method.pivoted if recipe.storage == "auto" else recipe.storage == "pivoted"
+    return LowRankSpec(
+        recipe=recipe,
+        options=options,
+        allocation_options=_with_program(given, 1),
+        method=method,
+        allocator=allocator,
+        budget=Budget(recipe.keep, pivoted, recipe.rank_fraction),
+        statistics=statistics,  # type: ignore[arg-type] # a method's own is one of the two
+        refit=refit,  # type: ignore[arg-type]
+        dense_path=method.dense_path if recipe.dense_path == "auto" else recipe.dense_path,
+    )
+
+
+def _resolve_sparse(recipe: Recipe, method: PruningMethod) -> SparseSpec:
+    _refuse_fields(recipe, LOW_RANK_ONLY, "its budget is sparsity or pattern")
+    if recipe.sparsity is None and recipe.pattern is None:
         raise ParedError(
             f"method {recipe.method} prunes: name a sparsity, the fraction of zeros (--sparsity 0.5), or a pattern "
             "(--pattern 2:4)"
         )
+    options = _options_of(recipe, method)
+    allocator = layer_allocator_of(_allocation_name(recipe, method))
+    given = checked_options(recipe.allocation_options, allocator.options, f"allocation {allocator.name}")
+    if given["granularity"] not in GRANULARITIES:
+        raise ParedError(f"option granularity: expected one of {', '.join(GRANULARITIES)}, found "
+                         f"{given['granularity']!r}")  # fmt: skip
+    given = _with_program(given, SCORE_TOKENS)
+    pattern = None if recipe.pattern is None else pattern_of(recipe.pattern)
+    sparsity = recipe.sparsity if pattern is None else pattern.sparsity
+    assert sparsity is not None
+    return SparseSpec(
+        recipe=recipe,
+        options=options,
+        allocation_options=given,
+        method=method,
+        allocator=allocator,
+        sparsity=sparsity,
+        pattern=pattern,
+    )
+
+
+def _refuse_fields(recipe: Recipe, names: tuple[str, ...], hint: str) -> None:
+    """Refuse what a recipe sets and its method does not read."""
+    for name in names:
+        if (value := getattr(recipe, name)) != Recipe.model_fields[name].default:
+            raise ParedError(f"method {recipe.method} knows no {name} (found {value!r}); {hint}")
+
+
+def _allocation_name(recipe: Recipe, method: Method) -> str:
+    return method.allocation if recipe.allocation == "auto" else recipe.allocation
+
+
+def _options_of(recipe: Recipe, method: Method) -> dict[str, object]:
+    """Return the method's options, those of the recipe over the defaults."""
+    options = checked_options(recipe.options, method.options, f"method {method.name}")
+    try:
+        method.check(options)
+    except ValueError as error:
+        raise ParedError(f"method {method.name}: {error}") from None
+    return options
 
 
 def pattern_of(text: str) -> NM:
@@ -117,45 +401,20 @@ def pattern_of(text: str) -> NM:
     return found
 
 
-def options_of(recipe: Recipe) -> dict[str, object]:
-    """Return the method's options, those of the recipe over the defaults.
+def checked_options(given: Mapping[str, object], defaults: Mapping[str, object], owner: str) -> dict[str, object]:
+    """Return the defaults with what was given over them.
 
     Raises:
-        ParedError: an option the method does not have, or a value of another type.
+        ParedError: an option the owner does not have, or a value of another type.
     """
-    _require_own_fields(recipe)
-    method = method_of(recipe)
-    options = checked_options(recipe.options, method.options, f"method {method.name}")
-    try:
-        method.check(options)
-    except ValueError as error:
-        raise ParedError(f"method {method.name}: {error}") from None
-    return options
-
-
-def layer_allocation_of(recipe: Recipe) -> tuple[LayerAllocator, dict[str, object]]:
-    """Return how a pruning recipe spreads its zeros, and the options of that.
-
-    Raises:
-        ParedError: there is no such allocation of zeros, or an option of it is unknown or of another type.
-    """
-    allocator = layer_allocator_of(allocation_of(recipe))
-    options = checked_options(recipe.allocation_options, allocator.options, f"allocation {allocator.name}")
-    if options["granularity"] not in GRANULARITIES:
-        raise ParedError(f"option granularity: expected one of {', '.join(GRANULARITIES)}, found "
-                         f"{options['granularity']!r}")  # fmt: skip
-    return allocator, _with_program(options, SCORE_TOKENS)
-
-
-def rank_options_of(recipe: Recipe) -> dict[str, object]:
-    """Return the options of the allocation of a low-rank recipe.
-
-    Raises:
-        ParedError: there is no such allocation, or an option of it is unknown or of another type.
-    """
-    allocator = allocator_of(allocation_of(recipe))
-    options = checked_options(recipe.allocation_options, allocator.options, f"allocation {allocator.name}")
-    return _with_program(options, 1)
+    for name, value in given.items():
+        if name not in defaults:
+            valid = did_you_mean(name, defaults) if defaults else "it has none"
+            raise ParedError(f"{owner} has no option {name!r}; {valid}")
+        default = defaults[name]
+        if type(value) is not type(default) and not (isinstance(default, float) and type(value) is int):
+            raise ParedError(f"option {name} of {owner}: expected a {type(default).__name__}, found {value!r}")
+    return {**defaults, **given}
 
 
 def _with_program(options: dict[str, object], tokens: int) -> dict[str, object]:
@@ -173,72 +432,3 @@ def _with_program(options: dict[str, object], tokens: int) -> dict[str, object]:
         return options
     program, tokens = named(text, tokens)
     return {**options, "program": str(program), "score_tokens": asked or tokens}
-
-
-def allocation_of(recipe: Recipe) -> str:
-    """Return the name of the allocator a recipe asks for, the method's own if it says ``auto``."""
-    if recipe.rank_fraction is not None:
-        return "rank-fraction"
-    return method_of(recipe).allocation if recipe.allocation == "auto" else recipe.allocation
-
-
-def budget_of(recipe: Recipe) -> Budget:
-    """Return how much of the covered parameters may stay, and what a rank costs in the storage asked for."""
-    pivoted = low_rank_of(recipe).pivoted if recipe.storage == "auto" else recipe.storage == "pivoted"
-    return Budget(recipe.keep, pivoted, recipe.rank_fraction)
-
-
-def refit_of(recipe: Recipe) -> str:
-    """Return the refit stage a recipe asks for, the method's own if it says ``auto``."""
-    return low_rank_of(recipe).refit(recipe.keep) if recipe.refit == "auto" else recipe.refit
-
-
-def statistics_of(recipe: Recipe) -> str:
-    """Return when a recipe's statistics are collected, as the method says if it says ``auto``."""
-    return low_rank_of(recipe).statistics(recipe.keep) if recipe.statistics == "auto" else recipe.statistics
-
-
-def has_targets(recipe: Recipe) -> bool:
-    """Whether a stage follows whose targets may be the dense model's outputs."""
-    again = statistics_of(recipe) == "sequential" and low_rank_of(recipe).walked
-    return again or refit_of(recipe) != "off"
-
-
-def calibrates(recipe: Recipe) -> bool:
-    """Whether the model is run on a text: for statistics, a refit, or an allocation that looks at what it answers."""
-    if is_pruning(recipe):
-        return method_of(recipe).calibrated or bool(layer_allocation_of(recipe)[0].needs & {"scores", "losses"})
-    influence = "influence" in allocator_of(allocation_of(recipe)).needs
-    return method_of(recipe).calibrated or refit_of(recipe) != "off" or influence
-
-
-def tries(recipe: Recipe) -> bool:
-    """Whether the allocation tries what it proposes, on windows that are not calibrated on."""
-    return not is_pruning(recipe) and "trial" in allocator_of(allocation_of(recipe)).needs
-
-
-def settled(recipe: Recipe) -> dict[str, object]:
-    """Return what a recipe's ``auto`` stands for, for the record."""
-    if is_pruning(recipe):
-        return {"allocation": allocation_of(recipe), **layer_allocation_of(recipe)[1]}
-    return {
-        "allocation": allocation_of(recipe),
-        **rank_options_of(recipe),
-        "storage": "pivoted" if budget_of(recipe).pivoted else "factors",
-        "statistics": statistics_of(recipe),
-        "refit": refit_of(recipe),
-        **({"dense_path": dense_path_of(recipe)} if has_targets(recipe) else {}),
-    }
-
-
-def dense_path_of(recipe: Recipe) -> float:
-    """Return the share of the dense model's outputs in targets, the method's own if a recipe says ``auto``."""
-    return low_rank_of(recipe).dense_path if recipe.dense_path == "auto" else recipe.dense_path
-
-
-def evaluated_text(recipe: Recipe) -> str | None:
-    """Return the name of what perplexity is measured on, the held-out part if that is left open; None for nothing."""
-    asked = recipe.evaluation
-    if asked is None:
-        return None
-    return held_out(recipe.calibration.text) if asked.text == "auto" else asked.text

@@ -1,15 +1,14 @@
-"""The windows that a recipe calibrates on, and those that trials use."""
+"""The windows of tokens a recipe asks for: what is calibrated on, and what an allocation tries its proposals on."""
 
 import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pared.data.lengths import Length
-from pared.data.texts import find_text, from_learned_part
-from pared.engine.spec import evaluated_text
+from pared.data.texts import find_text, from_learned_part, held_out
 from pared.schema.recipe import Recipe
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what a recipe evaluates on is told without torch
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from pared.data.windows import Windows
@@ -41,6 +40,14 @@ def calibration_windows(
         return find_windows(name, tokenizer, config, causal, length, asked.samples, asked.sampling, asked.seed)
 
     return from_learned_part(asked.text, evaluated_text(recipe), windows) if causal else windows(asked.text)
+
+
+def evaluated_text(recipe: Recipe) -> str | None:
+    """Return the name of what perplexity is measured on, the held-out part if that is left open; None for nothing."""
+    asked = recipe.evaluation
+    if asked is None:
+        return None
+    return held_out(recipe.calibration.text) if asked.text == "auto" else asked.text
 
 
 def trial_windows(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", config: "PretrainedConfig") -> "Windows":

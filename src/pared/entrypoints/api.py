@@ -21,7 +21,7 @@ from pared.checkpoint import load, load_tokenizer
 from pared.data.handed import text_of
 from pared.data.texts import handed_over
 from pared.engine import collect
-from pared.engine.allocate import plan_of
+from pared.engine.allocate import plan_from_shapes
 from pared.engine.early import require_model as require_named_model
 from pared.engine.early import require_possible, require_suited
 from pared.entrypoints.search import Found
@@ -68,14 +68,14 @@ def plan(
     with trusting(trust_remote_code):
         if not isinstance(model, (str, Path)):
             require_model(model, function)
-            require_possible(asked)
-            require_suited(model.config, asked, model.config.name_or_path or type(model).__name__)
-            return plan_of(model, asked)
+            spec = require_possible(asked)
+            require_suited(model.config, spec, model.config.name_or_path or type(model).__name__)
+            return plan_from_shapes(model, spec)
         asked = asked.model_copy(update={"model": name_from(model, function)})
-        require_possible(asked)
-        source = require_named_model(asked)
-        require_suited(source.config(), asked, source.name)
-        return plan_of(source.skeleton(), asked, source.weight_bytes(asked.dtype))
+        spec = require_possible(asked)
+        source = require_named_model(spec)
+        require_suited(source.config(), spec, source.name)
+        return plan_from_shapes(source.skeleton(), spec, source.weight_bytes(asked.dtype))
 
 
 def search(
@@ -124,7 +124,7 @@ def search(
     with trusting(trust_remote_code):
         if isinstance(model, (str, Path)):
             asked = asked.model_copy(update={"model": name_from(model, function)})
-            require_named_model(asked)
+            require_named_model(require_possible(asked))
             return search_by_name(asked, settings, folder, watcher, pools)
         require_model(model, function)
         require_tokenizer(tokenizer, function)

@@ -9,27 +9,28 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from pared import engine
 from pared.arguments import asked_from, name_from, recipe_from, require_model, require_tokenizer
-from pared.calibration import WalkedBlock, saved_blocks
-from pared.checkpoint import verify
-from pared.checkpoint.finite import require_finite
+from pared.calibration import BlockStatistics, saved_blocks
+from pared.checkpoint import mark, module_map, verify
 from pared.checkpoint.seal import published_recipe
 from pared.data.evaluated import evaluation_windows
 from pared.data.handed import text_of
 from pared.data.overlap import overlap
 from pared.data.texts import Text, handed_over, learned_part
 from pared.data.windows import Windows, require_fits
-from pared.engine.allocate import plan_of
+from pared.engine.allocate import plan_from_shapes
 from pared.engine.checks import require_finite_weights
+from pared.engine.compress import compress_blocks
 from pared.engine.early import require_job, require_possible, require_suited, require_texts
 from pared.engine.early import require_model as require_named_model
-from pared.engine.spec import calibrates, evaluated_text, settled
-from pared.engine.windows import calibration_windows
+from pared.engine.result import Compressed as Made
+from pared.engine.spec import CompressionSpec
+from pared.engine.windows import calibration_windows, evaluated_text
 from pared.entrypoints.measure import PerplexityOn
 from pared.entrypoints.result import Before, Compressed, Outcome
 from pared.environment import device_of, versions
 from pared.errors import ParedError, TextTooShortError
+from pared.evaluation.perplexity import perplexity
 from pared.io.apart import require_apart
 from pared.io.files import path_of
 from pared.io.output_dir import require_space
@@ -40,14 +41,15 @@ from pared.notebook import watcher_of
 from pared.progress import Progress, Stopwatch
 from pared.report.table import WORTH_SAYING
 from pared.schema.manifest import Manifest
-from pared.schema.presets import note_of
+from pared.schema.presets import note_of, require_user_fields
 from pared.schema.recipe import Recipe
 from pared.structure import find_anatomy
+from pared.structure.finite import require_finite
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-Collected = Callable[[], Iterator[WalkedBlock]]
+Collected = Callable[[], Iterator[BlockStatistics]]
 
 
 def compress(
@@ -126,10 +128,10 @@ def compress(
     with trusting(trust_remote_code), handed_over(text):
         if isinstance(model, (str, Path)):
             asked_for = asked_for.model_copy(update={"model": name_from(model, function)})
-            require_possible(asked_for)
+            spec = require_possible(asked_for)
             require_texts(asked_for)
-            source = require_named_model(asked_for)
-            return _by_name(source, asked_for, watcher, tokenizer=tokenizer, windows=windows, collected=collected)
+            source = require_named_model(spec)
+            return _by_name(source, spec, watcher, tokenizer=tokenizer, windows=windows, collected=collected)
         measured = "evaluation" in fields or (asked_for.preset is None and "evaluation" in asked_for.model_fields_set)
         return _in_memory(model, tokenizer, asked_for, measured, watcher, windows, collected)
 
@@ -153,8 +155,8 @@ def run(
     """
     with trusting(trust_remote_code):
         asked, watcher = asked_from(Recipe, recipe, "pared.run"), watcher_of(progress, "pared.run")
-        source, out = require_job(asked, overwrite)
-        result = _by_name(source, asked, watcher, out)
+        spec, source, out = require_job(asked, overwrite)
+        result = _by_name(source, spec, watcher, out)
         return result.publish(out, overwrite, result.hand_over(), watcher)
 
 
@@ -189,7 +191,7 @@ def _calibrated_on(
 
 def _by_name(
     source: ModelSource,
-    recipe: Recipe,
+    spec: CompressionSpec,
     progress: Progress,
     out: Path | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -200,16 +202,17 @@ def _by_name(
 
     Args:
         source: of the model.
-        recipe: as for :func:`compress`.
+        spec: of the recipe.
         progress: who watches.
         out: where it will be written, if that is known.
         tokenizer: in place of the model's own.
         windows: in place of the recipe's text.
         collected: as for :func:`compress`.
     """
+    recipe = spec.recipe
     device_of(recipe.device)
     config = source.config()
-    require_suited(config, recipe, source.name)
+    require_suited(config, spec, source.name)
     if out is not None:
         require_apart(out, [Path(source.location)])  # of an embedded model or a .gguf file in the cache
     watch, causal = Stopwatch(), is_causal(config.architectures or [])
@@ -217,12 +220,12 @@ def _by_name(
         progress.note(note)
     with watch("load"):
         tokenizer = tokenizer or source.tokenizer()
-        calibration = windows or _calibration_windows(recipe, config, causal, tokenizer)
+        calibration = windows or _calibration_windows(spec, config, causal, tokenizer)
         measured = _evaluation_windows(recipe, config, causal, tokenizer, calibration, progress)
         before = _before(source.name, source.origin, source, recipe, tokenizer, measured, calibration, watch, progress)
         if "dequantised" in source.origin:
             progress.note(f"{source.name} is {source.origin}; sizes are compared with the dequantised weights")
-        planned = plan_of(source.skeleton(), recipe, source.weight_bytes(recipe.dtype))
+        planned = plan_from_shapes(source.skeleton(), spec, source.weight_bytes(recipe.dtype))
         if out is not None:
             require_space(out, planned.after.bytes_on_disk)
         if source.sees and not source.processor_files():
@@ -233,7 +236,7 @@ def _by_name(
             model, find_anatomy(model, recipe.blocks)
         )  # before perplexity, which could only say "nan"
         require_finite(model, source.name)
-    return _compressed(model, tokenizer, recipe, progress, calibration, collected, before, watch)
+    return _compressed(model, tokenizer, spec, progress, calibration, collected, before, watch)
 
 
 def _in_memory(
@@ -250,17 +253,39 @@ def _in_memory(
     source, watch = _lies_beside(name), Stopwatch()
     name = recipe.model or name or type(model).__name__
     before = Before(name, "loaded in Python", source)
+    spec = _require_compressible(model, tokenizer, recipe, windows)
+    if windows is None and (note := note_of(recipe)):
+        progress.note(note)
     if measured and recipe.evaluation is not None:
-        require_possible(recipe)
-        require_suited(model.config, recipe, name)
         require_tokenizer(tokenizer, "pared.compress")
         assert tokenizer is not None
         causal = is_causal([type(model).__name__])
         with watch("load"):
-            windows = windows or _calibration_windows(recipe, model.config, causal, tokenizer)
+            windows = windows or _calibration_windows(spec, model.config, causal, tokenizer)
             held_out = _evaluation_windows(recipe, model.config, causal, tokenizer, windows, progress)
             before = _before(name, before.origin, source, recipe, tokenizer, held_out, windows, watch, progress)
-    return _compressed(model, tokenizer, recipe, progress, windows, collected, before, watch)
+    return _compressed(model, tokenizer, spec, progress, windows, collected, before, watch)
+
+
+def _require_compressible(
+    model: PreTrainedModel, tokenizer: object, recipe: Recipe, windows: Windows | None
+) -> CompressionSpec:
+    """Resolve a recipe, and refuse what cannot be done to a loaded model."""
+    spec = require_possible(recipe)  # what can be refused is refused first
+    if windows is None:
+        require_user_fields(recipe)
+    name = model.config.name_or_path or type(model).__name__
+    if hasattr(model, "peft_config"):
+        raise ParedError(f"model {name!r} carries PEFT adapters; merge them first (merge_and_unload)")
+    if module_map(model):
+        raise ParedError(f"model {name!r} is compressed already, at least in part; load the dense model again")
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ParedError(f"model {name!r} was loaded under torch.inference_mode(); load it outside of it")
+    require_suited(model.config, spec, name)
+    device_of(recipe.device)
+    if spec.tries or (windows is None and spec.calibrated):
+        require_tokenizer(tokenizer, "pared.compress")
+    return spec
 
 
 def _lies_beside(name: str) -> ModelSource | None:
@@ -274,7 +299,7 @@ def _lies_beside(name: str) -> ModelSource | None:
 def _compressed(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
-    recipe: Recipe,
+    spec: CompressionSpec,
     progress: Progress,
     windows: Windows | None,
     collected: Collected | None,
@@ -284,12 +309,12 @@ def _compressed(
     """Measure the dense model where that is asked for, and compress it."""
     if before.measure is not None:
         before = replace(before, perplexity=before.measure.before(model))
-    made = engine.compress(model, tokenizer, recipe, progress, windows, collected)
+    made = _in_place(model, tokenizer, spec, progress, windows, collected)
     return Compressed(
         model=made.model,
         tokenizer=tokenizer,
-        recipe=recipe,
-        settled=settled(recipe),
+        recipe=spec.recipe,
+        settled=spec.describe(),
         plan=made.plan,
         before=before,
         sharing=made.sharing,
@@ -298,6 +323,31 @@ def _compressed(
         calibration=made.calibration,
         seconds={**watch.seconds, **made.seconds},
     )
+
+
+def _in_place(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    spec: CompressionSpec,
+    progress: Progress,
+    windows: Windows | None,
+    saved: Collected | None,
+) -> Made:
+    """Compress a model, and have its configuration say what became of it, whatever happens."""
+
+    def trial(on: Windows) -> float:
+        assert tokenizer is not None
+        return perplexity(model, tokenizer, on).value
+
+    try:
+        return compress_blocks(model, tokenizer, spec, windows=windows, saved=saved, trial=trial, progress=progress)
+    except ParedError as error:
+        if module_map(model):
+            raise ParedError(f"{error}; the blocks before it are compressed already: load the model again") from error
+        raise
+    finally:
+        if module_map(model):
+            mark(model)  # also after Ctrl-C: what is saved then must load again
 
 
 def _before(
@@ -319,11 +369,11 @@ def _before(
 
 
 def _calibration_windows(
-    recipe: Recipe, config: PretrainedConfig, causal: bool, tokenizer: PreTrainedTokenizerBase
+    spec: CompressionSpec, config: PretrainedConfig, causal: bool, tokenizer: PreTrainedTokenizerBase
 ) -> Windows | None:
-    if not calibrates(recipe):
+    if not spec.calibrated:
         return None
-    windows = calibration_windows(recipe, tokenizer, config, causal)
+    windows = calibration_windows(spec.recipe, tokenizer, config, causal)
     require_fits(config, windows)
     return windows
 

@@ -6,35 +6,35 @@ by what they are worth loses much with its first groups and nothing with its las
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pared.calibration import Collected, backward, capture, choose_labels, gradient_accumulators, walk
+from pared.calibration import BlockStatistics
 from pared.data.encoding import cut_examples
 from pared.data.evaluated import evaluation_windows
 from pared.data.labelled import find_examples
 from pared.data.lengths import Length
 from pared.data.texts import held_out
 from pared.data.windows import NO_LABEL, Windows, require_fits
+from pared.engine.allocate import anatomy_of
 from pared.engine.checks import require_finite_weights
+from pared.engine.install import patched
+from pared.engine.observe import Observer
 from pared.engine.solutions import DecompositionStore
-from pared.engine.spec import anatomy_of, low_rank_of, options_of
-from pared.engine.windows import calibration_windows
-from pared.environment import choose_dtype, device_of
+from pared.engine.solve import decompose_site
+from pared.engine.spec import LowRankSpec, PassSpec, resolve_low_rank
 from pared.errors import ParedError
 from pared.evaluation import perplexity
-from pared.lowrank import LowRankMethod
 from pared.models.architecture import is_causal
 from pared.models.source import require_dense
 from pared.progress import Progress, Silent
 from pared.schema.recipe import Recipe
-from pared.structure import Anatomy, probe, weight_of
-from pared.structure.probe import BlockCall, call_model
+from pared.structure import Anatomy, weight_of
+from pared.structure.probe import call_model, evaluating
+from pared.structure.store import ResidentBlocks
 
 EXAMPLES = 200  # labelled examples measured unless a recipe says how many
 BATCH = 8  # of them in one forward pass
@@ -101,15 +101,15 @@ def rank_groups(
         ParedError: anything in the model, the recipe or the data that does not work, or a weight with fewer directions
             than groups.
     """
-    progress = progress or Silent()
+    progress, spec = progress or Silent(), resolve_low_rank(recipe)
     require_dense(model.config, model.config.name_or_path or type(model).__name__)
     anatomy = anatomy_of(model, recipe)
     require_finite_weights(model, anatomy)
     _require_directions(anatomy, groups)
-    method = low_rank_of(recipe)
-    options = options_of(recipe)
     evaluation = _evaluation(model, tokenizer, recipe)
-    calibration = _calibration(model, tokenizer, recipe) if method.calibrated else None
+    observer = Observer(ResidentBlocks(model, anatomy), tokenizer, spec, progress)
+    if spec.method.calibrated:
+        observer.read()
 
     def measure() -> Quality:
         if evaluation.labels is not None:
@@ -117,25 +117,23 @@ def rank_groups(
         assert recipe.evaluation is not None
         return {"perplexity": perplexity(model, tokenizer, evaluation, recipe.evaluation.bos).value}
 
-    was_training = model.training
-    model.eval()
-    try:
-        with DecompositionStore() as store:
-            _decompose(model, anatomy, method, options, calibration, recipe, store, progress)
-            dense = {name: model.get_submodule(name).weight.detach().clone() for name in store.spectra}
-            if not dense:
-                raise ParedError("nothing is known about the inputs of any site; use more calibration data")
-            before, found = measure(), list[RankGroup]()
-            with progress.stage("rank groups", groups, "group") as advance:
-                for number in range(1, groups + 1):
-                    with _without_group(model, store, dense, number, groups) as error:
-                        found.append(RankGroup(number, measure(), error))
-                    advance()
-    finally:
-        model.train(was_training)
-    untouched = tuple(site.name for site in anatomy.sites if site.name not in dense)
-    told = None if calibration is None else calibration.describe()
-    return RankGroups(before, tuple(found), untouched, evaluation.describe(), told)
+    with evaluating(model), DecompositionStore() as store:
+        observer.probe()
+        _decompose(observer, store)
+        if not store.spectra:
+            raise ParedError("nothing is known about the inputs of any site; use more calibration data")
+        before, found = measure(), list[RankGroup]()
+        with progress.stage("rank groups", groups, "group") as advance:
+            for number in range(1, groups + 1):
+                removal = _Removal(model, store, number, groups)
+                with patched(model, removal.weights()):
+                    found.append(RankGroup(number, measure(), removal.error))
+                advance()
+        untouched = tuple(site.name for site in anatomy.sites if site.name not in store.spectra)
+    windows = observer.windows
+    return RankGroups(
+        before, tuple(found), untouched, evaluation.describe(), None if windows is None else windows.describe()
+    )
 
 
 @torch.no_grad()
@@ -186,12 +184,6 @@ def _require_directions(anatomy: Anatomy, groups: int) -> None:
                          f"for {groups} groups; ask for fewer groups, or skip it")  # fmt: skip
 
 
-def _calibration(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Windows:
-    windows = calibration_windows(recipe, tokenizer, model.config, is_causal([type(model).__name__]))
-    require_fits(model.config, windows)
-    return windows
-
-
 def _evaluation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Windows:
     asked, data = recipe.evaluation, recipe.calibration.text
     if asked is None:
@@ -213,83 +205,44 @@ def _evaluation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, reci
     return windows
 
 
-def _decompose(
-    model: PreTrainedModel,
-    anatomy: Anatomy,
-    method: LowRankMethod,
-    options: Mapping[str, object],
-    windows: Windows | None,
-    recipe: Recipe,
-    store: DecompositionStore,
-    progress: Progress,
-) -> None:
+def _decompose(observer: Observer, store: DecompositionStore) -> None:
     """Put the decomposition of every site that data reached into the store."""
-    anatomy, calls = probe(model, anatomy)
-    by_site = _statistics(model, anatomy, calls, method, options, windows, recipe, progress)
-    for name, statistics in by_site:
-        if any(statistic.tokens == 0 for statistic in statistics.values()):
-            continue
-        values = {key: statistic.value for key, statistic in statistics.items()}
-        weight = weight_of(model.get_submodule(name)).detach()
-        try:
-            found = method.decompose(weight.to(next(iter(values.values()), weight).device), values, options)
-        except (ValueError, RuntimeError) as error:
-            raise ParedError(f"site {name}: {error}") from error
-        store.put(name, found)
+    spec = observer.spec
+    assert isinstance(spec, LowRankSpec)
+
+    def visit(block: BlockStatistics) -> None:
+        for site in observer.anatomy.sites_of(block.index):
+            own = block.statistics.get(site.name, {})
+            found = decompose_site(observer.model, spec, site, own, observer.tokens)
+            if found is not None:
+                store.put(site.name, found)
+
+    observer.run(PassSpec("solve", spec.solving_for_method), visit)
 
 
-def _statistics(
-    model: PreTrainedModel,
-    anatomy: Anatomy,
-    calls: list[BlockCall],
-    method: LowRankMethod,
-    options: Mapping[str, object],
-    windows: Windows | None,
-    recipe: Recipe,
-    progress: Progress,
-) -> Iterator[tuple[str, Mapping[str, Collected]]]:
-    """Yield what the method needs of every site that the probe pass reached."""
-    reached = {site.name for site in anatomy.sites if not site.idle}
-    if windows is None:
-        yield from ((name, {}) for name in sorted(reached))
-        return
-    asked, device = recipe.calibration, device_of(recipe.device)
-    dtype = choose_dtype(asked.dtype, model.dtype, device)
-    inputs = capture(model, anatomy, windows.tokens, asked.batch, calls, dtype, device, windows.beside)
-    names, blocks = method.gradients(options), anatomy.blocks(model)
-    with progress.stage(f"calibrate ({dtype})", len(blocks) * len(inputs.calls), "batch") as advance:
-        if names:
-            loss: Literal["sampled", "labels"] = "sampled" if options["loss"] == "sampled" else "labels"
-            labels = choose_labels(model, loss, asked.seed, windows.labels)
-            felt = gradient_accumulators(anatomy, names | method.needs([(1, 1)]), device)
-            backward(model, anatomy, inputs, windows.tokens, felt, labels, advance)
-            yield from felt.items()
-        else:
-            for walked in walk(blocks, anatomy, inputs, method.needs, advance):
-                yield from ((name, own) for name, own in walked.statistics.items() if name in reached)
-
-
-@contextmanager
-@torch.no_grad()
-def _without_group(
-    model: PreTrainedModel, store: DecompositionStore, dense: Mapping[str, torch.Tensor], number: int, groups: int
-) -> Iterator[float]:
-    """Have every weight without one group of its directions for the length of a ``with`` block; give the error.
+class _Removal:
+    """Takes one group of directions out of every weight.
 
     With ``L`` the weighting of outputs, if there is one, ``W' = W - L⁻ᵀ U_g U_gᵀ Lᵀ W``.
     """
-    removed, whole = 0.0, 0.0
-    try:
-        for name in dense:
-            W_ON = weight_of(model.get_submodule(name))
-            found = store.get(name, W_ON.detach())
-            start, stop = (len(found.singular_values_R) * edge // groups for edge in (number - 1, number))
+
+    def __init__(self, model: PreTrainedModel, store: DecompositionStore, number: int, groups: int) -> None:
+        self._model, self._store, self._number, self._groups = model, store, number, groups
+        self._removed, self._whole = 0.0, 0.0
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield every weight without the group."""
+        for name in self._store.spectra:
+            found = self._store.get(name, weight_of(self._model.get_submodule(name)).detach())
+            count = len(found.singular_values_R)
+            start, stop = (count * edge // self._groups for edge in (self._number - 1, self._number))
             factors = found.factors(stop)  # nested: its first directions are those of any smaller rank
             part_ON = factors.up[:, start:stop] @ factors.down[start:stop]
-            removed += float(part_ON.square().sum())
-            whole += float(found.W_ON.square().sum())
-            W_ON.copy_(found.W_ON - part_ON)
-        yield math.sqrt(removed / whole) if whole else 0.0
-    finally:
-        for name, weight in dense.items():
-            model.get_submodule(name).weight.copy_(weight)
+            self._removed += float(part_ON.square().sum())
+            self._whole += float(found.W_ON.square().sum())
+            yield name, found.W_ON - part_ON
+
+    @property
+    def error(self) -> float:
+        """The relative change of all weights together, once they were yielded."""
+        return math.sqrt(self._removed / self._whole) if self._whole else 0.0

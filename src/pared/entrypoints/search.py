@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pared.allocation.dsa import SCORE_TOKENS, parse
 from pared.data.lengths import Length
 from pared.data.windows import Windows, cut, require_fits
-from pared.engine.spec import is_pruning, options_of
+from pared.engine.spec import CompressionSpec, LowRankSpec, SparseSpec, method_of, resolve
 from pared.environment import device_of
 from pared.errors import ParedError
 from pared.io.apart import require_apart
@@ -35,6 +35,7 @@ from pared.search.pool import InProcess, Processes
 from pared.search.prepare import prepare
 from pared.search.ranks import require_rankable
 from pared.search.zeros import require_pruner
+from pared.sparsity import PruningMethod
 from pared.tables import Shown, Table
 
 JOURNAL, FOUND = "journal.jsonl", "FOUND.json"
@@ -111,7 +112,7 @@ def run(
     Raises:
         ParedError: anything that does not work; what can be refused is refused before a weight is read.
     """
-    check(recipe)
+    require_searchable(recipe)
     device_of(recipe.device)
     if recipe.model is None:
         raise ParedError("name a model: embedded:smollm2-135m, a folder or a Hub id")
@@ -139,7 +140,7 @@ def search(
         ParedError: anything that does not work.
     """
     progress = progress or Silent()
-    check(recipe)
+    spec = require_searchable(recipe)
     require_place(out)
     if not is_causal([type(model).__name__]):
         raise ParedError(f"{type(model).__name__} is not a causal language model; candidates are told by perplexity")
@@ -148,12 +149,12 @@ def search(
     steps = in_steps(first(full, config.windows), config.halving)
     if config.final_windows is not None:
         full = first(full, config.final_windows)
-    settings = _settings(model, recipe, config, windows, full)
+    settings = _settings(model, spec, config, windows, full)
     out.mkdir(parents=True, exist_ok=True)
     with SearchJournal(out / JOURNAL, settings) as journal:
         if journal.resumed:
             progress.note(f"{out} holds {journal.resumed} measurements of this search; it resumes from there")
-        trial = prepare(model, tokenizer, recipe, windows, out, progress)
+        trial = prepare(model, tokenizer, spec, windows, out, progress)
         measure = Measure(trial, tokenizer, steps, full)
         references = _references(measure, trial, journal, "", measure.steps)
         with (pools or local)(measure, config.workers) as pool:
@@ -166,23 +167,25 @@ def search(
         return _write(out, trial, settings, results, finals, references)
 
 
-def check(recipe: Recipe) -> None:
-    """Refuse a recipe that cannot be searched for.
+def require_searchable(recipe: Recipe) -> CompressionSpec:
+    """Resolve a recipe, and refuse one that cannot be searched for.
 
     Raises:
         ParedError: the method, its budget or the allocation do not allow it.
     """
     if recipe.allocation not in ("auto", "dsa"):
         raise ParedError(f"a search looks for programs of allocation dsa; found allocation {recipe.allocation!r}")
-    if is_pruning(recipe):
+    if isinstance(method_of(recipe), PruningMethod):
         require_pruner(recipe.method)
         if recipe.pattern is not None:
             raise ParedError(f"a search needs a sparsity (--sparsity 0.7); pattern {recipe.pattern} leaves no zeros to "
                              "spread")  # fmt: skip
-    else:
-        require_rankable(recipe)
-    if options_of(recipe).get("variant"):
+    spec = resolve(recipe)
+    if isinstance(spec, LowRankSpec):
+        require_rankable(spec)
+    if spec.options.get("variant"):
         raise ParedError("Wanda's variant chooses zeros row by row from all scores; search without it")
+    return spec
 
 
 def require_place(out: Path, inputs: Iterable[Path] = ()) -> None:
@@ -228,10 +231,11 @@ def _windows(
 
 
 def _settings(
-    model: PreTrainedModel, recipe: Recipe, config: SearchConfig, windows: Windows, full: Windows
+    model: PreTrainedModel, spec: CompressionSpec, config: SearchConfig, windows: Windows, full: Windows
 ) -> dict[str, Any]:
     """Return everything that results depend on."""
-    budget = {"sparsity": recipe.sparsity} if is_pruning(recipe) else {"keep": recipe.keep, "storage": recipe.storage}
+    recipe, prunes = spec.recipe, isinstance(spec, SparseSpec)
+    budget = {"sparsity": recipe.sparsity} if prunes else {"keep": recipe.keep, "storage": recipe.storage}
     settings = {
         "pared": version("pared"),
         "model": recipe.model or type(model).__name__,
@@ -240,13 +244,13 @@ def _settings(
         "device": recipe.device,
         "method": recipe.method,
         **budget,
-        "options": options_of(recipe),
+        "options": dict(spec.options),
         "skip": list(recipe.skip),
         **({"blocks": recipe.blocks} if recipe.blocks else {}),
         **{f"calibration {name}": value for name, value in recipe.calibration.model_dump().items()},
         "calibration length": windows.tokens.shape[1],
         "calibration digest": windows.digest,
-        "score_tokens": SCORE_TOKENS if is_pruning(recipe) else 1,  # programs read numbers of so many tokens
+        "score_tokens": SCORE_TOKENS if prunes else 1,  # programs read numbers of so many tokens
         "search digest": full.digest,
         **{("search seed" if name == "seed" else name): getattr(config, name) for name in SETTINGS},
     }

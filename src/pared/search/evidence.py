@@ -5,17 +5,12 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pared.calibration import per_token
-from pared.data.windows import Windows
-from pared.engine.observe import Passes
+from pared.calibration import BlockStatistics, per_token
+from pared.engine.observe import Observer
+from pared.engine.spec import PassSpec
 from pared.errors import ParedError
-from pared.progress import Progress
-from pared.schema.recipe import Recipe
 from pared.sparsity.registry import energy
-from pared.structure import Anatomy
-from pared.structure.probe import BlockCall
 
 FILE = "evidence.safetensors"
 
@@ -47,31 +42,19 @@ def kept(folder: Path, collect: Callable[[], Tensors]) -> Tensors:
         raise ParedError(f"evidence {path}: not readable ({error}); remove it, and it is collected again") from None
 
 
-def energies(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    recipe: Recipe,
-    anatomy: Anatomy,
-    calls: list[BlockCall],
-    windows: Windows,
-    progress: Progress,
-) -> Tensors:
+def energies(observer: Observer) -> Tensors:
     """Return E[x²] of every input feature, by site, of the dense model; sites that no token reached are left out.
 
     Args:
-        model: dense.
-        tokenizer: of the model.
-        recipe: of a pruner.
-        anatomy: after the probe pass.
-        calls: of the probe pass.
-        windows: what is calibrated on.
-        progress: who watches.
+        observer: that has probed the dense model, and read the tokens.
     """
-    passes = Passes(model, tokenizer, recipe, progress)
-    inputs = passes.capture(anatomy, calls, windows)
     found: Tensors = {}
-    for walked in passes.walk(anatomy, inputs, energy, name="scores of the dense model"):
-        for name, own in walked.statistics.items():
+
+    def visit(block: BlockStatistics) -> None:
+        for name, own in block.statistics.items():
             if own["energy"].tokens:
-                found[name] = per_token("energy", own["energy"], passes.tokens)
+                found[name] = per_token("energy", own["energy"], observer.tokens)
+
+    step = PassSpec("evidence", "forward")
+    observer.forward(observer.capture(), energy, visit, step, name="scores of the dense model")
     return found

@@ -5,22 +5,23 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.data.windows import Windows
+from pared.engine.allocate import anatomy_of
 from pared.engine.checks import require_finite_weights
-from pared.engine.spec import anatomy_of, budget_of, is_pruning
+from pared.engine.observe import Observer
+from pared.engine.spec import CompressionSpec, LowRankSpec
 from pared.errors import ParedError
 from pared.progress import Progress
-from pared.schema.recipe import Recipe
 from pared.search.evidence import energies, kept
 from pared.search.objective import Trial
 from pared.search.ranks import RanksTrial, decompositions
 from pared.search.zeros import ZerosTrial
-from pared.structure import probe
+from pared.structure.store import ResidentBlocks
 
 
 def prepare(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    recipe: Recipe,
+    spec: CompressionSpec,
     windows: Windows,
     folder: Path,
     progress: Progress,
@@ -30,7 +31,7 @@ def prepare(
     Args:
         model: dense.
         tokenizer: of the model.
-        recipe: of a pruner or a low-rank method.
+        spec: of a pruner or a low-rank method.
         windows: what is calibrated on.
         folder: of the search, where what was collected is kept.
         progress: who watches.
@@ -38,14 +39,15 @@ def prepare(
     Raises:
         ParedError: a weight or a statistic is not finite, or no token reached any site.
     """
-    anatomy = anatomy_of(model, recipe)
+    anatomy = anatomy_of(model, spec.recipe)
     require_finite_weights(model, anatomy)
-    anatomy, calls = probe(model, anatomy)
-    collect = energies if is_pruning(recipe) else decompositions
-    found = kept(folder, lambda: collect(model, tokenizer, recipe, anatomy, calls, windows, progress))
+    observer = Observer(ResidentBlocks(model, anatomy), tokenizer, spec, progress)
+    observer.probe()
+    observer.read(windows)
+    collect = decompositions if isinstance(spec, LowRankSpec) else energies
+    found = kept(folder, lambda: collect(observer))
     if not found:
         raise ParedError("nothing is known about the inputs of any site; use more calibration text")
-    if not is_pruning(recipe):
-        return RanksTrial(model, anatomy, found, budget_of(recipe))
-    assert recipe.sparsity is not None
-    return ZerosTrial(model, anatomy, found, recipe.method, recipe.sparsity)
+    if isinstance(spec, LowRankSpec):
+        return RanksTrial(model, observer.anatomy, found, spec.budget)
+    return ZerosTrial(model, observer.anatomy, found, spec.method.name, spec.sparsity)

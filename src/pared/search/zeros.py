@@ -1,14 +1,15 @@
 """Zeros for candidates: every site's scores are ordered once, and a mask is one comparison with that order."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
 from pared.allocation.dsa import SCORE_TOKENS, Program, ScoreHistogram, Scores, judge
+from pared.engine.install import patched
 from pared.errors import ParedError
 from pared.search.evolution import Allocation
 from pared.sparsity import METHODS, Unstructured, wanda
@@ -144,18 +145,11 @@ class ZerosTrial:
         assert sparsities_L is not None
         return {str(block): share for block, share in zip(self.blocks, sparsities_L.tolist(), strict=True)}
 
-    @contextmanager
-    @torch.no_grad()
-    def installed(self, allocation: Allocation) -> Iterator[None]:
+    def installed(self, allocation: Allocation) -> AbstractContextManager[None]:
         """Have the zeros in the model for the length of a ``with`` block."""
-        ordered = [one for unit in self._units for one in unit]
-        try:
-            for one, zeros in zip(ordered, allocation, strict=True):
-                weight_of(self.model.get_submodule(one.site.name)).copy_(one.pruned(zeros))
-            yield
-        finally:
-            for one in ordered:
-                weight_of(self.model.get_submodule(one.site.name)).copy_(one.dense_ON)
+        ordered = (one for unit in self._units for one in unit)
+        weights = ((one.site.name, one.pruned(zeros)) for one, zeros in zip(ordered, allocation, strict=True))
+        return patched(self.model, weights)
 
     def _zeros(self, sparsities: Sequence[float]) -> Allocation:
         return tuple(

@@ -12,12 +12,13 @@ from tiny_models import TINY_MODELS
 from transformers import PreTrainedTokenizerFast
 
 import pared
-from pared import ParedError
-from pared.calibration import Statistic, WalkedBlock, save_blocks, saved_blocks, statistic_kind
-from pared.engine import collect, compress
-from pared.engine.observe import Passes
+from pared import ParedError, compress
+from pared.calibration import BlockStatistics, Statistic, save_block, saved_blocks, statistic_kind
+from pared.engine import LowRankSpec, PassSpec, collect, resolve
+from pared.engine.observe import Observer
 from pared.progress import Silent
-from pared.structure import find_anatomy, probe
+from pared.structure import find_anatomy
+from pared.structure.store import ResidentBlocks
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(1))
@@ -55,11 +56,12 @@ def test_a_diagonal_is_felt_on_a_quarter_of_the_windows_and_all_are_read(
     model = TINY_MODELS["llama"]()
     asked = calibration.model_copy(update={"samples": 8, "batch": 1})
     recipe = pared.Recipe(method="loss-optimal", options={"output_weighting": weighting}, calibration=asked)
-    passes = Passes(model, tokenizer, recipe, Silent())
-    anatomy, calls = probe(model, find_anatomy(model))
-    windows = passes.windows()
-    inputs = passes.capture(anatomy, calls, windows)
-    blocks = list(passes.statistics(anatomy, inputs, windows))
+    spec, blocks = resolve(recipe), list[BlockStatistics]()
+    assert isinstance(spec, LowRankSpec)
+    observer = Observer(ResidentBlocks(model, find_anatomy(model)), tokenizer, spec)
+    observer.probe()
+    observer.read()
+    observer.run(PassSpec("solve", spec.solving), blocks.append)
     assert len(blocks) == 3
     for own in (own for block in blocks for own in block.statistics.values()):
         assert own["mean_gram"].tokens == 8 * asked.length
@@ -144,7 +146,7 @@ def empty(name: str, out_features: int, in_features: int) -> Statistic:
     return kind.accumulator(kind.features(out_features, in_features), CPU)
 
 
-def accumulated(windows: int = 5) -> WalkedBlock:
+def accumulated(windows: int = 5) -> BlockStatistics:
     """A block of two sites that read one tensor; a group of three examples is left open."""
     sites = {"up": (4, 70), "gate": (6, 70)}
     made = {site: {name: empty(name, *shape) for name in NAMES} for site, shape in sites.items()}
@@ -155,11 +157,11 @@ def accumulated(windows: int = 5) -> WalkedBlock:
         for name, statistic in made[site].items():
             if site == "up" or name != "mean_gram":
                 statistic.update(x, g)
-    return WalkedBlock(3, made, 0.25)
+    return BlockStatistics(3, made, 0.25)
 
 
-def reloaded(folder: Path, block: WalkedBlock) -> WalkedBlock:
-    save_blocks(folder, [block])
+def reloaded(folder: Path, block: BlockStatistics) -> BlockStatistics:
+    save_block(folder, block)
     (found,) = saved_blocks(folder)
     return found
 
@@ -209,7 +211,7 @@ def test_a_statistic_is_read_when_its_value_is_asked_for(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("length", [0, 4, 100, -8])
 def test_a_damaged_file_is_named(tmp_path: Path, length: int) -> None:
-    save_blocks(tmp_path, [accumulated()])
+    save_block(tmp_path, accumulated())
     file = tmp_path / "block-00003.safetensors"
     file.write_bytes(file.read_bytes()[:length])
     with pytest.raises(ParedError, match=r"block-00003.safetensors cannot be read"):

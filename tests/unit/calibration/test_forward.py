@@ -4,13 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+from passes import walk
 from tiny_models import FAMILIES, REPEATED, TINY_MODELS, VOCAB
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 import pared
 from pared import ParedError, Recipe
-from pared.calibration import BlockInputs, WalkedBlock, capture, walk
+from pared.calibration import BlockInputs, BlockStatistics, capture
 from pared.data.windows import Windows
 from pared.environment import choose_dtype
 from pared.structure import Anatomy, find_anatomy, probe
@@ -37,13 +38,13 @@ def walked(
     batch: int = BATCH,
     on_batch: Any = lambda: None,
     needs: Any = both_grams,
-) -> tuple[Anatomy, BlockInputs, list[WalkedBlock]]:
+) -> tuple[Anatomy, BlockInputs, list[BlockStatistics]]:
     anatomy, calls = probe(model, find_anatomy(model))
     inputs = capture(model, anatomy, tokens(), batch, calls, dtype, CPU)
-    return anatomy, inputs, list(walk(anatomy.blocks(model), anatomy, inputs, needs, on_batch))
+    return anatomy, inputs, list(walk(model, anatomy, inputs, needs, on_batch))
 
 
-def statistics_of(steps: list[WalkedBlock], name: str) -> dict[str, Any]:
+def statistics_of(steps: list[BlockStatistics], name: str) -> dict[str, Any]:
     return {site: statistics[name] for step in steps for site, statistics in step.statistics.items()}
 
 
@@ -216,7 +217,7 @@ def test_a_pass_that_ends_at_the_last_read_collects_what_a_whole_one_does(family
     anatomy, whole, expected = walked(model, needs=needs)
     calls = probe(model, find_anatomy(model))[1]
     inputs = capture(model, anatomy, tokens(), BATCH, calls, torch.float32, CPU)
-    found = list(walk(anatomy.blocks(model), anatomy, inputs, needs, sequential=True))
+    found = list(walk(model, anatomy, inputs, needs, sequential=True))
     for name in needs([]):
         ours, theirs = statistics_of(found, name), statistics_of(expected, name)
         assert ours.keys() == theirs.keys()
@@ -232,7 +233,7 @@ def test_the_first_of_two_passes_ends_before_the_last_product() -> None:
     inputs = capture(model, anatomy, tokens(), BATCH, calls, torch.float32, CPU)
     made: list[None] = []
     model.model.layers[1].mlp.down_proj.register_forward_hook(lambda *_: made.append(None))
-    list(walk(anatomy.blocks(model), anatomy, inputs, only_gram, sequential=True))
+    list(walk(model, anatomy, inputs, only_gram, sequential=True))
     assert len(made) == 1 + 3  # of three batches, the first tells which site is last; then all of them
 
 
@@ -248,9 +249,12 @@ def test_a_block_may_be_replaced_as_soon_as_it_was_walked() -> None:
     anatomy, calls = probe(model, find_anatomy(model))
     inputs = capture(model, anatomy, tokens(), BATCH, calls, torch.float32, CPU)
     expected, _, _ = really_run(model, anatomy)
-    for step in walk(anatomy.blocks(model), anatomy, inputs, only_gram):
+
+    def visit(step: BlockStatistics) -> None:
         for parameter in anatomy.blocks(model)[step.index].parameters():
             parameter.data = torch.zeros(0)
+
+    walk(model, anatomy, inputs, only_gram, visit=visit)
     torch.testing.assert_close(torch.cat(inputs.hidden), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -361,7 +365,7 @@ def test_experts_that_only_a_later_batch_reaches_are_collected(container: Any, f
     anatomy, calls = probe(model, find_anatomy(model))
     ids = torch.stack([torch.tensor(first).repeat(12)[:12], torch.arange(12) % 9])
     inputs = capture(model, anatomy, ids, 1, calls, torch.float32, CPU)
-    for block in walk(anatomy.blocks(model), anatomy, inputs, only_gram, sequential=True):
+    for block in walk(model, anatomy, inputs, only_gram, sequential=True):
         found = [one["gram"].tokens for name, one in block.statistics.items() if "expert" in name]
         expected = torch.bincount(ids.flatten() % 3, minlength=3).tolist()
         assert found == expected

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from passes import backward, walk
 from tiny_models import TINY_MODELS
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -27,11 +28,9 @@ from pared.calibration import (
     Labels,
     NextToken,
     Sampled,
-    backward,
     capture,
     choose_labels,
     gradient_accumulators,
-    walk,
 )
 from pared.data import cut_examples, find_examples, find_windows, is_labelled
 from pared.data.windows import Windows, digest_of
@@ -386,7 +385,7 @@ def test_padding_is_in_no_statistic_of_a_walk(batch: int) -> None:
         anatomy, calls = probe(model, find_anatomy(model))
         beside = None if mask is None else {"attention_mask": mask}
         inputs = capture(model, anatomy, tokens, batch, calls, torch.float32, CPU, beside)
-        steps = walk(anatomy.blocks(model), anatomy, inputs, lambda _: frozenset(STATISTICS), influence=True)
+        steps = walk(model, anatomy, inputs, lambda _: frozenset(STATISTICS), influence=True)
         return {site: dict(own) for step in steps for site, own in step.statistics.items()}
 
     found = collect(tokens, mask, batch)

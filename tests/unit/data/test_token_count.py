@@ -10,13 +10,12 @@ from tiny_models import TINY_MODELS
 from transformers import PreTrainedTokenizerFast
 
 import pared
-from pared import ParedError
+from pared import ParedError, compress
 from pared.allocation import Budget, Evidence, Unit, allocator_of, allocators_for
 from pared.allocation.dsa import DEFAULT_OF_RANKS, DEFAULT_OF_ZEROS, judge, named, packaged_of
 from pared.allocation.ranks.svd_llm_v2 import svd_llm_v2
 from pared.calibration import Fisher, Gram, Sampled, per_token
 from pared.data.windows import Windows
-from pared.engine import compress
 from pared.engine.windows import calibration_windows
 from pared.lowrank import METHODS
 from pared.schema.plan import Plan

@@ -8,8 +8,8 @@ from tiny_models import TINY_MODELS
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import pared
+from pared import compress
 from pared.allocation import allocators_for
-from pared.engine import compress
 from pared.engine.result import remarks
 from pared.lowrank import METHODS
 from pared.schema.plan import Dense, LowRank

@@ -1,12 +1,12 @@
 """Targets that the dense model sets for what is behind a compressed prefix."""
 
 import copy
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from passes import walk
 from tiny_models import FAMILIES, TINY_MODELS, VOCAB
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 import pared
 from pared import ParedError
 from pared.allocation import Unit
-from pared.calibration import DensePath, capture, walk
+from pared.calibration import DenseReference, capture
 from pared.calibration.statistics import Cross
 from pared.engine import refit as refit_stage
 from pared.engine.solve import Solver
@@ -93,10 +93,10 @@ def walk_beside(family: str) -> tuple[dict[str, Cross], dict[str, torch.Tensor]]
         for site in anatomy.sites:
             weight_of(changed.get_submodule(site.name)).mul_(0.7)
     inputs = capture(changed, anatomy, TOKENS, 2, calls, torch.float32, CPU)
-    path = DensePath([hidden.clone() for hidden in inputs.hidden], anatomy.blocks(dense).__getitem__)
+    path = DenseReference([hidden.clone() for hidden in inputs.hidden], anatomy.blocks(dense).__getitem__)
     walked = {
         name: own["cross"]
-        for block in walk(anatomy.blocks(changed), anatomy, inputs, mean_gram, dense=path)
+        for block in walk(changed, anatomy, inputs, mean_gram, dense=path)
         for name, own in block.statistics.items()
     }
     seen: list[dict[str, torch.Tensor]] = [{}, {}]
@@ -270,7 +270,7 @@ def test_the_dense_path_of_a_refit_is_the_dense_model(
             checked.append(site.name)
         return block_of
 
-    monkeypatch.setattr(sys.modules["pared.engine.compress"], "dense_blocks", dense_blocks)
+    monkeypatch.setattr("pared.engine.low_rank.dense_blocks", dense_blocks)
     result = compress(family, storage=storage, refit="update", dense_path=0.5, **fields)
     assert len(checked) == len(result.plan.sites)
     sites = tuple(site.name for site in result.plan.sites)

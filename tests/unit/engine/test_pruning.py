@@ -5,17 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from passes import walk
 from tiny_models import TINY_MODELS, VOCAB
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import pared
-from pared import ParedError, engine
+from pared import ParedError
 from pared.allocation import allocators_for
-from pared.calibration import capture, walk
-from pared.engine import look
+from pared.calibration import capture
+from pared.engine import collect_evidence, compress_blocks, resolve
 from pared.engine.windows import calibration_windows
 from pared.modules import SparseLinear
-from pared.progress import Silent
 from pared.schema.plan import NM, Sparse
 from pared.sparsity import METHODS, Unstructured, magnitude, sparsegpt, wanda
 from pared.sparsity.registry import energy, gram
@@ -75,7 +75,7 @@ def test_the_first_block_is_pruned_by_the_statistics_of_a_plain_walk(
     tokens = calibration_windows(recipe, tokenizer, dense.config, causal=True).tokens
     by_wanda, by_gpt = weights(prune(family)), weights(prune(family, method="sparsegpt"))
     inputs = capture(dense, anatomy, tokens, 3, calls, torch.float32, torch.device("cpu"))
-    first = next(walk(anatomy.blocks(dense), anatomy, inputs, lambda shapes: energy(shapes) | gram(shapes)))
+    first = walk(dense, anatomy, inputs, lambda shapes: energy(shapes) | gram(shapes))[0]
     for name, own in first.statistics.items():
         W = weight_of(dense.get_submodule(name)).detach()
         assert torch.equal(by_wanda[name], wanda.prune(W, own["energy"].value, Unstructured(0.5)).weight)
@@ -90,7 +90,7 @@ def test_later_blocks_see_what_was_pruned_before_them(prune: Prune, tokenizer: P
     inputs = capture(model, anatomy, tokens, 3, calls, torch.float32, torch.device("cpu"))
     dense = TINY_MODELS["llama"]()
     name = "model.layers.2.self_attn.q_proj"
-    found = [block.statistics for block in walk(anatomy.blocks(model), anatomy, inputs, energy)][2][name]["energy"]
+    found = [block.statistics for block in walk(model, anatomy, inputs, energy)][2][name]["energy"]
     W = dense.get_submodule(name).weight.detach()
     expected = wanda.prune(W, found.value, Unstructured(0.6)).weight
     assert torch.equal(model.get_submodule(name).weight, expected)
@@ -143,11 +143,11 @@ def test_what_was_looked_at_once_serves_every_sparsity(
     allocation: str, prune: Prune, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     recipe = prune("llama", allocation=allocation).recipe
-    evidence = look(TINY_MODELS["llama"](), tokenizer, recipe)
+    evidence = collect_evidence(TINY_MODELS["llama"](), tokenizer, recipe)
     for sparsity in (0.3, 0.6):
         expected = weights(prune("llama", allocation=allocation, sparsity=sparsity))
         asked = recipe.model_copy(update={"sparsity": sparsity})
-        found = weights(engine.prune(TINY_MODELS["llama"](), tokenizer, asked, Silent(), evidence=evidence))
+        found = weights(compress_blocks(TINY_MODELS["llama"](), tokenizer, resolve(asked), evidence=evidence))
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 

@@ -4,11 +4,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from passes import walk
 from tiny_models import TINY_MODELS, VOCAB
 from transformers import PreTrainedTokenizerFast
 
 import pared
-from pared.calibration import capture, walk
+from pared.calibration import capture
 from pared.lowrank.registry import gram
 from pared.modules import LowRankLinear, PivotedLinear
 from pared.structure import find_anatomy, probe
@@ -63,7 +64,7 @@ def test_a_refit_lowers_every_sites_error_on_the_inputs_it_was_made_for(
     windows = pared.engine.windows.calibration_windows(before.recipe, tokenizer, model.config, False)
     inputs = capture(model, anatomy, windows.tokens, 4, calls, torch.float32, torch.device("cpu"))
     lowered = 0
-    for block in walk(anatomy.blocks(model), anatomy, inputs, gram):
+    for block in walk(model, anatomy, inputs, gram):
         for name, statistics in block.statistics.items():
             G = statistics["gram"].value
             W = dense[f"{name}.weight"]

@@ -13,7 +13,7 @@ from pared.allocation import ALLOCATORS, Budget, Unit, allocator_of, allocators_
 from pared.engine.allocate import make_plan
 from pared.engine.solutions import DecompositionStore
 from pared.engine.solve import Solver
-from pared.engine.spec import options_of
+from pared.engine.spec import resolve_low_rank
 from pared.lowrank import METHODS, loss_optimal
 from pared.modules import LowRankLinear
 from pared.schema.plan import LowRank
@@ -51,9 +51,8 @@ def test_a_member_of_a_group_reads_no_more_of_the_disk_than_its_own_dense_weight
         layer.weight.data = weight
     sites = tuple(Site(name, 0, "", len(weight), 9, False, "a") for name, weight in zip("abc", weights, strict=True))
     recipe = Recipe(method="basis-sharing", keep=0.5)
-    method = METHODS["basis-sharing"]
-    with Solver(model, method, options_of(recipe), Budget(0.5), None, keep_dense=True) as solver:
-        unit = Unit(sites)
+    unit = Unit(sites)
+    with Solver(model, resolve_low_rank(recipe), [unit], keep_dense=True) as solver:
         solver._keep(unit, METHODS["svd"].decompose(torch.cat(weights), {}))
         read = []
         kept = solver._store.weight
@@ -150,8 +149,9 @@ def test_a_pivoted_decision_is_installed_pivoted() -> None:
     plan = plan.model_copy(update={"sites": tuple(pivoted)})
     before = sum(p.numel() for p in model.parameters())
     assert plan.model_parameters == before
-    with Solver(model, METHODS["svd"], {}, Budget(0.6), plan) as solver:
-        for site in anatomy.sites:
-            solver.take(Unit((site,)), {})
+    units = [Unit((site,)) for site in anatomy.sites]
+    with Solver(model, resolve_low_rank(Recipe(method="svd", keep=0.6)), units, plan) as solver:
+        for unit in units:
+            solver.take(unit, {})
     assert all(isinstance(model.get_submodule(site.name), PivotedLinear) for site in plan.sites)
     assert sum(p.numel() for p in model.parameters()) == plan.after.model_parameters

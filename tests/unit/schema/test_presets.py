@@ -18,7 +18,7 @@ from pared import ParedError, Recipe
 from pared.cli.commands import app
 from pared.cli.from_schema import merge
 from pared.data.windows import cut
-from pared.engine.spec import method_of, options_of, settled
+from pared.engine.spec import resolve
 from pared.progress import Silent
 from pared.report.card import model_card
 from pared.schema.fields import flatten
@@ -76,8 +76,9 @@ def test_every_field_of_a_protocol_says_what_the_paper_says_and_where(name: str)
 def test_options_of_a_recipe_are_those_its_method_and_allocation_have(name: str) -> None:
     recipe = begun(name)
     assert isinstance(recipe, Recipe)
-    assert options_of(recipe) == {**method_of(recipe).options, **recipe.options}
-    assert settled(recipe)
+    spec = resolve(recipe)
+    assert spec.options == {**spec.method.options, **recipe.options}
+    assert spec.describe()
 
 
 @pytest.mark.parametrize("name", TUNINGS)
@@ -225,7 +226,7 @@ def test_what_does_not_go_with_what_is_given_leaves_the_preset_with_it(
     copied = begun(name).model_copy(update=given)
     assert (copied, copied.deviations()) == (asked, deviations)
     if isinstance(asked, Recipe):
-        assert settled(asked)
+        assert resolve(asked).describe()
         assert Recipe.of(asked.model_dump()) == asked
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from passes import plan_of
 from processes import kill_when
 from tiny_models import TINY_MODELS
 from tiny_tokenizer import tiny_tokenizer
@@ -20,8 +21,7 @@ from pared.allocation.dsa import parse
 from pared.cli.commands import app
 from pared.data.texts import find_text
 from pared.data.windows import cut
-from pared.engine.allocate import plan_of
-from pared.engine.spec import layer_allocation_of
+from pared.engine.spec import resolve
 from pared.entrypoints.search import search
 from pared.schema.search import SearchConfig
 from pared.search.data_split import require_training, search_texts
@@ -112,7 +112,7 @@ def test_magnitude_finds_the_perplexity_that_compress_has(
     windows = cut(calibration, tokenizer, 16, 5)
     asked = recipe("magnitude", allocation="dsa",
                    allocation_options={"program": str(tmp_path / "s" / "FOUND.json")})  # fmt: skip
-    assert layer_allocation_of(asked)[1]["program"] == found.program, "the record holds the program, not a file"
+    assert resolve(asked).allocation_options["program"] == found.program, "the record holds the program, not a file"
     compress(model, tokenizer, asked, windows=windows)
     (tmp_path / "rest.txt").write_text(held_out.joined)
     here = perplexity(model, tokenizer, f"file:{tmp_path / 'rest.txt'}", length=16, windows=6).value
@@ -283,7 +283,7 @@ def test_a_program_file_that_is_none_is_refused(recipe: Any, tmp_path: Path) -> 
         if content is not None:
             path.write_text(content)
         with pytest.raises(ParedError, match=told):
-            layer_allocation_of(recipe(allocation="dsa", allocation_options={"program": str(path)}))
+            resolve(recipe(allocation="dsa", allocation_options={"program": str(path)}))
 
 
 def test_a_program_that_does_not_exist_is_refused_before_anything_is_read(recipe: Any) -> None:
@@ -291,7 +291,7 @@ def test_a_program_that_does_not_exist_is_refused_before_anything_is_read(recipe
     with pytest.raises(ParedError, match="did you mean 'dsa-readme'"):
         plan_of(TINY_MODELS["llama"](), asked)
     with pytest.raises(ParedError, match="score_tokens: expected a number of tokens"):
-        layer_allocation_of(recipe(allocation="dsa", allocation_options={"score_tokens": -1}))
+        resolve(recipe(allocation="dsa", allocation_options={"score_tokens": -1}))
     with pytest.raises(ParedError, match="allocation uniform has no option 'program'; it has none"):
         plan_of(TINY_MODELS["llama"](), recipe("svd-llm", keep=0.8, allocation_options={"program": "x"}))
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from passes import plan_of
 from tiny_models import TINY_MODELS
 from torch import nn
 from torch.nn.utils import prune
@@ -15,7 +16,6 @@ from transformers.pytorch_utils import Conv1D
 
 import pared
 from pared import ParedError, Recipe
-from pared.engine import plan_of
 from pared.structure import find_anatomy, probe
 from pared.structure.probe import probe_shapes
 from pared.structure.proof import fault_of_call

@@ -4,6 +4,7 @@ from types import MethodType
 
 import pytest
 import torch
+from passes import plan_of
 from tiny_models import FAMILIES, TINY_MODELS
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -11,8 +12,9 @@ from transformers.pytorch_utils import Conv1D
 
 from pared import Calibration, ParedError, Recipe, compress
 from pared.calibration import capture
-from pared.engine import plan_of
-from pared.structure import Anatomy, find_anatomy, probe, weight_of
+from pared.structure.linear import weight_of
+from pared.structure.model import Anatomy, find_anatomy
+from pared.structure.probe import probe
 
 # family -> linear layers of one block, by what shares an input; a block has nothing else
 GATED = [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}]

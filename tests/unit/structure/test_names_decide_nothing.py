@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from passes import plan_of
 from tiny_models import TINY_MODELS
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import pared
 from pared import Recipe
-from pared.engine import plan_of
 from pared.schema.plan import Plan
 from pared.structure import find_anatomy, probe
 from pared.structure.probe import probe_shapes

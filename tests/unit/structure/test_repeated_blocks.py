@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from passes import walk
 from tiny_models import REPEATED, TINY_MODELS, VOCAB
 from torch import nn
 from transformers import AlbertForMaskedLM, PreTrainedConfig, PreTrainedModel
@@ -13,12 +14,11 @@ from transformers.modeling_outputs import CausalLMOutput
 
 import pared
 from pared import ParedError
-from pared.calibration import capture, walk
+from pared.calibration import BlockStatistics, capture
 from pared.data.windows import Windows
 from pared.engine import pruning
-from pared.engine.compress import _Compression
-from pared.engine.observe import Passes
-from pared.engine.solve import Solver
+from pared.engine.low_rank import LowRankWork
+from pared.engine.observe import Observer
 from pared.lowrank import Factors
 from pared.lowrank.sharing import refit
 from pared.modules import LowRankLinear
@@ -156,7 +156,7 @@ def test_a_refit_is_least_squares_over_the_runs_of_the_compressed_model(
 def test_the_influence_of_a_block_is_the_mean_over_its_runs(albert: PreTrainedModel, windows: Windows) -> None:
     anatomy, calls = probe(albert, find_anatomy(albert))
     inputs = capture(albert, anatomy, windows.tokens, 3, calls, torch.float32, torch.device("cpu"))
-    (walked,) = walk(anatomy.blocks(albert), anatomy, inputs, lambda _: frozenset(), influence=True)
+    (walked,) = walk(albert, anatomy, inputs, lambda _: frozenset(), influence=True)
     cosines: list[torch.Tensor] = []
     block = anatomy.blocks(albert)[0]
     block.register_forward_hook(
@@ -282,14 +282,17 @@ def test_a_list_that_iterates_in_a_loop_holds_every_block_once(
 def felt(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What a compression collects of gradients, which tests of the backward pass compare with autograd's."""
     found: dict[str, Any] = {}
-    feel = Passes.feel
+    backward = Observer.backward
 
-    def spy(self: Passes, *args: Any, **options: Any) -> Any:
-        seen = feel(self, *args, **options)
-        found.update(seen)
-        return seen
+    def spy(self: Observer, inputs: Any, names: Any, visit: Callable[[BlockStatistics], None], *more: Any,
+            **options: Any) -> None:  # fmt: skip
+        def visit_and_keep(block: BlockStatistics) -> None:
+            found.update(block.statistics)
+            visit(block)
 
-    monkeypatch.setattr(Passes, "feel", spy)
+        backward(self, inputs, names, visit_and_keep, *more, **options)
+
+    monkeypatch.setattr(Observer, "backward", spy)
     return found
 
 
@@ -300,13 +303,13 @@ def test_a_block_that_runs_several_times_costs_the_sum_over_its_runs_once(
     model = Looped((0, 0, 0, 1)).eval()
     x, dense = reads(model, windows), weights(model)
     spectra: dict[str, torch.Tensor] = {}
-    decide = _Compression.decide
+    allocate = LowRankWork._allocate
 
-    def spy(self: _Compression, solver: Solver, *args: Any) -> Any:
-        spectra.update(solver.spectra)
-        return decide(self, solver, *args)
+    def spy(self: LowRankWork) -> None:
+        spectra.update(self._solved.spectra)
+        allocate(self)
 
-    monkeypatch.setattr(_Compression, "decide", spy)
+    monkeypatch.setattr(LowRankWork, "_allocate", spy)
     compress(model, method="loss-optimal", options={"output_weighting": "diagonal"}, statistics="once")
     for name, W_ON in dense.items():
         runs = len(x[name]) // windows.tokens.numel()
@@ -321,14 +324,14 @@ def test_the_loss_of_zeros_in_a_block_that_runs_several_times_is_summed_over_its
     model = Looped((0, 0, 0, 1)).eval()
     x, dense = reads(model, windows), weights(model)
     found: dict[str, torch.Tensor] = {}
-    losses = pruning._Pruning.losses
+    losses = pruning.SparseWork._losses
 
     def spy(self: Any, name: str, seen: Any) -> torch.Tensor:
         found[name] = losses(self, name, seen)
         return found[name]
 
-    monkeypatch.setattr(pruning._Pruning, "losses", spy)
-    monkeypatch.setattr(pruning, "share_felt", lambda _: 1.0)
+    monkeypatch.setattr(pruning.SparseWork, "_losses", spy)
+    monkeypatch.setattr(pruning, "backward_data_fraction", lambda _: 1.0)
     compress(model, method="magnitude", sparsity=0.5, allocation="loss")
     for name, W_ON in dense.items():
         sum_B = felt[name]["output_gradient_diagonal"].value * (len(x[name]) // windows.tokens.numel())

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from passes import walk
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, RecurrentGemmaConfig, RecurrentGemmaForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
 import pared
 from pared import ParedError, Recipe
-from pared.calibration import capture, walk
+from pared.calibration import capture
 from pared.structure import find_anatomy, probe
 from pared.structure.state import KeptState, copy_block
 
@@ -119,7 +120,7 @@ def test_no_batch_is_seen_through_the_state_of_another(kept: str) -> None:
     inputs = capture(model, anatomy, TOKENS, 3, calls, torch.float32, torch.device("cpu"))
     found = {
         name: own["gram"].value
-        for walked in walk(anatomy.blocks(model), anatomy, inputs, lambda _: frozenset({"gram"}))
+        for walked in walk(model, anatomy, inputs, lambda _: frozenset({"gram"}))
         for name, own in walked.statistics.items()
     }
     expected: dict[str, Any] = defaultdict(float)

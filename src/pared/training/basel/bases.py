@@ -4,14 +4,16 @@ Singular vectors order what a weight can put out; the directions of its outputs,
 it does put out on the data, so that the bases that are dropped first are those the task hears least of.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 
-from pared.calibration import capture, walk
+from pared.calibration import BlockStatistics, capture
+from pared.engine.blocks import run_blocks
 from pared.lowrank import whitening
 from pared.structure import find_anatomy, probe, weight_of
+from pared.structure.store import ResidentBlocks
 from pared.training.dataset import collate
 from pared.training.method import Context
 
@@ -55,13 +57,14 @@ def bases_of_outputs(weight_ON: torch.Tensor, gram_NN: torch.Tensor) -> Bases:
     return Bases(factors.up, c_R, factors.down / c_R.clamp(min=1e-12)[:, None])
 
 
-def decomposed(context: Context, names: Sequence[str], kind: str) -> Iterator[tuple[str, Bases]]:
-    """Yield the bases of every layer, block after block; the caller may replace a layer once it has its bases.
+def decomposed(context: Context, names: Sequence[str], kind: str, visit: Callable[[str, Bases], None]) -> None:
+    """Visit every layer with its bases, block after block; a visit may replace the layer.
 
     Args:
         context: of the stage; its model is dense.
         names: of the layers.
         kind: one of ``options.BASES``.
+        visit: is given the name of a layer, and its bases.
 
     Raises:
         ParedError: an activation is NaN or infinite.
@@ -69,15 +72,19 @@ def decomposed(context: Context, names: Sequence[str], kind: str) -> Iterator[tu
     model = context.model
     if kind == "weight":
         for name in names:
-            yield name, bases_of_weight(weight_of(model.get_submodule(name)))
+            visit(name, bases_of_weight(weight_of(model.get_submodule(name))))
         return
     anatomy, calls = probe(model, find_anatomy(model))
     train = context.examples.train
     rows = collate(train[:: max(1, len(train) // ROWS)][:ROWS])
     beside = {name: value for name, value in rows.items() if name in ("attention_mask", "token_type_ids")}
     inputs = capture(model, anatomy, rows["input_ids"], BATCH, calls, context.precision, context.device, beside)
-    for walked in walk(anatomy.blocks(model), anatomy, inputs, lambda _: frozenset({"gram"})):
-        for name in (site.name for site in anatomy.sites_of(walked.index) if site.name in set(names)):
-            weight_ON, gram = weight_of(model.get_submodule(name)), walked.statistics.get(name, {}).get("gram")
+    wanted = set(names)
+
+    def visit_block(block: BlockStatistics) -> None:
+        for name in (site.name for site in anatomy.sites_of(block.index) if site.name in wanted):
+            weight_ON, gram = weight_of(model.get_submodule(name)), block.statistics.get(name, {}).get("gram")
             seen = gram is not None and gram.tokens
-            yield name, bases_of_outputs(weight_ON, gram.value) if gram and seen else bases_of_weight(weight_ON)
+            visit(name, bases_of_outputs(weight_ON, gram.value) if gram and seen else bases_of_weight(weight_ON))
+
+    run_blocks(ResidentBlocks(model, anatomy), anatomy, inputs, lambda _: frozenset({"gram"}), visit_block)

@@ -17,8 +17,9 @@ from transformers import PreTrainedModel, TrainerCallback
 from pared.errors import ParedError
 from pared.modules import replace_module
 from pared.schema.plan import LowRank
-from pared.structure import bias_of, find_anatomy, weight_of
-from pared.training.basel.bases import decomposed
+from pared.structure.linear import bias_of, weight_of
+from pared.structure.model import find_anatomy
+from pared.training.basel.bases import Bases, decomposed
 from pared.training.basel.factorise import put_back
 from pared.training.basel.layer import BasisLinear
 from pared.training.basel.penalty import L1
@@ -63,14 +64,17 @@ def prepare(context: Context) -> Prepared:
     layers: dict[str, BasisLinear] = {}
     generator = torch.Generator().manual_seed(context.tuning.seed)
     model.requires_grad_(True)
-    for name, bases in decomposed(context, names, str(options["basis"])):
+
+    def put(name: str, bases: Bases) -> None:
         if not bases.any:
-            continue
+            return
         old = model.get_submodule(name)
         classes[name], held = type(old), getattr(torch, options["bases"])
         layers[name] = BasisLinear(weight_of(old), bias_of(old), options["new"], held, generator, bases)
         replace_module(model, name, layers[name])
         layers[name].w.requires_grad_(bool(options["relearn"]))
+
+    decomposed(context, names, str(options["basis"]), put)
     if not layers:
         raise ParedError(f"the weights of all {len(names)} covered layers are zero: there is no basis to keep or drop")
     zero = [name for name in names if name not in layers]

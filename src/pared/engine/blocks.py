@@ -1,0 +1,224 @@
+"""The one loop over the blocks of a model, forward and backward: load, observe, visit, hand on, let go.
+
+Whatever is done to a model block by block is a *visit* here: to solve, to solve and install, to fit anew, to count
+scores. Only one block, or one group of blocks that are changed together, has to be in memory at a time.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import nn
+
+from pared.calibration import (
+    BlockInputs,
+    BlockStatistics,
+    DenseReference,
+    Labels,
+    Shapes,
+    Trail,
+    Wants,
+    back,
+    from_head,
+    frozen,
+    observe,
+    propagate,
+    propagate_reference,
+    record,
+)
+from pared.structure import Anatomy
+from pared.structure.store import BlockStore
+
+Needs = Callable[[Shapes], frozenset[str]]  # names of statistics, from the shapes of sites that read one tensor
+Visit = Callable[[BlockStatistics], None]
+
+
+def run_blocks(
+    store: BlockStore,
+    anatomy: Anatomy,
+    inputs: BlockInputs,
+    needs: Needs,
+    visit: Visit,
+    *,
+    hand_on: Literal["dense", "compressed"] = "dense",
+    changes: bool = False,
+    reference: DenseReference | None = None,
+    group: int = 1,
+    influence: bool = False,
+    observed: Callable[[int], nn.Module] | None = None,
+    done: int = 0,
+    on_batch: Callable[[], None] = lambda: None,
+) -> None:
+    """Let every block run over all batches, one after the other, and visit it with the statistics of its sites.
+
+    With ``hand_on="dense"`` a block reads what the blocks before it put out before they were visited: one forward pass.
+    With ``"compressed"`` it reads what was made of them: every block runs again after its visit, twice the forward
+    passes, the first of which ends as soon as the last site has read, and the hidden states of one more block. Where
+    blocks are changed in groups, all of a group run again behind its last one: one pass more, and the hidden states of
+    ``group`` blocks. Inside a group a block reads what those before it put out so far. The later runs of a block that
+    runs several times still read what it puts out before it is changed, as its sites do among themselves.
+
+    Args:
+        store: hands out the blocks.
+        anatomy: after the probe pass.
+        inputs: of the first block; overwritten.
+        needs: names of the statistics to collect, from the shapes ``(out, in)`` of the sites that read one tensor.
+        visit: is given every block's statistics, in order; it may change blocks of the open group.
+        hand_on: what later blocks read.
+        changes: whether visits change blocks, so that each is committed when its group is complete.
+        reference: the dense model, if it runs beside.
+        group: how many neighbouring blocks are changed together, when the last of them is visited.
+        influence: measure how much every block changes the hidden states.
+        observed: gives a block of the same structure that statistics are of, in place of the one of an index, where
+            the compressed one hands on.
+        done: how many blocks, a multiple of ``group``, were visited and committed before: they only hand on.
+        on_batch: called after every batch of every block.
+
+    Raises:
+        ParedError: an activation is NaN or infinite; names the site.
+    """
+    read: dict[int, list[torch.Tensor]] = {}  # what the blocks of the open group read
+    last, compressed = len(store) - 1, hand_on == "compressed"
+    for index in range(len(store)):
+        block = store.load(index)
+        if index < done:
+            if reference is not None:
+                propagate_reference(index, inputs, reference)
+            propagate(block, index, anatomy, inputs)
+            store.release(index)
+            for _ in inputs.calls:
+                on_batch()
+            continue
+        if compressed:
+            read[index] = [hidden.clone() for hidden in inputs.hidden]
+        statistics = observe(
+            observed(index) if observed else block,
+            index,
+            anatomy,
+            inputs,
+            needs,
+            reference=reference,
+            influence=influence,
+            early_exit=compressed,
+            on_batch=on_batch,
+        )
+        visit(statistics)
+        del statistics
+        closes = (index + 1) % group == 0 or index == last
+        first = index - index % group if closes else index
+        if compressed:
+            inputs.hidden[:] = [hidden.clone() for hidden in read[first]] if first < index else read[index]
+            if not closes:
+                read[index] = [hidden.clone() for hidden in inputs.hidden]
+            for again in range(first, index + 1):
+                propagate(store.load(again), again, anatomy, inputs)
+        if closes:
+            read.clear()
+            _let_go(store, range(first, index + 1), changes)
+
+
+def run_blocks_backward(
+    store: BlockStore,
+    anatomy: Anatomy,
+    inputs: BlockInputs,
+    tokens: torch.Tensor,
+    labels: Labels,
+    wants: Callable[[int], Wants],
+    visit: Visit,
+    *,
+    changes: bool = False,
+    group: int = 1,
+    batches: int | None = None,
+    first_window: int = 0,
+    on_batch: Callable[[], None] = lambda: None,
+) -> None:
+    """Send the gradient of the summed loss back through the blocks, from the last to the first, and visit each.
+
+    Blocks run forward one after the other, and what each of them reads is kept; the model's own code around them gives
+    the loss, window by window; then every block is recomputed from what it read. Weights are given no gradient. A block
+    that runs several times in a pass is gone back through as often; its statistics are over all runs together, and the
+    gradient of an example is the sum over them, as that of a shared weight is.
+
+    Memory: what every block reads of ``batches`` batches, the graph of one block, the logits of one window, and the
+    statistics of one block; of all blocks, where the batches are taken in more than one part.
+
+    Args:
+        store: hands out the blocks.
+        anatomy: after the probe pass.
+        inputs: of the first block; not changed, so that this can go before a forward pass. Tokens that their attention
+            mask leaves out are in no statistic and have no label.
+        tokens: the windows ``(windows, length)``.
+        labels: where the labels come from.
+        wants: makes the accumulators of a block, by site name and statistic name.
+        visit: is given every block's statistics, the last block's first; it may change blocks of the open group.
+        changes: whether visits change blocks, so that each is committed when its group is complete.
+        group: how many neighbouring blocks are changed together, when the first of them is visited.
+        batches: how many batches go forward before they come back; all of them if none is given.
+        first_window: number of the first window, on which sampled labels depend.
+        on_batch: called after every block of every batch went back.
+
+    Raises:
+        ParedError: a gradient is NaN or infinite (names the site), the model has no head that predicts classes, the
+            labels do not fit, or examples cannot be told apart where a statistic needs that.
+    """
+    total, last = len(inputs.calls), len(store) - 1
+    part = total if batches is None else min(batches, total)
+    waiting: dict[int, Wants] = {}  # accumulators of blocks that more batches will come back through
+    window = first_window
+    for start in range(0, total, part):
+        trail = Trail(inputs.part(start, start + part))
+        for index in range(len(store)):
+            block = store.load(index)
+            with frozen(store.model):
+                record(block, index, anatomy, trail)
+            store.release(index)
+        there = tokens[window - first_window :][: sum(len(hidden) for hidden in trail.inputs.hidden)]
+        with frozen(store.model):
+            from_head(store.model, anatomy, trail, there, window, labels)
+        window += len(there)
+        for index in reversed(range(len(store))):
+            block = store.load(index)
+            own = waiting.pop(index, None) or wants(index)
+            with frozen(store.model):
+                back(block, index, anatomy, trail, own, on_batch)
+            if start + part < total:
+                waiting[index] = own
+                store.release(index)
+                continue
+            visit(BlockStatistics(index, own))
+            del own
+            if index % group == 0:
+                _let_go(store, range(index, min(index + group, last + 1)), changes)
+
+
+def visit_blocks(
+    store: BlockStore,
+    visit: Visit,
+    *,
+    changes: bool = False,
+    group: int = 1,
+    on_block: Callable[[], None] = lambda: None,
+) -> None:
+    """Visit every block without running anything, in order: what needs no data.
+
+    Args:
+        store: hands out the blocks.
+        visit: is given every block's index, with no statistics; it may change blocks of the open group.
+        changes: whether visits change blocks, so that each is committed when its group is complete.
+        group: how many neighbouring blocks are changed together, when the last of them is visited.
+        on_block: called after every block.
+    """
+    for index in range(len(store)):
+        store.load(index)
+        visit(BlockStatistics(index, {}))
+        on_block()
+        if (index + 1) % group == 0 or index == len(store) - 1:
+            _let_go(store, range(index - index % group, index + 1), changes)
+
+
+def _let_go(store: BlockStore, members: range, changes: bool) -> None:
+    for member in members:
+        if changes:
+            store.commit(member)
+        else:
+            store.release(member)

@@ -1,0 +1,198 @@
+"""The low-rank family at work: decompose, decide the ranks, put factors in place, fit them anew."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from importlib.metadata import version as pared_version
+
+from pared.allocation import Evidence, Unit
+from pared.calibration import BlockStatistics
+from pared.data.windows import Windows, require_fits
+from pared.engine.allocate import make_plan
+from pared.engine.grouping import candidate_units, told
+from pared.engine.observe import Observer
+from pared.engine.refit import Refit, dense_blocks
+from pared.engine.result import Compressed
+from pared.engine.solve import Solver, without
+from pared.engine.spec import LowRankSpec, PassSpec
+from pared.engine.windows import trial_windows
+from pared.errors import ParedError
+from pared.io.digests import model_digest
+from pared.lowrank.registry import mean_gram
+from pared.schema.plan import Decision, Plan
+
+Trial = Callable[[Windows], float]  # measures the model as it is on windows; less is better
+
+
+class LowRankWork:
+    """One low-rank compression under way. A context manager: what it keeps on disk is gone at its end.
+
+    Attributes:
+        passes: what :meth:`run` is to be given, in order.
+    """
+
+    def __init__(self, observer: Observer, spec: LowRankSpec, trial: Trial | None) -> None:
+        """Start.
+
+        Args:
+            observer: that has probed the model, and read the tokens if there are any.
+            spec: everything that is settled.
+            trial: for an allocation that tries what it proposes.
+        """
+        self._observer, self._spec, self._trial = observer, spec, trial
+        self._model, self._anatomy = observer.model, observer.anatomy
+        self._units = [Unit((site,)) for site in self._anatomy.sites]
+        if spec.method.group_rule is not None:
+            self._units = candidate_units(self._anatomy, spec.group_size, str(spec.options["sharing"]))
+        grouped = any(len(unit.members) > 1 for unit in self._units)
+        # What the probe's few tokens did not reach the text may not reach either; the others then pay for it.
+        open_ended = spec.calibrated and not all(site.seen for site in self._anatomy.sites)
+        late = spec.decided_from_data or grouped or open_ended or spec.refit != "off"
+        self.passes = spec.passes(ranks_known=not late)
+        self._stack = ExitStack()
+        self._solver: Solver | None = None
+        self._plan: Plan | None = None
+        self._influence: dict[int, float] = {}
+
+    def __enter__(self) -> "LowRankWork":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def run(self, step: PassSpec) -> None:
+        """Do one step.
+
+        Raises:
+            ParedError: a weight or its statistics do not allow it, or the budget buys too little.
+        """
+        if step.action == "allocate":
+            self._allocate()
+        elif step.action == "install":
+            with self._observer.watch("solve"):
+                self._solved.install_all(self._observer.store, self._decided)
+        elif step.action == "refit":
+            self._refit(step)
+        elif self._solver is None:
+            self._solve(step)
+        else:
+            self._solve_again(step)
+
+    def report(self, result: Compressed) -> Iterator[str]:
+        """Fill in the record of what was done, and yield what a user should read of it."""
+        solver = self._solved
+        result.plan = without(self._decided, solver.unreached)
+        result.damping, result.sharing = solver.damping, tuple(solver.comparisons)
+        result.fallbacks |= solver.fallbacks
+        yield from told(result.sharing)
+
+    @property
+    def _solved(self) -> Solver:
+        assert self._solver is not None, "nothing was solved"
+        return self._solver
+
+    @property
+    def _decided(self) -> Plan:
+        assert self._plan is not None, "nothing was decided"
+        return self._plan
+
+    def _new_solver(self, units: list[Unit]) -> Solver:
+        tokens, keep_dense = self._observer.tokens, self._spec.refit != "off" and self._solver is None
+        solver = Solver(self._model, self._spec, units, self._plan, keep_dense=keep_dense, tokens=tokens)
+        return self._stack.enter_context(solver)
+
+    def _solve(self, step: PassSpec) -> None:
+        """Decompose everything; put it in place if the ranks are known."""
+        self._solver = solver = self._new_solver(self._units)
+
+        def visit(block: BlockStatistics) -> None:
+            if block.influence is not None:
+                self._influence[block.index] = block.influence
+            with self._observer.watch("solve"):
+                solver.visit(block)
+
+        self._observer.run(step, visit, influence=self._spec.influence and step.hand_on == "dense")
+        solver.in_order()
+
+    def _solve_again(self, step: PassSpec) -> None:
+        """Decompose behind the compressed prefix, and put it in place; what cannot be is as it was decomposed first."""
+        first, second = self._solved, self._new_solver(self._solved.units)
+
+        def visit(block: BlockStatistics) -> None:
+            with self._observer.watch("solve"):
+                second.visit(block)
+                for unit in second.take_missed():
+                    first.install(unit, decisions[unit.name])
+
+        decisions = {unit.name: decision for unit, decision in first.decided(self._decided)}
+        self._observer.run(step, visit)
+        second.in_order()
+        first.damping |= second.damping
+        first.fallbacks |= second.fallbacks
+        if second.missed:
+            missed = sorted(unit.name for unit in second.missed)
+            self._observer.progress.note(
+                f"{len(missed)} units are not reached behind the compressed blocks and are decomposed by the dense "
+                f"model's statistics, the first is {missed[0]}"
+            )
+        if second.untargeted:
+            self._observer.progress.note(
+                f"{len(second.untargeted)} sites read other tokens than in the dense model and are given no targets of "
+                f"its path, the first is {sorted(second.untargeted)[0]}"
+            )
+
+    def _allocate(self) -> None:
+        """Decide every site, from what was found if anything was."""
+        spec, itemsize = self._spec, self._model.dtype.itemsize
+        if self._solver is None:
+            self._plan = make_plan(self._anatomy, spec.allocator.name, spec.budget, itemsize)
+            return
+        anatomy = self._anatomy.with_idle(self._solver.unreached)
+        idle = {site.name for site in anatomy.sites if site.idle}
+        units = [Unit(tuple(replace(s, idle=s.name in idle) for s in unit.members)) for unit in self._solver.units]
+        evidence = Evidence(
+            self._solver.spectra, self._influence, options=spec.allocation_options, notes=self._solver.fallbacks
+        )
+        if spec.tries:
+            trials = trial_windows(spec.recipe, self._observer.tokenizer, self._model.config)
+            require_fits(self._model.config, trials)
+            evidence = replace(evidence, trial=self._trial_on(trials), key=self._key(trials))
+        with self._observer.watch("allocate"):
+            self._plan = make_plan(anatomy, spec.allocator.name, spec.budget, itemsize, units, evidence)
+
+    def _trial_on(self, windows: Windows) -> Callable[[Mapping[str, Decision]], float]:
+        """Return what measures decisions, on tokens that are not calibrated on."""
+        solver, trial = self._solved, self._trial
+        if trial is None:
+            raise ParedError(
+                f"allocation {self._spec.allocator.name} tries what it proposes; give what measures a model"
+            )
+
+        def measure(decisions: Mapping[str, Decision]) -> float:
+            with solver.installed(decisions):
+                return trial(windows)
+
+        return measure
+
+    def _key(self, trials: Windows) -> str:
+        """Return what a trial's result depends on, but for the decisions tried."""
+        spec, windows = self._spec, self._observer.windows
+        calibrated = None if windows is None else windows.digest
+        asked = [spec.method.name, spec.options, spec.budget.pivoted, spec.calibration.model_dump()]
+        return json.dumps([model_digest(self._model), trials.digest, calibrated, *asked, pared_version("pared")])
+
+    def _refit(self, step: PassSpec) -> None:
+        """Fit every ``up`` to the inputs that the compressed model really has."""
+        observer, solver, plan = self._observer, self._solved, self._decided
+        refit = Refit(self._model, solver, plan, together=self._spec.refit == "update")
+        inputs = observer.capture()
+        dense_block = dense_blocks(self._model, self._anatomy, solver, plan)
+
+        def visit(block: BlockStatistics) -> None:
+            with observer.watch("refit"):
+                refit.visit(block)
+
+        reference = observer.reference(inputs, dense_block) if step.reference else None
+        observed = dense_block if self._spec.refit == "sequential-dense-block" else None
+        observer.forward(inputs, mean_gram, visit, step, reference, name="refit", observed=observed)

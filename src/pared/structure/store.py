@@ -1,0 +1,71 @@
+"""Where the blocks of a model are while nobody computes with them: in memory all the time, or somewhere else."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from pared.structure.model import Anatomy
+
+
+class BlockStore(Protocol):
+    """Hands out the blocks of one model, in the model's own module tree.
+
+    A block's parameters are in memory between :meth:`load` and :meth:`release` or :meth:`commit`; nobody asks for them
+    at any other time. Everything outside of the blocks is always there.
+
+    Attributes:
+        model: the one module tree.
+    """
+
+    model: PreTrainedModel
+
+    def __len__(self) -> int:
+        """How many blocks there are."""
+
+    def load(self, index: int) -> nn.Module:
+        """Return a block with its parameters in memory, in the form it was committed in last."""
+
+    def release(self, index: int) -> None:
+        """Let go of a block that was loaded; what was changed in it since then may be lost."""
+
+    def commit(self, index: int) -> None:
+        """Keep what stands in a block's place now as its form, and let go of it."""
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Let the whole model be called for the length of a ``with`` block: every block is there when it runs."""
+
+
+class ResidentBlocks:
+    """The blocks of a model that is in memory as a whole. Satisfies :class:`BlockStore`.
+
+    Args:
+        model: changed in place by who changes a block.
+        anatomy: of it.
+    """
+
+    def __init__(self, model: PreTrainedModel, anatomy: Anatomy) -> None:
+        self.model = model
+        self._blocks = anatomy.blocks(model)
+
+    def __len__(self) -> int:
+        """How many blocks there are."""
+        return len(self._blocks)
+
+    def load(self, index: int) -> nn.Module:
+        """Return a block."""
+        return self._blocks[index]
+
+    def release(self, index: int) -> None:
+        """Do nothing: it stays."""
+
+    def commit(self, index: int) -> None:
+        """Do nothing: the tree holds it."""
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Change nothing: the model can always be called."""
+        yield
