@@ -20,9 +20,8 @@ import torch
 
 import pared
 from grid import LENGTH, SAMPLES, WINDOWS, measured, plot, ratios, require_disjoint, signature
-from pared.allocation.registry import LayerEvidence
-from pared.engine import look, prune
-from pared.progress import Silent
+from pared.allocation import Evidence
+from pared.engine import collect_evidence, compress_blocks, resolve
 from record import RESULTS, Line, append, read, table
 
 LINES = RESULTS / "sparsity.jsonl"
@@ -75,10 +74,10 @@ def recipe_of(cell: Cell, calibration: pared.Calibration) -> pared.Recipe:
 
 
 @cache
-def evidence_of(model_name: str, dtype: str, allocation: str, calibration: pared.Calibration) -> LayerEvidence:
+def evidence_of(model_name: str, dtype: str, allocation: str, calibration: pared.Calibration) -> Evidence:
     """Collect what an allocation needs, by its name in the library: options do not change it."""
     recipe = pared.Recipe(method="wanda", sparsity=0.5, calibration=calibration, allocation=allocation)
-    return look(pared.load(model_name, dtype).eval(), pared.load_tokenizer(model_name), recipe)
+    return collect_evidence(pared.load(model_name, dtype).eval(), pared.load_tokenizer(model_name), recipe)
 
 
 def measure(model_name: str, dtype: str, cell: Cell, calibration: pared.Calibration) -> Line:
@@ -87,7 +86,7 @@ def measure(model_name: str, dtype: str, cell: Cell, calibration: pared.Calibrat
     evidence = evidence_of(model_name, dtype, recipe.allocation, calibration)
     model, tokenizer = pared.load(model_name, dtype).eval(), pared.load_tokenizer(model_name)
     start = time.perf_counter()
-    result = prune(model, tokenizer, recipe, Silent(), evidence=evidence)
+    result = compress_blocks(model, tokenizer, resolve(recipe), evidence=evidence)
     row: Line = {
         "model": model_name,
         "dtype": dtype,

@@ -7,13 +7,15 @@ point of the group ``pared.methods`` (docs/methods.md). The type of a method's o
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pared.errors import ParedError
 from pared.lowrank.registry import METHODS as LOW_RANK
+from pared.lowrank.registry import LowRankMethod
 from pared.plugins import Registry
 from pared.schema.options import Options
 from pared.sparsity.registry import METHODS as PRUNING
+from pared.sparsity.registry import PruningMethod
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from pared.sparsity.solution import PruningSolution
 
 Family = Literal["low_rank", "sparse"]  # what a budget is of: ranks, or zeros
-FAMILIES: tuple[Family, ...] = get_args(Family)
+FAMILIES: tuple[Family, ...] = ("low_rank", "sparse")
 GROUP = "pared.methods"
 
 
@@ -75,32 +77,30 @@ class Method(Protocol):
         ...
 
 
-def _read(name: str, found: Any) -> Method:
+def _read(name: str, found: object) -> Method:
     """Return an object of another package as the method of a name.
 
     Raises:
         ValueError: it is none; says why.
     """
-    lacks = [one for one in DECLARED if not hasattr(found, one)]
-    if isinstance(found, type) or lacks:
-        what = f"the class {found.__name__}" if isinstance(found, type) else f"a {type(found).__name__}"
-        raise ValueError(f"expected a LowRankMethod or a PruningMethod, found {what}"
-                         + (f" without {', '.join(lacks)}" if lacks else ""))  # fmt: skip
-    method: Method = found
-    if method.name != name:
-        raise ValueError(f"it calls itself {method.name!r}; the two names must be one")
-    if method.family not in FAMILIES:
-        raise ValueError(f"unknown family {method.family!r}; expected one of {', '.join(FAMILIES)}")
-    if not (isinstance(method.config, type) and issubclass(method.config, Options)):
-        raise ValueError(f"expected a subclass of pared.schema.options.Options as config, found {method.config!r}")
-    if taken := [one.name for one in BROUGHT.values() if one.config is method.config]:
+    if not isinstance(found, (LowRankMethod, PruningMethod)):
+        raise ValueError(f"expected a LowRankMethod or a PruningMethod, found {found!r}")
+    if found.name != name:
+        raise ValueError(f"it calls itself {found.name!r}; the two names must be one")
+    if not (isinstance(found.config, type) and issubclass(found.config, Options)):
+        raise ValueError(f"expected a subclass of pared.schema.options.Options as config, found {found.config!r}")
+    if taken := [one.name for one in BROUGHT.values() if one.config is found.config]:
         raise ValueError(f"its options are those of method {taken[0]}; give it a type of its own, a subclass of them")
-    return method
+    return found
 
 
-DECLARED = ("name", "family", "paper", "summary", "config", "allocation", "requires", "gradients", "solve")
 BROUGHT: dict[str, Method] = {**LOW_RANK, **PRUNING}
 METHODS: Registry[Method] = Registry("method", GROUP, BROUGHT, _read)
+
+
+def methods_of(family: Family) -> dict[str, Method]:
+    """Return all methods of a family, by name."""
+    return {name: method for name, method in METHODS.available().items() if method.family == family}
 
 
 def method_of(options: Options) -> Method:

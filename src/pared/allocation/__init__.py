@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from pared.lazy import lazy_package
 
 if TYPE_CHECKING:
-    from pared.allocation.options import UnitOptions
+    from pared.allocation.options import ProgramOptions, UnitOptions
     from pared.allocation.registry import ALLOCATORS, Allocator, allocator_of, allocators_for
     from pared.allocation.units import Budget, Evidence, Unit
 
@@ -14,6 +14,7 @@ __all__ = [
     "Allocator",
     "Budget",
     "Evidence",
+    "ProgramOptions",
     "Unit",
     "UnitOptions",
     "allocator_of",
@@ -23,7 +24,7 @@ __all__ = [
 lazy_package(
     __name__,
     {
-        "pared.allocation.options": ["UnitOptions"],
+        "pared.allocation.options": ["ProgramOptions", "UnitOptions"],
         "pared.allocation.registry": ["ALLOCATORS", "Allocator", "allocator_of", "allocators_for"],
         "pared.allocation.units": ["Budget", "Evidence", "Unit"],
     },

@@ -1,7 +1,7 @@
 """All allocators by name: how a budget of ranks or of zeros is spread, those pared brings and those packages add."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Generic
 
 from typing_extensions import TypeVar
@@ -16,12 +16,17 @@ from pared.methods import FAMILIES, Family
 from pared.names import require_known
 from pared.plugins import Registry
 from pared.schema.options import Options, read_options
-from pared.schema.plan import Decision
+from pared.schema.plan import Decision, Dense, LowRank, Sparse
 
 GROUP = "pared.allocators"
-EVIDENCE = frozenset({"cost", "influence", "trial", "scores", "losses", "alphas"})  # what may be required
+# What an allocator of a family may require of the evidence, and which decisions it makes.
+EVIDENCE: Mapping[Family, frozenset[str]] = {
+    "low_rank": frozenset({"cost", "influence", "trial"}),
+    "sparse": frozenset({"scores", "losses", "alphas"}),
+}
+DECISIONS: Mapping[Family, tuple[type[Decision], ...]] = {"low_rank": (LowRank, Dense), "sparse": (Sparse,)}
 NOTHING: frozenset[str] = frozenset()
-WHAT: Mapping[str, str] = {"low_rank": "allocation", "sparse": "allocation of zeros"}
+WHAT: Mapping[Family, str] = {"low_rank": "allocation", "sparse": "allocation of zeros"}
 
 C = TypeVar("C", bound=Options, default=Any)
 Rule = Callable[[Sequence[Unit], Budget, Evidence, C], Mapping[str, Decision]]
@@ -39,8 +44,8 @@ class Allocator(Generic[C]):
             :class:`pared.allocation.UnitOptions`.
         rule: from units, a budget, evidence and options to a decision for every unit: ``LowRank`` or ``Dense`` for
             ranks, ``Sparse`` for zeros, whose mean over the units is the budget's sparsity.
-        requires: fields of the evidence that it reads; shapes are enough if there are none. What depends on the
-            weights is ``cost`` (low_rank), ``scores``, ``losses`` and ``alphas`` (sparse).
+        requires: fields of the evidence that it reads; shapes are enough if there are none. There are ``cost``,
+            ``influence`` and ``trial`` for ranks, ``scores``, ``losses`` and ``alphas`` for zeros.
     """
 
     name: str
@@ -64,8 +69,16 @@ class Allocator(Generic[C]):
         Raises:
             ParedError: the budget cannot be met, or the evidence does not allow it.
         """
-        options = self.configured(evidence.options or {}) if config is None else config
-        return dict(self.rule(units, budget, evidence, options))
+        options = self.configured({}) if config is None else config
+        decisions = self.rule(units, budget, evidence, options)
+        expected = DECISIONS["low_rank" if budget.sparsity is None else "sparse"]
+        for unit in units:
+            if not isinstance(decision := decisions.get(unit.name), expected):
+                raise ParedError(
+                    f"allocation {self.name} decides {decision!r} for {unit.name}; expected "
+                    f"{' or '.join(one.__name__ for one in expected)}"
+                )
+        return dict(decisions)
 
     def configured(self, given: Mapping[str, object]) -> C:
         """Return options, with the default of each that is not given.
@@ -74,18 +87,6 @@ class Allocator(Generic[C]):
             ParedError: an option the allocator does not have, or a value that it does not take.
         """
         return read_options(self.config, given, f"allocation {self.name}")
-
-    # What the engine reads until it is handed a typed config.
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """The same as ``requires``."""
-        return self.requires
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Names and default values of the options."""
-        return self.config.defaults()
 
 
 def _rank_fraction(units: Sequence[Unit], budget: Budget, _: Evidence, __: Options) -> dict[str, Decision]:
@@ -200,8 +201,9 @@ def _read(name: str, found: Any) -> tuple[Allocator, ...]:
             raise ValueError(f"it calls itself {one.name!r}; the two names must be one")
         if not one.families or not one.families <= set(FAMILIES):
             raise ValueError(f"families {sorted(one.families)}: expected some of {', '.join(FAMILIES)}")
-        if unknown := sorted(one.requires - EVIDENCE):
-            raise ValueError(f"requires {', '.join(unknown)}: expected some of {', '.join(sorted(EVIDENCE))}")
+        there = frozenset.intersection(*(EVIDENCE[family] for family in one.families))
+        if unknown := sorted(one.requires - there):
+            raise ValueError(f"requires {', '.join(unknown)}: expected some of {', '.join(sorted(there)) or 'nothing'}")
         base = of.UnitOptions if "sparse" in one.families else Options
         if not (isinstance(one.config, type) and issubclass(one.config, base)):
             raise ValueError(f"expected a subclass of {base.__module__}.{base.__name__} as config, found {one.config}")
@@ -219,7 +221,7 @@ ALLOCATORS: Registry[tuple[Allocator, ...]] = Registry(
 )
 
 
-def allocator_of(name: str, family: Family = "low_rank") -> Allocator:
+def allocator_of(name: str, family: Family) -> Allocator:
     """Return the allocator that a name stands for where a budget of a family is spread.
 
     Raises:
@@ -236,57 +238,3 @@ def allocators_for(family: Family) -> dict[str, Allocator]:
     """Return all allocators that spread budgets of a family, by name."""
     every = ALLOCATORS.available().values()
     return {one.name: one for allocators in every for one in allocators if family in one.families}
-
-
-# What the engine reads until it hands on units and one evidence.
-GRANULARITIES = ("block", "site")
-
-
-@dataclass(frozen=True)
-class LayerEvidence:
-    """What is known of every unit of zeros, in the model's order."""
-
-    shapes: Sequence[Sequence[tuple[int, int]]]
-    scores: Sequence[Any] = ()
-    losses: Sequence[Any] = ()
-    alphas: Sequence[float] = ()
-    unread: frozenset[int] = frozenset()
-    notes: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Shapes:
-    name: str
-    shapes: tuple[tuple[int, int], ...]
-
-    @property
-    def parameters(self) -> int:
-        return sum(m * n for m, n in self.shapes)
-
-
-@dataclass(frozen=True)
-class LayerAllocator:
-    """An allocator of zeros, by positions."""
-
-    name: str
-    needs: frozenset[str]
-    options: Mapping[str, Any]
-    allocator: Allocator
-
-    def allocate(self, evidence: LayerEvidence, sparsity: float, options: Mapping[str, Any]) -> Any:
-        """Return sparsities ``(L,)``."""
-        import torch
-
-        units: list[Any] = [_Shapes(str(n), tuple(map(tuple, unit))) for n, unit in enumerate(evidence.shapes)]  # type: ignore[arg-type]
-        kinds = {name: getattr(evidence, name) for name in ("scores", "losses", "alphas")}
-        by_unit = {name: {str(n): one for n, one in enumerate(found)} for name, found in kinds.items()}
-        known = Evidence(notes=evidence.notes, **by_unit)  # type: ignore[arg-type]
-        budget = Budget(1 - sparsity, sparsity=sparsity)
-        found = self.allocator.allocate(units, budget, known, self.allocator.configured(options))
-        return torch.tensor([one.sparsity for one in found.values()], dtype=torch.float64)  # type: ignore[union-attr]
-
-
-def layer_allocator_of(name: str) -> LayerAllocator:
-    """Return the allocator of zeros of a name."""
-    one = allocator_of(name, "sparse")
-    return LayerAllocator(one.name, one.requires, one.options, one)

@@ -142,4 +142,3 @@ class Evidence:
     scores: "Mapping[str, ScoreHistogram]" = field(default_factory=dict)
     losses: "Mapping[str, ScoreHistogram]" = field(default_factory=dict)
     alphas: Mapping[str, float] = field(default_factory=dict)
-    options: Mapping[str, object] | None = None  # until the engine hands on a typed config

@@ -9,11 +9,10 @@ if TYPE_CHECKING:
     from pared.engine.compress import collect_evidence, compress_blocks
     from pared.engine.observe import Observer, collect
     from pared.engine.result import Compressed
-    from pared.engine.spec import EVERY_METHOD, CompressionSpec, LowRankSpec, PassSpec, SparseSpec, resolve
+    from pared.engine.spec import CompressionSpec, LowRankSpec, PassSpec, SparseSpec, resolve
     from pared.progress import Progress, Silent
 
 __all__ = [
-    "EVERY_METHOD",
     "Compressed",
     "CompressionSpec",
     "LowRankSpec",
@@ -34,7 +33,6 @@ lazy_package(
     {
         "pared.engine.allocate": ["plan_from_shapes"],
         "pared.engine.spec": [
-            "EVERY_METHOD",
             "CompressionSpec",
             "LowRankSpec",
             "PassSpec",

@@ -5,14 +5,15 @@ from collections.abc import Mapping, Sequence
 import torch
 from transformers import PreTrainedModel
 
-from pared.allocation import Budget, Evidence, Unit, allocator_of
+from pared.allocation import Allocator, Budget, Evidence, Unit, allocator_of
 from pared.allocation.sparsity import mixture
 from pared.engine.grouping import candidate_units
 from pared.engine.spec import CompressionSpec, SparseSpec
 from pared.errors import ParedError
+from pared.schema.options import Options
 from pared.schema.plan import NM, Decision, Dense, LowRank, Plan, Shared, SitePlan, Sparse
 from pared.schema.recipe import Recipe
-from pared.structure import Anatomy, Site, find_anatomy, probe
+from pared.structure import Anatomy, find_anatomy, probe
 from pared.structure.probe import probe_shapes
 
 
@@ -35,16 +36,19 @@ def plan_from_shapes(model: PreTrainedModel, spec: CompressionSpec, bytes_per_pa
     """
     anatomy, itemsize = anatomy_of(model, spec.recipe), bytes_per_parameter or model.dtype.itemsize
     if isinstance(spec, SparseSpec):
-        units = [[site] for site in anatomy.sites]
-        uniform = torch.full((len(units),), spec.sparsity, dtype=torch.float64)
-        return plan_zeros(anatomy, spec, units, uniform, itemsize)
-    by_shape = "uniform" if spec.allocator.needs else spec.allocator.name
+        sites = [Unit((site,)) for site in anatomy.sites]
+        uniform = {unit.name: Sparse(sparsity=spec.sparsity) for unit in sites}
+        return plan_zeros(anatomy, spec, sites, uniform, itemsize)
+    allocator, config = spec.allocator, spec.allocation_config
+    if spec.decided_from_data:
+        allocator = allocator_of("uniform", "low_rank")
+        config = allocator.configured({})
     grouped = None
     # What is measured is not known from shapes: each weight alone.
-    if spec.options.get("sharing") in ("paper", "all"):
+    if spec.sharing in ("paper", "all"):
         anatomy = probe_shapes(model, anatomy) if model.device.type == "meta" else probe(model, anatomy, read=False)[0]
-        grouped = candidate_units(anatomy, spec.group_size, str(spec.options["sharing"]))
-    return make_plan(anatomy, by_shape, spec.budget, itemsize, grouped)
+        grouped = candidate_units(anatomy, spec.group_size, spec.sharing)
+    return make_plan(anatomy, allocator, spec.budget, itemsize, grouped, config=config)
 
 
 def whole_plan(anatomy: Anatomy, keep: float, decisions: Mapping[str, Decision], bytes_per_parameter: int) -> Plan:
@@ -77,27 +81,29 @@ def whole_plan(anatomy: Anatomy, keep: float, decisions: Mapping[str, Decision],
 
 def make_plan(
     anatomy: Anatomy,
-    allocation: str,
+    allocator: Allocator,
     budget: Budget,
     bytes_per_parameter: int,
     units: Sequence[Unit] | None = None,
     evidence: Evidence | None = None,
+    config: Options | None = None,
 ) -> Plan:
-    """Decide every site.
+    """Decide the rank of every site.
 
     Args:
         anatomy: of the model; from shapes alone, or after the probe pass.
-        allocation: name of the allocator.
+        allocator: of ranks.
         budget: the fraction of the covered parameters that stays, and what a rank costs.
         bytes_per_parameter: of the dtype the model is saved in.
         units: the sites, alone or in groups that share a basis; each alone if none are given.
-        evidence: for an allocator that needs more than shapes.
+        evidence: for an allocator that requires more than shapes.
+        config: options of the allocator; the defaults if none are given.
 
     Raises:
-        ParedError: unknown allocator, or the budget leaves a unit without a rank.
+        ParedError: the budget leaves a unit without a rank.
     """
     units = [Unit((site,)) for site in anatomy.sites] if units is None else units
-    decisions = allocator_of(allocation).allocate(units, budget, evidence or Evidence())
+    decisions = allocator.allocate(units, budget, evidence or Evidence(), config)
     by_site = {site.name: _of_member(unit, decisions[unit.name]) for unit in units for site in unit.members}
     plan = whole_plan(anatomy, budget.keep, by_site, bytes_per_parameter)
     # A budget of ranks asks for no number of parameters: what comes out is what was asked for.
@@ -114,11 +120,11 @@ def _of_member(unit: Unit, decision: Decision) -> Decision:
 def plan_zeros(
     anatomy: Anatomy,
     spec: SparseSpec,
-    units: Sequence[Sequence[Site]],
-    sparsities_L: torch.Tensor,
+    units: Sequence[Unit],
+    wished: Mapping[str, Decision],
     bytes_per_parameter: int,
 ) -> Plan:
-    """Decide every site from the sparsities of units.
+    """Decide every site from what its unit is given.
 
     With a pattern every unit gets a whole number of every M, so that the mean comes as close as it can.
 
@@ -126,7 +132,7 @@ def plan_zeros(
         anatomy: of the model.
         spec: its sparsity, and its pattern if it has one.
         units: the sites that get one sparsity.
-        sparsities_L: of every unit.
+        wished: the sparsity of every unit, by name.
         bytes_per_parameter: of the dtype the model is saved in.
 
     Raises:
@@ -134,16 +140,17 @@ def plan_zeros(
     """
     decisions: dict[str, Decision] = {}
     if spec.pattern is None:
-        for unit, sparsity in zip(units, sparsities_L.tolist(), strict=True):
-            decisions |= {site.name: Sparse(sparsity=sparsity) for site in unit}
+        decisions |= {site.name: wished[unit.name] for unit in units for site in unit.members}
     else:
         asked = spec.pattern
-        sizes_L = torch.tensor([sum(s.out_features * s.in_features for s in unit) for unit in units])
+        sizes_L = torch.tensor([unit.parameters for unit in units])
+        found = [one.sparsity for unit in units if isinstance(one := wished[unit.name], Sparse)]
+        sparsities_L = torch.tensor(found, dtype=torch.float64)
         mixed = mixture(sparsities_L, asked.group, asked.sparsity, sizes_L)
         for unit, removed in zip(units, mixed.removed, strict=True):
             kept = asked.group - removed
             whole = Dense(reason=f"keeps {asked.group} of every {asked.group}")
-            decisions |= {site.name: NM(kept=kept, group=asked.group) if removed else whole for site in unit}
+            decisions |= {site.name: NM(kept=kept, group=asked.group) if removed else whole for site in unit.members}
         for site in anatomy.sites:
             if site.in_features % asked.group:
                 raise ParedError(f"pattern {asked}: site {site.name} has {site.in_features} inputs, expected a "

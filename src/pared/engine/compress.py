@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pared.allocation.registry import LayerEvidence
+from pared.allocation import Evidence
 from pared.data.windows import Windows
 from pared.engine.allocate import anatomy_of
 from pared.engine.checks import require_finite_weights
@@ -45,7 +45,7 @@ def compress_blocks(
     *,
     windows: Windows | None = None,
     saved: Saved | None = None,
-    evidence: LayerEvidence | None = None,
+    evidence: Evidence | None = None,
     trial: Trial | None = None,
     store: BlockStore | None = None,
     progress: Progress | None = None,
@@ -93,7 +93,7 @@ def collect_evidence(
     recipe: Recipe,
     progress: Progress | None = None,
     windows: Windows | None = None,
-) -> LayerEvidence | None:
+) -> Evidence:
     """Collect what a recipe's allocation of zeros needs of the dense model; it serves every sparsity and every pruner.
 
     Args:
@@ -102,9 +102,6 @@ def collect_evidence(
         recipe: of a pruning method; its allocation, ``granularity`` and calibration are read.
         progress: who watches; nobody by default.
         windows: calibration tokens already cut, in place of the recipe's text.
-
-    Returns:
-        None for an allocation that needs nothing.
 
     Raises:
         ParedError: anything in the model, the recipe or the text that does not work.
@@ -136,7 +133,7 @@ def _observe(
     return observer
 
 
-def _work(observer: Observer, spec: CompressionSpec, evidence: LayerEvidence | None, trial: Trial | None) -> Work:
+def _work(observer: Observer, spec: CompressionSpec, evidence: Evidence | None, trial: Trial | None) -> Work:
     """Return who does what a spec says: its type decides."""
     if isinstance(spec, LowRankSpec):
         return LowRankWork(observer, spec, trial)

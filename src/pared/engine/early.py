@@ -68,7 +68,7 @@ def require_suited(config: object, spec: CompressionSpec, name: str) -> None:
 
 
 def _what_calibrates(spec: CompressionSpec) -> str:
-    if spec.method.calibrated:
+    if spec.method_calibrated:
         return f"method {spec.method.name}"
     refits = isinstance(spec, LowRankSpec) and spec.refit != "off"
     return f"refit {spec.refit}" if refits else f"allocation {spec.allocator.name}"  # type: ignore[union-attr]

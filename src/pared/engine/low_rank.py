@@ -43,8 +43,8 @@ class LowRankWork:
         self._observer, self._spec, self._trial = observer, spec, trial
         self._model, self._anatomy = observer.model, observer.anatomy
         self._units = [Unit((site,)) for site in self._anatomy.sites]
-        if spec.method.group_rule is not None:
-            self._units = candidate_units(self._anatomy, spec.group_size, str(spec.options["sharing"]))
+        if spec.method.shares:
+            self._units = candidate_units(self._anatomy, spec.group_size, spec.sharing)
         grouped = any(len(unit.members) > 1 for unit in self._units)
         # What the probe's few tokens did not reach the text may not reach either; the others then pay for it.
         open_ended = spec.calibrated and not all(site.seen for site in self._anatomy.sites)
@@ -145,21 +145,20 @@ class LowRankWork:
     def _allocate(self) -> None:
         """Decide every site, from what was found if anything was."""
         spec, itemsize = self._spec, self._model.dtype.itemsize
+        config = spec.allocation_config
         if self._solver is None:
-            self._plan = make_plan(self._anatomy, spec.allocator.name, spec.budget, itemsize)
+            self._plan = make_plan(self._anatomy, spec.allocator, spec.budget, itemsize, config=config)
             return
         anatomy = self._anatomy.with_idle(self._solver.unreached)
         idle = {site.name for site in anatomy.sites if site.idle}
         units = [Unit(tuple(replace(s, idle=s.name in idle) for s in unit.members)) for unit in self._solver.units]
-        evidence = Evidence(
-            self._solver.spectra, self._influence, options=spec.allocation_options, notes=self._solver.fallbacks
-        )
+        evidence = Evidence(self._solver.spectra, self._influence, notes=self._solver.fallbacks)
         if spec.tries:
             trials = trial_windows(spec.recipe, self._observer.tokenizer, self._model.config)
             require_fits(self._model.config, trials)
             evidence = replace(evidence, trial=self._trial_on(trials), key=self._key(trials))
         with self._observer.watch("allocate"):
-            self._plan = make_plan(anatomy, spec.allocator.name, spec.budget, itemsize, units, evidence)
+            self._plan = make_plan(anatomy, spec.allocator, spec.budget, itemsize, units, evidence, config)
 
     def _trial_on(self, windows: Windows) -> Callable[[Mapping[str, Decision]], float]:
         """Return what measures decisions, on tokens that are not calibrated on."""
@@ -179,7 +178,7 @@ class LowRankWork:
         """Return what a trial's result depends on, but for the decisions tried."""
         spec, windows = self._spec, self._observer.windows
         calibrated = None if windows is None else windows.digest
-        asked = [spec.method.name, spec.options, spec.budget.pivoted, spec.calibration.model_dump()]
+        asked = [spec.method.name, spec.config.model_dump(), spec.budget.pivoted, spec.calibration.model_dump()]
         return json.dumps([model_digest(self._model), trials.digest, calibrated, *asked, pared_version("pared")])
 
     def _refit(self, step: PassSpec) -> None:

@@ -31,8 +31,9 @@ from pared.engine.spec import CompressionSpec, HandOn, LowRankSpec, PassSpec, re
 from pared.engine.windows import calibration_windows
 from pared.environment import choose_dtype, device_of
 from pared.errors import ParedError
-from pared.lowrank import METHODS
+from pared.lowrank import GradientOptions
 from pared.lowrank.registry import nothing
+from pared.methods import METHODS
 from pared.models.architecture import is_causal
 from pared.progress import Progress, Silent, Stopwatch
 from pared.schema.recipe import Recipe
@@ -132,7 +133,7 @@ class Observer:
         if self.saved is not None and not behind:
             self._from_saved(visit, step.installs)
             return
-        needs: Needs = self.spec.method.needs
+        needs: Needs = self.spec.requires
         if step.runs == "backward":
             read = needs([(1, 1)])
 
@@ -229,7 +230,7 @@ class Observer:
             inputs = inputs.part(0, math.ceil(share * math.ceil(differing * len(inputs.calls))))
         windows = windows.first(sum(len(hidden) for hidden in inputs.hidden))
         self.backward_tokens = windows.real_tokens
-        labels = choose_labels(self.model, self.loss, self.spec.calibration.seed, windows.labels)
+        labels = choose_labels(self.model, self.spec.loss, self.spec.calibration.seed, windows.labels)
 
         def wants(index: int) -> Wants:
             block = replace(self.anatomy, sites=tuple(self.anatomy.sites_of(index)))
@@ -254,11 +255,6 @@ class Observer:
         """Visit every block without running anything."""
         with self.progress.stage("solve", len(self.store), "block") as advance:
             visit_blocks(self.store, visit, changes=changes, group=self.spec.group_size, on_block=advance)
-
-    @property
-    def loss(self) -> Loss:
-        """How the labels of a backward pass are chosen."""
-        return "labels" if self.spec.options.get("loss") == "labels" else "sampled"
 
     @property
     def _windows(self) -> Windows:
@@ -339,8 +335,8 @@ def collect(
     gradients = not STATISTICS.keys() >= names
     if gradients and (apart := sorted(names & (STATISTICS.keys() - GRADIENT_STATISTICS.keys()))):
         raise ParedError(f"statistic {apart[0]} is of what sites put out; collect it apart from gradients")
-    if gradients and "loss" not in spec.options:
-        having = [name for name, method in METHODS.items() if "loss" in method.options]
+    if gradients and not isinstance(spec.config, GradientOptions):
+        having = [name for name, method in METHODS.available().items() if issubclass(method.config, GradientOptions)]
         raise ParedError(
             f"method {recipe.method} has no option loss, which says whose gradients {', '.join(sorted(names))} are of; "
             f"collect them with a recipe of {' or '.join(having)}"

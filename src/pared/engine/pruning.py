@@ -1,16 +1,18 @@
 """The sparse family at work: collect what the allocation needs, decide the zeros, prune block by block."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
 import torch
 
+from pared.allocation import Evidence, Unit
 from pared.allocation.dsa import ScoreHistogram
-from pared.allocation.registry import LayerEvidence
+from pared.allocation.options import AlphaPruning
 from pared.allocation.sparsity import eigenvalues, hill_alpha
 from pared.calibration import BlockStatistics, Collected, backward_data_fraction, per_token
 from pared.engine.allocate import plan_zeros
-from pared.engine.blocks import visit_blocks
+from pared.engine.blocks import Visit, visit_blocks
 from pared.engine.observe import Observer
 from pared.engine.result import Compressed
 from pared.engine.spec import PassSpec, SparseSpec
@@ -19,7 +21,7 @@ from pared.modules import NMGroups, SparseLinear, inherit_requires_grad, replace
 from pared.schema.plan import NM, Dense, Plan, SitePlan, Sparse
 from pared.sparsity import Pattern, Unstructured, pattern, wanda
 from pared.sparsity.registry import energy
-from pared.structure import Site, bias_of, weight_of
+from pared.structure import bias_of, weight_of
 
 GRADIENTS = frozenset({"output_gradient_diagonal"})  # what the loss makes of a weight's outputs
 
@@ -37,7 +39,7 @@ class SparseWork:
         evidence: what the allocation needs, once it is there.
     """
 
-    def __init__(self, observer: Observer, spec: SparseSpec, evidence: LayerEvidence | None = None) -> None:
+    def __init__(self, observer: Observer, spec: SparseSpec, evidence: Evidence | None = None) -> None:
         """Start.
 
         Args:
@@ -45,7 +47,7 @@ class SparseWork:
             spec: everything that is settled.
             evidence: what the allocation needs, in place of a pass for it.
         """
-        self._observer, self._spec, self.evidence = observer, spec, evidence
+        self._observer, self._spec, self.evidence = observer, spec, evidence or Evidence()
         self._model, self._anatomy = observer.model, observer.anatomy
         self._units = self._split()
         self._plan: Plan | None = None
@@ -85,44 +87,48 @@ class SparseWork:
         )
 
     def collect(self, step: PassSpec) -> None:
-        """Collect what the allocator needs of the dense model."""
-        needs, observer = self._spec.allocator.needs, self._observer
-        shapes = [[(site.out_features, site.in_features) for site in unit] for unit in self._units]
-        unit_of = {site.name: number for number, unit in enumerate(self._units) for site in unit}
-        if "alphas" in needs:
+        """Collect what the allocator requires of the dense model: of its weights, or of what runs."""
+        observer = self._observer
+        if step.runs == "nothing":
             with observer.watch("spectra"):
-                self.evidence = self._spectra(shapes)
-            return
-        histograms = [ScoreHistogram() for _ in self._units]
+                self.evidence = replace(self.evidence, alphas=self._alphas())
+        elif step.runs == "backward":
+            visit, found = self._histograms(self._losses)
+            share = backward_data_fraction(GRADIENTS)
+            observer.backward(observer.capture(), GRADIENTS | {"energy"}, visit, share)
+            self.evidence = replace(self.evidence, losses=_reached(found))
+        else:
+            visit, found = self._histograms(self._scores)
+            observer.forward(observer.capture(), energy, visit, step, name="scores of the dense model")
+            self.evidence = replace(self.evidence, scores=_reached(found))
+
+    def _histograms(
+        self, of_site: Callable[[str, Mapping[str, Collected]], torch.Tensor]
+    ) -> tuple[Visit, dict[str, ScoreHistogram]]:
+        """Return a visit that takes in a number for every weight, and the histograms of units that it fills."""
+        unit_of = {site.name: unit.name for unit in self._units for site in unit.members}
+        found = {unit.name: ScoreHistogram() for unit in self._units}
 
         def visit(block: BlockStatistics) -> None:
-            with observer.watch("allocate"):
+            with self._observer.watch("allocate"):
                 for name, own in block.statistics.items():
                     if name in unit_of and own["energy"].tokens:  # without any gradient a weight costs nothing
-                        found = self._losses(name, own) if "losses" in needs else self._scores(name, own)
-                        histograms[unit_of[name]].update(found)
+                        found[unit_of[name]].update(of_site(name, own))
 
-        inputs = observer.capture()
-        if "losses" in needs:
-            share = backward_data_fraction(GRADIENTS)
-            observer.backward(inputs, GRADIENTS | {"energy"}, visit, share)
-        else:
-            observer.forward(inputs, energy, visit, step, name="scores of the dense model")
-        self.evidence = _read(shapes, histograms, "losses" if "losses" in needs else "scores")
+        return visit, found
 
-    def _split(self) -> list[list[Site]]:
+    def _split(self) -> list[Unit]:
         """Return the sites that get one sparsity: those of a block, or each its own."""
         sites = [site for site in self._anatomy.sites if not site.idle]
         if self._spec.granularity == "site":
-            return [[site] for site in sites]
+            return [Unit((site,)) for site in sites]
         blocks = sorted({site.block for site in sites})
-        return [[site for site in sites if site.block == block] for block in blocks]
+        return [Unit(tuple(site for site in sites if site.block == block)) for block in blocks]
 
-    def _spectra(self, shapes: list[list[tuple[int, int]]]) -> LayerEvidence:
+    def _alphas(self) -> dict[str, float]:
         """Return the mean exponent of the tails of every unit's spectra, of those that have one; NaN if none has."""
-        tail, notes = self._spec.allocation_options["tail"], dict[str, str]()
-        if tail not in ("xmin_mid", "xmin_peak"):
-            raise ParedError(f"option tail: expected xmin_mid or xmin_peak, found {tail!r}")
+        config, notes = self._spec.allocation_config, self.evidence.notes
+        tail = config.tail if isinstance(config, AlphaPruning) else AlphaPruning().tail
         found: dict[str, float] = {}
 
         def visit(block: BlockStatistics) -> None:
@@ -136,9 +142,8 @@ class SparseWork:
                         )
 
         visit_blocks(self._observer.store, visit)
-        known = [[found[site.name] for site in unit if site.name in found] for unit in self._units]
-        alphas = [sum(own) / len(own) if own else math.nan for own in known]
-        return LayerEvidence(shapes, alphas=alphas, notes=notes)
+        known = {unit.name: [found[one.name] for one in unit.members if one.name in found] for unit in self._units}
+        return {name: sum(own) / len(own) if own else math.nan for name, own in known.items()}
 
     def _scores(self, name: str, own: Mapping[str, Collected]) -> torch.Tensor:
         """Return Wanda's score of every weight of a site, per token of the text, ``(out, in)``."""
@@ -152,15 +157,14 @@ class SparseWork:
 
     def _allocate(self) -> None:
         """Decide every site."""
-        spec = self._spec
-        shapes = [[(site.out_features, site.in_features) for site in unit] for unit in self._units]
-        evidence = self.evidence or LayerEvidence(shapes)
+        spec, evidence = self._spec, self.evidence
+        read = [found for found in (evidence.scores, evidence.losses) if found]
+        units = [unit for unit in self._units if all(unit.name in found for found in read)]
         with self._observer.watch("allocate"):
-            sparsities_L = spec.allocator.allocate(evidence, spec.sparsity, spec.allocation_options)
-            unread = {site.name for number in evidence.unread for site in self._units[number]}
-            units = [unit for number, unit in enumerate(self._units) if number not in evidence.unread]
+            wished = spec.allocator.allocate(units, spec.budget, evidence, spec.allocation_config)
+            unread = {site.name for unit in self._units if unit not in units for site in unit.members}
             anatomy, itemsize = self._anatomy.with_idle(unread), self._model.dtype.itemsize
-            self._plan = plan_zeros(anatomy, spec, units, sparsities_L, itemsize)
+            self._plan = plan_zeros(anatomy, spec, units, wished, itemsize)
         self._fallbacks |= evidence.notes
 
     def _prune(self, step: PassSpec) -> None:
@@ -179,20 +183,20 @@ class SparseWork:
             self._observer.without_data(visit, changes=True)
         else:
             inputs = self._observer.capture()
-            self._observer.forward(inputs, self._spec.method.needs, visit, step, name="collect and prune")
+            self._observer.forward(inputs, self._spec.requires, visit, step, name="collect and prune")
 
     def _solve(self, site: SitePlan, statistics: Mapping[str, Collected]) -> SitePlan:
         """Prune one site; return what became of it, and note by which rule where its statistics say nothing."""
-        method = self._spec.method
+        method, config = self._spec.method, self._spec.config
         if isinstance(site.decision, Dense):
             return site
-        if method.calibrated and not all(one.tokens for one in statistics.values()):
+        if self._spec.walked and not all(one.tokens for one in statistics.values()):
             return site.model_copy(update={"decision": Dense(reason="no calibration token reached it")})
         zeros, groups = _zeros(site)
         W_ON, old = self._weight(site.name), self._model.get_submodule(site.name)
         values = {name: one.value.to(W_ON.device) for name, one in statistics.items()}
         try:
-            pruned = method.prune(W_ON, zeros, values, self._spec.options)
+            pruned = method.solve([W_ON], [values], config).realize(zeros)
             new = SparseLinear.of(pruned.weight, pruned.mask, bias_of(old), groups)
         except (ValueError, RuntimeError) as error:
             raise ParedError(f"site {site.name}: {error}") from error
@@ -209,14 +213,16 @@ class SparseWork:
         return weight_of(self._model.get_submodule(name)).detach()
 
 
-def _read(shapes: list[list[tuple[int, int]]], histograms: list[ScoreHistogram], name: str) -> LayerEvidence:
-    """Return what was collected of the units that a token reached, and which were not."""
-    unread = frozenset(number for number, one in enumerate(histograms) if not one.moments.count)
-    if len(unread) == len(shapes):
+def _reached(found: Mapping[str, ScoreHistogram]) -> dict[str, ScoreHistogram]:
+    """Return the histograms of the units that a token reached.
+
+    Raises:
+        ParedError: there is none.
+    """
+    reached = {name: one for name, one in found.items() if one.moments.count}
+    if not reached:
         raise ParedError("no token of the calibration text reached any site; name another text")
-    kept = [number for number in range(len(shapes)) if number not in unread]
-    found = {name: [histograms[number] for number in kept]}
-    return LayerEvidence([shapes[number] for number in kept], unread=unread, **found)  # type: ignore[arg-type]
+    return reached
 
 
 def _zeros(site: SitePlan) -> tuple[Pattern, NMGroups | None]:

@@ -59,7 +59,7 @@ class Solver:
             tokens: of the text, which costs are averaged over; those that reach a site where they are not known.
         """
         self._model, self._tokens, self._keep_dense = model, tokens, keep_dense
-        self._spec, self._method, self._options, self._budget = spec, spec.method, spec.options, spec.budget
+        self._spec, self._method, self._budget = spec, spec.method, spec.budget
         self._targets: dict[str, torch.Tensor] = {}
         self._rows: dict[str, tuple[str, slice]] = {}  # where the dense weights are that were kept, by site
         self._planned = None if plan is None else _planned(plan)
@@ -239,7 +239,7 @@ class Solver:
             [found[site.name] for site in unit.members],
             [values[site.name][name] for site in unit.members],
             self._budget,
-            always=self._options["sharing"] != "measured",
+            always=self._spec.sharing != "measured",
         )
         if compared is not None:
             self.comparisons.append(compared)
@@ -297,10 +297,7 @@ def _decompose(
     method = spec.method
     weights = [weight.to(next(iter(own.values()), weight).device) for weight, own in zip(weights, values, strict=True)]
     try:
-        if len(weights) == 1:
-            return method.decompose(weights[0], values[0], spec.options)
-        assert method.group_rule is not None
-        return method.group_rule(weights, values, spec.options)
+        return method.solve(weights, values, spec.config)
     except KeyError as missing:  # of statistics that were saved for another method
         raise ParedError(
             f"site {name}: method {method.name} needs the statistic {missing}; those given hold "

@@ -4,22 +4,18 @@ Whoever works on a compression is given the :class:`LowRankSpec` or :class:`Spar
 The type of the spec selects who does the work.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from pared.allocation import Allocator, Budget, allocator_of
+from pared.allocation import Allocator, Budget, ProgramOptions, UnitOptions, allocator_of
 from pared.allocation.dsa.presets import SCORE_TOKENS
-from pared.allocation.registry import GRANULARITIES, LayerAllocator, layer_allocator_of
 from pared.errors import ParedError
-from pared.lowrank import METHODS, LowRankMethod
-from pared.names import did_you_mean, require_known
+from pared.lowrank import GradientOptions, LowRankMethod, SharingOptions
+from pared.methods import METHODS, Method, methods_of
+from pared.schema.options import Options, read_options
 from pared.schema.recipe import Calibration, Recipe
-from pared.sparsity import METHODS as PRUNING_METHODS
 from pared.sparsity import NM, PruningMethod, parse
-
-Method = LowRankMethod | PruningMethod
-EVERY_METHOD: dict[str, Method] = {**METHODS, **PRUNING_METHODS}
 
 # Fields of a recipe that only one family of methods reads.
 ZEROS_ONLY = ("sparsity", "pattern")
@@ -28,6 +24,8 @@ LOW_RANK_ONLY = ("keep", "rank_fraction", "storage", "statistics", "refit", "den
 Action = Literal["evidence", "solve", "allocate", "install", "refit"]
 Runs = Literal["nothing", "forward", "backward", "backward, then forward"]
 HandOn = Literal["dense", "compressed"]
+# What runs on the dense model for what an allocation of zeros requires, a pass each.
+EVIDENCE_FROM: tuple[tuple[str, Runs], ...] = (("alphas", "nothing"), ("losses", "backward"), ("scores", "forward"))
 
 
 @dataclass(frozen=True)
@@ -74,13 +72,46 @@ class _Spec:
 
     Attributes:
         recipe: that was resolved, for the record.
-        options: of the method, complete.
-        allocation_options: of the allocator, complete.
+        method: that does the work.
+        config: options of the method.
+        allocator: that spreads the budget.
+        allocation_config: options of the allocator.
     """
 
     recipe: Recipe
-    options: Mapping[str, object]
-    allocation_options: Mapping[str, object]
+    method: Method
+    config: Options
+    allocator: Allocator
+    allocation_config: Options
+
+    def requires(self, shapes: Sequence[tuple[int, int]]) -> frozenset[str]:
+        """Return the statistics of the forward pass that the method reads, from the shapes of what reads one tensor."""
+        return self.method.requires(shapes, self.config)
+
+    @property
+    def walked(self) -> bool:
+        """Whether the method reads statistics of the forward pass."""
+        return bool(self.requires([(1, 1)]))
+
+    @property
+    def gradients(self) -> frozenset[str]:
+        """Names of the statistics of a backward pass that the method reads."""
+        return self.method.gradients(self.config)
+
+    @property
+    def loss(self) -> Literal["sampled", "labels"]:
+        """How the labels of a backward pass are chosen."""
+        return self.config.loss if isinstance(self.config, GradientOptions) else "sampled"
+
+    @property
+    def method_calibrated(self) -> bool:
+        """Whether the method needs data at all."""
+        return self.walked or bool(self.gradients)
+
+    @property
+    def decided_from_data(self) -> bool:
+        """Whether more than shapes decides what every site keeps."""
+        return bool(self.allocator.requires)
 
     @property
     def calibration(self) -> Calibration:
@@ -90,7 +121,7 @@ class _Spec:
     @property
     def group_size(self) -> int:
         """How many neighbouring blocks are compressed together."""
-        return int(str(self.options.get("group_size", 1)))
+        return self.config.group_size if isinstance(self.config, SharingOptions) else 1
 
 
 @dataclass(frozen=True)
@@ -98,8 +129,6 @@ class LowRankSpec(_Spec):
     """A low-rank compression.
 
     Attributes:
-        method: that decomposes.
-        allocator: that decides the ranks.
         budget: how much may stay, and what a rank costs.
         statistics: when they are collected.
         refit: the stage that follows.
@@ -107,16 +136,15 @@ class LowRankSpec(_Spec):
     """
 
     method: LowRankMethod
-    allocator: Allocator
     budget: Budget
     statistics: Literal["once", "sequential"]
     refit: Literal["off", "update", "sequential", "sequential-dense-block"]
     dense_path: float
 
     @property
-    def gradients(self) -> frozenset[str]:
-        """Names of the statistics of a backward pass that the method reads."""
-        return self.method.gradients(self.options)
+    def sharing(self) -> str:
+        """Which groups of neighbouring blocks share a basis."""
+        return self.config.sharing if isinstance(self.config, SharingOptions) else "none"
 
     @property
     def gradient_share(self) -> float:
@@ -128,27 +156,22 @@ class LowRankSpec(_Spec):
     @property
     def influence(self) -> bool:
         """Whether the allocation looks at how much every block changes the hidden states."""
-        return "influence" in self.allocator.needs
+        return "influence" in self.allocator.requires
 
     @property
     def calibrated(self) -> bool:
         """Whether the model is run on a text: for statistics, a refit, or the allocation."""
-        return self.method.calibrated or self.refit != "off" or self.influence
+        return self.method_calibrated or self.refit != "off" or self.influence
 
     @property
     def tries(self) -> bool:
         """Whether the allocation tries what it proposes, on windows that are not calibrated on."""
-        return "trial" in self.allocator.needs
-
-    @property
-    def decided_from_data(self) -> bool:
-        """Whether more than shapes decides what every site keeps."""
-        return bool(self.allocator.needs)
+        return "trial" in self.allocator.requires
 
     @property
     def sequential(self) -> bool:
         """Whether statistics are collected behind the compressed prefix; a method without any has none to collect."""
-        return self.statistics == "sequential" and self.method.walked
+        return self.statistics == "sequential" and self.walked
 
     @property
     def has_targets(self) -> bool:
@@ -170,7 +193,7 @@ class LowRankSpec(_Spec):
     @property
     def solving_for_method(self) -> Runs:
         """What runs on the dense model for the statistics of the method."""
-        if not (self.gradients or self.method.walked):
+        if not self.method_calibrated:
             return "nothing"
         if not self.gradients:
             return "forward"
@@ -184,7 +207,7 @@ class LowRankSpec(_Spec):
                 shapes alone decide them and nothing needs the decompositions of all sites.
         """
         if ranks_known is None:
-            grouped = self.group_size > 1 and self.options.get("sharing") != "none"
+            grouped = self.group_size > 1 and self.sharing != "none"
             ranks_known = not (self.decided_from_data or grouped or self.refit != "off")
         refit = () if self.refit == "off" else (self._refit_pass(),)
         # Gradients are of the dense model, so that behind compressed blocks only what sites read is collected anew.
@@ -204,7 +227,7 @@ class LowRankSpec(_Spec):
         """Return what the recipe's ``auto`` stands for, for the record."""
         return {
             "allocation": self.allocator.name,
-            **self.allocation_options,
+            **self.allocation_config.model_dump(),
             "storage": "pivoted" if self.budget.pivoted else "factors",
             "statistics": self.statistics,
             "refit": self.refit,
@@ -217,14 +240,12 @@ class SparseSpec(_Spec):
     """A compression that makes weights zero.
 
     Attributes:
-        method: that prunes.
-        allocator: that spreads the zeros.
         sparsity: the fraction of zeros.
         pattern: N:M, if zeros follow one.
     """
 
     method: PruningMethod
-    allocator: LayerAllocator
+    allocation_config: UnitOptions
     sparsity: float
     pattern: NM | None
 
@@ -233,29 +254,27 @@ class SparseSpec(_Spec):
     @property
     def calibrated(self) -> bool:
         """Whether the model is run on a text: for statistics, or the allocation."""
-        return self.method.calibrated or bool(self.allocator.needs & {"scores", "losses"})
-
-    @property
-    def decided_from_data(self) -> bool:
-        """Whether more than shapes decides what every site keeps."""
-        return bool(self.allocator.needs)
+        return self.method_calibrated or bool(self.allocator.requires & {"scores", "losses"})
 
     @property
     def granularity(self) -> str:
         """What gets one sparsity: a ``block`` or a ``site``."""
-        return str(self.allocation_options["granularity"])
+        return self.allocation_config.granularity
+
+    @property
+    def budget(self) -> Budget:
+        """How much of the target modules may stay."""
+        return Budget(1 - self.sparsity, sparsity=self.sparsity)
 
     def passes(self) -> tuple[PassSpec, ...]:
         """Return the steps, in order."""
-        runs: Runs = "forward" if "scores" in self.allocator.needs else "nothing"
-        evidence = PassSpec("evidence", "backward" if "losses" in self.allocator.needs else runs)
-        prune = PassSpec("solve", "forward", "compressed") if self.method.calibrated else PassSpec("solve")
-        solve = PassSpec(prune.action, prune.runs, prune.hand_on, installs=True)
-        return (*((evidence,) if self.allocator.needs else ()), PassSpec("allocate"), solve)
+        evidence = (PassSpec("evidence", runs) for kind, runs in EVIDENCE_FROM if kind in self.allocator.requires)
+        prune = PassSpec("solve", "forward", "compressed") if self.method_calibrated else PassSpec("solve")
+        return (*evidence, PassSpec("allocate"), replace(prune, installs=True))
 
     def describe(self) -> dict[str, object]:
         """Return what the recipe's ``auto`` stands for, for the record."""
-        return {"allocation": self.allocator.name, **self.allocation_options}
+        return {"allocation": self.allocator.name, **self.allocation_config.model_dump()}
 
 
 CompressionSpec = LowRankSpec | SparseSpec
@@ -269,7 +288,10 @@ def resolve(recipe: Recipe) -> CompressionSpec:
             read, or no budget.
     """
     method = method_of(recipe)
-    return _resolve_low_rank(recipe, method) if isinstance(method, LowRankMethod) else _resolve_sparse(recipe, method)
+    if isinstance(method, LowRankMethod):
+        return _resolve_low_rank(recipe, method)
+    assert isinstance(method, PruningMethod), method.family
+    return _resolve_sparse(recipe, method)
 
 
 def resolve_low_rank(recipe: Recipe) -> LowRankSpec:
@@ -280,7 +302,8 @@ def resolve_low_rank(recipe: Recipe) -> LowRankSpec:
     """
     method = method_of(recipe)
     if not isinstance(method, LowRankMethod):
-        raise ParedError(f"method {method.name} prunes; here one of low rank is needed: {', '.join(METHODS)}")
+        raise ParedError(f"method {method.name} prunes; here one of low rank is needed: "
+                         f"{', '.join(methods_of('low_rank'))}")  # fmt: skip
     return _resolve_low_rank(recipe, method)
 
 
@@ -292,7 +315,9 @@ def resolve_sparse(recipe: Recipe) -> SparseSpec:
     """
     method = method_of(recipe)
     if not isinstance(method, PruningMethod):
-        raise ParedError(f"method {method.name} does not prune; here one of {', '.join(PRUNING_METHODS)} is needed")
+        raise ParedError(
+            f"method {method.name} does not prune; here one of {', '.join(methods_of('sparse'))} is needed"
+        )
     return _resolve_sparse(recipe, method)
 
 
@@ -300,37 +325,36 @@ def method_of(recipe: Recipe) -> Method:
     """Return the method a recipe names.
 
     Raises:
-        ParedError: there is none of that name.
+        ParedError: there is none of that name, or the package that adds it is broken.
     """
-    require_known("method", recipe.method, EVERY_METHOD)
-    return EVERY_METHOD[recipe.method]
+    return METHODS.find(recipe.method)
 
 
 def _resolve_low_rank(recipe: Recipe, method: LowRankMethod) -> LowRankSpec:
     _refuse_fields(recipe, ZEROS_ONLY, "its budget is keep or rank_fraction")
     statistics = method.statistics(recipe.keep) if recipe.statistics == "auto" else recipe.statistics
     refit = method.refit(recipe.keep) if recipe.refit == "auto" else recipe.refit
-    if recipe.dense_path not in ("auto", 0) and refit == "off" and not (statistics == "sequential" and method.walked):
-        raise ParedError(
-            f"dense_path {recipe.dense_path:g} needs targets: a refit (--refit), or sequential statistics of a method "
-            f"that collects any; method {recipe.method} has statistics {statistics} and refit {refit} here"
-        )
-    options = _options_of(recipe, method)
+    config = read_options(method.config, recipe.options, f"method {method.name}")
     name = "rank-fraction" if recipe.rank_fraction is not None else _allocation_name(recipe, method)
-    allocator = allocator_of(name)
-    given = checked_options(recipe.allocation_options, allocator.options, f"allocation {allocator.name}")
+    allocator = allocator_of(name, "low_rank")
     pivoted = method.pivoted if recipe.storage == "auto" else recipe.storage == "pivoted"
-    return LowRankSpec(
+    spec = LowRankSpec(
         recipe=recipe,
-        options=options,
-        allocation_options=_with_program(given, 1),
         method=method,
+        config=config,
         allocator=allocator,
+        allocation_config=_with_program(allocator.configured(recipe.allocation_options), 1),
         budget=Budget(recipe.keep, pivoted, recipe.rank_fraction),
         statistics=statistics,  # type: ignore[arg-type] # a method's own is one of the two
         refit=refit,  # type: ignore[arg-type]
         dense_path=method.dense_path if recipe.dense_path == "auto" else recipe.dense_path,
     )
+    if recipe.dense_path not in ("auto", 0) and not spec.has_targets:
+        raise ParedError(
+            f"dense_path {recipe.dense_path:g} needs targets: a refit (--refit), or sequential statistics of a method "
+            f"that collects any; method {recipe.method} has statistics {statistics} and refit {refit} here"
+        )
+    return spec
 
 
 def _resolve_sparse(recipe: Recipe, method: PruningMethod) -> SparseSpec:
@@ -340,22 +364,19 @@ def _resolve_sparse(recipe: Recipe, method: PruningMethod) -> SparseSpec:
             f"method {recipe.method} prunes: name a sparsity, the fraction of zeros (--sparsity 0.5), or a pattern "
             "(--pattern 2:4)"
         )
-    options = _options_of(recipe, method)
-    allocator = layer_allocator_of(_allocation_name(recipe, method))
-    given = checked_options(recipe.allocation_options, allocator.options, f"allocation {allocator.name}")
-    if given["granularity"] not in GRANULARITIES:
-        raise ParedError(f"option granularity: expected one of {', '.join(GRANULARITIES)}, found "
-                         f"{given['granularity']!r}")  # fmt: skip
-    given = _with_program(given, SCORE_TOKENS)
+    config = read_options(method.config, recipe.options, f"method {method.name}")
+    allocator = allocator_of(_allocation_name(recipe, method), "sparse")
+    allocation_config = _with_program(allocator.configured(recipe.allocation_options), SCORE_TOKENS)
+    assert isinstance(allocation_config, UnitOptions)
     pattern = None if recipe.pattern is None else pattern_of(recipe.pattern)
     sparsity = recipe.sparsity if pattern is None else pattern.sparsity
     assert sparsity is not None
     return SparseSpec(
         recipe=recipe,
-        options=options,
-        allocation_options=given,
         method=method,
+        config=config,
         allocator=allocator,
+        allocation_config=allocation_config,
         sparsity=sparsity,
         pattern=pattern,
     )
@@ -370,16 +391,6 @@ def _refuse_fields(recipe: Recipe, names: tuple[str, ...], hint: str) -> None:
 
 def _allocation_name(recipe: Recipe, method: Method) -> str:
     return method.allocation if recipe.allocation == "auto" else recipe.allocation
-
-
-def _options_of(recipe: Recipe, method: Method) -> dict[str, object]:
-    """Return the method's options, those of the recipe over the defaults."""
-    options = checked_options(recipe.options, method.options, f"method {method.name}")
-    try:
-        method.check(options)
-    except ValueError as error:
-        raise ParedError(f"method {method.name}: {error}") from None
-    return options
 
 
 def pattern_of(text: str) -> NM:
@@ -401,34 +412,13 @@ def pattern_of(text: str) -> NM:
     return found
 
 
-def checked_options(given: Mapping[str, object], defaults: Mapping[str, object], owner: str) -> dict[str, object]:
-    """Return the defaults with what was given over them.
-
-    Raises:
-        ParedError: an option the owner does not have, or a value of another type.
-    """
-    for name, value in given.items():
-        if name not in defaults:
-            valid = did_you_mean(name, defaults) if defaults else "it has none"
-            raise ParedError(f"{owner} has no option {name!r}; {valid}")
-        default = defaults[name]
-        if type(value) is not type(default) and not (isinstance(default, float) and type(value) is int):
-            raise ParedError(f"option {name} of {owner}: expected a {type(default).__name__}, found {value!r}")
-    return {**defaults, **given}
-
-
-def _with_program(options: dict[str, object], tokens: int) -> dict[str, object]:
-    """Return the options with the program itself in place of the file that holds it, so that the record is whole."""
-    if "program" not in options:
-        return options
+def _with_program(config: Options, tokens: int) -> Options:
+    """Return options with the program itself in place of the file that holds it, so that the record is whole."""
+    if not isinstance(config, ProgramOptions):
+        return config
     from pared.allocation.dsa import named
 
-    asked = int(str(options["score_tokens"]))
-    if asked < 0:
-        raise ParedError(f"option score_tokens: expected a number of tokens, or 0 for the program's own; got {asked}")
-    text = str(options["program"])
-    if not text.endswith(".json"):
-        named(text)
-        return options
-    program, tokens = named(text, tokens)
-    return {**options, "program": str(program), "score_tokens": asked or tokens}
+    program, tokens = named(config.program, tokens)
+    if not config.program.endswith(".json"):
+        return config
+    return config.model_copy(update={"program": str(program), "score_tokens": config.score_tokens or tokens})

@@ -108,7 +108,7 @@ def rank_groups(
     _require_directions(anatomy, groups)
     evaluation = _evaluation(model, tokenizer, recipe)
     observer = Observer(ResidentBlocks(model, anatomy), tokenizer, spec, progress)
-    if spec.method.calibrated:
+    if spec.method_calibrated:
         observer.read()
 
     def measure() -> Quality:

@@ -36,6 +36,7 @@ from pared.search.prepare import prepare
 from pared.search.ranks import require_rankable
 from pared.search.zeros import require_pruner
 from pared.sparsity import PruningMethod
+from pared.sparsity.registry import Wanda
 from pared.tables import Shown, Table
 
 JOURNAL, FOUND = "journal.jsonl", "FOUND.json"
@@ -183,7 +184,7 @@ def require_searchable(recipe: Recipe) -> CompressionSpec:
     spec = resolve(recipe)
     if isinstance(spec, LowRankSpec):
         require_rankable(spec)
-    if spec.options.get("variant"):
+    if isinstance(spec.config, Wanda) and spec.config.variant:
         raise ParedError("Wanda's variant chooses zeros row by row from all scores; search without it")
     return spec
 
@@ -244,7 +245,7 @@ def _settings(
         "device": recipe.device,
         "method": recipe.method,
         **budget,
-        "options": dict(spec.options),
+        "options": spec.config.model_dump(),
         "skip": list(recipe.skip),
         **({"blocks": recipe.blocks} if recipe.blocks else {}),
         **{f"calibration {name}": value for name, value in recipe.calibration.model_dump().items()},

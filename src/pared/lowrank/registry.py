@@ -110,38 +110,8 @@ class LowRankMethod(Generic[C]):
     @property
     def calibrated(self) -> bool:
         """Whether it needs data at all, by default."""
-        return self.walked or bool(self.gradients(self.config()))
-
-    @property
-    def walked(self) -> bool:
-        """Whether it needs statistics of the forward pass, by default."""
-        return bool(self.requires([(1, 1)], self.config()))
-
-    # What the engine reads until it is handed a typed config.
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Names and default values of the options."""
-        return self.config.defaults()
-
-    def needs(self, shapes: Shapes) -> frozenset[str]:
-        """Return the statistics of the forward pass it reads, by default."""
-        return self.requires(shapes, self.config())
-
-    def check(self, options: Mapping[str, object]) -> None:
-        """Refuse values that an option does not have.
-
-        Raises:
-            ParedError: names the option.
-        """
-        self.configured(options)
-
-    @property
-    def group_rule(self) -> "Callable[..., Decomposition] | None":
-        """As ``decompose`` for several weights that get one basis; none if a basis cannot be shared."""
-        if not self.shares:
-            return None
-        return lambda weights, own, options: self.solve(weights, own, self.configured(options))
+        default = self.config()
+        return bool(self.requires([(1, 1)], default) or self.gradients(default))
 
 
 class Svd(Options):
@@ -214,19 +184,15 @@ def mean_gram(_: Shapes, __: Options | None = None) -> frozenset[str]:
     return frozenset({"mean_gram"})
 
 
-def _typed(config: type[C], options: Any) -> C:  # until the engine hands on a typed config
-    return options if isinstance(options, config) else read_options(config, options, "method")
-
-
 def fisher(options: Fwsvd) -> frozenset[str]:
     """Require the Fisher information of every weight; of as many examples squared together as the option says."""
-    batch = _typed(Fwsvd, options).fisher_batch
+    batch = options.fisher_batch
     return frozenset({"fisher" if batch == 1 else f"fisher:{batch}"})
 
 
 def output_gradient(options: LossOptimal) -> frozenset[str]:
     """Require the second moments of the outputs' gradients, as far as the weighting asked for looks at them."""
-    weighting = _typed(LossOptimal, options).output_weighting
+    weighting = options.output_weighting
     return frozenset() if weighting == "none" else frozenset({f"output_gradient_{weighting}"})
 
 

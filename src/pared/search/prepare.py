@@ -50,4 +50,4 @@ def prepare(
         raise ParedError("nothing is known about the inputs of any site; use more calibration text")
     if isinstance(spec, LowRankSpec):
         return RanksTrial(model, observer.anatomy, found, spec.budget)
-    return ZerosTrial(model, observer.anatomy, found, spec.method.name, spec.sparsity)
+    return ZerosTrial(model, observer.anatomy, found, spec.method, spec.config, spec.sparsity)

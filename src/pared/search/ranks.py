@@ -31,7 +31,7 @@ def require_rankable(spec: LowRankSpec) -> None:
     """
     if spec.budget.rank_fraction is not None:
         raise ParedError("a search spreads a budget of parameters (--keep 0.8); rank_fraction fixes every rank")
-    if spec.method.group_rule is not None and spec.group_size != 1:
+    if spec.group_size != 1:
         raise ParedError(
             f"method {spec.method.name} lets neighbouring blocks share, so that they have no ranks of their own; "
             "search with svd-llm and use the program with it"

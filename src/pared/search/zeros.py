@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
@@ -11,11 +10,21 @@ from transformers import PreTrainedModel
 from pared.allocation.dsa import SCORE_TOKENS, Program, ScoreHistogram, Scores, judge
 from pared.engine.install import patched
 from pared.errors import ParedError
+from pared.methods import METHODS, methods_of
+from pared.schema.options import Options
 from pared.search.evolution import Allocation
-from pared.sparsity import METHODS, Unstructured, wanda
-from pared.structure import Anatomy, Site, weight_of
+from pared.sparsity import OrderedWeights, PruningMethod, RankedWeights, Unstructured, wanda
+from pared.structure import Anatomy, weight_of
 
-PRUNERS = ("wanda", "magnitude")
+
+def pruners() -> dict[str, PruningMethod]:
+    """Return the pruners whose zeros can be had from scores of the dense model alone, by name."""
+    found = methods_of("sparse")
+    return {
+        name: one
+        for name, one in found.items()
+        if isinstance(one, PruningMethod) and not one.updates and one.requires([(1, 1)], one.config()) <= {"energy"}
+    }
 
 
 def require_pruner(name: str) -> None:
@@ -24,55 +33,14 @@ def require_pruner(name: str) -> None:
     Raises:
         ParedError: it is one; says what to do.
     """
-    if name in PRUNERS:
+    if name in pruners():
         return
     if name in METHODS:
         raise ParedError(
             f"pruner {name} changes the weights it keeps, block after block, so that a candidate costs a whole "
             f"compression; search with wanda and use the program with --method {name} --allocation dsa"
         )
-    raise ParedError(f"unknown pruner {name!r}; expected one of {', '.join(PRUNERS)}")
-
-
-@dataclass(frozen=True)
-class Ordered:
-    """One site's weights in the order in which they go.
-
-    Attributes:
-        site: where.
-        dense_ON: the weight as it was.
-        order_ON: how many weights go before each, among those it competes with: its row, or the matrix; the smallest
-            integer type that holds it.
-        rivals: how many compete.
-    """
-
-    site: Site
-    dense_ON: torch.Tensor
-    order_ON: torch.Tensor
-    rivals: int
-
-    @classmethod
-    def of(cls, site: Site, W_ON: torch.Tensor, energy_N: torch.Tensor, pruner: str) -> "Ordered":
-        """Order the weights of a site as its pruner lets them go.
-
-        Args:
-            site: where.
-            W_ON: the dense weight.
-            energy_N: E[x²] of every input; not read by ``magnitude``.
-            pruner: one of ``PRUNERS``.
-        """
-        W_ON = W_ON.detach()
-        scores_ON = W_ON.double().abs() if pruner == "magnitude" else wanda.ordering(W_ON, energy_N)
-        scores_XG = scores_ON.reshape(1, -1) if pruner == "magnitude" else scores_ON
-        rivals = scores_XG.shape[1]
-        kind = torch.int16 if rivals < 2**15 else torch.int32
-        places_XG = torch.arange(rivals, dtype=kind, device=W_ON.device).expand_as(scores_XG)
-        order_XG = torch.empty_like(scores_XG, dtype=kind).scatter_(1, scores_XG.argsort(dim=1, stable=True), places_XG)
-        return cls(site, W_ON.clone(), order_XG.view(W_ON.shape), rivals)
-
-    def pruned(self, zeros: int) -> torch.Tensor:
-        """Return the weight with so many zeros among those that compete, ``(out, in)``."""
-        return self.dense_ON.masked_fill(self.order_ON < zeros, 0)
+    raise ParedError(f"unknown pruner {name!r}; expected one of {', '.join(pruners())}")
 
 
 class ZerosTrial:
@@ -91,7 +59,8 @@ class ZerosTrial:
         model: PreTrainedModel,
         anatomy: Anatomy,
         energies: Mapping[str, torch.Tensor],
-        pruner: str,
+        pruner: PruningMethod,
+        config: Options,
         sparsity: float,
     ) -> None:
         """Score and order all weights.
@@ -100,14 +69,15 @@ class ZerosTrial:
             model: dense.
             anatomy: after the probe pass.
             energies: E[x²] of every input feature, by site; a site that is missing stays dense and is not counted.
-            pruner: one of ``PRUNERS``.
+            pruner: one of :func:`pruners`.
+            config: its options.
             sparsity: of the covered weights.
 
         Raises:
             ParedError: an energy or a weight is not finite.
         """
         self.model, self.sparsity = model, sparsity
-        by_block: dict[int, list[Ordered]] = {}
+        by_block: dict[int, list[tuple[str, OrderedWeights]]] = {}
         scores: dict[int, ScoreHistogram] = {}
         for site in anatomy.sites:
             if site.name in energies:
@@ -115,15 +85,16 @@ class ZerosTrial:
                 energy_N = energies[site.name].to(W_ON.device)
                 try:
                     scores.setdefault(site.block, ScoreHistogram()).update(wanda.scores(W_ON, energy_N))
-                    by_block.setdefault(site.block, []).append(Ordered.of(site, W_ON, energy_N, pruner))
+                    ordered = _ordered(pruner, config, W_ON.clone(), energy_N)
                 except ValueError as error:
                     raise ParedError(f"site {site.name}: {error}") from error
+                by_block.setdefault(site.block, []).append((site.name, ordered))
         self.blocks = tuple(by_block)
         self._units = tuple(tuple(sites) for sites in by_block.values())
         self._scores: Sequence[Scores] = [
             scores[block].scores().scaled(math.sqrt(SCORE_TOKENS)) for block in self.blocks
         ]
-        sizes = [sum(one.dense_ON.numel() for one in unit) for unit in self._units]
+        sizes = [sum(one.W_ON.numel() for _, one in unit) for unit in self._units]
         self._sizes_L = torch.tensor(sizes, dtype=torch.float64)
 
     def sparsities(self, program: Program) -> torch.Tensor | None:
@@ -148,12 +119,24 @@ class ZerosTrial:
     def installed(self, allocation: Allocation) -> AbstractContextManager[None]:
         """Have the zeros in the model for the length of a ``with`` block."""
         ordered = (one for unit in self._units for one in unit)
-        weights = ((one.site.name, one.pruned(zeros)) for one, zeros in zip(ordered, allocation, strict=True))
+        weights = ((name, one.without(zeros)) for (name, one), zeros in zip(ordered, allocation, strict=True))
         return patched(self.model, weights)
 
     def _zeros(self, sparsities: Sequence[float]) -> Allocation:
         return tuple(
             Unstructured(sparsity).zeros(one.rivals)
             for sparsity, unit in zip(sparsities, self._units, strict=True)
-            for one in unit
+            for _, one in unit
         )
+
+
+def _ordered(pruner: PruningMethod, config: Options, W_ON: torch.Tensor, energy_N: torch.Tensor) -> OrderedWeights:
+    """Return a weight in the order in which its pruner lets its entries go.
+
+    Raises:
+        ValueError: an energy or the weight is not finite, or the pruner has no such order.
+    """
+    solution = pruner.solve([W_ON], [{"energy": energy_N}], config)
+    if not isinstance(solution, RankedWeights):
+        raise ValueError(f"method {pruner.name} gives no ranked weights, and a search needs their order")
+    return solution.ordered()

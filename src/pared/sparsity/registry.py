@@ -51,6 +51,7 @@ class PruningMethod(Generic[C]):
             the options.
         allocation: how zeros are spread over the model unless a recipe says otherwise.
         blind: what decides where nothing but zeros reach a weight, so that its statistics say nothing.
+        updates: whether weights that are kept change, so that its zeros cannot be had from the dense model's scores.
     """
 
     name: str
@@ -61,6 +62,7 @@ class PruningMethod(Generic[C]):
     requires: Callable[[Shapes, C], frozenset[str]] = nothing
     allocation: str = "uniform"
     blind: str = ""
+    updates: bool = False
     family: ClassVar[Literal["sparse"]] = "sparse"
 
     def gradients(self, _: Options) -> frozenset[str]:
@@ -102,25 +104,6 @@ class PruningMethod(Generic[C]):
     def calibrated(self) -> bool:
         """Whether it needs data at all, by default."""
         return bool(self.requires([(1, 1)], self.config()))
-
-    # What the engine reads until it is handed a typed config.
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Names and default values of the options."""
-        return self.config.defaults()
-
-    def needs(self, shapes: Shapes) -> frozenset[str]:
-        """Return the statistics it reads, by default."""
-        return self.requires(shapes, self.config())
-
-    def check(self, options: Mapping[str, object]) -> None:
-        """Refuse values that an option does not have.
-
-        Raises:
-            ParedError: names the option.
-        """
-        self.configured(options)
 
 
 class Magnitude(Options):
@@ -171,6 +154,7 @@ METHODS: dict[str, PruningMethod] = {
             solve=deferred("pared.sparsity.rules:by_sparsegpt"),
             requires=gram,
             blind="pruned by magnitude, within every block of inputs",
+            updates=True,
         ),
     )
 }

@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from pared.allocation import Budget, Evidence, Unit, allocators_for
+from pared.allocation import Budget, Evidence, Unit, allocator_of, allocators_for
+from pared.allocation.options import DsaRanks
 from pared.allocation.rank_budget import tails
 from pared.allocation.ranks.effective_rank import entropy_rank
 from pared.allocation.ranks.svd_llm_v2 import removal_ratios
@@ -28,7 +29,7 @@ def spectrum(size: int, decay: float, scale: float = 10.0) -> torch.Tensor:
 
 def plan(sites: list[Site], allocation: str, keep: float, spectra: dict[str, torch.Tensor]) -> Plan:
     anatomy = Anatomy("layers", tuple(sites), (), (), 10**6)
-    return make_plan(anatomy, allocation, Budget(keep), 4, evidence=Evidence(spectra))
+    return make_plan(anatomy, allocator_of(allocation, "low_rank"), Budget(keep), 4, evidence=Evidence(spectra))
 
 
 def total_loss(plan: Plan, spectra: dict[str, torch.Tensor]) -> float:
@@ -178,12 +179,12 @@ def test_v2_removal_has_the_mean_that_was_asked_for_and_spares_large_losses():
 
 
 def test_a_program_moves_parameters_between_blocks_by_their_spectra():
-    shares = {}
+    shares, dsa = {}, allocator_of("dsa", "low_rank")
     for sign in ("PRUNE", "KEEP"):
         program = f"W:(ABSLOG)-(VAR)-(NO_OP)-(10)-({sign})"
         anatomy = Anatomy("layers", tuple(SITES), (), (), 10**6)
-        evidence = Evidence(SPECTRA, options={"program": program})
-        decided = make_plan(anatomy, "dsa", Budget(0.5), 4, evidence=evidence)
+        config = DsaRanks(program=program)
+        decided = make_plan(anatomy, dsa, Budget(0.5), 4, evidence=Evidence(SPECTRA), config=config)
         assert 0 <= math.floor(0.5 * decided.before.covered_parameters) - decided.after.covered_parameters < 64
         shares[sign] = [
             sum(s.after for s in decided.sites if s.block == b) / sum(s.before for s in decided.sites if s.block == b)
@@ -193,6 +194,6 @@ def test_a_program_moves_parameters_between_blocks_by_their_spectra():
     assert shares["KEEP"] == sorted(shares["KEEP"])
     assert shares["KEEP"][2] - shares["KEEP"][0] == pytest.approx(0.2, abs=0.05)
     assert plan(SITES, "dsa", 0.5, SPECTRA).shortfall == 0  # the default program
-    evidence = Evidence(SPECTRA, options={"program": "W:(NORM)-(VAR)-(ABS)-(8)"})
+    config = DsaRanks(program="W:(NORM)-(VAR)-(ABS)-(8)")
     with pytest.raises(ParedError, match="allocation dsa: the importance is the same for all 3 blocks"):
-        make_plan(anatomy, "dsa", Budget(0.5), 4, evidence=evidence)
+        make_plan(anatomy, dsa, Budget(0.5), 4, evidence=Evidence(SPECTRA), config=config)

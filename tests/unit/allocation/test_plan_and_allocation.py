@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pared.allocation import Budget, Evidence, Unit
+from pared.allocation import Budget, Evidence, Unit, allocator_of
 from pared.allocation.ranks.uniform import uniform
 from pared.engine.allocate import make_plan
 from pared.errors import ParedError
@@ -21,7 +21,7 @@ def site(name: str, out_features: int, in_features: int, idle: bool = False) -> 
 def planned(*sites: Site, keep: float, uncovered: tuple[Uncovered, ...] = (), elsewhere: int = 1000) -> Plan:
     weights = sum(one.out_features * one.in_features for one in sites) + sum(one.parameters for one in uncovered)
     anatomy = Anatomy("model.layers", tuple(sites), uncovered, (), weights + elsewhere)
-    return make_plan(anatomy, "uniform", Budget(keep), bytes_per_parameter=2)
+    return make_plan(anatomy, allocator_of("uniform", "low_rank"), Budget(keep), bytes_per_parameter=2)
 
 
 def ranks(plan: Plan) -> list[int | None]:
@@ -190,9 +190,8 @@ def test_order_of_the_sites_is_kept():
 
 
 def test_unknown_allocation_suggests_the_nearest():
-    anatomy = Anatomy("layers", (site("a", 40, 60),), (), (), 2400)
     with pytest.raises(ParedError, match="unknown allocation 'unifrom'; did you mean 'uniform'"):
-        make_plan(anatomy, "unifrom", Budget(0.5), 4)
+        allocator_of("unifrom", "low_rank")
 
 
 def test_a_rank_above_what_the_weight_has_is_refused():

@@ -86,7 +86,7 @@ def test_any_allocation_goes_with_any_method(
 def test_two_phases_give_what_one_gives_at_the_same_ranks(
     tokenizer: PreTrainedTokenizerFast, calibration: pared.Calibration
 ) -> None:
-    ALLOCATORS.register("late", replace(allocator_of("uniform"), name="late", requires=frozenset({"cost"})))
+    ALLOCATORS.register("late", replace(allocator_of("uniform", "low_rank"), name="late", requires=frozenset({"cost"})))
     logits = []
     try:
         for name in ("uniform", "late"):
@@ -140,7 +140,9 @@ def test_a_pivoted_decision_is_installed_pivoted() -> None:
 
     model = TINY_MODELS["llama"]()
     anatomy = find_anatomy(model)
-    plan = pared.Plan.model_validate(make_plan(anatomy, "uniform", Budget(0.6), 4).model_dump())
+    plan = pared.Plan.model_validate(
+        make_plan(anatomy, allocator_of("uniform", "low_rank"), Budget(0.6), 4).model_dump()
+    )
     pivoted = [
         site.model_copy(update={"decision": LowRank(rank=site.decision.rank, pivoted=True)})
         for site in plan.sites

@@ -467,7 +467,7 @@ def test_methods_go_by_their_own_names_and_only_plain_svd_needs_no_data():
     assert all(name == method.name for name, method in METHODS.items())
     assert not METHODS["svd"].calibrated
     assert METHODS["svd-llm"].calibrated
-    assert METHODS["svd"].needs([(4, 9)]) == frozenset()
+    assert METHODS["svd"].requires([(4, 9)], METHODS["svd"].config()) == frozenset()
 
 
 @pytest.mark.parametrize(
@@ -482,7 +482,7 @@ def test_methods_go_by_their_own_names_and_only_plain_svd_needs_no_data():
     ids=["down", "up", "square", "q k v", "two narrow ones"],
 )
 def test_whitening_collects_the_cheaper_gram(shapes: list[tuple[int, int]], statistic: str):
-    assert METHODS["svd-llm"].needs(shapes) == {statistic}
+    assert METHODS["svd-llm"].requires(shapes, METHODS["svd-llm"].config()) == {statistic}
 
 
 def test_llama_7b_at_20_percent_has_the_ranks_of_the_papers():

@@ -77,7 +77,7 @@ def test_options_of_a_recipe_are_those_its_method_and_allocation_have(name: str)
     recipe = begun(name)
     assert isinstance(recipe, Recipe)
     spec = resolve(recipe)
-    assert spec.options == {**spec.method.options, **recipe.options}
+    assert spec.config.model_dump() == {**spec.method.config.defaults(), **recipe.options}
     assert spec.describe()
 
 

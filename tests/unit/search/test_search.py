@@ -29,8 +29,8 @@ from pared.search.evolution import Candidate, Measured
 from pared.search.journal import SearchJournal
 from pared.search.objective import Measure, in_steps
 from pared.search.pool import Processes, Queue
-from pared.search.zeros import Ordered, ZerosTrial
-from pared.sparsity import METHODS, Unstructured
+from pared.search.zeros import ZerosTrial
+from pared.sparsity import METHODS, RankedWeights, Unstructured
 from pared.structure import find_anatomy, probe, weight_of
 
 CONFIG = SearchConfig(iterations=8, population=4, top=2, windows=4, length=16, final_windows=6)
@@ -60,7 +60,7 @@ def trial_of(family: str = "llama", pruner: str = "wanda", sparsity: float = 0.6
     anatomy, _ = probe(model, find_anatomy(model))
     random = torch.Generator().manual_seed(0)
     energies = {site.name: torch.rand(site.in_features, generator=random).double() for site in anatomy.sites}
-    return ZerosTrial(model, anatomy, energies, pruner, sparsity)
+    return ZerosTrial(model, anatomy, energies, METHODS[pruner], METHODS[pruner].config(), sparsity)
 
 
 @pytest.mark.parametrize("pruner", ["wanda", "magnitude"])
@@ -72,10 +72,11 @@ def test_the_zeros_of_an_order_are_those_of_the_pruner(pruner: str, sparsity: fl
     W_ON[:, 3] = W_ON[:, 4]  # equal scores: the earlier goes first
     W_ON[2] = 0.5
     energy_N = torch.ones(W_ON.shape[1], dtype=torch.float64)
-    ordered = Ordered.of(site, W_ON, energy_N, pruner)
-    pattern = Unstructured(sparsity)
+    solution = METHODS[pruner].solve([W_ON], [{"energy": energy_N}], METHODS[pruner].config())
+    assert isinstance(solution, RankedWeights)
+    ordered, pattern = solution.ordered(), Unstructured(sparsity)
     expected = METHODS[pruner].prune(W_ON, pattern, {"energy": energy_N})
-    assert torch.equal(ordered.pruned(pattern.zeros(ordered.rivals)), expected.weight)
+    assert torch.equal(ordered.without(pattern.zeros(ordered.rivals)), expected.weight)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -112,7 +113,7 @@ def test_magnitude_finds_the_perplexity_that_compress_has(
     windows = cut(calibration, tokenizer, 16, 5)
     asked = recipe("magnitude", allocation="dsa",
                    allocation_options={"program": str(tmp_path / "s" / "FOUND.json")})  # fmt: skip
-    assert resolve(asked).allocation_options["program"] == found.program, "the record holds the program, not a file"
+    assert resolve(asked).allocation_config.program == found.program, "the record holds the program, not a file"
     compress(model, tokenizer, asked, windows=windows)
     (tmp_path / "rest.txt").write_text(held_out.joined)
     here = perplexity(model, tokenizer, f"file:{tmp_path / 'rest.txt'}", length=16, windows=6).value
