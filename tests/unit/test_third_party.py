@@ -1,6 +1,7 @@
 """A package of somebody else's adds a low-rank method, a pruner and two allocators, and pared's engine knows none."""
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -209,6 +210,19 @@ def test_an_allocator_of_theirs_goes_with_a_method_of_pareds(dense: Path, text_f
 def test_their_options_are_refused_as_pareds_are(words: str, told: str, dense: Path) -> None:
     assert told in refused(dense, *words.split())
     assert not Path("never").exists()
+
+
+def test_what_the_page_on_methods_says_works_as_it_stands(
+    dense: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL))
+    (named,) = re.findall(r'"pared.methods"\]\n(\S+) = "(\S+)"', page)
+    entries = {"pared.methods": dict([named]), "pared.allocators": {"tilt": "my_package:TILT"}}
+    with installed(install(tmp_path / "packages", "my_package", code, entries), monkeypatch):
+        for number, words in enumerate(("--method energy-svd --option power=0.3 --keep 0.8",
+                                        "--method wanda --sparsity 0.5 --allocation tilt")):  # fmt: skip
+            compress(dense, text_file, tmp_path / str(number), *words.split())
 
 
 def test_the_engine_names_no_method() -> None:
