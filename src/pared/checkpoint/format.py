@@ -3,9 +3,12 @@
 This file is a part of the loader that a saved folder carries, so it may use torch, transformers and ``modules/`` only.
 """
 
+import re
 from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
+from torch import nn
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pared.modules.low_rank import LowRankLinear
@@ -29,6 +32,10 @@ MODULE_TYPES: dict[str, tuple[type[LowRankLinear | PivotedLinear | SparseLinear]
     "pivoted": (PivotedLinear, frozenset({"in_features", "out_features", "rank", "bias"})),
     "sparse": (SparseLinear, frozenset({"in_features", "out_features", "bias", "stored", "kept", "group"})),
 }
+
+# A kind that an installed package adds is PACKAGE:NAME in the map, NAME an entry point of this group.
+MODULE_GROUP = "pared.modules"
+ADDED_KIND = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}:[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 Entry = dict[str, Any]
 # key -> the least and the most it may be, given the rest of its entry; checked in this order
@@ -82,6 +89,36 @@ class ParedConfig(QuantizationConfigMixin):
         return fields if self.shared else {key: value for key, value in fields.items() if key != "shared"}
 
 
+def added_kinds() -> dict[str, EntryPoint]:
+    """Return the kinds that installed packages add, none of them imported."""
+    found = entry_points(group=MODULE_GROUP)
+    return {f"{entry.dist.name}:{entry.name}": entry for entry in found if entry.dist is not None}
+
+
+def module_type(kind: str) -> type[nn.Module]:
+    """Return the class of a kind of module: of this format, or of an installed package.
+
+    A class of a package is made from the keys of its entry, ``device`` and ``dtype``, and its ``entry()`` returns them.
+
+    Raises:
+        ValueError: the package is not installed, or what it adds cannot be used.
+    """
+    if kind in MODULE_TYPES:
+        return MODULE_TYPES[kind][0]
+    package = kind.partition(":")[0]
+    entry = added_kinds().get(kind)
+    if entry is None:
+        raise ValueError(f"modules of kind {brief(kind)} are those of package {package!r}, which is not installed here "
+                         "or adds none of that name; install it if you trust where this model is from")  # fmt: skip
+    try:
+        found: Any = entry.load()
+    except Exception as error:  # whatever a package does when it is imported
+        raise ValueError(f"kind {brief(kind)}: package {package!r} cannot be imported ({error!r})") from error
+    if not (isinstance(found, type) and issubclass(found, nn.Module) and hasattr(found, "entry")):
+        raise ValueError(f"kind {brief(kind)}: {entry.value} is no torch module with an entry()")
+    return found
+
+
 def brief(value: object) -> str:
     """Return a value as it is quoted in a message: of any size, never more than a line."""
     try:
@@ -104,12 +141,15 @@ def _checked(modules: Any) -> dict[str, Entry]:
     for name, entry in modules.items():
         if not isinstance(name, str) or not 0 < len(name) <= LONGEST_NAME:
             raise ValueError(f"map entry {brief(name)}: expected a name of 1 to {LONGEST_NAME} characters")
-        _check_entry(name, entry)
+        kind = entry.get("kind") if isinstance(entry, dict) else None
+        if isinstance(kind, str) and ADDED_KIND.fullmatch(kind):
+            _check_added(name, kind, entry)
+        else:
+            _check_entry(name, kind, entry)
     return modules
 
 
-def _check_entry(name: str, entry: Any) -> None:
-    kind = entry.get("kind") if isinstance(entry, dict) else None
+def _check_entry(name: str, kind: object, entry: Any) -> None:
     if not isinstance(kind, str) or kind not in MODULE_TYPES or entry.keys() - {"kind"} != MODULE_TYPES[kind][1]:
         raise ValueError(f"map entry {name}: unknown or malformed {brief(entry)}; known kinds: {sorted(MODULE_TYPES)}")
     if type(entry["bias"]) is not bool:
@@ -126,6 +166,20 @@ def _check_entry(name: str, entry: Any) -> None:
             raise ValueError(f"map entry {name}: {kept}:{group} does not fit {brief(entry)}")
     elif kind == "sparse" and entry["kept"]:
         raise ValueError(f"map entry {name}: kept is {entry['kept']} without a group")
+
+
+def _check_added(name: str, kind: str, entry: Entry) -> None:
+    """Check an entry of another package's kind: sides in range, and values that are plain; the rest is the class's."""
+    for key in ("in_features", "out_features"):
+        if type(entry.get(key)) is not int or not 0 < entry[key] <= LARGEST_SIDE:
+            raise ValueError(f"map entry {name}: {key} is {brief(entry.get(key))}, expected 1 to {LARGEST_SIDE}")
+    for key, value in entry.items():
+        if not isinstance(key, str) or not isinstance(value, (bool, int, float, str)) or len(brief(value)) > 200:
+            raise ValueError(f"map entry {name}: {brief(key)} is {brief(value)}, expected a number or a short text")
+    try:
+        module_type(kind)
+    except ValueError as error:
+        raise ValueError(f"map entry {name}: {error}") from error
 
 
 def _checked_shared(shared: Any, modules: dict[str, Entry]) -> dict[str, str]:

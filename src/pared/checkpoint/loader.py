@@ -12,7 +12,7 @@ from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-from pared.checkpoint.format import DOWN, MODULE_TYPES, QUANT_METHOD, ParedConfig
+from pared.checkpoint.format import DOWN, QUANT_METHOD, ParedConfig, module_type
 from pared.checkpoint.portable import IS_COPY, make_portable
 from pared.modules.adapters import teach_peft
 from pared.modules.replace import replace_module
@@ -115,7 +115,7 @@ def empty_module(
 ) -> nn.Module:
     """Return the module that a map entry describes, its weights not yet set."""
     arguments = {key: value for key, value in entry.items() if key != "kind"}
-    return MODULE_TYPES[entry["kind"]][0](**arguments, device=device, dtype=dtype)
+    return module_type(entry["kind"])(**arguments, device=device, dtype=dtype)
 
 
 def _submodule(model: nn.Module, path: str) -> Any:

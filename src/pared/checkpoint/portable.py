@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from pared.checkpoint.format import DOWN, LOADER_NAME, MODULE_TYPES, ParedConfig
+from pared.checkpoint.format import DOWN, LOADER_NAME, MODULE_TYPES, ParedConfig, added_kinds, module_type
 from pared.importing import when_imported
 from pared.modules.adapters import MADE, adapter_class, teach_peft
 from pared.modules.packing import pack
@@ -35,11 +35,19 @@ DYNAMIC = "transformers_modules."  # where transformers puts code that came with
 def module_map(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Return the entry of every module that stands where a linear layer stood, from the modules themselves."""
     entries: dict[str, dict[str, Any]] = {}
-    for name, module in model.named_modules():
-        for kind, (cls, _) in MODULE_TYPES.items():
+    kinds = _kinds()
+    modules: list[tuple[str, Any]] = list(model.named_modules())
+    for name, module in modules:
+        for kind, cls in kinds.items():
             if isinstance(module, cls):
                 entries[name] = {"kind": kind, **module.entry()}
     return entries
+
+
+def _kinds() -> dict[str, Any]:
+    """Return the classes of modules by kind: of packages those that were imported, as a model has no others."""
+    added = {kind: entry for kind, entry in added_kinds().items() if entry.module in sys.modules}
+    return {kind: module_type(kind) for kind in (*MODULE_TYPES, *added)}
 
 
 def still_shared(model: nn.Module, shared: dict[str, str]) -> dict[str, str]:
