@@ -55,6 +55,9 @@ class Allocator(Generic[C]):
     rule: Rule[C]
     requires: frozenset[str] = NOTHING
 
+    def __post_init__(self) -> None:
+        self.config.belong_to(self.name)
+
     def allocate(
         self, units: Sequence[Unit], budget: Budget, evidence: Evidence, config: C | None = None
     ) -> dict[str, Decision]:

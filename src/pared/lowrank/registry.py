@@ -85,6 +85,9 @@ class LowRankMethod(Generic[C]):
     input_gram: str = "gram"
     family: ClassVar[Literal["low_rank"]] = "low_rank"
 
+    def __post_init__(self) -> None:
+        self.config.belong_to(self.name)
+
     def decompose(
         self, W_ON: "torch.Tensor", statistics: Statistics, options: Mapping[str, object] | Options | None = None
     ) -> "Decomposition":

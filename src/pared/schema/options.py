@@ -1,7 +1,7 @@
 """Typed options of methods and allocators: what a recipe gives of them, over the defaults."""
 
 from collections.abc import Mapping
-from typing import Any, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args
 
 from pydantic import ConfigDict, ValidationError
 
@@ -23,6 +23,19 @@ class Options(Strict):
     """
 
     model_config = ConfigDict(strict=True, defer_build=True)
+
+    _owner: ClassVar[str]
+
+    @classmethod
+    def belong_to(cls, name: str) -> None:
+        """Say which method or allocator a type of options selects: the first that declares it."""
+        if "_owner" not in cls.__dict__:
+            cls._owner = name
+
+    @classmethod
+    def owner(cls) -> str:
+        """Return the name of the method or allocator that the type selects; empty if none has declared it."""
+        return str(cls.__dict__.get("_owner", ""))
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from pydantic import (
 
 from pared.schema.base import Config, Name, Whole
 from pared.schema.command_line import OWN, Option
+from pared.schema.options import Options
 from pared.schema.presets import FromPreset
 
 
@@ -144,6 +145,22 @@ class Recipe(FromPreset):
             return fields
         zeros = any(fields.get(name) is not None for name in ("sparsity", "pattern"))
         return {**fields, "method": DEFAULT_PRUNER} if zeros and "method" not in fields else fields
+
+    @model_validator(mode="before")
+    @classmethod
+    def _typed_options(cls, fields: Any) -> Any:
+        """Take ``method=LossOptimal(...)`` and ``allocation=Owl(...)``: the type of options selects whose they are."""
+        if not isinstance(fields, Mapping):
+            return fields
+        for name, options in (("method", "options"), ("allocation", "allocation_options")):
+            if isinstance(given := fields.get(name), Options):
+                kind = type(given).__name__
+                if not given.owner():
+                    raise ValueError(f"{kind} holds the options of no {name}")
+                if fields.get(options):
+                    raise ValueError(f"{name} {kind} brings its options; leave out {options}")
+                fields = {**fields, name: given.owner(), options: given.model_dump(exclude_unset=True)}
+        return fields
 
     @field_validator("keep", mode="before")
     @classmethod

@@ -65,6 +65,9 @@ class PruningMethod(Generic[C]):
     updates: bool = False
     family: ClassVar[Literal["sparse"]] = "sparse"
 
+    def __post_init__(self) -> None:
+        self.config.belong_to(self.name)
+
     def gradients(self, _: Options) -> frozenset[str]:
         """Return the names of the statistics of a backward pass: no pruning method reads any."""
         return frozenset()

@@ -8,9 +8,14 @@ import pytest
 from pydantic import Field, field_validator
 
 from pared.allocation import ALLOCATORS
+from pared.allocation.options import Owl
+from pared.engine import resolve
 from pared.errors import ParedError
+from pared.lowrank.registry import LossOptimal
 from pared.methods import METHODS
 from pared.schema.options import Options, read_options
+from pared.schema.recipe import Recipe
+from pared.sparsity.registry import Wanda
 
 
 class Some(Options):
@@ -105,3 +110,26 @@ def test_options_are_declared_without_torch_and_built_when_they_are_used() -> No
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_type_of_options_selects_the_method_and_the_allocation_of_a_recipe() -> None:
+    recipe = Recipe(method=Wanda(variant=True), allocation=Owl(width=0.1), sparsity=0.5)
+    assert (recipe.method, recipe.options) == ("wanda", {"variant": True})
+    assert (recipe.allocation, recipe.allocation_options) == ("owl", {"width": 0.1})
+    assert Recipe.of(recipe.model_dump()) == recipe, "plain values, as in a file"
+    assert Recipe(method=LossOptimal(), keep=0.7) == Recipe(method="loss-optimal", keep=0.7)
+    spec = resolve(recipe)
+    assert spec.config == Wanda(variant=True)
+    assert spec.allocation_config == Owl(width=0.1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"method": Some()}, "Some holds the options of no method"),
+        ({"method": Wanda(variant=True), "options": {"variant": False}}, "method Wanda brings its options; leave out"),
+    ],
+)
+def test_options_that_select_nothing_or_are_given_twice_are_refused(fields: dict[str, Any], told: str) -> None:
+    with pytest.raises(ParedError, match=told):
+        Recipe(sparsity=0.5, **fields)
