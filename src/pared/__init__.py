@@ -13,7 +13,7 @@ from pared.lazy import lazy_package
 
 if TYPE_CHECKING:
     from pared.checkpoint import load, load_tokenizer, verify
-    from pared.entrypoints.api import collect_statistics, plan, search
+    from pared.entrypoints.api import collect_statistics, evaluate, plan, search
     from pared.entrypoints.compress import compress, run
     from pared.entrypoints.convert import convert
     from pared.entrypoints.evaluate import perplexity
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pared.entrypoints.train import tune
     from pared.environment import __version__
     from pared.errors import ParedError
+    from pared.schema.evaluate import EvaluationConfig
     from pared.schema.manifest import Manifest
     from pared.schema.plan import Plan
     from pared.schema.recipe import Calibration, Evaluation, Recipe
@@ -32,6 +33,7 @@ __all__ = [
     "Calibration",
     "Compressed",
     "Evaluation",
+    "EvaluationConfig",
     "Manifest",
     "ParedError",
     "Plan",
@@ -42,6 +44,7 @@ __all__ = [
     "collect_statistics",
     "compress",
     "convert",
+    "evaluate",
     "export",
     "load",
     "load_tokenizer",
@@ -57,7 +60,7 @@ lazy_package(
     __name__,
     {
         "pared.checkpoint": ["load", "load_tokenizer", "verify"],
-        "pared.entrypoints.api": ["collect_statistics", "plan", "search"],
+        "pared.entrypoints.api": ["collect_statistics", "evaluate", "plan", "search"],
         "pared.entrypoints.compress": ["compress", "run"],
         "pared.entrypoints.convert": ["convert"],
         "pared.entrypoints.evaluate": ["perplexity"],
@@ -66,6 +69,7 @@ lazy_package(
         "pared.entrypoints.train": ["tune"],
         "pared.environment": ["__version__"],
         "pared.errors": ["ParedError"],
+        "pared.schema.evaluate": ["EvaluationConfig"],
         "pared.schema.manifest": ["Manifest"],
         "pared.schema.plan": ["Plan"],
         "pared.schema.recipe": ["Calibration", "Evaluation", "Recipe"],

@@ -4,6 +4,7 @@ Beside :func:`pared.compress`, :func:`pared.tune` and what loads and checks fold
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,16 +25,20 @@ from pared.engine import collect
 from pared.engine.allocate import plan_from_shapes
 from pared.engine.early import require_model as require_named_model
 from pared.engine.early import require_possible, require_suited
+from pared.entrypoints.evaluate import evaluate as measured
 from pared.entrypoints.search import Found
 from pared.entrypoints.search import run as search_by_name
 from pared.entrypoints.search import search as search_loaded
 from pared.errors import ParedError
+from pared.models.loaded import LoadedModel
 from pared.models.trust import trusting
 from pared.notebook import watcher_of
 from pared.progress import Progress
+from pared.schema.evaluate import EvaluationConfig
 from pared.schema.plan import Plan
 from pared.schema.recipe import Recipe
 from pared.schema.search import SearchConfig
+from pared.tables import Shown, Table
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -130,6 +135,94 @@ def search(
         require_tokenizer(tokenizer, function)
         assert tokenizer is not None
         return search_loaded(model, tokenizer, asked, settings, folder, watcher, pools)
+
+
+@dataclass(frozen=True, repr=False)
+class Evaluated(Shown):
+    """What was measured of a model; shown as a table.
+
+    Attributes:
+        name: of the model.
+        measure: what was measured: ``perplexity``, ``tasks``, ``examples``, ``vqa`` or ``fine_tune``.
+        figures: everything that was found, and what it depends on, as ``pared eval --json`` writes it.
+        told: each result in words, as ``pared eval`` prints it.
+    """
+
+    name: str
+    measure: str
+    figures: Mapping[str, Any]
+    told: tuple[str, ...]
+
+    def table(self) -> Table:
+        """Return one row for each figure of each task, or of the text."""
+        if "perplexity" in self.figures:
+            rows = [("perplexity", f"{self.figures['perplexity']:,.4f}")]
+        else:
+            results = self.figures.get("tasks", [{"task": self.measure, **self.figures}])
+            rows = [
+                (f"{one['task']}: {metric}", f"{value:.4f} ± {one.get('errors', {}).get(metric, 0):.4f}")
+                for one in results
+                for metric, value in one.get("metrics", {}).items()
+            ]
+        return Table(self.name, ("", self.measure), rows, self.told)
+
+
+def evaluate(
+    model: PreTrainedModel | str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    config: EvaluationConfig | Mapping[str, Any] | None = None,
+    progress: Progress | bool | None = None,
+    trust_remote_code: bool = False,
+    *,
+    perplexity: "str | Path | Sequence[str] | Dataset | None" = None,
+    tasks: str | Sequence[str] | None = None,
+    **fields: Any,
+) -> Evaluated:
+    """Measure what a model is worth: perplexity on a text, or the tasks it does.
+
+    Args:
+        model: a folder that pared made, any named model, or one that is loaded.
+        tokenizer: of a loaded model.
+        config: what is measured, and how; or all of it among the fields.
+        progress: who watches, or whether bars are shown; by default in a notebook only.
+        trust_remote_code: whether code that lies beside the weights of a model by name may run.
+        perplexity: what perplexity is measured on: a text by name, a list of strings, or a ``datasets.Dataset`` with a
+            ``text`` in every row.
+        tasks: names of tasks: ``["arc_easy", "gsm8k"]``.
+        **fields: of :class:`pared.EvaluationConfig`: ``examples``, ``vqa`` and ``fine_tune`` in place of the two
+            above, and how it is measured: ``windows``, ``length``, ``limit``, ``shots``.
+
+    Raises:
+        ParedError: nothing or two things to measure, a field that the measure does not read, or anything that does not
+            work; what can be refused is refused before a weight is read.
+
+    Example:
+        >>> pared.evaluate("smaller", perplexity="wikitext2:test", windows=20)  # doctest: +SKIP
+        >>> pared.evaluate(model, tokenizer, tasks=["arc_easy"], limit=100).figures["tasks"]  # doctest: +SKIP
+    """
+    function, told = "pared.evaluate", list[str]()
+    watcher = watcher_of(progress, function)
+    with trusting(trust_remote_code):
+        subject: str | LoadedModel
+        if isinstance(model, (str, Path)):
+            subject = name_from(model, function)
+            tokenizer = None
+        else:
+            require_model(model, function)
+            require_tokenizer(tokenizer, function)
+            assert tokenizer is not None
+            subject = LoadedModel(model, tokenizer)
+            fields.setdefault("device", model.device)
+        text = None
+        if perplexity is not None and not isinstance(perplexity, (str, Path)):
+            text = text_of(perplexity, tokenizer, function)
+            perplexity = text.name
+        given = {"perplexity": perplexity, "tasks": tasks}
+        fields |= {name: value for name, value in given.items() if value is not None}
+        with handed_over(text):
+            asked = config_from(EvaluationConfig, config, fields, function)
+            found = measured(subject, asked, watcher, told.append)
+        return Evaluated(subject if isinstance(subject, str) else subject.name, asked.measure, found, tuple(told))
 
 
 def collect_statistics(

@@ -23,11 +23,11 @@ def task_names() -> list[str]:
     return [*CHOICES, *TASKS]
 
 
-def require_evaluable(model: str, config: "EvaluationConfig") -> None:
+def require_evaluable(model: str | None, config: "EvaluationConfig") -> None:
     """Refuse what cannot be measured.
 
     Args:
-        model: by name.
+        model: by name; none for one that is loaded.
         config: what is to be measured of it.
 
     Raises:
@@ -48,4 +48,5 @@ def require_evaluable(model: str, config: "EvaluationConfig") -> None:
     named = getattr(config, config.measure)
     for name in [named] if isinstance(named, str) else named:
         checks[config.measure](name)
-    find_model(model)
+    if model is not None:
+        find_model(model)

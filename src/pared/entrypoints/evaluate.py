@@ -1,9 +1,9 @@
 """What a model is worth: its perplexity, the tasks it does, what it gets right of labelled examples."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -13,10 +13,11 @@ from pared.checkpoint import load
 from pared.data.encoding import cut_examples
 from pared.data.evaluated import evaluation_windows
 from pared.data.files import data_folder
+from pared.data.handed import text_of
 from pared.data.labelled import find_examples
 from pared.data.lengths import Length
 from pared.data.overlap import overlap
-from pared.data.texts import find_text
+from pared.data.texts import find_text, handed_over
 from pared.data.windows import Windows
 from pared.entrypoints.checks import require_evaluable
 from pared.entrypoints.kept_results import Kept
@@ -34,6 +35,7 @@ from pared.evaluation.vqa import answer_questions, processor_of, questions_of
 from pared.io.files import path_of
 from pared.io.record import MANIFEST
 from pared.models.architecture import is_causal
+from pared.models.loaded import LoadedModel
 from pared.models.source import ModelSource, find_model
 from pared.progress import Progress, Silent
 from pared.report.table import WORTH_SAYING
@@ -41,19 +43,23 @@ from pared.schema.evaluate import EvaluationConfig
 from pared.schema.manifest import Manifest
 from pared.schema.recipe import Evaluation
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 WRITTEN_TOGETHER = 8  # prompts
 LABELLED_LENGTH = 1024  # tokens of a labelled example at most
+BY_NAME = ("vqa", "fine_tune")  # measures that load more than a model and its tokenizer
 
 
 def perplexity(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    text: str = "embedded",
+    text: "str | Path | Sequence[str] | Dataset" = "embedded",
     length: int | None = None,
     windows: int | None = 20,
     bos: Literal["none", "text", "window"] = "none",
 ) -> Perplexity:
-    """Measure the perplexity of a loaded model on a named text.
+    """Measure the perplexity of a loaded model on a text.
 
     The whole split is joined and tokenised once, cut into windows that do not overlap, and the nats of every
     predicted token are summed.
@@ -61,7 +67,8 @@ def perplexity(
     Args:
         model: a causal language model, dense or compressed.
         tokenizer: of the model.
-        text: a text by name; ``embedded`` means its evaluation part.
+        text: a text by name (``embedded`` means its evaluation part), a list of strings, or a ``datasets.Dataset`` with
+            a ``text`` in every row.
         length: tokens in a window; 1024, or what model and text allow if that is less.
         windows: how many from the start; None means all.
         bos: where a beginning-of-sequence token is put.
@@ -75,21 +82,23 @@ def perplexity(
     require_model(model, "pared.perplexity")
     require_tokenizer(tokenizer, "pared.perplexity")
     named = {} if length is None else {"length": length}
-    asked = Evaluation(text=text, windows=windows, bos=bos, **named)
-    return measure(model, tokenizer, evaluation_windows(asked, tokenizer, model.config), asked.bos)
+    handed = None if text is None or isinstance(text, (str, Path)) else text_of(text, tokenizer, "pared.perplexity")
+    asked = Evaluation(text=text if handed is None else handed.name, windows=windows, bos=bos, **named)
+    with handed_over(handed):
+        return measure(model, tokenizer, evaluation_windows(asked, tokenizer, model.config), asked.bos)
 
 
 def evaluate(
-    model: str,
+    model: str | LoadedModel,
     config: EvaluationConfig,
     progress: Progress | None = None,
     tell: Callable[[str], object] = lambda _: None,
     kept: Kept | None = None,
 ) -> dict[str, Any]:
-    """Measure a model by name.
+    """Measure a model.
 
     Args:
-        model: a folder that pared made, or any named model.
+        model: a folder that pared made, any named model, or one that is loaded.
         config: what is measured, and how.
         progress: who watches; nobody by default.
         tell: is given each result in words, as it comes.
@@ -101,7 +110,9 @@ def evaluate(
     Raises:
         ParedError: anything that does not work; what can be refused is refused before a weight is read.
     """
-    require_evaluable(model, config)
+    require_evaluable(model if isinstance(model, str) else None, config)
+    if not isinstance(model, str) and config.measure in BY_NAME:
+        raise ParedError(f"{config.measure} needs files beside the weights: give the model by name")
     job = _Evaluation(model, config, progress or Silent(), tell, kept or Kept(None))
     measures: dict[str, Callable[[], dict[str, Any]]] = {
         "perplexity": job.perplexity if config.protocol is None else job.perplexity_by_protocol,
@@ -113,10 +124,10 @@ def evaluate(
     return measures[config.measure]()
 
 
-def learned_share(source: ModelSource, measured: Windows) -> float:
+def learned_share(source: ModelSource | LoadedModel, measured: Windows) -> float:
     """Return the share of what is measured on that a folder says it was calibrated or trained on."""
-    folder = Path(source.location)
-    if not (folder / MANIFEST).is_file():
+    folder = path_of(source.location)
+    if not source.location or not (folder / MANIFEST).is_file():
         return 0.0
     manifest = Manifest.read(folder)
     learned = [*([manifest.calibration] if manifest.calibration else []),
@@ -128,14 +139,22 @@ class _Evaluation:
     """The measures, each in a method of its name."""
 
     def __init__(
-        self, model: str, config: EvaluationConfig, progress: Progress, tell: Callable[[str], object], kept: Kept
+        self,
+        model: str | LoadedModel,
+        config: EvaluationConfig,
+        progress: Progress,
+        tell: Callable[[str], object],
+        kept: Kept,
     ) -> None:
-        self.model, self.config, self.progress, self.tell, self.kept = model, config, progress, tell, kept
-        self.source, self.device = find_model(model), device_of(config.device)
+        self.source: ModelSource | LoadedModel = find_model(model) if isinstance(model, str) else model
+        self.model, self.config, self.progress, self.tell, self.kept = self.source.name, config, progress, tell, kept
+        self.device = device_of(config.device)
 
     def load(self) -> PreTrainedModel:
         """Load the model where it runs."""
-        return load(self.model, self.config.dtype).to(self.device)
+        found = self.source.load(self.config.dtype) if isinstance(self.source, LoadedModel) else load(
+            self.model, self.config.dtype)  # fmt: skip
+        return found.to(self.device)
 
     def perplexity(self) -> dict[str, Any]:
         """Measure perplexity on a text."""

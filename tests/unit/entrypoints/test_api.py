@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from tiny_models import TINY_MODELS
@@ -12,9 +13,9 @@ import pared
 
 WORDS = " ".join(f"w{(7 * place * place + 3 * place) % 64}" for place in range(1200))
 API = {
-    "Calibration", "Compressed", "Evaluation", "Manifest", "ParedError", "Plan", "Recipe", "SearchConfig",
-    "TrainingConfig", "__version__", "collect_statistics", "compress", "convert", "export", "load",
-    "load_tokenizer", "perplexity", "plan", "run", "search", "tune", "verify",
+    "Calibration", "Compressed", "Evaluation", "EvaluationConfig", "Manifest", "ParedError", "Plan", "Recipe",
+    "SearchConfig", "TrainingConfig", "__version__", "collect_statistics", "compress", "convert", "evaluate", "export",
+    "load", "load_tokenizer", "perplexity", "plan", "run", "search", "tune", "verify",
 }  # fmt: skip
 
 
@@ -99,6 +100,44 @@ def test_a_search_goes_by_name_and_loaded_and_resumes(
     assert found.told["settings"]["calibration samples"] == 4
     assert f"best program: {found.program}" in repr(found)
     assert pared.search(place / "llama", tmp_path / "by name", **asked).told == found.told
+
+
+def test_perplexity_is_the_same_however_it_is_asked_for(
+    place: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    rows = [WORDS[:1000], WORDS[1000:]]
+    (place / "rows.txt").write_text("\n\n".join(rows))
+    name = f"file:{place}/rows.txt"
+    cut: dict[str, Any] = {"length": 32, "windows": 3}
+    expected = pared.perplexity(model, tokenizer, name, **cut).value
+    assert pared.perplexity(model, tokenizer, rows, **cut).value == expected
+    assert pared.perplexity(model, tokenizer, datasets.Dataset.from_dict({"text": rows}), **cut).value == expected
+    found = [
+        pared.evaluate(place / "llama", perplexity=name, **cut),
+        pared.evaluate(model, tokenizer, perplexity=rows, **cut),
+        pared.evaluate(model, tokenizer, pared.EvaluationConfig(perplexity=name), **cut),
+        pared.evaluate(place / "llama", None, {"perplexity": name, "length": 32}, windows=3),
+    ]
+    assert [one.figures["perplexity"] for one in found] == [expected] * 4
+    assert [one.measure for one in found] == ["perplexity"] * 4
+    assert f"{expected:,.4f}" in repr(found[0])
+    assert not model.training
+
+
+def test_a_loaded_encoder_labels_examples_as_one_by_name(
+    place: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    encoder = TINY_MODELS["bert"]()
+    encoder.save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"text": "w{one} w5", "label": {one % 3}}}\n' for one in range(9)))
+    asked = f"file:{tmp_path}/rows.jsonl"
+    loaded, named = (
+        pared.evaluate(encoder, tokenizer, examples=asked),
+        pared.evaluate(tmp_path / "bert", examples=asked),
+    )
+    assert loaded.figures == named.figures
+    assert "9 examples" in repr(loaded)
 
 
 # How results are shown.
