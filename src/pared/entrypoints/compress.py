@@ -1,36 +1,32 @@
 """A compression: a model by name or from memory, compressed block by block, and the folder that is made of it."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.arguments import asked_from, name_from, recipe_from, require_model, require_tokenizer
-from pared.calibration import BlockStatistics, saved_blocks
-from pared.checkpoint import mark, module_map, verify
+from pared.calibration import saved_blocks
+from pared.checkpoint import verify
 from pared.checkpoint.seal import published_recipe
-from pared.data.evaluated import evaluation_windows
 from pared.data.handed import text_of
-from pared.data.overlap import overlap
-from pared.data.texts import Text, handed_over, learned_part
-from pared.data.windows import Windows, require_fits
+from pared.data.texts import Text, handed_over
+from pared.data.windows import Windows
 from pared.engine.allocate import plan_from_shapes
 from pared.engine.checks import require_finite_weights
-from pared.engine.compress import compress_blocks
 from pared.engine.early import require_job, require_possible, require_suited, require_texts
 from pared.engine.early import require_model as require_named_model
-from pared.engine.result import Compressed as Made
 from pared.engine.spec import CompressionSpec
-from pared.engine.windows import calibration_windows, evaluated_text
+from pared.entrypoints.in_place import Collected, compress_in_place, require_compressible
 from pared.entrypoints.measure import PerplexityOn
 from pared.entrypoints.result import Before, Compressed, Outcome
+from pared.entrypoints.texts_read import TextsRead, read_texts
 from pared.environment import device_of, versions
-from pared.errors import ParedError, TextTooShortError
-from pared.evaluation.perplexity import perplexity
+from pared.errors import ParedError
 from pared.io.apart import require_apart
 from pared.io.files import path_of
 from pared.io.output_dir import require_space
@@ -39,17 +35,14 @@ from pared.models.source import ModelSource, find_model
 from pared.models.trust import trusting
 from pared.notebook import watcher_of
 from pared.progress import Progress, Stopwatch
-from pared.report.table import WORTH_SAYING
 from pared.schema.manifest import Manifest
-from pared.schema.presets import note_of, require_user_fields
+from pared.schema.presets import note_of
 from pared.schema.recipe import Recipe
 from pared.structure import find_anatomy
 from pared.structure.finite import require_finite
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-Collected = Callable[[], Iterator[BlockStatistics]]
 
 
 def compress(
@@ -220,9 +213,7 @@ def _by_name(
         progress.note(note)
     with watch("load"):
         tokenizer = tokenizer or source.tokenizer()
-        calibration = windows or _calibration_windows(spec, config, causal, tokenizer)
-        measured = _evaluation_windows(recipe, config, causal, tokenizer, calibration, progress)
-        before = _before(source.name, source.origin, source, recipe, tokenizer, measured, calibration, watch, progress)
+        texts = read_texts(spec, config, causal, tokenizer, progress, windows)
         if "dequantised" in source.origin:
             progress.note(f"{source.name} is {source.origin}; sizes are compared with the dequantised weights")
         planned = plan_from_shapes(source.skeleton(), spec, source.weight_bytes(recipe.dtype))
@@ -236,7 +227,8 @@ def _by_name(
             model, find_anatomy(model, recipe.blocks)
         )  # before perplexity, which could only say "nan"
         require_finite(model, source.name)
-    return _compressed(model, tokenizer, spec, progress, calibration, collected, before, watch)
+    before = Before(source.name, source.origin, source, _measure(texts, tokenizer, recipe, watch, progress))
+    return _compressed(model, tokenizer, spec, progress, texts, collected, before, watch)
 
 
 def _in_memory(
@@ -252,8 +244,8 @@ def _in_memory(
     name = model.config.name_or_path
     source, watch = _lies_beside(name), Stopwatch()
     name = recipe.model or name or type(model).__name__
-    before = Before(name, "loaded in Python", source)
-    spec = _require_compressible(model, tokenizer, recipe, windows)
+    texts, measure = TextsRead(windows), None
+    spec = require_compressible(model, tokenizer, recipe, windows)
     if windows is None and (note := note_of(recipe)):
         progress.note(note)
     if measured and recipe.evaluation is not None:
@@ -261,31 +253,10 @@ def _in_memory(
         assert tokenizer is not None
         causal = is_causal([type(model).__name__])
         with watch("load"):
-            windows = windows or _calibration_windows(spec, model.config, causal, tokenizer)
-            held_out = _evaluation_windows(recipe, model.config, causal, tokenizer, windows, progress)
-            before = _before(name, before.origin, source, recipe, tokenizer, held_out, windows, watch, progress)
-    return _compressed(model, tokenizer, spec, progress, windows, collected, before, watch)
-
-
-def _require_compressible(
-    model: PreTrainedModel, tokenizer: object, recipe: Recipe, windows: Windows | None
-) -> CompressionSpec:
-    """Resolve a recipe, and refuse what cannot be done to a loaded model."""
-    spec = require_possible(recipe)  # what can be refused is refused first
-    if windows is None:
-        require_user_fields(recipe)
-    name = model.config.name_or_path or type(model).__name__
-    if hasattr(model, "peft_config"):
-        raise ParedError(f"model {name!r} carries PEFT adapters; merge them first (merge_and_unload)")
-    if module_map(model):
-        raise ParedError(f"model {name!r} is compressed already, at least in part; load the dense model again")
-    if any(parameter.is_inference() for parameter in model.parameters()):
-        raise ParedError(f"model {name!r} was loaded under torch.inference_mode(); load it outside of it")
-    require_suited(model.config, spec, name)
-    device_of(recipe.device)
-    if spec.tries or (windows is None and spec.calibrated):
-        require_tokenizer(tokenizer, "pared.compress")
-    return spec
+            texts = read_texts(spec, model.config, causal, tokenizer, progress, windows)
+        measure = _measure(texts, tokenizer, recipe, watch, progress)
+    before = Before(name, "loaded in Python", source, measure)
+    return _compressed(model, tokenizer, spec, progress, texts, collected, before, watch)
 
 
 def _lies_beside(name: str) -> ModelSource | None:
@@ -301,15 +272,15 @@ def _compressed(
     tokenizer: PreTrainedTokenizerBase | None,
     spec: CompressionSpec,
     progress: Progress,
-    windows: Windows | None,
+    texts: TextsRead,
     collected: Collected | None,
     before: Before,
     watch: Stopwatch,
 ) -> Compressed:
     """Measure the dense model where that is asked for, and compress it."""
     if before.measure is not None:
-        before = replace(before, perplexity=before.measure.before(model))
-    made = _in_place(model, tokenizer, spec, progress, windows, collected)
+        before = replace(before, perplexity=before.measure.before(model), learned_from=texts.learned_from)
+    made = compress_in_place(model, tokenizer, spec, progress, texts.calibration, collected)
     return Compressed(
         model=made.model,
         tokenizer=tokenizer,
@@ -325,106 +296,10 @@ def _compressed(
     )
 
 
-def _in_place(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    spec: CompressionSpec,
-    progress: Progress,
-    windows: Windows | None,
-    saved: Collected | None,
-) -> Made:
-    """Compress a model, and have its configuration say what became of it, whatever happens."""
-
-    def trial(on: Windows) -> float:
-        assert tokenizer is not None
-        return perplexity(model, tokenizer, on).value
-
-    try:
-        return compress_blocks(model, tokenizer, spec, windows=windows, saved=saved, trial=trial, progress=progress)
-    except ParedError as error:
-        if module_map(model):
-            raise ParedError(f"{error}; the blocks before it are compressed already: load the model again") from error
-        raise
-    finally:
-        if module_map(model):
-            mark(model)  # also after Ctrl-C: what is saved then must load again
-
-
-def _before(
-    name: str,
-    origin: str,
-    source: ModelSource | None,
-    recipe: Recipe,
-    tokenizer: PreTrainedTokenizerBase,
-    measured: Windows | None,
-    calibrated: Windows | None,
-    watch: Stopwatch,
-    progress: Progress,
-) -> Before:
-    """Return what is known of a model before it is compressed, but for its perplexity."""
-    if measured is None or recipe.evaluation is None:
-        return Before(name, origin, source)
-    measure = PerplexityOn(measured, tokenizer, recipe.evaluation.bos, recipe.device, watch, progress)
-    return Before(name, origin, source, measure, learned_from=_overlap(measured, calibrated, progress))
-
-
-def _calibration_windows(
-    spec: CompressionSpec, config: PretrainedConfig, causal: bool, tokenizer: PreTrainedTokenizerBase
-) -> Windows | None:
-    if not spec.calibrated:
+def _measure(
+    texts: TextsRead, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, watch: Stopwatch, progress: Progress
+) -> PerplexityOn | None:
+    """Return what perplexity is measured by, none for nothing."""
+    if texts.evaluation is None or recipe.evaluation is None:
         return None
-    windows = calibration_windows(spec.recipe, tokenizer, config, causal)
-    require_fits(config, windows)
-    return windows
-
-
-def _evaluation_windows(
-    recipe: Recipe,
-    config: PretrainedConfig,
-    causal: bool,
-    tokenizer: PreTrainedTokenizerBase,
-    calibration: Windows | None,
-    progress: Progress,
-) -> Windows | None:
-    asked = recipe.evaluation
-    if asked is None:
-        return None
-    if not causal:
-        progress.note("no perplexity: this architecture is not a causal language model")
-        return None
-    name = evaluated_text(recipe)
-    if (
-        asked.text == "auto"
-        and calibration is not None
-        and calibration.text != learned_part(recipe.calibration.text, name)
-    ):
-        name = None  # too short to keep a part apart: all of it is calibrated on
-    if name is None:
-        progress.note(
-            f"no perplexity: {recipe.calibration.text!r} has no held-out part; name another text to measure "
-            "it on (--eval TEXT)"
-        )
-        return None
-    try:
-        windows = evaluation_windows(asked, tokenizer, config, name)
-    except TextTooShortError as error:
-        if asked.text != "auto" or "length" in asked.model_fields_set:
-            raise
-        progress.note(f"no perplexity: {error}; name another to measure it on (--eval TEXT)")
-        return None
-    if windows.stand_in:
-        progress.note(f"the text {name!r} ({windows.origin}) only stands in for a real corpus")
-    return windows
-
-
-def _overlap(measured: Windows | None, calibrated: Windows | None, progress: Progress) -> float:
-    """Return the share of what is measured on that is calibrated on, and say so if it is more than phrases."""
-    if measured is None or calibrated is None:
-        return 0.0
-    seen = overlap(measured, [calibrated.describe()], [calibrated.tokens])
-    if seen >= WORTH_SAYING:
-        progress.note(
-            f"{seen:.0%} of what perplexity is measured on ({measured.text!r}) is calibrated on ({calibrated.text!r}): "
-            "it tells nothing of text the model has not seen; name another with --eval TEXT"
-        )
-    return seen
+    return PerplexityOn(texts.evaluation, tokenizer, recipe.evaluation.bos, recipe.device, watch, progress)

@@ -1,0 +1,90 @@
+"""A loaded model, compressed where it stands: the engine's work with what only an entry point knows."""
+
+from collections.abc import Callable, Iterator
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pared.arguments import require_tokenizer
+from pared.calibration import BlockStatistics
+from pared.checkpoint import mark, module_map
+from pared.data.windows import Windows
+from pared.engine.compress import compress_blocks
+from pared.engine.early import require_possible, require_suited
+from pared.engine.result import Compressed
+from pared.engine.spec import CompressionSpec
+from pared.environment import device_of
+from pared.errors import ParedError
+from pared.evaluation.perplexity import perplexity
+from pared.progress import Progress
+from pared.schema.presets import require_user_fields
+from pared.schema.recipe import Recipe
+
+Collected = Callable[[], Iterator[BlockStatistics]]
+
+
+def require_compressible(
+    model: PreTrainedModel, tokenizer: object, recipe: Recipe, windows: Windows | None
+) -> CompressionSpec:
+    """Resolve a recipe, and refuse what cannot be done to a loaded model.
+
+    Args:
+        model: that is to be changed.
+        tokenizer: of it; none will do where no text is read.
+        recipe: what is to be done.
+        windows: calibration tokens already cut; none where the recipe's text is read.
+
+    Raises:
+        ParedError: whatever does not go with the recipe or the model; nothing is changed.
+    """
+    spec = require_possible(recipe)  # what can be refused is refused first
+    if windows is None:
+        require_user_fields(recipe)
+    name = model.config.name_or_path or type(model).__name__
+    if hasattr(model, "peft_config"):
+        raise ParedError(f"model {name!r} carries PEFT adapters; merge them first (merge_and_unload)")
+    if module_map(model):
+        raise ParedError(f"model {name!r} is compressed already, at least in part; load the dense model again")
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ParedError(f"model {name!r} was loaded under torch.inference_mode(); load it outside of it")
+    require_suited(model.config, spec, name)
+    device_of(recipe.device)
+    if spec.tries or (windows is None and spec.calibrated):
+        require_tokenizer(tokenizer, "pared.compress")
+    return spec
+
+
+def compress_in_place(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    spec: CompressionSpec,
+    progress: Progress,
+    windows: Windows | None,
+    saved: Collected | None,
+) -> Compressed:
+    """Compress a model, and have its configuration say what became of it, whatever happens.
+
+    Args:
+        model: dense; changed block by block.
+        tokenizer: of it; none will do where no text is read.
+        spec: of the recipe.
+        progress: who watches.
+        windows: calibration tokens already cut, in place of the recipe's text.
+        saved: statistics of these tokens, in place of a pass over them.
+
+    Raises:
+        ParedError: anything in the model or the text that does not work; says whether blocks are compressed already.
+    """
+
+    def trial(on: Windows) -> float:
+        assert tokenizer is not None
+        return perplexity(model, tokenizer, on).value
+
+    try:
+        return compress_blocks(model, tokenizer, spec, windows=windows, saved=saved, trial=trial, progress=progress)
+    except ParedError as error:
+        if module_map(model):
+            raise ParedError(f"{error}; the blocks before it are compressed already: load the model again") from error
+        raise
+    finally:
+        if module_map(model):
+            mark(model)  # also after Ctrl-C: what is saved then must load again
