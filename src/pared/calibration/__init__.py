@@ -3,16 +3,16 @@
 from pared.calibration.activations import BlockInputs, capture
 from pared.calibration.backward import Trail, Wants, back, from_head, frozen, record
 from pared.calibration.cache import save_block, saved_blocks
-from pared.calibration.forward import BlockStatistics, DenseReference, Shapes, observe, propagate, propagate_reference
-from pared.calibration.gradient_statistics import FORWARD as STATISTICS
-from pared.calibration.gradient_statistics import GRADIENT_STATISTICS, GradientStatistic, OfInput
+from pared.calibration.forward import BlockStatistics, DenseReference, observe, propagate, propagate_reference
 from pared.calibration.labels import Given, Labels, NextToken, Sampled, Scores, choose_labels
 from pared.calibration.statistics import (
     CROSS,
+    STATISTICS,
     Fisher,
     Gram,
     MeanGram,
     OutputGradient,
+    Shapes,
     Statistic,
     StatisticView,
     accumulators,
@@ -24,25 +24,20 @@ from pared.calibration.statistics import (
     require_statistics,
     statistic_kind,
 )
-from pared.calibration.statistics import StatisticView as Collected
 from pared.environment import choose_dtype
 
 __all__ = [
     "CROSS",
-    "GRADIENT_STATISTICS",
     "STATISTICS",
     "BlockInputs",
     "BlockStatistics",
-    "Collected",
     "DenseReference",
     "Fisher",
     "Given",
-    "GradientStatistic",
     "Gram",
     "Labels",
     "MeanGram",
     "NextToken",
-    "OfInput",
     "OutputGradient",
     "Sampled",
     "Scores",

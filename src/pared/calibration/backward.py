@@ -11,14 +11,14 @@ from transformers import PreTrainedModel
 
 from pared.calibration.activations import BlockInputs, real_rows, replaced_forwards
 from pared.calibration.forward import require_finite_hidden, worker_of
-from pared.calibration.gradient_statistics import GradientStatistic, OfInput
 from pared.calibration.labels import Labels, logit_gradient
+from pared.calibration.statistics import Statistic
 from pared.errors import ParedError
 from pared.structure.model import Anatomy, Site
 from pared.structure.probe import BlockCall, call_model, evaluating, hooks
 from pared.structure.state import KeptState
 
-Wants = Mapping[str, Mapping[str, GradientStatistic]]
+Wants = Mapping[str, Mapping[str, Statistic]]
 
 
 @contextmanager
@@ -218,14 +218,14 @@ class _Tap:
     def __init__(
         self,
         site: Site,
-        wanted: Mapping[str, GradientStatistic],
+        wanted: Mapping[str, Statistic],
         shape: torch.Size,
         mask_BT: torch.Tensor | None,
     ) -> None:
         self.site, self.mask_BT = site, mask_BT
         # What is collected of an input is shared by the sites that read it; only the first of them updates it.
         first = site.reads == site.name
-        self.statistics = [statistic for statistic in wanted.values() if first or not isinstance(statistic, OfInput)]
+        self.statistics = [statistic for statistic in wanted.values() if first or statistic.of != "input"]
         self.by_example = any(statistic.by_example for statistic in self.statistics)
         self.examples, self.length = shape[:2]
         self.calls: list[tuple[torch.Tensor, torch.Tensor]] = []  # kept until all are there, where examples are told

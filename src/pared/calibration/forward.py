@@ -1,7 +1,7 @@
 """One block over all batches: what it puts out, and statistics of what its sites read and put out on the way."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,15 +12,14 @@ from torch.nn import functional
 
 from pared.calibration.activations import BlockInputs, real_rows
 from pared.calibration.early_exit import Enough, LastRead
-from pared.calibration.statistics import CROSS, STATISTICS, Collected, Cross, Statistic
+from pared.calibration.statistics import CROSS, Shapes, Statistic, StatisticView, accumulators
 from pared.errors import ParedError
 from pared.structure.linear import bias_of, weight_of
 from pared.structure.model import Anatomy, Site
 from pared.structure.probe import hooks
 from pared.structure.state import KeptState, copy_block
 
-Accumulators = dict[str, Statistic | Cross]
-Shapes = Sequence[tuple[int, int]]
+BySite = Mapping[str, Mapping[str, Statistic]]
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class BlockStatistics:
     """
 
     index: int
-    statistics: Mapping[str, Mapping[str, Collected]]
+    statistics: Mapping[str, Mapping[str, StatisticView]]
     influence: float | None = None
 
 
@@ -86,7 +85,8 @@ def observe(
         ParedError: an activation is NaN or infinite; names the site.
     """
     worker = worker_of(block, inputs.dtype, inputs.device)
-    statistics = _accumulators(anatomy, index, needs, inputs.device, crossed=reference is not None)
+    pair = frozenset() if reference is None else frozenset({CROSS})
+    statistics = accumulators(anatomy.sites_of(index), lambda shapes: needs(shapes) | pair, inputs.device)
     running = _Running(reference)
     if early_exit and not influence:
         running.last = LastRead(sum(_is_collected(s, statistics.get(s.name, {})) for s in anatomy.sites_of(index)))
@@ -174,46 +174,20 @@ def worker_of(block: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.
     return copy_block(block).to(device=device, dtype=dtype)
 
 
-def _accumulators(
-    anatomy: Anatomy, index: int, needs: Callable[[Shapes], frozenset[str]], device: torch.device, crossed: bool
-) -> dict[str, Accumulators]:
-    """Make the accumulators of a block; sites that read one tensor are given the same one for its input."""
-    readers: dict[str, list[Site]] = {}
-    for site in anatomy.sites_of(index):
-        if not site.idle:
-            readers.setdefault(site.reads, []).append(site)
-    statistics: dict[str, Accumulators] = {}
-    for sites in readers.values():
-        kinds = {name: STATISTICS[name] for name in sorted(needs([(s.out_features, s.in_features) for s in sites]))}
-        shared: Accumulators = {
-            name: kind.accumulator(sites[0].in_features, device) for name, kind in kinds.items() if kind.of == "input"
-        }
-        if crossed:
-            shared[CROSS] = Cross(sites[0].in_features, device)
-        for site in sites:
-            own = {
-                name: kind.accumulator(site.out_features, device) for name, kind in kinds.items() if kind.of == "output"
-            }
-            statistics[site.name] = {**shared, **own}
-    return statistics
-
-
-def _tap(
-    worker: nn.Module, anatomy: Anatomy, index: int, statistics: dict[str, Accumulators], running: _Running
-) -> Iterator[Any]:
+def _tap(worker: nn.Module, anatomy: Anatomy, index: int, statistics: BySite, running: _Running) -> Iterator[Any]:
     """Hook the outputs of every site, and the input of one site of every group that reads the same tensor."""
     for site in anatomy.sites_of(index):
         path = anatomy.path_in_block(site)
         own = statistics.get(site.name, {})
-        for name, statistic in own.items():
+        for statistic in own.values():
             module = worker.get_submodule(path)
-            if isinstance(statistic, Cross):
+            if statistic.of == "input_pair":
                 if site.reads == site.name and running.beside is not None:
                     flat = not _may_be_routed(anatomy, site)
                     beside = running.beside.get_submodule(path)
                     yield beside.register_forward_pre_hook(_dense_hook(running, site.name, flat))
                     yield module.register_forward_pre_hook(_cross_hook(statistic, running, site.name, flat))
-            elif STATISTICS[name].of == "output":
+            elif statistic.of == "output":
                 yield module.register_forward_hook(_output_hook(statistic, running, site.name))
             elif site.reads == site.name:
                 yield module.register_forward_pre_hook(_input_hook(statistic, running, site.name))
@@ -221,16 +195,16 @@ def _tap(
             yield _tap_last(worker.get_submodule(path), site, own, running, running.last)
 
 
-def _of_output(own: Mapping[str, object]) -> bool:
-    return any(name in STATISTICS and STATISTICS[name].of == "output" for name in own)
+def _of_output(own: Mapping[str, Statistic]) -> bool:
+    return any(statistic.of == "output" for statistic in own.values())
 
 
-def _is_collected(site: Site, own: Mapping[str, object]) -> bool:
+def _is_collected(site: Site, own: Mapping[str, Statistic]) -> bool:
     """Whether anything is collected at a call of this site itself."""
     return bool(own) and (_of_output(own) or site.reads == site.name)
 
 
-def _tap_last(module: nn.Module, site: Site, own: Accumulators, running: _Running, last: LastRead) -> Any:
+def _tap_last(module: nn.Module, site: Site, own: Mapping[str, Statistic], running: _Running, last: LastRead) -> Any:
     """Hook the moment when everything of a site's call is collected."""
 
     def hook(_: nn.Module, args: tuple[torch.Tensor, ...], *__: Any) -> None:
@@ -260,7 +234,7 @@ def _dense_hook(running: _Running, site: str, flat: bool) -> Callable[..., None]
     return hook
 
 
-def _cross_hook(statistic: Cross, running: _Running, site: str, flat: bool) -> Callable[..., None]:
+def _cross_hook(statistic: Statistic, running: _Running, site: str, flat: bool) -> Callable[..., None]:
     def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         if _of_the_batch(args[0], running, flat) and site in running.reads:
             statistic.update(running.reads.pop(site), real_rows(args[0], running.mask_BT, site))
@@ -283,11 +257,11 @@ def _output_hook(statistic: Statistic, running: _Running, site: str) -> Callable
     return hook
 
 
-def _require_finite(anatomy: Anatomy, index: int, statistics: dict[str, Accumulators], inputs: BlockInputs) -> None:
+def _require_finite(anatomy: Anatomy, index: int, statistics: BySite, inputs: BlockInputs) -> None:
     for site in anatomy.sites_of(index):
-        for name, statistic in statistics.get(site.name, {}).items():
+        for statistic in statistics.get(site.name, {}).values():
             if not statistic.finite():
-                what = "puts out" if name in STATISTICS and STATISTICS[name].of == "output" else "reads"
+                what = "puts out" if statistic.of == "output" else "reads"
                 raise ParedError(
                     f"site {site.name} {what} NaN or infinity; check the weights before it, or calibrate in float32"
                 )

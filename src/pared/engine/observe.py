@@ -11,18 +11,17 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.calibration import (
-    GRADIENT_STATISTICS,
-    STATISTICS,
     BlockInputs,
     BlockStatistics,
-    Collected,
     DenseReference,
+    StatisticView,
     Wants,
     capture,
     choose_labels,
     gradient_accumulators,
     require_statistics,
     save_block,
+    statistic_kind,
 )
 from pared.data.windows import Windows, require_fits
 from pared.engine.allocate import anatomy_of
@@ -43,7 +42,7 @@ from pared.structure.store import BlockStore, ResidentBlocks
 
 Loss = Literal["sampled", "labels"]
 Saved = Callable[[], Iterator[BlockStatistics]]
-BySite = dict[str, dict[str, Collected]]  # statistics by site and name
+BySite = dict[str, dict[str, StatisticView]]  # statistics by site and name
 
 TRAIL_BYTES = 2 * 2**30  # of what all blocks read of the batches that go backward together
 
@@ -233,8 +232,7 @@ class Observer:
         labels = choose_labels(self.model, self.spec.loss, self.spec.calibration.seed, windows.labels)
 
         def wants(index: int) -> Wants:
-            block = replace(self.anatomy, sites=tuple(self.anatomy.sites_of(index)))
-            return gradient_accumulators(block, names, inputs.device)
+            return gradient_accumulators(self.anatomy.sites_of(index), names, inputs.device)
 
         with self._stage(f"gradients ({inputs.dtype})", inputs) as advance, self.watch("backward"):
             run_blocks_backward(
@@ -276,7 +274,7 @@ class Observer:
 
         self.without_data(visit_saved, changes)
 
-    def _keep(self, statistics: Mapping[str, Mapping[str, Collected]]) -> None:
+    def _keep(self, statistics: Mapping[str, Mapping[str, StatisticView]]) -> None:
         """Keep what a second pass, behind compressed blocks, needs of the dense model's gradients."""
         assert isinstance(self.spec, LowRankSpec)
         if self.spec.sequential:
@@ -289,11 +287,11 @@ class Observer:
         return lambda shapes: needs(shapes) - {"output_gram"} | {gram}
 
 
-def _all(statistics: Mapping[str, Mapping[str, Collected]]) -> BySite:
+def _all(statistics: Mapping[str, Mapping[str, StatisticView]]) -> BySite:
     return {site: dict(own) for site, own in statistics.items()}
 
 
-def _only(statistics: Mapping[str, Mapping[str, Collected]], names: frozenset[str]) -> BySite:
+def _only(statistics: Mapping[str, Mapping[str, StatisticView]], names: frozenset[str]) -> BySite:
     return {site: {name: own[name] for name in names if name in own} for site, own in statistics.items()}
 
 
@@ -331,9 +329,9 @@ def collect(
     spec = resolve_low_rank(recipe)
     store = ResidentBlocks(model, anatomy_of(model, recipe))
     work = Observer(store, tokenizer, spec, progress or Silent())
-    require_statistics(names, {*STATISTICS, *GRADIENT_STATISTICS})
-    gradients = not STATISTICS.keys() >= names
-    if gradients and (apart := sorted(names & (STATISTICS.keys() - GRADIENT_STATISTICS.keys()))):
+    require_statistics(names)
+    gradients = any(statistic_kind(name).backward for name in names)
+    if gradients and (apart := sorted(name for name in names if statistic_kind(name).of == "output")):
         raise ParedError(f"statistic {apart[0]} is of what sites put out; collect it apart from gradients")
     if gradients and not isinstance(spec.config, GradientOptions):
         having = [name for name, method in METHODS.available().items() if issubclass(method.config, GradientOptions)]

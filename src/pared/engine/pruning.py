@@ -10,7 +10,7 @@ from pared.allocation import Evidence, Unit
 from pared.allocation.dsa import ScoreHistogram
 from pared.allocation.options import AlphaPruning
 from pared.allocation.sparsity import eigenvalues, hill_alpha
-from pared.calibration import BlockStatistics, Collected, backward_data_fraction, per_token
+from pared.calibration import BlockStatistics, StatisticView, backward_data_fraction, per_token
 from pared.engine.allocate import plan_zeros
 from pared.engine.blocks import Visit, visit_blocks
 from pared.engine.observe import Observer
@@ -103,7 +103,7 @@ class SparseWork:
             self.evidence = replace(self.evidence, scores=_reached(found))
 
     def _histograms(
-        self, of_site: Callable[[str, Mapping[str, Collected]], torch.Tensor]
+        self, of_site: Callable[[str, Mapping[str, StatisticView]], torch.Tensor]
     ) -> tuple[Visit, dict[str, ScoreHistogram]]:
         """Return a visit that takes in a number for every weight, and the histograms of units that it fills."""
         unit_of = {site.name: unit.name for unit in self._units for site in unit.members}
@@ -145,11 +145,11 @@ class SparseWork:
         known = {unit.name: [found[one.name] for one in unit.members if one.name in found] for unit in self._units}
         return {name: sum(own) / len(own) if own else math.nan for name, own in known.items()}
 
-    def _scores(self, name: str, own: Mapping[str, Collected]) -> torch.Tensor:
+    def _scores(self, name: str, own: Mapping[str, StatisticView]) -> torch.Tensor:
         """Return Wanda's score of every weight of a site, per token of the text, ``(out, in)``."""
         return wanda.scores(self._weight(name), per_token("energy", own["energy"], self._observer.tokens))
 
-    def _losses(self, name: str, own: Mapping[str, Collected]) -> torch.Tensor:
+    def _losses(self, name: str, own: Mapping[str, StatisticView]) -> torch.Tensor:
         """Return ``½ w² E[x²] E[g²]`` for every weight of a site, in nats a token, ``(out, in)``."""
         input_energy_N = per_token("energy", own["energy"], self._observer.backward_tokens)
         output_energy_O = own["output_gradient_diagonal"].value
@@ -185,7 +185,7 @@ class SparseWork:
             inputs = self._observer.capture()
             self._observer.forward(inputs, self._spec.requires, visit, step, name="collect and prune")
 
-    def _solve(self, site: SitePlan, statistics: Mapping[str, Collected]) -> SitePlan:
+    def _solve(self, site: SitePlan, statistics: Mapping[str, StatisticView]) -> SitePlan:
         """Prune one site; return what became of it, and note by which rule where its statistics say nothing."""
         method, config = self._spec.method, self._spec.config
         if isinstance(site.decision, Dense):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pared.allocation import Unit
-from pared.calibration import CROSS, BlockStatistics, Collected, cross_of, per_token
+from pared.calibration import CROSS, BlockStatistics, StatisticView, cross_of, per_token
 from pared.engine.blocks import visit_blocks
 from pared.engine.grouping import Comparison, compare
 from pared.engine.install import install_group, unchanged
@@ -22,7 +22,7 @@ from pared.schema.plan import Decision, Dense, LowRank, Plan, Shared
 from pared.structure import Site, weight_of
 from pared.structure.store import BlockStore
 
-StatisticsOfSite = Mapping[str, Collected]
+StatisticsOfSite = Mapping[str, StatisticView]
 
 
 class Solver:

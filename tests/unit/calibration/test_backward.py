@@ -18,7 +18,6 @@ from transformers.pytorch_utils import Conv1D
 
 from pared import ParedError
 from pared.calibration import (
-    GRADIENT_STATISTICS,
     STATISTICS,
     Fisher,
     Given,
@@ -30,6 +29,7 @@ from pared.calibration import (
     capture,
     choose_labels,
     gradient_accumulators,
+    statistic_kind,
 )
 from pared.calibration.labels import SECTION
 from pared.structure import Anatomy, find_anatomy, probe
@@ -37,7 +37,11 @@ from pared.structure import Anatomy, find_anatomy, probe
 CPU = torch.device("cpu")
 WINDOWS, LENGTH, BATCH = 5, 12, 2  # batches of 2, 2 and 1
 Found = dict[str, dict[str, Any]]
-EVERY = (*GRADIENT_STATISTICS, "fisher:2", "fisher:3")
+EVERY = (
+    *(name for name, kind in STATISTICS.items() if kind.of not in ("output", "input_pair")),
+    "fisher:2",
+    "fisher:3",
+)
 
 
 def tokens(windows: int = WINDOWS, vocabulary: int = VOCAB) -> torch.Tensor:
@@ -62,7 +66,7 @@ def collected(
     anatomy, calls = probe(model, find_anatomy(model))
     inputs = capture(model, anatomy, ids, batch, calls, dtype, CPU)
     before = [hidden.clone() for hidden in inputs.hidden]
-    wants = gradient_accumulators(anatomy, names, CPU)
+    wants = gradient_accumulators(anatomy.sites, names, CPU)
     backward(model, anatomy, inputs, ids, wants, labels, on_batch)
     assert all(torch.equal(a, b) for a, b in zip(inputs.hidden, before, strict=True)), "a walk needs them yet"
     return wants
@@ -295,7 +299,7 @@ def test_dropout_is_off_also_in_a_model_in_training_mode() -> None:
     inputs = capture(model, anatomy, tokens(), BATCH, calls, torch.float32, CPU)
     values = []
     for training in (False, True):
-        wants = gradient_accumulators(anatomy, ["fisher"], CPU)
+        wants = gradient_accumulators(anatomy.sites, ["fisher"], CPU)
         backward(model.train(training), anatomy, inputs, tokens(), wants, Sampled(0))
         values.append(torch.cat([statistics["fisher"].value for statistics in wants.values()]))
     assert torch.equal(*values)
@@ -311,7 +315,7 @@ def test_one_block_at_a_time_holds_a_graph(monkeypatch: pytest.MonkeyPatch) -> N
     for index, block in enumerate(anatomy.blocks(model)):
         block.register_forward_hook(lambda _, __, ___, index=index: ran.append((index, torch.is_grad_enabled())))
         block.register_forward_hook(lambda block, _, __: asked.extend(p.requires_grad for p in block.parameters()))
-    backward(model, anatomy, inputs, tokens(), gradient_accumulators(anatomy, ["fisher"], CPU), Sampled(0))
+    backward(model, anatomy, inputs, tokens(), gradient_accumulators(anatomy.sites, ["fisher"], CPU), Sampled(0))
     stubs = [(index, True) for index in range(3)] * WINDOWS
     assert ran == [(0, False), (1, False), (2, False), *stubs, (2, True), (1, True), (0, True)]
     assert not any(asked), "a graph for the weights would keep every activation"
@@ -321,21 +325,6 @@ def test_every_block_of_every_batch_is_told() -> None:
     told: list[None] = []
     collected(TINY_MODELS["llama"](), Sampled(0), ["fisher"], on_batch=lambda: told.append(None))
     assert len(told) == 3 * 3
-
-
-@pytest.mark.parametrize("name", sorted({*GRADIENT_STATISTICS, "fisher:2"}))
-def test_merging_equals_having_seen_everything(name: str) -> None:
-    x, g = torch.randn(6, 9, 7), torch.randn(6, 9, 4)
-    together, apart, other = (
-        Fisher(7, CPU, batch=2) if name == "fisher:2" else GRADIENT_STATISTICS[name](4, 7, CPU) for _ in range(3)
-    )
-    together.update(x[:4], g[:4])
-    together.update(x[4:], g[4:])
-    apart.update(x[:4], g[:4])
-    other.update(x[4:], g[4:])
-    apart.merge(other)
-    assert relative(apart.value, together.value) < 1e-12
-    assert apart.tokens == together.tokens == 54
 
 
 def test_the_forms_of_the_output_gradient_agree_and_are_per_token() -> None:
@@ -438,6 +427,7 @@ def test_the_gradient_of_sampled_labels_is_zero_on_average() -> None:
     class Mean:
         """The mean gradient, in the shape of a statistic."""
 
+        of = "output_grad"
         by_example = False
         tokens = 0
         value = torch.zeros(CLASSES)
@@ -586,7 +576,7 @@ def routed(site: str, statistic: str, batch: int) -> Any:
     ids = tokens(WINDOWS, CLASSES)
     anatomy, calls = probe(model, find_anatomy(model))
     inputs = capture(model, anatomy, ids, batch, calls, torch.float32, CPU)
-    accumulator = GRADIENT_STATISTICS[statistic](CLASSES, CLASSES, CPU)
+    accumulator = statistic_kind(statistic).accumulator(CLASSES, CPU)
     backward(model, anatomy, inputs, ids, {site: {statistic: accumulator}}, Sampled(0))
     return accumulator
 

@@ -64,6 +64,16 @@ def test_merging_in_any_order_is_having_seen_everything(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EVERY)
+def test_merging_equals_having_seen_everything(name: str) -> None:
+    """To the rounding of float64 sums, where the batches are the same."""
+    first, second = batch(name, 6), batch(name, 3)
+    together, apart = seen(name, first, second), seen(name, first)
+    apart.merge(seen(name, second))
+    assert relative(apart.value, together.value) < 1e-12
+    assert apart.tokens == together.tokens == 81
+
+
+@pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("sizes", [[12], [1] * 12, [5, 7], [6, 2, 4]])
 def test_how_examples_are_split_into_batches_does_not_matter(name: str, sizes: list[int]) -> None:
     """Not at all for integers; to the rounding of float32 products, 1e-6, for other numbers."""

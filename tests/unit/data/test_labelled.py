@@ -22,7 +22,6 @@ from transformers import (
 import pared
 from pared import ParedError
 from pared.calibration import (
-    GRADIENT_STATISTICS,
     STATISTICS,
     Given,
     Labels,
@@ -38,7 +37,8 @@ from pared.structure import find_anatomy, probe
 
 CPU = torch.device("cpu")
 LENGTHS = (9, 4, 12, 1, 7)
-EVERY = (*GRADIENT_STATISTICS, "fisher:2")
+EVERY = (*(name for name, kind in STATISTICS.items() if kind.of not in ("output", "input_pair")), "fisher:2")
+FORWARD = frozenset(name for name, kind in STATISTICS.items() if kind.of in ("input", "output"))
 Found = dict[str, dict[str, Any]]
 
 
@@ -69,7 +69,7 @@ def collected(
 
 
 def empty(model: PreTrainedModel, names: Any = EVERY) -> Found:
-    return gradient_accumulators(probe(model, find_anatomy(model))[0], names, CPU)
+    return gradient_accumulators(probe(model, find_anatomy(model))[0].sites, names, CPU)
 
 
 def assert_close(found: Found, expected: Found) -> None:
@@ -385,7 +385,7 @@ def test_padding_is_in_no_statistic_of_a_walk(batch: int) -> None:
         anatomy, calls = probe(model, find_anatomy(model))
         beside = None if mask is None else {"attention_mask": mask}
         inputs = capture(model, anatomy, tokens, batch, calls, torch.float32, CPU, beside)
-        steps = walk(model, anatomy, inputs, lambda _: frozenset(STATISTICS), influence=True)
+        steps = walk(model, anatomy, inputs, lambda _: FORWARD, influence=True)
         return {site: dict(own) for step in steps for site, own in step.statistics.items()}
 
     found = collect(tokens, mask, batch)

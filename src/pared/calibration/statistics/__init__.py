@@ -2,7 +2,6 @@
 
 from pared.calibration.statistics.accumulators import Shapes, accumulators, gradient_accumulators
 from pared.calibration.statistics.base import Of, Statistic, StatisticView
-from pared.calibration.statistics.base import StatisticView as Collected
 from pared.calibration.statistics.distributed import all_reduce
 from pared.calibration.statistics.features import Energy, Magnitude
 from pared.calibration.statistics.gradients import Fisher, OutputGradient
@@ -19,7 +18,6 @@ from pared.calibration.statistics.registry import (
 __all__ = [
     "CROSS",
     "STATISTICS",
-    "Collected",
     "Cross",
     "Energy",
     "Fisher",

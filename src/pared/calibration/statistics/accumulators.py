@@ -6,7 +6,7 @@ import torch
 
 from pared.calibration.statistics.base import Statistic
 from pared.calibration.statistics.registry import statistic_kind
-from pared.structure.model import Anatomy, Site
+from pared.structure.model import Site
 
 Shapes = Sequence[tuple[int, int]]
 OF_INPUT = ("input", "input_pair")  # the same for all sites that read one tensor
@@ -17,35 +17,43 @@ def accumulators(
 ) -> dict[str, dict[str, Statistic]]:
     """Make empty accumulators for every site that a token may reach; by site and name of the statistic.
 
-    Sites that read one tensor share what is collected of it.
+    Sites that read one tensor share what is collected of it, and stand together.
 
     Args:
         sites: after the probe pass.
         needs: names of statistics, from the shapes ``(out, in)`` of the sites that read one tensor.
         device: where they add up.
     """
-    found = [site for site in sites if not site.idle]
     readers: dict[str, list[Site]] = {}
-    for site in found:
-        readers.setdefault(site.reads, []).append(site)
-    wanted = {reads: sorted(needs([(s.out_features, s.in_features) for s in own])) for reads, own in readers.items()}
-    shared: dict[tuple[str, str], Statistic] = {}
-
-    def make(site: Site, name: str) -> Statistic:
-        kind = statistic_kind(name)
-        if kind.of in OF_INPUT and (site.reads, name) in shared:
-            return shared[site.reads, name]
-        made = kind.accumulator(kind.features(site.out_features, site.in_features), device)
-        return shared.setdefault((site.reads, name), made) if kind.of in OF_INPUT else made
-
-    return {site.name: {name: make(site, name) for name in wanted[site.reads]} for site in found}
+    for site in sites:
+        if not site.idle:
+            readers.setdefault(site.reads, []).append(site)
+    made: dict[str, dict[str, Statistic]] = {}
+    for together in readers.values():
+        names = sorted(needs([(site.out_features, site.in_features) for site in together]))
+        shared: dict[str, Statistic] = {}
+        for site in together:
+            own = made[site.name] = dict(shared)
+            for name in names:
+                kind = statistic_kind(name)
+                if name not in own:
+                    own[name] = kind.accumulator(kind.features(site.out_features, site.in_features), device)
+                if kind.of in OF_INPUT:
+                    shared[name] = own[name]
+    return made
 
 
 def gradient_accumulators(
-    anatomy: Anatomy, names: Collection[str], device: torch.device
+    sites: Sequence[Site], names: Collection[str], device: torch.device
 ) -> dict[str, dict[str, Statistic]]:
-    """Make empty accumulators of these statistics for every site the probe pass reached.
+    """Make empty accumulators of the same statistics for all sites, in their order.
 
-    The Grams and full output gradients of the whole model are held at once; every other statistic is a vector.
+    Grams and full output gradients are squares, every other statistic of a backward pass is a vector.
+
+    Args:
+        sites: after the probe pass, which those it did not reach get none of.
+        names: of statistics.
+        device: where they add up.
     """
-    return accumulators(anatomy.sites, lambda _: names, device)
+    made = accumulators(sites, lambda _: names, device)
+    return {site.name: made[site.name] for site in sites if site.name in made}

@@ -32,6 +32,11 @@ class StatisticKind:
     normalised: Literal["sum", "mean", "none"] = "none"
     data_fraction: float = 1.0
 
+    @property
+    def backward(self) -> bool:
+        """Whether it needs a backward pass."""
+        return self.of in ("output_grad", "weight_grad")
+
     def features(self, out_features: int, in_features: int) -> int:
         """Return how many features the statistic of a weight ``(out, in)`` has."""
         return out_features if self.of in ("output", "output_grad") else in_features
@@ -70,7 +75,7 @@ def statistic_kind(name: str) -> StatisticKind:
     raise ParedError(f"unknown statistic {name!r}; {did_you_mean(name, _collected())}")
 
 
-def require_statistics(names: Collection[str], known: Collection[str] = ()) -> None:  # noqa: ARG001 - known: until observe.py is rewritten
+def require_statistics(names: Collection[str]) -> None:
     """Refuse names of statistics that do not exist, and those that only a pass over two models has.
 
     Raises:
