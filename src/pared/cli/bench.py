@@ -13,7 +13,7 @@ from pared.entrypoints.bench import settings_of
 from pared.tables import Table
 
 if TYPE_CHECKING:
-    from pared.evaluation.speed import Bench, Timed
+    from pared.entrypoints.bench import Bench, Timed
 
 SIZES: dict[str, Callable[[dict[str, Any]], str]] = {
     "parameters": lambda model: f"{model['parameters']:,}",

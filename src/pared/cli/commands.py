@@ -107,7 +107,7 @@ def _let_code_be_trusted(command: Any) -> None:
 
 def _trust(ctx: typer.Context, asked: bool) -> None:
     if asked:
-        from pared.models.trust import trusting_everywhere
+        from pared.entrypoints.checks import trusting_everywhere
 
         ctx.with_resource(trusting_everywhere())
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 from pared.cli.console import ConsoleProgress, JsonFile, errors, print_result, quiet_libraries, write_json
 from pared.cli.from_schema import Fields, Given, schema_options
 from pared.cli.options import RECIPE_FILE, Overwrite
+from pared.entrypoints.checks import require_compression
 from pared.report.results import compressed_table
 from pared.schema.recipe import Recipe
 
@@ -22,9 +23,7 @@ def compress(
     with errors():
         quiet_libraries()
         recipe = given.merged()
-        from pared.engine.early import require_job
-
-        require_job(recipe, overwrite)
+        require_compression(recipe, overwrite)
         from pared.entrypoints.compress import run
 
         outcome = run(recipe, overwrite, ConsoleProgress())

@@ -8,6 +8,7 @@ import typer
 from pared.cli.console import ConsoleProgress, JsonFile, errors, print_result, quiet_libraries, write_json
 from pared.cli.from_schema import Change, Fields, Given, schema_options
 from pared.cli.options import SHAPES
+from pared.entrypoints.checks import require_rank_groups
 from pared.schema.recipe import Recipe
 from pared.tables import Table
 
@@ -47,18 +48,10 @@ def rank_groups(
     with errors():
         quiet_libraries()
         recipe = given.merged()
-        from pared.engine.early import require_model, require_possible, require_suited
-        from pared.engine.spec import resolve_low_rank
+        require_rank_groups(recipe)
+        from pared.entrypoints.rank_groups import run
 
-        resolve_low_rank(recipe)
-        spec = require_possible(recipe)
-        source = require_model(spec)
-        require_suited(source.config(), spec, source.name)
-        from pared.entrypoints.rank_groups import rank_groups as measure
-
-        tokenizer = source.tokenizer()
-        loaded = source.load(recipe.dtype).to(recipe.device)
-        result = measure(loaded, tokenizer, recipe, groups, ConsoleProgress())
+        result = run(recipe, groups, ConsoleProgress())
         print_groups(result, f"{recipe.model}  {recipe.method}")
         write_json(json_file, {"model": recipe.model, "recipe": recipe.model_dump(mode="json"), **asdict(result)})
 

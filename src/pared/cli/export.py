@@ -7,13 +7,10 @@ import typer
 
 from pared.cli.console import errors, out, quiet_libraries
 from pared.cli.options import Overwrite
-from pared.models.source import find_model
-from pared.names import require_known
+from pared.entrypoints.checks import require_export
 
 if TYPE_CHECKING:
     from pared.entrypoints.publish import Written
-
-FORMS = ("dense",)
 
 
 def export(
@@ -26,8 +23,7 @@ def export(
     """Write a model as a plain folder."""
     with errors():
         quiet_libraries()
-        require_known("form", to, FORMS)
-        find_model(model)
+        require_export(model, to)
         from pared.entrypoints.export import export_dense
 
         print_exported(export_dense(model, out_folder, dtype, overwrite), out_folder)

@@ -8,6 +8,7 @@ import typer
 from pared.cli.console import ConsoleProgress, JsonFile, errors, out, quiet_libraries, write_json
 from pared.cli.from_schema import Change, Fields, Given, schema_options
 from pared.cli.options import SHAPES
+from pared.entrypoints.checks import require_search
 from pared.errors import ParedError
 from pared.report.search_trace import against as finished_beside
 from pared.report.search_trace import draw, require_plotting
@@ -53,18 +54,11 @@ def search(
                              "(--method svd-llm --keep 0.8)")  # fmt: skip
         if plot or against:
             require_plotting()
-        from pared.engine.early import require_model, require_possible
-
         recipe, settings = given.merged(method=pruner or method), config.merged()
-        require_model(require_possible(recipe))
-        from pared.entrypoints.search import run
+        require_search(recipe)
+        from pared.entrypoints.search import pools_on, run
 
-        pools = None
-        if ray is not None:
-            from pared.search.ray_pool import on_ray
-
-            pools = on_ray(ray)
-        found = run(recipe, settings, folder, ConsoleProgress(), pools)
+        found = run(recipe, settings, folder, ConsoleProgress(), pools_on(ray))
         print_found(found)
         if plot or against:
             other = {} if against is None else finished_beside(found.told["settings"], against)

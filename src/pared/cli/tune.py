@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 from pared.cli.console import ConsoleProgress, JsonFile, errors, out, quiet_libraries, write_json
 from pared.cli.from_schema import Fields, Given, schema_options
 from pared.cli.options import Overwrite
+from pared.entrypoints.checks import require_training
 from pared.report.results import trained_lines, training_lines
 from pared.schema.training import TrainingConfig
 
@@ -27,10 +28,8 @@ def tune(
     with errors("interrupted; the same command resumes from the last checkpoint, if there is one"):
         quiet_libraries()
         config = given.merged()
-        from pared.training.early import require_possible
-
-        require_possible(config, overwrite)
-        from pared import tune as run
+        require_training(config, overwrite)
+        from pared.entrypoints.train import tune as run
 
         made = run(config, overwrite, ConsoleProgress())
         if made.is_first:

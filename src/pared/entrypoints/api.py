@@ -26,7 +26,7 @@ from pared.engine.allocate import plan_from_shapes
 from pared.engine.early import require_model as require_named_model
 from pared.engine.early import require_possible, require_suited
 from pared.entrypoints.evaluate import evaluate as measured
-from pared.entrypoints.search import Found
+from pared.entrypoints.search import Found, pools_on
 from pared.entrypoints.search import run as search_by_name
 from pared.entrypoints.search import search as search_loaded
 from pared.errors import ParedError
@@ -121,11 +121,7 @@ def search(
     asked = recipe_from(recipe, fields, function)
     folder, watcher = folder_from(out, function), watcher_of(progress, function)
     require_possible(asked)
-    pools = None
-    if ray is not None:
-        from pared.search.ray_pool import on_ray
-
-        pools = on_ray(ray)
+    pools = pools_on(ray)
     with trusting(trust_remote_code):
         if isinstance(model, (str, Path)):
             asked = asked.model_copy(update={"model": name_from(model, function)})

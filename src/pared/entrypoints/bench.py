@@ -10,7 +10,8 @@ from pared.models.source import find_model
 from pared.progress import Progress, Silent
 
 if TYPE_CHECKING:
-    from pared.evaluation.speed import Bench
+    from pared.evaluation.speed import Bench as Bench
+    from pared.evaluation.speed import Timed as Timed
 
 
 def settings_of(

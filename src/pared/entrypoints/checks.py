@@ -1,25 +1,27 @@
-"""What is refused before torch is imported, and what can be said without it; every command asks here first."""
+"""What is refused before torch is imported, and what can be said without it; every command asks here first.
+
+A command imports this page, which imports nothing, then what it needs of it, and the work only if nothing is wrong.
+"""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-from pared.data.files import require_there
-from pared.data.labelled import parts_of_task, require_examples
-from pared.data.texts import require_text
-from pared.environment import require_device, require_dtype
-from pared.evaluation import TASKS
-from pared.evaluation.multiple_choice import CHOICES
-from pared.evaluation.protocols import protocol_of
-from pared.io.files import path_of
-from pared.models.source import find_model
 from pared.names import require_known
 
 if TYPE_CHECKING:
     from pared.schema.evaluate import EvaluationConfig
+    from pared.schema.recipe import Recipe
+    from pared.schema.training import TrainingConfig
+
+FORMS = ("dense",)  # that models are exported in
 
 
 def task_names() -> list[str]:
     """Return the names of all tasks: first those in which a model chooses, then those in which it writes."""
+    from pared.evaluation import TASKS
+    from pared.evaluation.multiple_choice import CHOICES
+
     return [*CHOICES, *TASKS]
 
 
@@ -34,6 +36,14 @@ def require_evaluable(model: str | None, config: "EvaluationConfig") -> None:
         ParedError: an unknown device, dtype, protocol, text, task or set of examples, a file that is not there, or no
             model of that name.
     """
+    from pared.data.files import require_there
+    from pared.data.labelled import parts_of_task, require_examples
+    from pared.data.texts import require_text
+    from pared.environment import require_device, require_dtype
+    from pared.evaluation.protocols import protocol_of
+    from pared.io.files import path_of
+    from pared.models.source import find_model
+
     require_device(config.device)
     require_dtype(config.dtype)
     if config.protocol is not None:
@@ -50,3 +60,88 @@ def require_evaluable(model: str | None, config: "EvaluationConfig") -> None:
         checks[config.measure](name)
     if model is not None:
         find_model(model)
+
+
+def require_compression(recipe: "Recipe", overwrite: bool) -> None:
+    """Refuse a compression that cannot be, from the recipe and the disk.
+
+    Args:
+        recipe: with ``model`` and ``out``.
+        overwrite: whether an output folder that is there may be replaced.
+
+    Raises:
+        ParedError: says what is wrong.
+    """
+    from pared.engine.early import require_job
+
+    require_job(recipe, overwrite)
+
+
+def require_plan(recipe: "Recipe") -> None:
+    """Refuse a recipe, and a model that it names, of which no plan can be made.
+
+    Raises:
+        ParedError: says what is wrong.
+    """
+    from pared.engine.early import require_model, require_possible, require_suited
+
+    spec = require_possible(recipe)
+    source = require_model(spec)
+    require_suited(source.config(), spec, source.name)
+
+
+def require_rank_groups(recipe: "Recipe") -> None:
+    """Refuse a recipe whose method has no directions, and all that a plan refuses.
+
+    Raises:
+        ParedError: says what is wrong.
+    """
+    from pared.engine.spec import resolve_low_rank
+
+    resolve_low_rank(recipe)
+    require_plan(recipe)
+
+
+def require_search(recipe: "Recipe") -> None:
+    """Refuse a recipe, and a model that it names, that nothing can be searched for.
+
+    Raises:
+        ParedError: says what is wrong.
+    """
+    from pared.engine.early import require_model, require_possible
+
+    require_model(require_possible(recipe))
+
+
+def require_training(config: "TrainingConfig", overwrite: bool) -> None:
+    """Refuse a training that cannot be, from what is asked for and the disk.
+
+    Args:
+        config: with ``model`` and ``out``.
+        overwrite: whether an output folder that is there may be replaced.
+
+    Raises:
+        ParedError: says what is wrong.
+    """
+    from pared.training.early import require_possible
+
+    require_possible(config, overwrite)
+
+
+def require_export(model: str, form: str) -> None:
+    """Refuse a form that no model is exported in, and a model that is not there.
+
+    Raises:
+        ParedError: offers the nearest name.
+    """
+    from pared.models.source import find_model
+
+    require_known("form", form, FORMS)
+    find_model(model)
+
+
+def trusting_everywhere() -> AbstractContextManager[None]:
+    """Let code that lies in the folders of models run, in this process and in those it starts."""
+    from pared.models.trust import trusting_everywhere as trusting
+
+    return trusting()

@@ -29,7 +29,7 @@ from pared.engine.spec import LowRankSpec, PassSpec, resolve_low_rank
 from pared.errors import ParedError
 from pared.evaluation import perplexity
 from pared.models.architecture import is_causal
-from pared.models.source import require_dense
+from pared.models.source import find_model, require_dense
 from pared.progress import Progress, Silent
 from pared.schema.recipe import Recipe
 from pared.structure import Anatomy, weight_of
@@ -75,6 +75,13 @@ class RankGroups:
     untouched: tuple[str, ...]
     evaluation: dict[str, object]
     calibration: dict[str, object] | None
+
+
+def run(recipe: Recipe, groups: int = 10, progress: Progress | None = None) -> RankGroups:
+    """Measure the groups of a model by name; see :func:`rank_groups`."""
+    source = find_model(str(recipe.model))
+    tokenizer = source.tokenizer()
+    return rank_groups(source.load(recipe.dtype).to(recipe.device), tokenizer, recipe, groups, progress)
 
 
 def rank_groups(

@@ -203,6 +203,22 @@ def require_place(out: Path, inputs: Iterable[Path] = ()) -> None:
         raise ParedError(f"output folder {out} holds something other than a search; name another")
 
 
+def pools_on(ray: str | None) -> Pools | None:
+    """Return what makes the measuring processes.
+
+    Args:
+        ray: the address of a Ray cluster, ``auto`` or ``local``; none measures on this machine.
+
+    Raises:
+        ParedError: Ray is not installed.
+    """
+    if ray is None:
+        return None
+    from pared.search.ray_pool import on_ray
+
+    return on_ray(ray)
+
+
 @contextmanager
 def local(measure: Measure, workers: int) -> Iterator[Pool]:
     """Measure in this process, or in several on this machine."""

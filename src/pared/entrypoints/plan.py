@@ -1,0 +1,71 @@
+"""What a compression of a model by name would do, from its configuration and the shapes of its weights."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pared.engine.allocate import anatomy_of, plan_from_shapes
+from pared.engine.early import require_model, require_possible, require_suited
+from pared.engine.result import stacks
+from pared.engine.spec import CompressionSpec
+from pared.schema.plan import Dense, Plan
+from pared.schema.recipe import Recipe
+from pared.tables import Table
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan, and what is to be said of it.
+
+    Attributes:
+        plan: every site's decision.
+        spec: the recipe resolved.
+        stacks: which list of blocks is compressed, where a model has several.
+    """
+
+    plan: Plan
+    spec: CompressionSpec
+    stacks: tuple[str, ...] = ()
+
+    def tables(self) -> Iterator[Table]:
+        """Yield the decisions, and the sizes before and after."""
+        rows = []
+        for site in self.plan.sites:
+            choice = site.decision
+            told = f"dense: {choice.reason}" if isinstance(choice, Dense) else str(choice)
+            rows.append((site.name, f"{site.out_features} x {site.in_features}", told, f"{site.after:,}"))
+        for weight in self.plan.uncovered:
+            shape = " x ".join(map(str, weight.shape))
+            rows.append((weight.name, shape, f"not covered: {weight.reason}", f"{weight.parameters:,}"))
+        columns = ("site", "out x in", "decision", "parameters")
+        yield Table("", columns, rows, self.stacks, align="lrlr", faint_from=len(self.plan.sites))
+        recipe = self.spec.recipe
+        title = f"{recipe.model}  {recipe.method}  {recipe.budget}"
+        yield Table.comparison(title, self.plan.sizes(), tuple(self.remarks()))
+
+    def remarks(self) -> Iterator[str]:
+        """Yield what every ``auto`` stands for, the passes over the blocks, and what the plan cannot know or reach."""
+        settled = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in self.spec.describe().items())
+        yield f"resolved: {settled}"
+        if passes := "; ".join(map(str, self.spec.passes())):
+            yield f"passes over the blocks: {passes}"
+        if self.spec.decided_from_data:
+            yield f"allocation {self.spec.allocator.name} looks at the model or data; this is uniform"
+        if self.plan.missed:
+            yield self.plan.missed
+
+
+def plan_of(recipe: Recipe) -> Planned:
+    """Decide what a compression would keep of every layer, without reading a weight.
+
+    Args:
+        recipe: with ``model``.
+
+    Raises:
+        ParedError: what a compression refuses of such a recipe and model.
+    """
+    spec = require_possible(recipe)
+    source = require_model(spec)
+    require_suited(source.config(), spec, source.name)
+    skeleton = source.skeleton()
+    plan = plan_from_shapes(skeleton, spec, source.weight_bytes(recipe.dtype))
+    return Planned(plan, spec, tuple(stacks(anatomy_of(skeleton, recipe))))
