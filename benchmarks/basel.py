@@ -18,7 +18,7 @@ import pared
 from grid import plot, signature
 from pared import tune
 from pared.data import find_text
-from pared.engine.allocate import plan_of
+from pared.engine import plan_from_shapes, resolve
 from pared.environment import peak_memory_bytes
 from pared.models.source import find_model
 from pared.schema.manifest import Manifest
@@ -65,7 +65,7 @@ def texts() -> dict[str, str]:
 
 def keep_of(size: float, model: str) -> float:
     """Return what may stay of the covered parameters for a size of the whole model."""
-    plan = plan_of(find_model(model).skeleton(), pared.Recipe(method="svd"))
+    plan = plan_from_shapes(find_model(model).skeleton(), resolve(pared.Recipe(method="svd")))
     fixed = plan.before.model_parameters - plan.before.covered_parameters
     return (size * plan.before.model_parameters - fixed) / plan.before.covered_parameters
 

@@ -18,10 +18,11 @@ from grid import signature
 from pared import tune
 from pared.data.encoding import cut_examples
 from pared.data.labelled import find_examples
-from pared.engine.allocate import plan_of
+from pared.engine import plan_from_shapes, resolve
 from pared.entrypoints.fine_tune_encoder import FineTuning, fine_tune, with_head
 from pared.evaluation import classify
 from pared.models.source import find_model
+from pared.schema.manifest import Manifest
 from pared.schema.training import TrainingConfig
 from record import RESULTS, append, read, table
 
@@ -81,7 +82,9 @@ def compressed(method: str, dense: Path, task: str, fraction: float) -> Path:
     recipe = {"model": str(dense), "method": method, "rank_fraction": fraction, "out": str(out), "evaluation": None,
               "calibration": {"text": TASKS[task][0], "samples": 1024, "length": LENGTH}}  # fmt: skip
     if method == "basel":
-        plan = plan_of(find_model(str(dense)).skeleton(), pared.Recipe(method="svd", rank_fraction=fraction))
+        plan = plan_from_shapes(
+            find_model(str(dense)).skeleton(), resolve(pared.Recipe(method="svd", rank_fraction=fraction))
+        )
         tune(
             tuning(dense, out, task, method="basel", options={**BASEL, "keep": plan.achieved_keep, "post_epochs": 0.0})
         )
@@ -148,7 +151,7 @@ def main() -> None:
                 start = time.perf_counter()
                 dense = task_model(asked.model, task)
                 folder = dense if method == "dense" else compressed(method, dense, task, fraction)
-                keep = 1.0 if method == "dense" else pared.schema.manifest.Manifest.read(folder).plan.achieved_keep
+                keep = 1.0 if method == "dense" else Manifest.read(folder).plan.achieved_keep
                 if tuned:
                     parent, folder = folder, PLACE / f"{task}-{method}-{fraction:g}-tuned"
                     if not (folder / "pared.json").exists():

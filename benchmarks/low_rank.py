@@ -23,7 +23,7 @@ from grid import LENGTH, SAMPLES, WINDOWS, measured, plot, ratios, require_disjo
 from pared.calibration import BlockStatistics, saved_blocks
 from pared.cli.from_schema import named_values
 from pared.engine import collect
-from pared.engine.spec import dense_path_of, low_rank_of, options_of, refit_of, statistics_of
+from pared.engine.spec import resolve_low_rank
 from pared.lowrank import METHODS
 from record import RESULTS, append, read, table
 
@@ -66,13 +66,14 @@ def measure(model_name: str, recipe: pared.Recipe | None) -> dict[str, Any]:
         def collected() -> Iterator[BlockStatistics]:
             return saved_blocks(statistics(model_name, recipe.method, asked))
 
+        spec = resolve_low_rank(recipe)
         names = PASSES[PASS_OF.get(recipe.method, "forward")][1]
-        there = low_rank_of(recipe).gradients(options_of(recipe)) <= names
+        there = spec.gradients <= names
         start = time.perf_counter()
         result = pared.compress(model, tokenizer, recipe, collected=collected if there else None)
         row |= {"compress_seconds": time.perf_counter() - start, "calibration": result.calibration}
-        row |= {"achieved_keep": result.plan.achieved_keep, "statistics": statistics_of(recipe)}
-        row |= {"refit": refit_of(recipe), "dense_path": dense_path_of(recipe), "options": recipe.options}
+        row |= {"achieved_keep": result.plan.achieved_keep, "statistics": spec.statistics}
+        row |= {"refit": spec.refit, "dense_path": spec.dense_path, "options": recipe.options}
         row |= {"dense_sites": sum(site.decision.kind == "dense" for site in result.plan.sites)}
         row |= {"shared_groups": sum(one.pays for one in result.sharing), "compared_groups": len(result.sharing)}
     parameters = list(model.parameters())  # a shared one once
@@ -95,7 +96,8 @@ def usual(line: dict[str, Any]) -> bool:
     if line["method"] == "dense":
         return True
     recipe = pared.Recipe(method=line["method"], keep=line["keep"])
-    asked = {"statistics": statistics_of(recipe), "refit": refit_of(recipe), "dense_path": dense_path_of(recipe)}
+    spec = resolve_low_rank(recipe)
+    asked = {"statistics": spec.statistics, "refit": spec.refit, "dense_path": spec.dense_path}
     return stages(line) == stages(line | asked) and not line.get("options")
 
 
@@ -208,8 +210,9 @@ def main() -> None:
                 cells.append((row, None))
                 continue
             recipe = pared.Recipe(method=method, keep=keep, calibration=calibration, **beside)
-            stage = {"statistics": statistics_of(recipe), "refit": refit_of(recipe), "options": recipe.options}
-            cells.append((row | stage | {"dense_path": dense_path_of(recipe)}, recipe))
+            spec = resolve_low_rank(recipe)
+            stage = {"statistics": spec.statistics, "refit": spec.refit, "options": recipe.options}
+            cells.append((row | stage | {"dense_path": spec.dense_path}, recipe))
     if not asked.render:
         require_disjoint(asked.text)
         for number, (cell, recipe) in enumerate(cells, 1):

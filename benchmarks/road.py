@@ -17,15 +17,17 @@ from typing import Any
 
 import torch
 
-from pared.calibration import capture, walk
+from pared.calibration import BlockStatistics, capture
 from pared.data.texts import find_text
 from pared.data.windows import cut
+from pared.engine.blocks import run_blocks
 from pared.entrypoints.compress import run
 from pared.environment import choose_dtype
 from pared.lowrank.registry import nothing
 from pared.models.source import find_model
 from pared.schema.recipe import Recipe
 from pared.structure import find_anatomy, probe
+from pared.structure.store import ResidentBlocks
 from record import RESULTS, append, read, spread, table
 
 LINES = RESULTS / "road.jsonl"
@@ -48,10 +50,14 @@ def bare_seconds(recipe: Recipe) -> float:
     windows = cut(find_text(asked.text), tokenizer, asked.length, asked.samples, asked.sampling, asked.seed)
     anatomy, calls = probe(model, find_anatomy(model))
     inputs = capture(model, anatomy, windows.tokens, asked.batch, calls, dtype, device)
-    blocks = [block.to(dtype) for block in anatomy.blocks(model)]
+    for block in anatomy.blocks(model):
+        block.to(dtype)
+
+    def visit(_: BlockStatistics) -> None:
+        """Nothing is done to a block."""
+
     start = time.perf_counter()
-    for _ in walk(blocks, anatomy, inputs, nothing):
-        pass
+    run_blocks(ResidentBlocks(model, anatomy), anatomy, inputs, nothing, visit)
     return time.perf_counter() - start
 
 
@@ -67,7 +73,7 @@ def peak_memory(recipe: Recipe) -> dict[str, float]:
     """Return the peak resident bytes of a fresh process, after the imports and after the whole job, and the model's."""
     code = (
         "import json, sys, torch, transformers.models.llama.modeling_llama; torch.set_num_threads(1); import pared; "
-        "from pared.progress import peak_memory_bytes as peak; "
+        "from pared.environment import peak_memory_bytes as peak; "
         "recipe = pared.Recipe.of(json.loads(sys.argv[1])); imported = peak(); pared.run(recipe); "
         "print(imported, peak())"
     )

@@ -20,7 +20,7 @@ import transformers
 import pared
 from grid import signature
 from pared.checkpoint import mark, save
-from pared.engine.allocate import plan_of
+from pared.engine import plan_from_shapes, resolve
 from pared.evaluation.speed import Settings, bench, parse_case
 from pared.modules import LowRankLinear, PivotedLinear, replace_module
 from pared.schema.plan import LowRank
@@ -58,7 +58,7 @@ def folder_of(model: str, keep: float, storage: str) -> Path:
         pared.run(recipe)
         return out
     loaded = pared.load(MODELS[model])
-    for site in plan_of(loaded, recipe).sites:
+    for site in plan_from_shapes(loaded, resolve(recipe)).sites:
         assert isinstance(site.decision, LowRank)
         kind = PivotedLinear if site.decision.pivoted else LowRankLinear
         layer = kind(site.in_features, site.out_features, site.decision.rank, bias=False)
