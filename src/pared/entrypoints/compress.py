@@ -23,7 +23,8 @@ from pared.engine.early import require_model as require_named_model
 from pared.engine.spec import CompressionSpec
 from pared.entrypoints.in_place import Collected, compress_in_place, require_compressible
 from pared.entrypoints.measure import PerplexityOn
-from pared.entrypoints.result import Before, Compressed, Outcome
+from pared.entrypoints.publish import ResidentSaver
+from pared.entrypoints.result import Before, Compressed, Outcome, publish
 from pared.entrypoints.texts_read import TextsRead, read_texts
 from pared.environment import device_of, versions
 from pared.errors import ParedError
@@ -150,7 +151,9 @@ def run(
         asked, watcher = asked_from(Recipe, recipe, "pared.run"), watcher_of(progress, "pared.run")
         spec, source, out = require_job(asked, overwrite)
         result = _by_name(source, spec, watcher, out)
-        return result.publish(out, overwrite, result.hand_over(), watcher)
+        saver = ResidentSaver(result.model, result.tokenizer, result.before.source)
+        del result.model  # there may be room for only one of it and what is reloaded
+        return publish(result, saver, out, overwrite, watcher)
 
 
 def reusable(recipe: Recipe) -> Outcome | None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pared.arguments import folder_from
 from pared.checkpoint.format import FORMAT_VERSION
 from pared.entrypoints.measure import PerplexityOn
-from pared.entrypoints.publish import Publication, Reread, ResidentSaver
+from pared.entrypoints.publish import Publication, Reloader, Reread, ResidentSaver, Saver, reload_resident
 from pared.environment import machine, peak_memory_bytes, versions
 from pared.io.inputs import inputs_of
 from pared.models.source import ModelSource
@@ -118,75 +118,7 @@ class Compressed(Shown):
         """
         out = folder_from(folder, "Compressed.save")
         saver = ResidentSaver(self.model, self.tokenizer, self.before.source)
-        return self.publish(out, overwrite, saver, watcher_of(progress, "Compressed.save"))
-
-    def hand_over(self) -> ResidentSaver:
-        """Return what saves the model, and let go of it, so that the reloaded one need not stand beside it."""
-        saver = ResidentSaver(self.model, self.tokenizer, self.before.source)
-        del self.model
-        return saver
-
-    def publish(self, out: Path, overwrite: bool, saver: ResidentSaver, progress: Progress) -> Outcome:
-        """Write the folder from what saves the model; see :meth:`save`."""
-        watch = Stopwatch()
-        asked = self._named(out)
-        measure = None if self.before.measure is None else replace(self.before.measure, watch=watch, progress=progress)
-        source = self.before.source
-        publication = Publication(
-            out,
-            self.before.name,
-            overwrite,
-            self.plan.after.bytes_on_disk,
-            inputs=inputs_of(asked.model_dump()),
-            beside=[] if source is None else [Path(source.location)],
-            watch=watch,
-        )
-        manifest = publication.publish(
-            saver, lambda reread: self._manifest(reread, asked, watch), None if measure is None else measure.after
-        )
-        self.saved = Outcome(out, manifest)
-        return self.saved
-
-    def _manifest(self, reread: Reread, asked: Recipe, watch: Stopwatch) -> Manifest:
-        done, before = self._with_lengths(asked), self.before
-        return Manifest(
-            format_version=FORMAT_VERSION,
-            model={"name": before.name, "origin": before.origin, "architecture": type(reread.model).__name__},
-            recipe=done,
-            preset=record_of(done),
-            settled=dict(self.settled),
-            plan=self.plan,
-            damping=self.damping,
-            fallbacks=self.fallbacks,
-            sharing=[asdict(one) for one in self.sharing],
-            calibration=cast("WindowsRead | None", self.calibration),
-            evaluation=None if before.measure is None else before.measure.record(before.learned_from),
-            perplexity_before=before.perplexity,
-            perplexity_after=reread.perplexity,
-            seconds={**self.seconds, **watch.seconds},
-            peak_memory_bytes=peak_memory_bytes(),
-            bytes_before=self.plan.before.bytes_on_disk,
-            versions=versions(),
-            machine=machine(),
-            **reread.recorded,
-        )
-
-    def _named(self, out: Path) -> Recipe:
-        """Return the recipe with the names that a model in memory and a call leave open, as the command line has it."""
-        update: dict[str, object] = {"out": str(out)}
-        if self.recipe.model is None and self.before.source is not None:
-            update["model"] = self.before.source.name
-        return self.recipe.model_copy(update=update)
-
-    def _with_lengths(self, asked: Recipe) -> Recipe:
-        """Return the recipe with the lengths that defaults came to on this model and text, for the record."""
-        update: dict[str, object] = {}
-        read, measure = self.calibration, self.before.measure
-        if read is not None and "labels" not in read:
-            update["calibration"] = asked.calibration.model_copy(update={"length": read["length"]})
-        if measure is not None and asked.evaluation is not None:
-            update["evaluation"] = asked.evaluation.model_copy(update={"length": measure.windows.tokens.shape[1]})
-        return asked.model_copy(update=update)
+        return publish(self, saver, out, overwrite, watcher_of(progress, "Compressed.save"))
 
     def table(self) -> Table:
         """Return sizes, and what was measured so far: all of it once it was saved."""
@@ -198,3 +130,89 @@ class Compressed(Shown):
         rows.append(Row("seconds", "", f"{sum(self.seconds.values()):,.1f}", ""))
         lines = [*([self.plan.missed] if self.plan.missed else []), "not saved yet: save(FOLDER) writes and checks it"]
         return Table.comparison(self.before.name, rows, lines)
+
+
+def publish(
+    result: Compressed,
+    saver: Saver,
+    out: Path,
+    overwrite: bool,
+    progress: Progress,
+    reload: Reloader = reload_resident,
+) -> Outcome:
+    """Write the folder of a compression.
+
+    Args:
+        result: of it.
+        saver: writes its model; what it lets go of needs no memory while the folder is reloaded.
+        out: the folder to make.
+        overwrite: whether a folder there that pared wrote may be replaced.
+        progress: who watches.
+        reload: opens what was written.
+
+    Raises:
+        ParedError: as :meth:`Compressed.save`.
+    """
+    watch, before, asked = Stopwatch(), result.before, _named(result, out)
+    measure = None if before.measure is None else replace(before.measure, watch=watch, progress=progress)
+    publication = Publication(
+        out,
+        before.name,
+        overwrite,
+        result.plan.after.bytes_on_disk,
+        inputs=inputs_of(asked.model_dump()),
+        beside=[] if before.source is None else [Path(before.source.location)],
+        watch=watch,
+    )
+    manifest = publication.publish(
+        saver,
+        lambda reread: _manifest(result, reread, asked, watch),
+        None if measure is None else measure.after,
+        reload,
+    )
+    result.saved = Outcome(out, manifest)
+    return result.saved
+
+
+def _manifest(result: Compressed, reread: Reread, asked: Recipe, watch: Stopwatch) -> Manifest:
+    done, before = _with_lengths(result, asked), result.before
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        model={"name": before.name, "origin": before.origin, "architecture": type(reread.model).__name__},
+        recipe=done,
+        preset=record_of(done),
+        settled=dict(result.settled),
+        plan=result.plan,
+        damping=result.damping,
+        fallbacks=result.fallbacks,
+        sharing=[asdict(one) for one in result.sharing],
+        calibration=cast("WindowsRead | None", result.calibration),
+        evaluation=None if before.measure is None else before.measure.record(before.learned_from),
+        perplexity_before=before.perplexity,
+        perplexity_after=reread.perplexity,
+        seconds={**result.seconds, **watch.seconds},
+        peak_memory_bytes=peak_memory_bytes(),
+        bytes_before=result.plan.before.bytes_on_disk,
+        versions=versions(),
+        machine=machine(),
+        **reread.recorded,
+    )
+
+
+def _named(result: Compressed, out: Path) -> Recipe:
+    """Return the recipe with the names that a model in memory and a call leave open, as the command line has it."""
+    update: dict[str, object] = {"out": str(out)}
+    if result.recipe.model is None and result.before.source is not None:
+        update["model"] = result.before.source.name
+    return result.recipe.model_copy(update=update)
+
+
+def _with_lengths(result: Compressed, asked: Recipe) -> Recipe:
+    """Return the recipe with the lengths that defaults came to on this model and text, for the record."""
+    update: dict[str, object] = {}
+    read, measure = result.calibration, result.before.measure
+    if read is not None and "labels" not in read:
+        update["calibration"] = asked.calibration.model_copy(update={"length": read["length"]})
+    if measure is not None and asked.evaluation is not None:
+        update["evaluation"] = asked.evaluation.model_copy(update={"length": measure.windows.tokens.shape[1]})
+    return asked.model_copy(update=update)
