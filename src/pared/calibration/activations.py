@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from pared.calibration.spool import ActivationMemory, HiddenStates
 from pared.errors import ParedError
 from pared.structure.model import Anatomy
 from pared.structure.probe import BlockCall, StopForwardError, run_model
@@ -29,7 +30,7 @@ class BlockInputs:
             for windows without padding.
     """
 
-    hidden: list[torch.Tensor]
+    hidden: HiddenStates
     calls: list[list[BlockCall]]
     dtype: torch.dtype
     device: torch.device
@@ -42,7 +43,7 @@ class BlockInputs:
     def part(self, start: int, stop: int) -> "BlockInputs":
         """Return the same inputs, not copied, of some batches alone; what is done to them leaves these as they are."""
         there = slice(start, stop)
-        return replace(self, hidden=self.hidden[there], calls=self.calls[there], beside=self.beside[there])
+        return replace(self, hidden=self.hidden.part(start, stop), calls=self.calls[there], beside=self.beside[there])
 
     def mask(self, batch: int) -> torch.Tensor | None:
         """Return which tokens ``(batch, tokens)`` of a batch are no padding, bool; none if all are."""
@@ -59,6 +60,7 @@ def capture(
     dtype: torch.dtype,
     device: torch.device,
     beside: Mapping[str, torch.Tensor] | None = None,
+    memory: ActivationMemory | None = None,
 ) -> BlockInputs:
     """Run everything before and between the blocks on ``tokens (windows, length)``, but no block.
 
@@ -74,6 +76,7 @@ def capture(
         dtype: what the blocks will compute in.
         device: where they will.
         beside: what the model is given beside the tokens, as ``call_model``; ``Windows.beside``.
+        memory: what hidden states share with all others of the run; without a limit if not given.
 
     Raises:
         ParedError: a block's arguments depend on what an earlier block computed, which a walk cannot reproduce.
@@ -89,7 +92,7 @@ def capture(
         if len(recorded) < len(probed):
             raise _other_order(anatomy)
         _require_same_arguments(anatomy, probed, recorded)
-        inputs = BlockInputs([], [], dtype, device)
+        inputs = BlockInputs(HiddenStates(memory=memory), [], dtype, device)
         for start in range(0, len(tokens), batch):
             recorded.clear()
             more = {name: tensor[start : start + batch] for name, tensor in (beside or {}).items()}

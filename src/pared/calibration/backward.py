@@ -10,8 +10,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pared.calibration.activations import BlockInputs, real_rows, replaced_forwards
-from pared.calibration.forward import require_finite_hidden, worker_of
+from pared.calibration.forward import is_finite_hidden, require_finite_hidden, worker_of
 from pared.calibration.labels import Labels, logit_gradient
+from pared.calibration.spool import HiddenStates
 from pared.calibration.statistics import Statistic
 from pared.errors import ParedError
 from pared.structure.model import Anatomy, Site
@@ -45,8 +46,11 @@ class Trail:
     """
 
     inputs: BlockInputs
-    reads: list[list[torch.Tensor]] = field(default_factory=list)
-    gradients: list[torch.Tensor] = field(default_factory=list)
+    reads: list[HiddenStates] = field(default_factory=list)
+    gradients: HiddenStates = field(default_factory=HiddenStates)
+
+    def __post_init__(self) -> None:
+        self.gradients = HiddenStates(memory=self.inputs.hidden.memory)
 
     def runs_of(self, index: int) -> list[int]:
         """Return the numbers of a block's runs, in order."""
@@ -70,13 +74,14 @@ def record(block: nn.Module, index: int, anatomy: Anatomy, trail: Trail) -> None
     worker = worker_of(block, inputs.dtype, inputs.device)
     state = KeptState([worker])
     for run in trail.runs_of(index):
-        trail.reads.append([])
+        trail.reads.append(HiddenStates(memory=inputs.hidden.memory))
         for batch, calls in enumerate(inputs.calls):
-            trail.reads[run].append(inputs.hidden[batch])
+            trail.reads[run].append_from(inputs.hidden, batch)
             # A block may change its input in place.
-            inputs.hidden[batch] = calls[run].run(worker, inputs.hidden[batch].clone())
+            hidden = calls[run].run(worker, inputs.hidden[batch].clone())
             state.restore()
-            require_finite_hidden(anatomy, index, inputs.hidden[batch])
+            require_finite_hidden(anatomy, index, is_finite_hidden(hidden))
+            inputs.hidden[batch] = hidden
 
 
 def from_head(
@@ -96,7 +101,7 @@ def from_head(
         ParedError: the model has no head that predicts classes, or the labels do not fit.
     """
     inputs, window = trail.inputs, first_window
-    parts = torch.split(tokens, [len(hidden) for hidden in inputs.hidden])
+    parts = torch.split(tokens, [shape[0] for shape in inputs.hidden.shapes])
     for batch, part in enumerate(parts):
         calls, beside, hidden = inputs.calls[batch], inputs.beside[batch], inputs.hidden[batch]
         trail.gradients.append(_through_head(model, anatomy, calls, hidden, part, beside, window, labels))

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from pared.calibration.activations import BlockInputs, real_rows
 from pared.calibration.early_exit import Enough, LastRead
+from pared.calibration.spool import HiddenStates
 from pared.calibration.statistics import CROSS, Shapes, Statistic, StatisticView, accumulators
 from pared.errors import ParedError
 from pared.structure.linear import bias_of, weight_of
@@ -47,7 +48,7 @@ class DenseReference:
         block: gives the dense block of an index when its turn comes; it may be the very block that is observed.
     """
 
-    hidden: list[torch.Tensor]
+    hidden: HiddenStates | list[torch.Tensor]
     block: Callable[[int], nn.Module]
 
 
@@ -94,7 +95,7 @@ def observe(
         running.beside = copy_block(reference.block(index)).to(device=inputs.device, dtype=inputs.dtype)
     with hooks(_tap(worker, anatomy, index, statistics, running)):
         cosines = _run_block(worker, index, inputs, running, on_batch, influence)
-    _require_finite(anatomy, index, statistics, inputs)
+    _require_finite(anatomy, index, statistics, running)
     return BlockStatistics(index, statistics, 1 - sum(cosines) / len(cosines) if cosines else None)
 
 
@@ -104,14 +105,15 @@ def propagate(block: nn.Module, index: int, anatomy: Anatomy, inputs: BlockInput
     Raises:
         ParedError: what it puts out is NaN or infinite; names the block.
     """
-    _run_block(worker_of(block, inputs.dtype, inputs.device), index, inputs, _Running())
-    _require_finite(anatomy, index, {}, inputs)
+    running = _Running()
+    _run_block(worker_of(block, inputs.dtype, inputs.device), index, inputs, running)
+    _require_finite(anatomy, index, {}, running)
 
 
 def propagate_reference(index: int, inputs: BlockInputs, reference: DenseReference) -> None:
     """Let the dense block of an index run over all batches, alone: the hidden states of the reference are its own."""
     beside = copy_block(reference.block(index)).to(device=inputs.device, dtype=inputs.dtype)
-    _run_block(beside, index, replace(inputs, hidden=reference.hidden), _Running())
+    _run_block(beside, index, replace(inputs, hidden=reference.hidden), _Running())  # type: ignore[arg-type]
 
 
 @dataclass
@@ -125,6 +127,7 @@ class _Running:
         mask_BT: which tokens of the batch are no padding; none if all are.
         shape: of the batch, ``(windows, tokens)``.
         reads: what the sites of the dense block have read of this batch, by the site that reads first.
+        finite: whether all that was put out so far is finite.
     """
 
     path: DenseReference | None = None
@@ -133,6 +136,7 @@ class _Running:
     mask_BT: torch.Tensor | None = None
     shape: tuple[int, ...] = ()
     reads: dict[str, torch.Tensor] = field(default_factory=dict)
+    finite: bool = True
 
 
 @torch.no_grad()
@@ -149,18 +153,22 @@ def _run_block(
     state = KeptState([worker] if running.beside is None else [worker, running.beside])
     for number in range(len(inputs.calls)):
         running.mask_BT = mask_BT = inputs.mask(number)
-        running.shape = tuple(inputs.hidden[number].shape[:2])
+        hidden = read = inputs.hidden[number]  # which may lie on the disk
+        running.shape = tuple(hidden.shape[:2])
         for call in inputs.calls_of(number, index):
             if running.path is not None and running.beside is not None:
                 running.reads.clear()
                 running.path.hidden[number] = call.run(running.beside, running.path.hidden[number])
-            before = inputs.hidden[number].clone() if influence else None  # a block may change its input in place
+            before = hidden.clone() if influence else None  # a block may change its input in place
             with suppress(Enough):
-                inputs.hidden[number] = call.run(worker, inputs.hidden[number])
+                hidden = call.run(worker, hidden)
+                running.finite = running.finite and is_finite_hidden(hidden)
             state.restore()
             if before is not None:
-                cosine_BT = functional.cosine_similarity(before.float(), inputs.hidden[number].float(), dim=-1)
+                cosine_BT = functional.cosine_similarity(before.float(), hidden.float(), dim=-1)
                 cosines.append(float((cosine_BT if mask_BT is None else cosine_BT[mask_BT]).mean()))
+        if hidden is not read:
+            inputs.hidden[number] = hidden
         if running.last is not None:
             running.last.known = True
         on_batch()
@@ -257,7 +265,7 @@ def _output_hook(statistic: Statistic, running: _Running, site: str) -> Callable
     return hook
 
 
-def _require_finite(anatomy: Anatomy, index: int, statistics: BySite, inputs: BlockInputs) -> None:
+def _require_finite(anatomy: Anatomy, index: int, statistics: BySite, running: _Running) -> None:
     for site in anatomy.sites_of(index):
         for statistic in statistics.get(site.name, {}).values():
             if not statistic.finite():
@@ -265,13 +273,17 @@ def _require_finite(anatomy: Anatomy, index: int, statistics: BySite, inputs: Bl
                 raise ParedError(
                     f"site {site.name} {what} NaN or infinity; check the weights before it, or calibrate in float32"
                 )
-    for hidden in inputs.hidden:
-        require_finite_hidden(anatomy, index, hidden)
+    require_finite_hidden(anatomy, index, running.finite)
 
 
-def require_finite_hidden(anatomy: Anatomy, index: int, hidden: torch.Tensor) -> None:
-    """Raise a ParedError that names the block if the hidden states it puts out are NaN or infinite."""
-    if not hidden.sum(dtype=torch.float32).isfinite():
+def is_finite_hidden(hidden: torch.Tensor) -> bool:
+    """Whether hidden states hold finite numbers alone."""
+    return bool(hidden.sum(dtype=torch.float32).isfinite())
+
+
+def require_finite_hidden(anatomy: Anatomy, index: int, finite: bool) -> None:
+    """Raise a ParedError that names the block if the hidden states it puts out are not finite."""
+    if not finite:
         raise ParedError(
             f"block {anatomy.block_name(index)} puts out NaN or infinity; check its weights, or calibrate in float32"
         )

@@ -137,6 +137,11 @@ class HiddenStates:
         return (self[number] for number in range(len(self)))
 
     @property
+    def shapes(self) -> list[torch.Size]:
+        """The shapes of the entries; none is read."""
+        return [kept.shape for kept in self._kept if kept is not None]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all entries, wherever they lie."""
         return sum(kept.nbytes for kept in self._kept if kept is not None)
@@ -152,11 +157,15 @@ class HiddenStates:
                      for kept in self._kept]  # fmt: skip
         return new
 
-    def first(self, batches: int) -> "HiddenStates":
-        """Return the first batches, not copied; what is put in the one is not seen in the other."""
+    def part(self, start: int, stop: int) -> "HiddenStates":
+        """Return some batches, not copied; what is put in the one list is not seen in the other."""
         new = HiddenStates(memory=self.memory)
-        new._kept = self._kept[:batches]
+        new._kept = self._kept[start:stop]
         return new
+
+    def append_from(self, other: "HiddenStates", number: int) -> None:
+        """Add a batch of another list, not copied."""
+        self._kept.append(other._kept[number])
 
     def take(self, other: "HiddenStates") -> None:
         """Hold what another holds from now on, not copied."""
@@ -172,6 +181,7 @@ class _InMemory:
 
     def __init__(self, memory: ActivationMemory, tensor: torch.Tensor) -> None:
         self.tensor, self.nbytes, self._memory = tensor.detach(), tensor.nbytes, memory
+        self.shape = tensor.shape
         memory.used += self.nbytes
 
     def read(self) -> torch.Tensor:
@@ -193,6 +203,7 @@ class _InFile:
             order, in_order = list(range(tensor.ndim)), tensor.contiguous()
         self._shape, self._back = in_order.shape, sorted(range(len(order)), key=order.__getitem__)
         self._dtype, self._device, self.nbytes = tensor.dtype, tensor.device, tensor.nbytes
+        self.shape = tensor.shape
         self._path = memory.folder / f"{uuid.uuid4().hex}.bin"
         raw = in_order.cpu().flatten().view(torch.uint8).numpy()
         try:

@@ -160,6 +160,7 @@ class StreamedBlocks:
         self._placed = dict(placed)
         self._where: dict[str, StoredTensor] = {}  # by the name of the parameter, of what is only renamed
         self._loaded: dict[int, list[Before]] = {}
+        self._checked: set[int] = set()  # blocks of the checkpoint whose numbers are finite
         self._empty: Any = cast("Any", WeakTensorKeyDictionary())  # parameter in memory -> the one on meta for it
         outside = self._sort_in(stored)
         missing = self._require_whole()
@@ -182,7 +183,7 @@ class StreamedBlocks:
         """Return a block, in its place in the model, with its tensors in memory as they were committed last.
 
         Raises:
-            DamagedError: its file is missing, truncated, or not the one that was opened.
+            DamagedError: its file is missing or truncated, or it holds NaN or infinity.
         """
         block = self._blocks[self._keys[index]]
         if index in self._loaded:
@@ -192,6 +193,7 @@ class StreamedBlocks:
         try:
             self._names.fill(list(self._stored[index].values()), self._placed)
             self._fill_shared(block, index)
+            self._require_finite(block, index)
         except BaseException:
             self.release(index)
             raise
@@ -348,6 +350,12 @@ class StreamedBlocks:
         unused = {name for one in self._placed.values() for name in one.names if name not in known}
         warn_of_unused(unused, self._name)
         return missing
+
+    def _require_finite(self, block: nn.Module, index: int) -> None:
+        """Refuse NaN and infinity in a block of the checkpoint, when it is read first."""
+        if self.files[index] is None and index not in self._checked:
+            require_finite(block, self._name, self.block_name(index))
+            self._checked.add(index)
 
     def _fill_shared(self, block: nn.Module, index: int) -> None:
         """Give the members of shared bases in a block the tensor that another block owns."""

@@ -26,6 +26,7 @@ from pared.calibration import (
     propagate_reference,
     record,
 )
+from pared.calibration.spool import HiddenStates
 from pared.structure import Anatomy
 from pared.structure.store import BlockStore
 
@@ -77,7 +78,7 @@ def run_blocks(
     Raises:
         ParedError: an activation is NaN or infinite; names the site.
     """
-    read: dict[int, list[torch.Tensor]] = {}  # what the blocks of the open group read
+    read: dict[int, HiddenStates] = {}  # what the blocks of the open group read
     last, compressed = len(store) - 1, hand_on == "compressed"
     for index in range(len(store)):
         block = store.load(index)
@@ -90,7 +91,7 @@ def run_blocks(
                 on_batch()
             continue
         if compressed:
-            read[index] = [hidden.clone() for hidden in inputs.hidden]
+            read[index] = inputs.hidden.clone()
         statistics = observe(
             observed(index) if observed else block,
             index,
@@ -107,9 +108,9 @@ def run_blocks(
         closes = (index + 1) % group == 0 or index == last
         first = index - index % group if closes else index
         if compressed:
-            inputs.hidden[:] = [hidden.clone() for hidden in read[first]] if first < index else read[index]
+            inputs.hidden.take(read[first].clone() if first < index else read[index])
             if not closes:
-                read[index] = [hidden.clone() for hidden in inputs.hidden]
+                read[index] = inputs.hidden.clone()
             for again in range(first, index + 1):
                 propagate(store.load(again), again, anatomy, inputs)
         if closes:
@@ -172,7 +173,7 @@ def run_blocks_backward(
             with frozen(store.model):
                 record(block, index, anatomy, trail)
             store.release(index)
-        there = tokens[window - first_window :][: sum(len(hidden) for hidden in trail.inputs.hidden)]
+        there = tokens[window - first_window :][: sum(shape[0] for shape in trail.inputs.hidden.shapes)]
         with frozen(store.model):
             from_head(store.model, anatomy, trail, there, window, labels)
         window += len(there)

@@ -15,8 +15,13 @@ _STATE_HOOKS = (
 )
 
 
-def require_finite_weights(model: PreTrainedModel, anatomy: Anatomy) -> None:
+def require_finite_weights(model: PreTrainedModel, anatomy: Anatomy, streamed: bool = False) -> None:
     """Refuse a model whose sites hold anything but finite numbers in memory, or hooks that cannot stay.
+
+    Args:
+        model: dense.
+        anatomy: of it.
+        streamed: whether its blocks are read one by one, and checked as they are.
 
     Raises:
         ParedError: names the site.
@@ -26,6 +31,8 @@ def require_finite_weights(model: PreTrainedModel, anatomy: Anatomy) -> None:
         if any(getattr(layer, hooks, None) for hooks in _STATE_HOOKS):
             raise ParedError(f"site {site.name} has a hook on its state dict, which changes its form; remove the hook")
         weight = weight_of(layer)
+        if weight.is_meta and streamed:
+            continue
         if weight.is_meta:
             raise ParedError(f"site {site.name} is on the meta device (offloaded); load the model without offloading")
         if not is_finite(weight):

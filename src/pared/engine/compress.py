@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.allocation import Evidence
+from pared.calibration.spool import ActivationMemory
 from pared.data.windows import Windows
 from pared.engine.allocate import anatomy_of
 from pared.engine.checks import require_finite_weights
@@ -48,6 +49,7 @@ def compress_blocks(
     evidence: Evidence | None = None,
     trial: Trial | None = None,
     store: BlockStore | None = None,
+    memory: ActivationMemory | None = None,
     progress: Progress | None = None,
 ) -> Compressed:
     """Compress a model, in place, block by block, as its spec says.
@@ -65,6 +67,7 @@ def compress_blocks(
         evidence: what an allocation of zeros needs, in place of a pass for it.
         trial: measures the model on windows, for an allocation that tries what it proposes; less is better.
         store: hands out the model's blocks; the model is in memory as a whole if none is given.
+        memory: what hidden states share; without a limit if not given.
         progress: who watches; nobody by default.
 
     Raises:
@@ -73,7 +76,7 @@ def compress_blocks(
     with evaluating(model), torch.inference_mode(False):
         store = store or ResidentBlocks(model, anatomy_of(model, spec.recipe))
         observer = _observe(store, tokenizer, spec, windows, progress)
-        observer.saved = saved
+        observer.saved, observer.memory = saved, memory or observer.memory
         result = Compressed(model, spec)
         with _work(observer, spec, evidence, trial) as work:
             for step in work.passes:
@@ -126,7 +129,8 @@ def _observe(
     """Check the weights, find out how the blocks are called, and cut the tokens if any are needed."""
     observer = Observer(store, tokenizer, spec, progress or Silent())
     with observer.watch("probe"):
-        require_finite_weights(store.model, anatomy_of(store.model, spec.recipe))
+        streamed = not isinstance(store, ResidentBlocks)
+        require_finite_weights(store.model, anatomy_of(store.model, spec.recipe), streamed)
         observer.probe(read=spec.calibrated)
     if spec.calibrated:
         observer.read(windows)

@@ -23,6 +23,7 @@ from pared.calibration import (
     save_block,
     statistic_kind,
 )
+from pared.calibration.spool import ActivationMemory
 from pared.data.windows import Windows, require_fits
 from pared.engine.allocate import anatomy_of
 from pared.engine.blocks import Needs, Visit, run_blocks, run_blocks_backward, visit_blocks
@@ -62,6 +63,7 @@ class Observer:
         tokens: how many they are, padding aside.
         dtype: what the blocks compute in, once anything ran.
         backward_tokens: of those, how many went through the backward pass.
+        memory: what hidden states share.
     """
 
     store: BlockStore
@@ -74,6 +76,7 @@ class Observer:
     tokens: int = 0
     dtype: torch.dtype | None = None
     backward_tokens: int = 0
+    memory: ActivationMemory = field(default_factory=ActivationMemory)
 
     def __post_init__(self) -> None:
         self.model = self.store.model
@@ -108,12 +111,12 @@ class Observer:
         with self.watch("capture"):
             device = device_of(self.spec.recipe.device)
             self.dtype = dtype = choose_dtype(asked.dtype, self.model.dtype, device)
-            tokens, beside = windows.tokens, windows.beside
-            return capture(self.model, self.anatomy, tokens, asked.batch, self.calls, dtype, device, beside)
+            how = asked.batch, self.calls, dtype, device, windows.beside, self.memory
+            return capture(self.model, self.anatomy, windows.tokens, *how)
 
     def reference(self, inputs: BlockInputs, block: Callable[[int], nn.Module] | None = None) -> DenseReference:
         """Return the dense model on these inputs; its blocks are those of the store before they are visited."""
-        return DenseReference([hidden.clone() for hidden in inputs.hidden], block or self.store.load)
+        return DenseReference(inputs.hidden.clone(), block or self.store.load)
 
     def run(self, step: PassSpec, visit: Visit, influence: bool = False) -> None:
         """Collect what a low-rank method reads, and visit every block with the statistics of its sites.
@@ -188,6 +191,8 @@ class Observer:
             observed: as of :func:`pared.engine.blocks.run_blocks`.
         """
         hand_on: HandOn = step.hand_on
+        # The members of a group that are fitted at once must all be in memory, as those that are solved at once.
+        together = step.action == "solve" or (step.action == "refit" and hand_on == "dense")
         with self._stage(f"{name} ({inputs.dtype})", inputs) as advance, self.watch("walk"):
             run_blocks(
                 self.store,
@@ -198,7 +203,7 @@ class Observer:
                 hand_on=hand_on,
                 changes=step.installs or step.action == "refit",
                 reference=reference,
-                group=self.spec.group_size if step.action == "solve" else 1,
+                group=self.spec.group_size if together else 1,
                 influence=influence,
                 observed=observed,
                 on_batch=advance,
@@ -227,7 +232,7 @@ class Observer:
         if share < 1:  # windows that are there twice are one observation: a share is of those that differ
             differing = len(set(map(tuple, windows.tokens.tolist()))) / len(windows.tokens)
             inputs = inputs.part(0, math.ceil(share * math.ceil(differing * len(inputs.calls))))
-        windows = windows.first(sum(len(hidden) for hidden in inputs.hidden))
+        windows = windows.first(sum(shape[0] for shape in inputs.hidden.shapes))
         self.backward_tokens = windows.real_tokens
         labels = choose_labels(self.model, self.spec.loss, self.spec.calibration.seed, windows.labels)
 
@@ -301,7 +306,10 @@ def _batches_at_once(inputs: BlockInputs) -> int | None:
     What all blocks read of them is in memory at once; where that is not all there are, the statistics of all blocks
     are, in its place.
     """
-    largest = max(hidden.numel() * hidden.element_size() for hidden in inputs.hidden) * (len(inputs.calls[0]) + 1)
+    if inputs.hidden.memory.limit is not None:
+        return None  # what does not fit lies on the disk
+    itemsize = inputs.dtype.itemsize
+    largest = max(shape.numel() * itemsize for shape in inputs.hidden.shapes) * (len(inputs.calls[0]) + 1)
     return None if largest * len(inputs.calls) <= TRAIL_BYTES else max(1, TRAIL_BYTES // largest)
 
 

@@ -1,7 +1,7 @@
 """NaN and infinity in weights: a damaged download shows there, in rows that no check by answers may read."""
 
 import torch
-from transformers import PreTrainedModel
+from torch import nn
 
 from pared.errors import DamagedError
 
@@ -14,17 +14,18 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return bool(least.isfinite() & most.isfinite())
 
 
-def require_finite(model: PreTrainedModel, name: str) -> None:
+def require_finite(model: nn.Module, name: str, prefix: str = "") -> None:
     """Check that no parameter holds NaN or infinity; buffers may, as masks do.
 
     Args:
-        model: loaded.
-        name: of it, for the message.
+        model: loaded, or a part of it.
+        name: of the model, for the message.
+        prefix: name of the part.
 
     Raises:
         ParedError: one does; names the first and how many numbers of it are affected.
     """
-    for tensor, values in model.named_parameters():
+    for tensor, values in model.named_parameters(prefix=prefix):
         if values.is_meta or not values.is_floating_point() or is_finite(values):
             continue
         wrong = int((~values.float().isfinite()).sum())

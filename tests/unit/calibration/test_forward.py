@@ -84,7 +84,7 @@ def test_the_walk_ends_in_the_hidden_states_of_a_real_forward_pass(family: str) 
     anatomy, inputs, _ = walked(model)
     expected, _, _ = really_run(model, anatomy)
     assert [hidden.shape[0] for hidden in inputs.hidden] == [3, 3, 1]
-    torch.testing.assert_close(torch.cat(inputs.hidden), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.cat(list(inputs.hidden)), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *REPEATED])
@@ -186,7 +186,7 @@ def test_a_half_precision_model_can_be_walked_in_float32(family: str, stored: to
     model = TINY_MODELS[family]().to(stored)
     _, inputs, _ = walked(model, torch.float32)
     expected, _, _ = really_run(model.float(), find_anatomy(model))
-    found = torch.cat(inputs.hidden)
+    found = torch.cat(list(inputs.hidden))
     assert found.dtype == torch.float32
     assert (found - expected).norm() < 0.02 * expected.norm()
     assert found.isfinite().all()
@@ -197,7 +197,9 @@ def test_the_batch_size_does_not_change_the_statistics(batch: int) -> None:
     model = TINY_MODELS["gemma3"]()
     _, inputs, steps = walked(model, batch=batch)
     _, expected_inputs, expected = walked(model)
-    torch.testing.assert_close(torch.cat(inputs.hidden), torch.cat(expected_inputs.hidden), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        torch.cat(list(inputs.hidden)), torch.cat(list(expected_inputs.hidden)), atol=1e-5, rtol=1e-5
+    )
     for step, other in zip(steps, expected, strict=True):
         for name in step.statistics:
             mine, theirs = step.statistics[name]["gram"], other.statistics[name]["gram"]
@@ -224,7 +226,7 @@ def test_a_pass_that_ends_at_the_last_read_collects_what_a_whole_one_does(family
         for site, statistic in ours.items():
             assert statistic.tokens == theirs[site].tokens
             torch.testing.assert_close(statistic.value, theirs[site].value)
-    torch.testing.assert_close(torch.cat(inputs.hidden), torch.cat(whole.hidden))
+    torch.testing.assert_close(torch.cat(list(inputs.hidden)), torch.cat(list(whole.hidden)))
 
 
 def test_the_first_of_two_passes_ends_before_the_last_product() -> None:
@@ -255,7 +257,7 @@ def test_a_block_may_be_replaced_as_soon_as_it_was_walked() -> None:
             parameter.data = torch.zeros(0)
 
     walk(model, anatomy, inputs, only_gram, visit=visit)
-    torch.testing.assert_close(torch.cat(inputs.hidden), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.cat(list(inputs.hidden)), expected, atol=1e-5, rtol=1e-5)
 
 
 def compressed(

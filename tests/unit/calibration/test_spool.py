@@ -75,16 +75,18 @@ def test_a_clone_does_not_change_with_the_original(tmp_path: Path, limit: int | 
         assert all(map(torch.equal, copy, tensors))
 
 
-def test_the_first_batches_are_a_list_of_their_own(tmp_path: Path) -> None:
+def test_some_batches_are_a_list_of_their_own(tmp_path: Path) -> None:
     tensors = _batches()
     for limit in (None, 0):
         with ActivationMemory(limit, tmp_path / "out") as memory:
             hidden = HiddenStates(tensors, memory)
-            first = hidden.first(2)
+            first = hidden.part(0, 2)
             assert len(first) == 2
             first[0] = tensors[0] + 1
             assert torch.equal(hidden[0], tensors[0])
-            hidden.take(first)
+            first.append_from(hidden, 2)
+            assert torch.equal(first[2], tensors[2])
+            hidden.take(first.part(0, 2))
             assert len(hidden) == 2
             assert torch.equal(hidden[0], tensors[0] + 1)
 
