@@ -4,7 +4,7 @@ The model is one tree of modules all the while. Parameters of a block that is no
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -160,6 +160,7 @@ class StreamedBlocks:
         self._placed = dict(placed)
         self._where: dict[str, StoredTensor] = {}  # by the name of the parameter, of what is only renamed
         self._loaded: dict[int, list[Before]] = {}
+        self._change: Callable[[int], None] | None = None
         self._checked: set[int] = set()  # blocks of the checkpoint whose numbers are finite
         self._empty: Any = cast("Any", WeakTensorKeyDictionary())  # parameter in memory -> the one on meta for it
         outside = self._sort_in(stored)
@@ -203,6 +204,8 @@ class StreamedBlocks:
                     self._empty[now] = empty
             if isinstance(one.module, SparseLinear):
                 one.module.unpack_()
+        if self._change is not None:
+            self._change(index)
         return block
 
     def release(self, index: int) -> None:
@@ -287,6 +290,35 @@ class StreamedBlocks:
                 handle = self._blocks[key].register_forward_pre_hook(hook(index), prepend=True)
                 stack.callback(handle.remove)
             yield
+
+    @contextmanager
+    def patched(self, change: Callable[[int], None]) -> Iterator[None]:
+        """Have every block changed when it is loaded, for the length of a ``with`` block; nothing of it is kept.
+
+        Args:
+            change: is given the index of a block that was loaded, and changes it in the model.
+        """
+        assert not self._loaded, "a block that is in memory would not be changed"
+        self._change = change
+        try:
+            yield
+        finally:
+            self._change = None
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield every tensor of the model's state by name, in the order of the names."""
+        index: int | None = None
+        for name in sorted(self.model.state_dict()):
+            if (own := self._index_of(name)) != index:
+                if index is not None:
+                    self.release(index)
+                index = own
+                if index is not None:
+                    self.load(index)
+            module, _, leaf = name.rpartition(".")
+            yield name, getattr(self.model.get_submodule(module), leaf)
+        if index is not None:
+            self.release(index)
 
     @contextmanager
     def holding(self, module: str) -> Iterator[None]:

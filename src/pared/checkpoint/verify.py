@@ -22,7 +22,6 @@ from pared.models.source import find_model
 from pared.models.trust import trusted, trusting
 from pared.schema.manifest import Fingerprint, Manifest
 from pared.structure import weight_of
-from pared.structure.finite import require_finite
 from pared.structure.probe import hooks
 
 TOKENS, SAMPLES = 16, 64
@@ -237,18 +236,13 @@ def verify(folder: str | Path, trust_remote_code: bool = False, stream: Stream =
 
 
 def open_whole(folder: Path) -> StreamedBlocks:
-    """Open a folder to be read block by block, as :func:`~pared.checkpoint.load.load` does: every weight is finite.
+    """Open a folder to be read block by block; whether its weights are finite is checked as they are read.
 
     Raises:
-        ParedError: not a model, truncated, or NaN or infinity in a weight.
+        ParedError: not a model, or truncated.
     """
     read_config(str(folder))
-    store = open_streamed(find_model(str(folder)))
-    for index in range(len(store)):
-        store.load(index)
-        require_finite(store.model, str(folder))
-        store.release(index)
-    return store
+    return open_streamed(find_model(str(folder)))
 
 
 def _require_written(folder: Path) -> None:

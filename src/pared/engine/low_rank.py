@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import version as pared_version
+from typing import cast
 
 from pared.allocation import Evidence, Unit
 from pared.calibration import BlockStatistics
@@ -21,6 +22,7 @@ from pared.errors import ParedError
 from pared.io.digests import model_digest
 from pared.lowrank.registry import mean_gram
 from pared.schema.plan import Decision, Plan
+from pared.structure.store import BlockStore, LazyBlocks, ResidentBlocks
 
 Trial = Callable[[Windows], float]  # measures the model as it is on windows; less is better
 
@@ -162,14 +164,14 @@ class LowRankWork:
 
     def _trial_on(self, windows: Windows) -> Callable[[Mapping[str, Decision]], float]:
         """Return what measures decisions, on tokens that are not calibrated on."""
-        solver, trial = self._solved, self._trial
+        solver, trial, store = self._solved, self._trial, self._observer.store
         if trial is None:
             raise ParedError(
                 f"allocation {self._spec.allocator.name} tries what it proposes; give what measures a model"
             )
 
         def measure(decisions: Mapping[str, Decision]) -> float:
-            with solver.installed(decisions):
+            with solver.installed(decisions, store):
                 return trial(windows)
 
         return measure
@@ -178,8 +180,10 @@ class LowRankWork:
         """Return what a trial's result depends on, but for the decisions tried."""
         spec, windows = self._spec, self._observer.windows
         calibrated = None if windows is None else windows.digest
+        store = self._observer.store
+        digest = model_digest(self._model, None if isinstance(store, ResidentBlocks) else _lazy(store).tensors())
         asked = [spec.method.name, spec.config.model_dump(), spec.budget.pivoted, spec.calibration.model_dump()]
-        return json.dumps([model_digest(self._model), trials.digest, calibrated, *asked, pared_version("pared")])
+        return json.dumps([digest, trials.digest, calibrated, *asked, pared_version("pared")])
 
     def _refit(self, step: PassSpec) -> None:
         """Fit every ``up`` to the inputs that the compressed model really has."""
@@ -195,3 +199,7 @@ class LowRankWork:
         reference = observer.reference(inputs, dense_block) if step.reference else None
         observed = dense_block if self._spec.refit == "sequential-dense-block" else None
         observer.forward(inputs, mean_gram, visit, step, reference, name="refit", observed=observed)
+
+
+def _lazy(store: BlockStore) -> LazyBlocks:
+    return cast("LazyBlocks", store)

@@ -1,8 +1,9 @@
 """Decomposes weights as statistics come in, and puts factors in place once their ranks are known."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ from pared.lowrank.dense_path import target
 from pared.lowrank.sharing import stacked
 from pared.schema.plan import Decision, Dense, LowRank, Plan, Shared
 from pared.structure import Site, weight_of
-from pared.structure.store import BlockStore
+from pared.structure.store import BlockStore, LazyBlocks, ResidentBlocks
 
 StatisticsOfSite = Mapping[str, StatisticView]
 
@@ -190,14 +191,43 @@ class Solver:
         return self._store.weight(*self._rows[site])
 
     @contextmanager
-    def installed(self, decisions: Mapping[str, Decision]) -> Iterator[None]:
-        """Have these decisions, by unit, in the model for the length of a ``with`` block; the rest is as it was."""
+    def installed(self, decisions: Mapping[str, Decision], store: BlockStore | None = None) -> Iterator[None]:
+        """Have these decisions, by unit, in the model for the length of a ``with`` block; the rest is as it was.
+
+        Args:
+            decisions: by unit.
+            store: of the model, where its blocks are not in memory: they are changed as they are read.
+
+        Raises:
+            ParedError: they are read one by one, and a decision is of several blocks.
+        """
         chosen = [(unit, decisions.get(unit.name)) for unit in self.units]
         taken = [(unit, decision) for unit, decision in chosen if isinstance(decision, LowRank)]
+        if store is not None and not isinstance(store, ResidentBlocks):
+            with cast("LazyBlocks", store).patched(self._changes(taken)):
+                yield
+            return
         with unchanged(self._model, [site.name for unit, _ in taken for site in unit.members]):
             for unit, decision in taken:
                 self.install(unit, decision)
             yield
+
+    def _changes(self, taken: Sequence[tuple[Unit, LowRank]]) -> Callable[[int], None]:
+        """Return what installs decisions in a block, by its index."""
+        of_block: dict[int, list[tuple[Unit, LowRank]]] = {}
+        for unit, decision in taken:
+            if len({site.block for site in unit.members}) > 1:
+                raise ParedError(
+                    f"unit {unit.name} shares a basis over several blocks, which cannot be tried on a model that is "
+                    "read block by block; take sharing=none, another allocation, or the whole model in memory (--stream off)"
+                )
+            of_block.setdefault(unit.members[0].block, []).append((unit, decision))
+
+        def change(index: int) -> None:
+            for unit, decision in of_block.get(index, ()):
+                self.install(unit, decision)
+
+        return change
 
     def _aim(self, site: Site, own: StatisticsOfSite) -> None:
         """Set what is decomposed in place of the dense weight, if the dense model went beside."""

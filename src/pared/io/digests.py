@@ -10,7 +10,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +21,7 @@ from pared.io.files import cache_folder, files_under, path_of, write_whole
 from pared.io.guarded import read_json
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 BLOCK = 1 << 20  # bytes read at once
@@ -97,17 +98,22 @@ def _files_digest(folder: Path) -> "hashlib._Hash":
     return digest
 
 
-def model_digest(model: "PreTrainedModel") -> str:
-    """Return the SHA-256 of a model in memory: configuration, and every tensor's name, shape, dtype and bytes."""
+def model_digest(model: "PreTrainedModel", tensors: "Iterable[tuple[str, torch.Tensor]] | None" = None) -> str:
+    """Return the SHA-256 of a model: configuration, and every tensor's name, shape, dtype and bytes.
+
+    Args:
+        model: whose configuration it is.
+        tensors: of its state by name, in the order of the names; those in memory if not given.
+    """
     import torch
 
     told = json.loads(model.config.to_json_string(use_diff=False))
     for incidental in ("_name_or_path", "transformers_version", "_commit_hash", "auto_map"):
         told.pop(incidental, None)
     digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(model.state_dict().items()) if tensors is None else tensors:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

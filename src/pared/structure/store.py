@@ -1,9 +1,10 @@
 """Where the blocks of a model are while nobody computes with them: in memory all the time, or somewhere else."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -37,6 +38,17 @@ class BlockStore(Protocol):
     @contextmanager
     def running(self) -> Iterator[None]:
         """Let the whole model be called for the length of a ``with`` block: every block is there when it runs."""
+
+
+class LazyBlocks(BlockStore, Protocol):
+    """Blocks that are read when they are loaded."""
+
+    @contextmanager
+    def patched(self, change: Callable[[int], None]) -> Iterator[None]:
+        """Have every block changed when it is loaded, for the length of a ``with`` block; nothing of it is kept."""
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield every tensor of the model's state by name, in the order of the names."""
 
 
 class ResidentBlocks:
