@@ -219,7 +219,7 @@ class Solver:
             if len({site.block for site in unit.members}) > 1:
                 raise ParedError(
                     f"unit {unit.name} shares a basis over several blocks, which cannot be tried on a model that is "
-                    "read block by block; take sharing=none, another allocation, or the whole model in memory (--stream off)"
+                    "read block by block; take sharing=none, another allocation, or keep it in memory (--stream off)"
                 )
             of_block.setdefault(unit.members[0].block, []).append((unit, decision))
 
