@@ -267,7 +267,8 @@ def render() -> None:
     def of(what: str) -> list[dict[str, Any]]:
         return [line for line in lines if line["what"] == what]
 
-    parts, cells = [HEAD], list[Sequence[object]]()
+    parts = [HEAD]
+    cells: list[tuple[object, ...]]
     if rows := of("memory"):
         cells = [
             (f"{one['model']}, {one['method']}", _mib(one["cap"]), one["compress_exit"],
@@ -305,9 +306,9 @@ HEAD = """# Scale: larger than memory, longer than a process
 
 Made by `python benchmarks/scale.py`; raw lines with commit and machine in [scale.jsonl](scale.jsonl). Two cores,
 no GPU: `make test-gpu` and `benchmarks/gpu.py` have not been run on one."""
-MEMORY = """A random-weight model of the shape of LLaMA-3.2-3B in bfloat16 (6.4 GB on disk) and
-Qwen2.5-Coder-0.5B, compressed with `--stream on` under a hard limit of memory, and verified under the same. *Group* is what the control
-group held at most, page cache included, which cannot exceed the cap; *RSS* is the process's own peak."""
+MEMORY = """A random-weight model of the shape of LLaMA-3.2-3B in bfloat16 (6.4 GB on disk) and Qwen2.5-Coder-0.5B,
+compressed with `--stream on` under a hard limit of memory, and verified under the same. *Group* is what the
+control group held at most, page cache included, which cannot exceed the cap; *RSS* is the process's own peak."""
 STREAM = """The embedded model, 16 windows of 512 tokens, float32, one thread: every tensor of the output, and the wall
 time of whole commands, interleaved, three pairs."""
 KILLS = """A small model; every command is killed with SIGKILL at a random moment (30 to 100% of the time a whole run
