@@ -1,5 +1,6 @@
 """One declaration of an option makes the command's option, the key of the file and the row of the documentation."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +10,7 @@ from typer.testing import CliRunner
 
 import pared
 from pared import ParedError
+from pared.cli.commands import COMMANDS, LazyCommands
 from pared.cli.from_schema import Change, Fields, Given, schema_options
 from pared.cli.reference import BLOCK, MODELS, renewed
 from pared.schema.base import Config
@@ -18,6 +20,14 @@ from pared.schema.recipe import Recipe
 from pared.schema.search import SearchConfig
 from pared.schema.training import TrainingConfig
 
+FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*[a-z](?![\w])")  # those of papers have an underscore
+OF_OTHERS = {
+    "README.md": {"--no-deps"},  # pip
+    "format.md": {"--check"},  # sha256sum
+    "tune.md": {"--long", "--nproc-per-node"},  # a benchmark, torchrun
+    "evaluation.md": {"--new-eval"},  # a paper's code
+    "low_rank.md": {"--delta"},  # a paper's code
+}
 DOCS = Path(__file__).parents[3] / "docs"
 # Every option of a compression with what the recipe then holds.
 GIVEN: dict[str, tuple[str, Any]] = {
@@ -157,3 +167,18 @@ def test_a_measure_refuses_what_it_does_not_read() -> None:
         with pytest.raises(ParedError, match=told):
             EvaluationConfig.of(fields)
     assert EvaluationConfig(tasks="gsm8k, mbpp,gsm8k").tasks == ("gsm8k", "mbpp")  # type: ignore[arg-type]
+
+
+def flags_of(command: Any) -> set[str]:
+    inner = [flag for one in getattr(command, "commands", {}).values() for flag in flags_of(one)]
+    return {*inner, *(flag for one in command.params for flag in (*one.opts, *one.secondary_opts)), "--help"}
+
+
+def test_every_option_that_the_pages_name_is_one() -> None:
+    known = {flag for name in COMMANDS for flag in flags_of(LazyCommands(name="pared").get_command(None, name))}
+    known |= {"--version", "--verbose"}
+    pages = [DOCS.parent / "README.md", *(page for page in DOCS.glob("*.md") if page.name != "presets.md")]
+    named = {(page.name, flag) for page in pages for flag in FLAG.findall(page.read_text(encoding="utf-8"))}
+    assert len(named) > 50
+    strange = sorted((page, flag) for page, flag in named if flag not in known | OF_OTHERS.get(page, set()))
+    assert not strange, strange
