@@ -16,6 +16,10 @@ from typer.testing import CliRunner
 
 import pared
 from pared.cli.commands import app
+from pared.lowrank import LowRankMethod
+from pared.methods import METHODS
+from pared.schema.options import Options
+from pared.sparsity import PruningMethod
 
 CODE = """
     from typing import Annotated, Literal
@@ -106,6 +110,12 @@ CODE = """
                   frozenset({"scores"})),
     )
 """
+
+
+class Wrong(Options):
+    """Options of a method that is none."""
+
+
 ENTRIES = {
     "pared.methods": {"energetic-svd": "somebodys:ENERGETIC", "lottery": "somebodys:LOTTERY"},
     "pared.allocators": {"ramp": "somebodys:RAMP"},
@@ -158,6 +168,38 @@ def test_they_are_listed_with_their_options_and_the_package_that_adds_them() -> 
         assert line in told, told
     assert "power=0.5" in told
     assert "seed=0" in told
+
+
+def test_one_is_told_of_with_what_its_options_are_for() -> None:
+    told = run("methods", "energetic-svd").stdout
+    assert "method energetic-svd: an SVD weighted by the energy of inputs (a test) (added by somebodys 1.0)" in told
+    assert "0 to 1, the power of an input's energy" in told
+    both = run("methods", "ramp").stdout
+    assert "allocation ramp: " in both
+    assert "allocation of zeros ramp: " in both
+    assert "block, site" in both
+    result = run("methods", "rmap")
+    assert result.exit_code == 2
+    assert "unknown method, allocation or training 'rmap'; did you mean 'ramp'?" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("method", "told"),
+    [
+        (LowRankMethod("wrong", "", "", Wrong, lambda *_: None), "method wrong gives a NoneType, expected a Decomposi"),
+        (PruningMethod("wrong", "", "", Wrong, lambda *_: None), "method wrong gives a NoneType, expected what realiz"),
+        (LowRankMethod("wrong", "", "", Wrong, METHODS["svd"].solve, lambda *_: frozenset({"gramm"})),
+         "unknown statistic 'gramm'; did you mean 'gram'?"),
+    ],
+)  # fmt: skip
+def test_a_method_that_gives_or_wants_what_is_not_there_is_told_of(method: Any, told: str, tokenizer: Any) -> None:
+    METHODS.register("wrong", method)
+    budget = {"keep": 0.6} if method.family == "low_rank" else {"sparsity": 0.5}
+    try:
+        with pytest.raises(pared.ParedError, match=re.escape(told)):
+            pared.compress(TINY_MODELS["llama"](), tokenizer, pared.Recipe(method="wrong", **budget))
+    finally:
+        METHODS.unregister("wrong")
 
 
 def test_a_low_rank_method_and_its_allocator_compress_a_model(dense: Path, text_file: Path, tmp_path: Path) -> None:

@@ -1,28 +1,60 @@
 """``pared methods``: what can be asked for."""
 
-from pared.cli.console import out, print_result
+from collections.abc import Iterator
+from typing import Annotated
+
+import typer
+
+from pared.cli.console import errors, out, print_result
 from pared.entrypoints import catalog
 from pared.entrypoints.catalog import Listed
+from pared.names import require_known
 from pared.tables import Table
 
 SPREADS = {"low_rank": "allocation", "sparse": "allocation of zeros"}
 
 
-def methods() -> None:
+def methods(
+    name: Annotated[
+        str | None,
+        typer.Argument(help="Tell of this method, allocation or training, with its options.", show_default=False),
+    ] = None,
+) -> None:
     """List the methods, where each comes from and what it needs."""
-    rows = []
-    for method in catalog.methods():
-        needs = "calibration text" if method.calibrated else "no data"
-        options = "\n".join(map(str, method.options))
-        summary = method.summary + _added(method)
-        rows.append((method.name, summary, needs, options, method.allocation, method.paper))
-    columns = ("method", "what it does", "needs", "options", "allocation", "paper")
-    print_result(Table("", columns, rows, align="l"))
-    print_training()
-    for allocator in catalog.allocators():
-        options = f" ({', '.join(map(str, allocator.options))})" if allocator.options else ""
-        for family in allocator.families:
-            out.print(f"{SPREADS[family]} {allocator.name}: {allocator.summary}{options}{_added(allocator)}")
+    with errors():
+        if name is not None:
+            print_one(name)
+            return
+        rows = []
+        for method in catalog.methods():
+            needs = "calibration text" if method.calibrated else "no data"
+            options = "\n".join(map(str, method.options))
+            summary = method.summary + _added(method)
+            rows.append((method.name, summary, needs, options, method.allocation, method.paper))
+        columns = ("method", "what it does", "needs", "options", "allocation", "paper")
+        print_result(Table("", columns, rows, align="l"))
+        print_training()
+        for allocator in catalog.allocators():
+            options = f" ({', '.join(map(str, allocator.options))})" if allocator.options else ""
+            for family in allocator.families:
+                out.print(f"{SPREADS[family]} {allocator.name}: {allocator.summary}{options}{_added(allocator)}")
+
+
+def print_one(name: str) -> None:
+    """Tell of all that has a name, with every option.
+
+    Raises:
+        ParedError: nothing has it.
+    """
+    every = list(_every())
+    require_known("method, allocation or training", name, {listed.name for _, listed in every})
+    for what, listed in every:
+        if listed.name == name:
+            paper = f" ({listed.paper})" if listed.paper else ""
+            out.print(f"{what} {name}: {listed.summary}{paper}{_added(listed)}")
+            rows = [(one.name, str(one.default), ", ".join(one.choices), one.about) for one in listed.options]
+            if rows:
+                print_result(Table("", ("option", "default", "one of", "what"), rows, align="l"))
 
 
 def print_training() -> None:
@@ -31,6 +63,13 @@ def print_training() -> None:
         options = "".join(f", {option}" for option in method.options)
         rate = method.figures["learning rate"]
         out.print(f"training {method.name}: {method.summary} (learning rate {rate:g}{options}; {method.paper})")
+
+
+def _every() -> Iterator[tuple[str, Listed]]:
+    """Yield all there is, and what it is."""
+    yield from (("method", one) for one in catalog.methods())
+    yield from (("training", one) for one in catalog.trainings())
+    yield from ((SPREADS[family], one) for one in catalog.allocators() for family in one.families)
 
 
 def _added(listed: Listed) -> str:

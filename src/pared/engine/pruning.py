@@ -196,7 +196,7 @@ class SparseWork:
         W_ON, old = self._weight(site.name), self._model.get_submodule(site.name)
         values = {name: one.value.to(W_ON.device) for name, one in statistics.items()}
         try:
-            pruned = method.solve([W_ON], [values], config).realize(zeros)
+            pruned = method.pruned(W_ON, zeros, values, config)
             new = SparseLinear.of(pruned.weight, pruned.mask, bias_of(old), groups)
         except (ValueError, RuntimeError) as error:
             raise ParedError(f"site {site.name}: {error}") from error

@@ -327,7 +327,7 @@ def _decompose(
     method = spec.method
     weights = [weight.to(next(iter(own.values()), weight).device) for weight, own in zip(weights, values, strict=True)]
     try:
-        return method.solve(weights, values, spec.config)
+        found = method.solve(weights, values, spec.config)
     except KeyError as missing:  # of statistics that were saved for another method
         raise ParedError(
             f"site {name}: method {method.name} needs the statistic {missing}; those given hold "
@@ -335,6 +335,9 @@ def _decompose(
         ) from missing
     except (ValueError, RuntimeError) as error:
         raise ParedError(f"site {name}: {error}") from error
+    if not isinstance(found, Decomposition):
+        raise ParedError(f"site {name}: method {method.name} gives a {type(found).__name__}, expected a Decomposition")
+    return found
 
 
 def _order(candidates: Sequence[Unit]) -> dict[str, int]:

@@ -90,7 +90,19 @@ class PruningMethod(Generic[C]):
             ParedError: an option the method does not have, or a value that it does not take.
             ValueError: the weight, a statistic or the pattern is none the method can work with.
         """
-        return self.solve([W_ON], [statistics], self.configured(options)).realize(pattern)
+        return self.pruned(W_ON, pattern, statistics, self.configured(options))
+
+    def pruned(self, W_ON: "torch.Tensor", pattern: Pattern, statistics: Statistics, config: C) -> "Pruned":
+        """Prune one weight ``(out, in)``.
+
+        Raises:
+            ValueError: the weight, a statistic or the pattern is none the method can work with, or the method gives
+                nothing that can be pruned.
+        """
+        solution = self.solve([W_ON], [statistics], config)
+        if not hasattr(solution, "realize"):
+            raise ValueError(f"method {self.name} gives a {type(solution).__name__}, expected what realizes a pattern")
+        return solution.realize(pattern)
 
     def configured(self, options: Mapping[str, object] | Options | None = None) -> C:
         """Return options, with the default of each that is not given.
