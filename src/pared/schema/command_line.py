@@ -13,7 +13,7 @@ import inspect
 import sys
 import types
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -39,6 +39,13 @@ class Option:
     default: str | None = None
     argument: bool = False
     path: bool = False
+
+    def __repr__(self) -> str:
+        """Return what was said, as signatures show it."""
+        said = [
+            f"{field.name}={value!r}" for field in fields(self) if (value := getattr(self, field.name)) != field.default
+        ]
+        return f"Option({', '.join(said)})"
 
 
 @dataclass(frozen=True)
