@@ -1,13 +1,16 @@
-"""The example of the README, on a tiny model; the slow tier runs it as it stands."""
+"""The example of the README, on a tiny model (the slow tier runs it as it stands), and the links of all pages."""
 
 import re
 from pathlib import Path
+from pydoc_data import topics
 
 import pytest
 from tiny_models import TINY_MODELS
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+ROOT = Path(__file__).resolve().parents[2]
+README = ROOT / "README.md"
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 
 def test_the_example_of_the_readme_runs(
@@ -19,7 +22,31 @@ def test_the_example_of_the_readme_runs(
     tokenizer.save_pretrained(tmp_path / "tiny")
     (example,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
     assert "embedded:smollm2-135m" in example
+    monkeypatch.setattr(topics, "topics", {f"{number:02}": "w1 w2 w3 w4 w5 w6 w7 " * 250 for number in range(12)})
     monkeypatch.chdir(tmp_path)
     exec(example.replace("embedded:smollm2-135m", str(tmp_path / "tiny")), {"__name__": "__main__"})
     assert "perplexity" in capsys.readouterr().out
     AutoModelForCausalLM.from_pretrained("smaller")
+
+
+def _anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_link_leads_to_a_page_and_a_heading(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if link.startswith(("http://", "https://")):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in _anchors(target), link
+
+
+def test_the_index_names_every_page() -> None:
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert pages <= set(re.findall(r"\]\(([\w-]+\.md)", index))
