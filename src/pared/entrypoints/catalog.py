@@ -97,7 +97,7 @@ def trainings() -> list[Listed]:
         Listed(
             name=method.name,
             summary=method.summary,
-            options=tuple(Option(name, value) for name, value in method.options.items()),
+            options=options_in(method.config),
             paper=method.paper,
             figures={"learning rate": method.learning_rate},
         )

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from pared.schema.options import Options
 from pared.schema.training import TrainingConfig
 
 if TYPE_CHECKING:  # what a method is called and which options it has is read without them
@@ -108,8 +109,7 @@ class TuningMethod:
         stages: from the options to what is trained one after the other.
         learning_rate: at the peak, if nothing else is asked for.
         epochs: if nothing else is asked for.
-        options: names and default values.
-        check: refuses options that cannot be, with a ValueError.
+        config: its options; the type belongs to this method alone.
         needs_whole: why it cannot train weights in shards with these options, nothing if it can.
         compresses: whether it makes the model smaller itself and so takes dense ones; the others take folders.
     """
@@ -119,8 +119,7 @@ class TuningMethod:
     summary: str
     stages: Callable[[Mapping[str, Any]], tuple[Stage, ...]]
     learning_rate: float
+    config: type[Options]
     epochs: float = 1.0
-    options: Mapping[str, bool | int | float | str] = field(default_factory=dict)
-    check: Callable[[Mapping[str, Any]], None] = lambda options: None  # noqa: ARG005
     needs_whole: Callable[[Mapping[str, Any]], str] = lambda options: ""  # noqa: ARG005
     compresses: bool = False

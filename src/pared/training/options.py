@@ -1,66 +1,39 @@
-"""The options of training methods: defaults, and what is refused of them; read without torch."""
+"""The options of training methods, a type each; read without torch."""
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Literal
 
-# lora
-FACTORS, ORDERS = ("up", "down", "both"), ("together", "sequential")
+from pydantic import Field, field_validator, model_validator
+from typing_extensions import Self
+
+from pared.schema.options import Options
+
 ALL, PEFT = "compressed", "peft"  # in place of patterns: every layer that pared made; what PEFT adapts by itself
-# full
-PARTS = ("factors", "factors+norms", "all")
-# basel
-IMPORTANCES = ("magnitude", "fisher", "bsi")
-BASES = ("weight", "outputs")
-HELD = ("bfloat16", "float32")
-
-LORA: dict[str, bool | int | float | str] = {
-    "rank": 8,
-    "alpha": 32,
-    "dropout": 0.0,
-    "targets": "compressed",
-    "factor": "up",
-    "order": "together",
-}
-
-BASEL: dict[str, bool | int | float | str] = {
-    "keep_ratio": 0.5,
-    "keep": 0.0,
-    "prunes": 100,
-    "keeping_epochs": 1.0,
-    "pruning_epochs": 2.0,
-    "post_epochs": 3.0,
-    "new": 32,
-    "relearn": True,
-    "coefficient_rate": 1.0,
-    "importance": "magnitude",
-    "l1": 0.0,
-    "probes": 1,
-    "basis": "weight",
-    "bases": "bfloat16",
-    "skip": "",
-}
+FACTORS = ("up", "down", "both")
 
 
-def check_lora(options: Mapping[str, Any]) -> None:
-    """Refuse what cannot be.
+class Lora(Options):
+    """Options of ``lora``."""
 
-    Raises:
-        ValueError: an unknown value, or a number out of range.
-    """
-    for name, valid in (("factor", FACTORS), ("order", ORDERS)):
-        if options[name] not in valid:
-            raise ValueError(f"option {name}: expected one of {', '.join(valid)}, found {options[name]!r}")
-    if options["targets"] in FACTORS:
-        raise ValueError(f"option targets names layers by pattern, such as *.q_proj,*.v_proj; which factor of them is "
-                         f"adapted is option factor: factor={options['targets']}")  # fmt: skip
-    if not patterns_of(options["targets"]):
-        raise ValueError(f"option targets: expected {ALL}, {PEFT} or patterns of layers with commas, found ''")
-    if options["rank"] < 1:
-        raise ValueError(f"option rank: expected 1 or more, found {options['rank']}")
-    if not options["alpha"] > 0:
-        raise ValueError(f"option alpha: expected more than 0, found {options['alpha']}")
-    if not 0 <= options["dropout"] < 1:
-        raise ValueError(f"option dropout: expected a share, 0 to below 1, found {options['dropout']}")
+    rank: Annotated[int, Field(ge=1, description="1 or more")] = 8
+    alpha: Annotated[int, Field(gt=0, description="more than 0")] = 32
+    dropout: Annotated[float, Field(ge=0, lt=1, description="a share, 0 to below 1")] = 0.0
+    targets: Annotated[str, Field(description=f"{ALL}, {PEFT} or patterns of layers with commas")] = ALL
+    factor: Annotated[
+        Literal["up", "down", "both"], Field(description="which factor of low-rank layers is adapted")
+    ] = "up"
+    order: Annotated[
+        Literal["together", "sequential"], Field(description="all at once, or first every up, then every down")
+    ] = "together"
+
+    @field_validator("targets")
+    @classmethod
+    def _patterns(cls, targets: str) -> str:
+        if targets in FACTORS:
+            raise ValueError(f"it names layers by pattern, such as *.q_proj,*.v_proj; which factor is adapted is "
+                             f"option factor: factor={targets}")  # fmt: skip
+        if not patterns_of(targets):
+            raise ValueError(f"expected {ALL}, {PEFT} or patterns of layers with commas, found ''")
+        return targets
 
 
 def patterns_of(targets: str) -> list[str]:
@@ -68,57 +41,54 @@ def patterns_of(targets: str) -> list[str]:
     return [pattern for part in targets.split(",") if (pattern := part.strip())]
 
 
-def check_full(options: Mapping[str, Any]) -> None:
-    """Refuse what cannot be.
+class Full(Options):
+    """Options of ``full``."""
 
-    Raises:
-        ValueError: an unknown part.
-    """
-    if options["train"] not in PARTS:
-        raise ValueError(f"option train: expected one of {', '.join(PARTS)}, found {options['train']!r}")
+    train: Annotated[Literal["factors", "factors+norms", "all"], Field(description="which parameters are trained")] = (
+        "factors"
+    )
 
 
-def check_distill(options: Mapping[str, Any]) -> None:
-    """Refuse what cannot be.
+class Distill(Options):
+    """Options of ``distill``."""
 
-    Raises:
-        ValueError: a temperature of 0 or less, a share that is none, or a negative weight or rank.
-    """
-    if not options["temperature"] > 0:
-        raise ValueError(f"option temperature: expected more than 0, found {options['temperature']}")
-    if not 0 <= options["text"] <= 1:
-        raise ValueError(f"option text: expected a share, 0 to 1, found {options['text']}")
-    if options["adapters"] < 0:
-        raise ValueError(f"option adapters: expected a rank, or 0 for none, found {options['adapters']}")
-    if options["hidden"] < 0:
-        raise ValueError(f"option hidden: expected 0 or more, found {options['hidden']}")
+    teacher: Annotated[str, Field(description="whose predictions are the targets: parent, or a model by name")] = (
+        "parent"
+    )
+    temperature: Annotated[float, Field(gt=0, description="more than 0")] = 1.0
+    text: Annotated[float, Field(ge=0, le=1, description="a share, 0 to 1")] = 0.5
+    hidden: Annotated[float, Field(ge=0, description="0 or more")] = 0.0
+    adapters: Annotated[int, Field(ge=0, description="a rank, or 0 for none")] = 0
 
 
-def check_basel(options: Mapping[str, Any]) -> None:
-    """Refuse what cannot be.
+class Basel(Options):
+    """Options of ``basel``."""
 
-    Raises:
-        ValueError: an unknown value, or a number out of range.
-    """
-    for name, valid in (("importance", IMPORTANCES), ("basis", BASES), ("bases", HELD)):
-        if options[name] not in valid:
-            raise ValueError(f"option {name}: expected one of {', '.join(valid)}, found {options[name]!r}")
-    for name in ("keep_ratio", "keep"):
-        if not (0 < options[name] <= 1 or (name == "keep" and options[name] == 0)):
-            raise ValueError(f"option {name}: expected a fraction, above 0 and at most 1, found {options[name]}")
-    for name, least in (("prunes", 1), ("probes", 1), ("new", 0), ("keeping_epochs", 0), ("post_epochs", 0)):
-        if options[name] < least:
-            raise ValueError(f"option {name}: expected {least} or more, found {options[name]}")
-    if not options["coefficient_rate"] > 0:
-        raise ValueError(f"option coefficient_rate: expected more than 0, found {options['coefficient_rate']}")
-    if not options["pruning_epochs"] > 0:
-        raise ValueError(f"option pruning_epochs: expected more than 0, found {options['pruning_epochs']}")
-    _check_penalty(options)
+    keep_ratio: Annotated[float, Field(gt=0, le=1, description="a fraction, above 0 and at most 1")] = 0.5
+    keep: Annotated[
+        float, Field(ge=0, le=1, description="a fraction, above 0 and at most 1, or 0 for keep_ratio in its place")
+    ] = 0.0
+    prunes: Annotated[int, Field(ge=1, description="1 or more times that bases are dropped")] = 100
+    keeping_epochs: Annotated[float, Field(ge=0, description="0 or more, for every epoch asked for")] = 1.0
+    pruning_epochs: Annotated[float, Field(gt=0, description="more than 0, for every epoch asked for")] = 2.0
+    post_epochs: Annotated[float, Field(ge=0, description="0 or more, for every epoch asked for")] = 3.0
+    new: Annotated[int, Field(ge=0, description="0 or more new bases a layer")] = 32
+    relearn: Annotated[bool, Field(description="whether coefficients are learned anew")] = True
+    coefficient_rate: Annotated[float, Field(gt=0, description="more than 0, times the learning rate")] = 1.0
+    importance: Annotated[
+        Literal["magnitude", "fisher", "bsi"], Field(description="what a basis is worth when some are dropped")
+    ] = "magnitude"
+    l1: Annotated[float, Field(ge=0, description="0 for none, or the weight of the penalty")] = 0.0
+    probes: Annotated[int, Field(ge=1, description="1 or more random signs a prune, for bsi")] = 1
+    basis: Annotated[
+        Literal["weight", "outputs"], Field(description="what bases are: singular vectors, or directions of outputs")
+    ] = "weight"
+    bases: Annotated[Literal["bfloat16", "float32"], Field(description="what bases are held in")] = "bfloat16"
+    skip: Annotated[str, Field(description="patterns of layers to leave alone, with commas")] = ""
 
-
-def _check_penalty(options: Mapping[str, Any]) -> None:
-    if options["l1"] < 0:
-        raise ValueError(f"option l1: expected 0 for none, or the weight of the penalty, found {options['l1']}")
-    if options["l1"] and (options["importance"] != "magnitude" or not options["relearn"]):
-        raise ValueError("option l1 is a penalty on coefficients that are learned, in place of dropping bases by "
-                         "importance: it goes with importance=magnitude and relearn=true alone")  # fmt: skip
+    @model_validator(mode="after")
+    def _penalty(self) -> Self:
+        if self.l1 and (self.importance != "magnitude" or not self.relearn):
+            raise ValueError("option l1 is a penalty on coefficients that are learned, in place of dropping bases by "
+                             "importance: it goes with importance=magnitude and relearn=true alone")  # fmt: skip
+        return self

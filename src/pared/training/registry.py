@@ -3,12 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from pared.errors import ParedError
 from pared.lazy import deferred
 from pared.names import require_known
-from pared.schema.options import checked_options
+from pared.schema.options import read_options
 from pared.training.method import TuningMethod
-from pared.training.options import BASEL, LORA, check_basel, check_distill, check_full, check_lora
+from pared.training.options import Basel, Distill, Full, Lora
 
 METHODS: dict[str, TuningMethod] = {
     method.name: method
@@ -20,8 +19,7 @@ METHODS: dict[str, TuningMethod] = {
             stages=deferred("pared.training.lora:stages"),
             learning_rate=1e-4,
             epochs=2.0,
-            options=LORA,
-            check=check_lora,
+            config=Lora,
         ),
         TuningMethod(
             name="full",
@@ -29,8 +27,7 @@ METHODS: dict[str, TuningMethod] = {
             summary="all factors on the model's own loss",
             stages=deferred("pared.training.full:stages"),
             learning_rate=2e-6,
-            options={"train": "factors"},
-            check=check_full,
+            config=Full,
         ),
         TuningMethod(
             name="distill",
@@ -38,8 +35,7 @@ METHODS: dict[str, TuningMethod] = {
             summary="factors and norms towards the predictions of the dense parent, on any text",
             stages=deferred("pared.training.distill:stages"),
             learning_rate=3e-5,
-            options={"teacher": "parent", "temperature": 1.0, "text": 0.5, "hidden": 0.0, "adapters": 0},
-            check=check_distill,
+            config=Distill,
         ),
         TuningMethod(
             name="basel",
@@ -47,8 +43,7 @@ METHODS: dict[str, TuningMethod] = {
             summary="a dense model made smaller for a task: bases weighed anew on it, the useless ones dropped",
             stages=deferred("pared.training.basel.method:stages"),
             learning_rate=2e-5,
-            options=BASEL,
-            check=check_basel,
+            config=Basel,
             needs_whole=deferred("pared.training.basel.method:needs_whole"),
             compresses=True,
         ),
@@ -72,9 +67,4 @@ def settled(method: TuningMethod, given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ParedError: an unknown option, or a value that cannot be.
     """
-    options = checked_options(given, method.options, f"training method {method.name}")
-    try:
-        method.check(options)
-    except ValueError as error:
-        raise ParedError(f"training method {method.name}: {error}") from None
-    return options
+    return read_options(method.config, given, f"training method {method.name}").model_dump()

@@ -16,6 +16,7 @@ from pared.methods import METHODS
 from pared.schema.options import Options, read_options
 from pared.schema.recipe import Recipe
 from pared.sparsity.registry import Wanda
+from pared.training import METHODS as TRAININGS
 
 
 class Some(Options):
@@ -34,6 +35,7 @@ class Some(Options):
 
 
 CONFIGS = {
+    **{f"training method {name}": method.config for name, method in TRAININGS.items()},
     **{f"method {name}": method.config for name, method in METHODS.items()},
     **{
         f"{'/'.join(one.families)} allocation {one.name}": one.config

@@ -35,7 +35,7 @@ from pared.schema.presets import (
     to_markdown,
 )
 from pared.schema.training import TrainingConfig
-from pared.training.registry import METHODS
+from pared.training.registry import METHODS, settled
 
 DOCS = Path(__file__).parents[3] / "docs"
 PROTOCOLS = [name for name in preset_names() if name != DEMO]
@@ -86,11 +86,11 @@ def test_a_training_preset_spells_every_option_of_its_method(name: str) -> None:
     """A default of ours that changes must not change a protocol."""
     tuning = begun(name)
     method = METHODS[tuning.method]
-    assert tuning.options.keys() == method.options.keys()
+    assert tuning.options.keys() == method.config.defaults().keys()
     assert {key: type(value) for key, value in tuning.options.items()} == {
-        key: type(value) for key, value in method.options.items()
+        key: type(value) for key, value in method.config.defaults().items()
     }
-    method.check(tuning.options)
+    settled(method, tuning.options)
 
 
 def test_the_page_is_what_the_files_say() -> None:

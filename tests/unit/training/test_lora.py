@@ -46,8 +46,8 @@ def model(tokenizer: PreTrainedTokenizerFast, calibration: pared.Calibration) ->
 
 def prepared(model: PreTrainedModel, **options: Any) -> Any:
     tuning = TrainingConfig.of({"model": "folder", "method": "lora", "options": options})
-    settled = {**METHODS["lora"].options, **tuning.options}
-    METHODS["lora"].check(settled)
+    settled = {**METHODS["lora"].config.defaults(), **tuning.options}
+    METHODS["lora"].config(**settled)
     context = Context(model, settled, tuning, None, 1, None, torch.device("cpu"), torch.float32)
     return lora.stages(settled)[0].prepare(context)
 
