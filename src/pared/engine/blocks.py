@@ -27,6 +27,7 @@ from pared.calibration import (
     record,
 )
 from pared.calibration.spool import HiddenStates
+from pared.engine.pass_record import NoRecord, Record
 from pared.structure import Anatomy
 from pared.structure.store import BlockStore
 
@@ -47,7 +48,7 @@ def run_blocks(
     group: int = 1,
     influence: bool = False,
     observed: Callable[[int], nn.Module] | None = None,
-    done: int = 0,
+    kept: Record | None = None,
     on_batch: Callable[[], None] = lambda: None,
 ) -> None:
     """Let every block run over all batches, one after the other, and visit it with the statistics of its sites.
@@ -72,24 +73,21 @@ def run_blocks(
         influence: measure how much every block changes the hidden states.
         observed: gives a block of the same structure that statistics are of, in place of the one of an index, where
             the compressed one hands on.
-        done: how many blocks, a multiple of ``group``, were visited and committed before: they only hand on.
+        kept: the record of the pass; blocks that it holds only hand on, and are what it restores.
         on_batch: called after every batch of every block.
 
     Raises:
         ParedError: an activation is NaN or infinite; names the site.
     """
     read: dict[int, HiddenStates] = {}  # what the blocks of the open group read
-    last, compressed = len(store) - 1, hand_on == "compressed"
+    last, compressed, kept = len(store) - 1, hand_on == "compressed", kept or NoRecord()
     for index in range(len(store)):
-        block = store.load(index)
-        if index < done:
-            if reference is not None:
-                propagate_reference(index, inputs, reference)
-            propagate(block, index, anatomy, inputs)
-            store.release(index)
+        if kept.holds(index):
+            _hand_on(store, index, anatomy, inputs, kept, hand_on, reference)
             for _ in inputs.calls:
                 on_batch()
             continue
+        block = store.load(index)
         if compressed:
             read[index] = inputs.hidden.clone()
         statistics = observe(
@@ -115,7 +113,7 @@ def run_blocks(
                 propagate(store.load(again), again, anatomy, inputs)
         if closes:
             read.clear()
-            _let_go(store, range(first, index + 1), changes)
+            _let_go(store, range(first, index + 1), changes, kept)
 
 
 def run_blocks_backward(
@@ -131,6 +129,7 @@ def run_blocks_backward(
     group: int = 1,
     batches: int | None = None,
     first_window: int = 0,
+    kept: Record | None = None,
     on_batch: Callable[[], None] = lambda: None,
 ) -> None:
     """Send the gradient of the summed loss back through the blocks, from the last to the first, and visit each.
@@ -156,13 +155,14 @@ def run_blocks_backward(
         group: how many neighbouring blocks are changed together, when the first of them is visited.
         batches: how many batches go forward before they come back; all of them if none is given.
         first_window: number of the first window, on which sampled labels depend.
+        kept: the record of the pass; blocks that it holds are what it restores, once they were visited.
         on_batch: called after every block of every batch went back.
 
     Raises:
         ParedError: a gradient is NaN or infinite (names the site), the model has no head that predicts classes, the
             labels do not fit, or examples cannot be told apart where a statistic needs that.
     """
-    total, last = len(inputs.calls), len(store) - 1
+    total, last, kept = len(inputs.calls), len(store) - 1, kept or NoRecord()
     part = total if batches is None else min(batches, total)
     waiting: dict[int, Wants] = {}  # accumulators of blocks that more batches will come back through
     window = first_window
@@ -189,7 +189,7 @@ def run_blocks_backward(
             visit(BlockStatistics(index, own))
             del own
             if index % group == 0:
-                _let_go(store, range(index, min(index + group, last + 1)), changes)
+                _let_go(store, range(index, min(index + group, last + 1)), changes, kept)
 
 
 def visit_blocks(
@@ -198,6 +198,7 @@ def visit_blocks(
     *,
     changes: bool = False,
     group: int = 1,
+    kept: Record | None = None,
     on_block: Callable[[], None] = lambda: None,
 ) -> None:
     """Visit every block without running anything, in order: what needs no data.
@@ -207,19 +208,50 @@ def visit_blocks(
         visit: is given every block's index, with no statistics; it may change blocks of the open group.
         changes: whether visits change blocks, so that each is committed when its group is complete.
         group: how many neighbouring blocks are changed together, when the last of them is visited.
+        kept: the record of the pass; blocks that it holds are what it restores, and are not visited.
         on_block: called after every block.
     """
+    kept = kept or NoRecord()
     for index in range(len(store)):
+        if kept.holds(index):
+            kept.restore(index)
+            on_block()
+            continue
         store.load(index)
         visit(BlockStatistics(index, {}))
         on_block()
         if (index + 1) % group == 0 or index == len(store) - 1:
-            _let_go(store, range(index - index % group, index + 1), changes)
+            _let_go(store, range(index - index % group, index + 1), changes, kept)
 
 
-def _let_go(store: BlockStore, members: range, changes: bool) -> None:
+def _hand_on(
+    store: BlockStore,
+    index: int,
+    anatomy: Anatomy,
+    inputs: BlockInputs,
+    kept: Record,
+    hand_on: Literal["dense", "compressed"],
+    reference: DenseReference | None,
+) -> None:
+    """Let a block that was visited by an earlier process run as it ran then, and be what it was made then."""
+    if reference is not None:
+        propagate_reference(index, inputs, reference)
+    if hand_on == "compressed":
+        kept.restore(index)
+    propagate(store.load(index), index, anatomy, inputs)
+    store.release(index)
+    if hand_on == "dense":
+        kept.restore(index)
+
+
+def _let_go(store: BlockStore, members: range, changes: bool, kept: Record) -> None:
     for member in members:
-        if changes:
+        if changes and not kept.holds(member):
             store.commit(member)
         else:
             store.release(member)
+    for member in members:
+        if kept.holds(member):
+            kept.restore(member)
+        else:
+            kept.finish(member)

@@ -12,10 +12,12 @@ from pared.calibration.spool import ActivationMemory
 from pared.data.windows import Windows
 from pared.engine.allocate import anatomy_of
 from pared.engine.checks import require_finite_weights
+from pared.engine.kept_blocks import KeptBlocks
 from pared.engine.low_rank import LowRankWork, Trial
 from pared.engine.observe import Observer, Saved
 from pared.engine.pruning import SparseWork
 from pared.engine.result import Compressed, remarks, stacks
+from pared.engine.run_state import CompressionRun
 from pared.engine.spec import CompressionSpec, LowRankSpec, PassSpec, resolve_sparse
 from pared.progress import Progress, Silent
 from pared.schema.recipe import Recipe
@@ -50,6 +52,7 @@ def compress_blocks(
     trial: Trial | None = None,
     store: BlockStore | None = None,
     memory: ActivationMemory | None = None,
+    state: CompressionRun | None = None,
     progress: Progress | None = None,
 ) -> Compressed:
     """Compress a model, in place, block by block, as its spec says.
@@ -68,15 +71,17 @@ def compress_blocks(
         trial: measures the model on windows, for an allocation that tries what it proposes; less is better.
         store: hands out the model's blocks; the model is in memory as a whole if none is given.
         memory: what hidden states share; without a limit if not given.
+        state: keeps what every block came to, and is gone on from; nothing outlives the process if none is given.
         progress: who watches; nobody by default.
 
     Raises:
         ParedError: anything in the model or the text that does not work.
     """
     with evaluating(model), torch.inference_mode(False):
-        store = store or ResidentBlocks(model, anatomy_of(model, spec.recipe))
+        store = store or _in_memory(model, spec, state)
         observer = _observe(store, tokenizer, spec, windows, progress)
         observer.saved, observer.memory = saved, memory or observer.memory
+        observer.resume(state)
         result = Compressed(model, spec)
         with _work(observer, spec, evidence, trial) as work:
             for step in work.passes:
@@ -88,6 +93,11 @@ def compress_blocks(
             observer.progress.note(line)
         result.seconds = observer.watch.seconds
         return result
+
+
+def _in_memory(model: PreTrainedModel, spec: CompressionSpec, state: CompressionRun | None) -> BlockStore:
+    anatomy = anatomy_of(model, spec.recipe)
+    return ResidentBlocks(model, anatomy) if state is None else KeptBlocks(model, anatomy, state)
 
 
 def collect_evidence(

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import version as pared_version
-from typing import cast
+from typing import Any, cast
 
 from pared.allocation import Evidence, Unit
 from pared.calibration import BlockStatistics
@@ -64,13 +64,14 @@ class LowRankWork:
         self._stack.close()
 
     def run(self, step: PassSpec) -> None:
-        """Do one step.
+        """Do one step, or what an earlier process left of it.
 
         Raises:
             ParedError: a weight or its statistics do not allow it, or the budget buys too little.
         """
         if step.action == "allocate":
-            self._allocate()
+            fallbacks = {} if self._solver is None else self._solver.fallbacks
+            self._plan = self._observer.decided(self._allocate, fallbacks)
         elif step.action == "install":
             with self._observer.watch("solve"):
                 self._solved.install_all(self._observer.store, self._decided)
@@ -99,14 +100,30 @@ class LowRankWork:
         assert self._plan is not None, "nothing was decided"
         return self._plan
 
-    def _new_solver(self, units: list[Unit]) -> Solver:
-        tokens, keep_dense = self._observer.tokens, self._spec.refit != "off" and self._solver is None
-        solver = Solver(self._model, self._spec, units, self._plan, keep_dense=keep_dense, tokens=tokens)
+    def _new_solver(self, step: PassSpec, units: list[Unit]) -> Solver:
+        solver = Solver(
+            self._model,
+            self._spec,
+            units,
+            self._plan,
+            keep_dense=self._spec.refit != "off" and self._solver is None,
+            tokens=self._observer.tokens,
+            run=self._observer.state,
+            prefix=f"pass-{self._number(step)}",
+        )
         return self._stack.enter_context(solver)
+
+    def _number(self, step: PassSpec) -> int:
+        return self.passes.index(step) + 1
 
     def _solve(self, step: PassSpec) -> None:
         """Decompose everything; put it in place if the ranks are known."""
-        self._solver = solver = self._new_solver(self._units)
+        self._solver = solver = self._new_solver(step, self._units)
+        kept = self._observer.record(step, self._number(step), self._tables, solver.written)
+        if kept is not None:
+            solver.take_up(kept)
+            influence = kept.found().get("influence", {})
+            self._influence |= {int(index): value for index, value in influence.items()}
 
         def visit(block: BlockStatistics) -> None:
             if block.influence is not None:
@@ -114,12 +131,18 @@ class LowRankWork:
             with self._observer.watch("solve"):
                 solver.visit(block)
 
-        self._observer.run(step, visit, influence=self._spec.influence and step.hand_on == "dense")
+        self._observer.run(step, visit, influence=self._spec.influence and step.hand_on == "dense", kept=kept)
         solver.in_order()
+
+    def _tables(self) -> dict[str, dict[str, Any]]:
+        return self._solved.tables() | {"influence": {str(index): one for index, one in self._influence.items()}}
 
     def _solve_again(self, step: PassSpec) -> None:
         """Decompose behind the compressed prefix, and put it in place; what cannot be is as it was decomposed first."""
-        first, second = self._solved, self._new_solver(self._solved.units)
+        first, second = self._solved, self._new_solver(step, self._solved.units)
+        kept = self._observer.record(step, self._number(step), second.tables)
+        if kept is not None:
+            second.take_up(kept)
 
         def visit(block: BlockStatistics) -> None:
             with self._observer.watch("solve"):
@@ -128,7 +151,7 @@ class LowRankWork:
                     first.install(unit, decisions[unit.name])
 
         decisions = {unit.name: decision for unit, decision in first.decided(self._decided)}
-        self._observer.run(step, visit)
+        self._observer.run(step, visit, kept=kept)
         second.in_order()
         first.damping |= second.damping
         first.fallbacks |= second.fallbacks
@@ -144,13 +167,12 @@ class LowRankWork:
                 f"its path, the first is {sorted(second.untargeted)[0]}"
             )
 
-    def _allocate(self) -> None:
+    def _allocate(self) -> Plan:
         """Decide every site, from what was found if anything was."""
         spec, itemsize = self._spec, self._model.dtype.itemsize
         config = spec.allocation_config
         if self._solver is None:
-            self._plan = make_plan(self._anatomy, spec.allocator, spec.budget, itemsize, config=config)
-            return
+            return make_plan(self._anatomy, spec.allocator, spec.budget, itemsize, config=config)
         anatomy = self._anatomy.with_idle(self._solver.unreached)
         idle = {site.name for site in anatomy.sites if site.idle}
         units = [Unit(tuple(replace(s, idle=s.name in idle) for s in unit.members)) for unit in self._solver.units]
@@ -160,7 +182,7 @@ class LowRankWork:
             require_fits(self._model.config, trials)
             evidence = replace(evidence, trial=self._trial_on(trials), key=self._key(trials))
         with self._observer.watch("allocate"):
-            self._plan = make_plan(anatomy, spec.allocator, spec.budget, itemsize, units, evidence, config)
+            return make_plan(anatomy, spec.allocator, spec.budget, itemsize, units, evidence, config)
 
     def _trial_on(self, windows: Windows) -> Callable[[Mapping[str, Decision]], float]:
         """Return what measures decisions, on tokens that are not calibrated on."""
@@ -189,6 +211,11 @@ class LowRankWork:
         """Fit every ``up`` to the inputs that the compressed model really has."""
         observer, solver, plan = self._observer, self._solved, self._decided
         refit = Refit(self._model, solver, plan, together=self._spec.refit == "update")
+        kept = observer.record(step, self._number(step))
+        if kept is not None:
+            refit.take_up(kept)
+        if observer.is_done(kept):
+            return
         inputs = observer.capture()
         dense_block = dense_blocks(self._model, self._anatomy, solver, plan)
 
@@ -198,7 +225,7 @@ class LowRankWork:
 
         reference = observer.reference(inputs, dense_block) if step.reference else None
         observed = dense_block if self._spec.refit == "sequential-dense-block" else None
-        observer.forward(inputs, mean_gram, visit, step, reference, name="refit", observed=observed)
+        observer.forward(inputs, mean_gram, visit, step, reference, name="refit", observed=observed, kept=kept)
 
 
 def _lazy(store: BlockStore) -> LazyBlocks:

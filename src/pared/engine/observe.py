@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -27,6 +27,8 @@ from pared.calibration.spool import ActivationMemory
 from pared.data.windows import Windows, require_fits
 from pared.engine.allocate import anatomy_of
 from pared.engine.blocks import Needs, Visit, run_blocks, run_blocks_backward, visit_blocks
+from pared.engine.pass_record import PassRecord
+from pared.engine.run_state import CompressionRun
 from pared.engine.spec import CompressionSpec, HandOn, LowRankSpec, PassSpec, resolve_low_rank
 from pared.engine.windows import calibration_windows
 from pared.environment import choose_dtype, device_of
@@ -36,6 +38,7 @@ from pared.lowrank.registry import nothing
 from pared.methods import METHODS
 from pared.models.architecture import is_causal
 from pared.progress import Progress, Silent, Stopwatch
+from pared.schema.plan import Plan
 from pared.schema.recipe import Recipe
 from pared.structure import Anatomy, probe
 from pared.structure.probe import BlockCall
@@ -58,6 +61,7 @@ class Observer:
         spec: whose method and calibration are read.
         progress: who watches.
         saved: statistics that were saved, in place of the first pass over the dense model.
+        state: keeps what must outlive this process, None if nothing need.
         watch: seconds by stage.
         windows: the tokens, once :meth:`read` has cut them.
         tokens: how many they are, padding aside.
@@ -71,6 +75,7 @@ class Observer:
     spec: CompressionSpec
     progress: Progress = field(default_factory=Silent)
     saved: Saved | None = None
+    state: CompressionRun | None = None
     watch: Stopwatch = field(default_factory=Stopwatch)
     windows: Windows | None = None
     tokens: int = 0
@@ -110,26 +115,44 @@ class Observer:
         asked, windows = self.spec.calibration, self._windows
         with self.watch("capture"):
             device = device_of(self.spec.recipe.device)
-            self.dtype = dtype = choose_dtype(asked.dtype, self.model.dtype, device)
+            self.dtype = dtype = self._dtype(device)
             how = asked.batch, self.calls, dtype, device, windows.beside, self.memory
             return capture(self.model, self.anatomy, windows.tokens, *how)
+
+    def _dtype(self, device: torch.device) -> torch.dtype:
+        """Return what the blocks compute in, which a process that resumes does not measure anew."""
+        if self.dtype is not None:
+            return self.dtype
+        chosen = choose_dtype(self.spec.calibration.dtype, self.model.dtype, device)
+        if self.state is not None:
+            self.state.put("dtype", str(chosen).removeprefix("torch."))
+        return chosen
+
+    def resume(self, state: CompressionRun | None) -> None:
+        """Keep what is found in a state, and go on from what that holds."""
+        self.state = state
+        if state is not None and (known := state.get("dtype")) is not None:
+            self.dtype = getattr(torch, known)
 
     def reference(self, inputs: BlockInputs, block: Callable[[int], nn.Module] | None = None) -> DenseReference:
         """Return the dense model on these inputs; its blocks are those of the store before they are visited."""
         return DenseReference(inputs.hidden.clone(), block or self.store.load)
 
-    def run(self, step: PassSpec, visit: Visit, influence: bool = False) -> None:
+    def run(self, step: PassSpec, visit: Visit, influence: bool = False, kept: PassRecord | None = None) -> None:
         """Collect what a low-rank method reads, and visit every block with the statistics of its sites.
 
         Args:
             step: a solve; says what runs, and whether visits change blocks.
             visit: is given every block once, in the model's order or from the last to the first.
             influence: measure how much every block changes the hidden states.
+            kept: the record of the pass; blocks that it holds are not visited.
         """
         assert isinstance(self.spec, LowRankSpec)
         behind, names = step.hand_on == "compressed", self.spec.gradients
         if step.runs == "nothing":
-            self.without_data(visit, step.installs)
+            self.without_data(visit, step.installs, kept)
+            return
+        if self.is_done(kept) and not (names and self.spec.sequential and not behind):
             return
         inputs = self.capture()
         if self.saved is not None and not behind:
@@ -137,13 +160,7 @@ class Observer:
             return
         needs: Needs = self.spec.requires
         if step.runs == "backward":
-            read = needs([(1, 1)])
-
-            def keep_and_visit(block: BlockStatistics) -> None:
-                self._keep(block.statistics)
-                visit(block)
-
-            self.backward(inputs, names | read, keep_and_visit, changes=step.installs)
+            self._run_backward(inputs, names | needs([(1, 1)]), visit, step, kept)
             return
         if step.runs == "backward, then forward" and not self._gradients:
             forward = behind or self.spec.gradient_share < 1
@@ -164,8 +181,20 @@ class Observer:
             both = {name: {**self._gradients.get(name, {}), **seen.get(name, {})} for name in sites}
             visit(replace(block, statistics=both))
 
-        self.forward(inputs, needs, visit_with_gradients, step, reference, influence=influence)
+        self.forward(inputs, needs, visit_with_gradients, step, reference, influence=influence, kept=kept)
         self._gradients = _only(self._gradients, names) if self.spec.sequential and not behind else {}
+
+    def _run_backward(
+        self, inputs: BlockInputs, names: frozenset[str], visit: Visit, step: PassSpec, kept: PassRecord | None
+    ) -> None:
+        """Visit every block with statistics of the backward pass, and keep what a second pass needs of them."""
+
+        def keep_and_visit(block: BlockStatistics) -> None:
+            self._keep(block.statistics)
+            if kept is None or not kept.holds(block.index):
+                visit(block)
+
+        self.backward(inputs, names, keep_and_visit, changes=step.installs, kept=kept)
 
     def forward(
         self,
@@ -177,6 +206,7 @@ class Observer:
         influence: bool = False,
         name: str = "calibrate and solve",
         observed: Callable[[int], nn.Module] | None = None,
+        kept: PassRecord | None = None,
     ) -> None:
         """Visit every block with statistics of the forward pass.
 
@@ -189,10 +219,11 @@ class Observer:
             influence: measure how much every block changes the hidden states.
             name: of the stage, for who watches.
             observed: as of :func:`pared.engine.blocks.run_blocks`.
+            kept: the record of the pass; blocks that it holds are not visited.
         """
+        if self.is_done(kept):
+            return
         hand_on: HandOn = step.hand_on
-        # The members of a group that are fitted at once must all be in memory, as those that are solved at once.
-        together = step.action == "solve" or (step.action == "refit" and hand_on == "dense")
         with self._stage(f"{name} ({inputs.dtype})", inputs) as advance, self.watch("walk"):
             run_blocks(
                 self.store,
@@ -203,9 +234,10 @@ class Observer:
                 hand_on=hand_on,
                 changes=step.installs or step.action == "refit",
                 reference=reference,
-                group=self.spec.group_size if together else 1,
+                group=self.group_of(step),
                 influence=influence,
                 observed=observed,
+                kept=kept,
                 on_batch=advance,
             )
 
@@ -216,6 +248,7 @@ class Observer:
         visit: Visit,
         share: float | None = None,
         changes: bool = False,
+        kept: PassRecord | None = None,
     ) -> None:
         """Visit every block, the last one first, with what the loss makes of its sites' outputs, and what they read.
 
@@ -225,6 +258,7 @@ class Observer:
             visit: is given every block.
             share: of the batches, from the first on, at least one; the method's own if none is given.
             changes: whether visits change blocks.
+            kept: the record of the pass.
         """
         windows = self._windows
         if share is None:
@@ -251,13 +285,71 @@ class Observer:
                 changes=changes,
                 group=self.spec.group_size,
                 batches=_batches_at_once(inputs),
+                kept=kept,
                 on_batch=advance,
             )
 
-    def without_data(self, visit: Visit, changes: bool) -> None:
+    def without_data(self, visit: Visit, changes: bool, kept: PassRecord | None = None) -> None:
         """Visit every block without running anything."""
         with self.progress.stage("solve", len(self.store), "block") as advance:
-            visit_blocks(self.store, visit, changes=changes, group=self.spec.group_size, on_block=advance)
+            visit_blocks(self.store, visit, changes=changes, group=self.spec.group_size, kept=kept, on_block=advance)
+
+    def group_of(self, step: PassSpec) -> int:
+        """Return how many neighbouring blocks a pass changes together: one where each is fitted behind the others."""
+        return 1 if step.action == "refit" and step.hand_on == "compressed" else self.spec.group_size
+
+    def record(
+        self,
+        step: PassSpec,
+        number: int,
+        tables: Callable[[], Mapping[str, Mapping[str, Any]]] = dict,
+        written: Callable[[], list[Path]] = list,
+    ) -> PassRecord | None:
+        """Return the record of a pass; none if nothing is kept.
+
+        Args:
+            step: the pass.
+            number: of it.
+            tables: as of :class:`PassRecord`.
+            written: as of :class:`PassRecord`.
+        """
+        if self.state is None:
+            return None
+        changes, behind = step.installs or step.action == "refit", step.hand_on == "compressed"
+        return PassRecord(
+            self.state,
+            self.store,
+            number,
+            tables,
+            written=written,
+            changes=changes,
+            group=self.group_of(step),
+            replaces=step.action == "refit" and behind,
+        )
+
+    def decided(self, decide: Callable[[], Plan], fallbacks: dict[str, str]) -> Plan:
+        """Return the plan that an earlier process decided, or decide it and keep it.
+
+        Args:
+            decide: makes the plan.
+            fallbacks: what stood in for what said nothing, by unit; grows by what the decision finds.
+        """
+        if self.state is None:
+            return decide()
+        if self.state.get("plan") is None:
+            plan = decide()
+            self.state.put("plan", {"plan": plan.model_dump(mode="json"), "fallbacks": dict(fallbacks)})
+        found = self.state.get("plan")
+        fallbacks |= found["fallbacks"]
+        return Plan.model_validate(found["plan"])
+
+    def is_done(self, kept: PassRecord | None) -> bool:
+        """Whether an earlier process has finished a pass; the blocks are then what it made of them."""
+        if kept is None or not kept.complete:
+            return False
+        for index in range(len(self.store)):
+            kept.restore(index)
+        return True
 
     @property
     def _windows(self) -> Windows:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -62,15 +63,17 @@ class SparseWork:
         """Nothing is kept."""
 
     def run(self, step: PassSpec) -> None:
-        """Do one step.
+        """Do one step, or what an earlier process left of it.
 
         Raises:
             ParedError: no token reached any site, or a weight or its statistics do not allow what is asked.
         """
+        state = self._observer.state
         if step.action == "evidence":
-            self.collect(step)
+            if state is None or state.get("plan") is None:
+                self.collect(step)
         elif step.action == "allocate":
-            self._allocate()
+            self._plan = self._observer.decided(self._allocate, self._fallbacks)
         else:
             self._prune(step)
 
@@ -155,7 +158,7 @@ class SparseWork:
         output_energy_O = own["output_gradient_diagonal"].value
         return 0.5 * self._weight(name).double().square() * input_energy_N * output_energy_O[:, None]
 
-    def _allocate(self) -> None:
+    def _allocate(self) -> Plan:
         """Decide every site."""
         spec, evidence = self._spec, self.evidence
         read = [found for found in (evidence.scores, evidence.losses) if found]
@@ -164,12 +167,18 @@ class SparseWork:
             wished = spec.allocator.allocate(units, spec.budget, evidence, spec.allocation_config)
             unread = {site.name for unit in self._units if unit not in units for site in unit.members}
             anatomy, itemsize = self._anatomy.with_idle(unread), self._model.dtype.itemsize
-            self._plan = plan_zeros(anatomy, spec, units, wished, itemsize)
+            plan = plan_zeros(anatomy, spec, units, wished, itemsize)
         self._fallbacks |= evidence.notes
+        return plan
 
     def _prune(self, step: PassSpec) -> None:
         """Prune block by block, each behind the blocks that are pruned already if the method reads anything."""
         assert self._plan is not None
+        kept = self._observer.record(step, self.passes.index(step) + 1, self._tables)
+        if kept is not None:
+            found = kept.found()
+            self._pruned |= {name: SitePlan.model_validate(one) for name, one in found.get("pruned", {}).items()}
+            self._fallbacks |= found.get("fallbacks", {})
         planned: dict[int, list[SitePlan]] = {}
         for site in self._plan.sites:
             planned.setdefault(site.block, []).append(site)
@@ -180,10 +189,14 @@ class SparseWork:
                     self._pruned[site.name] = self._solve(site, block.statistics.get(site.name, {}))
 
         if step.runs == "nothing":
-            self._observer.without_data(visit, changes=True)
-        else:
+            self._observer.without_data(visit, changes=True, kept=kept)
+        elif not self._observer.is_done(kept):
             inputs = self._observer.capture()
-            self._observer.forward(inputs, self._spec.requires, visit, step, name="collect and prune")
+            self._observer.forward(inputs, self._spec.requires, visit, step, name="collect and prune", kept=kept)
+
+    def _tables(self) -> dict[str, dict[str, Any]]:
+        pruned = {name: site.model_dump(mode="json") for name, site in self._pruned.items()}
+        return {"pruned": pruned, "fallbacks": dict(self._fallbacks)}
 
     def _solve(self, site: SitePlan, statistics: Mapping[str, StatisticView]) -> SitePlan:
         """Prune one site; return what became of it, and note by which rule where its statistics say nothing."""

@@ -8,6 +8,7 @@ from torch import nn
 from pared.allocation import Unit
 from pared.calibration import BlockStatistics, cross_of
 from pared.engine.install import dense_linear, factors_of
+from pared.engine.pass_record import PassRecord
 from pared.engine.solve import Solver
 from pared.lowrank import Factors
 from pared.lowrank.dense_path import mixed_cross
@@ -43,6 +44,10 @@ class Refit:
         self._waiting = decided if together else [Unit((site,)) for unit in decided for site in unit.members]
         self._grams: dict[str, Grams] = {}
         self._share = solver.dense_path
+
+    def take_up(self, record: PassRecord) -> None:
+        """Go on behind the blocks that an earlier process finished."""
+        self._waiting = [unit for unit in self._waiting if not all(record.holds(s.block) for s in unit.members)]
 
     def visit(self, block: BlockStatistics) -> None:
         """Fit what can be fitted with this block's ``mean_gram``, and ``cross`` if the dense model runs beside."""

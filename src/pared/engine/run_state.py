@@ -5,6 +5,7 @@ line that names it is there; what an earlier pass wrote of the block may go afte
 ends, what the next one finds is what was recorded up to some line.
 """
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -63,19 +64,20 @@ class CompressionRun:
         """Return the indices of the blocks that a pass has finished."""
         return frozenset(self._blocks.get(pass_name, ()))
 
-    def write(self, name: str, tensors: Mapping[str, torch.Tensor]) -> Path:
+    def write(self, name: str, tensors: Mapping[str, torch.Tensor], notes: Mapping[str, Any] | None = None) -> Path:
         """Write a file, whole and on the disk; it counts once a line names it.
 
         Args:
             name: of the file; begins with that of the pass, ends with ``.safetensors``.
             tensors: what it holds.
+            notes: plain data that its header holds, under ``pared``.
 
         Raises:
             ParedError: it cannot be written, as the disk is full; all that was recorded before is as it was.
         """
         needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) + HEADER_BYTES
         with self._directory.commit_file(name, needed) as path:
-            save_file(dict(_apart(tensors)), path)
+            save_file(dict(_apart(tensors)), path, {"pared": json.dumps(notes or {})})
         self._verified.add(name)
         return self.folder / name
 

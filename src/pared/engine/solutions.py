@@ -5,32 +5,38 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from pared.io.leftovers import scratch
+from pared.engine.run_state import CompressionRun
+from pared.io.guarded import parse_json
+from pared.io.run_dir import RunDirectory
 from pared.lowrank import Decomposition
 
 
 class DecompositionStore:
-    """Keeps every site's decomposition in a temporary folder and its spectrum in memory.
+    """Keeps every site's decomposition in a file and its spectrum in memory.
 
     Directions are kept in float32, which is what weights are stored in at best; what makes them of the weight in
     float64, as it may divide by little. The weight itself is not kept, as it is still in the model. A context manager:
-    the folder is gone at its end, and what a killed process left of one goes when the next is made.
+    files that belong to no run are gone at its end, and what a killed process left of them goes when the next is made.
 
     Args:
-        beside: the output that the folder lies beside; without one it lies in the user's cache folder.
+        beside: the output that the files lie beside; without one they lie in the user's cache folder.
+        run: that the files belong to, in place of a folder of their own.
+        prefix: of their names.
 
     Attributes:
         spectra: for every site, what leaving out each direction costs, float64.
+        files: of every site.
     """
 
-    def __init__(self, beside: Path | None = None) -> None:
+    def __init__(self, beside: Path | None = None, run: CompressionRun | None = None, prefix: str = "pass-1") -> None:
         self._stack = ExitStack()
-        self._folder = self._stack.enter_context(scratch(beside))
-        self._numbers: dict[str, int] = {}
+        self._run = run or CompressionRun(self._stack.enter_context(RunDirectory.temporary(beside)))
+        self._prefix = prefix
         self._damping: dict[str, float] = {}
         self.spectra: dict[str, torch.Tensor] = {}
+        self.files: dict[str, Path] = {}
 
     def __enter__(self) -> "DecompositionStore":
         return self
@@ -40,19 +46,26 @@ class DecompositionStore:
 
     def put(self, name: str, found: Decomposition, weight: torch.Tensor | None = None) -> None:
         """Keep the decomposition of a unit, and its dense weight if one is given."""
-        self._numbers[name] = len(self._numbers)
         self._damping[name] = found.damping
         self.spectra[name] = found.singular_values_R.cpu()
-        tensors = {}
+        tensors = {"spectrum": self.spectra[name]}
         if found.U_OR is not None:
-            tensors["U_OR"] = found.U_OR.float().contiguous()
+            tensors["U_OR"] = found.U_OR.float()
         if found.T_NR is not None:
-            tensors["T_NR"] = found.T_NR.contiguous()
+            tensors["T_NR"] = found.T_NR
         if found.L_OO is not None:
-            tensors["L_OO"] = found.L_OO.contiguous()
+            tensors["L_OO"] = found.L_OO
         if weight is not None:
-            tensors["weight"] = weight.contiguous()
-        save_file(tensors, self._file(name))
+            tensors["weight"] = weight
+        file = f"{self._prefix}-unit-{len(self.files):05}.safetensors"
+        self.files[name] = self._run.write(file, tensors, {"damping": found.damping})
+
+    def take_up(self, name: str, file: Path) -> None:
+        """Take the file of a unit that an earlier process has written."""
+        with safe_open(file, framework="pt") as tensors:
+            self._damping[name] = parse_json(tensors.metadata()["pared"], str(file))["damping"]
+            self.spectra[name] = tensors.get_tensor("spectrum")
+        self.files[name] = file
 
     def get(self, name: str, W_ON: torch.Tensor) -> Decomposition:
         """Return the decomposition of a site.
@@ -61,14 +74,11 @@ class DecompositionStore:
             name: of the site.
             W_ON: its weight, as it was when it was decomposed.
         """
-        kept = load_file(self._file(name), device=str(W_ON.device))
+        kept = load_file(self.files[name], device=str(W_ON.device))
         fields = {key: kept[key].double() for key in ("U_OR", "T_NR", "L_OO") if key in kept}
         return Decomposition(W_ON.double(), self.spectra[name].to(W_ON.device), damping=self._damping[name], **fields)
 
     def weight(self, name: str, rows: slice) -> torch.Tensor:
         """Return rows of the dense weight that was kept of a unit; only those are read."""
-        with safe_open(self._file(name), framework="pt") as tensors:
+        with safe_open(self.files[name], framework="pt") as tensors:
             return tensors.get_slice("weight")[rows]
-
-    def _file(self, name: str) -> Path:
-        return self._folder / f"{self._numbers[name]}.safetensors"

@@ -1,9 +1,11 @@
 """Decomposes weights as statistics come in, and puts factors in place once their ranks are known."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -13,6 +15,8 @@ from pared.calibration import CROSS, BlockStatistics, StatisticView, cross_of, p
 from pared.engine.blocks import visit_blocks
 from pared.engine.grouping import Comparison, compare
 from pared.engine.install import install_group, unchanged
+from pared.engine.pass_record import PassRecord
+from pared.engine.run_state import CompressionRun
 from pared.engine.solutions import DecompositionStore
 from pared.engine.spec import LowRankSpec
 from pared.errors import ParedError
@@ -48,6 +52,8 @@ class Solver:
         *,
         keep_dense: bool = False,
         tokens: int = 0,
+        run: CompressionRun | None = None,
+        prefix: str = "pass-1",
     ) -> None:
         """Start.
 
@@ -58,6 +64,8 @@ class Solver:
             plan: the ranks; none if they depend on what is found, which is then kept until they are known.
             keep_dense: keep the dense weights too, for a refit.
             tokens: of the text, which costs are averaged over; those that reach a site where they are not known.
+            run: that keeps what must outlive the process; without one all goes at the end.
+            prefix: of the names of files.
         """
         self._model, self._tokens, self._keep_dense = model, tokens, keep_dense
         self._spec, self._method, self._budget = spec, spec.method, spec.budget
@@ -66,7 +74,8 @@ class Solver:
         self._planned = None if plan is None else _planned(plan)
         self._stack = ExitStack()
         out = spec.recipe.out
-        self._store = self._stack.enter_context(DecompositionStore(None if out is None else Path(out)))
+        self._store = self._stack.enter_context(DecompositionStore(None if out is None else Path(out), run, prefix))
+        self._known = len(self._store.files)  # files that were told of in `written`
         self._waiting = list(candidates)
         self._held: dict[str, StatisticsOfSite] = {}
         self._order = _order(candidates)
@@ -103,6 +112,52 @@ class Solver:
         self._waiting = [unit for unit in self._waiting if unit not in ready]
         for unit in ready:
             self.take(unit, {site.name: self._held.pop(site.name) for site in unit.members})
+
+    def tables(self) -> dict[str, dict[str, Any]]:
+        """Return what was found so far, as JSON has it, each by the name of a unit or site."""
+        units = {unit.name: [site.name for site in unit.members] for unit in self.units}
+        return {
+            "units": units,
+            "files": {name: file.name for name, file in self._store.files.items()},
+            "comparisons": {one.name: asdict(one) for one in self.comparisons},
+            "damping": dict(self.damping),
+            "fallbacks": dict(self.fallbacks),
+            "unreached": dict.fromkeys(sorted(self.unreached), True),
+            "missed": {unit.name: True for unit in self.missed},
+            "untargeted": dict.fromkeys(sorted(self.untargeted), True),
+        }
+
+    def written(self) -> list[Path]:
+        """Return the files of decompositions that were written since this was last asked."""
+        new = list(self._store.files.values())[self._known :]
+        self._known += len(new)
+        return new
+
+    def take_up(self, record: PassRecord) -> None:
+        """Go on behind the blocks that an earlier process finished.
+
+        Raises:
+            ParedError: a file of it is missing or damaged.
+        """
+        found, files = defaultdict(dict, record.found()), record.files()
+        sites = {site.name: site for unit in self._waiting for site in unit.members}
+        units = {unit.name: unit for unit in self._waiting}
+        self._waiting = [unit for unit in self._waiting if not all(record.holds(site.block) for site in unit.members)]
+        self.units += [Unit(tuple(sites[name] for name in members)) for members in found["units"].values()]
+        for unit in self.units:
+            if unit.name in found["files"]:
+                self._store.take_up(unit.name, files[found["files"][unit.name]])
+                self._note_rows(unit)
+        self._known = len(self._store.files)
+        for one in found["comparisons"].values():
+            told: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in one.items()}
+            self.comparisons.append(Comparison(**told))
+        self.damping |= found["damping"]
+        self.fallbacks |= found["fallbacks"]
+        self.unreached |= found["unreached"].keys()
+        self.untargeted |= found["untargeted"].keys()
+        self.missed += [units[name] for name in found["missed"]]
+        self._told_missed = len(self.missed)
 
     def in_order(self) -> None:
         """Put what was found in the model's order, in whichever order the blocks were visited."""
@@ -279,14 +334,18 @@ class Solver:
         if self._planned is None:
             self.units.append(unit)
             self._store.put(unit.name, found, self._weight(unit) if self._keep_dense else None)
-            start = 0
-            for site in unit.members:
-                self._rows[site.name] = unit.name, slice(start, start + site.out_features)
-                start += site.out_features
+            self._note_rows(unit)
         else:
             decision = self._planned[unit.name]
             names = [site.name for site in unit.members]
             install_group(self._model, names, found.factors(decision.rank), decision.pivoted)
+
+    def _note_rows(self, unit: Unit) -> None:
+        """Note where in the file of a unit the rows of every member are."""
+        start = 0
+        for site in unit.members:
+            self._rows[site.name] = unit.name, slice(start, start + site.out_features)
+            start += site.out_features
 
     def _weight(self, unit: Unit) -> torch.Tensor:
         return stacked([self._dense(site) for site in unit.members])

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -19,9 +20,13 @@ class BlockStore(Protocol):
 
     Attributes:
         model: the one module tree.
+        passed: number of the pass that commits, which the names of files it writes begin with.
+        files: for every block the file it was committed to last, None where it was to none.
     """
 
     model: PreTrainedModel
+    passed: int
+    files: list[Path | None]
 
     def __len__(self) -> int:
         """How many blocks there are."""
@@ -34,6 +39,13 @@ class BlockStore(Protocol):
 
     def commit(self, index: int) -> None:
         """Keep what stands in a block's place now as its form, and let go of it."""
+
+    def adopt(self, index: int, file: Path) -> None:
+        """Take the file of a block, committed by an earlier process, for its form.
+
+        Raises:
+            ParedError: it is none of this model.
+        """
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -62,6 +74,8 @@ class ResidentBlocks:
     def __init__(self, model: PreTrainedModel, anatomy: Anatomy) -> None:
         self.model = model
         self._blocks = anatomy.blocks(model)
+        self.passed = 1
+        self.files: list[Path | None] = [None] * len(self._blocks)
 
     def __len__(self) -> int:
         """How many blocks there are."""
@@ -76,6 +90,10 @@ class ResidentBlocks:
 
     def commit(self, index: int) -> None:
         """Do nothing: the tree holds it."""
+
+    def adopt(self, index: int, file: Path) -> None:
+        """Refuse: nothing is committed to files here."""
+        raise NotImplementedError
 
     @contextmanager
     def running(self) -> Iterator[None]:

@@ -121,7 +121,7 @@ class Killer:
     def watch(self, patched: pytest.MonkeyPatch) -> None:
         write, save = os.write, run_state.save_file
 
-        def half(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        def half(tensors: dict[str, torch.Tensor], path: Path, _: object) -> None:
             save(tensors, path)
             os.truncate(path, path.stat().st_size // 2)
 

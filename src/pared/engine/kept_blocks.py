@@ -1,0 +1,86 @@
+"""A model in memory whose changed blocks are kept in files too, so that another process can go on with them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedModel
+
+from pared.engine.run_state import CompressionRun
+from pared.errors import ParedError
+from pared.io.guarded import parse_json
+from pared.modules import LowRankLinear, PivotedLinear, SparseLinear, inherit_requires_grad, replace_module, share
+from pared.structure import Anatomy, weight_of
+from pared.structure.store import ResidentBlocks
+
+Changed = LowRankLinear | PivotedLinear | SparseLinear
+KINDS: dict[str, type[Changed]] = {cls.__name__: cls for cls in (LowRankLinear, PivotedLinear, SparseLinear)}
+BASIS = ".down.weight"
+
+
+class KeptBlocks(ResidentBlocks):
+    """Writes what stands where linear layers stood when a block is committed; the rest of a block never changes.
+
+    Args:
+        model: in memory, dense.
+        anatomy: of it.
+        run: that the files belong to.
+    """
+
+    def __init__(self, model: PreTrainedModel, anatomy: Anatomy, run: CompressionRun) -> None:
+        super().__init__(model, anatomy)
+        self._anatomy, self._run = anatomy, run
+
+    def commit(self, index: int) -> None:
+        """Write a block's changed layers; it stays in memory.
+
+        Raises:
+            ParedError: they cannot be written, as the disk is full.
+        """
+        tensors: dict[str, torch.Tensor] = {}
+        layers: dict[str, dict[str, Any]] = {}
+        for site in self._anatomy.sites_of(index):
+            layer = self.model.get_submodule(site.name)
+            if not isinstance(layer, Changed):
+                continue
+            owner = getattr(layer, "shares", None)
+            shares = None if owner == site.name + BASIS else owner
+            layers[site.name] = {"kind": type(layer).__name__, "entry": layer.entry(), "shares": shares}
+            state = {f"{site.name}.{name}": tensor for name, tensor in layer.state_dict().items()}
+            tensors |= {name: one for name, one in state.items() if not (shares and name == site.name + BASIS)}
+        name = f"pass-{self.passed}-block-{index:05}.safetensors"
+        self.files[index] = self._run.write(name, tensors, {"layers": layers})
+
+    def adopt(self, index: int, file: Path) -> None:
+        """Put the layers that a file holds in their places.
+
+        Raises:
+            ParedError: it holds something else.
+        """
+        try:
+            with safe_open(file, framework="pt") as kept:
+                layers = parse_json(kept.metadata()["pared"], str(file))["layers"]
+                tensors = {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118 - not a mapping
+            for name, told in layers.items():
+                prefix = f"{name}."
+                own = {key.removeprefix(prefix): one for key, one in tensors.items() if key.startswith(prefix)}
+                self._put(name, told, own)
+        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise ParedError(
+                f"{file} does not hold block {index} of this model ({error}); remove {self._run.folder} to begin anew"
+            ) from None
+        self.files[index] = file
+
+    def _put(self, name: str, told: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        old = self.model.get_submodule(name)
+        weight = old.up.weight if isinstance(old, (LowRankLinear, PivotedLinear)) else weight_of(old)
+        new: nn.Module = KINDS[told["kind"]](**told["entry"], device=weight.device, dtype=weight.dtype)
+        new.load_state_dict(tensors, strict=not told["shares"])
+        if isinstance(new, SparseLinear):
+            new.unpack_()
+        inherit_requires_grad(new, old)
+        if told["shares"]:
+            share(new, self.model.get_submodule(told["shares"].removesuffix(BASIS)), told["shares"])
+        replace_module(self.model, name, new)
