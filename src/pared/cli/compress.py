@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pared.cli.console import ConsoleProgress, JsonFile, errors, print_result, quiet_libraries, write_json
 from pared.cli.from_schema import Fields, Given, schema_options
-from pared.cli.options import RECIPE_FILE, Overwrite
+from pared.cli.options import RECIPE_FILE, Overwrite, Resume
 from pared.entrypoints.checks import require_compression
 from pared.report.results import compressed_table
 from pared.schema.recipe import Recipe
@@ -17,16 +17,17 @@ if TYPE_CHECKING:
 def compress(
     given: Annotated[Given[Recipe], Fields(Recipe, file=RECIPE_FILE)],
     overwrite: Overwrite = False,
+    resume: Resume = False,
     json_file: JsonFile = None,
 ) -> None:
     """Compress a model and write it as an ordinary Hugging Face folder, checked by reloading."""
-    with errors():
+    with errors("interrupted; no partial output is left, and --resume goes on from the last finished block"):
         quiet_libraries()
         recipe = given.merged()
         require_compression(recipe, overwrite)
         from pared.entrypoints.compress import run
 
-        outcome = run(recipe, overwrite, ConsoleProgress())
+        outcome = run(recipe, overwrite, ConsoleProgress(), resume=resume)
         print_manifest(outcome.manifest, str(outcome.folder))
         write_json(json_file, {"folder": str(outcome.folder), **outcome.manifest.model_dump(mode="json")})
 

@@ -14,3 +14,9 @@ Streaming = Annotated[
     Stream, typer.Option("--stream", help="Read the model block by block; auto does where memory does not hold it.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it is there.")]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume", help="Go on from the last block that a killed run of the same command finished, to the same bytes."
+    ),
+]

@@ -84,7 +84,8 @@ def compress_blocks(
         observer.resume(state)
         result = Compressed(model, spec)
         with _work(observer, spec, evidence, trial) as work:
-            for step in work.passes:
+            for number, step in enumerate(work.passes, 1):
+                store.passed = number
                 work.run(step)
             lines = [*work.report(result), *stacks(observer.anatomy), *remarks(result.plan, result.fallbacks)]
         if observer.windows is not None:

@@ -72,7 +72,7 @@ class PassRecord:
         self._run, self._store, self.name = run, store, f"pass-{number}"
         self._tables, self._written = tables, written
         self._changes, self._replaces = changes, replaces
-        store.passed, self._before = number, list(store.files)
+        self._before = list(store.files)
         there, count = run.finished(self.name), len(store)
         self._held = {
             index

@@ -20,11 +20,13 @@ from pared.engine.allocate import plan_from_shapes
 from pared.engine.checks import require_finite_weights
 from pared.engine.early import require_job, require_possible, require_suited, require_texts
 from pared.engine.early import require_model as require_named_model
+from pared.engine.run_state import CompressionRun
 from pared.engine.spec import CompressionSpec
 from pared.entrypoints.in_place import Collected, compress_in_place, require_compressible
 from pared.entrypoints.measure import PerplexityOn
 from pared.entrypoints.publish import ResidentSaver
 from pared.entrypoints.result import Before, Compressed, Outcome, publish
+from pared.entrypoints.resume import Resumable, fingerprint_of, measured_once
 from pared.entrypoints.texts_read import TextsRead, read_texts
 from pared.environment import device_of, versions
 from pared.errors import ParedError
@@ -131,29 +133,37 @@ def compress(
 
 
 def run(
-    recipe: Recipe, overwrite: bool = False, progress: Progress | bool | None = None, trust_remote_code: bool = False
+    recipe: Recipe,
+    overwrite: bool = False,
+    progress: Progress | bool | None = None,
+    trust_remote_code: bool = False,
+    resume: bool = False,
 ) -> Outcome:
     """Carry out a recipe from model name to folder.
 
     What can be refused is refused before the first weight is read. The folder is made beside its place, reloaded,
-    compared with the model in memory, evaluated, and only then renamed.
+    compared with the model in memory, evaluated, and only then renamed. Every block is kept in a hidden folder beside
+    the output as it is finished, which goes when the output is there.
 
     Args:
         recipe: with ``model`` and ``out``.
         overwrite: whether an output folder that is there may be replaced.
         progress: who watches, or whether bars are shown; by default in a notebook only.
         trust_remote_code: whether code that lies beside the model's weights may run.
+        resume: go on from the last block that a killed run of the very same recipe, model, data and versions finished,
+            to the same bytes; without it such a run begins anew.
 
     Raises:
-        ParedError: anything wrong; nothing was written or overwritten.
+        ParedError: anything wrong; nothing was written or overwritten, and what is finished is kept.
     """
     with trusting(trust_remote_code):
         asked, watcher = asked_from(Recipe, recipe, "pared.run"), watcher_of(progress, "pared.run")
         spec, source, out = require_job(asked, overwrite)
-        result = _by_name(source, spec, watcher, out)
-        saver = ResidentSaver(result.model, result.tokenizer, result.before.source)
-        del result.model  # there may be room for only one of it and what is reloaded
-        return publish(result, saver, out, overwrite, watcher)
+        with Resumable.beside(out, resume, watcher) as resumable:
+            result = _by_name(source, spec, watcher, out, resumable=resumable)
+            saver = ResidentSaver(result.model, result.tokenizer, result.before.source)
+            del result.model  # there may be room for only one of it and what is reloaded
+            return publish(result, saver, out, overwrite, watcher)
 
 
 def reusable(recipe: Recipe) -> Outcome | None:
@@ -193,6 +203,7 @@ def _by_name(
     tokenizer: PreTrainedTokenizerBase | None = None,
     windows: Windows | None = None,
     collected: Collected | None = None,
+    resumable: Resumable | None = None,
 ) -> Compressed:
     """Load a model, measure it and compress it; what can be refused is refused before weights are read.
 
@@ -204,6 +215,7 @@ def _by_name(
         tokenizer: in place of the model's own.
         windows: in place of the recipe's text.
         collected: as for :func:`compress`.
+        resumable: opens the state that outlives a killed process.
     """
     recipe = spec.recipe
     device_of(recipe.device)
@@ -231,7 +243,8 @@ def _by_name(
         )  # before perplexity, which could only say "nan"
         require_finite(model, source.name)
     before = Before(source.name, source.origin, source, _measure(texts, tokenizer, recipe, watch, progress))
-    return _compressed(model, tokenizer, spec, progress, texts, collected, before, watch)
+    state = None if resumable is None else resumable.open(fingerprint_of(spec, source, texts.calibration))
+    return _compressed(model, tokenizer, spec, progress, texts, collected, before, watch, state)
 
 
 def _in_memory(
@@ -279,11 +292,13 @@ def _compressed(
     collected: Collected | None,
     before: Before,
     watch: Stopwatch,
+    state: CompressionRun | None = None,
 ) -> Compressed:
     """Measure the dense model where that is asked for, and compress it."""
     if before.measure is not None:
-        before = replace(before, perplexity=before.measure.before(model), learned_from=texts.learned_from)
-    made = compress_in_place(model, tokenizer, spec, progress, texts.calibration, collected)
+        value = measured_once(before.measure, model, state)
+        before = replace(before, perplexity=value, learned_from=texts.learned_from)
+    made = compress_in_place(model, tokenizer, spec, progress, texts.calibration, collected, state)
     return Compressed(
         model=made.model,
         tokenizer=tokenizer,

@@ -11,6 +11,7 @@ from pared.data.windows import Windows
 from pared.engine.compress import compress_blocks
 from pared.engine.early import require_possible, require_suited
 from pared.engine.result import Compressed
+from pared.engine.run_state import CompressionRun
 from pared.engine.spec import CompressionSpec
 from pared.environment import device_of
 from pared.errors import ParedError
@@ -60,6 +61,7 @@ def compress_in_place(
     progress: Progress,
     windows: Windows | None,
     saved: Collected | None,
+    state: CompressionRun | None = None,
 ) -> Compressed:
     """Compress a model, and have its configuration say what became of it, whatever happens.
 
@@ -70,6 +72,7 @@ def compress_in_place(
         progress: who watches.
         windows: calibration tokens already cut, in place of the recipe's text.
         saved: statistics of these tokens, in place of a pass over them.
+        state: keeps what is finished, for a process that goes on with it.
 
     Raises:
         ParedError: anything in the model or the text that does not work; says whether blocks are compressed already.
@@ -80,9 +83,11 @@ def compress_in_place(
         return perplexity(model, tokenizer, on).value
 
     try:
-        return compress_blocks(model, tokenizer, spec, windows=windows, saved=saved, trial=trial, progress=progress)
+        return compress_blocks(
+            model, tokenizer, spec, windows=windows, saved=saved, trial=trial, state=state, progress=progress
+        )
     except ParedError as error:
-        if module_map(model):
+        if module_map(model) and state is None:
             raise ParedError(f"{error}; the blocks before it are compressed already: load the model again") from error
         raise
     finally:

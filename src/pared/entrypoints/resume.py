@@ -1,0 +1,103 @@
+"""The state of a compression beside its output: opened once it is known what the result depends on, gone at the end."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from pared.data.windows import Windows
+from pared.engine.run_state import CompressionRun
+from pared.engine.spec import CompressionSpec
+from pared.entrypoints.measure import PerplexityOn
+from pared.environment import versions
+from pared.io.run_dir import RunDirectory
+from pared.models.source import ModelSource
+from pared.progress import Progress
+
+KIND = "compress"
+# What a compressed model does not depend on: where it goes, what it is measured on, and what its source is called.
+LEFT_OUT = {"out", "evaluation", "model"}
+
+
+class Resumable:
+    """A compression whose state outlives a process that is killed.
+
+    Args:
+        out: the output.
+        resume: whether to go on from what an earlier process left; otherwise that is removed.
+        progress: who watches.
+    """
+
+    def __init__(self, out: Path, resume: bool, progress: Progress) -> None:
+        self._out, self._resume, self._progress = out, resume, progress
+        self._stack = ExitStack()
+        self._directory: RunDirectory | None = None
+
+    @classmethod
+    @contextmanager
+    def beside(cls, out: Path, resume: bool, progress: Progress) -> Iterator["Resumable"]:
+        """Hold the state until the output is there, when it is removed; what fails or is interrupted leaves it."""
+        one = cls(out, resume, progress)
+        with one._stack:
+            try:
+                yield one
+            except BaseException:
+                one._tell()
+                raise
+            if one._directory is not None:
+                one._directory.finish()
+
+    def open(self, fingerprint: Mapping[str, Any]) -> CompressionRun:
+        """Return what an earlier process of this very compression has finished, and what this one will.
+
+        Raises:
+            ParedError: the state is that of another compression, damaged, or another process works in it.
+        """
+        opened = RunDirectory.open(self._out, KIND, fingerprint, self._resume)
+        directory = self._stack.enter_context(opened)
+        run = CompressionRun(directory)
+        self._directory = directory
+        if directory.resumed:
+            self._progress.note(f"resuming the compression that {directory.folder} holds")
+        elif self._resume:
+            self._progress.note(f"nothing to resume: no state of a compression lies beside {self._out}")
+        return run
+
+    def _tell(self) -> None:
+        if self._directory is not None and self._directory.journal.entries:
+            self._progress.note(
+                f"what is finished is kept in {self._directory.folder}: the same command with --resume goes on from "
+                "there, and removes it at its end"
+            )
+
+
+def measured_once(measure: PerplexityOn, model: PreTrainedModel, state: CompressionRun | None) -> float:
+    """Return the perplexity of the dense model, measured unless an earlier process did."""
+    if state is None:
+        return measure.before(model)
+    name = f"perplexity before on {measure.windows.digest}, bos {measure.bos}"
+    if state.get(name) is None:
+        state.put(name, measure.before(model))
+    return float(state.get(name))
+
+
+def fingerprint_of(spec: CompressionSpec, source: ModelSource, calibration: Windows | None) -> dict[str, Any]:
+    """Return everything that the compressed model depends on.
+
+    Args:
+        spec: what is done.
+        source: the dense model.
+        calibration: the tokens it is done on.
+
+    Raises:
+        ParedError: a file of the model cannot be read.
+    """
+    return {
+        **spec.recipe.model_dump(mode="json", exclude=LEFT_OUT),
+        "resolved": spec.describe(),
+        "model": source.digest(),
+        "calibration tokens": None if calibration is None else calibration.digest,
+        "versions": versions(),
+    }

@@ -1,0 +1,312 @@
+"""``pared compress --resume``: whatever ended a process, the next one ends with the bytes of one that nothing ended."""
+
+import errno
+import json
+import os
+import random
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import TINY_MODELS
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+import pared
+from pared import Calibration, ParedError, Recipe
+from pared.cli.commands import app
+from pared.engine import run_state
+from pared.io.run_dir import run_folder
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+
+SHARED = {"group_size": 2, "sharing": "all"}
+CASES: dict[str, dict[str, Any]] = {
+    "svd-llm": {"method": "svd-llm", "keep": 0.7, "statistics": "sequential", "refit": "sequential"},
+    "basis-sharing": {"method": "basis-sharing", "keep": 0.5, "options": SHARED, "refit": "update"},
+    "loss-optimal": {"method": "loss-optimal", "keep": 0.7, "statistics": "once"},
+    "loss-optimal sequential": {"method": "loss-optimal", "keep": 0.7, "statistics": "sequential"},
+    "wanda": {"method": "wanda", "sparsity": 0.5, "allocation": "owl"},
+    "sparsegpt": {"method": "sparsegpt", "sparsity": 0.5},
+}
+# Of a manifest, what no two runs share.
+OF_THE_RUN = {"seconds", "peak_memory_bytes", "files", "checksum"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A folder with a dense model and a text."""
+    folder = tmp_path_factory.mktemp("resume")
+    TINY_MODELS["llama"]().save_pretrained(folder / "dense")
+    tokenizer.save_pretrained(folder / "dense")
+    (folder / "words.txt").write_text(" ".join(f"w{number % 61 + 3}" for number in range(2000)))
+    return folder
+
+
+def recipe_of(case: str, place: Path, out: Path, **more: Any) -> Recipe:
+    calibration = Calibration(text=f"file:{place}/words.txt", samples=6, length=16, batch=2, dtype="float32")
+    return Recipe(model=str(place / "dense"), out=str(out), evaluation=None, calibration=calibration,
+                  **{**CASES[case], **more})  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(place: Path) -> Callable[[str], Path]:
+    """The folder that a case comes to where nothing ends it."""
+
+    def made(case: str) -> Path:
+        out = place / "whole" / case
+        if not out.exists():
+            pared.run(recipe_of(case, place, out))
+        return out
+
+    return made
+
+
+def content(folder: Path) -> dict[str, Any]:
+    """The bytes of every file; of the manifest and the card what two runs share."""
+    found: dict[str, Any] = {path.name: path.read_bytes() for path in folder.iterdir()}
+    manifest = json.loads(found["pared.json"])
+    found["pared.json"] = {name: value for name, value in manifest.items() if name not in OF_THE_RUN}
+    found.pop("README.md")
+    return found
+
+
+def require_same(folder: Path, other: Path) -> None:
+    one, two = content(folder), content(other)
+    for found in (one, two):
+        found["pared.json"]["recipe"].pop("out", None)
+    assert one.keys() == two.keys()
+    assert [name for name in one if one[name] != two[name]] == []
+
+
+def in_a_process(work: Callable[[], object]) -> bool:
+    """Do something in a process of its own; whether it was killed."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    status = os.waitpid(pid, 0)[1]
+    assert os.WIFSIGNALED(status) or status == 0
+    return os.WIFSIGNALED(status)
+
+
+def killed_after(lines: int, recipe: Recipe, resume: bool = False) -> bool:
+    """Run a recipe in a process that is killed as soon as so many lines are on the disk; whether it was."""
+
+    def work() -> None:
+        record, left = run_state.CompressionRun.record, lines
+
+        def and_die(self: Any, *arguments: Any, **more: Any) -> None:
+            nonlocal left
+            record(self, *arguments, **more)
+            left -= 1
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        run_state.CompressionRun.record = and_die  # type: ignore[method-assign]
+        pared.run(recipe, resume=resume)
+
+    return in_a_process(work)
+
+
+def killed_within(seconds: float, recipe: Recipe) -> bool:
+    """Run a recipe, resuming, in a process that is killed at some moment; whether it was still at work."""
+
+    def work() -> None:
+        timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
+        timer.daemon = True
+        timer.start()
+        pared.run(recipe, resume=True)
+
+    return in_a_process(work)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_killed_compression_goes_on_to_the_very_same_bytes(
+    case: str, place: Path, whole: Callable[[str], Path], tmp_path: Path
+) -> None:
+    recipe = recipe_of(case, place, tmp_path / "out")
+    assert killed_after(2, recipe)
+    assert [path.name for path in tmp_path.iterdir()] == [".out.compress"]
+    outcome = pared.run(recipe, resume=True)
+    require_same(outcome.folder, whole(case))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert pared.verify(outcome.folder) == 0.0
+
+
+def test_a_compression_killed_at_every_block_goes_on_to_the_very_same_bytes(
+    place: Path, whole: Callable[[str], Path], tmp_path: Path
+) -> None:
+    recipe, kills = recipe_of("svd-llm", place, tmp_path / "out"), 0
+    while killed_after(1, recipe, resume=True):
+        kills += 1
+    assert kills == 9  # three passes over three blocks
+    require_same(tmp_path / "out", whole("svd-llm"))
+
+
+@pytest.mark.slow
+def test_fifty_kills_at_random_moments_lead_to_the_very_same_bytes(
+    place: Path, whole: Callable[[str], Path], tmp_path: Path
+) -> None:
+    draws, kills, ends = random.Random(0), 0, 0
+    while kills < 50:
+        case = list(CASES)[ends % len(CASES)]
+        out = tmp_path / str(ends) / "out"
+        out.parent.mkdir()
+        while killed_within(draws.uniform(0.02, 1.2), recipe_of(case, place, out)):
+            kills += 1
+        ends += 1
+        require_same(out, whole(case))
+        assert [path.name for path in out.parent.iterdir()] == ["out"]
+    assert ends >= 2
+
+
+# The command line.
+
+
+def command(place: Path, out: Path, *more: str) -> Any:
+    return CliRunner().invoke(app, [
+        "compress", str(place / "dense"), "--method", "sparsegpt", "--sparsity", "0.5", "--no-eval", "--out", str(out),
+        "--data", f"file:{place}/words.txt", "--samples", "6", "--length", "16", *more,
+    ])  # fmt: skip
+
+
+def test_the_command_says_what_it_resumes_and_what_to_do_when_it_is_interrupted(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = run_state.CompressionRun.record
+
+    def interrupted(self: Any, *arguments: Any, **more: Any) -> None:
+        record(self, *arguments, **more)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run_state.CompressionRun, "record", interrupted)
+        result = command(place, tmp_path / "out")
+    assert result.exit_code == 130
+    told = " ".join(result.output.split())
+    assert f"what is finished is kept in {tmp_path}/.out.compress" in told
+    assert "--resume goes on from the last finished block" in told
+    result = command(place, tmp_path / "out", "--resume")
+    assert result.exit_code == 0, result.output
+    assert "resuming the compression that" in result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_without_resume_a_killed_run_begins_anew_and_with_it_there_need_be_none(
+    place: Path, whole: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = recipe_of("sparsegpt", place, tmp_path / "out")
+    assert killed_after(2, recipe)
+    pared.run(recipe)
+    assert "this one begins anew" in caplog.text
+    require_same(tmp_path / "out", whole("sparsegpt"))
+    pared.run(recipe, overwrite=True, resume=True)
+    require_same(tmp_path / "out", whole("sparsegpt"))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# Foreign, damaged, full.
+
+
+def held(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_state_of_another_compression_is_refused_with_what_differs(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of("sparsegpt", place, tmp_path / "out")
+    assert killed_after(2, recipe)
+    state = run_folder(tmp_path / "out", "compress")
+    before = held(state)
+    other_text = tmp_path / "text" / "words.txt"
+    other_text.parent.mkdir()
+    other_text.write_text(" ".join(f"w{number % 7}" for number in range(2000)))
+    other = recipe.calibration.model_copy(update={"text": f"file:{other_text}"})
+    for changed, told in (
+        (recipe.model_copy(update={"sparsity": 0.6}), r"\(sparsity: 0\.5 there, 0\.6 now"),
+        (recipe.model_copy(update={"calibration": other}), "calibration tokens: '[0-9a-f]{12}…' there"),
+        (recipe.model_copy(update={"dtype": "bfloat16"}), "dtype: 'auto' there, 'bfloat16' now"),
+    ):
+        with pytest.raises(ParedError, match=told):
+            pared.run(changed, resume=True)
+        assert held(state) == before
+    with monkeypatch.context() as patched:
+        patched.setattr("pared.entrypoints.resume.versions", lambda: {"torch": "1.0"})
+        with pytest.raises(ParedError, match=r"versions\.torch: '.*' there, '1\.0' now"):
+            pared.run(recipe, resume=True)
+    (place / "other").mkdir(exist_ok=True)
+    for path in (place / "dense").iterdir():
+        (place / "other" / path.name).write_bytes(path.read_bytes())
+    weights = bytearray((place / "other" / "model.safetensors").read_bytes())
+    weights[-2] ^= 1
+    (place / "other" / "model.safetensors").write_bytes(weights)
+    with pytest.raises(ParedError, match=r"model: '[0-9a-f]{12}…' there"):
+        pared.run(recipe.model_copy(update={"model": str(place / "other")}), resume=True)
+    assert held(state) == before
+    pared.run(recipe.model_copy(update={"model": str(place / "dense" / ".." / "dense")}), resume=True)
+
+
+@pytest.mark.parametrize("damage", ["journal", "file", "missing", "settings"])
+def test_a_damaged_state_is_told_and_stays(damage: str, place: Path, tmp_path: Path) -> None:
+    recipe = recipe_of("sparsegpt", place, tmp_path / "out")
+    assert killed_after(2, recipe)
+    state = run_folder(tmp_path / "out", "compress")
+    (block,) = state.glob("*-block-00001.safetensors")
+    file, told = {
+        "journal": (state / "journal.jsonl", r"journal\.jsonl, line 2: not a line of a compress run"),
+        "file": (block, r"block-00001\.safetensors is damaged"),
+        "missing": (block, r"block-00001\.safetensors is missing"),
+        "settings": (state / "settings.json", r"settings\.json: not JSON"),
+    }[damage]
+    whole = file.read_bytes()
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(whole.replace(b'"', b"'") if damage in ("journal", "settings") else whole[:-1] + b"\x01")
+    before = held(state)
+    with pytest.raises(ParedError, match=told):
+        pared.run(recipe, resume=True)
+    assert held(state) == before
+    file.write_bytes(whole)  # and what was restored is gone on from
+    pared.run(recipe, resume=True)
+
+
+def test_a_disk_that_fills_up_at_any_block_costs_nothing_that_was_done(
+    place: Path, whole: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, save = recipe_of("wanda", place, tmp_path / "out"), run_state.save_file
+
+    def full(*arguments: Any) -> None:
+        if "block-00001" in str(arguments[1]):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run_state, "save_file", full)
+        with pytest.raises(ParedError, match=r"not enough disk for .*block-00001.*bytes needed, [\d,]+ free.*resume"):
+            pared.run(recipe)
+    outcome = pared.run(recipe, resume=True)
+    require_same(outcome.folder, whole("wanda"))
+
+
+def test_a_weight_file_that_vanished_is_told_and_what_is_done_is_kept(place: Path, tmp_path: Path) -> None:
+    recipe = recipe_of("sparsegpt", place, tmp_path / "out")
+    assert killed_after(2, recipe)
+    before, weights = held(run_folder(tmp_path / "out", "compress")), place / "dense" / "model.safetensors"
+    weights.rename(place / "away")
+    try:
+        with pytest.raises(ParedError, match=str(place / "dense")):
+            pared.run(recipe, resume=True)
+    finally:
+        (place / "away").rename(weights)
+    assert held(run_folder(tmp_path / "out", "compress")) == before
+    pared.run(recipe, resume=True)
