@@ -173,7 +173,7 @@ def test_fifty_kills_at_random_moments_lead_to_the_very_same_bytes(
 
 def command(place: Path, out: Path, *more: str) -> Any:
     return CliRunner().invoke(app, [
-        "compress", str(place / "dense"), "--method", "sparsegpt", "--sparsity", "0.5", "--no-eval", "--out", str(out),
+        "compress", str(place / "dense"), "--method", "sparsegpt", "--sparsity", "0.5", "--out", str(out),
         "--data", f"file:{place}/words.txt", "--samples", "6", "--length", "16", *more,
     ])  # fmt: skip
 
@@ -262,7 +262,7 @@ def test_a_damaged_state_is_told_and_stays(damage: str, place: Path, tmp_path: P
     state = run_folder(tmp_path / "out", "compress")
     (block,) = state.glob("*-block-00001.safetensors")
     file, told = {
-        "journal": (state / "journal.jsonl", r"journal\.jsonl, line 2: not a line of a compress run"),
+        "journal": (state / "journal.jsonl", r"journal\.jsonl, line 3: not a line of a compress run"),
         "file": (block, r"block-00001\.safetensors is damaged"),
         "missing": (block, r"block-00001\.safetensors is missing"),
         "settings": (state / "settings.json", r"settings\.json: not JSON"),
@@ -271,7 +271,12 @@ def test_a_damaged_state_is_told_and_stays(damage: str, place: Path, tmp_path: P
     if damage == "missing":
         file.unlink()
     else:
-        file.write_bytes(whole.replace(b'"', b"'") if damage in ("journal", "settings") else whole[:-1] + b"\x01")
+        changed = {
+            "journal": whole.replace(b"float32", b"float16"),
+            "file": whole[:-1] + b"\x01",
+            "settings": whole[1:],
+        }
+        file.write_bytes(changed[damage])
     before = held(state)
     with pytest.raises(ParedError, match=told):
         pared.run(recipe, resume=True)
@@ -304,7 +309,7 @@ def test_a_weight_file_that_vanished_is_told_and_what_is_done_is_kept(place: Pat
     before, weights = held(run_folder(tmp_path / "out", "compress")), place / "dense" / "model.safetensors"
     weights.rename(place / "away")
     try:
-        with pytest.raises(ParedError, match=str(place / "dense")):
+        with pytest.raises(ParedError, match=f"model {str(place / 'dense')!r}: unreadable"):
             pared.run(recipe, resume=True)
     finally:
         (place / "away").rename(weights)
