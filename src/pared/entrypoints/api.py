@@ -26,6 +26,7 @@ from pared.engine.allocate import plan_from_shapes
 from pared.engine.early import require_model as require_named_model
 from pared.engine.early import require_possible, require_suited
 from pared.entrypoints.evaluate import evaluate as measured
+from pared.entrypoints.plan import plan_of
 from pared.entrypoints.search import Found, pools_on
 from pared.entrypoints.search import run as search_by_name
 from pared.entrypoints.search import search as search_loaded
@@ -76,11 +77,7 @@ def plan(
             spec = require_possible(asked)
             require_suited(model.config, spec, model.config.name_or_path or type(model).__name__)
             return plan_from_shapes(model, spec)
-        asked = asked.model_copy(update={"model": name_from(model, function)})
-        spec = require_possible(asked)
-        source = require_named_model(spec)
-        require_suited(source.config(), spec, source.name)
-        return plan_from_shapes(source.skeleton(), spec, source.weight_bytes(asked.dtype))
+        return plan_of(asked.model_copy(update={"model": name_from(model, function)})).plan
 
 
 def search(
