@@ -1,8 +1,6 @@
 """One call from Python: a model by name or loaded, texts in many forms, and the folder of the command line."""
 
-import gc
 import json
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +15,6 @@ import pared
 from pared import ParedError
 from pared.cli.commands import app
 from pared.data import Text, cut
-from pared.entrypoints import publish
-from pared.models.source import ModelSource
 
 WORDS = " ".join(f"w{(7 * place * place + 3 * place) % 64}" for place in range(600))
 SMALL: dict[str, Any] = {"method": "svd-llm", "keep": 0.6, "samples": 4, "length": 32}
@@ -178,57 +174,3 @@ def test_another_budget_takes_the_place_of_the_recipes(
 ) -> None:
     result = pared.compress(model, tokenizer, {"method": "magnitude", "sparsity": 0.3}, pattern="2:4")
     assert (result.recipe.sparsity, result.recipe.pattern) == (None, "2:4")
-
-
-# Publishing.
-
-
-@pytest.mark.parametrize("step", ["save", "reloaded", "seal", "model_card"])
-@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
-def test_whatever_stops_it_nothing_half_written_is_left(
-    step: str,
-    error: type[BaseException],
-    place: Path,
-    tokenizer: PreTrainedTokenizerFast,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def fails(*_: object, **__: object) -> None:
-        raise error
-
-    result = pared.compress(TINY_MODELS["llama"](), tokenizer, method="svd", keep=0.5)
-    result.save(tmp_path / "made")
-    before = manifest_of(tmp_path / "made")
-    monkeypatch.setattr(publish, step, fails)
-    for folder, overwrite in (("made", True), ("new", False)):
-        with pytest.raises(error):
-            result.save(tmp_path / folder, overwrite)
-    assert [path.name for path in tmp_path.iterdir()] == ["made"]
-    assert manifest_of(tmp_path / "made") == before
-
-
-def test_the_model_in_memory_is_gone_before_the_new_one_is_loaded(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """There may be room for only one of them."""
-    loaded: list[weakref.ref[PreTrainedModel]] = []
-    load, reloaded = ModelSource.load, publish.reloaded
-
-    def note(self: ModelSource, *arguments: Any) -> PreTrainedModel:
-        model = load(self, *arguments)
-        loaded.append(weakref.ref(model))
-        return model
-
-    def look(*arguments: Any) -> Any:
-        gc.collect()
-        assert [one() for one in loaded] == [None]
-        return reloaded(*arguments)
-
-    monkeypatch.setattr(ModelSource, "load", note)
-    monkeypatch.setattr(publish, "reloaded", look)
-    text = f"file:{place}/words.txt"
-    calibration = pared.Calibration(text=text, samples=2, length=16)
-    pared.run(
-        pared.Recipe(model=str(place / "llama"), method="svd-llm", calibration=calibration, out=str(tmp_path / "made"))
-    )
-    assert len(loaded) == 2
