@@ -1,4 +1,4 @@
-"""All methods by name: what pared brings, of every family, and what installed packages add.
+"""All methods by name: those built in, of every family, and those that installed packages add.
 
 A method is a declaration (:class:`Method`): its options as a type, the statistics it requires, and ``solve``, which
 makes of weights and statistics a solution that answers every budget. An instance of
@@ -89,13 +89,13 @@ def _read(name: str, found: object) -> Method:
         raise ValueError(f"it calls itself {found.name!r}; the two names must be one")
     if not (isinstance(found.config, type) and issubclass(found.config, Options)):
         raise ValueError(f"expected a subclass of pared.schema.options.Options as config, found {found.config!r}")
-    if taken := [one.name for one in BROUGHT.values() if one.config is found.config]:
+    if taken := [one.name for one in BUILTIN.values() if one.config is found.config]:
         raise ValueError(f"its options are those of method {taken[0]}; give it a type of its own, a subclass of them")
     return found
 
 
-BROUGHT: dict[str, Method] = {**LOW_RANK, **PRUNING}
-METHODS: Registry[Method] = Registry("method", GROUP, BROUGHT, _read)
+BUILTIN: dict[str, Method] = {**LOW_RANK, **PRUNING}
+METHODS: Registry[Method] = Registry("method", GROUP, BUILTIN, _read)
 
 
 def methods_of(family: Family) -> dict[str, Method]:
@@ -104,13 +104,13 @@ def methods_of(family: Family) -> dict[str, Method]:
 
 
 def method_of(options: Options) -> Method:
-    """Return the method that a set of options belongs to, by its type.
+    """Return the method that options belong to, by their type.
 
     Raises:
         ParedError: none does.
     """
-    for method in METHODS.available().values():
-        if type(options) is method.config:
-            return method
+    name = options.owner()
+    if name in METHODS and METHODS[name].config is type(options):
+        return METHODS[name]
     raise ParedError(f"{type(options).__name__} holds the options of no method; expected those of one of "
                      f"{', '.join(METHODS)}")  # fmt: skip

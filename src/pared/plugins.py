@@ -1,4 +1,4 @@
-"""What can be registered by name: what pared brings, and what installed packages add through entry points.
+"""What can be registered by name: what is built in, and what installed packages add through entry points.
 
 A package adds something by naming it in its own metadata, under the group that the registry reads:
 
@@ -29,7 +29,7 @@ class PluginError(ParedError):
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """Things by name: what pared brings, what entry points of one group add, and what is registered by hand.
+    """Things by name: what is built in, what entry points of one group add, and what is registered by hand.
 
     As a mapping it holds all names, those of packages that turn out to be broken too: ``registry[name]`` imports what
     it must and raises a :class:`PluginError` for those; :meth:`available` leaves them out, and each is logged once.
@@ -37,13 +37,13 @@ class Registry(Mapping[str, T], Generic[T]):
     Args:
         what: one of them is, in the singular: ``method``.
         group: of entry points.
-        brought: what pared brings, by name.
+        builtin: what pared has itself, by name.
         read: from a name and the object an entry point names to the thing.
     """
 
-    def __init__(self, what: str, group: str, brought: Mapping[str, T], read: Callable[[str, object], T]) -> None:
+    def __init__(self, what: str, group: str, builtin: Mapping[str, T], read: Callable[[str, object], T]) -> None:
         self.what, self.group = what, group
-        self._brought = dict(brought)
+        self._builtin = dict(builtin)
         self._read = read
         self._loaded: dict[str, T] = {}
         self._warned: set[str] = set()
@@ -55,7 +55,7 @@ class Registry(Mapping[str, T], Generic[T]):
         for entry in entry_points(group=self.group):
             if entry not in found.setdefault(entry.name, []):  # a package may be found twice on the path
                 found[entry.name].append(entry)
-        for name in sorted(found.keys() & self._brought.keys()):
+        for name in sorted(found.keys() & self._builtin.keys()):
             package = _package_of(found.pop(name)[0])
             self._warn(f"{self.what} {name!r} of {package} is not used: pared has one of that name; rename it")
         return dict(sorted(found.items()))
@@ -69,13 +69,13 @@ class Registry(Mapping[str, T], Generic[T]):
         if name in self:
             raise ParedError(f"{self.what} {name!r} is there already; give yours another name, or unregister it first")
         try:
-            self._brought[name] = self._read(name, thing)
+            self._builtin[name] = self._read(name, thing)
         except ValueError as error:
             raise ParedError(f"{self.what} {name!r}: {error}") from None
 
     def unregister(self, name: str) -> None:
         """Take away what :meth:`register` added."""
-        self._brought.pop(name)
+        self._builtin.pop(name)
 
     def refresh(self) -> None:
         """Read again what is installed."""
@@ -90,20 +90,20 @@ class Registry(Mapping[str, T], Generic[T]):
             PluginError: a package that adds it is broken, or several add it.
         """
         if name not in self._entries:
-            return self._brought[name]
+            return self._builtin[name]
         if name not in self._loaded:
             self._loaded[name] = self._load(name)
         return self._loaded[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._brought or name in self._entries
+        return name in self._builtin or name in self._entries
 
     def __iter__(self) -> Iterator[str]:
-        yield from self._brought
+        yield from self._builtin
         yield from self._entries
 
     def __len__(self) -> int:
-        return len(self._brought) + len(self._entries)
+        return len(self._builtin) + len(self._entries)
 
     def find(self, name: str) -> T:
         """Return what a user calls by a name.
@@ -125,7 +125,7 @@ class Registry(Mapping[str, T], Generic[T]):
         return found
 
     def package_of(self, name: str) -> str:
-        """Return the package that adds something, with its version; empty for what pared brings."""
+        """Return the package that adds something, with its version; empty for what is built in."""
         return _package_of(self._entries[name][0]) if name in self._entries else ""
 
     def _warn(self, problem: str) -> None:

@@ -1,4 +1,4 @@
-"""All allocators by name: how a budget of ranks or of zeros is spread, those pared brings and those packages add."""
+"""All allocators by name: how a budget of ranks or of zeros is spread, those built in and those that packages add."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -114,7 +114,7 @@ def _in(module: str) -> Callable[..., Any]:
 
 COST = frozenset({"cost"})
 
-BROUGHT: tuple[Allocator, ...] = (
+BUILTIN: tuple[Allocator, ...] = (
     _of_ranks("uniform", "the same fraction of every weight", of.UniformRanks, _in("uniform"), NOTHING),
     _of_ranks(
         "rank-fraction", "FWSVD's budget, the same fraction of every rank", of.RankFraction, _rank_fraction, NOTHING
@@ -219,7 +219,7 @@ def _read(name: str, found: Any) -> tuple[Allocator, ...]:
 ALLOCATORS: Registry[tuple[Allocator, ...]] = Registry(
     "allocation",
     GROUP,
-    {name: tuple(one for one in BROUGHT if one.name == name) for name in dict.fromkeys(one.name for one in BROUGHT)},
+    {name: tuple(one for one in BUILTIN if one.name == name) for name in dict.fromkeys(one.name for one in BUILTIN)},
     _read,
 )
 

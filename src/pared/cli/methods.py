@@ -17,7 +17,7 @@ SPREADS = {"low_rank": "allocation", "sparse": "allocation of zeros"}
 def methods(
     name: Annotated[
         str | None,
-        typer.Argument(help="Tell of this method, allocation or training, with its options.", show_default=False),
+        typer.Argument(help="Describe this method, allocation or training, with its options.", show_default=False),
     ] = None,
 ) -> None:
     """List the methods, where each comes from and what it needs."""
@@ -41,7 +41,7 @@ def methods(
 
 
 def print_one(name: str) -> None:
-    """Tell of all that has a name, with every option.
+    """Print all that has a name, with every option.
 
     Raises:
         ParedError: nothing has it.

@@ -42,7 +42,7 @@ class Listed:
         paper: where it comes from; empty for an allocator.
         calibrated: whether it needs calibration text, by default.
         allocation: of a method, how the budget is spread unless a recipe says otherwise.
-        package: that adds it, with its version; empty for what pared brings.
+        package: that adds it, with its version; empty for what is built in.
         figures: others, by name.
     """
 
