@@ -237,6 +237,20 @@ def test_an_allocator_of_theirs_goes_with_a_method_of_pareds(dense: Path, text_f
     assert search.exit_code == 0, search.stderr
 
 
+def test_a_pruner_of_theirs_that_ranks_weights_can_be_searched_with(
+    dense: Path, text_file: Path, tmp_path: Path
+) -> None:
+    windows = (
+        "--samples 4 --windows 2 --length 16 --final-windows 2 --iterations 4 --population 4 --top 2 --sparsity 0.5"
+    )
+    data = ("--data", f"file:{text_file}", "--out", tmp_path / "s")
+    done = run("search", dense, "--pruner", "lottery", *windows.split(), *data)
+    assert done.exit_code == 0, done.stderr
+    found = json.loads((tmp_path / "s" / "FOUND.json").read_text())
+    assert found["method"] == "lottery"
+    assert found["settings"]["options"] == {"seed": 0, "rivals": "matrix"}
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

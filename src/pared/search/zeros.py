@@ -36,9 +36,11 @@ def require_pruner(name: str) -> None:
     if name in pruners():
         return
     if name in METHODS:
+        updates = getattr(METHODS[name], "updates", False)
+        why = "changes the weights it keeps, block after block" if updates else "needs more than the energy of inputs"
         raise ParedError(
-            f"pruner {name} changes the weights it keeps, block after block, so that a candidate costs a whole "
-            f"compression; search with wanda and use the program with --method {name} --allocation dsa"
+            f"pruner {name} {why}, so that a candidate costs a whole compression; search with wanda and use the "
+            f"program with --method {name} --allocation dsa"
         )
     raise ParedError(f"unknown pruner {name!r}; expected one of {', '.join(pruners())}")
 
