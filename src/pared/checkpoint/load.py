@@ -13,6 +13,7 @@ from pared.environment import dtype_of
 from pared.errors import ParedError
 from pared.io.record import MANIFEST, SUMS, recorded, require_own_sum, require_whole
 from pared.models.architecture import first_line
+from pared.models.loaded import loaded_as
 from pared.models.source import ModelSource, find_model
 from pared.models.trust import trusting
 from pared.structure.finite import require_finite
@@ -45,7 +46,7 @@ def load(
         read_config(name)
         model = find_model(name).load(dtype)
     require_finite(model, name)
-    return model
+    return loaded_as(model, name)
 
 
 def _checked(name: str) -> Path:

@@ -1,5 +1,6 @@
 """A compression: a model by name or from memory, compressed block by block, and the folder that is made of it."""
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -34,6 +35,7 @@ from pared.io.apart import require_apart
 from pared.io.files import path_of
 from pared.io.output_dir import require_space
 from pared.models.architecture import is_causal
+from pared.models.loaded import name_of
 from pared.models.source import ModelSource, find_model
 from pared.models.trust import trusting
 from pared.notebook import watcher_of
@@ -257,7 +259,7 @@ def _in_memory(
     collected: Collected | None,
 ) -> Compressed:
     """Compress a loaded model, and measure it before if that is wanted."""
-    name = model.config.name_or_path
+    name = name_of(model)
     source, watch = _lies_beside(name), Stopwatch()
     name = recipe.model or name or type(model).__name__
     texts, measure = TextsRead(windows), None
@@ -276,10 +278,11 @@ def _in_memory(
 
 
 def _lies_beside(name: str) -> ModelSource | None:
-    """Return where a loaded model says it was loaded from, if that is a folder on this machine."""
+    """Return where a loaded model says it was loaded from, if that is on this machine."""
     with suppress(ParedError):
-        if name and path_of(name).is_dir():
-            return find_model(name)
+        source = find_model(name) if name else None
+        if source is not None and os.path.exists(source.place):
+            return source
     return None
 
 

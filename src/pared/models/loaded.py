@@ -9,6 +9,19 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from pared.errors import ParedError
 from pared.io.digests import model_digest
 
+_NAME = "_pared_name"  # of an attribute of the module, which nothing saves
+
+
+def loaded_as(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """Have a model know the name that it was loaded by, where its configuration knows a folder of the cache alone."""
+    setattr(model, _NAME, name)
+    return model
+
+
+def name_of(model: PreTrainedModel) -> str:
+    """Return the name a model was loaded by, by pared or by transformers; empty for one that was made in memory."""
+    return str(getattr(model, _NAME, None) or model.config.name_or_path or "")
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -29,8 +42,8 @@ class LoadedModel:
 
     @property
     def name(self) -> str:
-        """Where it was loaded from, or its class."""
-        return self.location or type(self.model).__name__
+        """The name it was loaded by, or its class."""
+        return name_of(self.model) or type(self.model).__name__
 
     def config(self) -> PretrainedConfig:
         """Return its configuration, which names its class even where it was never saved."""

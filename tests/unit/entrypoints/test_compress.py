@@ -1,6 +1,7 @@
 """One call from Python: a model by name or loaded, texts in many forms, and the folder of the command line."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pared
 from pared import ParedError
 from pared.cli.commands import app
 from pared.data import Text, cut
+from pared.models.source import EMBEDDED
 
 WORDS = " ".join(f"w{(7 * place * place + 3 * place) % 64}" for place in range(600))
 SMALL: dict[str, Any] = {"method": "svd-llm", "keep": 0.6, "samples": 4, "length": 32}
@@ -81,6 +83,21 @@ def test_a_model_that_was_never_saved_is_named_by_its_class(
     assert manifest.model["name"] == "LlamaForCausalLM"
     assert (manifest.recipe.model, manifest.perplexity_before, manifest.evaluation) == (None, None, None)
     assert pared.verify(tmp_path / "made") <= 1e-6
+
+
+def test_a_model_is_recorded_by_the_name_it_was_loaded_by(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its configuration has the place: of an embedded model a folder of the cache."""
+    monkeypatch.setitem(EMBEDDED, "tiny", ("tinypackage", "llama", "tiny"))
+    (place / "tinypackage").mkdir(exist_ok=True)
+    (place / "tinypackage" / "__init__.py").touch()
+    shutil.copytree(place / "llama", place / "tinypackage" / "llama", dirs_exist_ok=True)
+    monkeypatch.syspath_prepend(place)
+    model, tokenizer = pared.load("embedded:tiny"), pared.load_tokenizer("embedded:tiny")
+    manifest = pared.compress(model, tokenizer, method="svd", keep=0.5).save(tmp_path / "made").manifest
+    assert (manifest.model["name"], manifest.recipe.model) == ("embedded:tiny", "embedded:tiny")
+    assert manifest.inputs == {}
 
 
 def test_the_model_stays_after_it_was_saved(
