@@ -160,6 +160,7 @@ class StreamedBlocks:
         self._placed = dict(placed)
         self._where: dict[str, StoredTensor] = {}  # by the name of the parameter, of what is only renamed
         self._loaded: dict[int, list[Before]] = {}
+        self._to_share: dict[str, str] = {}  # of adopted blocks, by the name of the tensor that another owns
         self._change: Callable[[int], None] | None = None
         self._checked: set[int] = set()  # blocks of the checkpoint whose numbers are finite
         self._empty: Any = cast("Any", WeakTensorKeyDictionary())  # parameter in memory -> the one on meta for it
@@ -248,9 +249,9 @@ class StreamedBlocks:
         """
         told = metadata_of(file, self._name)
         try:
-            shared = shared_tensors(self.model) | told["shared"]
+            self._to_share |= shared_tensors(self.model) | told["shared"]
             install_empty(self.model, told["modules"])
-            tie(self.model, shared)
+            tie(self.model, {alias: owner for alias, owner in self._to_share.items() if self._holds_basis(owner)})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedError(
                 f"{file} does not fit block {self.block_name(index)} ({first_line(error)})",
@@ -426,6 +427,10 @@ class StreamedBlocks:
         state = {name: tensor.detach() for name, tensor in state.items() if name not in left_out}
         reverted: dict[str, torch.Tensor] = revert_weight_conversion(self.model, state)
         return reverted
+
+    def _holds_basis(self, tensor: str) -> bool:
+        """Whether the owner of a shared basis is in its place yet: blocks may be taken in any order."""
+        return isinstance(self.model.get_submodule(tensor.removesuffix(DOWN)), BasisHolder)
 
     def _take_file(self, index: int, file: Path) -> None:
         """Read a block from a file from now on."""

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,12 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.arguments import asked_from, name_from, recipe_from, require_model, require_tokenizer
 from pared.calibration import saved_blocks
+from pared.calibration.spool import ActivationMemory
 from pared.checkpoint import verify
 from pared.checkpoint.seal import published_recipe
 from pared.data.handed import text_of
 from pared.data.texts import Text, handed_over
 from pared.data.windows import Windows
-from pared.engine.allocate import plan_from_shapes
 from pared.engine.checks import require_finite_weights
 from pared.engine.early import require_job, require_possible, require_suited, require_texts
 from pared.engine.early import require_model as require_named_model
@@ -25,15 +25,14 @@ from pared.engine.run_state import CompressionRun
 from pared.engine.spec import CompressionSpec
 from pared.entrypoints.in_place import Collected, compress_in_place, require_compressible
 from pared.entrypoints.measure import PerplexityOn
-from pared.entrypoints.publish import ResidentSaver
 from pared.entrypoints.result import Before, Compressed, Outcome, publish
 from pared.entrypoints.resume import Resumable, fingerprint_of, measured_once
+from pared.entrypoints.streamed import StreamedModel, activation_limit, is_streamed
 from pared.entrypoints.texts_read import TextsRead, read_texts
 from pared.environment import device_of, versions
 from pared.errors import ParedError
 from pared.io.apart import require_apart
 from pared.io.files import path_of
-from pared.io.output_dir import require_space
 from pared.models.architecture import is_causal
 from pared.models.loaded import name_of
 from pared.models.source import ModelSource, find_model
@@ -163,8 +162,10 @@ def run(
         spec, source, out = require_job(asked, overwrite)
         with Resumable.beside(out, resume, watcher) as resumable:
             result = _by_name(source, spec, watcher, out, resumable=resumable)
-            saver = ResidentSaver(result.model, result.tokenizer, result.before.source)
+            saver, streamed, result.streamed = result.saver(), result.streamed, None
             del result.model  # there may be room for only one of it and what is reloaded
+            with nullcontext() if streamed is None else streamed.handed_over():
+                return publish(result, saver, out, overwrite, watcher)
             return publish(result, saver, out, overwrite, watcher)
 
 
@@ -233,20 +234,24 @@ def _by_name(
         texts = read_texts(spec, config, causal, tokenizer, progress, windows)
         if "dequantised" in source.origin:
             progress.note(f"{source.name} is {source.origin}; sizes are compared with the dequantised weights")
-        planned = plan_from_shapes(source.skeleton(), spec, source.weight_bytes(recipe.dtype))
-        if out is not None:
-            require_space(out, planned.after.bytes_on_disk)
+        chosen = is_streamed(source, spec, texts, progress, out)
         if source.sees and not source.processor_files():
             progress.note(f"{source.name} sees images, and no files of its image processor were found: the folder will "
                           "have none either")  # fmt: skip
-        model = source.load(recipe.dtype).to(recipe.device)
-        require_finite_weights(
-            model, find_anatomy(model, recipe.blocks)
-        )  # before perplexity, which could only say "nan"
-        require_finite(model, source.name)
-    before = Before(source.name, source.origin, source, _measure(texts, tokenizer, recipe, watch, progress))
-    state = None if resumable is None else resumable.open(fingerprint_of(spec, source, texts.calibration))
-    return _compressed(model, tokenizer, spec, progress, texts, collected, before, watch, state)
+        state = None if resumable is None else resumable.open(fingerprint_of(spec, source, texts.calibration, chosen))
+        streamed, memory = None, ActivationMemory(activation_limit(recipe, chosen), out)
+        if chosen:
+            streamed = StreamedModel(source, recipe, memory, out, None if state is None else state.folder)
+            model = streamed.store.model
+        else:
+            model = source.load(recipe.dtype).to(recipe.device)
+            # Before perplexity, which could only say "nan".
+            require_finite_weights(model, find_anatomy(model, recipe.blocks))
+            require_finite(model, source.name)
+    measure = _measure(texts, tokenizer, recipe, watch, progress, memory)
+    before = Before(source.name, source.origin, source, measure)
+    with memory if streamed is None else nullcontext():  # that of a streamed model is needed until it is saved
+        return _compressed(model, tokenizer, spec, progress, texts, collected, before, watch, state, streamed, memory)
 
 
 def _in_memory(
@@ -296,12 +301,17 @@ def _compressed(
     before: Before,
     watch: Stopwatch,
     state: CompressionRun | None = None,
+    streamed: StreamedModel | None = None,
+    memory: ActivationMemory | None = None,
 ) -> Compressed:
     """Measure the dense model where that is asked for, and compress it."""
+    store = None if streamed is None else streamed.store
     if before.measure is not None:
-        value = measured_once(before.measure, model, state)
+        value = measured_once(before.measure, model, state, store)
         before = replace(before, perplexity=value, learned_from=texts.learned_from)
-    made = compress_in_place(model, tokenizer, spec, progress, texts.calibration, collected, state)
+    made = compress_in_place(
+        model, tokenizer, spec, progress, texts.calibration, collected, state=state, store=store, memory=memory
+    )
     return Compressed(
         model=made.model,
         tokenizer=tokenizer,
@@ -314,13 +324,19 @@ def _compressed(
         fallbacks=made.fallbacks,
         calibration=made.calibration,
         seconds={**watch.seconds, **made.seconds},
+        streamed=streamed,
     )
 
 
 def _measure(
-    texts: TextsRead, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, watch: Stopwatch, progress: Progress
+    texts: TextsRead,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    watch: Stopwatch,
+    progress: Progress,
+    memory: ActivationMemory | None = None,
 ) -> PerplexityOn | None:
     """Return what perplexity is measured by, none for nothing."""
     if texts.evaluation is None or recipe.evaluation is None:
         return None
-    return PerplexityOn(texts.evaluation, tokenizer, recipe.evaluation.bos, recipe.device, watch, progress)
+    return PerplexityOn(texts.evaluation, tokenizer, recipe.evaluation.bos, recipe.device, watch, progress, memory)

@@ -6,7 +6,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.arguments import require_tokenizer
 from pared.calibration import BlockStatistics
+from pared.calibration.spool import ActivationMemory
 from pared.checkpoint import mark, module_map
+from pared.checkpoint.streamed import StreamedBlocks
 from pared.data.windows import Windows
 from pared.engine.compress import compress_blocks
 from pared.engine.early import require_possible, require_suited
@@ -61,7 +63,10 @@ def compress_in_place(
     progress: Progress,
     windows: Windows | None,
     saved: Collected | None,
+    *,
     state: CompressionRun | None = None,
+    store: StreamedBlocks | None = None,
+    memory: ActivationMemory | None = None,
 ) -> Compressed:
     """Compress a model, and have its configuration say what became of it, whatever happens.
 
@@ -73,6 +78,8 @@ def compress_in_place(
         windows: calibration tokens already cut, in place of the recipe's text.
         saved: statistics of these tokens, in place of a pass over them.
         state: keeps what is finished, for a process that goes on with it.
+        store: of the model, where its blocks are not in memory.
+        memory: what hidden states share.
 
     Raises:
         ParedError: anything in the model or the text that does not work; says whether blocks are compressed already.
@@ -80,14 +87,23 @@ def compress_in_place(
 
     def trial(on: Windows) -> float:
         assert tokenizer is not None
-        return perplexity(model, tokenizer, on).value
+        return perplexity(model, tokenizer, on, store=store, memory=memory).value
 
     try:
         return compress_blocks(
-            model, tokenizer, spec, windows=windows, saved=saved, trial=trial, state=state, progress=progress
+            model,
+            tokenizer,
+            spec,
+            windows=windows,
+            saved=saved,
+            trial=trial,
+            store=store,
+            memory=memory,
+            state=state,
+            progress=progress,
         )
     except ParedError as error:
-        if module_map(model) and state is None:
+        if module_map(model) and state is None and store is None:
             raise ParedError(f"{error}; the blocks before it are compressed already: load the model again") from error
         raise
     finally:

@@ -6,6 +6,8 @@ from typing import cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pared.calibration.spool import ActivationMemory
+from pared.calibration.staged import Blocks
 from pared.data.windows import Windows
 from pared.evaluation import perplexity
 from pared.progress import Progress, Stopwatch
@@ -24,6 +26,7 @@ class PerplexityOn:
         device: where the model is moved to and runs.
         watch: seconds by stage.
         progress: who watches.
+        memory: what hidden states share where a model's blocks are not in memory.
     """
 
     windows: Windows
@@ -32,22 +35,26 @@ class PerplexityOn:
     device: torch.device | str
     watch: Stopwatch
     progress: Progress
+    memory: ActivationMemory | None = None
 
-    def before(self, model: PreTrainedModel) -> float:
-        """Measure the model as it was."""
-        return self._measure(model, "before")
+    def before(self, model: PreTrainedModel, store: Blocks | None = None) -> float:
+        """Measure the model as it was; its store, where its blocks are not in memory."""
+        return self._measure(model, "before", store)
 
-    def after(self, model: PreTrainedModel) -> float:
-        """Measure what became of it."""
-        return self._measure(model, "after")
+    def after(self, model: PreTrainedModel, store: Blocks | None = None) -> float:
+        """Measure what became of it; its store, where its blocks are not in memory."""
+        return self._measure(model, "after", store)
 
-    def _measure(self, model: PreTrainedModel, when: str) -> float:
-        model.to(self.device)
+    def _measure(self, model: PreTrainedModel, when: str, store: Blocks | None) -> float:
+        if store is None:
+            model.to(self.device)
         with (
             self.watch(f"perplexity {when}"),
             self.progress.stage(f"perplexity {when}", len(self.windows.tokens), "window") as advance,
         ):
-            return perplexity(model, self.tokenizer, self.windows, self.bos, advance).value
+            return perplexity(
+                model, self.tokenizer, self.windows, self.bos, advance, store=store, memory=self.memory
+            ).value
 
     def record(self, learned_from: float) -> Measured:
         """Return what a manifest tells of the text.

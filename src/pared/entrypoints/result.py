@@ -10,7 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pared.arguments import folder_from
 from pared.checkpoint.format import FORMAT_VERSION
 from pared.entrypoints.measure import PerplexityOn
-from pared.entrypoints.publish import Publication, Reloader, Reread, ResidentSaver, Saver, reload_resident
+from pared.entrypoints.publish import Publication, Reread, ResidentSaver, reload_resident
+from pared.entrypoints.streamed import StreamedModel, StreamedReload, StreamedSaver
 from pared.environment import machine, peak_memory_bytes, versions
 from pared.io.inputs import inputs_of
 from pared.models.source import ModelSource
@@ -79,6 +80,7 @@ class Compressed(Shown):
         calibration: what was calibrated on; none for a method that needs no data.
         seconds: by stage.
         saved: the folder it was last saved to, with its manifest; none before.
+        streamed: the model's blocks, where they are not in memory: it is called with ``streamed.store.running()``.
     """
 
     model: PreTrainedModel
@@ -93,6 +95,7 @@ class Compressed(Shown):
     calibration: dict[str, object] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     saved: Outcome | None = None
+    streamed: StreamedModel | None = None
 
     def save(self, folder: str | Path, overwrite: bool = False, progress: Progress | bool | None = None) -> Outcome:
         """Write the folder that the command line writes: reloaded, compared, measured, with its manifest and card.
@@ -117,8 +120,13 @@ class Compressed(Shown):
             >>> result.save("smaller").manifest.perplexity_after  # doctest: +SKIP
         """
         out = folder_from(folder, "Compressed.save")
-        saver = ResidentSaver(self.model, self.tokenizer, self.before.source)
-        return publish(self, saver, out, overwrite, watcher_of(progress, "Compressed.save"))
+        return publish(self, self.saver(), out, overwrite, watcher_of(progress, "Compressed.save"))
+
+    def saver(self) -> ResidentSaver | StreamedSaver:
+        """Return what writes the model."""
+        if self.streamed is not None:
+            return StreamedSaver(self.streamed, self.tokenizer, self.before.source)
+        return ResidentSaver(self.model, self.tokenizer, self.before.source)
 
     def table(self) -> Table:
         """Return sizes, and what was measured so far: all of it once it was saved."""
@@ -134,11 +142,10 @@ class Compressed(Shown):
 
 def publish(
     result: Compressed,
-    saver: Saver,
+    saver: ResidentSaver | StreamedSaver,
     out: Path,
     overwrite: bool,
     progress: Progress,
-    reload: Reloader = reload_resident,
 ) -> Outcome:
     """Write the folder of a compression.
 
@@ -148,18 +155,18 @@ def publish(
         out: the folder to make.
         overwrite: whether a folder there that pared wrote may be replaced.
         progress: who watches.
-        reload: opens what was written.
 
     Raises:
         ParedError: as :meth:`Compressed.save`.
     """
     watch, before, asked = Stopwatch(), result.before, _named(result, out)
+    streamed = StreamedReload() if isinstance(saver, StreamedSaver) else None
     measure = None if before.measure is None else replace(before.measure, watch=watch, progress=progress)
     publication = Publication(
         out,
         before.name,
         overwrite,
-        result.plan.after.bytes_on_disk,
+        saver.needed if isinstance(saver, StreamedSaver) else result.plan.after.bytes_on_disk,
         inputs=inputs_of(asked.model_dump()),
         beside=[] if before.source is None else [Path(before.source.location)],
         watch=watch,
@@ -167,8 +174,8 @@ def publish(
     manifest = publication.publish(
         saver,
         lambda reread: _manifest(result, reread, asked, watch),
-        None if measure is None else measure.after,
-        reload,
+        None if measure is None else lambda model: measure.after(model, streamed.store if streamed else None),
+        streamed or reload_resident,
     )
     result.saved = Outcome(out, manifest)
     return result.saved

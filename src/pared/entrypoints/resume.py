@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from pared.calibration.staged import Blocks
 from pared.data.windows import Windows
 from pared.engine.run_state import CompressionRun
 from pared.engine.spec import CompressionSpec
@@ -18,7 +19,7 @@ from pared.progress import Progress
 
 KIND = "compress"
 # What a compressed model does not depend on: where it goes, what it is measured on, and what its source is called.
-LEFT_OUT = {"out", "evaluation", "model"}
+LEFT_OUT = {"out", "evaluation", "model", "stream", "activation_memory"}
 
 
 class Resumable:
@@ -73,23 +74,28 @@ class Resumable:
             )
 
 
-def measured_once(measure: PerplexityOn, model: PreTrainedModel, state: CompressionRun | None) -> float:
+def measured_once(
+    measure: PerplexityOn, model: PreTrainedModel, state: CompressionRun | None, store: Blocks | None = None
+) -> float:
     """Return the perplexity of the dense model, measured unless an earlier process did."""
     if state is None:
-        return measure.before(model)
+        return measure.before(model, store)
     name = f"perplexity before on {measure.windows.digest}, bos {measure.bos}"
     if state.get(name) is None:
-        state.put(name, measure.before(model))
+        state.put(name, measure.before(model, store))
     return float(state.get(name))
 
 
-def fingerprint_of(spec: CompressionSpec, source: ModelSource, calibration: Windows | None) -> dict[str, Any]:
+def fingerprint_of(
+    spec: CompressionSpec, source: ModelSource, calibration: Windows | None, streamed: bool
+) -> dict[str, Any]:
     """Return everything that the compressed model depends on.
 
     Args:
         spec: what is done.
         source: the dense model.
         calibration: the tokens it is done on.
+        streamed: whether the model is read block by block, as what is kept of a block is another then.
 
     Raises:
         ParedError: a file of the model cannot be read.
@@ -99,5 +105,6 @@ def fingerprint_of(spec: CompressionSpec, source: ModelSource, calibration: Wind
         "resolved": spec.describe(),
         "model": source.digest(),
         "calibration tokens": None if calibration is None else calibration.digest,
+        "block by block": streamed,
         "versions": versions(),
     }

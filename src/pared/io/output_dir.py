@@ -98,12 +98,17 @@ def require_space(out: Path, needed: int) -> None:
     Raises:
         ParedError: it has not; says how much there is.
     """
-    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_space(out)
     if free < needed + RESERVE:
         raise ParedError(
             f"not enough disk for {out}: {needed + RESERVE:,} bytes needed, {free:,} free; nothing was written"
         )
+
+
+def free_space(out: Path) -> int:
+    """Return the bytes that are free on the disk that a folder lies on, or will."""
+    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    return shutil.disk_usage(existing).free
 
 
 @contextmanager

@@ -215,10 +215,15 @@ class ModelSource:
 
     def weight_bytes(self, dtype: str = "auto") -> int:
         """Bytes of one parameter in the dtype the model would be saved in."""
+        return self.declared_dtype(dtype).itemsize
+
+    def declared_dtype(self, dtype: str = "auto") -> "torch.dtype":
+        """Return the dtype the model would be loaded and saved in, as far as its configuration tells."""
         import torch
 
         declared = dtype_of(dtype) or getattr(self.config(), "dtype", None) or torch.float32
-        return (getattr(torch, declared, torch.float32) if isinstance(declared, str) else declared).itemsize
+        found: torch.dtype = getattr(torch, declared, torch.float32) if isinstance(declared, str) else declared
+        return found
 
 
 def find_model(name: str) -> ModelSource:

@@ -15,6 +15,8 @@ from pydantic import (
     model_validator,
 )
 
+from pared.errors import ParedError
+from pared.memory import Stream, parse_size
 from pared.schema.base import Config, Name, Whole
 from pared.schema.command_line import OWN, Option
 from pared.schema.options import Options
@@ -134,8 +136,23 @@ class Recipe(FromPreset):
     """What the model is loaded and saved in; auto keeps what the checkpoint has."""
     device: Annotated[Device, Option()] = "cpu"
     """Where the blocks run, as torch names it."""
+    stream: Annotated[Stream, Option()] = "auto"
+    """Read and write the model block by block; auto does where memory does not hold it as a whole."""
+    activation_memory: Annotated[str | None, Option()] = None
+    """Memory for what blocks read of the calibration text, such as 2GiB; the rest lies in files beside the output. By
+    default all of it, or where the model is read block by block a quarter of the memory that is left."""
     out: Annotated[Name | None, Option(path=True)] = None
     """The folder to make."""
+
+    @field_validator("activation_memory")
+    @classmethod
+    def _is_size(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                parse_size(value, "activation_memory")
+            except ParedError as error:
+                raise ValueError(str(error)) from None
+        return value
 
     @model_validator(mode="before")
     @classmethod

@@ -55,6 +55,8 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "--eval-windows": ("7", 7),
     "--dtype": ("float16", "float16"),
     "--device": ("cuda", "cuda"),
+    "--stream": ("on", "on"),
+    "--activation-memory": ("2GiB", "2GiB"),
     "--out": ("there", "there"),
 }
 OTHER_BUDGETS = {"--rank-fraction", "--sparsity", "--pattern"}  # one at a time goes with a recipe

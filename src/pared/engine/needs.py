@@ -1,0 +1,233 @@
+"""What a compression needs of memory and disk, computed from shapes before a weight is read.
+
+Estimates from above, of what is large: tensors that are as large as a block, a Gram or the hidden states of a text.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from pared.calibration.statistics import CROSS, Shapes, accumulators
+from pared.engine.spec import CompressionSpec, LowRankSpec
+from pared.errors import ParedError
+from pared.io.output_dir import RESERVE, free_space
+from pared.memory import Available, format_size
+from pared.structure.model import Anatomy, Site
+
+SLACK = 256 * 2**20  # bytes: what libraries take for themselves as they work
+SINGLE, DOUBLE = 4, 8  # bytes of a number
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """How much text the blocks run on.
+
+    Attributes:
+        windows: of it.
+        length: tokens of each.
+        batch: windows in one forward pass.
+    """
+
+    windows: int
+    length: int
+    batch: int
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that are needed at once, by what for.
+
+    Attributes:
+        memory: beside what the process holds already.
+        disk: beside the output, until it is written.
+    """
+
+    memory: Mapping[str, int]
+    disk: Mapping[str, int]
+
+    @property
+    def memory_bytes(self) -> int:
+        """All memory that is needed."""
+        return sum(self.memory.values())
+
+    @property
+    def disk_bytes(self) -> int:
+        """All disk that is needed."""
+        return sum(self.disk.values())
+
+    def describe(self) -> dict[str, dict[str, int]]:
+        """Return it as JSON has it."""
+        return {"memory": dict(self.memory), "disk": dict(self.disk)}
+
+    def too_much(self, available: Available | None) -> str:
+        """Return what to say where memory does not hold it: what takes how much, and what would take less; or ""."""
+        if available is None or self.memory_bytes <= available.bytes:
+            return ""
+        return (
+            f"about {format_size(self.memory_bytes)} of memory needed ({_listed(self.memory)}), "
+            f"{format_size(available.bytes)} left by {available.limit}; {self._advice()}"
+        )
+
+    def require_disk(self, out: Path) -> None:
+        """Refuse to start what the disk does not hold.
+
+        Raises:
+            ParedError: says what takes how much and what is free.
+        """
+        needed = self.disk_bytes + RESERVE
+        if needed > (free := free_space(out)):
+            less = ", or allow more memory for activations (--activation-memory)" if "activations" in self.disk else ""
+            raise ParedError(
+                f"not enough disk for {out}: {needed:,} bytes needed ({_listed(self.disk)}), {free:,} free; nothing "
+                f"was written: name an output on another disk{less}"
+            )
+
+    def _advice(self) -> str:
+        largest = max(self.memory, key=self.memory.__getitem__)
+        return {
+            "the model": "read it block by block (--stream on)",
+            "hidden states": "allow less for them (--activation-memory), or calibrate on fewer or shorter windows "
+            "(--samples, --length)",
+            "statistics": "take a method with smaller ones (loss-optimal: --option output_weighting=diagonal; wanda, "
+            "magnitude or svd need no Gram)",
+            "solving": "leave the widest weights dense (--skip), or take a method without a Gram (wanda, magnitude)",
+            "a batch in a block": "calibrate on shorter windows (--length)",
+            "logits of a window": "measure on shorter windows (--eval-length)",
+        }.get(largest, "use a machine with more")
+
+
+def needs_of(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    spec: CompressionSpec,
+    tokens: Tokens | None,
+    *,
+    streamed: bool,
+    itemsize: int,
+    output_bytes: int,
+    activation_memory: int | None = None,
+    evaluated: Tokens | None = None,
+) -> Needs:
+    """Compute what a compression needs.
+
+    Args:
+        model: on the meta device, in the dtype it is loaded in.
+        anatomy: of it, with what its sites read.
+        spec: of the compression.
+        tokens: that are calibrated on; none where nothing is.
+        streamed: whether blocks are read one by one.
+        itemsize: bytes of a number in what blocks compute in.
+        output_bytes: of the compressed weights.
+        activation_memory: bytes that hidden states may take in memory; None for no limit.
+        evaluated: what perplexity is measured on; none where it is not.
+    """
+    memory, disk = _weights(model, anatomy, spec, streamed, itemsize if tokens else 0), dict[str, int]()
+    memory["statistics"] = _statistics(anatomy, spec)
+    memory["solving"] = max((_solving(site, spec) for site in anatomy.sites), default=0)
+    width, vocabulary = (int(size) for size in reversed(model.get_input_embeddings().weight.shape))
+    activations = 0
+    if tokens is not None:
+        activations = tokens.windows * tokens.length * width * itemsize * _sets(spec, len(anatomy.blocks(model)))
+        memory["a batch in a block"] = _batch(anatomy, tokens, itemsize, bool(spec.gradients))
+    if evaluated is not None and streamed:
+        activations = max(activations, evaluated.windows * evaluated.length * width * model.dtype.itemsize)
+    if activations:
+        memory["hidden states"] = activations if activation_memory is None else min(activations, activation_memory)
+        disk["activations"] = activations - memory["hidden states"]
+    with_head = [one.length for one in (evaluated, tokens if spec.gradients else None) if one is not None]
+    memory["logits of a window"] = max(with_head, default=0) * vocabulary * (model.dtype.itemsize + 2 * SINGLE)
+    memory["libraries"] = SLACK
+    if isinstance(spec, LowRankSpec) and any(step.action == "solve" and not step.installs for step in spec.passes()):
+        disk["decompositions"] = sum(_decomposition(site, spec, model.dtype.itemsize) for site in anatomy.sites)
+    disk["the output"] = output_bytes
+    return Needs(*({name: size for name, size in parts.items() if size} for parts in (memory, disk)))
+
+
+def _weights(
+    model: PreTrainedModel, anatomy: Anatomy, spec: CompressionSpec, streamed: bool, itemsize: int
+) -> dict[str, int]:
+    """Return what weights take, and copies of them to compute with."""
+    blocks = anatomy.blocks(model)
+    sizes = [_bytes(block) for block in blocks]
+    whole = {"the model": _bytes(model)}
+    if streamed:
+        held = min(spec.group_size, len(blocks)) * max(sizes)
+        whole = {"outside of the blocks": _bytes(model) - sum(sizes), "blocks": held}
+    copied = max(sizes) // model.dtype.itemsize * itemsize
+    return whole | {
+        "a block to compute with": copied if itemsize != model.dtype.itemsize else 0,
+        "a block of the dense model": copied if isinstance(spec, LowRankSpec) and spec.reference else 0,
+    }
+
+
+def _statistics(anatomy: Anatomy, spec: CompressionSpec) -> int:
+    """Return what statistics take: of the blocks that are solved together, and what is kept of all until then."""
+    meta = torch.device("meta")
+    blocks = sorted({site.block for site in anatomy.sites})
+    crossed = isinstance(spec, LowRankSpec) and spec.reference
+    refit = isinstance(spec, LowRankSpec) and spec.refit != "off"
+
+    def forward(shapes: Shapes) -> frozenset[str]:
+        found = spec.requires(shapes) | ({"mean_gram"} if refit else frozenset())
+        found |= {"energy"} if spec.allocator.requires & {"scores", "losses"} else frozenset()
+        return found | ({CROSS, "gram"} if crossed else frozenset())
+
+    def size(block: int, needs: Callable[[Shapes], frozenset[str]]) -> int:
+        made = accumulators(anatomy.sites_of(block), needs, meta)
+        tensors = {id(t): t for own in made.values() for one in own.values() for t in one.state_dict().values()}
+        return sum(tensor.nbytes for tensor in tensors.values())
+
+    now = max((size(block, lambda shapes: forward(shapes) | spec.gradients) for block in blocks), default=0)
+    runs = [step.runs for step in spec.passes() if step.action == "solve"]
+    # Gradients wait for the forward pass that collects the rest, and for a second one behind compressed blocks.
+    kept = "backward, then forward" in runs or (spec.gradients and len(runs) > 1)
+    waiting = sum(size(block, lambda _: spec.gradients) for block in blocks) if kept else 0
+    return min(spec.group_size, len(blocks)) * now + waiting
+
+
+def _solving(site: Site, spec: CompressionSpec) -> int:
+    """Return what solving for a weight takes: its products in float64, and an eigenproblem or an inverse."""
+    out, width = site.out_features, site.in_features
+    if not isinstance(spec, LowRankSpec):
+        inverse = 3 * width**2 * DOUBLE if spec.walked and "gram" in spec.requires([(out, width)]) else 0
+        return inverse + 4 * out * width * SINGLE
+    whole = "output_gradient_full" in spec.gradients
+    return DOUBLE * (2 * out * width + 3 * width**2 + 6 * min(out, width) ** 2 + (3 * out**2 if whole else 0))
+
+
+def _sets(spec: CompressionSpec, blocks: int) -> int:
+    """Return how many times the hidden states of the text are held at once."""
+    forward = 1
+    if any(step.hand_on == "compressed" for step in spec.passes()):
+        forward += max(spec.group_size, 1)
+    if isinstance(spec, LowRankSpec) and spec.reference:
+        forward += 1
+    backward = blocks + 2 if spec.gradients or "losses" in spec.allocator.requires else 0  # what every block reads
+    return max(forward, backward)
+
+
+def _decomposition(site: Site, spec: LowRankSpec, itemsize: int) -> int:
+    """Return the bytes that a decomposition takes on the disk until its rank is known."""
+    out, width = site.out_features, site.in_features
+    directions = out * out * SINGLE if out <= width else width * width * DOUBLE
+    weighting = (out * out if "output_gradient_full" in spec.gradients else out) * DOUBLE if spec.gradients else 0
+    return directions + weighting + (out * width * itemsize if spec.refit != "off" else 0)
+
+
+def _batch(anatomy: Anatomy, tokens: Tokens, itemsize: int, gradients: bool) -> int:
+    """Return what a block makes of one batch on its way: outputs of its widest layers; with gradients, of all."""
+    widths = [site.out_features + site.in_features for site in anatomy.sites_of(anatomy.sites[0].block)]
+    return tokens.batch * tokens.length * itemsize * 3 * (sum(widths) if gradients else max(widths))
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(parameter.numel() * parameter.dtype.itemsize for parameter in module.parameters())
+
+
+def _listed(parts: Mapping[str, int]) -> str:
+    ordered = sorted(parts.items(), key=lambda part: -part[1])
+    return ", ".join(f"{name} {format_size(size)}" for name, size in ordered)

@@ -1,0 +1,177 @@
+"""A compression whose model is read and written block by block, as memory does not hold it as a whole."""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pared.calibration.spool import ActivationMemory
+from pared.checkpoint.self_check import reopened
+from pared.checkpoint.shards import save_streamed
+from pared.checkpoint.streamed import StreamedBlocks, open_streamed
+from pared.checkpoint.verify import take_fingerprint
+from pared.data.windows import Windows
+from pared.engine.allocate import anatomy_of, plan_from_shapes
+from pared.engine.needs import Needs, Tokens, needs_of
+from pared.engine.spec import CompressionSpec
+from pared.entrypoints.texts_read import TextsRead
+from pared.environment import dtype_of
+from pared.errors import ParedError
+from pared.io.leftovers import scratch
+from pared.memory import available_memory, parse_size
+from pared.models.source import ModelSource
+from pared.progress import Progress
+from pared.schema.manifest import Fingerprint
+from pared.schema.recipe import Recipe
+from pared.structure.probe import probe_shapes
+
+DEFAULT_SHARE = 4  # of the memory that is left, this part is for hidden states unless a recipe says otherwise
+
+
+def activation_limit(recipe: Recipe, streamed: bool) -> int | None:
+    """Return the bytes that hidden states may take in memory; None for no limit."""
+    if recipe.activation_memory is not None:
+        return parse_size(recipe.activation_memory, "activation_memory")
+    available = available_memory() if streamed else None
+    return None if available is None else available.bytes // DEFAULT_SHARE
+
+
+def is_streamed(
+    source: ModelSource, spec: CompressionSpec, texts: TextsRead, progress: Progress, out: Path | None
+) -> bool:
+    """Whether a model is to be read block by block: if it is asked for, or needed, which is computed from shapes.
+
+    Args:
+        source: of the model; no weight of it is read before it is known that it fits.
+        spec: of the compression; its recipe says whether the model is read block by block.
+        texts: that are read.
+        progress: who is told.
+        out: the folder to make, None if it is not known.
+
+    Raises:
+        ParedError: the disk does not hold the output and what is kept beside it; or, where ``stream`` is ``auto``,
+            memory holds the compression neither as a whole nor block by block: says what would fit.
+    """
+    recipe, available = spec.recipe, available_memory()
+    skeleton = source.skeleton().to(source.declared_dtype(recipe.dtype))
+    anatomy = probe_shapes(skeleton, anatomy_of(skeleton, recipe))
+    plan = plan_from_shapes(skeleton, spec, source.weight_bytes(recipe.dtype))
+    calibrated = _tokens(texts.calibration, recipe.calibration.batch) if spec.calibrated else None
+    compute = skeleton.dtype if recipe.calibration.dtype == "auto" else dtype_of(recipe.calibration.dtype)
+
+    def needs(streamed: bool) -> Needs:
+        return needs_of(
+            skeleton,
+            anatomy,
+            spec,
+            calibrated,
+            streamed=streamed,
+            itemsize=(compute or skeleton.dtype).itemsize,
+            output_bytes=plan.after.bytes_on_disk,
+            activation_memory=activation_limit(recipe, streamed),
+            evaluated=_tokens(texts.evaluation, 1),
+        )
+
+    whole, streamed = needs(False), needs(True)
+    chosen = recipe.stream == "on" or (recipe.stream == "auto" and bool(whole.too_much(available)))
+    found = streamed if chosen else whole
+    if out is not None:
+        found.require_disk(out)
+    if problem := found.too_much(available):
+        if recipe.stream == "auto":
+            raise ParedError(f"not enough memory, even block by block: {problem}")
+        progress.note(f"this may not fit in memory: {problem}")
+    if chosen and recipe.stream == "auto":
+        progress.note(f"the model is read block by block: {whole.too_much(available).partition(';')[0]}")
+    return chosen
+
+
+def _tokens(windows: Windows | None, batch: int) -> Tokens | None:
+    return None if windows is None else Tokens(len(windows.tokens), windows.tokens.shape[1], batch)
+
+
+class StreamedModel:
+    """A model that is opened to be changed block by block, with what it needs on the disk meanwhile.
+
+    Args:
+        source: of the model.
+        recipe: whose dtype and list of blocks are read.
+        memory: what hidden states share.
+        out: the folder to make, beside which changed blocks lie; the user's cache folder without one.
+        folder: where changed blocks lie, where that is kept by somebody else.
+
+    Attributes:
+        store: the blocks.
+        memory: what hidden states share.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource,
+        recipe: Recipe,
+        memory: ActivationMemory,
+        out: Path | None,
+        folder: Path | None = None,
+    ) -> None:
+        stack = ExitStack()
+        self._close = weakref.finalize(self, stack.close)
+        self.memory = stack.enter_context(memory)
+        self.store = open_streamed(source, recipe.dtype, folder or stack.enter_context(scratch(out)), recipe.blocks)
+
+    @contextmanager
+    def handed_over(self) -> Iterator[None]:
+        """Let go of the blocks, which are somebody else's now; their files are removed at the end of a ``with``."""
+        del self.store
+        try:
+            yield
+        finally:
+            self._close()
+
+
+class StreamedSaver:
+    """Saves a model that is read block by block. Satisfies :class:`~pared.entrypoints.publish.Saver`.
+
+    Args:
+        streamed: marked.
+        tokenizer: of the model.
+        source: what it was made from.
+    """
+
+    def __init__(
+        self, streamed: StreamedModel, tokenizer: PreTrainedTokenizerBase | None, source: ModelSource | None
+    ) -> None:
+        self._store: StreamedBlocks | None = streamed.store
+        self._tokenizer, self._source = tokenizer, source
+
+    @property
+    def needed(self) -> int:
+        """Bytes that the disk must have free: what is outside of the blocks, whose files are there already."""
+        assert self._store is not None
+        return sum(tensor.nbytes for tensor in self._store.outside_state().values())
+
+    def __call__(self, folder: Path) -> Fingerprint:
+        """Write the model."""
+        store, self._store = self._store, None
+        assert store is not None
+        fingerprint = take_fingerprint(store.model, store)
+        save_streamed(store, self._tokenizer, folder, self._source)
+        return fingerprint
+
+
+class StreamedReload:
+    """Opens a folder block by block. Satisfies :class:`~pared.entrypoints.publish.Reloader`.
+
+    Attributes:
+        store: of what was opened, none before.
+    """
+
+    def __init__(self) -> None:
+        self.store: StreamedBlocks | None = None
+
+    @contextmanager
+    def __call__(self, folder: Path, fingerprint: Fingerprint, source: str) -> Iterator[tuple[PreTrainedModel, float]]:
+        """Open what was written and compare it."""
+        self.store, difference = reopened(folder, fingerprint, source)
+        yield self.store.model, difference
