@@ -53,6 +53,7 @@ class SparseWork:
         self._units = self._split()
         self._plan: Plan | None = None
         self._pruned: dict[str, SitePlan] = {}
+        self._values: list[tuple[StatisticView, torch.Tensor]] = []  # of the last site
         self._fallbacks: dict[str, str] = {}
         self.passes = tuple(step for step in spec.passes() if step.action != "evidence" or evidence is None)
 
@@ -187,6 +188,7 @@ class SparseWork:
             with self._observer.watch("solve"):
                 for site in planned.get(block.index, ()):
                     self._pruned[site.name] = self._solve(site, block.statistics.get(site.name, {}))
+                self._values.clear()
 
         if step.runs == "nothing":
             self._observer.without_data(visit, changes=True, kept=kept)
@@ -207,7 +209,7 @@ class SparseWork:
             return site.model_copy(update={"decision": Dense(reason="no calibration token reached it")})
         zeros, groups = _zeros(site)
         W_ON, old = self._weight(site.name), self._model.get_submodule(site.name)
-        values = {name: one.value.to(W_ON.device) for name, one in statistics.items()}
+        values = self._values_of(statistics, W_ON.device)
         try:
             pruned = method.pruned(W_ON, zeros, values, config)
             new = SparseLinear.of(pruned.weight, pruned.mask, bias_of(old), groups)
@@ -220,6 +222,13 @@ class SparseWork:
         if groups is not None:
             return site
         return site.model_copy(update={"decision": site.decision.model_copy(update={"stored": new.stored})})
+
+    def _values_of(self, statistics: Mapping[str, StatisticView], device: torch.device) -> dict[str, torch.Tensor]:
+        """Return statistics as tensors: the same ones for sites in a row that read one input, which factor it once."""
+        if [id(one) for one, _ in self._values] != [id(one) for one in statistics.values()]:
+            self._values.clear()  # before there are others
+            self._values += [(one, one.value.to(device)) for one in statistics.values()]
+        return dict(zip(statistics, (value for _, value in self._values), strict=True))
 
     def _weight(self, name: str) -> torch.Tensor:
         """Return the weight of a site ``(out, in)``."""

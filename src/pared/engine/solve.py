@@ -78,6 +78,7 @@ class Solver:
         self._known = len(self._store.files)  # files that were told of in `written`
         self._waiting = list(candidates)
         self._held: dict[str, StatisticsOfSite] = {}
+        self._values: dict[tuple[int, str], tuple[StatisticView, torch.Tensor]] = {}  # of the last unit's statistics
         self._order = _order(candidates)
         self.units: list[Unit] = []
         self.comparisons: list[Comparison] = []
@@ -112,6 +113,7 @@ class Solver:
         self._waiting = [unit for unit in self._waiting if unit not in ready]
         for unit in ready:
             self.take(unit, {site.name: self._held.pop(site.name) for site in unit.members})
+        self._values.clear()
 
     def tables(self) -> dict[str, dict[str, Any]]:
         """Return what was found so far, as JSON has it, each by the name of a unit or site."""
@@ -184,12 +186,14 @@ class Solver:
         """
         values: dict[str, dict[str, torch.Tensor]] = {}
         self._targets.clear()
+        there = {id(one) for own in statistics.values() for one in own.values()}
+        self._values = {key: kept for key, kept in self._values.items() if key[0] in there}
         for site in unit.members:
             own = statistics.get(site.name, {})
             if not site.idle and any(one.tokens == 0 for name, one in own.items() if name != CROSS):
                 self.unreached.add(site.name)
             elif not site.idle and (self._planned is None or unit.name in self._planned):
-                values[site.name] = {key: per_token(key, one, self._tokens) for key, one in own.items() if key != CROSS}
+                values[site.name] = {key: self._value(key, one) for key, one in own.items() if key != CROSS}
                 self._aim(site, own)
         if self._planned is not None and unit.name in self._planned and len(values) < len(unit.members):
             self.missed.append(unit)
@@ -209,6 +213,13 @@ class Solver:
                 self._keep(one, found[one.name])
             elif self._planned is None:
                 self.units.append(one)
+
+    def _value(self, name: str, collected: StatisticView) -> torch.Tensor:
+        """Return a statistic per token: one tensor for all units in a row that read one input, which factor it once."""
+        key = id(collected), name
+        if key not in self._values:
+            self._values[key] = collected, per_token(name, collected, self._tokens)
+        return self._values[key][1]
 
     def take_missed(self) -> list[Unit]:
         """Return the units of the plan that could not be taken since this was last asked."""

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from pared.lowrank.decomposition import Decomposition, Factors, weigh_outputs
+from pared.remembered import once_per_tensor
 
 REFIT_DAMPING = 1e-6  # of the mean diagonal
 
@@ -30,7 +31,12 @@ def stacked(W_ON: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def pooled(statistics: Sequence[Mapping[str, torch.Tensor]], name: str) -> torch.Tensor:
     """Return the mean of a statistic over the members: the paper's sum but for a factor, in the unit of one member."""
-    return torch.stack([member[name] for member in statistics]).mean(dim=0)
+    return _mean(*(member[name] for member in statistics))
+
+
+@once_per_tensor
+def _mean(*values: torch.Tensor) -> torch.Tensor:
+    return torch.stack(values).mean(dim=0)
 
 
 def split(factors: Factors, rows: Sequence[int]) -> list[Factors]:

@@ -7,13 +7,13 @@ formed, and only ``U`` is needed, from whichever of two symmetric eigenproblems 
 
 import logging
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
 from pared.lowrank import svd
 from pared.lowrank.decomposition import Decomposition, at_no_cost, from_output_gram, from_root
+from pared.remembered import once_per_tensor
 
 log = logging.getLogger(__name__)
 
@@ -67,12 +67,13 @@ def decompose_by_outputs(W_ON: torch.Tensor, output_gram_OO: torch.Tensor) -> De
 
 
 def cholesky_factor(
-    gram_NN: torch.Tensor, dampings: Sequence[float] = DAMPINGS
+    gram_NN: torch.Tensor, dampings: tuple[float, ...] = DAMPINGS
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Return ``L`` with ``L Lᵀ = G + λ·mean(diag G)·I``, the damped Gram, and the least λ of a ladder that works.
 
     A Gram of fewer tokens than features has no information in some directions. Damping gives those directions an
     equal, tiny weight, so that what is free to choose follows the weight itself; more than the first is logged.
+    A Gram that several weights are decomposed by, one tensor, is factored once: ``L`` is not to be changed.
 
     Args:
         gram_NN: the Gram ``(n, n)``, float64.
@@ -81,15 +82,24 @@ def cholesky_factor(
     Raises:
         ValueError: the Gram is zero, not finite, or not positive semi-definite.
     """
-    mean = _mean_diagonal(gram_NN)
+    L_NN, damping = _factor(gram_NN, dampings)
+    return L_NN, _damped(gram_NN, damping) if damping else gram_NN, damping
+
+
+@once_per_tensor
+def _factor(gram_NN: torch.Tensor, dampings: tuple[float, ...]) -> tuple[torch.Tensor, float]:
     for damping in dampings:
-        damped_NN = gram_NN.clone()
-        damped_NN.diagonal().add_(damping * mean)
-        if (L_NN := _cholesky(damped_NN)) is not None:
+        if (L_NN := _cholesky(_damped(gram_NN, damping))) is not None:
             if damping > dampings[0]:
                 log.info("Gram of %d features is rank-deficient: relative damping %g", gram_NN.shape[0], damping)
-            return L_NN, damped_NN, damping
+            return L_NN, damping
     raise ValueError(f"the Gram is not positive semi-definite, even with damping {dampings[-1]}")
+
+
+def _damped(gram_NN: torch.Tensor, damping: float) -> torch.Tensor:
+    damped_NN = gram_NN.clone()
+    damped_NN.diagonal().add_(damping * _mean_diagonal(gram_NN))
+    return damped_NN
 
 
 def _unseen(W_ON: torch.Tensor) -> Decomposition:

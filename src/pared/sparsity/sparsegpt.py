@@ -15,6 +15,7 @@ from functools import partial
 
 import torch
 
+from pared.remembered import once_per_tensor
 from pared.sparsity import masks
 from pared.sparsity.masks import Pruned
 from pared.sparsity.pattern import NM, Pattern
@@ -120,8 +121,8 @@ def solve(
         ValueError: the weight or the Gram is not finite, or the Gram is not positive semi-definite or of another width.
     """
     _check(W_ON, gram_NN, block, damping, compute)
-    gram_NN, dead_N = _without_dead_inputs(gram_NN.double())
-    return FactorisedHessian(W_ON.masked_fill(dead_N, 0), inverse_factor(gram_NN, damping).to(compute), block)
+    U_NN, dead_N = _factorise(gram_NN, damping, compute)
+    return FactorisedHessian(W_ON.masked_fill(dead_N, 0), U_NN, block)
 
 
 def update(
@@ -147,6 +148,13 @@ def update(
         return mask_ON[:, first : first + scores_OB.shape[1]]
 
     return solve(W_ON, gram_NN, block, damping, compute).pruned(given, block)
+
+
+@once_per_tensor
+def _factorise(gram_NN: torch.Tensor, damping: float, compute: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the factor of the inverse Hessian and which inputs are dead; once for weights that read one input."""
+    living_NN, dead_N = _without_dead_inputs(gram_NN.double())
+    return inverse_factor(living_NN, damping).to(compute), dead_N
 
 
 def inverse_factor(gram_NN: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Two-phase compression: decompositions kept until the plan is known, and the options of a method."""
 
+import importlib
 from dataclasses import replace
 
 import pytest
@@ -157,3 +158,28 @@ def test_a_pivoted_decision_is_installed_pivoted() -> None:
             solver.take(unit, {})
     assert all(isinstance(model.get_submodule(site.name), PivotedLinear) for site in plan.sites)
     assert sum(p.numel() for p in model.parameters()) == plan.after.model_parameters
+
+
+@pytest.mark.parametrize(
+    ("recipe", "module", "factored"),
+    [
+        # q, k, v read one input, o, gate and up, down: four Grams in each of three blocks, seven weights.
+        ({"method": "svd-llm", "keep": 0.8, "storage": "factors"}, "pared.lowrank.whitening._cholesky", 12),
+        ({"method": "sparsegpt", "sparsity": 0.5}, "torch.linalg.cholesky_ex", 12),
+    ],
+)
+def test_what_several_weights_read_is_factored_once(
+    recipe: dict[str, object],
+    module: str,
+    factored: int,
+    tokenizer: PreTrainedTokenizerFast,
+    calibration: pared.Calibration,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[int] = []
+    place, name = module.rsplit(".", 1)
+    known = getattr(importlib.import_module(place), name)
+    monkeypatch.setattr(module, lambda *args, **kwargs: calls.append(1) or known(*args, **kwargs))
+    result = pared.compress(TINY_MODELS["llama"](), tokenizer, Recipe(**recipe, calibration=calibration))
+    assert len(calls) == factored
+    assert len(result.plan.sites) == 21
