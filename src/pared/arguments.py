@@ -32,12 +32,12 @@ def require_model(model: object, function: str) -> None:
         return
     if isinstance(model, (str, os.PathLike)):
         raise ParedError(
-            f"{function} takes a loaded model, found the name {os.fspath(model)!r}; load it first: "
+            f"{function} takes a loaded model, got the name {os.fspath(model)!r}; load it first: "
             f"pared.load({os.fspath(model)!r})"
         )
     if isinstance(model, PreTrainedTokenizerBase):
-        raise ParedError(f"{function} takes a loaded model first and its tokenizer second; found the tokenizer first")
-    raise ParedError(f"{function} takes a loaded model of transformers, found {_kind(model)}; pared.load(NAME) gives "
+        raise ParedError(f"{function} takes a loaded model first and its tokenizer second; got the tokenizer first")
+    raise ParedError(f"{function} takes a loaded model of transformers, got {_kind(model)}; pared.load(NAME) gives "
                      "one")  # fmt: skip
 
 
@@ -53,12 +53,12 @@ def require_tokenizer(tokenizer: object, function: str) -> None:
     """
     if isinstance(tokenizer, (str, os.PathLike)):
         raise ParedError(
-            f"{function} takes a loaded tokenizer, found the name {os.fspath(tokenizer)!r}; load it first: "
+            f"{function} takes a loaded tokenizer, got the name {os.fspath(tokenizer)!r}; load it first: "
             f"pared.load_tokenizer({os.fspath(tokenizer)!r})"
         )
     if isinstance(tokenizer, PreTrainedModel) or not callable(tokenizer):
         raise ParedError(
-            f"{function} needs the model's tokenizer to read text, found {_kind(tokenizer)}; "
+            f"{function} needs the model's tokenizer to read text, got {_kind(tokenizer)}; "
             "pared.load_tokenizer(NAME) gives one"
         )
 
@@ -79,7 +79,7 @@ def asked_from(kind: type[Asked], value: Any, function: str) -> Asked:
     what = kind.__name__
     if isinstance(value, Mapping):
         return kind.of(value, origin=f"the {kind.NOUN} of {function}")
-    raise ParedError(f"{function} takes a {what}, found {_kind(value)}; such as {_example(kind, value)}")
+    raise ParedError(f"{function} takes a {what}, got {_kind(value)}; such as {_example(kind, value)}")
 
 
 def config_from(kind: type[Asked], config: Any, fields: Mapping[str, Any], function: str) -> Asked:
@@ -149,7 +149,7 @@ def name_from(name: object, function: str) -> str:
     if isinstance(name, (str, os.PathLike)):
         found = os.fspath(name)
         return found if isinstance(found, str) else os.fsdecode(found)
-    raise ParedError(f"{function} takes a name: embedded:smollm2-135m, a folder or a Hub id; found {_kind(name)}")
+    raise ParedError(f"{function} takes a name: embedded:smollm2-135m, a folder or a Hub id; got {_kind(name)}")
 
 
 def folder_from(folder: object, function: str) -> Path:
@@ -164,7 +164,7 @@ def folder_from(folder: object, function: str) -> Path:
     """
     if isinstance(folder, (str, os.PathLike)) and os.fspath(folder):
         return path_of(os.fsdecode(folder))
-    raise ParedError(f"{function} takes the folder to write, a string or a path; found {_kind(folder)}")
+    raise ParedError(f"{function} takes the folder to write, a string or a path; got {_kind(folder)}")
 
 
 def _kind(value: object) -> str:

@@ -45,7 +45,7 @@ def require_dtype(name: object) -> None:
         ParedError: names the nearest there is.
     """
     if not isinstance(name, str):
-        raise ParedError(f"dtype: expected one of auto, {', '.join(DTYPES)}, found {name!r}")
+        raise ParedError(f"dtype: expected one of auto, {', '.join(DTYPES)}, got {name!r}")
     require_known("dtype", name, ["auto", *DTYPES])
 
 

@@ -84,7 +84,7 @@ def _read(name: str, found: object) -> Method:
         ValueError: it is none; says why.
     """
     if not isinstance(found, (LowRankMethod, PruningMethod)):
-        raise ValueError(f"expected a LowRankMethod or a PruningMethod, found {found!r}")
+        raise ValueError(f"expected a LowRankMethod or a PruningMethod, got {found!r}")
     if found.name != name:
         raise ValueError(f"it calls itself {found.name!r}; the two names must be one")
     if not (isinstance(found.config, type) and issubclass(found.config, Options)):

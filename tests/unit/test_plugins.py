@@ -73,10 +73,10 @@ def test_an_unknown_name_offers_those_of_packages_too(place: Path) -> None:
 BROKEN = {
     "raises when it is imported": ("import no_such_module_at_all", "ModuleNotFoundError: No module named 'no_such"),
     "has no such object": ("", "AttributeError: module 'broken' has no attribute 'THING'"),
-    "is something else": ("THING = 3", "expected a LowRankMethod or a PruningMethod, found 3"),
+    "is something else": ("THING = 3", "expected a LowRankMethod or a PruningMethod, got 3"),
     "is a class": (
         "import pared.lowrank\nTHING = pared.lowrank.LowRankMethod",
-        "found <class ",
+        "got <class ",
     ),
     "has another name": (GOOD + "\n    THING = COPY", "it calls itself 'copy'; the two names must be one"),
     "has the options of another": (

@@ -199,7 +199,7 @@ def _read(name: str, found: Any) -> tuple[Allocator, ...]:
     allocators = tuple(found) if isinstance(found, (list, tuple)) else (found,)
     for one in allocators:
         if not isinstance(one, Allocator):
-            raise ValueError(f"expected a pared.allocation.Allocator, found {one!r}")
+            raise ValueError(f"expected a pared.allocation.Allocator, got {one!r}")
         if one.name != name:
             raise ValueError(f"it calls itself {one.name!r}; the two names must be one")
         if not one.families or not one.families <= set(FAMILIES):
@@ -209,7 +209,7 @@ def _read(name: str, found: Any) -> tuple[Allocator, ...]:
             raise ValueError(f"requires {', '.join(unknown)}: expected some of {', '.join(sorted(there)) or 'nothing'}")
         base = of.UnitOptions if "sparse" in one.families else Options
         if not (isinstance(one.config, type) and issubclass(one.config, base)):
-            raise ValueError(f"expected a subclass of {base.__module__}.{base.__name__} as config, found {one.config}")
+            raise ValueError(f"expected a subclass of {base.__module__}.{base.__name__} as config, got {one.config}")
     served = [family for one in allocators for family in one.families]
     if len(served) > len(set(served)):
         raise ValueError(f"several allocators of one name serve {max(served, key=served.count)}")

@@ -24,9 +24,9 @@ def shares(count: int, weights: torch.Tensor | None) -> torch.Tensor:
         return torch.full((count,), 1 / count, dtype=torch.float64)
     weights = weights.detach().cpu().double()
     if weights.shape != (count,):
-        raise ParedError(f"found weights of shape {tuple(weights.shape)} for {count} units; expected one for each")
+        raise ParedError(f"got weights of shape {tuple(weights.shape)} for {count} units; expected one for each")
     if not bool((weights.isfinite() & (weights > 0)).all()):
-        raise ParedError(f"weights of units are positive numbers; found {weights.tolist()}")
+        raise ParedError(f"weights of units are positive numbers; got {weights.tolist()}")
     return weights / weights.sum()
 
 
@@ -37,9 +37,7 @@ def require_sparsity(sparsity: float, most: float = MOST) -> None:
         ParedError: it is not in [0, most].
     """
     if not 0 <= sparsity <= most:
-        raise ParedError(
-            f"sparsity is the fraction of the weights that become zero, in [0, {most:g}]; found {sparsity}"
-        )
+        raise ParedError(f"sparsity is the fraction of the weights that become zero, in [0, {most:g}]; got {sparsity}")
 
 
 def meet(

@@ -71,7 +71,7 @@ class ParedConfig(QuantizationConfigMixin):
         **unknown: object,
     ) -> None:
         if type(format_version) is not int or format_version < 1:
-            raise ValueError(f"format_version: found {brief(format_version)}, expected a whole number from 1")
+            raise ValueError(f"format_version: got {brief(format_version)}, expected a whole number from 1")
         if format_version > FORMAT_VERSION or unknown:
             raise ValueError(
                 f"checkpoint of pared format version {brief(format_version)}"

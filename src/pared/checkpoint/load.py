@@ -69,7 +69,7 @@ def _folder_of(source: ModelSource) -> Path:
     """Return the folder with a model's files as they are; what lies on the Hub is fetched whole."""
     path = Path(source.place)
     if path.is_file():
-        raise ParedError(f"model {source.name!r}: check=True needs a folder that pared made, found a single file")
+        raise ParedError(f"model {source.name!r}: check=True needs a folder that pared made, got a single file")
     if path.is_dir():
         return path
     from huggingface_hub import snapshot_download

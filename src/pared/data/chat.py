@@ -33,19 +33,19 @@ def messages_of(which: str, row: Mapping[str, Any]) -> list[Message]:
     field = next(field for field in FIELDS if isinstance(row.get(field), list))
     found = row[field]
     if not found:
-        raise ParedError(f"{which}: expected {field!r} to be a list of messages {EXPECTED}, found {found!r:.60}")
+        raise ParedError(f"{which}: expected {field!r} to be a list of messages {EXPECTED}, got {found!r:.60}")
     return [_message(f"{which}, message {number}", one) for number, one in enumerate(found, 1)]
 
 
 def _message(which: str, message: Any) -> Message:
     if not isinstance(message, Mapping):
-        raise ParedError(f"{which}: expected {EXPECTED}, found {message!r:.60}")
+        raise ParedError(f"{which}: expected {EXPECTED}, got {message!r:.60}")
     role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
     parts = isinstance(content, list) and all(isinstance(one, Mapping) and one.get("type") == "text" for one in content)
     if parts:
         content = "".join(str(one.get("text", "")) for one in content)
     if not isinstance(role, str) or not isinstance(content, str):
-        raise ParedError(f"{which}: expected {EXPECTED}, both strings; found {dict(message)!r:.100}")
+        raise ParedError(f"{which}: expected {EXPECTED}, both strings; got {dict(message)!r:.100}")
     return {"role": ROLES.get(role, role), "content": content}
 
 

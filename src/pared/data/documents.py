@@ -41,7 +41,7 @@ def suffix_of(path: Path) -> str:
 def _require_suffix(path: Path) -> None:
     if suffix_of(path) not in SUFFIXES:
         raise ParedError(
-            f"text file {path}: expected .txt or .jsonl (or .gz of both), found {path.suffix or 'no suffix'}"
+            f"text file {path}: expected .txt or .jsonl (or .gz of both), got {path.suffix or 'no suffix'}"
         )
 
 
@@ -74,7 +74,7 @@ def document_of(which: str, row: Any, tokenizer: "PreTrainedTokenizerBase | None
             return alpaca_text(fields)
     if is_conversation(row):
         return rendered(which, messages_of(which, row), tokenizer)
-    raise ParedError(f"{which}: expected an object whose 'text' field is a string, found {_found(row)}; a conversation "
+    raise ParedError(f"{which}: expected an object whose 'text' field is a string, got {_found(row)}; a conversation "
                      "is a list in 'messages'")  # fmt: skip
 
 

@@ -47,7 +47,7 @@ def data_file(file: str, what: str, instead: str | None = None) -> Path:
         if found.is_file():
             return found
     there = ", ".join(sorted(beside.name for beside in path.parent.glob("*"))) or "nothing"
-    raise ParedError(f"{what}: PARED_DATA names {root}, which has no {file}; found beside it: {there}; put it "
+    raise ParedError(f"{what}: PARED_DATA names {root}, which has no {file}; that folder holds {there}; put it "
                      f"there, or {instead or 'unset PARED_DATA to read it from the Hub'}")  # fmt: skip
 
 

@@ -103,7 +103,7 @@ def _rows_of_file(task: _Task, path: Path) -> Iterator[Example]:
             log.warning("%s, row %d: %d columns; left out", path, number, len(cells))
             continue
         if len(cells) < width:
-            raise ParedError(f"{path}, row {number}: expected at least {width} columns, found {len(cells)}")
+            raise ParedError(f"{path}, row {number}: expected at least {width} columns, got {len(cells)}")
         label = cells[task.label].strip()
         texts = tuple(cells[i].strip() for i in task.texts)
         if task.scores:
@@ -111,7 +111,7 @@ def _rows_of_file(task: _Task, path: Path) -> Iterator[Example]:
         else:
             valid = task.classes or BINARY
             if label not in valid:
-                raise ParedError(f"{path}, row {number}: expected a label of {', '.join(valid)}, found {label!r}")
+                raise ParedError(f"{path}, row {number}: expected a label of {', '.join(valid)}, got {label!r}")
             yield Example(texts, int(label) if label.isdigit() else label)
 
 
@@ -120,7 +120,7 @@ def _rows_on_hub(task: _Task, where: HubSet) -> Iterator[Example]:
     for which, row in where.rows(*task.fields, "label"):
         texts, label = tuple(row[field].strip() for field in task.fields), row["label"]
         if not task.scores and label not in range(len(valid)):
-            raise ParedError(f"{which}: expected a label from 0 to {len(valid) - 1}, found {label!r}")
+            raise ParedError(f"{which}: expected a label from 0 to {len(valid) - 1}, got {label!r}")
         yield Example(texts, task.classes[label] if task.classes else label)
 
 
@@ -128,4 +128,4 @@ def _score(label: str, path: Path, number: int) -> float:
     try:
         return float(label)
     except ValueError:
-        raise ParedError(f"{path}, row {number}: expected a score, found {label!r}") from None
+        raise ParedError(f"{path}, row {number}: expected a score, got {label!r}") from None

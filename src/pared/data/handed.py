@@ -29,16 +29,16 @@ def text_of(data: Any, tokenizer: "PreTrainedTokenizerBase | None", function: st
     kind = type(data).__name__
     if isinstance(data, Mapping):
         splits = ", ".join(map(repr, list(data)[:4]))
-        raise ParedError(f"{function}: expected {EXPECTED} as data, found a {kind} of {splits}; name one of its parts")
+        raise ParedError(f"{function}: expected {EXPECTED} as data, got a {kind} of {splits}; name one of its parts")
     rows = _rows(data)
     if rows is None:
-        raise ParedError(f"{function}: expected {EXPECTED} as data, found {_brief(data)}")
+        raise ParedError(f"{function}: expected {EXPECTED} as data, got {_brief(data)}")
     documents = tuple(
         row if isinstance(row, str) else document_of(f"{function}: data, row {number}", row, tokenizer)
         for number, row in enumerate(rows)
     )
     if not any(document.strip() for document in documents):
-        raise ParedError(f"{function}: data has no text; found {len(documents)} empty rows")
+        raise ParedError(f"{function}: data has no text; got {len(documents)} empty rows")
     return Text(NAME, documents, f"{len(documents):,} texts handed over in Python")
 
 

@@ -44,7 +44,7 @@ class HubSet:
         for number, row in enumerate(self._read(), 1):
             missing = [field for field in fields if row.get(field) is None]
             if missing:
-                raise ParedError(f"{self}, row {number}: expected {', '.join(fields)}; {missing[0]} is missing, found "
+                raise ParedError(f"{self}, row {number}: expected {', '.join(fields)}; {missing[0]} is missing, got "
                                  f"{', '.join(sorted(row))}")  # fmt: skip
             for field in fields:
                 require_characters(f"{self}, row {number}", row[field])

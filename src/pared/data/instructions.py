@@ -148,13 +148,13 @@ def _instruction(which: str, row: Any, tokenizer: "PreTrainedTokenizerBase | Non
         return _conversation(which, messages_of(which, row), tokenizer)
     found = "null" if row is None else sorted(row) if isinstance(row, dict) else type(row).__name__
     pairs = ", ".join(f"{asked} and {answer}" for asked, answer in FIELDS)
-    raise ParedError(f"{which}: expected strings {pairs}; or a list in messages; found {found}")
+    raise ParedError(f"{which}: expected strings {pairs}; or a list in messages; got {found}")
 
 
 def _conversation(which: str, messages: list[Message], tokenizer: "PreTrainedTokenizerBase | None") -> Instruction:
     """Return the last message as the answer to what was said before, both as the chat template has them."""
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise ParedError(f"{which}: expected a conversation that ends with the answer of 'assistant', found "
+        raise ParedError(f"{which}: expected a conversation that ends with the answer of 'assistant', got "
                          f"{', '.join(one['role'] for one in messages)}")  # fmt: skip
     asked = rendered(which, messages[:-1], tokenizer, answer_follows=True)
     whole = rendered(which, messages, tokenizer)

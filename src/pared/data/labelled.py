@@ -45,7 +45,7 @@ def require_examples(name: str) -> None:
     if kind == "file":
         path = path_of(rest)
         if ".jsonl" not in path.suffixes:
-            raise ParedError(f"labelled file {path}: expected .jsonl or .jsonl.gz, found {path.suffix or 'no suffix'}")
+            raise ParedError(f"labelled file {path}: expected .jsonl or .jsonl.gz, got {path.suffix or 'no suffix'}")
         require_there(path, "file")
     elif kind == "glue" and rest.count(":") == 1:
         glue_place(name, *rest.split(":"))
@@ -121,7 +121,7 @@ def _entities(name: str, data_set: str, split: str) -> Examples:
             if line.strip():
                 cells = line.split("\t") if "\t" in line else line.split()
                 if len(cells) < 2 or not cells[0].strip():
-                    raise ParedError(f"{path}, line {number}: expected a word and its tag, found {line!r}")
+                    raise ParedError(f"{path}, line {number}: expected a word and its tag, got {line!r}")
                 words.append((cells[0].strip(), cells[-1].strip()))
             elif words:
                 if words[0][0] != "-DOCSTART-":  # CoNLL's mark of a new document
@@ -138,7 +138,7 @@ def _rows_of_file(path: Path) -> Iterator[Example]:
             found = sorted(row) if isinstance(row, dict) else type(row).__name__
             raise ParedError(
                 f"{path}, row {number}: expected 'text' (perhaps 'text_pair') and a 'label', a number or a string, "
-                f"or 'tokens' and as many 'labels'; found {found}"
+                f"or 'tokens' and as many 'labels'; got {found}"
             )
         yield example
 

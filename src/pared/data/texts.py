@@ -332,6 +332,6 @@ def _from_hub(name: str, where: HubSet, field: str, tokenizer: "PreTrainedTokeni
             elif isinstance(row[field], list):
                 yield rendered(which, messages_of(which, {"messages": row[field]}), tokenizer)
             else:
-                raise ParedError(f"{which}: expected {field!r} to be a string, found {row[field]!r:.60}")
+                raise ParedError(f"{which}: expected {field!r} to be a string, got {row[field]!r:.60}")
 
     return Text(name, tuple(documents()), str(where))

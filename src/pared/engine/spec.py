@@ -386,7 +386,7 @@ def _refuse_fields(recipe: Recipe, names: tuple[str, ...], hint: str) -> None:
     """Refuse what a recipe sets and its method does not read."""
     for name in names:
         if (value := getattr(recipe, name)) != Recipe.model_fields[name].default:
-            raise ParedError(f"method {recipe.method} knows no {name} (found {value!r}); {hint}")
+            raise ParedError(f"method {recipe.method} knows no {name} (got {value!r}); {hint}")
 
 
 def _allocation_name(recipe: Recipe, method: Method) -> str:

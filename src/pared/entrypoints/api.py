@@ -257,7 +257,7 @@ def collect_statistics(
     names = frozenset(statistics) if isinstance(statistics, Iterable) and not isinstance(statistics, str) else None
     if not names or not all(isinstance(name, str) for name in names):
         raise ParedError(
-            f"{function}: expected the names of statistics in a list, such as ['gram'], found {statistics!r}"
+            f"{function}: expected the names of statistics in a list, such as ['gram'], got {statistics!r}"
         )
     with trusting(trust_remote_code):
         if isinstance(model, (str, Path)):

@@ -120,7 +120,7 @@ def compress(
         windows, text, fields = _calibrated_on(data, tokenizer if not by_name else model, windows, fields, function)
     asked_for = recipe_from(recipe, fields, function)
     if windows is not None and not isinstance(windows, Windows):
-        raise ParedError(f"pared.compress takes windows as pared.data.cut makes them, found a "
+        raise ParedError(f"pared.compress takes windows as pared.data.cut makes them, got a "
                          f"{type(windows).__name__}; give a list of strings as data instead")  # fmt: skip
     with trusting(trust_remote_code), handed_over(text):
         if isinstance(model, (str, Path)):
@@ -187,7 +187,7 @@ def _calibrated_on(
 ) -> tuple[Windows | None, Text | None, dict[str, Any]]:
     """Return what ``data`` stands for: windows, a text that was handed over, or the name of one among the fields."""
     if windows is not None:
-        raise ParedError(f"{function} takes data or windows, found both; leave one of them out")
+        raise ParedError(f"{function} takes data or windows, got both; leave one of them out")
     if isinstance(data, Windows):
         return data, None, fields
     if isinstance(data, (str, Path)):

@@ -52,7 +52,7 @@ def convert(
     """
     function = "pared.convert"
     if not isinstance(pivoted, bool):
-        raise ParedError(f"{function}: expected pivoted True or False, found {pivoted!r}")
+        raise ParedError(f"{function}: expected pivoted True or False, got {pivoted!r}")
     folder, out = Path(name_from(folder, function)), folder_from(out, function)
     with trusting(trust_remote_code):
         return _convert(folder, out, pivoted, overwrite)

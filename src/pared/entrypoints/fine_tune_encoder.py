@@ -61,7 +61,7 @@ class FineTuning:
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             if name != "seed" and value is not None and not value > 0:
-                raise ParedError(f"fine-tuning: expected {name} above 0, found {value:g}")
+                raise ParedError(f"fine-tuning: expected {name} above 0, got {value:g}")
 
 
 def within(asked: FineTuning, config: PretrainedConfig) -> FineTuning:

@@ -183,7 +183,7 @@ def classification(model: PreTrainedModel, examples: Windows) -> dict[str, float
 
 def _require_directions(anatomy: Anatomy, groups: int) -> None:
     if groups < 2:
-        raise ParedError(f"expected at least 2 groups, found {groups}")
+        raise ParedError(f"expected at least 2 groups, got {groups}")
     least = min(anatomy.sites, key=lambda site: min(site.out_features, site.in_features))
     most = min(least.out_features, least.in_features)
     if groups > most:

@@ -175,7 +175,7 @@ def require_searchable(recipe: Recipe) -> CompressionSpec:
         ParedError: the method, its budget or the allocation do not allow it.
     """
     if recipe.allocation not in ("auto", "dsa"):
-        raise ParedError(f"a search looks for programs of allocation dsa; found allocation {recipe.allocation!r}")
+        raise ParedError(f"a search looks for programs of allocation dsa; got allocation {recipe.allocation!r}")
     if isinstance(method_of(recipe), PruningMethod):
         require_pruner(recipe.method)
         if recipe.pattern is not None:

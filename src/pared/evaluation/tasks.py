@@ -123,7 +123,7 @@ def evaluate_task(
     task, sampling = task_of(name), sampling or Sampling()
     require_permission(task, run_code)
     if task.runs and max(ks) > sampling.samples:
-        raise ParedError(f"pass@{max(ks)} needs {max(ks)} samples of every problem, found {sampling.samples}: ask for "
+        raise ParedError(f"pass@{max(ks)} needs {max(ks)} samples of every problem, got {sampling.samples}: ask for "
                          "more samples and a temperature")  # fmt: skip
     rows = rows_of(task, limit)
     shots, prompts = _prompts(task, rows, shots, model, tokenizer)
@@ -214,7 +214,7 @@ def examples_of(task: Task, shots: int) -> str:
         raise ParedError(f"task {task.name} has no examples to show apart from what it is evaluated on; use 0 shots")
     rows = [row for row in _read(task, task.shots_data or task.data) if task.shown(row)][:shots]
     if len(rows) < shots:
-        raise ParedError(f"task {task.name} has {len(rows)} examples to show, found {shots} asked for")
+        raise ParedError(f"task {task.name} has {len(rows)} examples to show, got a request for {shots}")
     return "".join(f"{task.prompt(row)}{task.answer(row)}\n\n" for row in rows)
 
 
@@ -253,10 +253,10 @@ def _read(task: Task, data: DataSet) -> Iterator[Row]:
         missing = [name for name in task.fields if not isinstance(row, dict) or name not in row]
         if missing:
             found = sorted(row) if isinstance(row, dict) else type(row).__name__
-            raise ParedError(f"{which}: expected {', '.join(task.fields)}; {missing[0]} is missing, found {found}")
+            raise ParedError(f"{which}: expected {', '.join(task.fields)}; {missing[0]} is missing, got {found}")
         for name, kind in task.fields.items():
             if not isinstance(row[name], kind):
-                raise ParedError(f"{which}: expected {name} to be {_kinds(kind)}, found {row[name]!r}")
+                raise ParedError(f"{which}: expected {name} to be {_kinds(kind)}, got {row[name]!r}")
         if task.right is not None and task.right(row) is None:
             raise ParedError(f"{which}: answer {str(row['answer'])[-60:]!r} says no number to judge by")
         yield row

@@ -73,7 +73,7 @@ def _questions(path: Path, limit: int | None) -> Iterator[Question]:
         if not all(map(_is_text, (fields.get("image"), fields.get("question"), *answers))):
             found = sorted(row) if isinstance(row, dict) else type(row).__name__
             raise ParedError(f"{path}, row {number}: expected 'image', 'question' and 'answers', one text or more; "
-                             f"found {found}")  # fmt: skip
+                             f"got {found}")  # fmt: skip
         image = path.parent / fields["image"]
         if not image.is_file():
             raise ParedError(f"{path}, row {number}: no image {image}")

@@ -32,7 +32,7 @@ class _InOneLine(ModelMetaclass):
     def __call__(self: Any, *args: Any, **fields: Any) -> Any:
         if args:
             raise ParedError(
-                f"{self.__name__} takes named fields, such as {_example(self)}; found {_shown(args[0])}"
+                f"{self.__name__} takes named fields, such as {_example(self)}; got {_shown(args[0])}"
                 + (f"; a mapping is read by {self.__name__}.of" if isinstance(args[0], Mapping) else "")
             )
         with _told(self, self.__name__):
@@ -174,9 +174,9 @@ def read_fields(path: str | Path, what: str) -> dict[str, Any]:
     try:
         fields = read_yaml(Path(path), what)
     except TypeError:
-        raise ParedError(f"{what}: expected the path of a file, found {_shown(path)}") from None
+        raise ParedError(f"{what}: expected the path of a file, got {_shown(path)}") from None
     if not isinstance(fields, dict):
-        raise ParedError(f"{what} {path}: expected a mapping of keys, found {type(fields).__name__}")
+        raise ParedError(f"{what} {path}: expected a mapping of keys, got {type(fields).__name__}")
     return fields
 
 
@@ -202,10 +202,10 @@ def _explain(model: type[BaseModel], error: ValidationError) -> str:
     if kind in _NO_MAPPING:
         section = _section(model, first["loc"])
         keys = "" if section is model and first["loc"] else f" ({', '.join(section.model_fields)})"
-        return f"{where + ': ' if where else ''}expected a mapping of its fields{keys}, found {_shown(found)}"
+        return f"{where + ': ' if where else ''}expected a mapping of its fields{keys}, got {_shown(found)}"
     if kind in _NO_LIST and isinstance(found, str):
-        return f"{where}: expected a list of strings, such as [{found!r}]; found {found!r}"
-    return f"{where}: {first['msg']}; found {_shown(found)}"
+        return f"{where}: expected a list of strings, such as [{found!r}]; got {found!r}"
+    return f"{where}: {first['msg']}; got {_shown(found)}"
 
 
 def _section(model: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseModel]:

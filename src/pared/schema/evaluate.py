@@ -96,7 +96,7 @@ class EvaluationConfig(Config):
             value = getattr(self, name)
             if name not in (*MEASURES, *READS[measure], "device") and value != field.default:
                 raise ParedError(
-                    f"{_flag(measure)} reads no {_flag(name)} (found {value}); it reads "
+                    f"{_flag(measure)} reads no {_flag(name)} (got {value}); it reads "
                     f"{', '.join(map(_flag, (*READS[measure], 'device', 'json')))}"
                 )
         if getattr(self, asked[0]) == ():

@@ -227,7 +227,7 @@ def _require_version(path: Path, fields: object) -> None:
     """Refuse what is no manifest, or of a later version, before it is held against this one's fields."""
     found = fields.get("format_version") if isinstance(fields, dict) else None
     if not isinstance(fields, dict) or type(found) is not int or found < 1:
-        told = f"format_version is {brief(found)}" if isinstance(fields, dict) else f"found {brief(fields)}"
+        told = f"format_version is {brief(found)}" if isinstance(fields, dict) else f"got {brief(fields)}"
         raise ParedError(f"{path}: {told}, expected a manifest with a whole number from 1; it is damaged")
     if found > FORMAT_VERSION:
         raise ParedError(f"{path}: format version {found}, this pared reads {FORMAT_VERSION}: update pared")

@@ -78,10 +78,10 @@ def _explain(config: type[Options], error: ValidationError) -> str:
     if first["type"] == "value_error":  # of a validator of the options' own: says what was found
         return f"option {name}: {first['ctx']['error']}" if name else str(first["ctx"]["error"])
     if not name:
-        return f"{first['msg']}; found {found!r}"
+        return f"{first['msg']}; got {found!r}"
     field = config.model_fields[name]
     if first["type"] in _TYPES:
-        expected = f"a {type(field.default).__name__}"
+        expected = type(field.default).__name__
     elif first["type"] == "literal_error":
         expected = f"one of {', '.join(map(str, get_args(field.annotation)))}"
     else:

@@ -180,7 +180,7 @@ def merged(given: Mapping[str, Any], preset: Preset) -> dict[str, Any]:
     """
     method = preset.fields["method"]
     if given.get("method", method) != method:
-        raise ParedError(f"preset {preset.name} is a protocol of method {method}, found method {given['method']!r} "
+        raise ParedError(f"preset {preset.name} is a protocol of method {method}, got method {given['method']!r} "
                          "beside it; leave one of them out")  # fmt: skip
     fields = left_below(preset.fields, given, preset.command)
     for name, value in given.items():

@@ -189,9 +189,7 @@ class Recipe(FromPreset):
         if isinstance(number, (bool, str)) or (isinstance(number, (int, float)) and not 0 < number <= 1):
             percent = isinstance(number, (int, float)) and 1 < number <= 100
             meant = f"; did you mean {float(number) / 100:g}?" if percent else ""
-            raise ValueError(
-                f"keep is the fraction that stays, in (0, 1], so that 0.8 removes 20%; found {value}{meant}"
-            )
+            raise ValueError(f"keep is the fraction that stays, in (0, 1], so that 0.8 removes 20%; got {value}{meant}")
         return value
 
     @field_validator("dense_path", mode="before")
@@ -202,7 +200,7 @@ class Recipe(FromPreset):
             with suppress(ValueError):
                 value, number = float(value), True  # from the command line
         if value != "auto" and not (number and 0 <= value <= 1):  # type: ignore[operator]
-            raise ValueError(f"dense_path is a share, 0 to 1, or auto; found {value}")
+            raise ValueError(f"dense_path is a share, 0 to 1, or auto; got {value}")
         return value
 
     @model_validator(mode="after")

@@ -44,7 +44,7 @@ class SearchConfig(Config):
     @classmethod
     def _known(cls, value: Any) -> Any:
         if value not in get_args(Strategy):
-            raise ParedError(f"strategy of a search: expected {' or '.join(get_args(Strategy))}, found {value!r}")
+            raise ParedError(f"strategy of a search: expected {' or '.join(get_args(Strategy))}, got {value!r}")
         return value
 
     @field_validator(*LEAST)
@@ -52,14 +52,14 @@ class SearchConfig(Config):
     def _enough(cls, value: int | None, info: ValidationInfo) -> int | None:
         least = LEAST[str(info.field_name)]
         if value is not None and value < least:
-            raise ParedError(f"{info.field_name} of a search: expected {least} or more, found {value}")
+            raise ParedError(f"{info.field_name} of a search: expected {least} or more, got {value}")
         return value
 
     @field_validator("sample_ratio")
     @classmethod
     def _a_fraction(cls, value: float) -> float:
         if not 0 < value <= 1:
-            raise ParedError(f"sample ratio of a search: expected a fraction in (0, 1], found {value}")
+            raise ParedError(f"sample ratio of a search: expected a fraction in (0, 1], got {value}")
         return value
 
     @property

@@ -82,9 +82,7 @@ class TrainingConfig(FromPreset):
     @classmethod
     def _whole_steps(cls, value: float | None) -> float | None:
         if value is not None and value >= 1 and not value.is_integer():
-            raise ValueError(
-                f"warmup is a share of the steps below 1, and a whole number of steps from 1; found {value}"
-            )
+            raise ValueError(f"warmup is a share of the steps below 1, and a whole number of steps from 1; got {value}")
         return value
 
     @field_validator("options", mode="before")

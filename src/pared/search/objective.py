@@ -92,9 +92,7 @@ def in_steps(windows: Windows, halving: bool) -> list[Windows]:
     if not halving:
         return [windows]
     if count < FIRST:
-        raise ParedError(
-            f"successive halving needs at least {FIRST} windows, found {count}; take more, or --no-halving"
-        )
+        raise ParedError(f"successive halving needs at least {FIRST} windows, got {count}; take more, or --no-halving")
     edges = [0, count // FIRST, 2 * count // FIRST, count]
     return [first(windows, stop, start) for start, stop in pairwise(edges)]
 

@@ -51,7 +51,7 @@ class BlockCall:
         if isinstance(kwargs.get("hidden_states"), torch.Tensor):
             rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
             return cls(args, rest, kwargs["hidden_states"], "hidden_states", block=block)
-        raise ParedError(f"block {name}: called without hidden states; found arguments {sorted(kwargs)}")
+        raise ParedError(f"block {name}: called without hidden states; got arguments {sorted(kwargs)}")
 
     def run(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """Call a block the same way on other hidden states and return the hidden states it makes."""

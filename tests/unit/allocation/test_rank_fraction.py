@@ -50,7 +50,7 @@ def test_a_unit_that_never_ran_stays_dense() -> None:
 
 def test_fractions_that_make_no_rank_are_refused() -> None:
     for fraction in (0.0, -0.1, 1.1, float("nan")):
-        with pytest.raises(ParedError, match=r"rank_fraction .* in \(0, 1\]; found"):
+        with pytest.raises(ParedError, match=r"rank_fraction .* in \(0, 1\]; got"):
             rank_fraction([unit(8, 8)], fraction)
     with pytest.raises(ParedError, match=r"rank_fraction 0\.1 leaves no rank for site 8 x 9; .* is 0\.125"):
         rank_fraction([unit(8, 9)], 0.1)

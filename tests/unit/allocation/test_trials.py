@@ -155,7 +155,7 @@ def test_a_weight_whose_small_rank_is_less_harmful_takes_it():
 
 
 def test_a_target_below_the_smallest_candidates_says_what_they_reach():
-    with pytest.raises(ParedError, match=r"reach keep 0\.4, found 0\.3; keep more"):
+    with pytest.raises(ParedError, match=r"reach keep 0\.4, got 0\.3; keep more"):
         sensitivity(UNITS, Budget(0.3), Evidence(trial=Perplexity(dict.fromkeys(SPECTRA, 1.0))))
 
 

@@ -547,7 +547,7 @@ def test_a_folder_without_manifest_is_refused_but_loads(folder: Path) -> None:
     [
         ("{", r"pared\.json: not JSON"),
         ("\udcff", r"pared\.json: not JSON"),
-        ("[]", r"pared\.json: found \[\], expected a manifest"),
+        ("[]", r"pared\.json: got \[\], expected a manifest"),
         ('{"telepathy": 1}', r"pared\.json: format_version is None"),
         ('{"format_version": true}', r"pared\.json: format_version is True"),
         ('{"format_version": 1, "format_version": 1}', r"pared\.json: .*'format_version' stands there twice"),

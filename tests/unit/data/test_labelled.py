@@ -282,11 +282,11 @@ def test_glue_and_entity_files_are_read_where_they_lie(tmp_path: Path, monkeypat
     for name, told in {
         "glue:ax:train": "no GLUE task 'ax' here",
         "glue:cola:eval": "no split 'eval'; .* Valid: dev, test, train, validation",
-        "glue:cola:test": r"which has no glue/CoLA/test_labelled\.tsv; found beside it: dev\.tsv, train\.tsv",
-        "glue:mnli:dev": r"no glue/MNLI/dev_matched\.tsv; found beside it: nothing",
-        "glue:cola:dev": "row 1: expected at least 4 columns, found 2",
-        "ner:own:dev": "line 2: expected a word and its tag, found 'mat'",
-        "ner:other:dev": "found beside it: nothing",
+        "glue:cola:test": r"which has no glue/CoLA/test_labelled\.tsv; that folder holds dev\.tsv, train\.tsv",
+        "glue:mnli:dev": r"no glue/MNLI/dev_matched\.tsv; that folder holds nothing",
+        "glue:cola:dev": "row 1: expected at least 4 columns, got 2",
+        "ner:own:dev": "line 2: expected a word and its tag, got 'mat'",
+        "ner:other:dev": "that folder holds nothing",
         "glue:cola": "unknown labelled examples 'glue:cola'; did you mean 'glue:cola:train'",
         "cola": "unknown labelled examples 'cola'",
     }.items():
@@ -304,9 +304,9 @@ def test_a_label_the_task_does_not_have_is_named_with_its_row(tmp_path: Path, mo
     for folder, row in (("SST-2", "fine\t7"), ("RTE", "0\ta\tb\tmaybe")):
         (tmp_path / "glue" / folder).mkdir(parents=True)
         (tmp_path / "glue" / folder / "dev.tsv").write_text(f"header\n{row}\n")
-    with pytest.raises(ParedError, match=r"dev\.tsv, row 2: expected a label of 0, 1, found '7'"):
+    with pytest.raises(ParedError, match=r"dev\.tsv, row 2: expected a label of 0, 1, got '7'"):
         find_examples("glue:sst2:dev")
-    with pytest.raises(ParedError, match=r"row 2: expected a label of entailment, not_entailment, found 'maybe'"):
+    with pytest.raises(ParedError, match=r"row 2: expected a label of entailment, not_entailment, got 'maybe'"):
         find_examples("glue:rte:dev")
 
 
@@ -323,11 +323,11 @@ def test_rows_that_are_torn_in_the_data_set_itself_are_left_out(
 
 def test_files_that_hold_no_examples_are_refused(tmp_path: Path) -> None:
     for rows, told in (
-        ([{"text": "cat"}], r"row 1: expected 'text' .* found \['text'\]"),
+        ([{"text": "cat"}], r"row 1: expected 'text' .* got \['text'\]"),
         ([{"text": "cat", "label": [1]}], "row 1: expected 'text'"),
         ([{"text": "cat", "label": [1]}], "row 1: expected 'text'"),
         ([{"tokens": ["cat"], "labels": [1, 2]}], "as many 'labels'"),
-        (["cat"], "found str"),
+        (["cat"], "got str"),
         ([], "have no rows"),
         ([{"text": "cat", "label": 1}, {"tokens": ["cat"], "labels": [1]}], "example 2: expected one label"),
     ):

@@ -85,10 +85,10 @@ def test_line_separators_inside_a_json_string_do_not_end_the_row(tmp_path: Path,
     ("row", "told"),
     [
         ('{"text": "cut of', "not JSON"),
-        ('{"txet": "a"}', r"expected an object whose 'text' field is a string, found \['txet'\]"),
+        ('{"txet": "a"}', r"expected an object whose 'text' field is a string, got \['txet'\]"),
         ('{"text": 5}', "expected an object whose 'text' field is a string"),
-        ('["text"]', "expected an object whose 'text' field is a string, found list"),
-        ('"text"', "expected an object whose 'text' field is a string, found str"),
+        ('["text"]', "expected an object whose 'text' field is a string, got list"),
+        ('"text"', "expected an object whose 'text' field is a string, got str"),
     ],
 )
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])

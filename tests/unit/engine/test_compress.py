@@ -297,7 +297,5 @@ def test_output_weighting_none_and_uniform_ranks_is_svd_llm(
 
 
 def test_unknown_weightings_are_refused_before_any_work(compress: Compress) -> None:
-    with pytest.raises(
-        ParedError, match="output_weighting: expected one of none, scalar, diagonal, full, found 'half'"
-    ):
+    with pytest.raises(ParedError, match="output_weighting: expected one of none, scalar, diagonal, full, got 'half'"):
         compress(TINY_MODELS["llama"](), method="loss-optimal", options={"output_weighting": "half"})

@@ -376,7 +376,7 @@ def test_what_only_the_dense_model_reaches_is_compressed_by_the_dense_models_sta
 
 @pytest.mark.parametrize("value", [1.5, -0.1, float("nan"), True, "half", "2"])
 def test_what_is_no_share_is_refused(value: object) -> None:
-    with pytest.raises(ParedError, match="dense_path is a share, 0 to 1, or auto; found"):
+    with pytest.raises(ParedError, match="dense_path is a share, 0 to 1, or auto; got"):
         pared.Recipe.of({"dense_path": value})
 
 

@@ -127,7 +127,7 @@ def test_options_reach_the_method_and_unknown_ones_are_refused(
     assert not torch.allclose(plain, weight(method="asvd"), atol=1e-3)
     with pytest.raises(ParedError, match="no option 'alhpa'; did you mean 'alpha'"):
         weight(method="asvd", options={"alhpa": 0.5})
-    with pytest.raises(ParedError, match="expected a float, found 'half'"):
+    with pytest.raises(ParedError, match="expected float, got 'half'"):
         weight(method="asvd", options={"alpha": "half"})
     with pytest.raises(ParedError, match="svd has no option 'alpha'; it has none"):
         weight(method="svd", options={"alpha": 0.5})

@@ -155,18 +155,18 @@ def test_an_allocation_that_tries_on_text_tries_on_the_texts_given(tokenizer: Pr
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "too little text": ({**SMALL, "data": ["w3 w4"]}, "text 'python:data' has 2 tokens, fewer than one window of 32"),
     "no text": ({**SMALL, "data": []}, "data has no text"),
-    "blank text": ({**SMALL, "data": ["", " "]}, "data has no text; found 2 empty rows"),
-    "numbers": ({**SMALL, "data": [3]}, "data, row 0: expected an object whose 'text' field is a string, found int"),
-    "a number": ({**SMALL, "data": 3}, "expected the name of a text, a list of strings, .* found 3"),
-    "rows without": ({**SMALL, "data": datasets.Dataset.from_dict({"txt": ["w3"]})}, r"row 0: .* found \['txt'\]"),
+    "blank text": ({**SMALL, "data": ["", " "]}, "data has no text; got 2 empty rows"),
+    "numbers": ({**SMALL, "data": [3]}, "data, row 0: expected an object whose 'text' field is a string, got int"),
+    "a number": ({**SMALL, "data": 3}, "expected the name of a text, a list of strings, .* got 3"),
+    "rows without": ({**SMALL, "data": datasets.Dataset.from_dict({"txt": ["w3"]})}, r"row 0: .* got \['txt'\]"),
     "splits": ({**SMALL, "data": datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": ["w3"]})})},
-               "found a DatasetDict of 'train'; name one of its parts"),
+               "got a DatasetDict of 'train'; name one of its parts"),
     "a name": ({**SMALL, "data": "wikitxt2:test"}, "did you mean 'wikitext2:test'"),
     "a misspelt field": ({"kep": 0.5}, "pared.compress: unknown key 'kep'; did you mean 'keep'"),
     "a percentage": ({"keep": 80}, "did you mean 0.8"),
     "two budgets": ({"keep": 0.5, "sparsity": 0.5}, "two budgets"),
     "a misspelt method": ({"method": "svd-lm"}, "did you mean 'svd-llm'"),
-    "nobody who watches": ({**SMALL, "progress": 3}, "takes who watches as progress.*found a int"),
+    "nobody who watches": ({**SMALL, "progress": 3}, "takes who watches as progress.*got a int"),
 }  # fmt: skip
 
 

@@ -228,7 +228,7 @@ def test_what_cannot_be_learned_is_refused_before_anything_is_trained(
         assert ran.exit_code == 2
         assert said in ran.output.replace("\n", "")
         assert "accuracy" not in ran.output
-    with pytest.raises(ParedError, match="expected epochs above 0, found 0"):
+    with pytest.raises(ParedError, match="expected epochs above 0, got 0"):
         FineTuning(epochs=0)
     TINY_MODELS["llama"]().save_pretrained(tmp_path / "lm")
     tokenizer.save_pretrained(tmp_path / "lm")

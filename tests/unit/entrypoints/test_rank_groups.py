@@ -174,7 +174,7 @@ def test_loss_and_accuracy_are_those_of_the_examples_one_by_one() -> None:
 def test_what_cannot_be_diagnosed_is_refused(recipe: Any, tokenizer: Any, examples: str) -> None:
     llama, bert = TINY_MODELS["llama"](), head(AutoModelForTokenClassification)
     for model, asked, groups, told in (
-        (llama, recipe(), 1, "at least 2 groups, found 1"),
+        (llama, recipe(), 1, "at least 2 groups, got 1"),
         (llama, recipe(), 17, r"site model\.layers\.0\.self_attn\.k_proj 16 x 32 has 16 directions, too few for 17"),
         (llama, recipe(evaluation=None), 4, "nothing to measure quality on"),
         (llama, recipe(evaluation={}, calibration={"text": "alpaca"}), 4, "has no known held-out part"),

@@ -238,15 +238,15 @@ def test_gsm8k_is_judged_by_mark_and_by_last_number(data: Any, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("task", "row", "message"),
     [
-        ("gsm8k", {"question": "q", "answer": 3}, r"row 1: expected answer to be str, found 3"),
+        ("gsm8k", {"question": "q", "answer": 3}, r"row 1: expected answer to be str, got 3"),
         ("gsm8k", {"question": "q", "answer": "three"}, r"row 1: answer 'three' says no number to judge by"),
         ("svamp", {"context": "q", "answer": "three"}, r"row 1: answer 'three' says no number to judge by"),
         (
             "mbpp",
             {"text": "t", "code": "c", "task_id": "11", "test_list": []},
-            r"expected task_id to be int, found '11'",
+            r"expected task_id to be int, got '11'",
         ),
-        ("mbpp", {"text": "t", "code": "c", "task_id": 11, "test_list": None}, r"expected test_list to be list, found"),
+        ("mbpp", {"text": "t", "code": "c", "task_id": 11, "test_list": None}, r"expected test_list to be list, got"),
     ],
 )
 def test_a_row_that_cannot_be_judged_is_named(data: Any, task: str, row: dict[str, Any], message: str) -> None:
@@ -268,7 +268,7 @@ def test_shots_stand_before_the_prompt_as_they_are_solved(data: Any, monkeypatch
     assert writer.prompts == [
         "Question: t0\nAnswer: so\n#### 0\n\nQuestion: t1\nAnswer: so\n#### 1\n\nQuestion: q\nAnswer:"
     ]
-    with pytest.raises(ParedError, match="has 3 examples to show, found 4 asked for"):
+    with pytest.raises(ParedError, match="has 3 examples to show, got a request for 4"):
         evaluate_task(None, None, "gsm8k", shots=4)
 
 
@@ -332,7 +332,7 @@ def test_a_model_does_a_task_from_the_command_line(
     ("name", "rows", "more", "message"),
     [
         ("gsm9k", None, {}, "unknown task 'gsm9k'; did you mean 'gsm8k'"),
-        ("svamp", None, {}, "which has no math/svamp_test.jsonl; found beside it: "),
+        ("svamp", None, {}, "which has no math/svamp_test.jsonl; that folder holds "),
         ("svamp", [], {}, "has no rows to evaluate on"),
         (
             "svamp",
@@ -347,7 +347,7 @@ def test_a_model_does_a_task_from_the_command_line(
             "humaneval",
             [HUMANEVAL],
             {"run_code": True, "ks": (1, 5)},
-            "pass@5 needs 5 samples of every problem, found 1",
+            "pass@5 needs 5 samples of every problem, got 1",
         ),
     ],
 )

@@ -184,7 +184,7 @@ def test_examples_of_mmlu_are_the_first_of_the_subject(data: Path) -> None:
     theirs = harness_task(SAME["mmlu"][0], *[{**row, "answer": row["gold"]} for row in rows])
     assert task.fewshot_context(task.test_docs()[0], 2) == theirs.fewshot_context({**SAME["mmlu"][2], "answer": 2}, 2)
     assert "w20" in task.fewshot_context(task.test_docs()[0], 2)
-    with pytest.raises(pared.ParedError, match=r"mmlu_.* has [56] examples to show, found 9 asked for"):
+    with pytest.raises(pared.ParedError, match=r"mmlu_.* has [56] examples to show, got a request for 9"):
         prepare(["mmlu"], shots=9)
 
 
@@ -261,11 +261,11 @@ def test_progress_counts_every_sequence_the_model_sees(data: Path, tokenizer: Pr
         ({"question": "w1", "choices": ["w2", "w3"], "gold": 2}, "row 2: gold is 2, expected 0 to 1, one of its 2"),
         ({"question": "w1", "choices": ["w2", "w3"], "gold": "1"}, "row 2: gold is '1', expected 0 to 1"),
         ({"question": "w1", "choices": ["w2", "w3"], "gold": -1}, "row 2: gold is -1, expected 0 to 1"),
-        ({"question": "w1", "choices": ["w2", "w3"]}, "row 2: gold is missing; found choices, question"),
+        ({"question": "w1", "choices": ["w2", "w3"]}, "row 2: gold is missing; got choices, question"),
         ({"question": "w1", "choices": ["w2"], "gold": 0}, "row 2: choices is .*expected a list of two texts or more"),
         ({"question": "w1", "choices": ["w2", 3], "gold": 0}, "row 2: choices is .*expected a list of two texts"),
         ({"question": " ", "choices": ["w2", "w3"], "gold": 0}, "row 2: question is ' ', expected a text"),
-        ([1], "row 2: expected question, choices, gold, found list"),
+        ([1], "row 2: expected question, choices, gold, got list"),
     ],
 )
 def test_a_row_that_is_none_is_named(row: Any, said: str, data: Path) -> None:
@@ -310,11 +310,11 @@ def test_data_that_are_not_there_are_named(data: Path, monkeypatch: pytest.Monke
     with pytest.raises(pared.ParedError, match=r"piqa_valid\.jsonl has no rows"):
         prepare(["piqa"])
     path.unlink()
-    with pytest.raises(pared.ParedError, match=r"which has no mc/piqa_valid\.jsonl; found beside it: arc_"):
+    with pytest.raises(pared.ParedError, match=r"which has no mc/piqa_valid\.jsonl; that folder holds arc_"):
         prepare(["piqa"])
     table = data / "glue" / "RTE" / "dev.tsv"
     table.write_text("index\tsentence1\tsentence2\tlabel\n0\tw1\tw2\n", encoding="utf-8")
-    with pytest.raises(pared.ParedError, match=r"dev\.tsv, row 2: expected 4 columns, found 3"):
+    with pytest.raises(pared.ParedError, match=r"dev\.tsv, row 2: expected 4 columns, got 3"):
         prepare(["rte"])
     monkeypatch.delenv("PARED_DATA")
     with pytest.raises(

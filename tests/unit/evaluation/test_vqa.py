@@ -265,11 +265,11 @@ def test_the_command_counts_and_keeps_every_answer(small: Path, questions: Path,
     ("row", "said"),
     [
         ({"image": "red.png", "question": "w1"}, "row 2: expected 'image', 'question' and 'answers', one text or more; "
-         "found ['image', 'question']"),
+         "got ['image', 'question']"),
         ({"image": "red.png", "question": "w1", "answers": []}, "row 2: expected 'image'"),
         ({"image": "red.png", "question": " ", "answers": ["w1"]}, "row 2: expected 'image'"),
         ({"image": "grey.png", "question": "w1", "answers": ["w1"]}, "row 2: no image "),
-        ([1], "row 2: expected 'image', 'question' and 'answers', one text or more; found list"),
+        ([1], "row 2: expected 'image', 'question' and 'answers', one text or more; got list"),
     ],
 )  # fmt: skip
 def test_a_row_that_asks_nothing_is_named(questions: Path, row: Any, said: str) -> None:

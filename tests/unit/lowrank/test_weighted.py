@@ -71,7 +71,7 @@ def test_a_method_says_how_many_examples_are_squared_together():
     assert method.gradients(method.config()) == {"fisher"}
     assert method.gradients(method.configured({"fisher_batch": 8})) == {"fisher:8"}
     for batch in (0, -1):
-        with pytest.raises(ParedError, match=f"option fisher_batch: .* 1 or more, found {batch}"):
+        with pytest.raises(ParedError, match=f"option fisher_batch: .* 1 or more, got {batch}"):
             method.configured({"fisher_batch": batch})
     W_ON, fisher_N = draw(6, 9), draw(9, seed=2).square()
     one = method.decompose(W_ON, {"fisher": fisher_N})

@@ -30,7 +30,7 @@ class Some(Options):
     @classmethod
     def _no_blank(cls, value: str) -> str:
         if " " in value:
-            raise ValueError(f"one word, found {value!r}")
+            raise ValueError(f"one word, got {value!r}")
         return value
 
 
@@ -73,7 +73,7 @@ def test_a_value_of_another_type_is_refused_and_a_whole_number_is_a_number(owner
             str: [1, True],
         }
         for value in other[type(default)]:
-            with pytest.raises(ParedError, match=rf"^{owner}: option {name}: expected .*, found {value!r}$"):
+            with pytest.raises(ParedError, match=rf"^{owner}: option {name}: expected .*, got {value!r}$"):
                 read_options(config, {name: value}, owner)
         if isinstance(default, float):
             whole = int(name in ("temperature", "keep_ratio", "pruning_epochs", "coefficient_rate"))  # more than 0
@@ -83,10 +83,10 @@ def test_a_value_of_another_type_is_refused_and_a_whole_number_is_a_number(owner
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ({"whole": 0}, "method m: option whole: expected 1 or more things, found 0"),
-        ({"whole": "two"}, "method m: option whole: expected a int, found 'two'"),
-        ({"kind": "lft"}, "method m: option kind: expected one of left, right, found 'lft'"),
-        ({"word": "a b"}, "method m: option word: one word, found 'a b'"),
+        ({"whole": 0}, "method m: option whole: expected 1 or more things, got 0"),
+        ({"whole": "two"}, "method m: option whole: expected int, got 'two'"),
+        ({"kind": "lft"}, "method m: option kind: expected one of left, right, got 'lft'"),
+        ({"word": "a b"}, "method m: option word: one word, got 'a b'"),
         ({"wohle": 2}, "method m has no option 'wohle'; did you mean 'whole'? Valid: flag, kind, real, whole, word"),
     ],
 )

@@ -161,7 +161,7 @@ def test_one_of_two_budgets_or_lengths_replaces_the_presets() -> None:
             {"preset": "wanda-paper"},
             "preset 'wanda-paper' is for pared compress; for pared tune there",
         ),
-        (Recipe, {"preset": "wanda-paper", "method": "svd"}, "is a protocol of method wanda, found method 'svd'"),
+        (Recipe, {"preset": "wanda-paper", "method": "svd"}, "is a protocol of method wanda, got method 'svd'"),
         (Recipe, {"preset": "wanda-paper", "calibration": {"sampels": 1}}, "unknown key 'calibration.sampels'"),
         (TrainingConfig, {"preset": "basel-lm", "epochs": 1.0, "tokens": 5}, "are two lengths"),
     ],

@@ -66,7 +66,7 @@ def test_a_copy_is_checked_like_a_recipe():
     assert (recipe.keep, recipe.method, recipe.model_fields_set) == (0.5, "svd", {"keep", "method"})
     with pytest.raises(ParedError, match="unknown key 'kep'; did you mean 'keep'"):
         recipe.model_copy(update={"kep": 0.4})
-    with pytest.raises(ParedError, match="found 80"):
+    with pytest.raises(ParedError, match="got 80"):
         recipe.model_copy(update={"keep": 80})
 
 
@@ -79,17 +79,17 @@ def test_a_copy_is_checked_like_a_recipe():
         (lambda: Evaluation(windws=3), "Evaluation: unknown key 'windws'; did you mean 'windows'"),
         (lambda: TrainingConfig(mehod="lora"), "did you mean 'method'"),
         (lambda: Plan(kep=0.5), "Plan: "),
-        (lambda: Recipe({"method": "svd"}), "takes named fields, such as Recipe(model=...); found {'method': 'svd'}"),
-        (lambda: Recipe(skip="*.0.*"), "skip: expected a list of strings, such as ['*.0.*']; found '*.0.*'"),
+        (lambda: Recipe({"method": "svd"}), "takes named fields, such as Recipe(model=...); got {'method': 'svd'}"),
+        (lambda: Recipe(skip="*.0.*"), "skip: expected a list of strings, such as ['*.0.*']; got '*.0.*'"),
         (lambda: TrainingConfig(data="embedded"), "data: expected a list of strings, such as ['embedded']"),
         (lambda: Recipe(calibration="c4:train"), "calibration: expected a mapping of its fields (text, samples"),
         (lambda: Recipe(evaluation="c4:train"), "evaluation: expected a mapping of its fields (text, length"),
-        (lambda: Recipe(keep=80), "found 80"),
+        (lambda: Recipe(keep=80), "got 80"),
         (lambda: Recipe(method=None), "method: "),
         (lambda: Calibration(samples="8"), "samples: "),
         (lambda: Recipe.of("svd"), "expected a mapping of its fields"),
         (lambda: Recipe.of(None), "expected a mapping of its fields"),
-        (lambda: Recipe.load(None), "expected the path of a file, found None"),
+        (lambda: Recipe.load(None), "expected the path of a file, got None"),
     ],
 )
 def test_what_is_wrong_in_python_is_told_as_on_the_command_line(make: Any, message: str):
@@ -143,7 +143,7 @@ def test_keep_outside_0_to_1_says_what_keep_means(keep: float):
 
 @pytest.mark.parametrize("keep", ["80%", "20", "-1", None, [0.8]])
 def test_keep_that_is_no_fraction_is_refused(keep: object):
-    with pytest.raises(ParedError, match=r"keep(:| is the fraction that stays).*found"):
+    with pytest.raises(ParedError, match=r"keep(:| is the fraction that stays).*got"):
         Recipe.of({"keep": keep})
 
 
@@ -175,7 +175,7 @@ def test_value_out_of_range_names_its_key_and_what_was_found(fields: dict[str, A
     assert str(told.value).startswith(f"recipe: {where}: ")
     value = fields[where.split(".")[0]]
     found = value[where.split(".")[1]] if "." in where else value
-    assert f"found {found!r}" in str(told.value)
+    assert f"got {found!r}" in str(told.value)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_yaml_that_is_not_a_mapping_is_refused(write: Any, content: str, found: 
     path = write(content)
     with pytest.raises(ParedError) as told:
         Recipe.load(path)
-    assert str(told.value) == f"recipe {path}: expected a mapping of keys, found {found}"
+    assert str(told.value) == f"recipe {path}: expected a mapping of keys, got {found}"
 
 
 @pytest.mark.parametrize(
@@ -277,9 +277,9 @@ def test_wrong_option_says_that_it_came_from_the_options(write: Any):
 
 
 def test_a_percentage_is_offered_as_a_fraction() -> None:
-    with pytest.raises(ParedError, match=r"found 80; did you mean 0\.8\?"):
+    with pytest.raises(ParedError, match=r"got 80; did you mean 0\.8\?"):
         Recipe.of({"method": "svd", "keep": 80})
-    with pytest.raises(ParedError, match=r"found 0$"):
+    with pytest.raises(ParedError, match=r"got 0$"):
         Recipe.of({"method": "svd", "keep": 0})
 
 

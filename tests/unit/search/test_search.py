@@ -254,7 +254,7 @@ def test_steps_of_halving_are_all_windows_and_a_candidate_stops_where_it_is_behi
     values = measure(Candidate(0, PROGRAM, allocation, (math.inf, math.inf))).values
     assert values[-1] == pytest.approx(once(Candidate(0, PROGRAM, allocation)).values[0], rel=1e-6)
     assert measure(Candidate(0, PROGRAM, allocation, (values[0], values[1] - 1e-9))).values == values[:2]
-    with pytest.raises(ParedError, match="at least 4 windows, found 3"):
+    with pytest.raises(ParedError, match="at least 4 windows, got 3"):
         in_steps(replace(windows, tokens=windows.tokens[:3]), halving=True)
 
 
@@ -264,7 +264,7 @@ def test_what_cannot_be_searched_for_is_refused(recipe: Any, tokenizer: Any, tmp
     (tmp_path / "full" / "thesis.txt").write_text("x")
     for asked, config, out, told in (
         (recipe("sparsegpt"), CONFIG, "a", "sparsegpt changes the weights it keeps"),
-        (recipe(allocation="owl"), CONFIG, "a", "found allocation 'owl'"),
+        (recipe(allocation="owl"), CONFIG, "a", "got allocation 'owl'"),
         (recipe(options={"variant": True}), CONFIG, "a", "search without it"),
         (recipe("basis-sharing", keep=0.8), CONFIG, "a", "search with svd-llm"),
         (recipe("svd-llm", rank_fraction=0.3), CONFIG, "a", "rank_fraction fixes"),

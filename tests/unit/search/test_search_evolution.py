@@ -175,13 +175,13 @@ def test_who_is_worse_than_half_of_the_population_is_stopped_and_has_no_children
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
-        ({"iterations": -1}, "iterations of a search: expected 0 or more, found -1"),
-        ({"population": 1}, "population of a search: expected 2 or more, found 1"),
+        ({"iterations": -1}, "iterations of a search: expected 0 or more, got -1"),
+        ({"population": 1}, "population of a search: expected 2 or more, got 1"),
         ({"top": 1}, "top of a search: expected 2 or more"),
         ({"workers": 0}, "workers of a search: expected 1 or more"),
-        ({"windows": 0}, "windows of a search: expected 1 or more, found 0"),
-        ({"sample_ratio": 0.0}, r"expected a fraction in \(0, 1\], found 0.0"),
-        ({"strategy": "grid"}, "expected evolution or random, found 'grid'"),
+        ({"windows": 0}, "windows of a search: expected 1 or more, got 0"),
+        ({"sample_ratio": 0.0}, r"expected a fraction in \(0, 1\], got 0.0"),
+        ({"strategy": "grid"}, "expected evolution or random, got 'grid'"),
     ],
 )
 def test_rules_that_make_no_search_are_refused(fields, told: str) -> None:

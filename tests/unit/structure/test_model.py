@@ -323,7 +323,7 @@ def test_a_block_fed_with_what_an_earlier_one_computed_is_refused_by_its_name(wi
 def test_a_block_called_without_hidden_states_is_refused_by_its_name() -> None:
     model = Chain(PLAIN)
     model.forward = lambda input_ids, **_: model.layers[0](x=input_ids)
-    with pytest.raises(ParedError, match=r"block layers\.0: called without hidden states; found arguments \['x'\]"):
+    with pytest.raises(ParedError, match=r"block layers\.0: called without hidden states; got arguments \['x'\]"):
         probed(model)
 
 

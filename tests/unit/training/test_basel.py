@@ -711,10 +711,10 @@ def test_a_kill_in_any_phase_ends_in_the_same_model(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"importance": "size"}, "option importance: expected one of magnitude, fisher, bsi, found 'size'"),
-        ({"keep_ratio": 0.0}, "option keep_ratio: expected a fraction, above 0 and at most 1, found 0.0"),
+        ({"importance": "size"}, "option importance: expected one of magnitude, fisher, bsi, got 'size'"),
+        ({"keep_ratio": 0.0}, "option keep_ratio: expected a fraction, above 0 and at most 1, got 0.0"),
         ({"keep": 1.5}, "option keep: expected a fraction"),
-        ({"l1": -1.0}, "option l1: expected 0 for none, or the weight of the penalty, found -1.0"),
+        ({"l1": -1.0}, "option l1: expected 0 for none, or the weight of the penalty, got -1.0"),
         ({"l1": 1.0, "importance": "bsi"}, "goes with importance=magnitude and relearn=true alone"),
         ({"pruning_epochs": 0.0}, "option pruning_epochs: expected more than 0"),
         ({"keep": 0.05, "new": 8}, "the new bases of all weights are"),

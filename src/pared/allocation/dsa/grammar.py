@@ -44,7 +44,7 @@ class Program:
     def __post_init__(self) -> None:
         for slot, names in (("pre", self.pre), ("post", self.post)):
             if len(names) > LIMIT:
-                raise ParedError(f"slot {slot!r} of a program holds up to {LIMIT} operators; found {', '.join(names)}")
+                raise ParedError(f"slot {slot!r} of a program holds up to {LIMIT} operators; got {', '.join(names)}")
             for name in names:
                 _require(name, slot)
         if not self.reduce:
@@ -53,7 +53,7 @@ class Program:
         if not isinstance(self.spread, int) or self.spread not in SPREADS:
             raise ParedError(
                 f"the spread of a program is 100 lambda, a whole number from {SPREADS[0]} to {SPREADS[-1]}; "
-                f"found {self.spread!r}"
+                f"got {self.spread!r}"
             )
         require_known("sign of a program", self.sign, SIGNS)
 
@@ -76,20 +76,19 @@ def parse(text: str) -> Program:
     """
     bare = re.sub(r"\s+", "", text).upper()
     if not bare.startswith("W:"):
-        raise ParedError(f"a program begins with 'W:', as in {EXAMPLE}; found {text!r}")
+        raise ParedError(f"a program begins with 'W:', as in {EXAMPLE}; got {text!r}")
     if not re.fullmatch(r"\([^()]*\)(-\([^()]*\)){2,4}", bare[2:]):
         raise ParedError(
-            f"a program is three to five slots in parentheses joined by '-', as in {EXAMPLE}; found {text!r}"
+            f"a program is three to five slots in parentheses joined by '-', as in {EXAMPLE}; got {text!r}"
         )
     slots = [slot.split(",") if slot else [] for slot in re.findall(r"\(([^()]*)\)", bare)]
     pre, reduce, post, *rest = slots
     if len(reduce) > 1:
-        raise ParedError(f"slot 'reduce' of a program holds one operator; found {', '.join(reduce)}")
+        raise ParedError(f"slot 'reduce' of a program holds one operator; got {', '.join(reduce)}")
     spread = ",".join(rest[0]) if rest else "8"
     if not re.fullmatch(r"\d{1,9}", spread, re.ASCII):
         raise ParedError(
-            f"the spread of a program is 100 lambda, a whole number from {SPREADS[0]} to {SPREADS[-1]}; "
-            f"found {spread!r}"
+            f"the spread of a program is 100 lambda, a whole number from {SPREADS[0]} to {SPREADS[-1]}; got {spread!r}"
         )
     sign = ",".join(rest[1]).lower() if len(rest) > 1 else "prune"
     return Program(tuple(pre), reduce[0] if reduce else "", tuple(post), int(spread), cast(Sign, sign))

@@ -23,7 +23,7 @@ def rank_fraction(units: Sequence[Unit], fraction: float, pivoted: bool = False)
         ParedError: the fraction is out of range, or leaves a unit without a rank.
     """
     if not 0 < fraction <= 1:
-        raise ParedError(f"rank_fraction is the fraction of the full rank that stays, in (0, 1]; found {fraction}")
+        raise ParedError(f"rank_fraction is the fraction of the full rank that stays, in (0, 1]; got {fraction}")
     decisions: dict[str, Decision] = {}
     for unit in units:
         most = min(unit.out_features, unit.in_features)

@@ -98,7 +98,7 @@ def cut(units: Sequence[Unit], trials: Sequence[Trial], parameters: int, budget:
         least = math.ceil(cost(applied(0)) / max(total, 1) * 1e4) / 1e4
         raise ParedError(
             f"allocation sensitivity: candidates of {CANDIDATES[0]:g} to {CANDIDATES[-1]:g} of a weight reach keep "
-            f"{least:g}, found {parameters / max(total, 1):.4g}; keep more, or take another allocation"
+            f"{least:g}, got {parameters / max(total, 1):.4g}; keep more, or take another allocation"
         )
     low, high = 0, len(order)  # applying from `low` on meets the budget; fewer trials store more
     while high - low > 1:

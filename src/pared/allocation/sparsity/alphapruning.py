@@ -68,7 +68,7 @@ def alphapruning(
     """
     require_sparsity(sparsity)
     if not 0 <= epsilon <= 1:
-        raise ParedError(f"epsilon of alphapruning is in [0, 1]; found {epsilon}")
+        raise ParedError(f"epsilon of alphapruning is in [0, 1]; got {epsilon}")
     alphas_L = alphas_L.detach().cpu().double()
     if not bool(alphas_L.isfinite().all()):
         raise ParedError(f"an exponent of a spectrum is not a finite number: {alphas_L.tolist()}")

@@ -29,7 +29,7 @@ def pruning_loss(losses: Scores | ScoreHistogram | torch.Tensor, sparsity: float
         ParedError: the fraction is out of range, or there are no losses.
     """
     if not 0 <= sparsity <= 1:
-        raise ParedError(f"a fraction of a unit's weights is in [0, 1]; found {sparsity}")
+        raise ParedError(f"a fraction of a unit's weights is in [0, 1]; got {sparsity}")
     found = as_scores(losses)
     order_N = found.values_N.argsort()
     values_N, weights_N = found.values_N[order_N], found.weights_N[order_N]

@@ -36,7 +36,7 @@ def one_threshold(
     shares(len(units), None)
     most_L = torch.as_tensor(most, dtype=torch.float64).expand(len(units))
     if not bool(((most_L >= 0) & (most_L <= MOST)).all()):
-        raise ParedError(f"the largest sparsity of a unit is in [0, {MOST:g}]; found {most_L.tolist()}")
+        raise ParedError(f"the largest sparsity of a unit is in [0, {MOST:g}]; got {most_L.tolist()}")
     counts_L = torch.tensor([unit.count for unit in units], dtype=torch.float64)
     edges_K = torch.cat([edge for unit in units for edge in (unit.lows_N, unit.highs_N)]).cpu().sort().values
     edges_K = torch.cat([edges_K[:1] - edges_K[:1].abs() - 1, edges_K])  # below everything

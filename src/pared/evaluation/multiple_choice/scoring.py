@@ -89,7 +89,7 @@ def prepare(names: Sequence[str], shots: int | None = None, limit: int | None = 
         there = len(task.dataset[apart]) if shots else 0
         spare = task.config.fewshot_split is None  # the harness draws one more, in case one is the question itself
         if shots and there < shots + spare:
-            raise ParedError(f"task {name} has {there} examples to show, found {shots} asked for")
+            raise ParedError(f"task {name} has {there} examples to show, got a request for {shots}")
         task.set_config(key="num_fewshot", value=shots or 0)
     return Prepared(tuple(names), loaded, shots or 0, limit)
 
@@ -155,7 +155,7 @@ def _require_questions(name: str, task: Any, limit: int | None) -> None:
         except Exception as error:
             why = f"{type(error).__name__}: {error}"
             raise ParedError(f"task {name}, row {number} of Hub data set {task.DATASET_PATH}: expected a question "
-                             f"with its answers, found {dict(row)!s:.300} ({why})") from None  # fmt: skip
+                             f"with its answers, got {dict(row)!s:.300} ({why})") from None  # fmt: skip
 
 
 def _scorer(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch: int, stage: Stage) -> Any:

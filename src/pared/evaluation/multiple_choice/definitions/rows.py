@@ -61,10 +61,10 @@ def _rows_of(
     rows = []
     for number, row in _read(path):
         if not isinstance(row, dict):
-            raise ParedError(f"{path}, row {number}: expected {', '.join(wanted)}, found {type(row).__name__}")
+            raise ParedError(f"{path}, row {number}: expected {', '.join(wanted)}, got {type(row).__name__}")
         for name, kind in wanted.items():
             if name not in row:
-                raise ParedError(f"{path}, row {number}: {name} is missing; found {', '.join(sorted(row))}")
+                raise ParedError(f"{path}, row {number}: {name} is missing; got {', '.join(sorted(row))}")
             expected = _expected(row[name], kind, row)
             if expected:
                 raise ParedError(f"{path}, row {number}: {name} is {row[name]!r}, expected {expected}")
@@ -104,5 +104,5 @@ def _read(path: Path) -> Iterator[tuple[int, Any]]:
         cells = line.split("\t")
         if line.strip():
             if len(cells) != len(names):
-                raise ParedError(f"{path}, row {number}: expected {len(names)} columns, found {len(cells)}")
+                raise ParedError(f"{path}, row {number}: expected {len(names)} columns, got {len(cells)}")
             yield number, dict(zip(names, cells, strict=True))
