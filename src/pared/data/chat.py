@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 Message = dict[str, str]
 FIELDS = ("messages", "conversations", "conversation")
-# What ShareGPT calls who speaks, and what chat templates call them.
+# ShareGPT's names of speakers, and those of chat templates.
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant", "bot": "assistant"}
 EXPECTED = "{'role': ..., 'content': ...} or {'from': ..., 'value': ...}"
 
@@ -28,7 +28,7 @@ def messages_of(which: str, row: Mapping[str, Any]) -> list[Message]:
         row: with ``messages`` (``role``, ``content``) or ``conversations`` (``from``, ``value``).
 
     Raises:
-        ParedError: no messages, or one without somebody who speaks and a text; names the row and the message.
+        ParedError: no messages, or one without a speaker and a text; names the row and the message.
     """
     field = next(field for field in FIELDS if isinstance(row.get(field), list))
     found = row[field]

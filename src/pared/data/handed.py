@@ -1,4 +1,4 @@
-"""Texts that Python callers hand over as they are: a list of strings, or a data set with a text in every row."""
+"""Texts that Python callers pass in as they are: a list of strings, or a data set with a text in every row."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ EXPECTED = "the name of a text, a list of strings, or a datasets.Dataset with a 
 
 
 def text_of(data: Any, tokenizer: "PreTrainedTokenizerBase | None", function: str) -> Text:
-    """Return documents that were handed over as a text.
+    """Return documents that were passed in as a text.
 
     Args:
         data: a list of strings, or rows as a .jsonl file has them: ``text``, ``instruction`` and ``output``, or

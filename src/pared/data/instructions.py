@@ -42,7 +42,7 @@ FIELDS = (
 
 @dataclass(frozen=True)
 class Instruction:
-    """What is asked, perhaps an input beside it, and the answer; a conversation is a prompt already."""
+    """What is asked, perhaps with an input, and the answer; a conversation is a prompt already."""
 
     instruction: str
     answer: str

@@ -1,4 +1,4 @@
-"""How long windows may be: what a model has positions for, and defaults that give way where an order does not."""
+"""How long windows may be: what a model has positions for, and defaults that yield where an order does not."""
 
 import logging
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class Length:
 
     Attributes:
         tokens: how many.
-        is_default: nobody asked for it, so that it gives way, with a note, where there are fewer.
+        is_default: not asked for it, so that it yields, with a note, where there are fewer.
     """
 
     tokens: int

@@ -20,7 +20,7 @@ def overlap(measured: Windows, learned: Sequence[Mapping[str, Any]], tokens: Ite
     """Return the share of what is measured on that was learned from.
 
     Two descriptions of one text, whatever it is called, are compared by the characters that were read. Two texts are
-    compared by runs of tokens that stand in both; a run that is repeated within what is measured on counts as a
+    compared by runs of tokens that are in both; a run that is repeated within what is measured on counts as a
     phrase of that text.
 
     Args:

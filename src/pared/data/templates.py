@@ -18,7 +18,7 @@ class Template:
 
     Attributes:
         plain: the form of an instruction alone; ``{instruction}`` stands for it.
-        with_input: the form of an instruction with an input beside it, ``{input}``; none puts the input after the
+        with_input: the form of an instruction with an input, ``{input}``; none puts the input after the
             instruction, in a paragraph of its own.
         split_lines: whether the lines after the first are the input of an instruction that has none beside it.
     """

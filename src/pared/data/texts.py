@@ -184,7 +184,7 @@ def from_learned_part(name: str, evaluated: str | None, make: Callable[[str], Ma
 
 @contextmanager
 def handed_over(text: Text | None) -> Iterator[None]:
-    """Let a text that a Python caller handed over be found by its name while the context lasts.
+    """Let a text that a Python caller passed in be found by its name while the context lasts.
 
     Args:
         text: with a name that no other text has; none for nothing.

@@ -33,7 +33,7 @@ class Windows:
         labels: the class of a window ``(windows,)``, or of every token ``(windows, length)`` with -100 where there is
             none, int64; none for a text.
         segments: 0 for the first text of a pair and 1 for the second, ``(windows, length)`` int64; none if there are
-            no pairs, or the tokenizer does not tell them apart.
+            no pairs, or the tokenizer does not distinguish them.
         whole: SHA-256 of the whole text that this is from; empty for labelled examples.
         spans: the characters of that text that every window begins and ends at.
     """
@@ -51,7 +51,7 @@ class Windows:
 
     @property
     def beside(self) -> dict[str, torch.Tensor]:
-        """What a model is given beside the tokens, by the name of its argument."""
+        """What a model is given besides the tokens, by the name of its argument."""
         named = {"attention_mask": self.mask, "token_type_ids": self.segments}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
