@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pared.errors import ParedError
 from pared.models.trust import FLAG, trusted
 
-if TYPE_CHECKING:  # that there is no such model is told without it
+if TYPE_CHECKING:  # that there is no such model is reported without it
     from transformers import PretrainedConfig
 
 AUTO_CLASSES = (
@@ -32,7 +32,7 @@ def architecture(config: "PretrainedConfig", name: str, location: str) -> Any:
         location: its folder or Hub id, for code that lies there.
 
     Raises:
-        ParedError: it names none, one that nobody has, or one whose code may not run.
+        ParedError: it names none, one that is not installed, or one whose code may not run.
     """
     import transformers
 
@@ -147,8 +147,8 @@ def note_causal(config: "PretrainedConfig") -> None:
 def is_causal(architectures: Iterable[str]) -> bool:
     """Whether any of these model classes is a causal language model, which perplexity is defined for.
 
-    One that sees images too is one, unless an encoder reads its text. Of a class outside of transformers its folder, or
-    the end of its name, tells.
+    One that reads images too is one, unless an encoder reads its text. A class outside of transformers is judged by its
+    folder, or by the end of its name.
     """
     import transformers
     from transformers.models.auto import modeling_auto

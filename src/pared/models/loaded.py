@@ -25,10 +25,10 @@ def name_of(model: PreTrainedModel) -> str:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """What :class:`pared.models.source.ModelSource` tells of a named model, of one in memory.
+    """What :class:`pared.models.source.ModelSource` gives for a named model, for one in memory.
 
     Attributes:
-        model: in memory; it is handed out as it is.
+        model: in memory; it is returned as it is.
         its_tokenizer: of it.
     """
 
@@ -56,7 +56,7 @@ class LoadedModel:
         return self.its_tokenizer
 
     def digest(self) -> str:
-        """Return what tells its weights and its configuration from every other's."""
+        """Return what distinguishes its weights and its configuration from every other's."""
         return model_digest(self.model)
 
     def load(self, dtype: str | torch.dtype = "auto") -> PreTrainedModel:

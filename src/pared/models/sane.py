@@ -1,4 +1,4 @@
-"""What is looked at in a model's folder before anything is built of it; a damaged or hostile one is told at once."""
+"""Checks of a model's folder before anything is built from it; a damaged or hostile one is reported at once."""
 
 import copy
 import os
@@ -107,7 +107,7 @@ def require_files_for(skeleton: "nn.Module", entries: dict[str, dict[str, Any]],
 def require_floating(folder: Path, name: str) -> None:
     """Refuse weights stored as whole numbers where they are to be floating point: they would be taken as they are.
 
-    Reads the headers of the files alone; what is unreadable is told where the weights are read.
+    Reads the headers of the files alone; what is unreadable is reported where the weights are read.
 
     Raises:
         ParedError: names the tensor and the file.

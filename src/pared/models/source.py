@@ -22,7 +22,7 @@ from pared.models.sane import require_files_for, require_floating, require_sane,
 from pared.models.trust import trusted
 from pared.names import did_you_mean
 
-if TYPE_CHECKING:  # that there is no such model is told without them
+if TYPE_CHECKING:  # that there is no such model is reported without them
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -79,7 +79,7 @@ class ModelSource:
         return self.place.endswith(".gguf")
 
     def fields(self) -> dict[str, Any]:
-        """Return what ``config.json`` says where it is at hand, without torch; nothing where it is not readable."""
+        """Return what ``config.json`` says where it is available, without torch; nothing where it is not readable."""
         with suppress(ParedError):
             fields = read_json(Path(self.place) / "config.json", "configuration", unique=False)
             return fields if isinstance(fields, dict) else {}
@@ -122,7 +122,7 @@ class ModelSource:
             raise ParedError(f"model {self.name!r}: no readable tokenizer ({first_line(error)})") from None
 
     def digest(self) -> str:
-        """Return what tells a model from every other: of all bytes of its files, or of its commit on the Hub.
+        """Return what distinguishes a model from every other: of all bytes of its files, or of its commit on the Hub.
 
         Raises:
             ParedError: a file cannot be read.

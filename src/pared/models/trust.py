@@ -1,6 +1,6 @@
 """Whether code that lies in a model's folder may run: never, unless the user says so for this call or command.
 
-Transformers would ask at the terminal, and take an answer from a pipe. Here nobody is asked: everything that loads
+Transformers would ask at the terminal, and take an answer from a pipe. Here there is no prompt: everything that loads
 something of a model passes :func:`trusted` on, and what needs more is refused with the name of the option.
 """
 

@@ -155,7 +155,7 @@ def _starts(file: Path) -> dict[str, int]:
 
 @contextmanager
 def opened(file: Path, name: str) -> Iterator[Any]:
-    """Open a file of tensors for the length of a ``with`` block; what goes wrong inside is told as its damage.
+    """Open a file of tensors for the length of a ``with`` block; what goes wrong inside is reported as its damage.
 
     Raises:
         DamagedError: it is missing or truncated, or a tensor in it cannot be read.
@@ -359,7 +359,7 @@ def first_floating(tensors: Iterable[StoredTensor]) -> torch.dtype:
 
 
 def metadata_of(file: Path, name: str) -> dict[str, Any]:
-    """Return what pared wrote into a file beside its tensors.
+    """Return what pared wrote into a file besides its tensors.
 
     Raises:
         DamagedError: the file cannot be read, or holds nothing of the kind.
