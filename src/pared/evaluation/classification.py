@@ -43,7 +43,7 @@ def classify(
 
     Raises:
         ParedError: the windows have no labels, all labels of tokens are left out, seqeval is missing, or the model
-            puts out NaN.
+            outputs NaN.
     """
     if windows.labels is None:
         raise ParedError(f"{windows.text!r} is a text; name labelled examples, such as glue:sst2:dev")

@@ -36,7 +36,7 @@ class Perplexity(Shown):
     windows: dict[str, object]
 
     def table(self) -> Table:
-        """Return the value beside the text, its windows and the predicted tokens."""
+        """Return the value with the text, its windows and the predicted tokens."""
         on = self.windows
         rows = [
             ("perplexity", f"{self.value:,.4f}"),
@@ -154,7 +154,7 @@ def perplexity(
 def _outputs(
     model: PreTrainedModel, windows_1T: list[torch.Tensor], store: Blocks | None, memory: ActivationMemory | None
 ) -> Iterator[Any]:
-    """Yield what the model puts out for every window, one at a time."""
+    """Yield what the model outputs for every window, one at a time."""
     inputs = [{"input_ids": ids_1T, "use_cache": False} for ids_1T in windows_1T]
     if store is not None:
         yield from run_staged(store, inputs, memory)
@@ -164,7 +164,7 @@ def _outputs(
 
 
 def first_non_finite(model: PreTrainedModel, ids_1T: torch.Tensor) -> str:
-    """Run a window again and say which module first puts out NaN or infinity."""
+    """Run a window again and say which module first outputs NaN or infinity."""
     found: list[str] = []
 
     def hook(name: str) -> Callable[..., None]:

@@ -9,7 +9,7 @@ from pared.data.texts import Text
 from pared.errors import ParedError
 from pared.names import require_known
 
-if TYPE_CHECKING:  # which protocols there are is told without them
+if TYPE_CHECKING:  # which protocols there are is reported without them
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from pared.data.windows import Windows

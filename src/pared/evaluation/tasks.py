@@ -13,7 +13,7 @@ from pared.evaluation.pass_at_k import mean_pass_at_k
 from pared.evaluation.sandbox import Limits, run_program
 from pared.names import require_known
 
-if TYPE_CHECKING:  # which tasks there are is told without them
+if TYPE_CHECKING:  # which tasks there are is reported without them
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from pared.evaluation.generation import Sampling
@@ -176,7 +176,7 @@ def task_of(name: str) -> Task:
 
 
 def require_permission(task: Task, run_code: bool) -> None:
-    """Refuse to run programs that nobody allowed to run.
+    """Refuse to run programs without permission.
 
     Raises:
         ParedError: the task runs what the model writes.

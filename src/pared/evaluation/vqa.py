@@ -88,7 +88,7 @@ def processor_of(name: str) -> ProcessorMixin:
     """Load what turns images and text into a model's inputs.
 
     Raises:
-        ParedError: the model has none, and so sees no images.
+        ParedError: the model has none, and so reads no images.
     """
     source = find_model(name)
     try:

@@ -23,7 +23,7 @@ from pared.data.hub import unreadable
 from pared.errors import ParedError
 from pared.evaluation.tasks import Result
 
-if TYPE_CHECKING:  # which tasks there are is told without them
+if TYPE_CHECKING:  # which tasks there are is reported without them
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEFINITIONS = Path(__file__).parent / "definitions"
@@ -110,7 +110,7 @@ def evaluate_choices(
         tasks: what to do.
         stage: opens a stage of progress, from its name, its length and the unit of that.
         batch: sequences at a time.
-        note: is told what a reader of the result must know.
+        note: is given what a reader of the result must know.
 
     Returns:
         By task: the harness's metrics with its standard errors; for MMLU also by subject.
@@ -159,7 +159,7 @@ def _require_questions(name: str, task: Any, limit: int | None) -> None:
 
 
 def _scorer(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch: int, stage: Stage) -> Any:
-    """Return the harness's scorer over a loaded model, told in our progress."""
+    """Return the harness's scorer over a loaded model, which reports to our progress."""
     from lm_eval.models.huggingface import HFLM
 
     class Scorer(HFLM):

@@ -1,4 +1,4 @@
-"""Programs nobody vouches for, run within limits."""
+"""Untrusted programs, run within limits."""
 
 from pared.evaluation.sandbox.run import Limits, Ran, run_program
 

@@ -1,4 +1,4 @@
-"""Programs nobody vouches for, run within limits. Not a security boundary: a container is one, or a virtual machine."""
+"""Untrusted programs, run within limits. Not a security boundary: a container is one, or a virtual machine."""
 
 import contextlib
 import json
@@ -86,7 +86,7 @@ def run_program(source: str, limits: Limits | None = None) -> Ran:
 
 
 def _supervised(command: list[str], seconds: float) -> tuple[dict[str, Any] | None, str]:
-    """Return what a supervisor tells, None if it did not come to that; all of its group is gone then."""
+    """Return what a supervisor reports, None if it did not get that far; all of its group is gone then."""
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,

@@ -32,7 +32,7 @@ def main() -> None:
     """Run the program that the arguments name."""
     limits, program = json.loads(sys.argv[1]), sys.argv[2]
     come_first()
-    LIBC.prctl(SET_SUBREAPER, 1, 0, 0, 0)  # whoever the program leaves behind becomes this one's child
+    LIBC.prctl(SET_SUBREAPER, 1, 0, 0, 0)  # processes that the program leaves become this one's children
     without = []
     apart = LIBC.unshare(NEW_USER | NEW_PID | NEW_NET) == 0
     if not apart:
@@ -86,7 +86,7 @@ def become(limits: dict[str, float], program: str, writer: int, apart: bool) -> 
     ):
         resource.setrlimit(what, (int(value), int(value)))
     os.chdir(os.path.dirname(program))
-    os.nice(5)  # whoever watches comes first
+    os.nice(5)  # the watcher comes first
     nothing = os.open(os.devnull, os.O_RDONLY)
     output = os.open("output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
     os.dup2(nothing, 0)
@@ -106,7 +106,7 @@ def reap_until(inner: int) -> int:
 
 
 def restrict(folder: str) -> bool:
-    """Let this process and its children write to this folder alone, and signal nobody outside; whether that is so."""
+    """Let this process and its children write to this folder alone and signal no process outside; return whether so."""
     version = LIBC.syscall(LANDLOCK_CREATE, None, 0, 1)
     if version < 3:  # truncating could not be kept from files outside
         return False
@@ -164,7 +164,7 @@ def descendants() -> list[int]:
 
 
 def bury(but: int = 0) -> None:
-    """Kill whoever is left, until nobody is."""
+    """Kill remaining processes until none is left."""
     for _ in range(1000):
         left = [pid for pid in descendants() if pid != but]
         for pid in left:

@@ -73,7 +73,7 @@ def bench(names: list[str], settings: Settings, on_run: Callable[[], None] = lam
         on_run: called after every measured run.
 
     Raises:
-        ParedError: a model is none, or no causal language model; too few positions, or out of memory.
+        ParedError: a model is none, or not a causal language model; too few positions, or out of memory.
     """
     for name in names:
         _require_fits(name, settings.cases)

@@ -1,4 +1,4 @@
-"""A process that holds one model and runs a case when it is told to: a line in, a line out, as JSON.
+"""A process that holds one model and runs a case on request: a line in, a line out, as JSON.
 
 ``python -m pared.evaluation.speed.worker MODEL SETTINGS``. The first line out tells of the model; then, for the number
 of a case on a line, its seconds. Everything else that is printed goes to standard error.

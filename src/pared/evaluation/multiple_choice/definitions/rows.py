@@ -1,6 +1,6 @@
 """How a definition in this folder reads its rows: ``custom_dataset: !function rows.read``.
 
-The harness loads this file by itself, beside the definition that names it.
+The harness loads this file by itself, next to the definition that names it.
 """
 
 import json
