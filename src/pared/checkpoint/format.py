@@ -26,7 +26,7 @@ LARGEST_SIDE = 2**24
 MOST_MODULES = 10**6
 LONGEST_NAME = 1000
 
-# kind in the map -> (module class, the keys its entry has beside `kind`)
+# kind in the map -> (module class, the keys its entry has besides `kind`)
 MODULE_TYPES: dict[str, tuple[type[LowRankLinear | PivotedLinear | SparseLinear], frozenset[str]]] = {
     "low_rank": (LowRankLinear, frozenset({"in_features", "out_features", "rank", "bias"})),
     "pivoted": (PivotedLinear, frozenset({"in_features", "out_features", "rank", "bias"})),

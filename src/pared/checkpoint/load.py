@@ -81,7 +81,7 @@ def _folder_of(source: ModelSource) -> Path:
 
 
 def require_recorded(folder: Path) -> None:
-    """Check every file of a folder against the SHA-256 that was recorded for it; tell where none was.
+    """Check every file of a folder against the SHA-256 that was recorded for it; note where none was.
 
     Raises:
         ParedError: a file is missing or not the one that was written.

@@ -125,7 +125,7 @@ def _submodule(model: nn.Module, path: str) -> Any:
         return None
 
 
-# The package and folders' own copies may meet in one process, in any order: the package takes over, a copy gives way.
+# The package and folders' own copies may meet in one process, in any order: the package takes over, a copy yields.
 if not IS_COPY:
     AUTO_QUANTIZATION_CONFIG_MAPPING.pop(QUANT_METHOD, None)
     AUTO_QUANTIZER_MAPPING.pop(QUANT_METHOD, None)

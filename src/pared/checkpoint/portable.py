@@ -128,8 +128,8 @@ def _describe_anew(model: "PreTrainedModel") -> None:
 def _modules_now(model: nn.Module, told: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Return the map of a model some of whose modules were replaced since, by the names that the map gave them.
 
-    What is not compressed any more is left out, and what is now is told of. A layer inside of a wrapper, as an adapter
-    is one, is told of as before.
+    What is not compressed any more is left out, and what is now is reported. A layer inside of a wrapper, as an adapter
+    is one, is reported as before.
     """
     by_module = {id(model.get_submodule(name)): (name, entry) for name, entry in module_map(model).items()}
     modules: dict[str, dict[str, Any]] = {}

@@ -87,7 +87,7 @@ def _auto_map(model: PreTrainedModel) -> dict[str, str]:
     """Name the loader's class for every Auto class that would load this architecture or its base.
 
     A class of the model's own comes along where its code can (see ``portable.own_code``). One that no other process can
-    import, as it is defined in a script or a notebook, is loaded by whoever defines it again, and is not named.
+    import, as it is defined in a script or a notebook, is loaded where it is defined again, and is not named.
     """
     config, own = model.config, own_class(type(model)).__name__
     told = {auto: ref for auto, ref in (getattr(config, "auto_map", None) or {}).items() if isinstance(ref, str)}

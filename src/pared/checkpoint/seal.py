@@ -22,7 +22,7 @@ def seal(folder: Path, manifest: Manifest, name: str, read: Iterable[Path], card
         folder: where.
         manifest: of it, with names as the user gave them.
         name: that the folder will have.
-        read: local files and folders it was made of; they are told by name and SHA-256.
+        read: local files and folders it was made of; they are recorded by name and SHA-256.
         card: returns the text of ``README.md``.
 
     Returns:
@@ -71,7 +71,7 @@ def _cleaned(found: Any, published: Published) -> Any:
 
 
 def record(folder: Path) -> Manifest:
-    """Take over a folder's files as they are now: list them anew with their SHA-256.
+    """Take over a folder's files as they are now: list them again with their SHA-256.
 
     Raises:
         ParedError: it has no manifest.
@@ -80,7 +80,7 @@ def record(folder: Path) -> Manifest:
 
 
 def published_recipe(recipe: Any) -> Any:
-    """Return a recipe as a manifest tells it."""
+    """Return a recipe as a manifest records it."""
     fields = recipe.model_dump(mode="json")
     clean = without_places(fields, told_apart(inputs_of(fields)))
     clean["out"] = clean["out"] and Path(clean["out"]).name

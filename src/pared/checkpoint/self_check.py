@@ -1,4 +1,4 @@
-"""The check of what was just written: if it fails, what is wrong is ours, and is told so that it can be mended."""
+"""The check of what was just written: if it fails, the fault is pared's, and is reported so that it can be fixed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ from pared.schema.manifest import Fingerprint
 
 @contextmanager
 def our_own(folder: Path, source: str) -> Iterator[None]:
-    """Tell what is wrong with a folder that was just written as a fault of pared: nobody can fetch it again.
+    """Report what is wrong with a folder that was just written as a fault of pared: it cannot be fetched again.
 
     Args:
         folder: the new one, not yet in its place.

@@ -1,4 +1,4 @@
-"""The self-check: what is on disk, loaded anew, must answer what the model in memory answered."""
+"""The self-check: what is on disk, loaded again, must answer what the model in memory answered."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
