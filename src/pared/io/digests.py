@@ -1,7 +1,7 @@
-"""What tells one file, one model folder or one model in memory from every other: SHA-256 over all of its bytes.
+"""Digests that distinguish files, model folders and models in memory: SHA-256 over all of their bytes.
 
 The digest of a file is kept in the user's cache folder under its device, inode, size and times, so that a model is read
-once and not once a command; whoever changes a file changes one of them. What may have changed within the resolution of
+once and not once a command; a change of the file changes one of them. What may have changed within the resolution of
 a clock is not kept, and what is kept and not readable is ignored.
 """
 
@@ -33,7 +33,7 @@ READ = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz", ".json", ".yaml", ".py"}
     | {".jinja", ".model", ".txt", ".tiktoken", ".bpe", ".spm"}
 )
-# What they never read, though it is called alike: what a trainer keeps to go on, and what pared tells of a folder.
+# What they never read, despite similar names: what a trainer keeps to resume, and what pared writes about a folder.
 NEVER_READ = re.compile(
     r"pared\.json|went\.json|(README|LICENSE)(\.(md|txt|rst|json))?|requirements.*\.txt|trainer_state\.json"
     r"|training_args\.bin|(optimizer|scheduler).*\.(pt|bin)|scaler\.pt|rng_state.*\.pth"
@@ -76,7 +76,7 @@ def file_digest(path: Path) -> str:
 
 
 def folder_digest(folder: Path) -> str:
-    """Return what tells a model folder from every other: the names and bytes of all files that loading it may read.
+    """Return a digest of a model folder: of the names and bytes of all files that loading it may read.
 
     Weights of every format, adapters, configurations, tokenizer and code count; where the folder lies, notes, and what
     a trainer keeps do not. The base model that an adapter names counts if it is a folder with a model.

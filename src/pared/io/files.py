@@ -35,7 +35,7 @@ def cache_folder() -> Path:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file beside its place and rename it: who reads it finds the old content or the new, never a part.
+    """Write a file beside its place and rename it: a reader finds the old content or the new, never a part.
 
     What it replaces keeps its permissions. A link is replaced, not followed; resolve the path where that matters.
 
@@ -154,7 +154,7 @@ def is_kept_on_disk(path: Path) -> bool:
 
 
 def why_not_written(path: Path) -> str | None:
-    """Return why a file that a user names cannot be written, as far as can be told before; None if nothing is."""
+    """Return why a file that a user names cannot be written, as far as is known before; None if it can be."""
     try:
         if descriptor_of(path) is not None:
             return None

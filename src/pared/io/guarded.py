@@ -1,4 +1,4 @@
-"""Files that users name, read so that a damaged or hostile one is told in one line: no traceback, no hang, no flood.
+"""Files that users name; a damaged or hostile one is reported in one line: no traceback, no hang, no flood.
 
 A path must lead to a regular file of a bearable size; a gzipped one may not grow without bound; JSON and YAML may not
 nest without end, hold numbers of thousands of digits, name a key twice, or multiply themselves by aliases.
@@ -16,7 +16,7 @@ from typing import Any
 
 from pared.errors import ParedError
 
-# Limits; nothing honest comes near them.
+# Limits; nothing legitimate comes near them.
 MOST_BYTES = 2**28  # of a file of settings or records; the manifest of a model of 100,000 layers has fewer
 MOST_YAML_BYTES = 2**20
 MOST_DEPTH = 100

@@ -1,4 +1,4 @@
-"""Local files and folders that are asked for: an output must not touch them, and what is published not tell of them.
+"""Local files and folders that are read: an output must not touch them, and what is published must not reveal them.
 
 What is published names a file or folder by its last name and its SHA-256. Where it lies on this machine is kept in the
 user's cache folder under that SHA-256, so that a training still finds the model and the text its parent was made with.
@@ -107,7 +107,7 @@ def found_again(name: str, published: Mapping[str, str]) -> str:
 
     Args:
         name: as it is published: ``llama``, ``file:words.txt``.
-        published: SHA-256 by name, as a manifest tells it.
+        published: SHA-256 by name, as a manifest records it.
     """
     if part := PART.search(name):
         return found_again(name[: part.start()], published) + part.group()

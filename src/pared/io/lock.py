@@ -52,7 +52,7 @@ def opened_alone(path: Path, what: str, busy: str) -> BinaryIO:
         except BaseException:
             file.close()
             raise
-        file.close()  # replaced or removed between opening and locking, by who held it before
+        file.close()  # replaced or removed between opening and locking, by its previous holder
 
 
 @contextmanager

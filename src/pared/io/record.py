@@ -135,7 +135,7 @@ def require_own_sum(manifest: Path) -> None:
     """Check the checksum that a manifest has of itself; those of before there was one have none.
 
     Raises:
-        ParedError: it is damaged, or was changed by hand.
+        ParedError: it is damaged, or was edited.
     """
     fields = read_json(manifest, "manifest")
     if not isinstance(fields, dict) or not (fields.get("files") or fields.get("checksum")):

@@ -1,8 +1,8 @@
-"""What a run keeps beside its output until it is done, so that the next process goes on where one was killed.
+"""What a run keeps beside its output until it is done, so that the next process resumes where one was killed.
 
 A hidden folder ``.NAME.KIND`` holds everything: what the run depends on, a journal, and files that appear whole. Its
-name tells neither machine nor process: the next run of the same output finds it. So :func:`pared.io.leftovers.tidy`,
-which removes what killed processes left, leaves it alone; it goes when the output is there, or a run begins anew.
+name holds neither machine nor process: the next run of the same output finds it. So :func:`pared.io.leftovers.tidy`,
+which removes what killed processes left, leaves it alone; it goes when the output is there, or a run starts over.
 """
 
 import json
@@ -68,12 +68,12 @@ class RunDirectory:
             kind: of run, as part of the folder's name: ``training``.
             fingerprint: everything a result depends on, as JSON has it.
             resume: take up what a process before has left; otherwise that is removed.
-            worth: whether there is anything to go on from, asked at the end; what has nothing is removed. If none is
+            worth: whether there is anything to resume from, asked at the end; what has nothing is removed. If none is
                 given, any line of the journal is.
 
         Raises:
             ParedError: another process works in the folder, it holds the state of a run with another fingerprint, or
-                that state is damaged; tells what differs, and what to do.
+                that state is damaged; says what differs, and what to do.
         """
         folder = run_folder(out, kind)
         busy = f"{folder}: another process is at work on this output; wait for it, or name another folder"
@@ -158,7 +158,7 @@ def run_folder(out: Path, kind: str) -> Path:
 
 
 def entries_of(folder: Path, kind: str) -> list[dict[str, Any]]:
-    """Return what the journal of a run tells, in a process that does not hold the run.
+    """Return the entries of a run's journal, in a process that does not hold the run.
 
     Raises:
         ParedError: it is damaged.
@@ -168,7 +168,7 @@ def entries_of(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 def _take_up(folder: Path, fingerprint: Mapping[str, Any]) -> bool:
     """Return whether a folder holds the state of this very run; if it is empty, make it this run's."""
-    for path in folder.glob(f"*{PARTIAL}"):  # of who was killed as it wrote
+    for path in folder.glob(f"*{PARTIAL}"):  # of a process that was killed as it wrote
         path.unlink()
     settings = folder / SETTINGS
     if settings.exists():
