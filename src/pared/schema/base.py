@@ -1,4 +1,4 @@
-"""What users write, in files and in Python: strict models, whose first mistake is told in one line."""
+"""What users write, in files and in Python: strict models, whose first mistake is reported in one line."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -40,7 +40,7 @@ class _InOneLine(ModelMetaclass):
 
 
 class Strict(BaseModel, metaclass=_InOneLine):
-    """A model without unknown keys, never changed; what is wrong with one is told by a :class:`ParedError`."""
+    """A model without unknown keys, never changed; what is wrong with one is reported by a :class:`ParedError`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

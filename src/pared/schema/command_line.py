@@ -123,7 +123,7 @@ def declared(model: type[BaseModel], above: str = "") -> Iterator[Declared]:
 
 
 def text_of(model: type[BaseModel], name: str) -> str:
-    """Return the text under a field, on one line; empty where the source is not at hand."""
+    """Return the text under a field, on one line; empty where the source is not available."""
     texts = (_texts(owner.__module__).get(owner.__name__, {}).get(name) for owner in model.__mro__)
     return next((text for text in texts if text), "")
 
@@ -155,7 +155,7 @@ def _texts(module: str) -> dict[str, dict[str, str]]:
 
 
 def _plain(annotation: Any) -> Iterator[Any]:
-    """Yield the types of an annotation without what pydantic is told of them, and without None."""
+    """Yield the types of an annotation without their metadata for pydantic, and without None."""
     if get_origin(annotation) is Annotated:
         yield from _plain(get_args(annotation)[0])
     elif get_origin(annotation) in (Union, types.UnionType):

@@ -11,7 +11,7 @@ from pared.schema.base import Config, Whole
 from pared.schema.command_line import Option
 from pared.schema.recipe import Bos, Device, TextName
 
-# What each measure reads of the options, beside the device.
+# The options that each measure reads, besides the device.
 READS: dict[str, tuple[str, ...]] = {
     "perplexity": ("length", "windows", "stride", "bos", "dtype"),
     "perplexity --protocol": ("protocol", "dtype"),

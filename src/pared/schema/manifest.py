@@ -148,8 +148,8 @@ class Manifest(BaseModel):
         bytes_on_disk: of the saved weights.
         fingerprint: for the self-check.
         self_check: largest difference of the reloaded model from the fingerprint, relative to its largest output.
-        converted: how `pared convert` stored the weights anew, if it did; everything measured but ``bytes_on_disk`` and
-            ``self_check`` is from before.
+        converted: in which form `pared convert` stored the weights, if it did; everything measured but
+            ``bytes_on_disk`` and ``self_check`` is from before.
         training: how the model was trained since, one entry a training; perplexity is that of the last.
         inputs: SHA-256 of the local files and folders it was made of, by the last names that the recipe has for them.
         files: SHA-256 of every other file of the folder, by name; none in folders of before they were listed.

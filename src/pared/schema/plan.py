@@ -48,7 +48,7 @@ class LowRank(Strict):
         return f"rank {self.rank}, pivoted" if self.pivoted else f"rank {self.rank}"
 
     def index_bytes(self, out_features: int, in_features: int) -> int:  # noqa: ARG002 - as every decision
-        """Bytes stored beside the parameters: the order of the inputs, if pivoted."""
+        """Bytes stored besides the parameters: the order of the inputs, if pivoted."""
         return INDEX_BYTES * in_features if self.pivoted else 0
 
 
@@ -71,7 +71,7 @@ class Shared(Strict):
         return self.rank * out_features
 
     def index_bytes(self, out_features: int, in_features: int) -> int:  # noqa: ARG002 - as every decision
-        """Bytes stored beside the parameters: every site's copy of the order of the inputs, if pivoted."""
+        """Bytes stored besides the parameters: every site's copy of the order of the inputs, if pivoted."""
         return INDEX_BYTES * in_features if self.pivoted else 0
 
     def basis_parameters(self, in_features: int) -> int:
@@ -100,7 +100,7 @@ class Sparse(Strict):
         return out_features * (in_features - zeros_of_a_row) if self.stored is None else self.stored
 
     def index_bytes(self, out_features: int, in_features: int) -> int:
-        """Bytes stored beside the parameters: one bit for every weight."""
+        """Bytes stored besides the parameters: one bit for every weight."""
         return -(-out_features * in_features // 8)
 
     def __str__(self) -> str:
@@ -124,7 +124,7 @@ class NM(Strict):
         return out_features * in_features // self.group * self.kept
 
     def index_bytes(self, out_features: int, in_features: int) -> int:
-        """Bytes stored beside the parameters: places of stored weights in their groups, or a mask if that is less."""
+        """Bytes stored besides the parameters: places of stored weights in their groups, or a mask if that is less."""
         bits = min(self.kept * (self.group - 1).bit_length(), self.group)
         return -(-out_features * in_features // self.group * bits // 8)
 
@@ -202,7 +202,7 @@ class SitePlan(Strict):
 
     @property
     def index_bytes(self) -> int:
-        """Bytes the decision stores beside parameters."""
+        """Bytes the decision stores besides parameters."""
         return 0 if isinstance(self.decision, Dense) else self.decision.index_bytes(self.out_features, self.in_features)
 
 
@@ -216,7 +216,7 @@ class Uncovered(Strict):
 
 
 class Sizes(Strict):
-    """The three sizes that are always told side by side."""
+    """The three sizes that are always reported together."""
 
     covered_parameters: int
     model_parameters: int
@@ -236,7 +236,7 @@ class Plan(Shown, Strict):
     """Every site's decision, what is not covered, and the sizes before and after.
 
     Attributes:
-        keep: the fraction of covered parameters that was asked to stay.
+        keep: the fraction of the target modules' parameters that was requested to stay.
         sites: the covered sites, in the model's order.
         uncovered: weights inside the blocks that were left alone.
         model_parameters: parameters of the whole dense model; tied ones counted once.
@@ -264,7 +264,7 @@ class Plan(Shown, Strict):
 
     @property
     def achieved_keep(self) -> float:
-        """Fraction of covered parameters that really stays."""
+        """Fraction of the target modules' parameters that stays."""
         return self.after.covered_parameters / self.before.covered_parameters
 
     @property

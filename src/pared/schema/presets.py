@@ -1,4 +1,4 @@
-"""Protocols of papers by name: what a recipe or a training begins with, as data, beside what the paper says.
+"""Protocols of papers by name: what a recipe or a training begins with, as data, compared with what the paper says.
 
 A preset is a file in ``pared/schema/recipes``. What is given beside it wins, and is reported: a result that goes by a
 paper's name says where it is not the paper's. Nothing here needs torch.
@@ -20,15 +20,15 @@ from pared.schema.command_line import Option
 from pared.schema.fields import flatten, lies_inside, only, plain, side_by_side, value_at, without_plain_nulls
 
 RECORDED = {"recorded": True}  # the context in which what was asked for once is read again, and nothing is added to it
-# Of these one is a choice: who gives one over others leaves the others behind.
+# One of these is a choice: giving one discards the others.
 EXCLUSIVE = {"compress": ("keep", "rank_fraction", "sparsity", "pattern"), "tune": ("epochs", "tokens")}
-LENGTHS = ("length", "calibration.length", "evaluation.length")  # of a preset, give way as defaults do
+LENGTHS = ("length", "calibration.length", "evaluation.length")  # of a preset, yield as defaults do
 # What no protocol is about: names, places, and what changes cost but no result.
 NEUTRAL = ("preset", "version", "model", "out", "device", "calibration.batch", "report_to", "checkpoint_every",
         "gradient_checkpointing")  # fmt: skip
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # several times faster, where libyaml is
 ALL_IF_NULL = ("samples", "windows")
-DEMO = "demo"  # nobody's protocol
+DEMO = "demo"  # no paper's protocol
 EVALUATION = "evaluation"  # free too, where a preset says nothing of it
 
 
@@ -97,17 +97,17 @@ class FromPreset(Config):
                 section, _, leaf = name.rpartition(".")
                 owner = getattr(made, section) if section else made
                 if owner is not None:
-                    owner.model_fields_set.discard(leaf)  # nobody asked for it: it gives way where a model has less
+                    owner.model_fields_set.discard(leaf)  # not asked for it: it yields where a model has less
         return made
 
     def left_beside(self, given: Mapping[str, Any], update: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return what was given and goes with other values; what does not gives way."""
+        """Return what was given and goes with other values; what does not yields."""
         return left_below(given, update, self.COMMAND)
 
     def deviations(self) -> dict[str, Deviation]:
         """Return where this leaves its preset: by dotted field what the preset has, and what is asked for here.
 
-        A section that only one of the two has is told of as a whole.
+        A section that only one of the two has is reported as a whole.
 
         Raises:
             ParedError: there is no preset of its name any more.
@@ -118,7 +118,7 @@ class FromPreset(Config):
         asked = self.model_dump(mode="json")
         own = validated(type(self), {"preset": preset.name, **only(asked, preset.requires)}, f"preset {preset.name}")
         its = own.model_dump(mode="json")
-        for name in set(EXCLUSIVE[self.COMMAND]) - set(preset.fields):  # a default that nobody chose is none
+        for name in set(EXCLUSIVE[self.COMMAND]) - set(preset.fields):  # a default that was not chosen is none
             default, its[name] = its.get(name), None
             asked[name] = None if asked.get(name) == default else asked[name]
         free = [*NEUTRAL, *preset.requires, *([] if EVALUATION in preset.fields else [EVALUATION])]

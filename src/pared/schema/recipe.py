@@ -222,7 +222,7 @@ class Recipe(FromPreset):
 
     @model_serializer(mode="wrap")
     def _told(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out the default of ``keep`` where there is another budget, as what is told can be read again."""
+        """Leave out the default of ``keep`` where there is another budget, so that what is dumped can be read again."""
         fields: dict[str, Any] = handler(self)
         if any(getattr(self, name) is not None for name in BUDGETS if name != "keep"):
             fields.pop("keep", None)
