@@ -161,7 +161,7 @@ def _settled(manifest: Manifest) -> str:
 
 
 def _inputs(manifest: Manifest) -> str:
-    """Tell the local files and folders that the recipe names, which lay somewhere else for whoever repeats it."""
+    """Name the local files and folders of the recipe, which lie somewhere else for a reader who repeats it."""
     told = ", ".join(f"`{name}` {digest[:16]}…" for name, digest in manifest.inputs.items())
     return f"Local files and folders it names, by their SHA-256: {told}. " if told else ""
 

@@ -84,7 +84,7 @@ def _ends(seconds: dict[str, float], peak: int, manifest: "Manifest", folder: st
 
 
 def _remarks(manifest: "Manifest") -> Iterator[str]:
-    """Yield what is to be said of a compression beside its figures."""
+    """Yield the remarks on a compression, besides its figures."""
     if manifest.perplexity_after is not None and manifest.evaluation:
         on = manifest.evaluation
         stand_in = "; only a stand-in for a real corpus" if on["stand_in"] else ""

@@ -1,4 +1,4 @@
-"""The rows a compression is told in: always the three sizes side by side."""
+"""The rows a compression is reported in: always the three sizes together."""
 
 from typing import TYPE_CHECKING
 
