@@ -1,7 +1,7 @@
 """LoRA on a factorised layer by the layer's usual name: ``LoraConfig(target_modules=["q_proj", "v_proj"])``.
 
-PEFT adapts classes that it knows, and others that a ``LoraConfig`` was told of. Every ``LoraConfig`` knows ours, from
-the moment PEFT is imported; nobody has to call anything.
+PEFT adapts classes that it knows, and others that a ``LoraConfig`` registers. Every ``LoraConfig`` knows ours, from
+the moment PEFT is imported; no call is needed.
 
 An adapter of rank r beside factors of rank k is merged exactly, into factors of rank k + r: its ``A`` below ``down``,
 its scaled ``B`` beside ``up``. What the layer was is kept until then, so unmerging gives it back bit for bit, unless
@@ -34,7 +34,7 @@ def teach_peft() -> None:
 
 
 def _register(module: ModuleType) -> None:
-    """Have every ``LoraConfig`` answer that it was told of our layers, and hold nothing of them.
+    """Have every ``LoraConfig`` report our layers as registered, without holding them.
 
     So a configuration can be pickled, and read where this package is not, and one that was read knows them too.
     """

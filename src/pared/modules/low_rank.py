@@ -40,7 +40,7 @@ class LowRankLinear(BasisHolder):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The dense weight ``up @ down`` ``(out, in)``, computed anew; for code that looks at a layer's weight."""
+        """The dense weight ``up @ down`` ``(out, in)``, recomputed; for code that looks at a layer's weight."""
         return self.up.weight @ self.down.weight
 
     @property

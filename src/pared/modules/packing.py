@@ -80,7 +80,7 @@ def unpack_mask(bits_P: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def pack(W_ON: torch.Tensor, mask_ON: torch.Tensor) -> Packed:
-    """Pack a weight with zeros anywhere.
+    """Pack a weight with unstructured zeros.
 
     Args:
         W_ON: the weight ``(out, in)``, any dtype.

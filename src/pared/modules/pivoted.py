@@ -53,7 +53,7 @@ class PivotedLinear(BasisHolder):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The dense weight ``(out, in)``, computed anew; for code that looks at a layer's weight."""
+        """The dense weight ``(out, in)``, recomputed; for code that looks at a layer's weight."""
         columns = self.up.weight
         stored = columns if self.down is None else torch.cat((columns, columns @ self.down.weight), 1)
         return stored.index_select(1, self.order.argsort())

@@ -36,7 +36,7 @@ def inherit_requires_grad(new: nn.Module, old: nn.Module) -> None:
 
     Args:
         new: its bias is set as the old one's, every other parameter as the old weight.
-        old: a linear layer, dense or of low rank.
+        old: a linear layer, dense or low-rank.
     """
     for parameter in new.parameters():
         parameter.requires_grad_(_requires_grad(old))

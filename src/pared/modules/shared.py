@@ -1,6 +1,6 @@
 """Several modules with one basis: the weights of their ``down`` are one parameter.
 
-Parameters are tied, never one module put under two parents: transformers initialises the latter anew on loading.
+Parameters are tied, never one module put under two parents: transformers initialises the latter again on loading.
 """
 
 from functools import partial
@@ -15,7 +15,7 @@ class BasisHolder(nn.Module):
     A merged adapter is added to the one tensor of all members, once for each of them: every one of them would be wrong.
 
     Attributes:
-        shares: name of the tensor that ``down.weight`` is in every member of the group, None if it is nobody else's.
+        shares: name of the tensor that ``down.weight`` is in every member of the group, None if it is not shared.
     """
 
     shares: str | None = None

@@ -31,7 +31,7 @@ class SparseLinear(nn.Linear):
     It is an ``nn.Linear`` with a dense ``weight``, for products, Trainer and PEFT. Its state has ``values``, the stored
     weights in order, and ``bits``, where they stand, in place of ``weight``; a state with ``weight`` is read too. A new
     one is *packed*: it has no weight but room for ``values``, as transformers fills parameters by name;
-    :meth:`unpack_` makes the weight. While it is packed it multiplies all the same, unpacking anew every time.
+    :meth:`unpack_` makes the weight. While it is packed it multiplies all the same, unpacking again every time.
 
     Args:
         in_features: width of the input.
