@@ -31,7 +31,7 @@ class Decomposition:
     Attributes:
         W_ON: the weight ``(out, in)``, float64.
         singular_values_R: what leaving out direction j costs, falling.
-        U_OR: the directions, columns, float64; none if they are told by ``T_NR``.
+        U_OR: the directions, columns, float64; none if ``T_NR`` gives them.
         T_NR: what makes the directions of the weight, ``U = Lᵀ W T``, float64: smaller where in < out, and only the
             columns that are kept are multiplied out.
         M_NN: with ``T_NR``, ``Wᵀ L Lᵀ W``: makes ``down`` of it without a product as tall as the weight.
@@ -79,7 +79,7 @@ class Decomposition:
 
 
 def at_no_cost(found: Decomposition, why: str) -> Decomposition:
-    """Return a decomposition whose directions cost nothing to leave out, as the statistics that weigh them are zero.
+    """Return a decomposition whose directions cost nothing to leave out, as the statistics that weight them are zero.
 
     An allocation that goes by costs then gives the weight the least there is, one rank; its directions are those of the
     decomposition that was given.

@@ -1,12 +1,12 @@
-"""Targets that the dense model sets: what a site ought to put out behind a compressed prefix.
+"""Targets that the dense model sets: what a site ought to output behind a compressed prefix.
 
 Behind compressed blocks a site reads ``X'`` where the dense model reads ``X``. Its targets may be what the dense weight
-makes of the inputs it has, ``X' Wᵀ``, what the dense model puts out, ``X Wᵀ``, or, for a share λ between 0 and 1,
+makes of the inputs it has, ``X' Wᵀ``, what the dense model outputs, ``X Wᵀ``, or, for a share λ between 0 and 1,
 
     ``T = ((1 - λ) X' + λ X) Wᵀ``.
 
 With λ = 0 errors of the prefix are carried on as they are. With λ = 1 every site makes good what can be made good by
-a linear map; as a regression on noisy inputs this shrinks what it puts out, and block after block the shrinkage
+a linear map; as a regression on noisy inputs this shrinks what it outputs, and block after block the shrinkage
 multiplies. (The asymmetric calibration of GPTAQ, arXiv 2504.02692, sets such targets for quantisation.)
 
 Legend: N inputs, O outputs; ``G' = E[x'ᵀx']`` and ``C = E[xᵀx']`` per token.

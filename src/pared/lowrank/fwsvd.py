@@ -14,7 +14,7 @@ LEAST = 1e-12  # smallest importance, relative to the mean: a feature without gr
 
 
 def decompose(W_ON: torch.Tensor, fisher_N: torch.Tensor, power: float = 0.5) -> Decomposition:
-    """Decompose a weight by what the task loss feels of its input features.
+    """Decompose a weight, its input features weighted by the Fisher information of the task loss.
 
     Args:
         W_ON: the weight ``(out, in)``, any floating dtype; computed in float64.

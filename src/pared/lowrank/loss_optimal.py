@@ -1,4 +1,4 @@
-"""Loss-optimal low rank: weighted on both sides by what the loss feels.
+"""Loss-optimal low rank: weighted on both sides by the loss.
 
 For a linear layer ``y = x Wᵀ`` the second-order, Kronecker-factored (K-FAC, Martens and Grosse 2015) estimate of what
 a change ``D = W' - W`` costs is ``½ tr(B D A Dᵀ)`` nats a token, ``A = E[xᵀx]`` the Gram of the inputs and
@@ -7,7 +7,7 @@ weight of rank k is ``W' = L⁻ᵀ U_k U_kᵀ Lᵀ W``, and it costs ``½ Σ_{j>
 model, so that one global budget decides all ranks. ``B = I`` is SVD-LLM, ``A = B = I`` the plain SVD.
 
 The decomposition is published: GFWSVD (arXiv 2505.17974), OBD-LLM (arXiv 2604.00821), IO-SVD (arXiv 2605.15626, another
-output factor) and KFAC-SVD with LEMS (ICML 2026). Ours is what is done with its costs: one exact budget in nats over
+output factor) and KFAC-SVD with LEMS (ICML 2026). New is how its costs are used: one exact budget in nats over
 ranks, dense weights and shared bases (:mod:`pared.allocation.ranks.loss`), with PIFA's pivots counted in it, and
 two-sided targets behind the compressed prefix.
 """
@@ -27,7 +27,7 @@ MORE_DAMPING = (1e-3, 1e-2, 1e-1)
 
 
 def decompose(W_ON: torch.Tensor, gram_NN: torch.Tensor, gradient: torch.Tensor) -> Decomposition:
-    """Decompose a weight by what the loss feels.
+    """Decompose a weight, weighted by its inputs and by the gradient of the loss.
 
     Args:
         W_ON: the weight ``(out, in)``, any floating dtype; computed in float64.
@@ -45,7 +45,7 @@ def decompose(W_ON: torch.Tensor, gram_NN: torch.Tensor, gradient: torch.Tensor)
 def decompose_group(
     W_ON: Sequence[torch.Tensor], gram_NN: torch.Tensor, gradients: Sequence[torch.Tensor]
 ) -> Decomposition:
-    """Decompose weights that get one basis, stacked, by what the loss feels.
+    """Decompose weights that get one basis, stacked, weighted as in :func:`decompose`.
 
     A member that no gradient reaches is weighted by next to nothing, 1e-4 of what the others are on average.
 
@@ -58,10 +58,10 @@ def decompose_group(
         ValueError: as :func:`decompose`.
     """
     energies = [_mean_energy(gradient) for gradient in gradients]
-    felt = [energy for energy in energies if energy]
-    stand_in = DAMPING * sum(felt) / len(felt) if felt else 1.0
+    nonzero = [energy for energy in energies if energy]
+    placeholder = DAMPING * sum(nonzero) / len(nonzero) if nonzero else 1.0
     found_roots = [
-        root(gradient if energy else gradient.new_full((), stand_in), len(weight))
+        root(gradient if energy else gradient.new_full((), placeholder), len(weight))
         for gradient, energy, weight in zip(gradients, energies, W_ON, strict=True)
     ]
     roots, damping = [one for one, _ in found_roots], max(used for _, used in found_roots)
@@ -73,7 +73,7 @@ def decompose_group(
     seen_NN = gram_NN if read else torch.eye(len(gram_NN), dtype=gram_NN.dtype, device=gram_NN.device)
     found = decompose_weighted(weight_ON, seen_NN, L_OO)
     found = replace(found, damping=max(found.damping, damping))
-    if read and felt:
+    if read and nonzero:
         return found
     return at_no_cost(found, "no gradient of the loss reaches it" if read else "nothing but zeros reach it on the text")
 
