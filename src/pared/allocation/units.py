@@ -116,7 +116,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What an allocator may know beside shapes; it declares which of it it requires. Units are named by their first.
+    """What an allocator may know besides shapes; it declares what it requires. Units are named by their first.
 
     One type serves every family: what is known of ranks and of zeros are fields like any other, filled where they are
     required.
@@ -124,7 +124,7 @@ class Evidence:
     Attributes:
         cost: of every unit that is not idle, what leaving out each direction costs, falling; per token, wherever that
             depends on a text.
-        influence: for every block, ShortGPT's Block Influence, 1 - the mean cosine of what it reads and puts out.
+        influence: for every block, ShortGPT's Block Influence, 1 - the mean cosine of what it reads and outputs.
         trial: the perplexity, on tokens kept apart from the calibration windows, of the model with these decisions and
             everything else dense.
         key: digest of all that a trial depends on but the decisions; none if results must not outlive this process.

@@ -166,7 +166,7 @@ def judge(
 
 
 def faults(sparsities_L: torch.Tensor, sparsity: float, weights: torch.Tensor | None = None) -> tuple[str, ...]:
-    """Return what is wrong with sparsities, whoever made them: outside [0, 1), or of another mean by more than 1e-6."""
+    """Return what is wrong with sparsities: outside [0, 1), or of another mean by more than 1e-6."""
     found = []
     for block, s in enumerate(sparsities_L.tolist()):
         if not 0 <= s < 1:

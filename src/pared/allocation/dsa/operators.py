@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-NOISE = 1e-13  # deviations this small beside the values are rounding
+NOISE = 1e-13  # deviations this small relative to the values are rounding
 FARTHEST = 1e6  # argument of a periodic function
 
 Vector = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

@@ -2,7 +2,7 @@
 
 Centring and dividing by a deviation, and means of what is centred, leave numbers that are rounding alone where all that
 was there cancels: the mean of normalised scores is 1e-17 in one run and -3e-17 in the next, and a program of it would
-hand out sparsities by chance. So every value carries a bound beside it. An operator that acts value by value is
+hand out sparsities by chance. So every value carries an error bound. An operator that acts value by value is
 evaluated at both ends of the bound; for the others the bound is that of the operands, carried through their sums.
 
 Legend: ``x_N`` values with counts ``w_N`` and bounds ``e_N``; ``y`` is what the operator made of them.

@@ -113,7 +113,7 @@ class ScoreHistogram:
     every operator.
 
     Attributes:
-        moments: exact sums beside the bins.
+        moments: exact sums, in addition to the bins.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:

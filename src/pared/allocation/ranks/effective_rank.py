@@ -1,4 +1,4 @@
-"""D-Rank: ranks by the effective rank of what a layer puts out (arXiv 2509.25622, "Layer-wise Dynamic Rank")."""
+"""D-Rank: ranks by the effective rank of what a layer outputs (arXiv 2509.25622, "Layer-wise Dynamic Rank")."""
 
 import math
 from collections.abc import Sequence
@@ -51,7 +51,7 @@ def _transfer(units: Sequence[Unit], among: Sequence[Unit], ideal: dict[str, flo
 
     q, k and v are assumed to be three layers of one module that read one tensor, in the order they run, k and v of one
     height that divides q's; and the layer of that module that runs next, if there is one (BERT's is in another
-    module), to read the heads of all queries: as many features as q puts out. Three projections of which a product of
+    module), to read the heads of all queries: as many features as q outputs. Three projections of which a product of
     the same width is read next look just so, and are taken for attention.
 
     Args:

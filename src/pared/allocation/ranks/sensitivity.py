@@ -115,7 +115,7 @@ class SensitivityCache:
     """Perplexities of trials, in a journal of its own key; without a key they are kept in memory only.
 
     A context manager. Where the journal cannot be used, as another process measures the same trials or the file is
-    damaged, that is told, and these trials are not kept.
+    damaged, that is reported, and these trials are not kept.
 
     Args:
         key: of everything a perplexity depends on but the weight and its rank.

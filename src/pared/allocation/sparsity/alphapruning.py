@@ -10,7 +10,7 @@ from pared.errors import ParedError
 EPSILON = 0.3
 BINS = 100  # of the histogram whose peak is looked for
 AROUND_PEAK = (0.95, 1.5)  # where the tail may begin, in units of the peak
-NOISE = 1e-14  # eigenvalues this small beside the largest are rounding
+NOISE = 1e-14  # eigenvalues this small relative to the largest are rounding
 
 Tail = Literal["xmin_mid", "xmin_peak"]
 

@@ -15,7 +15,7 @@ def er(
     Args:
         shapes: ``(out, in)`` of every weight, in the model's order.
         sparsity: the mean S.
-        plus: keep the last weight dense; the others make up for it.
+        plus: keep the last weight dense; the others compensate.
         by_parameters: the mean is over parameters, the size that is asked for; else over weights.
 
     Raises:
