@@ -26,7 +26,7 @@ class BlockInputs:
         calls: for every batch, how the blocks are called, in order; equal tensors are held once.
         dtype: what the blocks compute in.
         device: where they do.
-        beside: for every batch, what the model was given beside the tokens, ``(batch, tokens)`` by argument; nothing
+        beside: for every batch, what the model was given besides the tokens, ``(batch, tokens)`` by argument; nothing
             for windows without padding.
     """
 
@@ -75,7 +75,7 @@ def capture(
         probed: the calls of the probe pass, in which the blocks really ran.
         dtype: what the blocks will compute in.
         device: where they will.
-        beside: what the model is given beside the tokens, as ``call_model``; ``Windows.beside``.
+        beside: what the model is given besides the tokens, as ``call_model``; ``Windows.beside``.
         memory: what hidden states share with all others of the run; without a limit if not given.
 
     Raises:
@@ -109,7 +109,7 @@ def capture(
 
 
 def real_rows(x: torch.Tensor, mask_BT: torch.Tensor | None, site: str) -> torch.Tensor:
-    """Return the rows of what a site reads or puts out that belong to no padding, ``(1, rows, features)``.
+    """Return the rows of what a site reads or outputs that belong to no padding, ``(1, rows, features)``.
 
     Args:
         x: ``(..., features)``, one row a token of the batch.

@@ -42,7 +42,7 @@ class Trail:
     Attributes:
         inputs: of the batches; the calls of their blocks.
         reads: what every run of a block reads, by run and by batch; a block that runs several times has as many runs.
-        gradients: of the loss with respect to what the last run that is left puts out, by batch.
+        gradients: of the loss with respect to what the last run that is left outputs, by batch.
     """
 
     inputs: BlockInputs
@@ -65,10 +65,10 @@ def record(block: nn.Module, index: int, anatomy: Anatomy, trail: Trail) -> None
         block: in any dtype.
         index: of the block.
         anatomy: after the probe pass.
-        trail: ``inputs.hidden`` is what the block reads before, what it puts out afterwards.
+        trail: ``inputs.hidden`` is what the block reads before, what it outputs afterwards.
 
     Raises:
-        ParedError: what it puts out is NaN or infinite; names the block.
+        ParedError: what it outputs is NaN or infinite; names the block.
     """
     inputs = trail.inputs
     worker = worker_of(block, inputs.dtype, inputs.device)
@@ -87,7 +87,7 @@ def record(block: nn.Module, index: int, anatomy: Anatomy, trail: Trail) -> None
 def from_head(
     model: PreTrainedModel, anatomy: Anatomy, trail: Trail, tokens: torch.Tensor, first_window: int, labels: Labels
 ) -> None:
-    """Begin the way back: the gradient of the summed loss with respect to what the last block puts out.
+    """Begin the way back: the gradient of the summed loss with respect to what the last block outputs.
 
     Args:
         model: whose head and loss these are.
@@ -116,7 +116,7 @@ def back(
     wants: Wants,
     on_batch: Callable[[], None] = lambda: None,
 ) -> None:
-    """Send the gradients of a trail back through one block, and tell the statistics of its sites on the way.
+    """Send the gradients of a trail back through one block, and update the statistics of its sites on the way.
 
     Args:
         block: in any dtype.
@@ -197,7 +197,7 @@ def _back(
 ) -> torch.Tensor:
     """Recompute the runs of a block, the last one first, and send a gradient of its output back to its input.
 
-    The sites are told on the way.
+    The statistics of the sites are updated on the way.
     """
     shape = runs[0][1].shape
     taps = [_Tap(site, wants[site.name], shape, mask) for site in anatomy.sites_of(index) if site.name in wants]
@@ -218,7 +218,7 @@ def _hooked(worker: nn.Module, anatomy: Anatomy, taps: list["_Tap"]) -> Iterator
 
 
 class _Tap:
-    """Hands the accumulators of one site what it reads and the gradient of what it puts out."""
+    """Hands the accumulators of one site what it reads and the gradient of what it outputs."""
 
     def __init__(
         self,
@@ -253,7 +253,7 @@ class _Tap:
             output.register_hook(receive)  # type: ignore[no-untyped-call]
 
     def _update(self, x_BTN: torch.Tensor, g_BTO: torch.Tensor, mask_BT: torch.Tensor | None, by_example: bool) -> None:
-        """Hand on what is no padding: example by example where they are told apart, else as one."""
+        """Pass on what is no padding: example by example where they are told apart, else as one."""
         statistics = [statistic for statistic in self.statistics if statistic.by_example == by_example]
         if mask_BT is None or not statistics:
             for statistic in statistics:
@@ -278,7 +278,7 @@ class _Tap:
         return 1
 
     def finish(self) -> None:
-        """Hand on what was kept: of one example all calls together, whose gradients add up.
+        """Pass on what was kept: of one example all calls together, whose gradients add up.
 
         Raises:
             ParedError: a gradient, or an input, was NaN or infinite.

@@ -39,14 +39,14 @@ class SavedStatistic:
 
     @property
     def value(self) -> torch.Tensor:
-        """The statistic, float64; read anew every time."""
+        """The statistic, float64; read again every time."""
         return self.load().value
 
     def load(self, device: torch.device | None = None) -> Statistic:
         """Return the accumulator as it was when it was saved: it can be updated and merged, to the same bits.
 
         Args:
-            device: where it goes on adding up; the CPU if none is given.
+            device: where it continues to accumulate; the CPU if none is given.
 
         Raises:
             ParedError: the file is gone or damaged.

@@ -1,4 +1,4 @@
-"""A batch ends at the last site that is collected, where nothing of what the block puts out is used."""
+"""A batch ends at the last site that is collected, where nothing of what the block outputs is used."""
 
 from dataclasses import dataclass, field
 

@@ -1,4 +1,4 @@
-"""One block over all batches: what it puts out, and statistics of what its sites read and put out on the way."""
+"""One block over all batches: what it outputs, and statistics of what its sites read and output on the way."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -30,7 +30,7 @@ class BlockStatistics:
     Attributes:
         index: of the block.
         statistics: ``statistics[site name][statistic name]``; sites that read one tensor share one.
-        influence: ShortGPT's Block Influence, 1 - the mean cosine of what the block reads and puts out, if asked for;
+        influence: ShortGPT's Block Influence, 1 - the mean cosine of what the block reads and outputs, if asked for;
             the mean over its runs.
     """
 
@@ -41,7 +41,7 @@ class BlockStatistics:
 
 @dataclass(frozen=True)
 class DenseReference:
-    """The dense model, which runs beside a compressed one on the same tokens.
+    """The dense model, run alongside a compressed one on the same tokens.
 
     Attributes:
         hidden: what its next block reads, by batch; overwritten.
@@ -64,7 +64,7 @@ def observe(
     early_exit: bool = False,
     on_batch: Callable[[], None] = lambda: None,
 ) -> BlockStatistics:
-    """Run one block over all batches and collect statistics of what its sites read and put out.
+    """Run one block over all batches and collect statistics of what its sites read and output.
 
     A block that runs several times in a pass does so here, and its statistics are over all runs together. Whatever it
     keeps between calls is put back before every one. Memory: one block in the computing dtype, its inputs, and its
@@ -74,12 +74,12 @@ def observe(
         block: in any dtype; a copy in that of the inputs runs if it is another.
         index: of the block.
         anatomy: after the probe pass.
-        inputs: what the block reads; afterwards what it puts out, unless it was left early.
+        inputs: what the block reads; afterwards what it outputs, unless it was left early.
         needs: names of the statistics to collect, from the shapes ``(out, in)`` of the sites that read one tensor.
-        reference: the dense model, if it runs beside; every site then has the statistic ``cross`` too, of what it reads
-            on both paths.
+        reference: the dense model, if it runs alongside; every site then has the statistic ``cross`` too, of what it
+            reads on both paths.
         influence: measure how much the block changes the hidden states.
-        early_exit: leave the block as soon as the last site has read; what the block would put out is then not known.
+        early_exit: leave the block as soon as the last site has read; what the block would output is then not known.
         on_batch: called after every batch.
 
     Raises:
@@ -100,10 +100,10 @@ def observe(
 
 
 def propagate(block: nn.Module, index: int, anatomy: Anatomy, inputs: BlockInputs) -> None:
-    """Let one block run over all batches: ``inputs`` are what it reads before, what it puts out afterwards.
+    """Let one block run over all batches: ``inputs`` are what it reads before, what it outputs afterwards.
 
     Raises:
-        ParedError: what it puts out is NaN or infinite; names the block.
+        ParedError: what it outputs is NaN or infinite; names the block.
     """
     running = _Running()
     _run_block(worker_of(block, inputs.dtype, inputs.device), index, inputs, running)
@@ -122,12 +122,12 @@ class _Running:
 
     Attributes:
         path: the dense path, if there is one.
-        last: ends the batch at the last read, where nothing of what the block puts out is used.
+        last: ends the batch at the last read, where nothing of what the block outputs is used.
         beside: its block.
         mask_BT: which tokens of the batch are no padding; none if all are.
         shape: of the batch, ``(windows, tokens)``.
         reads: what the sites of the dense block have read of this batch, by the site that reads first.
-        finite: whether all that was put out so far is finite.
+        finite: whether all that was output so far is finite.
     """
 
     path: DenseReference | None = None
@@ -148,7 +148,7 @@ def _run_block(
     on_batch: Callable[[], None] = lambda: None,
     influence: bool = False,
 ) -> list[float]:
-    """Run a block over every batch; return the mean cosine of what each run reads and puts out, if asked for."""
+    """Run a block over every batch; return the mean cosine of what each run reads and outputs, if asked for."""
     cosines: list[float] = []
     state = KeptState([worker] if running.beside is None else [worker, running.beside])
     for number in range(len(inputs.calls)):
@@ -282,7 +282,7 @@ def is_finite_hidden(hidden: torch.Tensor) -> bool:
 
 
 def require_finite_hidden(anatomy: Anatomy, index: int, finite: bool) -> None:
-    """Raise a ParedError that names the block if the hidden states it puts out are not finite."""
+    """Raise a ParedError that names the block if the hidden states it outputs are not finite."""
     if not finite:
         raise ParedError(
             f"block {anatomy.block_name(index)} puts out NaN or infinity; check its weights, or calibrate in float32"

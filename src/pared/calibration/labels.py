@@ -154,14 +154,14 @@ def logit_gradient(
     """Return the gradient of the summed loss, zero where there is no label.
 
     Of the cross entropy ``softmax(z) - onehot(y)``; of the squared error of scores ``2 (z - y)``. Taken in closed form,
-    so that beside the logits there is one float32 tensor of their size.
+    so that besides the logits there is one float32 tensor of their size.
 
     Args:
         logits: of one window, ``(1, T, C)`` or ``(1, C)``.
         window: its number.
         tokens_T: its tokens.
         labels: where the labels come from.
-        mask_T: which tokens are no padding; padding has no label and is nobody's next token.
+        mask_T: which tokens are no padding; padding has no label and is never a next token.
 
     Raises:
         ParedError: NaN in the logits, a single class, or labels that do not fit them.
@@ -210,7 +210,7 @@ def _first_above(p_RC: torch.Tensor, uniform_R1: torch.Tensor) -> torch.Tensor:
     """Return for every row the first class at which the cumulative probability exceeds a share of the whole, ``(R,)``.
 
     In two steps, the section first: a cumulative sum over all classes of a large vocabulary is the slowest thing there
-    is beside the model.
+    is held besides the model.
     """
     classes = p_RC.shape[1]
     p_RSC = torch.nn.functional.pad(p_RC, (0, -classes % SECTION)).reshape(len(p_RC), -1, SECTION)

@@ -107,7 +107,7 @@ class HiddenStates:
     """What a block reads, one tensor ``(windows, tokens, width)`` a batch; a list whose entries may lie on the disk.
 
     An entry comes back with the bits, dtype, strides and device it was given with. One that lies in memory is the very
-    tensor, as in a list; one on the disk is read anew each time.
+    tensor, as in a list; one on the disk is read again each time.
 
     Args:
         tensors: the first entries.
@@ -193,7 +193,7 @@ class _InMemory:
 
 
 class _InFile:
-    """A tensor in a file of its own, which goes with the last who holds it."""
+    """A tensor in a file of its own, which is removed with its last reference."""
 
     def __init__(self, memory: ActivationMemory, tensor: torch.Tensor) -> None:
         tensor = tensor.detach()

@@ -36,7 +36,7 @@ class Blocks(Protocol):
         """Return a block in memory."""
 
     def release(self, index: int) -> None:
-        """Let go of it."""
+        """Release it."""
 
     def running(self) -> AbstractContextManager[None]:
         """Let the whole model be called."""
@@ -52,7 +52,7 @@ class _Stop(Exception):  # noqa: N818 - no error
 
 @torch.no_grad()
 def run_staged(store: Blocks, inputs: Sequence[Input], memory: ActivationMemory | None = None) -> Iterator[Any]:
-    """Yield what a model puts out for every input, in order.
+    """Yield what a model outputs for every input, in order.
 
     The first input goes through the whole model as it is too, one block after the other. If that gives another result
     than in stages, be it by a bit, all others go that way, and every block is read for each of them.

@@ -56,9 +56,9 @@ class Statistic(StatisticView, Protocol):
         """Take in one batch.
 
         Args:
-            x: what the site reads ``(..., in)``; puts out ``(..., out)``, for ``output``; reads on the dense path, for
+            x: what the site reads ``(..., in)``; outputs ``(..., out)``, for ``output``; reads on the dense path, for
                 ``input_pair``.
-            grad: with respect to what the site puts out, ``(..., out)``, read by ``output_grad`` and ``weight_grad``
+            grad: with respect to what the site outputs, ``(..., out)``, read by ``output_grad`` and ``weight_grad``
                 alone, so that a statistic of inputs may be collected in a backward pass; what the site reads on its
                 own path, for ``input_pair``.
         """
@@ -84,7 +84,7 @@ class Statistic(StatisticView, Protocol):
         """Return all that is held, exactly; the tensors are the accumulator's own and change with it."""
 
     def load_state_dict(self, state: State) -> None:
-        """Hold a copy of what :meth:`state_dict` gave, and go on from there to the same bits.
+        """Hold a copy of what :meth:`state_dict` gave, and resume from there to the same bits.
 
         Raises:
             ParedError: it is of another kind or width.

@@ -1,7 +1,7 @@
 """Statistics of a backward pass: the gradient of the loss at the output of a site, and through its weight.
 
 Legend: B examples, T tokens of each, N inputs and O outputs of the site; ``x_BTN`` is what the site reads, ``g_BTO``
-the gradient of the summed loss with respect to what it puts out.
+the gradient of the summed loss with respect to what it outputs.
 """
 
 from typing import Literal
@@ -29,7 +29,7 @@ class OutputGradient:
     Attributes:
         form: ``full`` is ``(O, O)``; ``diagonal`` its diagonal ``(O,)``; ``scalar`` the mean of that, 0-d.
         of: ``output_grad``.
-        features: that the site puts out.
+        features: that the site outputs.
         by_example: False.
     """
 
