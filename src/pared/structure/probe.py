@@ -1,4 +1,4 @@
-"""One pass of a few tokens through the real model: who reads what, what is linear, whether blocks are a chain."""
+"""One pass of a few tokens through the real model: which sites read what, what is linear, whether blocks chain."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -43,7 +43,7 @@ def run_model(model: PreTrainedModel, tokens: torch.Tensor, beside: Mapping[str,
 
 
 def call_model(model: PreTrainedModel, tokens: torch.Tensor, beside: Mapping[str, torch.Tensor] | None = None) -> Any:
-    """Return what the model puts out for ``tokens (batch, length)``, without a cache.
+    """Return what the model outputs for ``tokens (batch, length)``, without a cache.
 
     Args:
         model: the model.
@@ -82,7 +82,7 @@ def hooks(handles: Iterator[Any]) -> Iterator[None]:
 def probe(model: PreTrainedModel, anatomy: Anatomy, read: bool = True) -> tuple[Anatomy, list[BlockCall]]:
     """Run a few tokens through the model; record which sites read the same tensor and prove that they are linear.
 
-    The pass goes on to the model's end, as a block may run again after the last one has run. Where something of what
+    The pass runs to the model's end, as a block may run again after the last one has run. Where something of what
     the blocks read is needed, every call is then repeated outside of the model and must give what it gave inside.
 
     Args:
@@ -104,7 +104,7 @@ def probe(model: PreTrainedModel, anatomy: Anatomy, read: bool = True) -> tuple[
     vocabulary = model.get_input_embeddings().weight.shape[0]
     tokens = torch.arange(PROBE_TOKENS).remainder(vocabulary).unsqueeze(0)
     failed: ParedError | None = None
-    with evaluating(model), torch.inference_mode(False):  # versions of tensors tell what changes in place
+    with evaluating(model), torch.inference_mode(False):  # versions of tensors reveal changes in place
         try:
             with hooks(watch.hooked(model, blocks)):
                 run_model(model, tokens)
@@ -162,7 +162,7 @@ def _require_repeatable(anatomy: Anatomy, blocks: list[nn.Module], watch: Watch,
         ParedError: a block gives something else than inside the model, or cannot be called outside of it; or what it
             gives depends on an earlier run whose traces were on it before this one.
     """
-    # A state of zeros is that of a model nobody has used.
+    # A state of zeros is that of an unused model.
     before = tensors_in([former for state in states for former in state.changes()])
     stale = any(bool(tensor.count_nonzero()) for tensor in before)
     for restored in (False, True) if stale else (True,):

@@ -47,7 +47,7 @@ def fault_of_class(module: nn.Module, known: dict[Any, str | None]) -> str | Non
 
     The weight may be on the meta device. A ``forward`` of a class that is not torch's or transformers' own runs on a
     small stand-in with random numbers in all its tensors, so that plans from shapes and compressions agree; where that
-    cannot be, as where it takes but one dtype or one device, a pass has to tell. Nothing that the layer holds changes.
+    cannot be, as where it takes but one dtype or one device, a pass decides. Nothing that the layer holds changes.
 
     Args:
         module: an ``nn.Linear`` or ``Conv1D``, or of a class derived from them.
@@ -75,7 +75,7 @@ def fault_of_class(module: nn.Module, known: dict[Any, str | None]) -> str | Non
 
 
 def fault_of_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> str | None:
-    """Return why what a layer just put out is not ``x Wᵀ + b``; None if it is, up to rounding."""
+    """Return why what a layer just output is not ``x Wᵀ + b``; None if it is, up to rounding."""
     if len(args) != 1 or kwargs or not isinstance(args[0], torch.Tensor):
         return "it is not called with its input alone"
     if not isinstance(output, torch.Tensor):
@@ -122,7 +122,7 @@ def _further(module: nn.Module) -> str:
 
 
 def _try(module: nn.Module) -> str | None:
-    """Run stand-ins of a layer until one tells: a small one, or where only its own size fits, one of that.
+    """Run stand-ins of a layer until one is conclusive: a small one, or where only its own size fits, one of that.
 
     Its forward may take one dtype only, or one device, or read any attribute that goes with its true size.
     """

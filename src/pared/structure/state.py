@@ -22,7 +22,7 @@ _CONTAINERS = (list, dict, set, deque)
 class KeptState:
     """Attributes, containers and buffers of some modules, and of all modules inside them, as they are now.
 
-    Attributes that are bound anew, added or removed, entries of containers, and tensors that are written to are found
+    Attributes that are bound again, added or removed, entries of containers, and tensors that are written to are found
     and put back. What an object of another class holds is not seen: whether a call can be repeated has to be tried.
     Memory: a copy of every buffer.
     """

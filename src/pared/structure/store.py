@@ -1,4 +1,4 @@
-"""Where the blocks of a model are while nobody computes with them: in memory all the time, or somewhere else."""
+"""Where the blocks of a model are while they are not computed with: in memory all the time, or somewhere else."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,8 +15,8 @@ from pared.structure.model import Anatomy
 class BlockStore(Protocol):
     """Hands out the blocks of one model, in the model's own module tree.
 
-    A block's parameters are in memory between :meth:`load` and :meth:`release` or :meth:`commit`; nobody asks for them
-    at any other time. Everything outside of the blocks is always there.
+    A block's parameters are in memory between :meth:`load` and :meth:`release` or :meth:`commit`; they are not used at
+    any other time. Everything outside of the blocks is always there.
 
     Attributes:
         model: the one module tree.
@@ -35,10 +35,10 @@ class BlockStore(Protocol):
         """Return a block with its parameters in memory, in the form it was committed in last."""
 
     def release(self, index: int) -> None:
-        """Let go of a block that was loaded; what was changed in it since then may be lost."""
+        """Release a block that was loaded; what was changed in it since then may be lost."""
 
     def commit(self, index: int) -> None:
-        """Keep what stands in a block's place now as its form, and let go of it."""
+        """Keep what stands in a block's place now as its form, and release it."""
 
     def adopt(self, index: int, file: Path) -> None:
         """Take the file of a block, committed by an earlier process, for its form.
@@ -67,7 +67,7 @@ class ResidentBlocks:
     """The blocks of a model that is in memory as a whole. Satisfies :class:`BlockStore`.
 
     Args:
-        model: changed in place by who changes a block.
+        model: changed in place by visits.
         anatomy: of it.
     """
 

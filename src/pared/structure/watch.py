@@ -22,7 +22,7 @@ class Watch:
         order: indices of the blocks as they ran.
         calls: how each was called.
         hidden: what each read, copied, if that is to be kept.
-        outputs: what each put out, copied likewise.
+        outputs: what each output, copied likewise.
     """
 
     def __init__(self, anatomy: Anatomy, keep: bool) -> None:
@@ -40,7 +40,7 @@ class Watch:
         self._alive: dict[tuple[int, ...], tuple[torch.Tensor, int]] = {}  # holds tensors: no address is used twice
         self._tensors = 0
         self._not_linear: dict[str, str] = {}
-        self._own: set[str] = set()  # layers of which the class does not tell everything: only a pass can prove them
+        self._own: set[str] = set()  # layers whose class does not say everything: only a pass can prove them
 
     def hooked(self, model: nn.Module, blocks: list[nn.Module]) -> Iterator[Any]:
         """Hook every block and every linear layer."""
@@ -170,7 +170,7 @@ class Watch:
         found: dict[str, Site] = {}
         for site in sorted(anatomy.layers, key=lambda site: (site.block, turns.get(site.name, len(turns)))):
             seen, times = tuple(self._reads.get(site.name, ())), max(runs[site.block], 1)
-            # One that runs again inside its block shares with nobody: a Gram must see every read once.
+            # One that runs again inside its block shares its input with none: a Gram must see every read once.
             leader = first.setdefault(seen, site.name) if len(seen) == times else site.name
             idle = not seen and site.name in self._own
             place = positions[site.parent]
