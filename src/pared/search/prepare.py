@@ -34,7 +34,7 @@ def prepare(
         spec: of a pruner or a low-rank method.
         windows: what is calibrated on.
         folder: of the search, where what was collected is kept.
-        progress: who watches.
+        progress: what reports progress.
 
     Raises:
         ParedError: a weight or a statistic is not finite, or no token reached any site.
