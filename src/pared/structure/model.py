@@ -244,7 +244,7 @@ def _find_stack(model: nn.Module, asked: str | None) -> tuple[str, dict[str, nn.
 
 
 def _language_model(model: nn.Module) -> str:
-    """Return the name of what the model itself says is its decoder, as with a vision tower or an encoder; "" if none."""
+    """Return the name of what the model itself says is its decoder, beside a vision tower or an encoder; "" if none."""
     get_decoder: Any = getattr(model, "get_decoder", None)
     decoder = get_decoder() if get_decoder is not None else None
     return next((name for name, module in model.named_modules() if module is decoder), "")
