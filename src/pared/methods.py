@@ -88,7 +88,7 @@ def _read(name: str, found: object) -> Method:
     if found.name != name:
         raise ValueError(f"it calls itself {found.name!r}; the two names must be one")
     if not (isinstance(found.config, type) and issubclass(found.config, Options)):
-        raise ValueError(f"expected a subclass of pared.schema.options.Options as config, found {found.config!r}")
+        raise ValueError(f"expected a subclass of pared.schema.options.Options as config, got {found.config!r}")
     if taken := [one.name for one in BUILTIN.values() if one.config is found.config]:
         raise ValueError(f"its options are those of method {taken[0]}; give it a type of its own, a subclass of them")
     return found

@@ -86,4 +86,4 @@ def _explain(config: type[Options], error: ValidationError) -> str:
         expected = f"one of {', '.join(map(str, get_args(field.annotation)))}"
     else:
         expected = field.description or first["msg"]
-    return f"option {name}: expected {expected}, found {found!r}"
+    return f"option {name}: expected {expected}, got {found!r}"

@@ -32,7 +32,7 @@ class Lora(Options):
             raise ValueError(f"it names layers by pattern, such as *.q_proj,*.v_proj; which factor is adapted is "
                              f"option factor: factor={targets}")  # fmt: skip
         if not patterns_of(targets):
-            raise ValueError(f"expected {ALL}, {PEFT} or patterns of layers with commas, found ''")
+            raise ValueError(f"expected {ALL}, {PEFT} or patterns of layers with commas, got ''")
         return targets
 
 
