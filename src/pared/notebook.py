@@ -51,7 +51,7 @@ def watcher_of(progress: Progress | bool | None, function: str) -> Progress:
     if progress is None or isinstance(progress, bool):
         return Bars() if progress or (progress is None and in_notebook()) else Silent()
     if not (hasattr(progress, "stage") and hasattr(progress, "note")):
-        raise ParedError(f"{function} takes who watches as progress, with stage() and note(), or whether bars are "
+        raise ParedError(f"{function} takes an object with stage() and note() as progress, or whether bars are "
                          f"shown (True, False); got a {type(progress).__name__}")  # fmt: skip
     return progress
 

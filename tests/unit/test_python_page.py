@@ -28,5 +28,5 @@ def test_every_example_of_the_page_runs(
         exec(example.replace("embedded:smollm2-135m", str(tmp_path / "tiny")), names)
     told = capsys.readouterr().out
     assert "self-check: reloaded" in told
-    assert "2 texts handed over in Python" in told
+    assert "2 texts passed in Python" in told
     assert {path.name for path in tmp_path.iterdir()} == {"tiny", "smaller", "better", "pivoted", "plain", "grams"}

@@ -203,7 +203,7 @@ CASES: list[tuple[list[str], int, str]] = [
             "search ./no --pruner wanda --sparsity 0.5 --out new": "no such folder",
             "search MODEL --pruner wand --sparsity 0.5 --out new": "did you mean 'wanda'?",
             "diagnose rank-groups ./no": "no such folder",
-            "diagnose rank-groups MODEL --method wanda": "here one of low rank is needed",
+            "diagnose rank-groups MODEL --method wanda": "a low-rank method is needed here",
         }.items()
     ),
     # What a recipe alone shows to be wrong, or the disk.
@@ -219,8 +219,8 @@ CASES: list[tuple[list[str], int, str]] = [
     ([*COMPRESS, "--keep", "0.8", "--sparsity", "0.5"], 2, "keep 0.8 and sparsity 0.5 are two budgets; give one"),
     ([*COMPRESS, "--keep", "0.8", "--rank-fraction", "0.3"], 2, "are two budgets; give one"),
     ([*COMPRESS, "--method", "wanda"], 2, "method wanda prunes: name a sparsity"),
-    ([*COMPRESS, "--method", "wanda", "--keep", "0.5"], 2, "method wanda knows no keep"),
-    ([*COMPRESS, "--method", "svd", "--sparsity", "0.5"], 2, "method svd knows no sparsity"),
+    ([*COMPRESS, "--method", "wanda", "--keep", "0.5"], 2, "method wanda does not take keep"),
+    ([*COMPRESS, "--method", "svd", "--sparsity", "0.5"], 2, "method svd does not take sparsity"),
     ([*COMPRESS, "--allocation", "los"], 2, "unknown allocation 'los'; did you mean 'loss'?"),
     ([*COMPRESS, "--sparsity", "0.5", "--allocation", "swift"], 2, "unknown allocation of zeros 'swift'"),
     ([*COMPRESS, "--option", "grup_size=2"], 2, "did you mean 'group_size'?"),

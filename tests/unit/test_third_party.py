@@ -257,7 +257,7 @@ def test_a_pruner_of_theirs_that_ranks_weights_can_be_searched_with(
         ("--method energetic-svd --keep 0.6 --option power=2", "option power: expected 0 to 1, the power of"),
         ("--method energetic-svd --keep 0.6 --option pwoer=1", "method energetic-svd has no option 'pwoer'; did you"),
         ("--method lottery --sparsity 0.5 --option rivals=all", "option rivals: expected one of matrix, row, got"),
-        ("--method lottery --keep 0.5", "method lottery knows no keep"),
+        ("--method lottery --keep 0.5", "method lottery does not take keep"),
         ("--method lotery --sparsity 0.5", "unknown method 'lotery'; did you mean 'lottery'?"),
         ("--method svd --allocation rmap", "unknown allocation 'rmap'; did you mean 'ramp'?"),
         ("--method svd --allocation ramp --allocation-option slope=1", "option slope: expected from 0 to below 1"),

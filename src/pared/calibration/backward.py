@@ -174,7 +174,7 @@ def _through_head(
             logits = getattr(call_model(model, tokens_T.unsqueeze(0), more), "logits", None)
             if logits is None:
                 raise ParedError(
-                    f"{type(model).__name__} puts out no logits, and gradients need a language-model or "
+                    f"{type(model).__name__} outputs no logits, and gradients need a language-model or "
                     "classification head; take a method that needs none: svd-llm, basis-sharing, wanda"
                 )
             mask = more.get("attention_mask")

@@ -269,7 +269,7 @@ def _require_finite(anatomy: Anatomy, index: int, statistics: BySite, running: _
     for site in anatomy.sites_of(index):
         for statistic in statistics.get(site.name, {}).values():
             if not statistic.finite():
-                what = "puts out" if statistic.of == "output" else "reads"
+                what = "outputs" if statistic.of == "output" else "reads"
                 raise ParedError(
                     f"site {site.name} {what} NaN or infinity; check the weights before it, or calibrate in float32"
                 )
@@ -285,5 +285,5 @@ def require_finite_hidden(anatomy: Anatomy, index: int, finite: bool) -> None:
     """Raise a ParedError that names the block if the hidden states it outputs are not finite."""
     if not finite:
         raise ParedError(
-            f"block {anatomy.block_name(index)} puts out NaN or infinity; check its weights, or calibrate in float32"
+            f"block {anatomy.block_name(index)} outputs NaN or infinity; check its weights, or calibrate in float32"
         )

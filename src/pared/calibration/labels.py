@@ -142,7 +142,7 @@ def choose_labels(
         return Given(given)
     if not model.can_generate():
         raise ParedError(
-            f"{type(model).__name__} is no causal language model, so the text holds no labels: calibrate on labelled "
+            f"{type(model).__name__} is not a causal language model, so a text has no labels: calibrate on labelled "
             "examples (glue:NAME:SPLIT, ner:NAME:SPLIT, file:PATH), or use labels sampled from its predictions"
         )
     return NextToken()
@@ -170,10 +170,10 @@ def logit_gradient(
         return _score_gradient(logits, window, tokens_T, labels)
     classes = logits.shape[-1]
     if classes < 2:
-        raise ParedError("the head puts out one logit, a regression; only classes have labels")
+        raise ParedError("the head outputs one logit, a regression; only classes have labels")
     p_RC = logits.detach().reshape(-1, classes).softmax(dim=-1, dtype=torch.float32)
     if not p_RC.sum().isfinite():
-        raise ParedError("the head puts out NaN or infinity; check its weights, or load the model in float32")
+        raise ParedError("the head outputs NaN or infinity; check its weights, or load the model in float32")
     if mask_T is not None:
         tokens_T = tokens_T.masked_fill(~mask_T, NONE)
     labels_R = labels(window, tokens_T, p_RC).to(p_RC.device)
@@ -195,11 +195,11 @@ def _score_gradient(logits: torch.Tensor, window: int, tokens_T: torch.Tensor, s
     """Return ``2 (z - y)``, the gradient of the squared error, zero where there is no score."""
     if logits.numel() != 1:
         raise ParedError(
-            f"the head puts out logits {tuple(logits.shape)} for a window; scores need a head that puts out one number"
+            f"the head outputs logits {tuple(logits.shape)} for a window; scores need a head that outputs one number"
         )
     z_11 = logits.detach().reshape(1, 1).float()
     if not z_11.isfinite().all():
-        raise ParedError("the head puts out NaN or infinity; check its weights, or load the model in float32")
+        raise ParedError("the head outputs NaN or infinity; check its weights, or load the model in float32")
     y_1 = scores(window, tokens_T, z_11).to(z_11.device)
     if len(y_1) != 1:
         raise ParedError(f"labels: window {window} has {len(y_1)}, the head predicts 1")

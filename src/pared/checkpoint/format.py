@@ -115,7 +115,7 @@ def module_type(kind: str) -> type[nn.Module]:
     except Exception as error:  # whatever a package does when it is imported
         raise ValueError(f"kind {brief(kind)}: package {package!r} cannot be imported ({error!r})") from error
     if not (isinstance(found, type) and issubclass(found, nn.Module) and hasattr(found, "entry")):
-        raise ValueError(f"kind {brief(kind)}: {entry.value} is no torch module with an entry()")
+        raise ValueError(f"kind {brief(kind)}: {entry.value} is not a torch module with an entry()")
     return found
 
 

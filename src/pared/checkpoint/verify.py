@@ -144,7 +144,7 @@ def require_tensors(folder: Path) -> int:
         if alias in stored and not torch.equal(stored[alias].read(), stored[owner].read()):
             raise ParedError(
                 f"{folder}: {alias} is stored and differs from {owner}, but the map says they are one; if that is "
-                "meant, call pared.checkpoint.mark on the model and save it anew, else fetch or make the folder again"
+                "meant, call pared.checkpoint.mark on the model and save it again, else fetch or make the folder again"
             )
     return sum(file.stat().st_size for file in files)
 

@@ -53,7 +53,7 @@ def _to_low_rank(folder: Path, out_folder: Path, pivot: bool, overwrite: bool, j
 
     after = store(folder, out_folder, pivot, overwrite)
     for what, old, new in (
-        ("covered parameters", before.plan.after.covered_parameters, after.plan.after.covered_parameters),
+        ("target parameters", before.plan.after.covered_parameters, after.plan.after.covered_parameters),
         ("whole-model parameters", before.plan.after.model_parameters, after.plan.after.model_parameters),
         ("bytes on disk", before.bytes_on_disk, after.bytes_on_disk),
     ):

@@ -37,7 +37,7 @@ def demo(
         if outcome is None:
             outcome = run(recipe, overwrite=folder is None, progress=ConsoleProgress())
         else:
-            out.print(f"reusing {place} of an earlier run; remove it to run anew")
+            out.print(f"reusing {place} of an earlier run; remove it to run again")
         print_manifest(outcome.manifest, str(place))
         write_json(json_file, {"folder": str(place), **outcome.manifest.model_dump(mode="json")})
         assert recipe.model is not None

@@ -38,7 +38,7 @@ def search(
     ray: Annotated[str | None, typer.Option(help="Measure on a Ray cluster: its address, auto, or local.")] = None,
     plot: Annotated[bool, typer.Option("--plot", help="Draw the best so far to trace.png.")] = False,
     against: Annotated[
-        str | None, typer.Option(help="Folder of another search, such as a random one, to draw beside.")
+        str | None, typer.Option(help="Folder of another search, such as a random one, to draw for comparison.")
     ] = None,
     folder: Annotated[Path | None, typer.Option("--out", help="The folder to make, or to resume in.")] = None,
     json_file: JsonFile = None,

@@ -54,7 +54,7 @@ def cut_examples(
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
         rows = [rows[index] for index in order]
     if samples is not None and samples > len(rows):
-        log.warning("%r has only %d of the %d examples asked for", examples.name, len(rows), samples)
+        log.warning("%r has only %d of the %d examples requested", examples.name, len(rows), samples)
     rows = rows[:samples]
     number_of = _scores(examples) if is_regression(config) else _class_numbers(examples, config)
     encoded = _encode(examples, rows, tokenizer, length)
@@ -151,7 +151,7 @@ def _scores(examples: Examples) -> Callable[[object], float]:
         if isinstance(label, (int, float)):
             return float(label)
         raise ParedError(
-            f"labelled examples {examples.name!r}: label {label!r} is no score, and this model predicts one number"
+            f"labelled examples {examples.name!r}: label {label!r} is not a score, and this model predicts one number"
         )
 
     return score_of

@@ -41,7 +41,7 @@ def data_file(file: str, what: str, instead: str | None = None) -> Path:
     if root is None:
         otherwise = f", or {instead}" if instead else ""
         raise ParedError(f"{what} is read from the folder that PARED_DATA names, and it names none; set it "
-                         f"(docs/evaluation.md tells what lies there){otherwise}")  # fmt: skip
+                         f"(docs/evaluation.md says what belongs there){otherwise}")  # fmt: skip
     path = root / file
     for found in (path, path.with_name(f"{path.name}.gz")):
         if found.is_file():

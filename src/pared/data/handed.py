@@ -39,7 +39,7 @@ def text_of(data: Any, tokenizer: "PreTrainedTokenizerBase | None", function: st
     )
     if not any(document.strip() for document in documents):
         raise ParedError(f"{function}: data has no text; got {len(documents)} empty rows")
-    return Text(NAME, documents, f"{len(documents):,} texts handed over in Python")
+    return Text(NAME, documents, f"{len(documents):,} texts passed in Python")
 
 
 def _rows(data: Any) -> Sequence[Any] | None:

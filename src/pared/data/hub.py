@@ -74,5 +74,5 @@ def unreadable(what: object, error: Exception) -> ParedError:
     """Return the error of data on the Hub that cannot be read."""
     return ParedError(
         f"{what}: cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:160]}); if this machine is "
-        "offline, name a folder of local copies in PARED_DATA (docs/evaluation.md tells what lies there)"
+        "offline, name a folder of local copies in PARED_DATA (docs/evaluation.md says what belongs there)"
     )

@@ -135,7 +135,7 @@ def cut(
         available = (len(ids) - length) // step + 1
         if windows is not None and windows > available:
             log.warning(
-                "text %r has only %d of the %d windows of %d tokens asked for",
+                "text %r has only %d of the %d windows of %d tokens requested",
                 text.name,
                 available,
                 windows,

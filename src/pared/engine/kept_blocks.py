@@ -69,7 +69,7 @@ class KeptBlocks(ResidentBlocks):
                 self._put(name, told, own)
         except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise ParedError(
-                f"{file} does not hold block {index} of this model ({error}); remove {self._run.folder} to begin anew"
+                f"{file} does not hold block {index} of this model ({error}); remove {self._run.folder} to start over"
             ) from None
         self.files[index] = file
 

@@ -432,7 +432,7 @@ def collect(
     require_statistics(names)
     gradients = any(statistic_kind(name).backward for name in names)
     if gradients and (apart := sorted(name for name in names if statistic_kind(name).of == "output")):
-        raise ParedError(f"statistic {apart[0]} is of what sites put out; collect it apart from gradients")
+        raise ParedError(f"statistic {apart[0]} is of what sites output; collect it apart from gradients")
     if gradients and not isinstance(spec.config, GradientOptions):
         having = [name for name, method in METHODS.available().items() if issubclass(method.config, GradientOptions)]
         raise ParedError(

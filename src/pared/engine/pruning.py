@@ -86,7 +86,7 @@ class SparseWork:
         result.fallbacks |= self._fallbacks
         found = [1 - site.after / site.before for site in sites]
         yield (
-            f"sparsity {1 - result.plan.achieved_keep:.4f} of the covered weights, {min(found):.3f} to "
+            f"sparsity {1 - result.plan.achieved_keep:.4f} of the target weights, {min(found):.3f} to "
             f"{max(found):.3f} a site"
         )
 

@@ -56,7 +56,7 @@ def remarks(plan: Plan, fallbacks: Mapping[str, str]) -> Iterator[str]:
     if plan.uncovered:
         first = plan.uncovered[0]
         yield (
-            f"not covered: {len(plan.uncovered)} weights, {plan.uncovered_share:.1%} of the parameters inside the "
+            f"not targeted: {len(plan.uncovered)} weights, {plan.uncovered_share:.1%} of the parameters inside the "
             f"blocks, the first is {first.name} {first.shape} ({first.reason})"
         )
     dense = [site for site in plan.sites if isinstance(site.decision, Dense)]

@@ -175,7 +175,7 @@ class CompressionRun:
             raise ParedError(f"{path} {is_now}; {self._advice()}")
 
     def _advice(self) -> str:
-        return f"restore it, or remove {self.folder} to begin anew"
+        return f"restore it, or remove {self.folder} to start over"
 
 
 def _apart(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:

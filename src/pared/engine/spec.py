@@ -61,7 +61,7 @@ class PassSpec:
             return "allocate"
         how = "no data" if self.runs == "nothing" else self.runs
         behind = ", behind the compressed blocks" if self.hand_on == "compressed" else ""
-        beside = ", the dense model beside" if self.reference else ""
+        beside = ", with the dense model as reference" if self.reference else ""
         verb = "solve and install" if self.action == "solve" and self.installs else self.action
         return f"{verb} ({how}{behind}{beside})"
 
@@ -302,7 +302,7 @@ def resolve_low_rank(recipe: Recipe) -> LowRankSpec:
     """
     method = method_of(recipe)
     if not isinstance(method, LowRankMethod):
-        raise ParedError(f"method {method.name} prunes; here one of low rank is needed: "
+        raise ParedError(f"method {method.name} prunes; a low-rank method is needed here: "
                          f"{', '.join(methods_of('low_rank'))}")  # fmt: skip
     return _resolve_low_rank(recipe, method)
 
@@ -386,7 +386,7 @@ def _refuse_fields(recipe: Recipe, names: tuple[str, ...], hint: str) -> None:
     """Refuse what a recipe sets and its method does not read."""
     for name in names:
         if (value := getattr(recipe, name)) != Recipe.model_fields[name].default:
-            raise ParedError(f"method {recipe.method} knows no {name} (got {value!r}); {hint}")
+            raise ParedError(f"method {recipe.method} does not take {name} (got {value!r}); {hint}")
 
 
 def _allocation_name(recipe: Recipe, method: Method) -> str:

@@ -73,7 +73,7 @@ def trial_windows(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", config: 
         return windows
     apart = 0 if asked.samples is None else len(windows.tokens) - asked.samples
     if apart < 1:
-        log.warning("text %r has no windows beside the calibration windows: trials use the last of those", windows.text)
+        log.warning("text %r has no windows but the calibration windows: trials use the last of those", windows.text)
     last = slice(-(apart if apart > 0 else TRIAL_WINDOWS), None)
     tokens = windows.tokens[last]
     return replace(windows, tokens=tokens, digest=digest_of(tokens), spans=windows.spans[last])

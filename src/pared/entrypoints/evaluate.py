@@ -276,7 +276,7 @@ class _Evaluation:
             ParedError: whatever is wrong with any, before the model is loaded.
         """
         if not is_causal(self.source.config().architectures or []):
-            raise ParedError(f"{self.model} is no causal language model, and does none of these tasks; see --fine-tune")
+            raise ParedError(f"{self.model} is not a causal language model, which these tasks need; see --fine-tune")
         chosen = [name for name in names if name in CHOICES]
         if chosen and sampling != Sampling() and len(chosen) == len(names):
             raise ParedError(f"--samples and --temperature are of answers that are written; {', '.join(chosen)} choose")

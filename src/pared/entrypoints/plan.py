@@ -35,7 +35,7 @@ class Planned:
             rows.append((site.name, f"{site.out_features} x {site.in_features}", told, f"{site.after:,}"))
         for weight in self.plan.uncovered:
             shape = " x ".join(map(str, weight.shape))
-            rows.append((weight.name, shape, f"not covered: {weight.reason}", f"{weight.parameters:,}"))
+            rows.append((weight.name, shape, f"not targeted: {weight.reason}", f"{weight.parameters:,}"))
         columns = ("site", "out x in", "decision", "parameters")
         yield Table("", columns, rows, self.stacks, align="lrlr", faint_from=len(self.plan.sites))
         recipe = self.spec.recipe

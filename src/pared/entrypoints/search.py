@@ -144,7 +144,7 @@ def search(
     spec = require_searchable(recipe)
     require_place(out)
     if not is_causal([type(model).__name__]):
-        raise ParedError(f"{type(model).__name__} is not a causal language model; candidates are told by perplexity")
+        raise ParedError(f"{type(model).__name__} is not a causal language model; candidates need a perplexity")
     windows, full = _windows(model, tokenizer, recipe, config)
     config = config.model_copy(update={"length": full.tokens.shape[1]})
     steps = in_steps(first(full, config.windows), config.halving)
@@ -242,7 +242,7 @@ def _windows(
     if len(full.tokens) < least:
         raise ParedError(
             f"text {text.name!r} has {len(full.tokens)} windows of {full.tokens.shape[1]} tokens, fewer than the "
-            f"{least} asked for; take fewer or shorter windows, or a longer text"
+            f"{least} requested; take fewer or shorter windows, or a longer text"
         )
     return windows, full
 

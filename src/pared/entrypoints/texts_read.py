@@ -113,6 +113,6 @@ def _overlap(measured: Windows | None, calibrated: Windows | None, progress: Pro
     if seen >= WORTH_SAYING:
         progress.note(
             f"{seen:.0%} of what perplexity is measured on ({measured.text!r}) is calibrated on ({calibrated.text!r}): "
-            "it tells nothing of text the model has not seen; name another with --eval TEXT"
+            "it says nothing about text the model has not seen; name another with --eval TEXT"
         )
     return seen

@@ -331,7 +331,7 @@ class _Job:
         share = overlap(windows, [*calibrated, *examples.described], [row["input_ids"] for row in examples.train])
         if share >= WORTH_SAYING:
             self.progress.note(f"{share:.0%} of what perplexity is measured on ({windows.text!r}) was trained or "
-                               "calibrated on: it tells nothing of text the model has not seen")  # fmt: skip
+                               "calibrated on: it says nothing about text the model has not seen")  # fmt: skip
         return share
 
     def with_length(self) -> TrainingConfig:

@@ -94,7 +94,7 @@ def _require_finite(logits: torch.Tensor, rows: torch.Tensor, windows: Windows) 
     broken = ~logits.flatten(1).isfinite().all(dim=1).cpu()
     if bool(broken.any()):
         row = int(rows[broken][0]) + 1
-        raise ParedError(f"the model puts out NaN or infinity for example {row} of {windows.text!r}; check its "
+        raise ParedError(f"the model outputs NaN or infinity for example {row} of {windows.text!r}; check its "
                          "weights, or train it more slowly")  # fmt: skip
 
 

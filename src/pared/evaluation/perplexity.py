@@ -181,4 +181,4 @@ def first_non_finite(model: PreTrainedModel, ids_1T: torch.Tensor) -> str:
     finally:
         for handle in handles:
             handle.remove()
-    return f"{found[0]} is the first to put out NaN or infinity" if found else "the logits overflow"
+    return f"{found[0]} is the first to output NaN or infinity" if found else "the logits overflow"

@@ -184,7 +184,7 @@ def require_permission(task: Task, run_code: bool) -> None:
     if task.runs and not run_code:
         raise ParedError(
             f"task {task.name} runs programs that the model writes; allow it with --allow-code-execution, best inside "
-            "a container: the limits here are no security boundary"
+            "a container: the limits here are not a security boundary"
         )
 
 

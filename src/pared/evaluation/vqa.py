@@ -96,7 +96,7 @@ def processor_of(name: str) -> ProcessorMixin:
     except Exception as error:  # many kinds
         raise ParedError(f"model {name!r} has no readable processor of images ({first_line(error)})") from None
     if getattr(found, "image_processor", None) is None:
-        raise ParedError(f"model {name!r} sees no images: it has no image processor, only a tokenizer")
+        raise ParedError(f"model {name!r} is not a vision-language model: it has no image processor, only a tokenizer")
     return found
 
 

@@ -180,7 +180,7 @@ def _require_bounded(root: Any) -> None:
         if id(node) in sizes:
             return sizes[id(node)]
         if id(node) in above:
-            raise ValueError("an alias stands inside of what it names")
+            raise ValueError("an alias is nested in what it names")
         if depth > MOST_DEPTH:
             raise RecursionError
         if node.id == "scalar":

@@ -46,7 +46,7 @@ class Journal:
         what: str = "journal",
         of: str = "a run",
         busy: str | None = None,
-        advice: str = "resume it with the same settings, or remove the file to begin anew",
+        advice: str = "resume it with the same settings, or remove the file to start over",
         headed: bool = True,
     ) -> None:
         """Open a journal, or begin one; a last line that is torn is cut off.
@@ -246,7 +246,7 @@ def _read(content: bytes, path: Path, what: str, of: str, mark: str) -> tuple[li
         one = opened(line, check)
         if one is None:
             raise ParedError(f"{what} {path}, line {number}: not a line of {of}, or its checksum is wrong; the file is "
-                             "damaged: restore it, or remove it to begin anew")  # fmt: skip
+                             "damaged: restore it, or remove it to start over")  # fmt: skip
         fields, check = one
         found.append(fields)
         size += len(line) + 1

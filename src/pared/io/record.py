@@ -155,7 +155,7 @@ def require_whole(folder: Path, files: Mapping[str, str]) -> None:
     """
     listed = _list_of(folder)
     take_over = f"take it over with: pared verify {folder} --record" if listed == MANIFEST else (
-        f"remove {SUMS}, or list the file there anew, as sha256sum does")  # fmt: skip
+        f"remove {SUMS}, or list the file there again, as sha256sum does")  # fmt: skip
 
     def found(name: str) -> str:
         path = folder / name

@@ -82,7 +82,7 @@ class RunDirectory:
                 if not resume and folder.exists():
                     with folder_alone(folder, busy):
                         if any(folder.iterdir()):
-                            log.warning("%s, left by a run that did not end, was removed: this one begins anew", folder)
+                            log.warning("%s, left by a run that did not end, was removed: this one starts over", folder)
                         discard(folder, out.absolute())
                 stack.enter_context(folder_alone(folder, busy))
                 resumed = _take_up(folder, fingerprint)
@@ -178,7 +178,7 @@ def _take_up(folder: Path, fingerprint: Mapping[str, Any]) -> bool:
                 raise ParedError(f"settings {settings}: not a JSON object")
         except ParedError as error:
             raise ParedError(f"{folder} holds an unfinished run, and it is damaged: {error}; restore that file, or "
-                             f"remove {folder} to begin anew") from None  # fmt: skip
+                             f"remove {folder} to start over") from None  # fmt: skip
         require_same(found, fingerprint, f"{folder} holds an unfinished run with other settings", _anew(folder))
         return True
     if found := [path.name for path in folder.iterdir() if path.name != JOURNAL]:
@@ -191,7 +191,7 @@ def _take_up(folder: Path, fingerprint: Mapping[str, Any]) -> bool:
 
 
 def _anew(folder: Path) -> str:
-    return f"resume with the same settings, name another output, or remove {folder} to begin anew"
+    return f"resume with the same settings, name another output, or remove {folder} to start over"
 
 
 def _full(path: Path, needed: int, free: int) -> str:

@@ -98,7 +98,7 @@ def require_files_for(skeleton: "nn.Module", entries: dict[str, dict[str, Any]],
         needed += entry.get("stored", entry.get("rank", 0) * (width + out)) - width * out
     if needed > max(NUMBERS_UNASKED, NUMBERS_A_BYTE * stored):
         raise DamagedError(
-            f"model {name!r}: config.json describes {needed:,} numbers, and the {stored:,} bytes of its files cannot "
+            f"model {name!r}: config.json describes {needed:,} parameters; the {stored:,} bytes of its files cannot "
             "hold them",
             "fetch it again",
         )

@@ -182,8 +182,8 @@ def _measured_on(manifest: Manifest) -> str:
         on = manifest.evaluation
         lines.append(f"Perplexity: {on['windows']} windows of {on['length']} tokens of {on['text']} ({on['origin']}).")
         if share := learned_from(manifest):
-            lines.append(f"**{share:.0%} of this text was calibrated or trained on**: the perplexity tells nothing of "
-                         "text the model has not seen.")  # fmt: skip
+            lines.append(f"**{share:.0%} of this text was calibrated or trained on**: the perplexity says nothing "
+                         "about text the model has not seen.")  # fmt: skip
     if read := manifest.calibration:
         lines.append(
             f"Calibrated on {read['windows']} windows of {read['length']} tokens of {read['text']} ({read['origin']})."
@@ -191,13 +191,13 @@ def _measured_on(manifest: Manifest) -> str:
     if any(on["stand_in"] for on in (manifest.evaluation, manifest.calibration) if on is not None):
         lines.append("This text only stands in for a real corpus; do not compare the figures with published ones.")
     if manifest.converted:
-        lines.append(f"Stored anew as {manifest.converted} by `pared convert`, up to rounding the same weights; what "
+        lines.append(f"Converted to {manifest.converted} by `pared convert`, up to rounding the same weights; what "
                      "was measured was measured before.")  # fmt: skip
     if missed := manifest.plan.missed:
         lines.append(f"{missed[0].upper()}{missed[1:]}.")
     if manifest.plan.uncovered:
         lines.append(
-            f"Not covered: {len(manifest.plan.uncovered)} weights inside the blocks "
+            f"Not targeted: {len(manifest.plan.uncovered)} weights inside the blocks "
             f"({manifest.plan.uncovered_share:.1%} of their parameters), the first is "
             f"`{manifest.plan.uncovered[0].name}` ({manifest.plan.uncovered[0].reason}); `pared.json` lists them."
         )

@@ -33,7 +33,7 @@ def trained_lines(manifest: "Manifest", folder: str) -> list[str]:
     """Return in lines what the last training of a folder changed, and where it lies."""
     training, before, after = manifest.training[-1], manifest.plan.before, manifest.plan.after
     return [
-        f"covered parameters {before.covered_parameters:,} -> {after.covered_parameters:,} "
+        f"target parameters {before.covered_parameters:,} -> {after.covered_parameters:,} "
         f"({manifest.plan.achieved_keep:.1%}), whole model {before.model_parameters:,} -> {after.model_parameters:,}, "
         f"bytes on disk {manifest.bytes_on_disk:,}",
         *training_lines(training),

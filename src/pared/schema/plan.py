@@ -292,7 +292,7 @@ class Plan(Shown, Strict):
             kinds = {type(site.decision) for site in self.sites}
             why += [told for kind, told in ROUNDED.items() if kind in kinds]
         share = self.shortfall / self.before.covered_parameters
-        return (f"the budget is missed by {self.shortfall:,} parameters, {share:.2%} of those covered"
+        return (f"the budget is missed by {self.shortfall:,} parameters, {share:.2%} of the target modules'"
                 f"{': ' + ', and '.join(why) if why else ''}")  # fmt: skip
 
     def sizes(self, bytes_before: int | None = None, bytes_after: int | None = None) -> list[Row]:
@@ -304,7 +304,7 @@ class Plan(Shown, Strict):
         """
         before, after = self.before, self.after
         compared = {
-            "covered parameters": (before.covered_parameters, after.covered_parameters),
+            "target parameters": (before.covered_parameters, after.covered_parameters),
             "whole-model parameters": (before.model_parameters, after.model_parameters),
             "bytes on disk": (
                 before.bytes_on_disk if bytes_before is None else bytes_before,
@@ -322,7 +322,7 @@ class Plan(Shown, Strict):
         """Return the sizes, and below them what is decided, for every kind of layer."""
         kinds = self.kinds()
         more = [f"      and {len(kinds) - SHOWN:,} more" for _ in kinds[SHOWN : SHOWN + 1]]
-        left = f"not covered: {len(self.uncovered):,} weights, {self.uncovered_share:.1%} of those inside the blocks"
+        left = f"not targeted: {len(self.uncovered):,} weights, {self.uncovered_share:.1%} of those inside the blocks"
         lines = [*kinds[:SHOWN], *more, *([left] if self.uncovered else []), *([self.missed] if self.missed else [])]
         return Table.comparison(f"plan, keep {self.keep:g}", self.sizes(), lines)
 

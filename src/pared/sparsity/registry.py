@@ -164,7 +164,7 @@ METHODS: dict[str, PruningMethod] = {
         PruningMethod(
             name="sparsegpt",
             paper="Frantar and Alistarh, ICML 2023 (arXiv 2301.00774)",
-            summary="what hurts the layer's output least goes, input by input, and later weights make up for it",
+            summary="what hurts the layer's output least goes, input by input, and later weights compensate",
             config=SparseGpt,
             solve=deferred("pared.sparsity.rules:by_sparsegpt"),
             requires=gram,

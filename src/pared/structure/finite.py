@@ -30,8 +30,7 @@ def require_finite(model: nn.Module, name: str, prefix: str = "") -> None:
             continue
         wrong = int((~values.float().isfinite()).sum())
         raise DamagedError(
-            f"model {name!r}: {tensor} holds NaN or infinity in {wrong:,} of {values.numel():,} numbers, as "
+            f"model {name!r}: {tensor} holds NaN or infinity in {wrong:,} of {values.numel():,} values, as "
             f"{values.dtype}",
-            "the checkpoint is damaged: fetch it again; or its numbers are too large for that dtype: load it in "
-            "float32",
+            "the checkpoint is damaged: fetch it again; or its values are too large for that dtype: load it in float32",
         )

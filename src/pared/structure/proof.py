@@ -79,7 +79,7 @@ def fault_of_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     if len(args) != 1 or kwargs or not isinstance(args[0], torch.Tensor):
         return "it is not called with its input alone"
     if not isinstance(output, torch.Tensor):
-        return f"it puts out a {type(output).__name__}, not a tensor"
+        return f"it outputs a {type(output).__name__}, not a tensor"
     x, bias = args[0].detach(), bias_of(module)
     weight = weight_of(module).detach()
     if x.ndim == 0 or x.shape[-1] != weight.shape[1] or x.dtype != weight.dtype:
@@ -91,7 +91,7 @@ def fault_of_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         return None
     if output.shape != expected.shape or output.dtype != expected.dtype:
         found, told = (f"{tuple(tensor.shape)} in {tensor.dtype}" for tensor in (output, expected))
-        return f"it puts out {found}, not {told}"
+        return f"it outputs {found}, not {told}"
     if not bool(expected.isfinite().all()):
         return None  # its input is not finite: whatever made that is to blame
     if x.dtype in (torch.float16, torch.bfloat16):

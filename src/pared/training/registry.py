@@ -40,7 +40,7 @@ METHODS: dict[str, TuningMethod] = {
         TuningMethod(
             name="basel",
             paper="Li et al., TMLR 2025, arXiv 2405.15877; importance bsi: arXiv 2605.01627",
-            summary="a dense model made smaller for a task: bases weighed anew on it, the useless ones dropped",
+            summary="a dense model made smaller for a task: importance of bases relearned, the useless ones dropped",
             stages=deferred("pared.training.basel.method:stages"),
             learning_rate=2e-5,
             config=Basel,

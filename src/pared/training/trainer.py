@@ -149,7 +149,7 @@ def put_back(prepared: Prepared, state: Mapping[str, torch.Tensor], where: str) 
     """
     here = _changing(prepared)
     if state.keys() != here.keys() or any(state[name].shape != here[name].shape for name in here):
-        raise ParedError(f"{where} holds the state of another model; remove it to begin anew")
+        raise ParedError(f"{where} holds the state of another model; remove it to start over")
     for name, tensor in here.items():
         fill(tensor, state[name])
 

@@ -484,10 +484,10 @@ def test_an_infinite_gradient_is_refused_by_its_site() -> None:
 def test_hidden_states_and_logits_that_are_not_finite_are_refused_where_they_are() -> None:
     model = TINY_MODELS["llama"]()
     model.model.norm.weight.data[0] = math.nan
-    with pytest.raises(ParedError, match="the head puts out NaN or infinity"):
+    with pytest.raises(ParedError, match="the head outputs NaN or infinity"):
         collected(model, Sampled(0))
     model.model.layers[1].mlp.down_proj.weight.data[0] = math.inf
-    with pytest.raises(ParedError, match=r"block model\.layers\.1 puts out NaN or infinity"):
+    with pytest.raises(ParedError, match=r"block model\.layers\.1 outputs NaN or infinity"):
         collected(model, Sampled(0))
     assert all("forward" not in module.__dict__ for module in model.modules())
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -495,7 +495,7 @@ def test_hidden_states_and_logits_that_are_not_finite_are_refused_where_they_are
 
 def test_losses_that_do_not_fit_the_model_are_refused() -> None:
     bert, llama = TINY_MODELS["bert"](), TINY_MODELS["llama"]()
-    with pytest.raises(ParedError, match="BertForSequenceClassification is no causal language model"):
+    with pytest.raises(ParedError, match="BertForSequenceClassification is not a causal language model"):
         choose_labels(bert, "labels", 0)
     with pytest.raises(ParedError, match="window 3 has none; 3 were given"):
         collected(bert, Given(torch.zeros(3, dtype=torch.long)))
@@ -503,7 +503,7 @@ def test_losses_that_do_not_fit_the_model_are_refused() -> None:
         collected(bert, Given(tokens()))
     with pytest.raises(ParedError, match="window 2 has label 3, the head has 3 classes"):
         collected(bert, Given(torch.arange(WINDOWS) + 1))
-    with pytest.raises(ParedError, match="LlamaModel puts out no logits"):
+    with pytest.raises(ParedError, match="LlamaModel outputs no logits"):
         collected(llama.model, Sampled(0))
     bert.config.problem_type = "regression"
     with pytest.raises(ParedError, match="gradients of a regression head of 3 outputs are not supported"):
@@ -516,7 +516,7 @@ def test_losses_that_do_not_fit_the_model_are_refused() -> None:
     with pytest.raises(ParedError, match="predicts a score, and the text holds none"):
         choose_labels(one, "labels", 0)
     bert.config.problem_type = None
-    with pytest.raises(ParedError, match="scores need a head that puts out one number"):
+    with pytest.raises(ParedError, match="scores need a head that outputs one number"):
         collected(bert, Scores(torch.zeros(WINDOWS)))
     with pytest.raises(ParedError, match="window 3 has none; 3 were given"):
         collected(one.eval(), Scores(torch.zeros(3)))

@@ -105,7 +105,7 @@ def test_a_folder_without_statistics_is_named(tmp_path: Path) -> None:
         ("fwsvd", {"fisher:two"}, "unknown statistic 'fisher:two'"),
         ("fwsvd", {"gram:2"}, "unknown statistic 'gram:2'"),
         ("fwsvd", {"cross"}, "unknown statistic 'cross'"),
-        ("fwsvd", {"fisher", "output_gram"}, "output_gram is of what sites put out; collect it apart"),
+        ("fwsvd", {"fisher", "output_gram"}, "output_gram is of what sites output; collect it apart"),
         ("svd-llm", set(), "expected a set of names"),
         ("svd-llm", "gram", "expected a set of names, got 'gram'"),
     ],

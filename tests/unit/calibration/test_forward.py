@@ -284,7 +284,7 @@ def test_a_damaged_norm_is_refused_by_the_site_that_reads_it() -> None:
         walked(model)
 
 
-@pytest.mark.parametrize(("needs", "told"), [(only_gram, "down_proj reads"), (both_grams, "up_proj puts out")])
+@pytest.mark.parametrize(("needs", "told"), [(only_gram, "down_proj reads"), (both_grams, "up_proj outputs")])
 def test_an_activation_that_overflows_is_refused_by_its_site(needs: Any, told: str) -> None:
     model = TINY_MODELS["llama"]()
     model.model.layers[1].mlp.up_proj.weight.data.mul_(1e5)
@@ -297,7 +297,7 @@ def test_an_activation_that_overflows_is_refused_by_its_site(needs: Any, told: s
 def test_hidden_states_that_overflow_are_refused_by_their_block(block: int) -> None:
     model = TINY_MODELS["llama"]()
     model.model.layers[block].mlp.down_proj.weight.data.mul_(1e7)
-    with pytest.raises(ParedError, match=rf"block model\.layers\.{block} puts out NaN or infinity"):
+    with pytest.raises(ParedError, match=rf"block model\.layers\.{block} outputs NaN or infinity"):
         walked(model, torch.float16, needs=only_gram)
 
 

@@ -134,7 +134,7 @@ def test_a_package_that_adds_no_module_or_cannot_be_imported_is_named(
     install(place, "broken", "raise OSError('no')", {"pared.modules": {"x": "broken:X"}})
     sides = {"in_features": 4, "out_features": 4}
     with installed(place, monkeypatch):
-        with pytest.raises(ValueError, match="'none:x': none:X is no torch module"):
+        with pytest.raises(ValueError, match="'none:x': none:X is not a torch module"):
             ParedConfig(modules={"a": {"kind": "none:x", **sides}})
         with pytest.raises(ValueError, match="package 'broken' cannot be imported"):
             ParedConfig(modules={"a": {"kind": "broken:x", **sides}})

@@ -430,7 +430,7 @@ def test_weights_that_are_no_numbers_do_not_pass(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     record(folder)
     for read in (pared.verify, pared.load):
-        with pytest.raises(ParedError, match=r"model\.norm\.weight holds NaN or infinity in 1 of 32 numbers"):
+        with pytest.raises(ParedError, match=r"model\.norm\.weight holds NaN or infinity in 1 of 32 values"):
             read(folder)
 
 

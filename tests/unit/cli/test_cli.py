@@ -67,7 +67,7 @@ def compressed(dense: Path, text: Path, tmp_path_factory: pytest.TempPathFactory
     out = tmp_path_factory.mktemp("out") / "small"
     code, told, err = compress(dense, text, out, "--json", out.parent / "result.json")
     assert code == 0, err
-    sizes = ("covered parameters", "whole-model parameters", "bytes on disk")
+    sizes = ("target parameters", "whole-model parameters", "bytes on disk")
     for word in (*sizes, "perplexity", "seconds", "peak memory", "svd-llm"):
         assert word in told
     return out
@@ -250,7 +250,7 @@ def test_ctrl_c_leaves_no_partial_folder(
 def test_skipped_sites_stay_dense_and_are_reported(dense: Path, text: Path, tmp_path: Path) -> None:
     code, _, err = compress(dense, text, tmp_path / "out", "--skip", "*.layers.0.*")
     assert code == 0, err
-    assert "not covered: 7 weights" in err
+    assert "not targeted: 7 weights" in err
     names = load_file(tmp_path / "out" / "model.safetensors").keys()
     assert "model.layers.0.self_attn.q_proj.weight" in names
     assert "model.layers.1.self_attn.q_proj.up.weight" in names

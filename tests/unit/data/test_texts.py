@@ -332,7 +332,7 @@ def test_fewer_windows_than_asked_is_a_warning(caplog: pytest.LogCaptureFixture)
     found = cut(numbers(50), TOKENIZER, 7, 100)
     assert found.tokens.shape == (7, 7)
     assert [record.getMessage() for record in caplog.records] == [
-        "text 'numbers' has only 7 of the 100 windows of 7 tokens asked for"
+        "text 'numbers' has only 7 of the 100 windows of 7 tokens requested"
     ]
     assert caplog.records[0].levelname == "WARNING"
 

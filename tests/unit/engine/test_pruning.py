@@ -250,10 +250,10 @@ def test_a_whole_job_writes_a_checked_folder(
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
-        ({"method": "wanda", "keep": 0.5}, "knows no keep"),
+        ({"method": "wanda", "keep": 0.5}, "does not take keep"),
         ({"method": "wanda"}, "name a sparsity"),
-        ({"method": "svd-llm", "sparsity": 0.5}, "svd-llm knows no sparsity"),
-        ({"method": "wanda", "sparsity": 0.5, "refit": "update"}, "knows no refit"),
+        ({"method": "svd-llm", "sparsity": 0.5}, "svd-llm does not take sparsity"),
+        ({"method": "wanda", "sparsity": 0.5, "refit": "update"}, "does not take refit"),
         ({"method": "wanda", "pattern": "5:4"}, "pattern 5:4"),
         ({"method": "wanda", "sparsity": 0.5, "allocation": "owk"}, "unknown allocation of zeros 'owk'; .*owl"),
         ({"method": "wanda", "sparsity": 0.5, "allocation": "owl", "allocation_options": {"m": 3}}, "no option 'm'"),

@@ -156,7 +156,7 @@ def test_results_are_shown_as_tables_of_80_columns_and_in_html(
     place: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     results = shown(place, tokenizer)
-    expected = {"plan": "covered parameters", "compressed": "not saved yet", "perplexity": "predicted tokens"}
+    expected = {"plan": "target parameters", "compressed": "not saved yet", "perplexity": "predicted tokens"}
     results["saved"] = results["compressed"].save(tmp_path / "made")
     expected["compressed"] = expected["saved"] = "self-check: reloaded"
     for name, result in results.items():

@@ -47,7 +47,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "a method": (lambda m, t: (m, t, "svd"), r"takes a Recipe, got 'svd'; such as Recipe\(method='svd'\)"),
     "a misspelt mapping": (lambda m, t: (m, t, {"kep": 0.5}), "unknown key 'kep'; did you mean 'keep'"),
     "a device": (lambda m, t: (m, t, pared.Recipe(method="svd", device="gpu")), "device 'gpu' cannot be used"),
-    "progress": (lambda m, t: (m, t, SVD_LLM, print), "takes who watches as progress"),
+    "progress": (lambda m, t: (m, t, SVD_LLM, print), "takes an object .* as progress"),
     "windows": (lambda m, t: (m, t, SVD_LLM, None, torch.zeros(2, 8)), "windows as .* got a Tensor"),
 }
 

@@ -139,7 +139,7 @@ def test_texts_are_calibrated_on_in_every_form_they_come_in(
         assert all(torch.equal(value, other[name]) for name, value in found[0].items())
     told = pared.compress(TINY_MODELS["llama"](), tokenizer, **SMALL, data=rows)
     assert told.calibration is not None
-    assert (told.calibration["text"], told.calibration["origin"]) == ("python:data", "2 texts handed over in Python")
+    assert (told.calibration["text"], told.calibration["origin"]) == ("python:data", "2 texts passed in Python")
     assert told.recipe.calibration.text == "python:data"
 
 
@@ -166,7 +166,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a percentage": ({"keep": 80}, "did you mean 0.8"),
     "two budgets": ({"keep": 0.5, "sparsity": 0.5}, "two budgets"),
     "a misspelt method": ({"method": "svd-lm"}, "did you mean 'svd-llm'"),
-    "nobody who watches": ({**SMALL, "progress": 3}, "takes who watches as progress.*got a int"),
+    "nobody who watches": ({**SMALL, "progress": 3}, "takes an object .* as progress.*got a int"),
 }  # fmt: skip
 
 

@@ -45,7 +45,7 @@ def pivoted(two: Path) -> Path:
     out = two.parent / "pivoted"
     code, told, err = command("convert", two, "--pivot", "--out", out, "--json", two.parent / "converted.json")
     assert code == 0, err
-    for word in ("covered parameters", "whole-model parameters", "bytes on disk", "self-check", str(out)):
+    for word in ("target parameters", "whole-model parameters", "bytes on disk", "self-check", str(out)):
         assert word in told
     return out
 
@@ -81,7 +81,7 @@ def test_the_manifest_tells_the_new_storage_and_keeps_the_recipe(two: Path, pivo
     assert sum(p.numel() for p in model.parameters()) == after.plan.after.model_parameters
     told = json.loads((two.parent / "converted.json").read_text())
     assert told["converted"] == after.converted == "pivots and coefficients"
-    assert "Stored anew as pivots and coefficients" in (pivoted / "README.md").read_text()
+    assert "Converted to pivots and coefficients" in (pivoted / "README.md").read_text()
 
 
 def test_no_pivot_gives_two_factors_back(two: Path, pivoted: Path, tmp_path: Path) -> None:

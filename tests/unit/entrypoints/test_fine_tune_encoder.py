@@ -135,7 +135,7 @@ def test_an_encoder_with_weights_missing_is_refused(encoder: Path, tmp_path: Pat
 
 
 def test_predictions_that_are_no_numbers_are_no_score(encoder: Path) -> None:
-    with pytest.raises(ParedError, match=r"puts out NaN or infinity for example \d+ of 'glue:stsb:dev'"):
+    with pytest.raises(ParedError, match=r"outputs NaN or infinity for example \d+ of 'glue:stsb:dev'"):
         fine_tuned_score(str(encoder), examples_of("glue:stsb"), FineTuning(epochs=1, learning_rate=1e9))
 
 

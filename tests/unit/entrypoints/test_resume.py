@@ -206,7 +206,7 @@ def test_without_resume_a_killed_run_begins_anew_and_with_it_there_need_be_none(
     recipe = recipe_of("sparsegpt", place, tmp_path / "out")
     assert killed_after(2, recipe)
     pared.run(recipe)
-    assert "this one begins anew" in caplog.text
+    assert "this one starts over" in caplog.text
     require_same(tmp_path / "out", whole("sparsegpt"))
     pared.run(recipe, overwrite=True, resume=True)
     require_same(tmp_path / "out", whole("sparsegpt"))

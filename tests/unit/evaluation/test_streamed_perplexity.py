@@ -47,7 +47,7 @@ def test_a_loss_that_is_no_number_names_the_window_and_the_module(
         model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
     model.save_pretrained(tmp_path)
     store = open_streamed(find_model(str(tmp_path)))
-    with pytest.raises(ParedError, match=r"window 0 of .*; model.layers.1.mlp.down_proj is the first to put out NaN"):
+    with pytest.raises(ParedError, match=r"window 0 of .*; model.layers.1.mlp.down_proj is the first to output NaN"):
         perplexity(store.model, tokenizer, windows, store=store)
 
 

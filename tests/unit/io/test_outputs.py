@@ -376,7 +376,7 @@ def in_embeddings(folder: Path, value: float) -> None:
 def test_weights_that_are_no_numbers_are_found_at_load(made: Path, value: float) -> None:
     """Regression: in a row that no token of the fingerprint reads they verified as good."""
     in_embeddings(made, value)
-    with pytest.raises(ParedError, match=r"model\.embed_tokens\.weight holds NaN or infinity in 1 of 2,048 numbers"):
+    with pytest.raises(ParedError, match=r"model\.embed_tokens\.weight holds NaN or infinity in 1 of 2,048 values"):
         pared.load(made)
     forget(made)
     with pytest.raises(ParedError, match=r"model\.embed_tokens\.weight holds NaN or infinity"):

@@ -74,7 +74,7 @@ def test_a_run_that_does_not_resume_begins_anew_and_says_so(tmp_path: Path, capl
         assert run.journal.entries == []
         assert [path.name for path in tmp_path.iterdir()] == [folder.name]
         assert sorted(held(folder)) == ["journal.jsonl", "settings.json"]
-    assert "this one begins anew" in caplog.text
+    assert "this one starts over" in caplog.text
     assert list(tmp_path.iterdir()) == []
 
 
@@ -129,7 +129,7 @@ def test_damaged_settings_are_told(tmp_path: Path, content: bytes) -> None:
     (folder / "settings.json").write_bytes(content)
     before = held(folder)
     with (
-        pytest.raises(ParedError, match=r"settings\.json.*remove .*\.out\.compress to begin anew"),
+        pytest.raises(ParedError, match=r"settings\.json.*remove .*\.out\.compress to start over"),
         RunDirectory.open(tmp_path / "out", "compress", FINGERPRINT),
     ):
         pass

@@ -217,7 +217,7 @@ def test_bombs_of_aliases_are_refused() -> None:
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)]
     with pytest.raises(ParedError, match="aliases"):
         parse_yaml("\n".join(lines), "recipe")
-    with pytest.raises(ParedError, match="an alias stands inside of what it names"):
+    with pytest.raises(ParedError, match="an alias is nested in what it names"):
         parse_yaml("a: &a [*a]", "recipe")
     assert parse_yaml("a: &a [1]\nb: *a", "recipe") == {"a": [1], "b": [1]}
 

@@ -269,7 +269,7 @@ def test_what_cannot_be_searched_for_is_refused(recipe: Any, tokenizer: Any, tmp
         (recipe("basis-sharing", keep=0.8), CONFIG, "a", "search with svd-llm"),
         (recipe("svd-llm", rank_fraction=0.3), CONFIG, "a", "rank_fraction fixes"),
         (recipe(), CONFIG, "full", "holds something other than a search"),
-        (recipe(), SearchConfig(windows=5000, length=16), "a", "fewer than the 5000 asked for"),
+        (recipe(), SearchConfig(windows=5000, length=16), "a", "fewer than the 5000 requested"),
     ):
         with pytest.raises(ParedError, match=told):
             search(model, tokenizer, asked, config, tmp_path / out)

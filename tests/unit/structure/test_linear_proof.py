@@ -154,7 +154,7 @@ def test_a_layer_that_puts_out_a_pair_is_not_covered() -> None:
     model = with_layer(Pair(32, 48, bias=False))
     mlp = model.model.layers[1].mlp
     mlp.forward = lambda x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)[0])
-    assert "puts out a tuple" in reasons(model)[f"{TARGET}.weight"]
+    assert "outputs a tuple" in reasons(model)[f"{TARGET}.weight"]
 
 
 def test_llama_4s_router_is_not_covered() -> None:

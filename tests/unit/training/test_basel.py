@@ -673,7 +673,7 @@ def test_a_model_of_zero_weights_alone_is_refused(
         nn.init.zeros_(model.get_submodule(name).weight)
     model.save_pretrained(tmp_path / "zero")
     tokenizer.save_pretrained(tmp_path / "zero")
-    with pytest.raises(ParedError, match="weights of all 21 covered layers are zero"):
+    with pytest.raises(ParedError, match="weights of all 21 target layers are zero"):
         tune(asked(tmp_path / "zero", tmp_path / "out", text_file, evaluation=None))
 
 

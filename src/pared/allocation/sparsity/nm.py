@@ -54,7 +54,7 @@ def mixture(
     target = mean if sparsity is None else sparsity
     require_sparsity(target)
     if group < 2:
-        raise ParedError(f"N:M prunes N of every M weights, M at least 2; found M = {group}")
+        raise ParedError(f"N:M prunes N of every M weights, M at least 2; got M = {group}")
     if wrong := faults(s_L, mean, weights):
         raise ParedError(wrong[0])
     size_L = torch.ones(len(s_L), dtype=torch.float64) if weights is None else weights.detach().cpu().double()

@@ -101,7 +101,7 @@ def _ideal(models: list[dict[str, Any]]) -> float | None:
 def _require_fits(name: str, cases: tuple[Case, ...]) -> None:
     config = find_model(name).config()
     if not is_causal(config.architectures or []):
-        raise ParedError(f"{name} is no causal language model; speed is measured of those")
+        raise ParedError(f"{name} is not a causal language model; speed is measured of those")
     positions = positions_of(config)
     for case in cases:
         needed = case.length + case.new

@@ -76,7 +76,7 @@ def prepare(context: Context) -> Prepared:
 
     decomposed(context, names, str(options["basis"]), put)
     if not layers:
-        raise ParedError(f"the weights of all {len(names)} covered layers are zero: there is no basis to keep or drop")
+        raise ParedError(f"the weights of all {len(names)} target layers are zero: there is no basis to keep or drop")
     zero = [name for name in names if name not in layers]
     hold_in_float32(model)
     weights = {name: Weight(layer.out_features, layer.in_features, options["new"]) for name, layer in layers.items()}

@@ -114,7 +114,7 @@ def by_budget(
 def _require_room(weights: Mapping[str, Weight], budget: int) -> None:
     least = sum(weight.stored(0) for weight in weights.values())
     if least > budget:
-        raise ValueError(f"{budget:,} numbers may be stored, and the new bases of all weights are {least:,} by "
+        raise ValueError(f"{budget:,} parameters may be stored, and the new bases of all weights are {least:,} by "
                          "themselves; ask for fewer new bases or a larger budget")  # fmt: skip
 
 
