@@ -1,7 +1,7 @@
 """Basel against SVD, FWSVD and SVD-LLM for one kind of text: speeches of 1945 to 1999 to train on, later ones to test.
 
 ``python benchmarks/basel.py`` fills the grid, ``--ablations`` the ablations; a cell whose line is there is not run
-again, and a training that was killed goes on where it stopped. All are tuned for the same steps once compressed.
+again, and a training that was killed resumes where it stopped. All are tuned for the same steps once compressed.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def texts() -> dict[str, str]:
 
 
 def keep_of(size: float, model: str) -> float:
-    """Return what may stay of the covered parameters for a size of the whole model."""
+    """Return what may stay of the target parameters for a size of the whole model."""
     plan = plan_from_shapes(find_model(model).skeleton(), resolve(pared.Recipe(method="svd")))
     fixed = plan.before.model_parameters - plan.before.covered_parameters
     return (size * plan.before.model_parameters - fixed) / plan.before.covered_parameters
@@ -126,7 +126,7 @@ def run_cell(cell: dict[str, Any], model: str, named: dict[str, str]) -> dict[st
 
 
 def key_of(line: dict[str, Any]) -> tuple[object, ...]:
-    """Return what tells a cell from every other."""
+    """Return what distinguishes a cell from every other."""
     return tuple(line.get(name) for name in ("what", "size", "tokens"))
 
 

@@ -94,7 +94,7 @@ def compressed(method: str, dense: Path, task: str, fraction: float) -> Path:
 
 
 def key_of(line: dict[str, Any]) -> tuple[object, ...]:
-    """Return what tells a cell from every other."""
+    """Return what distinguishes a cell from every other."""
     fraction = line.get("fraction", 1.0 if line["what"] == "dense" else FRACTION)
     return line["what"], line["task"], line["tuned"], fraction
 

@@ -102,7 +102,7 @@ def usual(line: dict[str, Any]) -> bool:
 
 
 def key_of(line: dict[str, Any]) -> tuple[object, ...]:
-    """Return what tells a cell from every other."""
+    """Return what distinguishes a cell from every other."""
     if line["method"] == "dense":
         return line["model"], "dense"
     named = tuple(line[name] for name in ("model", "method", "keep", "text", "samples"))
@@ -153,7 +153,7 @@ def render(lines: list[dict[str, Any]]) -> str:
             "# Low-rank methods",
             "",
             "Made by `python benchmarks/low_rank.py`; raw figures in [low_rank.jsonl](low_rank.jsonl). Do not edit. "
-            "What they say is told in [low_rank.md](../low_rank.md#what-was-measured).",
+            "What they say is summarised in [low_rank.md](../low_rank.md#what-was-measured).",
             "",
             f"`{last['model']}`, float32; calibrated on {SAMPLES} x {LENGTH} tokens of {calibrated['text']}; "
             f"perplexity on the first {WINDOWS} windows of {LENGTH} tokens of each text, no beginning-of-sequence "

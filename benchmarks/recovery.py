@@ -2,7 +2,7 @@
 
 ``python benchmarks/recovery.py`` fills the grid at equal tokens and renders docs/results/recovery.md;
 ``--long`` runs the one long distillation. A cell whose line is there is not run again, and a training that was killed
-goes on where it stopped.
+resumes where it stopped.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def train(parent: Path, cell: dict[str, Any]) -> dict[str, Any]:
 
 
 def key_of(line: dict[str, Any]) -> tuple[object, ...]:
-    """Return what tells a cell from every other."""
+    """Return what distinguishes a cell from every other."""
     names = ("method", "keep", "learning_rate", "tokens", "schedule", "batch")
     return (*(line.get(name) for name in names), tuple(sorted(line.get("options", {}).items())))
 

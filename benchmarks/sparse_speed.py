@@ -126,7 +126,7 @@ def page(lines: Sequence[dict[str, Any]]) -> str:
         parts += [f"Not available: {'; '.join(sorted(missing))}.", ""]
     if last["bfloat16_slowdown"] > 1:
         parts += [f"bfloat16 was not measured: on this processor a product in it takes {last['bfloat16_slowdown']:.0f} "
-                  "times as long as in float32, so nobody would run it.", ""]  # fmt: skip
+                  "times as long as in float32, so it would not be run.", ""]  # fmt: skip
     for dtype in DTYPES:
         for pattern, what in PATTERNS.items():
             chosen = [one for key, one in cells.items() if key[:2] == (dtype, pattern)]

@@ -156,7 +156,7 @@ def render(lines: list[Line]) -> str:
         "# Pruning and its allocation",
         "",
         "Made by `python benchmarks/sparsity.py`; raw figures in [sparsity.jsonl](sparsity.jsonl). Do not edit. What "
-        "they say is told in [sparsity.md](../sparsity.md#what-was-measured).",
+        "they say is summarised in [sparsity.md](../sparsity.md#what-was-measured).",
         "",
         f"`{model}`; calibrated on {SAMPLES} x {LENGTH} tokens of {lines[-1]['text']}; perplexity "
         f"on the first {WINDOWS} windows of {LENGTH} tokens of each text, no beginning-of-sequence token, in brackets "
