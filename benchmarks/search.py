@@ -76,7 +76,7 @@ def render() -> str:
         "# Searching for an allocation",
         "",
         "Made by `python benchmarks/search.py`; journals and what was found are in "
-        "[benchmarks/search](../../benchmarks/search). Do not edit. How it works is described in [search.md](../search.md).",
+        "[benchmarks/search](../../benchmarks/search). Do not edit. How it works: [search.md](../search.md).",
         "",
         f"`{settings['model']}` in {settings['dtype'].removeprefix('torch.')}, `{settings['method']}` at "
         f"{settings['sparsity']:g}; scores from {settings['calibration samples']} x {settings['calibration length']} "

@@ -5,7 +5,7 @@
     python benchmarks/sparse_size.py --render     # renders only
 
 The embedded model in bfloat16, pruned and saved by `pared.run`; the dense folder is that of `pared export`. Bytes are
-those of the tensors of the target modules. Loads are interleaved (dense, sparse, dense, sparse ...), single-threaded, of
+those of the tensors of target modules. Loads are interleaved (dense, sparse, dense, sparse ...), single-threaded, of
 files that were just read; a ratio is that of a load to the mean of its two neighbours. A dense load maps the file and
 reads nothing of it, so the time to the first answer, the load and one token, is reported beside it.
 """

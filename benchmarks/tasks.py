@@ -1,4 +1,4 @@
-"""What compressed models can still do: ten multiple-choice tasks, dense and compressed, beside a run of the plain harness.
+"""What compressed models can still do: ten multiple-choice tasks, dense and compressed, beside the plain harness.
 
     PARED_DATA=/path/to/data python benchmarks/tasks.py                      # the grid, resuming where it stopped
     PARED_DATA=/path/to/data python benchmarks/tasks.py --models dense plain --tasks arc_easy piqa
