@@ -101,7 +101,7 @@ def render(lines: list[dict[str, Any]]) -> str:
         "Made by `python benchmarks/road.py`; raw figures in [road.jsonl](road.jsonl). Do not edit.",
         "",
         f"`{last['model']}` calibrated on {last['samples']} x {last['length']} tokens of {last['text']}, keep 0.8 "
-        "unless a sparsity is given, from the model's name to the folder reloaded and checked, perplexity not measured. "
+        "unless a sparsity is given, from the model's name to the folder reloaded and checked, no perplexity. "
         "One thread, bare forward pass of the blocks and whole job in turns, in the dtype that is faster on the "
         "machine; median (least to most); ratios within a pair.",
         "",
