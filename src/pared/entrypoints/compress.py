@@ -236,8 +236,8 @@ def _by_name(
             progress.note(f"{source.name} is {source.origin}; sizes are compared with the dequantised weights")
         chosen = is_streamed(source, spec, texts, progress, out)
         if source.sees and not source.processor_files():
-            progress.note(f"{source.name} sees images, and no files of its image processor were found: the folder will "
-                          "have none either")  # fmt: skip
+            progress.note(f"{source.name} is a vision-language model without files of its image processor: "
+                          "the folder will have none either")  # fmt: skip
         state = None if resumable is None else resumable.open(fingerprint_of(spec, source, texts.calibration, chosen))
         streamed, memory = None, ActivationMemory(activation_limit(recipe, chosen), out)
         if chosen:

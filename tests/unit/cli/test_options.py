@@ -22,7 +22,7 @@ from pared.schema.training import TrainingConfig
 
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*[a-z](?![\w])")  # those of papers have an underscore
 OF_OTHERS = {
-    "README.md": {"--no-deps"},  # pip
+    "install.md": {"--no-deps"},  # pip
     "format.md": {"--check"},  # sha256sum
     "tune.md": {"--long", "--nproc-per-node"},  # a benchmark, torchrun
     "evaluation.md": {"--new-eval"},  # a paper's code
