@@ -136,6 +136,7 @@ class StreamedBlocks:
     Attributes:
         model: the whole model.
         path: name of the list of blocks.
+        folder: where changed blocks are written, None if nothing is.
         passed: number of the pass, which stands in the names of the files it writes.
         files: for every block the file it was committed to last, None for one that is as the checkpoint has it.
     """
@@ -151,7 +152,7 @@ class StreamedBlocks:
         name: str,
     ) -> None:
         self.model, self.path, self.passed = model, path, 1
-        self._names, self._folder, self._name = names, folder, name
+        self.folder, self._names, self._name = folder, names, name
         stack = model.get_submodule(path)
         self._blocks = {key: block for key, block in stack._modules.items() if block is not None}
         self._keys = list(self._blocks)
@@ -225,7 +226,7 @@ class StreamedBlocks:
         """
         if index not in self._loaded:
             raise ParedError(f"block {self.block_name(index)} is not in memory and cannot be committed")
-        if self._folder is None:
+        if self.folder is None:
             raise ParedError(f"model {self._name!r} was opened to be read; no folder was named for changed blocks")
         block, file = self._blocks[self._keys[index]], self.file_of(index)
         state = self._state(block, index)
@@ -238,8 +239,8 @@ class StreamedBlocks:
 
     def file_of(self, index: int) -> Path:
         """Return the file that a block is committed to in this pass."""
-        assert self._folder is not None
-        return self._folder / f"pass-{self.passed}-block-{index:05d}.safetensors"
+        assert self.folder is not None
+        return self.folder / f"pass-{self.passed}-block-{index:05d}.safetensors"
 
     def adopt(self, index: int, file: Path) -> None:
         """Take a file that an earlier run committed for the newest form of a block, as a resumed one does.

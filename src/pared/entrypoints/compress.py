@@ -238,10 +238,9 @@ def _by_name(
         if source.sees and not source.processor_files():
             progress.note(f"{source.name} is a vision-language model without files of its image processor: "
                           "the folder will have none either")  # fmt: skip
-        state = None if resumable is None else resumable.open(fingerprint_of(spec, source, texts.calibration, chosen))
         streamed, memory = None, ActivationMemory(activation_limit(recipe, chosen), out)
         if chosen:
-            streamed = StreamedModel(source, recipe, memory, out, None if state is None else state.folder)
+            streamed = StreamedModel(source, recipe, memory, out)
             model = streamed.store.model
         else:
             model = source.load(recipe.dtype).to(recipe.device)
@@ -250,6 +249,9 @@ def _by_name(
             require_finite(model, source.name)
     measure = _measure(texts, tokenizer, recipe, watch, progress, memory)
     before = Before(source.name, source.origin, source, measure)
+    state = None if resumable is None else resumable.open(fingerprint_of(spec, source, texts.calibration, chosen))
+    if state is not None and streamed is not None:
+        streamed.store.folder = state.folder
     with memory if streamed is None else nullcontext():  # that of a streamed model is needed until it is saved
         return _compressed(model, tokenizer, spec, progress, texts, collected, before, watch, state, streamed, memory)
 

@@ -100,25 +100,17 @@ class StreamedModel:
         recipe: whose dtype and list of blocks are read.
         memory: what hidden states share.
         out: the folder to make, beside which changed blocks lie; the user's cache folder without one.
-        folder: where changed blocks lie, where that is kept by somebody else.
 
     Attributes:
         store: the blocks.
         memory: what hidden states share.
     """
 
-    def __init__(
-        self,
-        source: ModelSource,
-        recipe: Recipe,
-        memory: ActivationMemory,
-        out: Path | None,
-        folder: Path | None = None,
-    ) -> None:
+    def __init__(self, source: ModelSource, recipe: Recipe, memory: ActivationMemory, out: Path | None) -> None:
         stack = ExitStack()
         self._close = weakref.finalize(self, stack.close)
         self.memory = stack.enter_context(memory)
-        self.store = open_streamed(source, recipe.dtype, folder or stack.enter_context(scratch(out)), recipe.blocks)
+        self.store = open_streamed(source, recipe.dtype, stack.enter_context(scratch(out)), recipe.blocks)
 
     @contextmanager
     def handed_over(self) -> Iterator[None]:
