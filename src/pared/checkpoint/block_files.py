@@ -83,6 +83,7 @@ def write_block(file: Path, tensors: dict[str, torch.Tensor], notes: dict[str, A
     partial = file.with_name(f".{file.name}.partial")
     try:
         save_file(tensors, partial, metadata={"format": "pt", "pared": json.dumps(notes, sort_keys=True)})
+        _sort_metadata(partial)
         _sync(partial)
         os.replace(partial, file)
         _sync(file.parent)
@@ -92,6 +93,18 @@ def write_block(file: Path, tensors: dict[str, torch.Tensor], notes: dict[str, A
             told = " ".join(str(error).split()) or type(error).__name__
             raise ParedError(f"{file} cannot be written ({told}); blocks before it are as they were") from error
         raise
+
+
+def _sort_metadata(file: Path) -> None:
+    """Put what a header says of its file in one order: safetensors writes it in another every time."""
+    with file.open("r+b") as raw:
+        size = int.from_bytes(raw.read(8), "little")
+        header = json.loads(raw.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size
+        raw.seek(8)
+        raw.write(text.ljust(size))
 
 
 def _sync(path: Path) -> None:

@@ -230,7 +230,7 @@ class StreamedBlocks:
             raise ParedError(f"model {self._name!r} was opened to be read; no folder was named for changed blocks")
         block, file = self._blocks[self._keys[index]], self.file_of(index)
         state = self._state(block, index)
-        places = {key: place for key, tensor in state.items() if (place := tensor.data_ptr() % LINE)}
+        places = _places(block, state)
         notes = {"modules": self._map(block, index), "shared": self._shared(block, index), "places": places}
         write_block(file, {key: own_memory(tensor) for key, tensor in state.items()}, notes)
         del self._loaded[index]
@@ -464,3 +464,11 @@ class StreamedBlocks:
             found = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad)
             self._empty[parameter] = found
         return found
+
+
+def _places(block: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, int]:
+    """Return where in a cache line the parameters of a block lie that are in its state, but for those at its start."""
+    live = {parameter.data_ptr() for parameter in block.parameters()}
+    return {
+        key: one.data_ptr() % LINE for key, one in state.items() if one.data_ptr() in live and one.data_ptr() % LINE
+    }

@@ -235,7 +235,9 @@ def _hand_on(
 ) -> None:
     """Let a block that was visited by an earlier process run as it ran then, and be what it was made then."""
     if reference is not None:
+        store.load(index)  # what the reference makes its block of
         propagate_reference(index, inputs, reference)
+        store.release(index)
     if hand_on == "compressed":
         kept.restore(index)
     propagate(store.load(index), index, anatomy, inputs)

@@ -151,6 +151,23 @@ def test_a_compression_killed_at_every_block_goes_on_to_the_very_same_bytes(
     require_same(tmp_path / "out", whole("svd-llm"))
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_killed_compression_that_is_streamed_goes_on_to_the_very_same_bytes(
+    case: str, place: Path, tmp_path: Path
+) -> None:
+    pared.run(recipe_of(case, place, tmp_path / "whole", stream="on"))
+    recipe, kills = recipe_of(case, place, tmp_path / "out", stream="on", activation_memory="5KB"), 0
+    while killed_after(2, recipe, resume=True):
+        kills += 1
+    assert kills >= 1
+    for folder in (tmp_path / "out", tmp_path / "whole"):
+        manifest = json.loads((folder / "pared.json").read_text())
+        manifest["recipe"].pop("activation_memory", None)
+        (folder / "pared.json").write_text(json.dumps(manifest))
+    require_same(tmp_path / "out", tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
 @pytest.mark.slow
 def test_fifty_kills_at_random_moments_lead_to_the_very_same_bytes(
     place: Path, whole: Callable[[str], Path], tmp_path: Path
