@@ -11,12 +11,14 @@ from tiny_models import TINY_MODELS
 from transformers import PreTrainedTokenizerFast
 
 from pared import Calibration, ParedError, Recipe
+from pared.checkpoint.streamed import open_streamed
 from pared.engine.compress import compress_blocks
 from pared.engine.result import Compressed
 from pared.engine.run_state import CompressionRun
 from pared.engine.spec import resolve
 from pared.evaluation import perplexity
 from pared.io.run_dir import RunDirectory, run_folder
+from pared.models.source import find_model
 
 GROUPS = {"group_size": 2, "sharing": "all"}
 CASES: dict[str, dict[str, Any]] = {
@@ -37,6 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
     "pruned, N:M": {"method": "sparsegpt", "pattern": "2:4"},
     "pruned without data": {"method": "magnitude", "sparsity": 0.5},
 }
+FEW = ["sequential, refit", "groups, update", "gradients", "pruned"]
 
 
 class KilledError(BaseException):
@@ -66,16 +69,25 @@ def opened(out: Path, lines: int = 0) -> Iterator[CompressionRun]:
 Made = tuple[dict[str, torch.Tensor], Compressed]
 
 
-def compressed(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, state: CompressionRun | None = None) -> Made:
-    model = TINY_MODELS["llama"]()
+def compressed(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, state: CompressionRun | None = None, source: Path | None = None
+) -> Made:
+    """Compress a model in memory, or one that is read block by block from a folder and written to that of the state."""
+    store = None if source is None or state is None else open_streamed(find_model(str(source)), folder=state.folder)
+    model = TINY_MODELS["llama"]() if store is None else store.model
     result = compress_blocks(
         model,
         tokenizer,
         resolve(recipe),
-        trial=lambda windows: perplexity(model, tokenizer, windows).value,
+        trial=lambda windows: perplexity(model, tokenizer, windows, store=store).value,
+        store=store,
         state=state,
     )
-    return model.state_dict(), result
+    if store is None:
+        return model.state_dict(), result
+    for index in range(len(store)):
+        store.load(index)
+    return {name: tensor.clone() for name, tensor in store.model.state_dict().items()}, result
 
 
 def require_equal(one: Made, other: Made) -> None:
@@ -85,27 +97,36 @@ def require_equal(one: Made, other: Made) -> None:
         assert getattr(one[1], field) == getattr(other[1], field), field
 
 
-def ended_after(lines: int, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, out: Path) -> bool:
+def ended_after(
+    lines: int, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, out: Path, source: Path | None = None
+) -> bool:
     """Whether a compression was still at work after so many lines."""
     try:
         with opened(out, lines) as state:
-            compressed(recipe, tokenizer, state)
+            compressed(recipe, tokenizer, state, source)
     except KilledError:
         return True
     return False
 
 
-def ends_alike(case: str, tokenizer: PreTrainedTokenizerFast, calibration: Calibration, out: Path, every: int) -> int:
+def ends_alike(
+    case: str,
+    tokenizer: PreTrainedTokenizerFast,
+    calibration: Calibration,
+    out: Path,
+    every: int,
+    source: Path | None = None,
+) -> int:
     """End a compression after lines here and there, go on, and compare; return the ends."""
     recipe, ends = Recipe(calibration=calibration, **CASES[case]), 0
     whole = compressed(recipe, tokenizer)
     for lines in range(1, 100, every):
         place = out / str(lines)
-        if not ended_after(lines, recipe, tokenizer, place):
+        if not ended_after(lines, recipe, tokenizer, place, source):
             break
         ends += 1
         with opened(place) as state:
-            require_equal(compressed(recipe, tokenizer, state), whole)
+            require_equal(compressed(recipe, tokenizer, state, source), whole)
     return ends
 
 
@@ -114,6 +135,22 @@ def test_a_compression_that_is_ended_goes_on_to_the_same_bits(
     case: str, tokenizer: PreTrainedTokenizerFast, calibration: Calibration, tmp_path: Path
 ) -> None:
     assert ends_alike(case, tokenizer, calibration, tmp_path, every=2) >= 2
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("dense")
+    TINY_MODELS["llama"]().save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "case", [case if case in FEW else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
+def test_a_compression_block_by_block_that_is_ended_goes_on_to_the_same_bits(
+    case: str, tokenizer: PreTrainedTokenizerFast, calibration: Calibration, tmp_path: Path, folder: Path
+) -> None:
+    assert ends_alike(case, tokenizer, calibration, tmp_path, every=2, source=folder) >= 2
 
 
 @pytest.mark.slow
