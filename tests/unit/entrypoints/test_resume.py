@@ -48,8 +48,8 @@ def place(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeniz
 
 def recipe_of(case: str, place: Path, out: Path, **more: Any) -> Recipe:
     calibration = Calibration(text=f"file:{place}/words.txt", samples=6, length=16, batch=2, dtype="float32")
-    return Recipe(model=str(place / "dense"), out=str(out), evaluation=None, calibration=calibration,
-                  **{**CASES[case], **more})  # fmt: skip
+    fixed = {"model": str(place / "dense"), "out": str(out), "evaluation": None, "calibration": calibration}
+    return Recipe(**{**fixed, **CASES[case], **more})
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +139,18 @@ def test_a_killed_compression_goes_on_to_the_very_same_bytes(
     require_same(outcome.folder, whole(case))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert pared.verify(outcome.folder) == 0.0
+
+
+@pytest.mark.parametrize("case", ["svd-llm", "sparsegpt"])
+def test_a_compression_block_by_block_that_is_killed_goes_on_to_the_very_same_bytes(
+    case: str, place: Path, tmp_path: Path
+) -> None:
+    whole = pared.run(recipe_of(case, place, tmp_path / "whole" / "out", stream="on"))
+    recipe = recipe_of(case, place, tmp_path / "out", stream="on")
+    assert killed_after(2, recipe)
+    outcome = pared.run(recipe, resume=True)
+    require_same(outcome.folder, whole.folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
 def test_a_compression_killed_at_every_block_goes_on_to_the_very_same_bytes(
@@ -290,7 +302,7 @@ def test_a_damaged_state_is_told_and_stays(damage: str, place: Path, tmp_path: P
     else:
         changed = {
             "journal": whole.replace(b"float32", b"float16"),
-            "file": whole[:-1] + b"\x01",
+            "file": whole[:-1] + bytes([whole[-1] ^ 1]),
             "settings": whole[1:],
         }
         file.write_bytes(changed[damage])
@@ -320,15 +332,20 @@ def test_a_disk_that_fills_up_at_any_block_costs_nothing_that_was_done(
     require_same(outcome.folder, whole("wanda"))
 
 
-def test_a_weight_file_that_vanished_is_told_and_what_is_done_is_kept(place: Path, tmp_path: Path) -> None:
-    recipe = recipe_of("sparsegpt", place, tmp_path / "out")
+@pytest.mark.parametrize("stream", ["off", "on"])
+def test_a_weight_file_that_vanished_is_told_and_what_is_done_is_kept(
+    stream: str, place: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    TINY_MODELS["llama"]().save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    tokenizer.save_pretrained(tmp_path / "shards")
+    recipe = recipe_of("sparsegpt", place, tmp_path / "jobs" / "out", model=str(tmp_path / "shards"), stream=stream)
     assert killed_after(2, recipe)
-    before, weights = held(run_folder(tmp_path / "out", "compress")), place / "dense" / "model.safetensors"
-    weights.rename(place / "away")
-    try:
-        with pytest.raises(ParedError, match=f"model {str(place / 'dense')!r}: unreadable"):
-            pared.run(recipe, resume=True)
-    finally:
-        (place / "away").rename(weights)
-    assert held(run_folder(tmp_path / "out", "compress")) == before
+    state = run_folder(tmp_path / "jobs" / "out", "compress")
+    before, (*_, shard) = held(state), sorted((tmp_path / "shards").glob("*.safetensors"))
+    shard.rename(tmp_path / "away")
+    with pytest.raises(ParedError, match=rf"{shard.name}, which its index lists, is missing"):
+        pared.run(recipe, resume=True)
+    assert held(state) == before
+    (tmp_path / "away").rename(shard)
     pared.run(recipe, resume=True)
+    assert [path.name for path in state.parent.iterdir()] == ["out"]
