@@ -13,11 +13,8 @@ from pared.engine.run_state import CompressionRun
 from pared.engine.spec import CompressionSpec
 from pared.entrypoints.measure import PerplexityOn
 from pared.environment import versions
-from pared.errors import DamagedError
 from pared.io.run_dir import RunDirectory
-from pared.models.sane import WEIGHTS
 from pared.models.source import ModelSource
-from pared.models.weights import weight_files
 from pared.progress import Progress
 
 KIND = "compress"
@@ -101,9 +98,8 @@ def fingerprint_of(
         streamed: whether the model is read block by block, as what is kept of a block is another then.
 
     Raises:
-        ParedError: a file of the model is missing, or cannot be read.
+        ParedError: a file of the model cannot be read.
     """
-    _require_weights(source)
     return {
         **spec.recipe.model_dump(mode="json", exclude=LEFT_OUT),
         "resolved": spec.describe(),
@@ -112,16 +108,3 @@ def fingerprint_of(
         "block by block": streamed,
         "versions": versions(),
     }
-
-
-def _require_weights(source: ModelSource) -> None:
-    """Name a file of weights that vanished, as without it the folder would only be told to hold another model.
-
-    Raises:
-        DamagedError: there is one.
-    """
-    folder = Path(source.location)
-    if folder.is_dir() and not any(path.name.endswith(WEIGHTS) for path in folder.iterdir()):
-        raise DamagedError(f"model {source.name!r}: no file of weights is left in {folder}", "fetch it again")
-    if (folder / "model.safetensors.index.json").is_file() and not (folder / "model.safetensors").is_file():
-        weight_files(source.location, source.name)

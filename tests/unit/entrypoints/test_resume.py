@@ -141,18 +141,6 @@ def test_a_killed_compression_goes_on_to_the_very_same_bytes(
     assert pared.verify(outcome.folder) == 0.0
 
 
-@pytest.mark.parametrize("case", ["svd-llm", "sparsegpt"])
-def test_a_compression_block_by_block_that_is_killed_goes_on_to_the_very_same_bytes(
-    case: str, place: Path, tmp_path: Path
-) -> None:
-    whole = pared.run(recipe_of(case, place, tmp_path / "whole" / "out", stream="on"))
-    recipe = recipe_of(case, place, tmp_path / "out", stream="on")
-    assert killed_after(2, recipe)
-    outcome = pared.run(recipe, resume=True)
-    require_same(outcome.folder, whole.folder)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
-
-
 def test_a_compression_killed_at_every_block_goes_on_to_the_very_same_bytes(
     place: Path, whole: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -343,7 +331,7 @@ def test_a_weight_file_that_vanished_is_told_and_what_is_done_is_kept(
     state = run_folder(tmp_path / "jobs" / "out", "compress")
     before, (*_, shard) = held(state), sorted((tmp_path / "shards").glob("*.safetensors"))
     shard.rename(tmp_path / "away")
-    with pytest.raises(ParedError, match=rf"{shard.name}, which its index lists, is missing"):
+    with pytest.raises(ParedError, match=shard.name):
         pared.run(recipe, resume=True)
     assert held(state) == before
     (tmp_path / "away").rename(shard)
