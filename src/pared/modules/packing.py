@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 LARGEST_GROUP = 256
+WHOLE, CHUNK = 2**23, 2**16  # weights that are unpacked as a whole, and so many at a time if there are more
 # Weights are moved as integers of their size: torch rewrites the bits of a bfloat16 NaN on the way.
 AS_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -111,10 +112,34 @@ def unpack(values_K: torch.Tensor, bits_P: torch.Tensor, shape: tuple[int, int])
         ValueError: values, bits and shape do not fit each other.
     """
     _check_bits(bits_P, shape)
+    if bits_P.device.type == "cpu" and values_K.ndim == 1:
+        W = _filled(_raw(values_K), bits_P.contiguous().numpy(), math.prod(shape))
+        if W is not None:
+            return W.view(shape).view(values_K.dtype)
     positions_K = _positions(bits_P)
     if values_K.shape != positions_K.shape:
         raise ValueError(f"values {tuple(values_K.shape)} for a mask that keeps {len(positions_K)}")
     return _spread(values_K, positions_K, shape)
+
+
+def _filled(raw_K: torch.Tensor, bits: "np.ndarray[tuple[int], np.dtype[np.uint8]]", count: int) -> torch.Tensor | None:
+    """Return so many integers, these where a bit is set; None if there are not as many of them as of such bits.
+
+    Positions are found of a part at a time, so that they and what they fill stay in the cache.
+    """
+    values, start = raw_K.numpy(), 0
+    W = np.zeros(count, values.dtype)  # pages of zeros that are first touched when they are filled
+    at_once = CHUNK if count > WHOLE else max(count, 1)
+    for first in range(0, count, at_once):
+        part = W[first : first + at_once]
+        flags = np.unpackbits(bits[first // 8 : -(-(first + len(part)) // 8)], bitorder="little")
+        positions = np.flatnonzero(flags.view(bool))
+        stop = start + len(positions)
+        if stop > len(values):
+            return None
+        part[positions] = values[start:stop]
+        start = stop
+    return torch.from_numpy(W) if start == len(values) else None
 
 
 def pack_nm(W_ON: torch.Tensor, mask_ON: torch.Tensor, groups: Groups) -> Packed:

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from pared.modules import packing as module
 from pared.modules.packing import Packed, pack, pack_mask, pack_nm, packed_bytes, unpack, unpack_mask, unpack_nm
 from pared.schema import plan
 from pared.sparsity import NM, Unstructured, magnitude
@@ -326,3 +327,23 @@ def test_a_weight_that_requires_grad_and_is_not_contiguous_is_packed() -> None:
     packed = pack(weight.T, weight.T != 0)
     assert packed.values.tolist() == [3.0, -1.0, 2.0, 5.0]
     assert not packed.values.requires_grad
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (8, 16), (33, 41)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_large_weight_is_unpacked_in_parts_to_the_same_bits(
+    shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random = torch.Generator().manual_seed(0)
+    mask_ON = torch.rand(shape, generator=random) < 0.5
+    W_ON = torch.randn(shape, generator=random).to(dtype) * mask_ON
+    packed = pack(W_ON, mask_ON)
+    whole = unpack(*packed, shape)
+    monkeypatch.setattr(module, "WHOLE", 0)
+    monkeypatch.setattr(module, "CHUNK", 24)
+    as_integers = module.AS_INTEGERS[dtype.itemsize]
+    assert torch.equal(unpack(*packed, shape).view(as_integers), whole.view(as_integers))
+    assert torch.equal(whole, W_ON)
+    for values in (packed.values[:-1], torch.cat([packed.values, packed.values[:1]])):
+        with pytest.raises(ValueError, match=rf"values \({len(values)},\) for a mask that keeps {mask_ON.sum()}"):
+            unpack(values, packed.bits, shape)
