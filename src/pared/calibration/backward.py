@@ -54,7 +54,8 @@ class Trail:
 
     def runs_of(self, index: int) -> list[int]:
         """Return the numbers of a block's runs, in order."""
-        return [run for run, call in enumerate(self.inputs.calls[0]) if call.block == index]
+        calls = self.inputs.calls[0] if self.inputs.calls else []  # none, where other processes have all batches
+        return [run for run, call in enumerate(calls) if call.block == index]
 
 
 @torch.no_grad()
@@ -140,7 +141,8 @@ def back(
             worker, anatomy, index, seen, trail.gradients[batch], wants, inputs.mask(batch), state
         )
         on_batch()
-    del trail.reads[runs[0] :]
+    if runs:
+        del trail.reads[runs[0] :]
 
 
 def _through_head(

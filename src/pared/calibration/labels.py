@@ -40,6 +40,17 @@ class Sampled:
     like: torch.Tensor | None = None
     _first: dict[bytes, int] = field(default_factory=dict, compare=False, repr=False)
 
+    def pass_over(self, tokens: torch.Tensor, mask: torch.Tensor | None = None) -> None:
+        """Take note of windows that another process draws for, the first ones: those that come again are told by them.
+
+        Args:
+            tokens: of the windows ``(windows, length)``.
+            mask: 0 for padding, ``(at least as many windows, length)``; none without padding.
+        """
+        for number, tokens_T in enumerate(tokens):
+            real_T = tokens_T if mask is None else tokens_T.masked_fill(~mask[number].bool(), NONE)
+            self._first.setdefault(real_T.cpu().numpy().tobytes(), number)
+
     def __call__(self, window: int, tokens_T: torch.Tensor, p_RC: torch.Tensor) -> torch.Tensor:
         """Draw one label for every row: the first whose cumulative probability exceeds a uniform number.
 

@@ -166,7 +166,7 @@ def run_blocks_backward(
     part = total if batches is None else min(batches, total)
     waiting: dict[int, Wants] = {}  # accumulators of blocks that more batches will come back through
     window = first_window
-    for start in range(0, total, part):
+    for start in range(0, max(total, 1), max(part, 1)):  # visited once, too, where other processes have all batches
         trail = Trail(inputs.part(start, start + part))
         for index in range(len(store)):
             block = store.load(index)

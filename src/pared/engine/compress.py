@@ -19,6 +19,7 @@ from pared.engine.pruning import SparseWork
 from pared.engine.result import Compressed, remarks, stacks
 from pared.engine.run_state import CompressionRun
 from pared.engine.spec import CompressionSpec, LowRankSpec, PassSpec, resolve_sparse
+from pared.processes import ALONE, Processes
 from pared.progress import Progress, Silent
 from pared.schema.recipe import Recipe
 from pared.structure.probe import evaluating
@@ -53,6 +54,7 @@ def compress_blocks(
     store: BlockStore | None = None,
     memory: ActivationMemory | None = None,
     state: CompressionRun | None = None,
+    processes: Processes = ALONE,
     progress: Progress | None = None,
 ) -> Compressed:
     """Compress a model, in place, block by block, as its spec says.
@@ -72,6 +74,9 @@ def compress_blocks(
         store: hands out the model's blocks; the model is in memory as a whole if none is given.
         memory: what hidden states share; without a limit if not given.
         state: keeps what every block came to, and is gone on from; nothing outlives the process if none is given.
+        processes: that compress together. Each has opened the same model, runs a part of the windows, and solves some
+            of the sites; every block is the same in all of them, bit for bit, when it is finished. Against one process
+            sums are taken in another order.
         progress: who watches; nobody by default.
 
     Raises:
@@ -79,7 +84,7 @@ def compress_blocks(
     """
     with evaluating(model), torch.inference_mode(False):
         store = store or _in_memory(model, spec, state)
-        observer = _observe(store, tokenizer, spec, windows, progress)
+        observer = _observe(store, tokenizer, spec, windows, progress, processes)
         observer.saved, observer.memory = saved, memory or observer.memory
         observer.resume(state)
         result = Compressed(model, spec)
@@ -136,9 +141,10 @@ def _observe(
     spec: CompressionSpec,
     windows: Windows | None,
     progress: Progress | None,
+    processes: Processes = ALONE,
 ) -> Observer:
     """Check the weights, find out how the blocks are called, and cut the tokens if any are needed."""
-    observer = Observer(store, tokenizer, spec, progress or Silent())
+    observer = Observer(store, tokenizer, spec, progress or Silent(), processes=processes)
     with observer.watch("probe"):
         streamed = not isinstance(store, ResidentBlocks)
         require_finite_weights(store.model, anatomy_of(store.model, spec.recipe), streamed)

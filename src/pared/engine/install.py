@@ -18,18 +18,26 @@ def install(model: nn.Module, name: str, factors: Factors, pivoted: bool = False
     install_group(model, [name], factors, pivoted)
 
 
-@torch.no_grad()
 def install_group(model: nn.Module, names: Sequence[str], factors: Factors, pivoted: bool = False) -> None:
     """Put these factors where layers stand, dense or of low rank.
-
-    Biases, dtype, device, mode, hooks and ``requires_grad`` are those of the layers; a shared ``down`` is trained only
-    if every one of them was.
 
     Args:
         model: the whole model.
         names: of the layers; more than one share ``down``, one parameter, and have their rows of ``up`` each.
         factors: what takes their place, ``up`` stacked.
         pivoted: as a ``PivotedLinear``, ``rank²`` parameters fewer, rather than a ``LowRankLinear``.
+    """
+    put(model, names, made(model, names, factors, pivoted))
+
+
+@torch.no_grad()
+def made(
+    model: nn.Module, names: Sequence[str], factors: Factors, pivoted: bool = False
+) -> list[LowRankLinear | PivotedLinear]:
+    """Return what :func:`install_group` puts in the place of layers; the model is as it was.
+
+    Biases, dtype, device and ``requires_grad`` are those of the layers; a shared ``down`` is trained only if every one
+    of them was.
     """
     olds = [model.get_submodule(name) for name in names]
     stored = pivot(factors) if pivoted else None
@@ -54,6 +62,11 @@ def install_group(model: nn.Module, names: Sequence[str], factors: Factors, pivo
         if new.down is not None:
             share(new, news[0], f"{names[0]}.down.weight")
             new.down.weight.requires_grad_(all(one.up.weight.requires_grad for one in news))
+    return news
+
+
+def put(model: nn.Module, names: Sequence[str], news: Sequence[nn.Module]) -> None:
+    """Put modules where layers stand, in their mode and with their hooks."""
     for name, new in zip(names, news, strict=True):
         replace_module(model, name, new)
 

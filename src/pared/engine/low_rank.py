@@ -12,7 +12,7 @@ from pared.calibration import BlockStatistics
 from pared.data.windows import Windows, require_fits
 from pared.engine.allocate import make_plan
 from pared.engine.grouping import candidate_units, told
-from pared.engine.observe import Observer
+from pared.engine.observe import Observer, Order
 from pared.engine.refit import Refit, dense_blocks
 from pared.engine.result import Compressed
 from pared.engine.solve import Solver, without
@@ -70,8 +70,7 @@ class LowRankWork:
             ParedError: a weight or its statistics do not allow it, or the budget buys too little.
         """
         if step.action == "allocate":
-            fallbacks = {} if self._solver is None else self._solver.fallbacks
-            self._plan = self._observer.decided(self._allocate, fallbacks)
+            self._plan = self._observer.decided(self._allocate, self._fallbacks, self._try)
         elif step.action == "install":
             with self._observer.watch("solve"):
                 self._solved.install_all(self._observer.store, self._decided)
@@ -110,6 +109,7 @@ class LowRankWork:
             tokens=self._observer.tokens,
             run=self._observer.state,
             prefix=f"pass-{self._number(step)}",
+            processes=self._observer.processes,
         )
         return self._stack.enter_context(solver)
 
@@ -147,8 +147,7 @@ class LowRankWork:
         def visit(block: BlockStatistics) -> None:
             with self._observer.watch("solve"):
                 second.visit(block)
-                for unit in second.take_missed():
-                    first.install(unit, decisions[unit.name])
+                first.install([(unit, decisions[unit.name]) for unit in second.take_missed()])
 
         decisions = {unit.name: decision for unit, decision in first.decided(self._decided)}
         self._observer.run(step, visit, kept=kept)
@@ -167,8 +166,12 @@ class LowRankWork:
                 f"its path, the first is {sorted(second.untargeted)[0]}"
             )
 
-    def _allocate(self) -> Plan:
-        """Decide every site, from what was found if anything was."""
+    @property
+    def _fallbacks(self) -> dict[str, str]:
+        return {} if self._solver is None else self._solver.fallbacks
+
+    def _allocate(self, order: Order) -> Plan:
+        """Decide every site, from what was found if anything was; trials are ordered of all processes."""
         spec, itemsize = self._spec, self._model.dtype.itemsize
         config = spec.allocation_config
         if self._solver is None:
@@ -180,19 +183,30 @@ class LowRankWork:
         if spec.tries:
             trials = trial_windows(spec.recipe, self._observer.tokenizer, self._model.config)
             require_fits(self._model.config, trials)
-            evidence = replace(evidence, trial=self._trial_on(trials), key=self._key(trials))
+            evidence = replace(evidence, trial=self._trial_on(trials, order), key=self._key(trials))
         with self._observer.watch("allocate"):
             return make_plan(anatomy, spec.allocator, spec.budget, itemsize, units, evidence, config)
 
-    def _trial_on(self, windows: Windows) -> Callable[[Mapping[str, Decision]], float]:
+    def _try(self, decisions: Mapping[str, Decision]) -> None:
+        """Take part in a trial of the first process, which measures."""
+        with self._solved.installed(decisions):
+            pass
+
+    def _trial_on(self, windows: Windows, order: Order) -> Callable[[Mapping[str, Decision]], float]:
         """Return what measures decisions, on tokens that are not calibrated on."""
         solver, trial, store = self._solved, self._trial, self._observer.store
         if trial is None:
             raise ParedError(
                 f"allocation {self._spec.allocator.name} tries what it proposes; give what measures a model"
             )
+        if self._observer.processes.count > 1 and not isinstance(store, ResidentBlocks):
+            raise ParedError(
+                f"allocation {self._spec.allocator.name} tries what it proposes, which several processes cannot do on "
+                "a model that is read block by block; start one, or keep the model in memory (--stream off)"
+            )
 
         def measure(decisions: Mapping[str, Decision]) -> float:
+            order(decisions)
             with solver.installed(decisions, store):
                 return trial(windows)
 
@@ -210,14 +224,15 @@ class LowRankWork:
     def _refit(self, step: PassSpec) -> None:
         """Fit every ``up`` to the inputs that the compressed model really has."""
         observer, solver, plan = self._observer, self._solved, self._decided
-        refit = Refit(self._model, solver, plan, together=self._spec.refit == "update")
+        processes = observer.processes
+        refit = Refit(self._model, solver, plan, together=self._spec.refit == "update", processes=processes)
         kept = observer.record(step, self._number(step))
         if kept is not None:
             refit.take_up(kept)
         if observer.is_done(kept):
             return
         inputs = observer.capture()
-        dense_block = dense_blocks(self._model, self._anatomy, solver, plan)
+        dense_block = dense_blocks(self._model, self._anatomy, solver, plan, processes)
 
         def visit(block: BlockStatistics) -> None:
             with observer.watch("refit"):

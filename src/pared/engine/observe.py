@@ -14,8 +14,10 @@ from pared.calibration import (
     BlockInputs,
     BlockStatistics,
     DenseReference,
+    Sampled,
     StatisticView,
     Wants,
+    all_reduce,
     capture,
     choose_labels,
     gradient_accumulators,
@@ -29,6 +31,7 @@ from pared.engine.allocate import anatomy_of
 from pared.engine.blocks import Needs, Visit, run_blocks, run_blocks_backward, visit_blocks
 from pared.engine.pass_record import PassRecord
 from pared.engine.run_state import CompressionRun
+from pared.engine.shared_record import SharedRecord
 from pared.engine.spec import CompressionSpec, HandOn, LowRankSpec, PassSpec, resolve_low_rank
 from pared.engine.windows import calibration_windows
 from pared.environment import choose_dtype, device_of
@@ -37,6 +40,7 @@ from pared.lowrank import GradientOptions
 from pared.lowrank.registry import nothing
 from pared.methods import METHODS
 from pared.models.architecture import is_causal
+from pared.processes import ALONE, Processes, together
 from pared.progress import Progress, Silent, Stopwatch
 from pared.schema.plan import Plan
 from pared.schema.recipe import Recipe
@@ -46,6 +50,8 @@ from pared.structure.store import BlockStore, ResidentBlocks
 
 Loss = Literal["sampled", "labels"]
 Saved = Callable[[], Iterator[BlockStatistics]]
+Kept = PassRecord | SharedRecord
+Order = Callable[[Any], None]  # sends something to the other processes, which do it at the same time
 BySite = dict[str, dict[str, StatisticView]]  # statistics by site and name
 
 TRAIL_BYTES = 2 * 2**30  # of what all blocks read of the batches that go backward together
@@ -68,6 +74,7 @@ class Observer:
         dtype: what the blocks compute in, once anything ran.
         backward_tokens: of those, how many went through the backward pass.
         memory: what hidden states share.
+        processes: that observe together: each runs a part of the windows, and all are given what all have seen.
     """
 
     store: BlockStore
@@ -82,6 +89,7 @@ class Observer:
     dtype: torch.dtype | None = None
     backward_tokens: int = 0
     memory: ActivationMemory = field(default_factory=ActivationMemory)
+    processes: Processes = ALONE
 
     def __post_init__(self) -> None:
         self.model = self.store.model
@@ -111,13 +119,42 @@ class Observer:
         return self.windows
 
     def capture(self) -> BlockInputs:
-        """Return what the first block reads, and how all are called."""
-        asked, windows = self.spec.calibration, self._windows
+        """Return what the first block reads of this process's part of the windows, and how all are called."""
+        return self._captured(self._windows, self._own(self._windows))
+
+    def _captured(self, windows: Windows, own: range) -> BlockInputs:
+        asked, there = self.spec.calibration, slice(own.start, own.stop)
         with self.watch("capture"):
             device = device_of(self.spec.recipe.device)
-            self.dtype = dtype = self._dtype(device)
-            how = asked.batch, self.calls, dtype, device, windows.beside, self.memory
-            return capture(self.model, self.anatomy, windows.tokens, *how)
+            # Each process measures by itself, but all must multiply alike.
+            self.dtype = dtype = self.processes.agreed(self._dtype(device))
+            beside = {name: one[there] for name, one in windows.beside.items()}
+            how = asked.batch, self.calls, dtype, device, beside, self.memory
+            return capture(self.model, self.anatomy, windows.tokens[there], *how)
+
+    def _own(self, windows: Windows, unit: int = 1) -> range:
+        """Return which windows are this process's: neighbours, in whole batches.
+
+        Args:
+            windows: all that are to run.
+            unit: so many that are next to each other are one observation (see :class:`Fisher`).
+        """
+        return self.processes.part(len(windows.tokens), math.lcm(self.spec.calibration.batch, unit))
+
+    def _of_all(self, visit: Visit, inputs: BlockInputs) -> Visit:
+        """Return a visit that is given what the blocks of all processes have seen, bit for bit the same in all."""
+        if self.processes.count == 1:
+            return visit
+
+        def visit_all(block: BlockStatistics) -> None:
+            with self.watch("all-reduce"), together():
+                all_reduce(block.statistics)  # type: ignore[arg-type]  # accumulators, when a block is visited
+            seen = self.processes.gather((block.influence, len(inputs.calls)))
+            batches = sum(count for influence, count in seen if influence is not None)
+            influence = sum(one * count / batches for one, count in seen if one is not None) if batches else None
+            visit(replace(block, influence=influence))
+
+        return visit_all
 
     def _dtype(self, device: torch.device) -> torch.dtype:
         """Return what the blocks compute in, which a process that resumes does not measure anew."""
@@ -138,7 +175,7 @@ class Observer:
         """Return the dense model on these inputs; its blocks are those of the store before they are visited."""
         return DenseReference(inputs.hidden.clone(), block or self.store.load)
 
-    def run(self, step: PassSpec, visit: Visit, influence: bool = False, kept: PassRecord | None = None) -> None:
+    def run(self, step: PassSpec, visit: Visit, influence: bool = False, kept: Kept | None = None) -> None:
         """Collect what a low-rank method reads, and visit every block with the statistics of its sites.
 
         Args:
@@ -185,7 +222,7 @@ class Observer:
         self._gradients = _only(self._gradients, names) if self.spec.sequential and not behind else {}
 
     def _run_backward(
-        self, inputs: BlockInputs, names: frozenset[str], visit: Visit, step: PassSpec, kept: PassRecord | None
+        self, inputs: BlockInputs, names: frozenset[str], visit: Visit, step: PassSpec, kept: Kept | None
     ) -> None:
         """Visit every block with statistics of the backward pass, and keep what a second pass needs of them."""
 
@@ -206,7 +243,7 @@ class Observer:
         influence: bool = False,
         name: str = "calibrate and solve",
         observed: Callable[[int], nn.Module] | None = None,
-        kept: PassRecord | None = None,
+        kept: Kept | None = None,
     ) -> None:
         """Visit every block with statistics of the forward pass.
 
@@ -224,6 +261,7 @@ class Observer:
         if self.is_done(kept):
             return
         hand_on: HandOn = step.hand_on
+        visit = self._of_all(visit, inputs)
         with self._stage(f"{name} ({inputs.dtype})", inputs) as advance, self.watch("walk"):
             run_blocks(
                 self.store,
@@ -248,7 +286,7 @@ class Observer:
         visit: Visit,
         share: float | None = None,
         changes: bool = False,
-        kept: PassRecord | None = None,
+        kept: Kept | None = None,
     ) -> None:
         """Visit every block, the last one first, with what the loss makes of its sites' outputs, and what they read.
 
@@ -260,15 +298,21 @@ class Observer:
             changes: whether visits change blocks.
             kept: the record of the pass.
         """
-        windows = self._windows
+        windows, batch = self._windows, self.spec.calibration.batch
         if share is None:
             share = self.spec.gradient_share if isinstance(self.spec, LowRankSpec) else 1.0
         if share < 1:  # windows that are there twice are one observation: a share is of those that differ
             differing = len(set(map(tuple, windows.tokens.tolist()))) / len(windows.tokens)
-            inputs = inputs.part(0, math.ceil(share * math.ceil(differing * len(inputs.calls))))
-        windows = windows.first(sum(shape[0] for shape in inputs.hidden.shapes))
+            batches = math.ceil(share * math.ceil(differing * math.ceil(len(windows.tokens) / batch)))
+            inputs, windows = inputs.part(0, batches), windows.first(batches * batch)
+        own = self._own(windows, math.lcm(*(statistic_kind(name).together for name in names)))
+        if self.processes.count > 1:  # a share is of the first windows, which are divided anew
+            inputs = self._captured(windows, own)
         self.backward_tokens = windows.real_tokens
         labels = choose_labels(self.model, self.spec.loss, self.spec.calibration.seed, windows.labels)
+        if isinstance(labels, Sampled):
+            labels.pass_over(windows.tokens[: own.start], windows.mask)
+        visit = self._of_all(visit, inputs)
 
         def wants(index: int) -> Wants:
             return gradient_accumulators(self.anatomy.sites_of(index), names, inputs.device)
@@ -278,7 +322,7 @@ class Observer:
                 self.store,
                 self.anatomy,
                 inputs,
-                windows.tokens,
+                windows.tokens[own.start : own.stop],
                 labels,
                 wants,
                 visit,
@@ -286,10 +330,11 @@ class Observer:
                 group=self.spec.group_size,
                 batches=_batches_at_once(inputs),
                 kept=kept,
+                first_window=own.start,
                 on_batch=advance,
             )
 
-    def without_data(self, visit: Visit, changes: bool, kept: PassRecord | None = None) -> None:
+    def without_data(self, visit: Visit, changes: bool, kept: Kept | None = None) -> None:
         """Visit every block without running anything."""
         with self.progress.stage("solve", len(self.store), "block") as advance:
             visit_blocks(self.store, visit, changes=changes, group=self.spec.group_size, kept=kept, on_block=advance)
@@ -304,8 +349,8 @@ class Observer:
         number: int,
         tables: Callable[[], Mapping[str, Mapping[str, Any]]] = dict,
         written: Callable[[], list[Path]] = list,
-    ) -> PassRecord | None:
-        """Return the record of a pass; none if nothing is kept.
+    ) -> Kept | None:
+        """Return the record of a pass; none if nothing is kept, by the first process where there are several.
 
         Args:
             step: the pass.
@@ -313,37 +358,53 @@ class Observer:
             tables: as of :class:`PassRecord`.
             written: as of :class:`PassRecord`.
         """
-        if self.state is None:
-            return None
         changes, behind = step.installs or step.action == "refit", step.hand_on == "compressed"
-        return PassRecord(
-            self.state,
-            self.store,
-            number,
-            tables,
-            written=written,
-            changes=changes,
-            group=self.group_of(step),
-            replaces=step.action == "refit" and behind,
-        )
+        own = None
+        if self.state is not None:
+            own = PassRecord(
+                self.state,
+                self.store,
+                number,
+                tables,
+                written=written,
+                changes=changes,
+                group=self.group_of(step),
+                replaces=step.action == "refit" and behind,
+            )
+        if self.processes.count == 1 or not self.processes.agreed(own is not None):
+            return own
+        return SharedRecord(own, self.processes, self.store, self.anatomy, changes)
 
-    def decided(self, decide: Callable[[], Plan], fallbacks: dict[str, str]) -> Plan:
-        """Return the plan that an earlier process decided, or decide it and keep it.
+    def decided(
+        self, decide: Callable[[Order], Plan], fallbacks: dict[str, str], follow: Order = lambda _: None
+    ) -> Plan:
+        """Return the plan that the first process, or one that was killed, has decided; decide it and keep it if not.
 
         Args:
-            decide: makes the plan.
+            decide: makes the plan; is given what lets the other processes follow.
             fallbacks: what stood in for what said nothing, by unit; grows by what the decision finds.
+            follow: what those do with what they are sent.
         """
-        if self.state is None:
-            return decide()
-        if self.state.get("plan") is None:
-            plan = decide()
-            self.state.put("plan", {"plan": plan.model_dump(mode="json"), "fallbacks": dict(fallbacks)})
-        found = self.state.get("plan")
-        fallbacks |= found["fallbacks"]
-        return Plan.model_validate(found["plan"])
 
-    def is_done(self, kept: PassRecord | None) -> bool:
+        def first(order: Order) -> tuple[Plan, dict[str, str]]:
+            if self.state is None:
+                return decide(order), fallbacks
+            if self.state.get("plan") is None:
+                plan = decide(order)
+                self.state.put("plan", {"plan": plan.model_dump(mode="json"), "fallbacks": dict(fallbacks)})
+            found = self.state.get("plan")
+            return Plan.model_validate(found["plan"]), found["fallbacks"]
+
+        plan, found = self.processes.led(first, follow)
+        fallbacks |= found
+        return plan
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether a process that was killed has decided the plan."""
+        return self.processes.agreed(self.state is not None and self.state.get("plan") is not None)
+
+    def is_done(self, kept: Kept | None) -> bool:
         """Whether an earlier process has finished a pass; the blocks are then what it made of them."""
         if kept is None or not kept.complete:
             return False
@@ -398,8 +459,8 @@ def _batches_at_once(inputs: BlockInputs) -> int | None:
     What all blocks read of them is in memory at once; where that is not all there are, the statistics of all blocks
     are, in its place.
     """
-    if inputs.hidden.memory.limit is not None:
-        return None  # what does not fit lies on the disk
+    if inputs.hidden.memory.limit is not None or not inputs.calls:
+        return None  # what does not fit lies on the disk; other processes may have all batches
     itemsize = inputs.dtype.itemsize
     largest = max(shape.numel() * itemsize for shape in inputs.hidden.shapes) * (len(inputs.calls[0]) + 1)
     return None if largest * len(inputs.calls) <= TRAIL_BYTES else max(1, TRAIL_BYTES // largest)

@@ -20,6 +20,12 @@ class Record(Protocol):
     def holds(self, index: int) -> bool:
         """Whether a block was finished by an earlier process."""
 
+    def found(self) -> Tables:
+        """Return what visits of earlier processes found of the blocks that they finished."""
+
+    def files(self) -> dict[str, Path]:
+        """Return the files of the blocks that earlier processes finished, by name."""
+
     def restore(self, index: int) -> None:
         """Put what became of a finished block in its place, if it was changed."""
 
@@ -33,6 +39,14 @@ class NoRecord:
     def holds(self, index: int) -> bool:  # noqa: ARG002 - of any block
         """No: nothing was recorded."""
         return False
+
+    def found(self) -> Tables:
+        """Nothing."""
+        return {}
+
+    def files(self) -> dict[str, Path]:
+        """None."""
+        return {}
 
     def restore(self, index: int) -> None:
         """Do nothing: it never comes to that."""

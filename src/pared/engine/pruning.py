@@ -24,6 +24,7 @@ from pared.sparsity import Pattern, Unstructured, pattern, wanda
 from pared.sparsity.registry import energy
 from pared.structure import bias_of, weight_of
 
+Pruned = tuple[SparseLinear, str]
 GRADIENTS = frozenset({"output_gradient_diagonal"})  # what the loss makes of a weight's outputs
 
 
@@ -69,12 +70,11 @@ class SparseWork:
         Raises:
             ParedError: no token reached any site, or a weight or its statistics do not allow what is asked.
         """
-        state = self._observer.state
         if step.action == "evidence":
-            if state is None or state.get("plan") is None:
+            if not self._observer.is_decided:
                 self.collect(step)
         elif step.action == "allocate":
-            self._plan = self._observer.decided(self._allocate, self._fallbacks)
+            self._plan = self._observer.decided(lambda _: self._allocate(), self._fallbacks)
         else:
             self._prune(step)
 
@@ -135,15 +135,19 @@ class SparseWork:
         tail = config.tail if isinstance(config, AlphaPruning) else AlphaPruning().tail
         found: dict[str, float] = {}
 
+        def tail_of(name: str) -> tuple[float | None, str]:
+            try:
+                return hill_alpha(eigenvalues(self._weight(name)), tail), ""
+            except ParedError as undefined:  # a zero weight, one of rank 1, a single row
+                return None, f"{undefined}: left out of its unit's mean; a unit of none takes that of the others"
+
         def visit(block: BlockStatistics) -> None:
-            for site in self._anatomy.sites_of(block.index):
-                if not site.idle:
-                    try:
-                        found[site.name] = hill_alpha(eigenvalues(self._weight(site.name)), tail)
-                    except ParedError as undefined:  # a zero weight, one of rank 1, a single row
-                        notes[site.name] = (
-                            f"{undefined}: left out of its unit's mean; a unit of none takes that of the others"
-                        )
+            sites = [site.name for site in self._anatomy.sites_of(block.index) if not site.idle]
+            for name, (alpha, note) in zip(sites, self._observer.processes.each(sites, tail_of), strict=True):
+                if alpha is not None:
+                    found[name] = alpha
+                else:
+                    notes[name] = note
 
         visit_blocks(self._observer.store, visit)
         known = {unit.name: [found[one.name] for one in unit.members if one.name in found] for unit in self._units}
@@ -186,8 +190,14 @@ class SparseWork:
 
         def visit(block: BlockStatistics) -> None:
             with self._observer.watch("solve"):
-                for site in planned.get(block.index, ()):
-                    self._pruned[site.name] = self._solve(site, block.statistics.get(site.name, {}))
+                sites = planned.get(block.index, ())
+                pruned = self._observer.processes.each(
+                    sites, lambda site: self._solve(site, block.statistics.get(site.name, {}))
+                )
+                for site, new in pruned:
+                    self._pruned[site.name] = site
+                    if new is not None:
+                        self._put(site.name, *new)
                 self._values.clear()
 
         if step.runs == "nothing":
@@ -200,13 +210,13 @@ class SparseWork:
         pruned = {name: site.model_dump(mode="json") for name, site in self._pruned.items()}
         return {"pruned": pruned, "fallbacks": dict(self._fallbacks)}
 
-    def _solve(self, site: SitePlan, statistics: Mapping[str, StatisticView]) -> SitePlan:
-        """Prune one site; return what became of it, and note by which rule where its statistics say nothing."""
+    def _solve(self, site: SitePlan, statistics: Mapping[str, StatisticView]) -> tuple[SitePlan, Pruned | None]:
+        """Return what became of one site, and what takes its place with the rule where its statistics say nothing."""
         method, config = self._spec.method, self._spec.config
         if isinstance(site.decision, Dense):
-            return site
+            return site, None
         if self._spec.walked and not all(one.tokens for one in statistics.values()):
-            return site.model_copy(update={"decision": Dense(reason="no calibration token reached it")})
+            return site.model_copy(update={"decision": Dense(reason="no calibration token reached it")}), None
         zeros, groups = _zeros(site)
         W_ON, old = self._weight(site.name), self._model.get_submodule(site.name)
         values = self._values_of(statistics, W_ON.device)
@@ -216,12 +226,16 @@ class SparseWork:
         except (ValueError, RuntimeError) as error:
             raise ParedError(f"site {site.name}: {error}") from error
         inherit_requires_grad(new, old)
-        replace_module(self._model, site.name, new)
-        if fallback := method.fallback(values):
-            self._fallbacks[site.name] = fallback
-        if groups is not None:
-            return site
-        return site.model_copy(update={"decision": site.decision.model_copy(update={"stored": new.stored})})
+        fallback = method.fallback(values)
+        if groups is None:
+            site = site.model_copy(update={"decision": site.decision.model_copy(update={"stored": new.stored})})
+        return site, (new, fallback)
+
+    def _put(self, name: str, new: SparseLinear, fallback: str) -> None:
+        """Put what this process or another has pruned in its place."""
+        replace_module(self._model, name, new.to(self._weight(name).device))
+        if fallback:
+            self._fallbacks[name] = fallback
 
     def _values_of(self, statistics: Mapping[str, StatisticView], device: torch.device) -> dict[str, torch.Tensor]:
         """Return statistics as tensors: the same ones for sites in a row that read one input, which factor it once."""

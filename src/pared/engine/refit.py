@@ -8,12 +8,13 @@ from torch import nn
 from pared.allocation import Unit
 from pared.calibration import BlockStatistics, cross_of
 from pared.engine.install import dense_linear, factors_of
-from pared.engine.pass_record import PassRecord
+from pared.engine.pass_record import Record
 from pared.engine.solve import Solver
 from pared.lowrank import Factors
 from pared.lowrank.dense_path import mixed_cross
 from pared.lowrank.sharing import refit
 from pared.modules import LowRankLinear, PivotedLinear, replace_module
+from pared.processes import ALONE, Processes
 from pared.schema.plan import Plan
 from pared.structure import Anatomy
 from pared.structure.state import copy_block
@@ -24,7 +25,9 @@ Grams = tuple[torch.Tensor, torch.Tensor]  # of what a site reads, and of that w
 class Refit:
     """Fits every ``up`` of a compressed model anew, block by block."""
 
-    def __init__(self, model: nn.Module, solver: Solver, plan: Plan, together: bool) -> None:
+    def __init__(
+        self, model: nn.Module, solver: Solver, plan: Plan, together: bool, processes: Processes = ALONE
+    ) -> None:
         """Start.
 
         With ``together`` the members of a group are fitted to the sum of their Grams, all when the last was visited, as
@@ -38,14 +41,16 @@ class Refit:
             solver: that compressed it and still holds the dense weights.
             plan: that it was compressed by.
             together: fit the members of a group at once.
+            processes: that fit together: each those whose dense weights it keeps.
         """
+        self._processes = processes
         self._model, self._solver = model, solver
         decided = [unit for unit, _ in solver.decided(plan)]
         self._waiting = decided if together else [Unit((site,)) for unit in decided for site in unit.members]
         self._grams: dict[str, Grams] = {}
         self._share = solver.dense_path
 
-    def take_up(self, record: PassRecord) -> None:
+    def take_up(self, record: Record) -> None:
         """Go on behind the blocks that an earlier process finished."""
         self._waiting = [unit for unit in self._waiting if not all(record.holds(s.block) for s in unit.members)]
 
@@ -55,25 +60,41 @@ class Refit:
         self._grams |= {name: found for name, found in _grams(block, self._share).items() if name in open_sites}
         ready = [unit for unit in self._waiting if all(site.name in self._grams for site in unit.members)]
         self._waiting = [unit for unit in self._waiting if unit not in ready]
-        for unit in ready:
-            gram_NN, cross_NN = (
-                of_members[0] if len(of_members) == 1 else torch.stack(of_members).sum(dim=0)
-                for of_members in zip(*(self._grams.pop(site.name) for site in unit.members), strict=True)
-            )
-            for site in unit.members:
-                fit(self._model, site.name, self._solver.dense_weight(site.name), gram_NN, cross_NN)
+        of_units = self._processes.each(ready, self._fit, lambda unit: self._solver.owner_of_site(unit.name))
+        for unit, ups in zip(ready, of_units, strict=True):
+            for site, up_OK in zip(unit.members, ups, strict=True):
+                self._grams.pop(site.name, None)  # of what another process has fitted
+                with torch.no_grad():
+                    self._model.get_parameter(f"{site.name}.up.weight").copy_(up_OK)
+
+    def _fit(self, unit: Unit) -> list[torch.Tensor]:
+        """Return what the ``up`` of every member becomes, in the dtype of its weight."""
+        gram_NN, cross_NN = (
+            of_members[0] if len(of_members) == 1 else torch.stack(of_members).sum(dim=0)
+            for of_members in zip(*(self._grams.pop(site.name) for site in unit.members), strict=True)
+        )
+        dense = self._solver.dense_weight
+        return [fitted(self._model, site.name, dense(site.name), gram_NN, cross_NN) for site in unit.members]
 
 
-def dense_blocks(model: nn.Module, anatomy: Anatomy, solver: Solver, plan: Plan) -> Callable[[int], nn.Module]:
-    """Return what makes the dense block of an index out of the compressed one and the dense weights that were kept."""
+def dense_blocks(
+    model: nn.Module, anatomy: Anatomy, solver: Solver, plan: Plan, processes: Processes = ALONE
+) -> Callable[[int], nn.Module]:
+    """Return what makes the dense block of an index out of the compressed one and the dense weights that were kept.
+
+    All processes ask for the same blocks in the same order.
+    """
     decided = {site.name for unit, _ in solver.decided(plan) for site in unit.members}
 
     def dense_block(index: int) -> nn.Module:
         block = copy_block(anatomy.blocks(model)[index], anatomy.block_name(index))
-        for site in anatomy.sites_of(index):
-            if site.name in decided:
-                dense = dense_linear(model.get_submodule(site.name), solver.dense_weight(site.name))
-                replace_module(block, anatomy.path_in_block(site), dense)
+        sites = [site for site in anatomy.sites_of(index) if site.name in decided]
+        weights = processes.each(
+            sites, lambda site: solver.dense_weight(site.name), lambda site: solver.owner_of_site(site.name)
+        )
+        for site, W_ON in zip(sites, weights, strict=True):
+            dense = dense_linear(model.get_submodule(site.name), W_ON)
+            replace_module(block, anatomy.path_in_block(site), dense)
         return block
 
     return dense_block
@@ -90,11 +111,13 @@ def _grams(block: BlockStatistics, share: float) -> dict[str, Grams]:
 
 
 @torch.no_grad()
-def fit(model: nn.Module, name: str, W_ON: torch.Tensor, gram_NN: torch.Tensor, cross_NN: torch.Tensor) -> None:
-    """Replace the ``up`` of a low-rank module by the least-squares one, which never has the greater error.
+def fitted(
+    model: nn.Module, name: str, W_ON: torch.Tensor, gram_NN: torch.Tensor, cross_NN: torch.Tensor
+) -> torch.Tensor:
+    """Return the least-squares ``up`` of a low-rank module, which never has the greater error, as it is stored.
 
     Args:
-        model: changed in place.
+        model: not changed.
         name: of the module.
         W_ON: the dense weight ``(out, in)`` it stands for.
         gram_NN: of what it reads in the compressed model.
@@ -103,4 +126,4 @@ def fit(model: nn.Module, name: str, W_ON: torch.Tensor, gram_NN: torch.Tensor, 
     module = model.get_submodule(name)
     assert isinstance(module, (LowRankLinear, PivotedLinear))
     factors = Factors(*(factor.to(gram_NN.device) for factor in factors_of([module])))
-    module.up.weight.copy_(refit(W_ON.to(gram_NN.device), factors, gram_NN, cross_NN))
+    return refit(W_ON.to(gram_NN.device), factors, gram_NN, cross_NN).to(module.up.weight)

@@ -2,6 +2,7 @@
 
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -11,6 +12,13 @@ from pared.engine.run_state import CompressionRun
 from pared.io.guarded import parse_json
 from pared.io.run_dir import RunDirectory
 from pared.lowrank import Decomposition
+
+
+class Copy(NamedTuple):
+    """What a store keeps of a unit: a file of tensors and a number."""
+
+    tensors: dict[str, torch.Tensor]
+    damping: float
 
 
 class DecompositionStore:
@@ -46,8 +54,7 @@ class DecompositionStore:
 
     def put(self, name: str, found: Decomposition, weight: torch.Tensor | None = None) -> None:
         """Keep the decomposition of a unit, and its dense weight if one is given."""
-        self._damping[name] = found.damping
-        self.spectra[name] = found.singular_values_R.cpu()
+        self.note(name, found.singular_values_R.cpu())
         tensors = {"spectrum": self.spectra[name]}
         if found.U_OR is not None:
             tensors["U_OR"] = found.U_OR.float()
@@ -57,8 +64,17 @@ class DecompositionStore:
             tensors["L_OO"] = found.L_OO
         if weight is not None:
             tensors["weight"] = weight
+        self.write(name, Copy(tensors, found.damping))
+
+    def write(self, name: str, kept: "Copy") -> None:
+        """Keep what :meth:`copy` gave in another process."""
+        self._damping[name], self.spectra[name] = kept.damping, kept.tensors["spectrum"]
         file = f"{self._prefix}-unit-{len(self.files):05}.safetensors"
-        self.files[name] = self._run.write(file, tensors, {"damping": found.damping})
+        self.files[name] = self._run.write(file, kept.tensors, {"damping": kept.damping})
+
+    def copy(self, name: str) -> "Copy":
+        """Return what was kept of a unit, for another process."""
+        return Copy(load_file(self.files[name]), self._damping[name])
 
     def take_up(self, name: str, file: Path) -> None:
         """Take the file of a unit that an earlier process has written."""
@@ -66,6 +82,10 @@ class DecompositionStore:
             self._damping[name] = parse_json(tensors.metadata()["pared"], str(file))["damping"]
             self.spectra[name] = tensors.get_tensor("spectrum")
         self.files[name] = file
+
+    def note(self, name: str, spectrum_R: torch.Tensor) -> None:
+        """Keep the spectrum of a unit, whose decomposition another process may have."""
+        self.spectra[name] = spectrum_R
 
     def get(self, name: str, W_ON: torch.Tensor) -> Decomposition:
         """Return the decomposition of a site.

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,8 +14,8 @@ from pared.allocation import Unit
 from pared.calibration import CROSS, BlockStatistics, StatisticView, cross_of, per_token
 from pared.engine.blocks import visit_blocks
 from pared.engine.grouping import Comparison, compare
-from pared.engine.install import install_group, unchanged
-from pared.engine.pass_record import PassRecord
+from pared.engine.install import made, put, unchanged
+from pared.engine.pass_record import Record
 from pared.engine.run_state import CompressionRun
 from pared.engine.solutions import DecompositionStore
 from pared.engine.spec import LowRankSpec
@@ -23,11 +23,42 @@ from pared.errors import ParedError
 from pared.lowrank import Decomposition
 from pared.lowrank.dense_path import target
 from pared.lowrank.sharing import stacked
+from pared.processes import ALONE, Processes
 from pared.schema.plan import Decision, Dense, LowRank, Plan, Shared
 from pared.structure import Site, weight_of
 from pared.structure.store import BlockStore, LazyBlocks, ResidentBlocks
 
 StatisticsOfSite = Mapping[str, StatisticView]
+Installed = tuple[list[str], list[nn.Module]]  # names of layers, and what is put in their places
+
+
+@dataclass
+class Found:
+    """What came of one unit, as the other processes are told it.
+
+    Attributes:
+        owner: rank of the process that decomposed it.
+        units: what it was taken as, in order: itself, or its members apart.
+        spectra: of those that were decomposed without a plan.
+        installed: what takes the place of its layers, if the plan is known.
+        comparison: of its members together and apart, if there was one.
+        damping: as those of :class:`Solver`, of this unit; as are the others below.
+        fallbacks: as those of the solver.
+        unreached: as those of the solver.
+        untargeted: as those of the solver.
+        missed: whether it could not be taken.
+    """
+
+    owner: int = 0
+    units: list[Unit] = field(default_factory=list)
+    spectra: dict[str, torch.Tensor] = field(default_factory=dict)
+    installed: list[Installed] = field(default_factory=list)
+    comparison: Comparison | None = None
+    damping: dict[str, float] = field(default_factory=dict)
+    fallbacks: dict[str, str] = field(default_factory=dict)
+    unreached: set[str] = field(default_factory=set)
+    untargeted: set[str] = field(default_factory=set)
+    missed: bool = False
 
 
 class Solver:
@@ -54,6 +85,7 @@ class Solver:
         tokens: int = 0,
         run: CompressionRun | None = None,
         prefix: str = "pass-1",
+        processes: Processes = ALONE,
     ) -> None:
         """Start.
 
@@ -66,7 +98,11 @@ class Solver:
             tokens: of the text, which costs are averaged over; those that reach a site where they are not known.
             run: that keeps what must outlive the process; without one all goes at the end.
             prefix: of the names of files.
+            processes: that solve together: each takes some of the units, keeps their decompositions, and tells the
+                others what it found.
         """
+        self._processes = processes
+        self._owners: dict[str, int] = {}  # rank of the process that keeps the decomposition, by unit
         self._model, self._tokens, self._keep_dense = model, tokens, keep_dense
         self._spec, self._method, self._budget = spec, spec.method, spec.budget
         self._targets: dict[str, torch.Tensor] = {}
@@ -75,7 +111,8 @@ class Solver:
         self._stack = ExitStack()
         out = spec.recipe.out
         self._store = self._stack.enter_context(DecompositionStore(None if out is None else Path(out), run, prefix))
-        self._known = len(self._store.files)  # files that were told of in `written`
+        self._known = len(self._store.files)  # files that were told of in `written`, or handed over
+        self._kept_by_first = processes.agreed(run is not None)
         self._waiting = list(candidates)
         self._held: dict[str, StatisticsOfSite] = {}
         self._values: dict[tuple[int, str], tuple[StatisticView, torch.Tensor]] = {}  # of the last unit's statistics
@@ -111,9 +148,27 @@ class Solver:
         self._held |= {name: block.statistics.get(name, {}) for name in own}
         ready = [unit for unit in self._waiting if all(site.name in self._held for site in unit.members)]
         self._waiting = [unit for unit in self._waiting if unit not in ready]
+
+        def solve(unit: Unit) -> Found:
+            return self.take(unit, {site.name: self._held.pop(site.name) for site in unit.members})
+
+        for unit, found in zip(ready, self._processes.each(ready, solve), strict=True):
+            self.accept(unit, found)
+        self._hand_over()
         for unit in ready:
-            self.take(unit, {site.name: self._held.pop(site.name) for site in unit.members})
+            for site in unit.members:
+                self._held.pop(site.name, None)  # of what another process has solved
         self._values.clear()
+
+    def _hand_over(self) -> None:
+        """Let the first process keep what the others have decomposed, if its state is to outlive it."""
+        if self._processes.count == 1 or not self._kept_by_first:
+            return
+        new = [] if self._processes.is_first else [*self._store.files][self._known :]
+        self._known += len(new)
+        for copies in self._processes.to_first([(name, self._store.copy(name)) for name in new]):
+            for name, copy in copies:
+                self._store.write(name, copy)
 
     def tables(self) -> dict[str, dict[str, Any]]:
         """Return what was found so far, as JSON has it, each by the name of a unit or site."""
@@ -135,7 +190,7 @@ class Solver:
         self._known += len(new)
         return new
 
-    def take_up(self, record: PassRecord) -> None:
+    def take_up(self, record: Record) -> None:
         """Go on behind the blocks that an earlier process finished.
 
         Raises:
@@ -148,8 +203,12 @@ class Solver:
         self.units += [Unit(tuple(sites[name] for name in members)) for members in found["units"].values()]
         for unit in self.units:
             if unit.name in found["files"]:
-                self._store.take_up(unit.name, files[found["files"][unit.name]])
+                if self._processes.is_first:
+                    self._store.take_up(unit.name, files[found["files"][unit.name]])
                 self._note_rows(unit)
+                self._owners[unit.name] = 0
+        for name, spectrum_R in self._processes.agreed(self._store.spectra).items():
+            self._store.note(name, spectrum_R)
         self._known = len(self._store.files)
         for one in found["comparisons"].values():
             told: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in one.items()}
@@ -172,8 +231,8 @@ class Solver:
         self.damping = {name: self.damping[name] for name in sorted(self.damping, key=place)}
         self.fallbacks = {name: self.fallbacks[name] for name in sorted(self.fallbacks, key=place)}
 
-    def take(self, unit: Unit, statistics: Mapping[str, StatisticsOfSite]) -> None:
-        """Decompose a unit; put its factors in place if the plan is known, keep the decomposition if not.
+    def take(self, unit: Unit, statistics: Mapping[str, StatisticsOfSite]) -> Found:
+        """Decompose a unit; make its factors if the plan is known, keep the decomposition if not.
 
         A group whose members lose less apart is taken apart.
 
@@ -181,9 +240,13 @@ class Solver:
             unit: a site, or a group that may share a basis.
             statistics: of every member, by site and statistic.
 
+        Returns:
+            What came of it, for :meth:`accept`.
+
         Raises:
             ParedError: its statistics or its weight do not allow it; names the site.
         """
+        told = Found(self._processes.rank)
         values: dict[str, dict[str, torch.Tensor]] = {}
         self._targets.clear()
         there = {id(one) for own in statistics.values() for one in own.values()}
@@ -191,28 +254,48 @@ class Solver:
         for site in unit.members:
             own = statistics.get(site.name, {})
             if not site.idle and any(one.tokens == 0 for name, one in own.items() if name != CROSS):
-                self.unreached.add(site.name)
+                told.unreached.add(site.name)
             elif not site.idle and (self._planned is None or unit.name in self._planned):
                 values[site.name] = {key: self._value(key, one) for key, one in own.items() if key != CROSS}
-                self._aim(site, own)
+                self._aim(site, own, told)
         if self._planned is not None and unit.name in self._planned and len(values) < len(unit.members):
-            self.missed.append(unit)
-            return
+            told.missed = True
+            return told
         together = len(unit.members) > 1 and len(values) == len(unit.members)
         if together and self._planned is not None:
-            self._keep(unit, self._decompose(unit, values))
-            return
+            self._keep(unit, self._decompose(unit, values, told), told)
+            return told
         members = [Unit((site,)) for site in unit.members]
-        found = {one.name: self._decompose(one, values) for one in members if one.name in values}
-        shared = self._group(unit, found, values) if together else None
+        found = {one.name: self._decompose(one, values, told) for one in members if one.name in values}
+        shared = self._group(unit, found, values, told) if together else None
         if shared is not None:
-            self._keep(unit, shared)
-            return
+            self._keep(unit, shared, told)
+            return told
         for one in members:
             if one.name in found:
-                self._keep(one, found[one.name])
+                self._keep(one, found[one.name], told)
             elif self._planned is None:
-                self.units.append(one)
+                told.units.append(one)
+        return told
+
+    def accept(self, unit: Unit, found: Found) -> None:
+        """Take up what this process or another has found of a unit."""
+        self.unreached |= found.unreached
+        self.untargeted |= found.untargeted
+        self.damping |= found.damping
+        self.fallbacks |= found.fallbacks
+        if found.comparison is not None:
+            self.comparisons.append(found.comparison)
+        if found.missed:
+            self.missed.append(unit)
+        for one in found.units:
+            self.units.append(one)
+            self._owners[one.name] = found.owner
+            self._note_rows(one)
+        for name, spectrum_R in found.spectra.items():
+            self._store.note(name, spectrum_R)
+        for names, modules in found.installed:
+            self._put(names, modules)
 
     def _value(self, name: str, collected: StatisticView) -> torch.Tensor:
         """Return a statistic per token: one tensor for all units in a row that read one input, which factor it once."""
@@ -232,9 +315,7 @@ class Solver:
         last = {unit.name: max(site.block for site in unit.members) for unit, _ in decided}
 
         def visit(block: BlockStatistics) -> None:
-            for unit, decision in decided:
-                if last[unit.name] == block.index:
-                    self.install(unit, decision)
+            self.install([(unit, decision) for unit, decision in decided if last[unit.name] == block.index])
 
         visit_blocks(store, visit, changes=True, group=self._spec.group_size)
 
@@ -247,13 +328,26 @@ class Solver:
             if unit.name in planned and unit.name in self._store.spectra
         ]
 
-    def install(self, unit: Unit, decision: LowRank) -> None:
-        """Put the factors of one kept unit in place."""
-        found = self._store.get(unit.name, self._weight(unit))
-        install_group(self._model, [site.name for site in unit.members], found.factors(decision.rank), decision.pivoted)
+    def install(self, chosen: Sequence[tuple[Unit, LowRank]]) -> None:
+        """Put the factors of kept units in place, each made by the process that keeps the decomposition."""
+
+        def make(one: tuple[Unit, LowRank]) -> Installed:
+            unit, decision = one
+            return self._made(unit, self._store.get(unit.name, self._weight(unit)), decision)
+
+        for names, modules in self._processes.each(chosen, make, lambda one: self.owner(one[0].name)):
+            self._put(names, modules)
+
+    def owner(self, unit: str) -> int:
+        """Return the rank of the process that keeps the decomposition of a unit, and its dense weight."""
+        return self._owners[unit]
+
+    def owner_of_site(self, site: str) -> int:
+        """Return the rank of the process that keeps the dense weight of a site."""
+        return self.owner(self._rows[site][0])
 
     def dense_weight(self, site: str) -> torch.Tensor:
-        """Return the dense weight ``(out, in)`` of a member of a kept unit; no more of the unit is read."""
+        """Return the dense weight ``(out, in)`` of a member of a unit kept here; no more of the unit is read."""
         return self._store.weight(*self._rows[site])
 
     @contextmanager
@@ -274,8 +368,7 @@ class Solver:
                 yield
             return
         with unchanged(self._model, [site.name for unit, _ in taken for site in unit.members]):
-            for unit, decision in taken:
-                self.install(unit, decision)
+            self.install(taken)
             yield
 
     def _changes(self, taken: Sequence[tuple[Unit, LowRank]]) -> Callable[[int], None]:
@@ -290,17 +383,16 @@ class Solver:
             of_block.setdefault(unit.members[0].block, []).append((unit, decision))
 
         def change(index: int) -> None:
-            for unit, decision in of_block.get(index, ()):
-                self.install(unit, decision)
+            self.install(of_block.get(index, ()))
 
         return change
 
-    def _aim(self, site: Site, own: StatisticsOfSite) -> None:
+    def _aim(self, site: Site, own: StatisticsOfSite, told: Found) -> None:
         """Set what is decomposed in place of the dense weight, if the dense model went beside."""
         cross = cross_of(own, self._method.input_gram)
         if cross is None:
             if CROSS in own:  # it is sent other tokens behind the compressed prefix: the dense model has no targets
-                self.untargeted.add(site.name)
+                told.untargeted.add(site.name)
             return
         name = self._method.input_gram
         gram_NN = per_token(name, own[name])  # of the tokens that reached it, as the cross Gram is
@@ -310,25 +402,29 @@ class Solver:
     def _dense(self, site: Site) -> torch.Tensor:
         return weight_of(self._model.get_submodule(site.name)).detach()
 
-    def _decompose(self, unit: Unit, values: Mapping[str, Mapping[str, torch.Tensor]]) -> Decomposition:
+    def _decompose(self, unit: Unit, values: Mapping[str, Mapping[str, torch.Tensor]], told: Found) -> Decomposition:
         """Decompose one site, or a group as one."""
         own = [values[site.name] for site in unit.members]
         weights = [self._targets.get(site.name, self._dense(site)) for site in unit.members]
         found = _decompose(self._spec, unit.name, weights, own)
         if found.damping:
-            self.damping[unit.name] = found.damping
+            told.damping[unit.name] = found.damping
         if found.fallback or not bool(found.singular_values_R.any()):
-            self.fallbacks[unit.name] = found.fallback or "its weight is zero: every rank is exact, at no cost"
+            told.fallbacks[unit.name] = found.fallback or "its weight is zero: every rank is exact, at no cost"
         return found
 
     def _group(
-        self, unit: Unit, found: Mapping[str, Decomposition], values: Mapping[str, Mapping[str, torch.Tensor]]
+        self,
+        unit: Unit,
+        found: Mapping[str, Decomposition],
+        values: Mapping[str, Mapping[str, torch.Tensor]],
+        told: Found,
     ) -> Decomposition | None:
         """Return the decomposition of a group as one if sharing a basis pays."""
         name = self._method.input_gram
         if any(name not in value for value in values.values()):
             return None  # where the Gram of the outputs is cheaper, that of the input is not there to compare with
-        group = self._decompose(unit, values)
+        group = self._decompose(unit, values, told)
         compared = compare(
             unit,
             group,
@@ -337,19 +433,27 @@ class Solver:
             self._budget,
             always=self._spec.sharing != "measured",
         )
-        if compared is not None:
-            self.comparisons.append(compared)
+        told.comparison = compared
         return group if compared is not None and compared.pays else None
 
-    def _keep(self, unit: Unit, found: Decomposition) -> None:
+    def _keep(self, unit: Unit, found: Decomposition, told: Found) -> None:
         if self._planned is None:
-            self.units.append(unit)
+            told.units.append(unit)
             self._store.put(unit.name, found, self._weight(unit) if self._keep_dense else None)
-            self._note_rows(unit)
+            told.spectra[unit.name] = self._store.spectra[unit.name]
         else:
-            decision = self._planned[unit.name]
-            names = [site.name for site in unit.members]
-            install_group(self._model, names, found.factors(decision.rank), decision.pivoted)
+            told.installed.append(self._made(unit, found, self._planned[unit.name]))
+
+    def _made(self, unit: Unit, found: Decomposition, decision: LowRank) -> Installed:
+        """Return the names of a unit's layers, and what takes their places."""
+        names = [site.name for site in unit.members]
+        return names, list(made(self._model, names, found.factors(decision.rank), decision.pivoted))
+
+    def _put(self, names: Sequence[str], modules: Sequence[nn.Module]) -> None:
+        """Put what this process or another has made in the place of layers, where those are."""
+        for name, module in zip(names, modules, strict=True):
+            module.to(next(self._model.get_submodule(name).parameters()).device)
+        put(self._model, names, modules)
 
     def _note_rows(self, unit: Unit) -> None:
         """Note where in the file of a unit the rows of every member are."""

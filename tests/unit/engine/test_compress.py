@@ -14,7 +14,7 @@ import pared
 from pared import ParedError, Recipe
 from pared.data.texts import find_text
 from pared.data.windows import cut
-from pared.engine.install import install, install_group
+from pared.engine.install import install, put
 from pared.lowrank import METHODS
 from pared.modules import LowRankLinear, PivotedLinear
 from pared.structure import bias_of, find_anatomy, weight_of
@@ -236,13 +236,13 @@ def test_a_model_saved_after_an_interruption_loads_again(
     """Regression: the map was written at the end only, so the factors of such a folder loaded as random numbers."""
     seen: list[str] = []
 
-    def interrupted(model: Any, names: list[str], factors: Any, pivoted: bool) -> None:
+    def interrupted(model: Any, names: list[str], modules: Any) -> None:
         if len(seen) == 5:
             raise KeyboardInterrupt
         seen.extend(names)
-        install_group(model, names, factors, pivoted)
+        put(model, names, modules)
 
-    monkeypatch.setattr("pared.engine.solve.install_group", interrupted)
+    monkeypatch.setattr("pared.engine.solve.put", interrupted)
     model = TINY_MODELS["llama"]()
     with pytest.raises(KeyboardInterrupt):
         pared.compress(model, tokenizer, pared.Recipe(method="svd-llm", keep=0.7, calibration=calibration))

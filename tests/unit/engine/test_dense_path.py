@@ -17,7 +17,7 @@ from pared.allocation import Unit
 from pared.calibration import DenseReference, capture
 from pared.calibration.statistics import Cross
 from pared.engine import refit as refit_stage
-from pared.engine.solve import Solver
+from pared.engine.solve import Found, Solver
 from pared.engine.windows import calibration_windows
 from pared.lowrank import Factors, whitening
 from pared.lowrank.dense_path import mixed_cross, target
@@ -237,9 +237,9 @@ def test_statistics_behind_groups_are_those_behind_the_compressed_blocks(
     seen: dict[str, torch.Tensor] = {}
     real = Solver.take
 
-    def take(self: Solver, unit: Unit, statistics: dict) -> None:
+    def take(self: Solver, unit: Unit, statistics: dict) -> Found:
         seen.update({name: own["gram"].value / own["gram"].tokens for name, own in statistics.items() if "gram" in own})
-        real(self, unit, statistics)
+        return real(self, unit, statistics)
 
     monkeypatch.setattr(Solver, "take", take)
     options = {"sharing": "all", "group_size": size}
@@ -345,7 +345,7 @@ def test_what_only_the_dense_model_reaches_is_compressed_by_the_dense_models_sta
     """The second pass may send an expert no token that the first one sent some."""
     real, passes = Solver.take, [0]
 
-    def take(self: Solver, unit: Unit, statistics: dict) -> None:
+    def take(self: Solver, unit: Unit, statistics: dict) -> Found:
         planned = self._planned is not None
         for site in unit.members:
             if planned and site.name.endswith("layers.1.mlp.experts.0"):
@@ -355,7 +355,7 @@ def test_what_only_the_dense_model_reaches_is_compressed_by_the_dense_models_sta
                 for one in statistics[site.name].values():
                     if hasattr(one, "_upper_NN"):
                         one.tokens = 0
-        real(self, unit, statistics)
+        return real(self, unit, statistics)
 
     monkeypatch.setattr(Solver, "take", take)
     model = TINY_MODELS["llama"]()
@@ -396,5 +396,5 @@ def test_a_refit_brings_dense_weights_to_where_the_grams_are(monkeypatch: pytest
 
     monkeypatch.setattr("pared.engine.refit.refit", spy)
     gram = torch.eye(6, device="meta")
-    refit_stage.fit(nn.Sequential(LowRankLinear(6, 4, 2, bias=False)), "0", torch.ones(4, 6), gram, gram)
+    refit_stage.fitted(nn.Sequential(LowRankLinear(6, 4, 2, bias=False)), "0", torch.ones(4, 6), gram, gram)
     assert devices == {"meta"}

@@ -13,7 +13,7 @@ from pared import ParedError, Recipe
 from pared.allocation import ALLOCATORS, Budget, Unit, allocator_of, allocators_for
 from pared.engine.allocate import make_plan
 from pared.engine.solutions import DecompositionStore
-from pared.engine.solve import Solver
+from pared.engine.solve import Found, Solver
 from pared.engine.spec import resolve_low_rank
 from pared.lowrank import METHODS, loss_optimal
 from pared.modules import LowRankLinear
@@ -54,7 +54,8 @@ def test_a_member_of_a_group_reads_no_more_of_the_disk_than_its_own_dense_weight
     recipe = Recipe(method="basis-sharing", keep=0.5)
     unit = Unit(sites)
     with Solver(model, resolve_low_rank(recipe), [unit], keep_dense=True) as solver:
-        solver._keep(unit, METHODS["svd"].decompose(torch.cat(weights), {}))
+        solver._keep(unit, METHODS["svd"].decompose(torch.cat(weights), {}), found := Found())
+        solver.accept(unit, found)
         read = []
         kept = solver._store.weight
         solver._store.weight = lambda name, rows: read.append(rows) or kept(name, rows)  # type: ignore[method-assign]

@@ -25,12 +25,14 @@ class StatisticKind:
         normalised: how its value depends on the tokens: a ``sum`` grows with them; a ``mean`` is over those that
             reached the site, and is weighed by how many those are; ``none`` is taken as it is.
         data_fraction: share of the windows that it needs, at least, to be known well.
+        together: so many neighbouring windows are one observation, which no process sees a part of.
     """
 
     accumulator: Callable[[int, torch.device], Statistic]
     of: Of
     normalised: Literal["sum", "mean", "none"] = "none"
     data_fraction: float = 1.0
+    together: int = 1
 
     @property
     def backward(self) -> bool:
@@ -71,7 +73,8 @@ def statistic_kind(name: str) -> StatisticKind:
     if not colon and kind in STATISTICS:
         return STATISTICS[kind]
     if kind == "fisher" and number.isascii() and number.isdigit() and int(number) > 0:
-        return replace(STATISTICS[kind], accumulator=partial(Fisher, batch=int(number)))
+        fisher = partial(Fisher, batch=int(number))
+        return replace(STATISTICS[kind], accumulator=fisher, together=int(number))
     raise ParedError(f"unknown statistic {name!r}; {did_you_mean(name, _collected())}")
 
 

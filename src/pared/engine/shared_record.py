@@ -1,0 +1,88 @@
+"""The record of a pass over blocks by several processes, which the first of them keeps."""
+
+from pathlib import Path
+
+from torch import nn
+
+from pared.engine.pass_record import PassRecord, Tables
+from pared.modules import LowRankLinear, PivotedLinear, SparseLinear, replace_module, share
+from pared.processes import Processes
+from pared.structure import Anatomy
+from pared.structure.store import BlockStore
+
+BASIS = ".down.weight"
+
+
+class SharedRecord:
+    """Tells all processes what the record of the first says, and hands them the blocks that it restores.
+
+    Satisfies :class:`pared.engine.pass_record.Record`. All processes ask the same in the same order.
+
+    Args:
+        own: the record, in the first process; none in the others.
+        processes: of the job.
+        store: that changed blocks are committed to.
+        anatomy: of the model.
+        changes: whether the pass changes blocks.
+    """
+
+    def __init__(
+        self, own: PassRecord | None, processes: Processes, store: BlockStore, anatomy: Anatomy, changes: bool
+    ) -> None:
+        self._own, self._processes, self._store, self._anatomy = own, processes, store, anatomy
+        self._changes = changes
+        told = None if own is None else ({i for i in range(len(store)) if own.holds(i)}, own.found())
+        self._held, self._found = processes.broadcast(told)
+
+    @property
+    def complete(self) -> bool:
+        """Whether an earlier process has finished the whole pass."""
+        return len(self._held) == len(self._store)
+
+    def holds(self, index: int) -> bool:
+        """Whether a block was finished by an earlier process."""
+        return index in self._held
+
+    def found(self) -> Tables:
+        """Return what visits of earlier processes found of the blocks that they finished."""
+        found: Tables = self._found
+        return found
+
+    def files(self) -> dict[str, Path]:
+        """Return the files of the blocks that earlier processes finished, which only the first process has."""
+        return {} if self._own is None else self._own.files()
+
+    def restore(self, index: int) -> None:
+        """Put what became of a finished block in its place in all processes, if it was changed."""
+        if self._own is not None:
+            self._own.restore(index)
+        if not self._changes:
+            return
+        layers: dict[str, nn.Module] = {}
+        block = self._store.load(index) if self._own is not None else None
+        if block is not None:
+            for site in self._anatomy.sites_of(index):
+                layer = self._store.model.get_submodule(site.name)
+                if isinstance(layer, LowRankLinear | PivotedLinear | SparseLinear):
+                    layers[site.name] = layer
+        layers = self._processes.broadcast(layers)
+        if block is not None:
+            self._store.release(index)
+            return
+        model = self._store.model
+        self._store.load(index)
+        for name, layer in layers.items():
+            replace_module(model, name, layer)
+            owner = getattr(layer, "shares", None)
+            if owner is not None and owner != name + BASIS:
+                share(layer, model.get_submodule(owner.removesuffix(BASIS)), owner)
+        self._store.commit(index)
+
+    def finish(self, index: int) -> None:
+        """Have it on the disk that a block is finished, once it is committed.
+
+        Raises:
+            ParedError: the disk is full.
+        """
+        if self._own is not None:
+            self._own.finish(index)
