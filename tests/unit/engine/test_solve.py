@@ -156,7 +156,7 @@ def test_a_pivoted_decision_is_installed_pivoted() -> None:
     units = [Unit((site,)) for site in anatomy.sites]
     with Solver(model, resolve_low_rank(Recipe(method="svd", keep=0.6)), units, plan) as solver:
         for unit in units:
-            solver.take(unit, {})
+            solver.accept(unit, solver.take(unit, {}))
     assert all(isinstance(model.get_submodule(site.name), PivotedLinear) for site in plan.sites)
     assert sum(p.numel() for p in model.parameters()) == plan.after.model_parameters
 
