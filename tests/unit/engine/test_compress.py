@@ -43,7 +43,8 @@ def compress(tokenizer: PreTrainedTokenizerFast, calibration: pared.Calibration)
 def test_every_planned_site_is_replaced_within_the_budget(family: str, method: str, compress: Compress) -> None:
     model = TINY_MODELS[family]()
     dense = copy.deepcopy(model)
-    options = {"loss": "sampled"} if "loss" in METHODS[method].config.model_fields else {}  # an encoder's text holds no labels
+    fields = METHODS[method].config.model_fields
+    options = {"loss": "sampled"} if "loss" in fields else {}  # an encoder's text holds no labels
     # An encoder has no perplexity that an allocation could be tried by.
     allocation = "uniform" if (family, METHODS[method].allocation) == ("bert", "swift") else "auto"
     result = compress(model, method=method, keep=0.6, options=options, allocation=allocation)
