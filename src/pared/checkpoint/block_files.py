@@ -90,8 +90,8 @@ def write_block(file: Path, tensors: dict[str, torch.Tensor], notes: dict[str, A
     except BaseException as error:
         partial.unlink(missing_ok=True)
         if isinstance(error, Exception):
-            told = " ".join(str(error).split()) or type(error).__name__
-            raise ParedError(f"{file} cannot be written ({told}); blocks before it are as they were") from error
+            message = " ".join(str(error).split()) or type(error).__name__
+            raise ParedError(f"{file} cannot be written ({message}); blocks before it are as they were") from error
         raise
 
 

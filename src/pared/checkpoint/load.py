@@ -152,5 +152,5 @@ def is_compressed(config: PretrainedConfig) -> bool:
 
 def _fields(config: PretrainedConfig) -> dict[str, Any]:
     stored = getattr(config, "quantization_config", None) or {}
-    told: dict[str, Any] = stored if isinstance(stored, dict) else stored.to_dict()
-    return told
+    quantization: dict[str, Any] = stored if isinstance(stored, dict) else stored.to_dict()
+    return quantization

@@ -116,16 +116,16 @@ class PortableMixin:
 
 def _describe_anew(model: "PreTrainedModel") -> None:
     """Make the map say what the modules are by now: an adapter was merged, or a layer put in another's place."""
-    told = getattr(model.config, "quantization_config", None)
-    if not isinstance(told, ParedConfig):
+    recorded = getattr(model.config, "quantization_config", None)
+    if not isinstance(recorded, ParedConfig):
         return
-    modules, shared = _modules_now(model, told.modules), still_shared(model, told.shared)
-    if (modules, shared) != (told.modules, told.shared):
+    modules, shared = _modules_now(model, recorded.modules), still_shared(model, recorded.shared)
+    if (modules, shared) != (recorded.modules, recorded.shared):
         model.config.quantization_config = ParedConfig(modules=modules, shared=shared)
         PortableMixin.tie_weights(model)
 
 
-def _modules_now(model: nn.Module, told: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def _modules_now(model: nn.Module, recorded: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Return the map of a model some of whose modules were replaced since, by the names that the map gave them.
 
     What is not compressed any more is left out, and what is now is reported. A layer inside of a wrapper, as an adapter
@@ -133,7 +133,7 @@ def _modules_now(model: nn.Module, told: dict[str, dict[str, Any]]) -> dict[str,
     """
     by_module = {id(model.get_submodule(name)): (name, entry) for name, entry in module_map(model).items()}
     modules: dict[str, dict[str, Any]] = {}
-    for name, entry in told.items():
+    for name, entry in recorded.items():
         module = _found(model, name)
         now = by_module.pop(id(module), None)
         if now is not None:

@@ -71,7 +71,7 @@ class Windows:
 
     def describe(self) -> dict[str, object]:
         """Return what a manifest records of these windows."""
-        told: dict[str, object] = {
+        description: dict[str, object] = {
             "text": self.text,
             "origin": self.origin,
             "stand_in": self.stand_in,
@@ -80,12 +80,12 @@ class Windows:
             "digest": self.digest,
         }
         if self.whole:
-            told["whole"], told["characters"] = self.whole, [list(span) for span in merged(self.spans)]
+            description["whole"], description["characters"] = self.whole, [list(span) for span in merged(self.spans)]
         if self.mask is not None:
-            told["tokens"] = int(self.mask.sum())
+            description["tokens"] = int(self.mask.sum())
         if self.labels is not None:
-            told["labels"] = int((self.labels != NO_LABEL).sum())
-        return told
+            description["labels"] = int((self.labels != NO_LABEL).sum())
+        return description
 
 
 def cut(

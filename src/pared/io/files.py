@@ -118,8 +118,8 @@ def new_mode(folder: bool = False) -> int:
     that tells it, and else once, at the first call.
     """
     try:
-        told = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-        mask = int(told.partition("\nUmask:")[2].split()[0], 8)
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        mask = int(status.partition("\nUmask:")[2].split()[0], 8)
     except (OSError, ValueError, IndexError):
         mask = _mask_by_setting()
     return (0o777 if folder else 0o666) & ~mask

@@ -111,11 +111,11 @@ def _code_of(config: "PretrainedConfig", name: str, location: str, refs: dict[st
 
 def _own_class_refs(config: "PretrainedConfig", candidate: str) -> dict[str, str]:
     """Return, by Auto class, what ``auto_map`` gives for a model class of this name: ``modeling_x.XForCausalLM``."""
-    told = getattr(config, "auto_map", None)
-    told = told if isinstance(told, dict) else {}
+    auto_map = getattr(config, "auto_map", None)
+    auto_map = auto_map if isinstance(auto_map, dict) else {}
     return {
         auto: ref
-        for auto, ref in told.items()
+        for auto, ref in auto_map.items()
         if auto in AUTO_CLASSES and isinstance(ref, str) and ref.rpartition(".")[2] == candidate
     }
 
@@ -138,8 +138,8 @@ _own_causal: set[str] = set()
 
 def note_causal(config: "PretrainedConfig") -> None:
     """Remember what a configuration says is a causal language model, for :func:`is_causal`."""
-    told = getattr(config, "auto_map", None)
-    ref = told.get("AutoModelForCausalLM") if isinstance(told, dict) else None
+    auto_map = getattr(config, "auto_map", None)
+    ref = auto_map.get("AutoModelForCausalLM") if isinstance(auto_map, dict) else None
     if isinstance(ref, str):
         _own_causal.add(ref.rpartition(".")[2])
 

@@ -84,8 +84,8 @@ def _require_reader(gguf: Path) -> None:
 
 
 def _unreadable(gguf: Path, error: Exception) -> ParedError:
-    told = (str(error).strip().splitlines() or ["no message"])[0]
-    return ParedError(f"{gguf}: cannot be read as GGUF ({type(error).__name__}: {told[:200]})")
+    line = (str(error).strip().splitlines() or ["no message"])[0]
+    return ParedError(f"{gguf}: cannot be read as GGUF ({type(error).__name__}: {line[:200]})")
 
 
 def _convert(gguf: Path, folder: Path) -> None:

@@ -189,8 +189,8 @@ class ModelSource:
         folder, config = Path(self.location), self.config()
         if folder.is_dir():
             stored = getattr(config, "quantization_config", None)
-            told = stored if isinstance(stored, dict) else {}
-            entries = told.get("modules") if told.get("quant_method") == "pared" else None
+            quantization = stored if isinstance(stored, dict) else {}
+            entries = quantization.get("modules") if quantization.get("quant_method") == "pared" else None
             require_files_for(self.skeleton(), entries or {}, folder, self.name)
             if stored is None or entries:
                 require_floating(folder, self.name)

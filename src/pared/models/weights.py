@@ -150,7 +150,7 @@ def _starts(file: Path) -> dict[str, int]:
     with file.open("rb") as raw:
         size = int.from_bytes(raw.read(8), "little")
         header = json.loads(raw.read(size))
-    return {key: 8 + size + told["data_offsets"][0] for key, told in header.items() if key != "__metadata__"}
+    return {key: 8 + size + entry["data_offsets"][0] for key, entry in header.items() if key != "__metadata__"}
 
 
 @contextmanager
@@ -311,8 +311,8 @@ class WeightNames:
         with _no_progress_bar():
             info, _ = convert_and_load_state_dict_in_model(self._model, dict(merged), config)
         if faults := [*info.conversion_errors.values(), *map(str, info.mismatched_keys), *info.error_msgs]:
-            told = " ".join(faults[0].split())[-300:]
-            raise DamagedError(f"model {self._name!r}: weights cannot be put together ({told})", ADVICE)
+            text = " ".join(faults[0].split())[-300:]
+            raise DamagedError(f"model {self._name!r}: weights cannot be put together ({text})", ADVICE)
 
 
 def require_none_missing(missing: Iterable[str], name: str) -> None:
@@ -365,9 +365,9 @@ def metadata_of(file: Path, name: str) -> dict[str, Any]:
         DamagedError: the file cannot be read, or holds nothing of the kind.
     """
     with opened(file, name) as tensors:
-        told = (tensors.metadata() or {}).get("pared", "")
+        text = (tensors.metadata() or {}).get("pared", "")
     try:
-        found = json.loads(told)
+        found = json.loads(text)
     except ValueError:
         found = None
     if not isinstance(found, dict):

@@ -43,17 +43,17 @@ def _register(module: ModuleType) -> None:
         return
     above = config.__dict__.get(TOLD)  # of a folder's own copy of this file
 
-    def told(self: Any) -> dict[type, type]:
+    def registered(self: Any) -> dict[type, type]:
         known = above.fget(self) if above is not None else self.__dict__.get(TOLD) or {}
         return known if BasisHolder in known else {**known, BasisHolder: adapter_class()}
 
-    def tell(self: Any, known: dict[type, type] | None) -> None:
+    def register(self: Any, known: dict[type, type] | None) -> None:
         self.__dict__[TOLD] = known
 
     def tell_more(self: Any, mapping: dict[type, type]) -> None:
         self.__dict__[TOLD] = {**(self.__dict__.get(TOLD) or {}), **mapping}
 
-    setattr(config, TOLD, property(told, tell))
+    setattr(config, TOLD, property(registered, register))
     config._register_custom_module = functools.wraps(config._register_custom_module)(tell_more)
 
 

@@ -116,9 +116,9 @@ def model_card(manifest: Manifest, folder: str, config: Mapping[str, Any]) -> st
 
 def _loading(folder: str, config: Mapping[str, Any]) -> str:
     """Return how to load a folder: by the Auto class that gives the class the configuration names."""
-    told: Mapping[str, str] = config.get("auto_map") or {}
-    named = [auto for auto in AUTO_CLASSES if told.get(auto, "").rpartition(".")[2] in config.get("architectures", ())]
-    own = ", trust_remote_code=True" if "AutoConfig" in told else ""  # transformers cannot read its configuration
+    refs: Mapping[str, str] = config.get("auto_map") or {}
+    named = [auto for auto in AUTO_CLASSES if refs.get(auto, "").rpartition(".")[2] in config.get("architectures", ())]
+    own = ", trust_remote_code=True" if "AutoConfig" in refs else ""  # transformers cannot read its configuration
     return LOADING.format(folder=folder, auto=named[-1] if named else "AutoModelForCausalLM", trust=own)
 
 
@@ -156,14 +156,14 @@ def _protocol(preset: PresetRecord | None) -> str:
 
 def _settled(manifest: Manifest) -> str:
     """Say what the recipe's ``auto`` stood for."""
-    told = ", ".join(f"{name} {value}" for name, value in manifest.settled.items())
-    return f"`auto` stood for: {told}. " if told else ""
+    listed = ", ".join(f"{name} {value}" for name, value in manifest.settled.items())
+    return f"`auto` stood for: {listed}. " if listed else ""
 
 
 def _inputs(manifest: Manifest) -> str:
     """Name the local files and folders of the recipe, which lie somewhere else for a reader who repeats it."""
-    told = ", ".join(f"`{name}` {digest[:16]}…" for name, digest in manifest.inputs.items())
-    return f"Local files and folders it names, by their SHA-256: {told}. " if told else ""
+    listed = ", ".join(f"`{name}` {digest[:16]}…" for name, digest in manifest.inputs.items())
+    return f"Local files and folders it names, by their SHA-256: {listed}. " if listed else ""
 
 
 def _smaller(manifest: Manifest) -> float:

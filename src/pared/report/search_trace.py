@@ -33,8 +33,8 @@ def against(settings: Mapping[str, Any], folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / "FOUND.json"
     try:
-        told: dict[str, Any] = read_json(path, "search")
-        theirs = dict(told["settings"])
+        result: dict[str, Any] = read_json(path, "search")
+        theirs = dict(result["settings"])
     except (ParedError, ValueError, KeyError, TypeError) as error:
         raise ParedError(f"--against {folder}: no finished search in it ({path}: {error})") from None
     for name in sorted({*settings, *theirs} - set(FREE)):
@@ -43,14 +43,14 @@ def against(settings: Mapping[str, Any], folder: str | Path) -> dict[str, Any]:
                 f"--against {folder}: that search has {name} {theirs.get(name)!r}, this one {settings.get(name)!r}; "
                 "perplexities can only be compared if it is the same"
             )
-    return told
+    return result
 
 
-def draw(told: Mapping[str, Any], other: Mapping[str, Any], path: Path) -> Path:
+def draw(result: Mapping[str, Any], other: Mapping[str, Any], path: Path) -> Path:
     """Draw the best so far of a search, and of another beside it, cut at the budget of the shorter.
 
     Args:
-        told: content of ``FOUND.json``.
+        result: content of ``FOUND.json``.
         other: of another search; empty for none.
         path: of the figure.
     """
@@ -58,13 +58,13 @@ def draw(told: Mapping[str, Any], other: Mapping[str, Any], path: Path) -> Path:
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    traces = [(one["settings"], one["trace"]) for one in (told, other) if one]
+    traces = [(one["settings"], one["trace"]) for one in (result, other) if one]
     budget = min(len(trace) for _, trace in traces)
     for settings, trace in traces:
         label = f"{settings['strategy']}, seed {settings['search seed']}"
         values = [float("nan") if value is None else value for value in trace[:budget]]
         axes.step(range(1, budget + 1), values, where="post", label=label)
-    axes.axhline(told["uniform"]["search"] or float("nan"), color="gray", linestyle=":", label="uniform")
+    axes.axhline(result["uniform"]["search"] or float("nan"), color="gray", linestyle=":", label="uniform")
     axes.set(xlabel="candidates measured", ylabel="perplexity on the search windows, best so far")
     axes.legend()
     figure.savefig(path, dpi=120)

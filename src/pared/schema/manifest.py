@@ -194,9 +194,9 @@ class Manifest(BaseModel):
 
     def write(self, folder: Path) -> "Manifest":
         """Write ``pared.json``, and return this manifest with its checksum."""
-        told = self.model_copy(update={"checksum": checksum(json.loads(self.model_dump_json()))})
-        write_whole(folder / MANIFEST, told.model_dump_json(indent=2) + "\n")
-        return told
+        stated = self.model_copy(update={"checksum": checksum(json.loads(self.model_dump_json()))})
+        write_whole(folder / MANIFEST, stated.model_dump_json(indent=2) + "\n")
+        return stated
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
@@ -227,7 +227,7 @@ def _require_version(path: Path, fields: object) -> None:
     """Refuse what is no manifest, or of a later version, before it is held against this one's fields."""
     found = fields.get("format_version") if isinstance(fields, dict) else None
     if not isinstance(fields, dict) or type(found) is not int or found < 1:
-        told = f"format_version is {brief(found)}" if isinstance(fields, dict) else f"got {brief(fields)}"
-        raise ParedError(f"{path}: {told}, expected a manifest with a whole number from 1; it is damaged")
+        stated = f"format_version is {brief(found)}" if isinstance(fields, dict) else f"got {brief(fields)}"
+        raise ParedError(f"{path}: {stated}, expected a manifest with a whole number from 1; it is damaged")
     if found > FORMAT_VERSION:
         raise ParedError(f"{path}: format version {found}, this pared reads {FORMAT_VERSION}: update pared")

@@ -184,8 +184,8 @@ class SitePlan(Strict):
 
     def describe(self) -> str:
         """Return kind, shape and decision in words."""
-        told = f"dense ({self.decision.reason})" if isinstance(self.decision, Dense) else str(self.decision)
-        return f"{self.kind} {self.out_features} x {self.in_features}: {told}"
+        text = f"dense ({self.decision.reason})" if isinstance(self.decision, Dense) else str(self.decision)
+        return f"{self.kind} {self.out_features} x {self.in_features}: {text}"
 
     @property
     def before(self) -> int:
@@ -290,7 +290,7 @@ class Plan(Shown, Strict):
         why = [f"{len(dense)} sites stay dense, the first is {dense[0].name}"] if dense else []
         if self.shortfall > beyond:
             kinds = {type(site.decision) for site in self.sites}
-            why += [told for kind, told in ROUNDED.items() if kind in kinds]
+            why += [text for kind, text in ROUNDED.items() if kind in kinds]
         share = self.shortfall / self.before.covered_parameters
         return (f"the budget is missed by {self.shortfall:,} parameters, {share:.2%} of the target modules'"
                 f"{': ' + ', and '.join(why) if why else ''}")  # fmt: skip
@@ -316,7 +316,7 @@ class Plan(Shown, Strict):
     def kinds(self) -> list[str]:
         """Return a line for every kind of layer and what is decided for it, with how many there are of it."""
         counted = Counter(site.describe() for site in self.sites)
-        return [f"{count:5} x {told}" for told, count in sorted(counted.items())]
+        return [f"{count:5} x {text}" for text, count in sorted(counted.items())]
 
     def table(self) -> Table:
         """Return the sizes, and below them what is decided, for every kind of layer."""

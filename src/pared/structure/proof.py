@@ -90,8 +90,8 @@ def fault_of_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     if output.shape == expected.shape and torch.equal(output, expected):
         return None
     if output.shape != expected.shape or output.dtype != expected.dtype:
-        found, told = (f"{tuple(tensor.shape)} in {tensor.dtype}" for tensor in (output, expected))
-        return f"it outputs {found}, not {told}"
+        actual, wanted = (f"{tuple(tensor.shape)} in {tensor.dtype}" for tensor in (output, expected))
+        return f"it outputs {actual}, not {wanted}"
     if not bool(expected.isfinite().all()):
         return None  # its input is not finite: whatever made that is to blame
     if x.dtype in (torch.float16, torch.bfloat16):

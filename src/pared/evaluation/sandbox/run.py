@@ -75,11 +75,11 @@ def run_program(source: str, limits: Limits | None = None) -> Ran:
         last = f"\nprint(end='', flush=True)\n__import__('os')._exit({end})\n"
         program.write_text(source + last, encoding="utf-8", errors="surrogatepass")
         command = [sys.executable, "-I", str(SUPERVISOR), json.dumps(asdict(limits)), str(program)]
-        told, log = _supervised(command, limits.seconds + GRACE)
+        verdict, log = _supervised(command, limits.seconds + GRACE)
         output = _read(Path(folder) / "output")
-    if told is None:
+    if verdict is None:
         return Ran(False, f"its supervisor ended ({log or 'no word'})", output)
-    status, why, without = int(told["exit"]), str(told["why"]), tuple(told["without"])
+    status, why, without = int(verdict["exit"]), str(verdict["why"]), tuple(verdict["without"])
     if not why and status != end:
         why = _signal(status) or f"ended with status {status} before its last line"
     return Ran(not why, why, output, without)
@@ -97,8 +97,8 @@ def _supervised(command: list[str], seconds: float) -> tuple[dict[str, Any] | No
         cwd="/",
     )
     try:
-        told, log = process.communicate(timeout=seconds)
-        return json.loads(told), ""
+        verdict, log = process.communicate(timeout=seconds)
+        return json.loads(verdict), ""
     except subprocess.TimeoutExpired:
         return None, "it did not end in time"
     except ValueError:

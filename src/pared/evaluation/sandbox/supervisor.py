@@ -47,8 +47,8 @@ def main() -> None:
             os._exit(127)
     os.close(writer)
     status, why = watch(child, limits)
-    told = os.read(reader, 4096).decode()
-    without += [wall for wall in told.split(",") if wall]
+    reply = os.read(reader, 4096).decode()
+    without += [wall for wall in reply.split(",") if wall]
     bury()
     print(json.dumps({"exit": os.waitstatus_to_exitcode(status), "why": why, "without": without}), flush=True)
 

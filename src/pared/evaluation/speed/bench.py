@@ -137,13 +137,13 @@ class _Worker:
             self._process.stdin.flush()
         except BrokenPipeError:
             raise self._ended() from None
-        told = self._answer()
-        memory = told.pop("memory")
+        reply = self._answer()
+        memory = reply.pop("memory")
         if self._ran:
             memory.pop("resident", None)  # as the first run left it: until then weights may be on the disk only
         self.about["memory"] |= memory
         self._ran = True
-        return told
+        return reply
 
     def close(self) -> None:
         """End the process."""
@@ -155,10 +155,10 @@ class _Worker:
         line = self._process.stdout.readline()
         if not line:
             raise self._ended()
-        told: dict[str, Any] = json.loads(line)
-        if "error" in told:
-            raise ParedError(f"{self.name}: {told['error']}")
-        return told
+        reply: dict[str, Any] = json.loads(line)
+        if "error" in reply:
+            raise ParedError(f"{self.name}: {reply['error']}")
+        return reply
 
     def _ended(self) -> ParedError:
         status = self._process.wait()

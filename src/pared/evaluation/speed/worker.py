@@ -106,8 +106,8 @@ def main() -> None:
     """Serve one model."""
     answers, sys.stdout = sys.stdout, sys.stderr
 
-    def answer(told: dict[str, Any]) -> None:
-        answers.write(json.dumps(told) + "\n")
+    def answer(message: dict[str, Any]) -> None:
+        answers.write(json.dumps(message) + "\n")
         answers.flush()
 
     settings = Settings.of_json(json.loads(sys.argv[2]))
