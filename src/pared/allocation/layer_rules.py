@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from pared.allocation.dsa import DEFAULT_OF_ZEROS, as_scores, judge, named
+from pared.allocation.dsa import DEFAULT_OF_ZEROS, as_scores, evaluate_program, named
 from pared.allocation.options import AlphaPruning, DsaZeros, Er, Global, LossZeros, Owl, UnitOptions
-from pared.allocation.sparsity import alphapruning, er, least_loss, one_threshold, outlier_ratio, owl, uniform
+from pared.allocation.sparsity import alphapruning, er, global_threshold, least_loss, outlier_ratio, owl, uniform
 from pared.allocation.units import Budget, Evidence, Unit
 from pared.errors import ParedError
 from pared.schema.plan import Decision, Sparse
@@ -27,7 +27,7 @@ def by_uniform(units: Units, budget: Budget, _: Evidence, __: UnitOptions) -> De
 def by_threshold(units: Units, budget: Budget, evidence: Evidence, options: Global) -> Decisions:
     """Prune below one score."""
     scores = [evidence.scores[unit.name] for unit in units]
-    return _decisions(units, one_threshold(scores, _target(budget), by_parameters=options.by_parameters))
+    return _decisions(units, global_threshold(scores, _target(budget), by_parameters=options.by_parameters))
 
 
 def by_er(units: Units, budget: Budget, _: Evidence, options: Er) -> Decisions:
@@ -65,7 +65,7 @@ def by_dsa(units: Units, budget: Budget, evidence: Evidence, options: DsaZeros) 
     root = math.sqrt(options.score_tokens or tokens)
     scores = [as_scores(evidence.scores[unit.name]).scaled(root) for unit in units]
     legacy, weights_L = options.legacy_nan_to_zero, _weights(units, options)
-    verdict = judge(program, scores, _target(budget), weights_L, legacy_nan_to_zero=legacy)
+    verdict = evaluate_program(program, scores, _target(budget), weights_L, legacy_nan_to_zero=legacy)
     if verdict.sparsities_L is not None:
         return _decisions(units, verdict.sparsities_L)
     if options.program == DEFAULT_OF_ZEROS:

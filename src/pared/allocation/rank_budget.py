@@ -12,7 +12,7 @@ from pared.schema.plan import Decision, Dense
 PAPER_TOKENS = 256 * 2048  # of the calibration text of SVD-LLM, SVD-LLM V2 and Swift-SVD
 
 
-def tails(singular_values_R: torch.Tensor) -> torch.Tensor:
+def tail_energy(singular_values_R: torch.Tensor) -> torch.Tensor:
     """Return ``tail(k) = Σ_{j>k} s_j²`` for k = 0 to R, float64 ``(R + 1,)``."""
     squares_R = singular_values_R.double().square()
     return torch.cat([squares_R.flip(0).cumsum(0).flip(0), squares_R.new_zeros(1)])
@@ -28,7 +28,7 @@ def loss_on_paper_tokens(singular_values_R: torch.Tensor, rank: int) -> float:
         singular_values_R: what leaving out each direction costs, per token.
         rank: that is kept.
     """
-    return math.sqrt(PAPER_TOKENS * float(tails(singular_values_R)[min(rank, len(singular_values_R))]))
+    return math.sqrt(PAPER_TOKENS * float(tail_energy(singular_values_R)[min(rank, len(singular_values_R))]))
 
 
 def require_one_rank_each(parameters: int, least: int, units: int) -> None:
@@ -44,7 +44,7 @@ def require_one_rank_each(parameters: int, least: int, units: int) -> None:
         )
 
 
-def within_budget(
+def round_to_budget(
     units: Sequence[Unit], ideal: Mapping[str, float], parameters: int, budget: Budget
 ) -> dict[str, Decision]:
     """Turn ideal ranks into whole ones that cost no more than a budget, and spend what rounding leaves.
@@ -86,7 +86,7 @@ def within_budget(
     return {name: budget.low_rank(rank) for name, rank in chosen.items()}
 
 
-def set_aside(units: Sequence[Unit], budget: Budget) -> tuple[list[Unit], dict[str, Decision], int]:
+def split_fixed(units: Sequence[Unit], budget: Budget) -> tuple[list[Unit], dict[str, Decision], int]:
     """Return the units that can be decided, the decisions of those that cannot, and the parameters that are left."""
     fixed: dict[str, Decision] = {}
     for unit in units:

@@ -77,7 +77,7 @@ def meet(
     return under_L + min(max(part, 0.0), 1.0) * (over_L - under_L)
 
 
-def recentred(
+def shift_to_mean(
     wished_L: torch.Tensor, sparsity: float, weights: torch.Tensor | None = None, most: float = MOST
 ) -> torch.Tensor:
     """Return ``clamp(s_l + t, 0, most)`` with the one shift t that makes the mean exact.
@@ -131,6 +131,6 @@ def spread(
     if not bool(statistic_L.isfinite().all()):
         raise ParedError(f"a statistic is not a finite number: {statistic_L.tolist()}")
     if same(statistic_L):
-        return recentred(torch.zeros_like(statistic_L), sparsity, weights)
+        return shift_to_mean(torch.zeros_like(statistic_L), sparsity, weights)
     a_L = (statistic_L - statistic_L.min()) / (statistic_L.max() - statistic_L.min())
-    return recentred((2 * width if sign == "prune" else -2 * width) * a_L, sparsity, weights)
+    return shift_to_mean((2 * width if sign == "prune" else -2 * width) * a_L, sparsity, weights)

@@ -88,7 +88,7 @@ def capture(
         except Exception as error:  # these tokens went through the probe pass: only a block's own result was missing
             if isinstance(error, ParedError) and error.__cause__ is None:
                 raise
-            raise _fed_by_another(anatomy, probed[min(len(recorded), len(probed) - 1)]) from error
+            raise _cross_block_dependency_error(anatomy, probed[min(len(recorded), len(probed) - 1)]) from error
         if len(recorded) < len(probed):
             raise _other_order(anatomy)
         _require_same_arguments(anatomy, probed, recorded)
@@ -108,7 +108,7 @@ def capture(
     return inputs
 
 
-def real_rows(x: torch.Tensor, mask_BT: torch.Tensor | None, site: str) -> torch.Tensor:
+def drop_padding(x: torch.Tensor, mask_BT: torch.Tensor | None, site: str) -> torch.Tensor:
     """Return the rows of what a site reads or outputs that belong to no padding, ``(1, rows, features)``.
 
     Args:
@@ -175,7 +175,7 @@ def _require_same_arguments(anatomy: Anatomy, probed: list[BlockCall], stubbed: 
             a.shape == b.shape and torch.equal(a, b) for a, b in zip(real_tensors, stub_tensors, strict=True)
         )
         if not same:
-            raise _fed_by_another(anatomy, real)
+            raise _cross_block_dependency_error(anatomy, real)
 
 
 def _other_order(anatomy: Anatomy) -> ParedError:
@@ -185,7 +185,7 @@ def _other_order(anatomy: Anatomy) -> ParedError:
     )
 
 
-def _fed_by_another(anatomy: Anatomy, call: BlockCall) -> ParedError:
+def _cross_block_dependency_error(anatomy: Anatomy, call: BlockCall) -> ParedError:
     return ParedError(
         f"block {anatomy.block_name(call.block)} is given values that an earlier block computed "
         f"(arguments {sorted(call.kwargs)}); such models cannot be walked block by block yet"

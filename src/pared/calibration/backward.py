@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from pared.calibration.activations import BlockInputs, real_rows, replaced_forwards
-from pared.calibration.forward import is_finite_hidden, require_finite_hidden, worker_of
+from pared.calibration.activations import BlockInputs, drop_padding, replaced_forwards
+from pared.calibration.forward import cast_block, is_finite_hidden, require_finite_hidden
 from pared.calibration.labels import Labels, logit_gradient
 from pared.calibration.spool import HiddenStates
 from pared.calibration.statistics import Statistic
@@ -72,7 +72,7 @@ def record(block: nn.Module, index: int, anatomy: Anatomy, trail: Trail) -> None
         ParedError: what it outputs is NaN or infinite; names the block.
     """
     inputs = trail.inputs
-    worker = worker_of(block, inputs.dtype, inputs.device)
+    worker = cast_block(block, inputs.dtype, inputs.device)
     state = KeptState([worker])
     for run in trail.runs_of(index):
         trail.reads.append(HiddenStates(memory=inputs.hidden.memory))
@@ -133,7 +133,7 @@ def back(
             needs that.
     """
     inputs = trail.inputs
-    worker = worker_of(block, inputs.dtype, inputs.device)
+    worker = cast_block(block, inputs.dtype, inputs.device)
     state, runs = KeptState([worker]), trail.runs_of(index)
     for batch in range(len(inputs.calls)):
         seen = [(inputs.calls[batch][run], trail.reads[run][batch]) for run in reversed(runs)]
@@ -202,7 +202,9 @@ def _back(
     The statistics of the sites are updated on the way.
     """
     shape = runs[0][1].shape
-    taps = [_Tap(site, wants[site.name], shape, mask) for site in anatomy.sites_of(index) if site.name in wants]
+    taps = [
+        _GradientHook(site, wants[site.name], shape, mask) for site in anatomy.sites_of(index) if site.name in wants
+    ]
     for call, hidden in runs:
         leaf = hidden.detach().requires_grad_()
         with torch.enable_grad(), hooks(_hooked(worker, anatomy, taps)):
@@ -214,12 +216,12 @@ def _back(
     return gradient
 
 
-def _hooked(worker: nn.Module, anatomy: Anatomy, taps: list["_Tap"]) -> Iterator[Any]:
+def _hooked(worker: nn.Module, anatomy: Anatomy, taps: list["_GradientHook"]) -> Iterator[Any]:
     for tap in taps:
         yield worker.get_submodule(anatomy.path_in_block(tap.site)).register_forward_hook(tap.read)
 
 
-class _Tap:
+class _GradientHook:
     """Hands the accumulators of one site what it reads and the gradient of what it outputs."""
 
     def __init__(
@@ -261,7 +263,7 @@ class _Tap:
             for statistic in statistics:
                 statistic.update(x_BTN, g_BTO)
             return
-        x_1RN, g_1RO = (real_rows(tensor, mask_BT, self.site.name) for tensor in (x_BTN, g_BTO))
+        x_1RN, g_1RO = (drop_padding(tensor, mask_BT, self.site.name) for tensor in (x_BTN, g_BTO))
         lengths = mask_BT.sum(dim=1).tolist()
         parts = lengths if by_example else [sum(lengths)]
         for x, g in zip(torch.split(x_1RN, parts, 1), torch.split(g_1RO, parts, 1), strict=True):

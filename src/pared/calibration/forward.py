@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pared.calibration.activations import BlockInputs, real_rows
+from pared.calibration.activations import BlockInputs, drop_padding
 from pared.calibration.early_exit import Enough, LastRead
 from pared.calibration.spool import HiddenStates
 from pared.calibration.statistics import CROSS, Shapes, Statistic, StatisticView, accumulators
@@ -85,10 +85,10 @@ def observe(
     Raises:
         ParedError: an activation is NaN or infinite; names the site.
     """
-    worker = worker_of(block, inputs.dtype, inputs.device)
+    worker = cast_block(block, inputs.dtype, inputs.device)
     pair = frozenset() if reference is None else frozenset({CROSS})
     statistics = accumulators(anatomy.sites_of(index), lambda shapes: needs(shapes) | pair, inputs.device)
-    running = _Running(reference)
+    running = _BatchState(reference)
     if early_exit and not influence:
         running.last = LastRead(sum(_is_collected(s, statistics.get(s.name, {})) for s in anatomy.sites_of(index)))
     if reference is not None:
@@ -105,19 +105,19 @@ def propagate(block: nn.Module, index: int, anatomy: Anatomy, inputs: BlockInput
     Raises:
         ParedError: what it outputs is NaN or infinite; names the block.
     """
-    running = _Running()
-    _run_block(worker_of(block, inputs.dtype, inputs.device), index, inputs, running)
+    running = _BatchState()
+    _run_block(cast_block(block, inputs.dtype, inputs.device), index, inputs, running)
     _require_finite(anatomy, index, {}, running)
 
 
 def propagate_reference(index: int, inputs: BlockInputs, reference: DenseReference) -> None:
     """Let the dense block of an index run over all batches, alone: the hidden states of the reference are its own."""
     beside = copy_block(reference.block(index)).to(device=inputs.device, dtype=inputs.dtype)
-    _run_block(beside, index, replace(inputs, hidden=reference.hidden), _Running())  # type: ignore[arg-type]
+    _run_block(beside, index, replace(inputs, hidden=reference.hidden), _BatchState())  # type: ignore[arg-type]
 
 
 @dataclass
-class _Running:
+class _BatchState:
     """The batch that runs.
 
     Attributes:
@@ -144,7 +144,7 @@ def _run_block(
     worker: nn.Module,
     index: int,
     inputs: BlockInputs,
-    running: _Running,
+    running: _BatchState,
     on_batch: Callable[[], None] = lambda: None,
     influence: bool = False,
 ) -> list[float]:
@@ -175,14 +175,14 @@ def _run_block(
     return cosines
 
 
-def worker_of(block: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def cast_block(block: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """Return the block itself if it already computes in this dtype and place, else a copy that does."""
     if all(p.dtype == dtype and p.device == device for p in block.parameters()):
         return block
     return copy_block(block).to(device=device, dtype=dtype)
 
 
-def _tap(worker: nn.Module, anatomy: Anatomy, index: int, statistics: BySite, running: _Running) -> Iterator[Any]:
+def _tap(worker: nn.Module, anatomy: Anatomy, index: int, statistics: BySite, running: _BatchState) -> Iterator[Any]:
     """Hook the outputs of every site, and the input of one site of every group that reads the same tensor."""
     for site in anatomy.sites_of(index):
         path = anatomy.path_in_block(site)
@@ -212,7 +212,7 @@ def _is_collected(site: Site, own: Mapping[str, Statistic]) -> bool:
     return bool(own) and (_of_output(own) or site.reads == site.name)
 
 
-def _tap_last(module: nn.Module, site: Site, own: Mapping[str, Statistic], running: _Running, last: LastRead) -> Any:
+def _tap_last(module: nn.Module, site: Site, own: Mapping[str, Statistic], running: _BatchState, last: LastRead) -> Any:
     """Hook the moment when everything of a site's call is collected."""
 
     def hook(_: nn.Module, args: tuple[torch.Tensor, ...], *__: Any) -> None:
@@ -227,45 +227,45 @@ def _may_be_routed(anatomy: Anatomy, site: Site) -> bool:
     return len(alike) > 1 or any(part.isdigit() for part in anatomy.path_in_block(site).split("."))
 
 
-def _input_hook(statistic: Statistic, running: _Running, site: str) -> Callable[..., None]:
+def _input_hook(statistic: Statistic, running: _BatchState, site: str) -> Callable[..., None]:
     def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        statistic.update(real_rows(args[0], running.mask_BT, site))
+        statistic.update(drop_padding(args[0], running.mask_BT, site))
 
     return hook
 
 
-def _dense_hook(running: _Running, site: str, flat: bool) -> Callable[..., None]:
+def _dense_hook(running: _BatchState, site: str, flat: bool) -> Callable[..., None]:
     def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         if _of_the_batch(args[0], running, flat):
-            running.reads[site] = real_rows(args[0], running.mask_BT, site)
+            running.reads[site] = drop_padding(args[0], running.mask_BT, site)
 
     return hook
 
 
-def _cross_hook(statistic: Statistic, running: _Running, site: str, flat: bool) -> Callable[..., None]:
+def _cross_hook(statistic: Statistic, running: _BatchState, site: str, flat: bool) -> Callable[..., None]:
     def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         if _of_the_batch(args[0], running, flat) and site in running.reads:
-            statistic.update(running.reads.pop(site), real_rows(args[0], running.mask_BT, site))
+            statistic.update(running.reads.pop(site), drop_padding(args[0], running.mask_BT, site))
 
     return hook
 
 
-def _of_the_batch(x: torch.Tensor, running: _Running, flat: bool) -> bool:
+def _of_the_batch(x: torch.Tensor, running: _BatchState, flat: bool) -> bool:
     """Whether a site reads one row for every token of the batch, in its order; ``flat``, if the rows may be flat."""
     shape = tuple(x.shape[:-1])
     return shape == running.shape or (flat and shape == (math.prod(running.shape),))
 
 
-def _output_hook(statistic: Statistic, running: _Running, site: str) -> Callable[..., None]:
+def _output_hook(statistic: Statistic, running: _BatchState, site: str) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         # Taking a large bias off a rounded output would leave little but the rounding: multiply again without it.
         seen = output if bias_of(module) is None else args[0] @ weight_of(module).T
-        statistic.update(real_rows(seen, running.mask_BT, site))
+        statistic.update(drop_padding(seen, running.mask_BT, site))
 
     return hook
 
 
-def _require_finite(anatomy: Anatomy, index: int, statistics: BySite, running: _Running) -> None:
+def _require_finite(anatomy: Anatomy, index: int, statistics: BySite, running: _BatchState) -> None:
     for site in anatomy.sites_of(index):
         for statistic in statistics.get(site.name, {}).values():
             if not statistic.finite():

@@ -13,7 +13,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from pared.checkpoint.format import DOWN, QUANT_METHOD, ParedConfig, module_type
-from pared.checkpoint.portable import IS_COPY, make_portable
+from pared.checkpoint.portable import IS_COPY, with_remote_code
 from pared.modules.adapters import teach_peft
 from pared.modules.replace import replace_module
 from pared.modules.shared import BasisHolder, share
@@ -38,7 +38,7 @@ class ParedQuantizer(HfQuantizer):
                 module.unpack_()
         # The weights are plain floating point numbers: half(), float(), Trainer and PEFT treat them as such.
         model.is_quantized = False
-        make_portable(model)
+        with_remote_code(model)
 
     def is_serializable(self) -> bool:
         """Return true: a loaded model can be saved again."""

@@ -186,7 +186,7 @@ def portable_class(cls: type) -> type:
     return _portable[cls]
 
 
-def make_portable(model: "PreTrainedModel") -> None:
+def with_remote_code(model: "PreTrainedModel") -> None:
     """Make a model save the loader with itself, in place."""
     model.__class__ = portable_class(type(model))
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.checkpoint.format import DOWN, LOADER_NAME, ParedConfig
 from pared.checkpoint.loader import tie
-from pared.checkpoint.portable import has_importable_code, make_portable, module_map, own_class
+from pared.checkpoint.portable import has_importable_code, module_map, own_class, with_remote_code
 from pared.errors import ParedError
 from pared.models.architecture import AUTO_CLASSES
 from pared.models.source import ModelSource
@@ -53,7 +53,7 @@ def mark(model: PreTrainedModel) -> None:
     model.config.quantization_config = ParedConfig(modules=module_map(model), shared=shared)
     tie(model, shared)
     model.config.auto_map = _auto_map(model)
-    make_portable(model)
+    with_remote_code(model)
 
 
 def save(

@@ -235,7 +235,7 @@ def _by_name(
         if "dequantised" in source.origin:
             progress.note(f"{source.name} is {source.origin}; sizes are compared with the dequantised weights")
         chosen = is_streamed(source, spec, texts, progress, out)
-        if source.sees and not source.processor_files():
+        if source.is_multimodal and not source.processor_files():
             progress.note(f"{source.name} is a vision-language model without files of its image processor: "
                           "the folder will have none either")  # fmt: skip
         streamed, memory = None, ActivationMemory(activation_limit(recipe, chosen), out)

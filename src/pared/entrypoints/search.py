@@ -30,7 +30,7 @@ from pared.schema.search import SearchConfig
 from pared.search.data_split import search_texts
 from pared.search.evolution import Candidate, Measured, Result, best_so_far, evolve
 from pared.search.journal import SearchJournal
-from pared.search.objective import Measure, Trial, first, in_steps
+from pared.search.objective import Measure, Trial, first, successive_halving_splits
 from pared.search.pool import InProcess, Processes
 from pared.search.prepare import prepare
 from pared.search.ranks import require_rankable
@@ -147,7 +147,7 @@ def search(
         raise ParedError(f"{type(model).__name__} is not a causal language model; candidates need a perplexity")
     windows, full = _windows(model, tokenizer, recipe, config)
     config = config.model_copy(update={"length": full.tokens.shape[1]})
-    steps = in_steps(first(full, config.windows), config.halving)
+    steps = successive_halving_splits(first(full, config.windows), config.halving)
     if config.final_windows is not None:
         full = first(full, config.final_windows)
     settings = _settings(model, spec, config, windows, full)
@@ -284,10 +284,10 @@ def _references(
     for kind in ("dense", "uniform"):
         measured = journal.get(kind + name, kind)
         if measured is None and kind == "dense":
-            measured = measure.as_it_is(steps)
+            measured = measure.evaluate_current(steps)
         elif measured is None:
             with trial.installed(trial.uniform()):
-                measured = measure.as_it_is(steps)
+                measured = measure.evaluate_current(steps)
         value = measured.values[-1] if measured.values else math.inf
         if kind == "dense" and not math.isfinite(value):
             raise ParedError(f"the dense model has no perplexity on the search split: {measured.why or 'infinite'}")

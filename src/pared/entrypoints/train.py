@@ -46,7 +46,7 @@ from pared.training.precision import PRECISIONS, training_precision
 from pared.training.registry import method_of, settled
 from pared.training.run_dir import TrainingRun
 from pared.training.trainable import unpack
-from pared.training.trainer import Went, put_back, train
+from pared.training.trainer import StageResult, put_back, train
 
 
 @dataclass(frozen=True, repr=False)
@@ -133,7 +133,7 @@ class _Job:
         self.causal = is_causal(self.config.architectures or [])
         measured = training_precision(tuning.precision, _stored_dtype(self.config), self.processes.device)
         # Each process measures by itself, but all must multiply alike.
-        self.precision = PRECISIONS[int(self.processes.agreed(PRECISIONS.index(measured)))]
+        self.precision = PRECISIONS[int(self.processes.broadcast_from_main(PRECISIONS.index(measured)))]
 
     def run(self) -> Tuned:
         """Do everything."""
@@ -155,11 +155,11 @@ class _Job:
             self.processes.first(run.close)
         return Tuned(self.out, Manifest.read(self.out), self.processes.is_first)
 
-    def trained(self, run: TrainingRun, number: int, stages: tuple[Stage, ...], examples: Examples) -> Went:
+    def trained(self, run: TrainingRun, number: int, stages: tuple[Stage, ...], examples: Examples) -> StageResult:
         """Train a stage from the folder of the one before, unless its folder is there."""
         stage, folder = stages[number - 1], run.stage(number)
         if (known := run.recorded("stage", number)) is not None:
-            return Went(**known)
+            return StageResult(**known)
         steps = self.steps(stage, stages, examples)
         prepared, stored = self.prepared(run, number, stage, steps, examples)
         with self.watch(stage.name):
@@ -290,7 +290,7 @@ class _Job:
     def write(
         self,
         run: TrainingRun,
-        went: list[Went],
+        went: list[StageResult],
         examples: Examples,
         measure: PerplexityOn | None,
         before: float | None,

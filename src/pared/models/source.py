@@ -141,7 +141,7 @@ class ModelSource:
             raise ParedError(f"model {self.name!r}: cannot be read ({error})") from None
 
     @property
-    def sees(self) -> bool:
+    def is_multimodal(self) -> bool:
         """Whether the model reads images too."""
         from transformers.models.auto import modeling_auto
 
@@ -150,7 +150,7 @@ class ModelSource:
 
     def processor_files(self) -> list[Path]:
         """Return the files of a vision-language model's processor, which makes inputs of images; none of others."""
-        if not self.sees:
+        if not self.is_multimodal:
             return []
         from transformers.utils import cached_file
 

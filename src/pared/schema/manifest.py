@@ -78,7 +78,7 @@ class Measured(WindowsRead):
 
 
 class StageRecord(TypedDict):
-    """How one stage of a training went, see :class:`pared.training.trainer.Went`."""
+    """How one stage of a training went, see :class:`pared.training.trainer.StageResult`."""
 
     name: str
     steps: int

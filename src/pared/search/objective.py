@@ -59,14 +59,14 @@ class Measure:
     def __call__(self, candidate: Candidate) -> Measured:
         """Measure a candidate step by step, as long as it stays within its limits."""
         with self.trial.installed(candidate.allocation):
-            return self.as_it_is(self.steps, candidate.limits)
+            return self.evaluate_current(self.steps, candidate.limits)
 
     def final(self, candidate: Candidate) -> Measured:
         """Measure a candidate on the full split."""
         with self.trial.installed(candidate.allocation):
-            return self.as_it_is([self.full])
+            return self.evaluate_current([self.full])
 
-    def as_it_is(self, steps: Sequence[Windows], limits: Sequence[float] = ()) -> Measured:
+    def evaluate_current(self, steps: Sequence[Windows], limits: Sequence[float] = ()) -> Measured:
         """Measure the model that stands there."""
         nats, predicted, values = 0.0, 0, list[float]()
         for windows, limit in zip(steps, (*limits, math.inf), strict=False):
@@ -82,7 +82,7 @@ class Measure:
         return Measured(tuple(values))
 
 
-def in_steps(windows: Windows, halving: bool) -> list[Windows]:
+def successive_halving_splits(windows: Windows, halving: bool) -> list[Windows]:
     """Return the windows of the steps of a measurement: a quarter, as many again, the other half; or all at once.
 
     Raises:

@@ -133,7 +133,7 @@ class Processes:
     def submit(self, candidate: Candidate, final: bool = False) -> None:
         """Give a candidate to a worker that is free, or put it in line."""
         self._queue.waiting.append((candidate, final))
-        self._hand_out()
+        self._dispatch()
 
     def next(self) -> tuple[int, Measured]:
         """Wait for any candidate.
@@ -142,7 +142,7 @@ class Processes:
             ParedError: a worker could not measure; says why.
         """
         while True:
-            self._hand_out()
+            self._dispatch()
             busy: dict[object, _Worker] = {one.connection: one for one in self._workers if one.task is not None}
             worker = busy[wait([one.connection for one in self._workers if one.task is not None])[0]]
             assert worker.task is not None
@@ -158,7 +158,7 @@ class Processes:
             else:
                 return self._queue.took(task, found)
 
-    def _hand_out(self) -> None:
+    def _dispatch(self) -> None:
         for worker in self._workers:
             if worker.task is None and self._queue.waiting:
                 worker.give(self._queue.waiting.popleft())
@@ -172,7 +172,7 @@ class _Worker:
         self.connection, theirs = context.Pipe()
         self.task: Task | None = None
         self._process = context.Process(  # type: ignore[attr-defined]
-            target=_serve, args=(file, threads, theirs), daemon=True
+            target=_worker_loop, args=(file, threads, theirs), daemon=True
         )
         self._process.start()
         theirs.close()
@@ -205,7 +205,7 @@ def _context() -> BaseContext:
     return context
 
 
-def _serve(file: Path, threads: int, connection: Connection) -> None:
+def _worker_loop(file: Path, threads: int, connection: Connection) -> None:
     """Measure what comes in until the other side is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that began the search
     torch.set_num_threads(threads)

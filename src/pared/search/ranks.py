@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from pared.allocation import Budget, Evidence, Unit
 from pared.allocation.dsa import Program
-from pared.allocation.rank_budget import set_aside
-from pared.allocation.ranks.dsa import by_program, shared_out
+from pared.allocation.rank_budget import split_fixed
+from pared.allocation.ranks.dsa import by_program, ranks_from_fractions
 from pared.calibration import BlockStatistics
 from pared.engine.install import patched
 from pared.engine.observe import Observer
@@ -95,14 +95,16 @@ class RanksTrial:
 
     def uniform(self) -> Allocation:
         """Return the ranks at the same share of every site's parameters."""
-        open_units, fixed, left = set_aside(self._units, self._budget)
+        open_units, fixed, left = split_fixed(self._units, self._budget)
         keep = left / sum(unit.parameters for unit in open_units)
-        return self._ranks(fixed | shared_out(open_units, {u.block: keep for u in open_units}, left, self._budget))
+        return self._ranks(
+            fixed | ranks_from_fractions(open_units, {u.block: keep for u in open_units}, left, self._budget)
+        )
 
     def shares(self, program: Program) -> dict[str, float]:
         """Return the share that a valid program takes from every block, by its number, for the record."""
         _, verdict = by_program(self._units, self._budget, self._evidence, program)
-        open_units, _, _ = set_aside(self._units, self._budget)
+        open_units, _, _ = split_fixed(self._units, self._budget)
         assert verdict.sparsities_L is not None
         blocks = sorted({unit.block for unit in open_units})
         return {str(block): share for block, share in zip(blocks, verdict.sparsities_L.tolist(), strict=True)}

@@ -85,7 +85,7 @@ class RayPool:
     def submit(self, candidate: Candidate, final: bool = False) -> None:
         """Give a candidate to an actor that is free, or put it in line."""
         self._queue.waiting.append((candidate, final))
-        self._hand_out()
+        self._dispatch()
 
     def next(self) -> tuple[int, Measured]:
         """Wait for any candidate.
@@ -94,7 +94,7 @@ class RayPool:
             ParedError: an actor could not measure; says why.
         """
         while True:
-            self._hand_out()
+            self._dispatch()
             ready = self._ray.wait(list(self._running), num_returns=1)[0][0]
             place, task = self._running.pop(ready)
             try:
@@ -107,7 +107,7 @@ class RayPool:
             else:
                 return self._queue.took(task, found)
 
-    def _hand_out(self) -> None:
+    def _dispatch(self) -> None:
         busy = {place for place, _ in self._running.values()}
         for place, actor in enumerate(self.actors):
             if place not in busy and self._queue.waiting:

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 import torch
 from transformers import PreTrainedModel
 
-from pared.allocation.dsa import SCORE_TOKENS, Program, ScoreHistogram, Scores, judge
+from pared.allocation.dsa import SCORE_TOKENS, Program, ScoreHistogram, Scores, evaluate_program
 from pared.engine.install import patched
 from pared.errors import ParedError
 from pared.methods import METHODS, methods_of
@@ -101,7 +101,7 @@ class ZerosTrial:
 
     def sparsities(self, program: Program) -> torch.Tensor | None:
         """Return the sparsity of every block, float64 ``(L,)``; None if the program is rejected."""
-        return judge(program, self._scores, self.sparsity, self._sizes_L).sparsities_L
+        return evaluate_program(program, self._scores, self.sparsity, self._sizes_L).sparsities_L
 
     def allocate(self, program: Program) -> Allocation | None:
         """Return the zeros of every site; None if the program is rejected."""

@@ -19,7 +19,7 @@ from pared.schema.training import TrainingConfig
 from pared.training.dataset import Row, collate
 from pared.training.distributed import Processes
 from pared.training.method import own_loss
-from pared.training.precision import precise
+from pared.training.precision import mixed_precision
 from pared.training.run_dir import CHECKPOINT, mark_whole
 
 LOSSES = "losses.json"
@@ -126,9 +126,9 @@ class Validation(TrainerCallback):
         state: Callable[[], dict[str, torch.Tensor]],
         folder: Path,
         patient: bool,
-        agreed: Callable[[float], float],
+        broadcast_from_main: Callable[[float], float],
     ) -> None:
-        self.agreed = agreed
+        self.broadcast = broadcast_from_main
         self.rows, self.tuning, self.precision, self.state, self.folder = rows, tuning, precision, state, folder
         self.patience = tuning.patience if patient else None
         self.history: list[tuple[int, float]] = []
@@ -166,7 +166,7 @@ class Validation(TrainerCallback):
         due = every is not None and state.global_step % every == 0
         if not self.rows or not (due or state.global_step == state.max_steps):
             return
-        loss = self.agreed(mean_loss(kwargs["model"], self.rows, self.tuning.batch, args.device, self.precision))
+        loss = self.broadcast(mean_loss(kwargs["model"], self.rows, self.tuning.batch, args.device, self.precision))
         earlier = min((value for _, value in self.history), default=float("inf"))
         self.history.append((state.global_step, loss))
         self.log({"validation_loss": loss})
@@ -192,7 +192,7 @@ def mean_loss(model: nn.Module, rows: Sequence[Row], batch: int, device: torch.d
     for start in range(0, len(rows), batch):
         inputs = {name: value.to(device) for name, value in collate(rows[start : start + batch]).items()}
         labels = int((inputs["labels"] != NO_LABEL).sum())
-        with precise(device, precision):
+        with mixed_precision(device, precision):
             total += float(own_loss(model, inputs)) * labels
         count += labels
     model.train(was_training)

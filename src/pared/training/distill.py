@@ -81,13 +81,13 @@ def stages(_: Mapping[str, Any]) -> tuple[Stage, ...]:
 def prepare(context: Context) -> Prepared:
     """Train factors and normalisations, or adapters, towards the teacher, which shares what is frozen in both."""
     teacher = _teacher(context)
-    loss, rank = towards(teacher, context.options), int(context.options["adapters"])
+    loss, rank = distillation_loss(teacher, context.options), int(context.options["adapters"])
     prepared = adapt(context, rank, ALPHA * rank, loss=loss) if rank else train_part(context, loss, "factors+norms")
     share_frozen(context.model, teacher)
     return prepared
 
 
-def towards(teacher: PreTrainedModel, options: Mapping[str, Any]) -> Loss:
+def distillation_loss(teacher: PreTrainedModel, options: Mapping[str, Any]) -> Loss:
     """Return the loss of a batch against a teacher, which is evaluated without gradients."""
     temperature, hidden, text = (float(options[name]) for name in ("temperature", "hidden", "text"))
     causal = is_causal([type(teacher).__name__])

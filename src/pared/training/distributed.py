@@ -89,7 +89,7 @@ class Processes:
             raise ParedError(f"the first process failed: {told}")
         return result
 
-    def agreed(self, value: float) -> float:
+    def broadcast_from_main(self, value: float) -> float:
         """Return the first process's value in all."""
         from accelerate.utils import broadcast
 
@@ -192,7 +192,7 @@ def fill(tensor: torch.Tensor, whole: torch.Tensor) -> None:
     tensor.copy_(_like(tensor, whole))
 
 
-def hand_out_whole(optimizer: torch.optim.Optimizer) -> None:
+def full_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
     """Let an optimizer's state be whole outside of it: collected when it is asked for, divided when it is given."""
 
     def collect(_: Any, state: dict[str, Any]) -> dict[str, Any]:

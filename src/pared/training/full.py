@@ -7,7 +7,7 @@ from transformers import TrainerCallback
 
 from pared.training.masks import KeepZeros, pruned_layers
 from pared.training.method import Context, Loss, Prepared, Stage, own_loss
-from pared.training.precision import hold_in_float32
+from pared.training.precision import cast_trainable_to_float32
 from pared.training.trainable import compressed_layers, norms, unpack
 
 
@@ -31,6 +31,6 @@ def train_part(context: Context, loss: Loss, part: str) -> Prepared:
     if part == "factors+norms":
         for norm in norms(model):
             norm.requires_grad_(True)
-    hold_in_float32(model)
+    cast_trainable_to_float32(model)
     keep: list[TrainerCallback] = [KeepZeros()] if pruned_layers(model) else []
     return Prepared(model, finish=lambda: model, loss=loss, callbacks=keep)

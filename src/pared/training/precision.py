@@ -24,12 +24,12 @@ def training_precision(asked: str, stored: torch.dtype, device: torch.device) ->
     return torch.bfloat16 if chosen == torch.float16 else chosen
 
 
-def precise(device: torch.device, precision: torch.dtype) -> AbstractContextManager[Any]:
+def mixed_precision(device: torch.device, precision: torch.dtype) -> AbstractContextManager[Any]:
     """Return the context in which products are made in this dtype, whatever the weights are held in."""
     return nullcontext() if precision == torch.float32 else torch.autocast(device.type, precision)
 
 
-def hold_in_float32(model: nn.Module) -> None:
+def cast_trainable_to_float32(model: nn.Module) -> None:
     """Hold what is trained in float32, in place: the steps of an optimiser are smaller than bfloat16 can add."""
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -18,9 +18,9 @@ from pared.schema.training import TrainingConfig
 from pared.structure import find_blocks
 from pared.training.callbacks import Validation, Watch, WholeCheckpoints
 from pared.training.dataset import Examples, Row, collate
-from pared.training.distributed import Processes, collected, fill, hand_out_whole, shard
+from pared.training.distributed import Processes, collected, fill, full_optimizer_state, shard
 from pared.training.method import Prepared, Stage
-from pared.training.precision import precise
+from pared.training.precision import mixed_precision
 from pared.training.run_dir import CHECKPOINT
 
 TRAINED = "trained.safetensors"
@@ -33,7 +33,7 @@ SCHEDULES: dict[str, tuple[str, dict[str, float]]] = {
 
 
 @dataclass
-class Went:
+class StageResult:
     """How a stage went.
 
     Attributes:
@@ -74,7 +74,7 @@ class StageTrainer(Trainer):
             ParedError: it is not a number.
         """
         del num_items_in_batch
-        with precise(self.args.device, self.precision):
+        with mixed_precision(self.args.device, self.precision):
             loss = self.prepared.loss(model, inputs)
         self.watch.saw(value := float(loss.detach()))
         if not math.isfinite(value):
@@ -89,7 +89,7 @@ class StageTrainer(Trainer):
         made = self.optimizer is None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if made:
-            hand_out_whole(optimizer)
+            full_optimizer_state(optimizer)
             for ending, times in self.prepared.faster.items():
                 _set_apart(optimizer, self.prepared.model, ending, times)
         return optimizer
@@ -171,7 +171,7 @@ def train(
     precision: torch.dtype,
     processes: Processes,
     progress: Progress,
-) -> tuple[Went, dict[str, torch.Tensor] | None]:
+) -> tuple[StageResult, dict[str, torch.Tensor] | None]:
     """Train a stage to its end, from a checkpoint if there is one.
 
     Args:
@@ -200,7 +200,13 @@ def train(
     schedule, more = SCHEDULES[stage.schedule if tuning.schedule == "auto" else tuning.schedule]
     watch = Watch(stage.name, progress, examples.tokens_per_row, folder)
     validation = Validation(
-        examples.validation, tuning, precision, lambda: state_of(prepared), folder, stage.patient, processes.agreed
+        examples.validation,
+        tuning,
+        precision,
+        lambda: state_of(prepared),
+        folder,
+        stage.patient,
+        processes.broadcast_from_main,
     )
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -259,7 +265,7 @@ def train(
         put_back(prepared, state, str(validation.best))
         state = None
     prepared.model.eval()
-    return Went(stage.name, done, watch.tokens, count, watch.losses(), validation.history), state
+    return StageResult(stage.name, done, watch.tokens, count, watch.losses(), validation.history), state
 
 
 def _compute_again(model: Any) -> None:

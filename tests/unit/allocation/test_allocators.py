@@ -8,7 +8,7 @@ import torch
 
 from pared.allocation import Budget, Evidence, Unit, allocator_of, allocators_for
 from pared.allocation.options import DsaRanks
-from pared.allocation.rank_budget import tails
+from pared.allocation.rank_budget import tail_energy
 from pared.allocation.ranks.effective_rank import entropy_rank
 from pared.allocation.ranks.svd_llm_v2 import removal_ratios
 from pared.engine.allocate import make_plan
@@ -33,7 +33,9 @@ def plan(sites: list[Site], allocation: str, keep: float, spectra: dict[str, tor
 
 
 def total_loss(plan: Plan, spectra: dict[str, torch.Tensor]) -> float:
-    return sum(float(tails(spectra[s.name])[s.decision.rank]) for s in plan.sites if isinstance(s.decision, LowRank))
+    return sum(
+        float(tail_energy(spectra[s.name])[s.decision.rank]) for s in plan.sites if isinstance(s.decision, LowRank)
+    )
 
 
 SITES = [site(f"b{b}.{k}", m, n, k, b) for b in range(3) for k, m, n in
@@ -82,7 +84,9 @@ def test_loss_equals_brute_force_on_three_matrices():
     for s in sites:
         dense = s.out_features * s.in_features
         step = s.out_features + s.in_features
-        ranks = [(k * step, float(tails(spectra[s.name])[k])) for k in range(1, Budget(0.5).most_rank(Unit((s,))) + 1)]
+        ranks = [
+            (k * step, float(tail_energy(spectra[s.name])[k])) for k in range(1, Budget(0.5).most_rank(Unit((s,))) + 1)
+        ]
         options.append([*ranks, (dense, 0.0)])
     reached = 0
     for keep in (0.5, 0.6, 0.7, 0.8, 0.9, 1.0):

@@ -18,14 +18,14 @@ from pared.allocation.dsa import (
     ScoreHistogram,
     allocation_key,
     crossover,
-    faults,
+    evaluate_program,
     importance,
-    judge,
     mutate,
     packaged_of,
     parse,
     random_program,
     sparsities,
+    validation_errors,
 )
 from pared.errors import ParedError
 
@@ -141,7 +141,7 @@ def test_histograms_and_vectors_give_the_same_sparsities():
         histograms.append(ScoreHistogram())
         histograms[-1].update(part)
     program = parse("W:(ABSLOG)-(VAR)-(ATAN)-(7)")
-    exact, found = judge(program, parts, 0.7), judge(program, histograms, 0.7)
+    exact, found = evaluate_program(program, parts, 0.7), evaluate_program(program, histograms, 0.7)
     torch.testing.assert_close(found.sparsities_L, exact.sparsities_L, rtol=0, atol=1e-4)
 
 
@@ -169,8 +169,8 @@ def test_blocks_in_another_order_have_their_sparsities_in_that_order():
     parts, order = blocks(), [3, 0, 5, 1, 4, 2]
     weights = torch.tensor([1.0, 2, 3, 4, 5, 6])
     program = parse("W:(ABSLOG)-(VAR)-(ATAN)-(30)-(KEEP)")
-    s = judge(program, parts, 0.8, weights).sparsities_L
-    permuted = judge(program, [parts[i] for i in order], 0.8, weights[order]).sparsities_L
+    s = evaluate_program(program, parts, 0.8, weights).sparsities_L
+    permuted = evaluate_program(program, [parts[i] for i in order], 0.8, weights[order]).sparsities_L
     torch.testing.assert_close(permuted, s[order], rtol=0, atol=1e-12)
 
 
@@ -180,7 +180,7 @@ def test_a_limit_that_is_reached_never_moves_the_mean(target: float, spread: int
     program = parse(f"W:(ABSLOG)-(VAR)-(NO_OP)-({spread})")
     weights = torch.tensor([1.0, 10, 1, 3, 1, 7])
     for w in (None, weights):
-        verdict = judge(program, blocks(), target, w)
+        verdict = evaluate_program(program, blocks(), target, w)
         s = verdict.sparsities_L
         assert verdict.valid
         mean = s.mean() if w is None else (s * w).sum() / w.sum()
@@ -193,11 +193,11 @@ def test_a_limit_that_is_reached_never_moves_the_mean(target: float, spread: int
 
 def test_importance_that_is_constant_or_undefined_is_rejected_with_a_reason():
     same = [torch.arange(1.0, 9.0)] * 3
-    verdict = judge(parse("W:()-(MEAN)-()-(8)"), same, 0.5)
+    verdict = evaluate_program(parse("W:()-(MEAN)-()-(8)"), same, 0.5)
     assert not verdict.valid
     assert verdict.sparsities_L is None
     assert "the same for all 3 blocks, 4.5 to 4.5" in verdict.reasons[0]
-    verdict = judge(parse("W:(EXP)-(MEAN)-()-(8)"), [same[0], 1000 * same[0]], 0.5)
+    verdict = evaluate_program(parse("W:(EXP)-(MEAN)-()-(8)"), [same[0], 1000 * same[0]], 0.5)
     assert verdict.reasons == ("program W:(EXP)-(MEAN)-()-(8): EXP of block 1 is infinite",)
     with pytest.raises(ParedError, match="the same for all 4 blocks"):
         sparsities(torch.ones(4), 0.5, 0.08, "prune")
@@ -208,15 +208,15 @@ def test_what_counts_as_constant_has_no_scale(scale: float):
     near = [torch.tensor([scale], dtype=torch.float64), torch.tensor([scale * (1 + 1e-10)], dtype=torch.float64)]
     apart = [torch.tensor([scale], dtype=torch.float64), torch.tensor([scale * (1 + 1e-6)], dtype=torch.float64)]
     program = parse("W:()-(MEAN)-()-(8)")
-    assert not judge(program, near, 0.5).valid
-    assert judge(program, apart, 0.5).sparsities_L.tolist() == pytest.approx([0.42, 0.58])
+    assert not evaluate_program(program, near, 0.5).valid
+    assert evaluate_program(program, apart, 0.5).sparsities_L.tolist() == pytest.approx([0.42, 0.58])
 
 
 def test_the_released_codes_values_for_what_is_undefined_are_had_by_asking():
     wide, narrow = torch.exp(4 * torch.randn(4000, generator=torch.Generator().manual_seed(0))), blocks()[0]
     program = parse(README)
-    assert "ASIN of block 0 is undefined" in judge(program, [wide, narrow], 0.7).reasons[0]
-    legacy = judge(program, [wide, narrow], 0.7, legacy_nan_to_zero=True)
+    assert "ASIN of block 0 is undefined" in evaluate_program(program, [wide, narrow], 0.7).reasons[0]
+    legacy = evaluate_program(program, [wide, narrow], 0.7, legacy_nan_to_zero=True)
     assert float(legacy.importance_L[0]) == 0
     assert legacy.sparsities_L.tolist() == pytest.approx([0.63, 0.77])  # the heavy tail is pruned least
     overflow, fine = torch.tensor([900.0, 900.0]), torch.tensor([1.0, 1.0])
@@ -230,28 +230,30 @@ def test_a_target_or_weights_out_of_range_are_not_the_programs_fault():
     program = parse("W:(ABSLOG)-(VAR)-()-(8)")
     for target in (-0.1, 1.0, math.nan):
         with pytest.raises(ParedError, match="sparsity is the fraction"):
-            judge(program, blocks(), target)
+            evaluate_program(program, blocks(), target)
     with pytest.raises(ParedError, match="expected one for each"):
-        judge(program, blocks(), 0.5, torch.ones(5))
+        evaluate_program(program, blocks(), 0.5, torch.ones(5))
     with pytest.raises(ParedError, match="positive numbers"):
-        judge(program, blocks(), 0.5, torch.tensor([1.0, 1, 1, 1, 1, 0]))
+        evaluate_program(program, blocks(), 0.5, torch.tensor([1.0, 1, 1, 1, 1, 0]))
     with pytest.raises(ParedError, match="there are no units"):
-        judge(program, [], 0.5)
+        evaluate_program(program, [], 0.5)
 
 
 def test_the_faults_of_an_allocation_are_named():
-    assert faults(torch.tensor([0.4, 0.6]), 0.5) == ()
-    assert faults(torch.tensor([0.0, 1.0]), 0.5) == ("the sparsity of block 1 is 1; expected a number in [0, 1)",)
-    assert faults(torch.tensor([0.4, 0.7]), 0.5) == ("the mean sparsity is 0.55; expected 0.5",)
-    assert faults(torch.tensor([0.4, 0.7]), 0.5, torch.tensor([2.0, 1.0])) == ()
-    assert len(faults(torch.tensor([math.nan, 0.5]), 0.5)) == 2
+    assert validation_errors(torch.tensor([0.4, 0.6]), 0.5) == ()
+    assert validation_errors(torch.tensor([0.0, 1.0]), 0.5) == (
+        "the sparsity of block 1 is 1; expected a number in [0, 1)",
+    )
+    assert validation_errors(torch.tensor([0.4, 0.7]), 0.5) == ("the mean sparsity is 0.55; expected 0.5",)
+    assert validation_errors(torch.tensor([0.4, 0.7]), 0.5, torch.tensor([2.0, 1.0])) == ()
+    assert len(validation_errors(torch.tensor([math.nan, 0.5]), 0.5)) == 2
 
 
 def test_programs_of_one_allocation_have_one_key():
     parts = blocks()
 
     def key(text: str) -> tuple[int, ...]:
-        return allocation_key(judge(parse(text), parts, 0.7).sparsities_L)
+        return allocation_key(evaluate_program(parse(text), parts, 0.7).sparsities_L)
 
     assert key("W:(ABSLOG)-(VAR)-(NO_OP)-(8)") == key("W:(ABSLOG,NO_OP)-(VAR)-(ABS)-(8)")
     assert key("W:(ABSLOG)-(VAR)-(NO_OP)-(8)") != key("W:(ABSLOG)-(VAR)-(ATAN)-(8)")  # the same ranking
@@ -331,11 +333,11 @@ def test_packaged_programs_are_what_was_printed_and_what_is_said_of_them_holds()
     assert str(packaged_of("dsa-readme").program) == README
     assert all(packaged.provenance and packaged.remark for packaged in PACKAGED.values())
     parts = blocks()
-    best = judge(packaged_of("dsa-poster-best").program, parts, 0.7)
+    best = evaluate_program(packaged_of("dsa-poster-best").program, parts, 0.7)
     assert "the same for all 6 blocks, 1 to 1" in best.reasons[0]
-    assert "the same for all" in judge(packaged_of("dsa-poster-graph").program, parts[:4], 0.7).reasons[0]
-    assert "LOG of block" in judge(packaged_of("dsa-poster-second").program, parts, 0.7).reasons[0]
-    assert judge(packaged_of("dsa-readme").program, parts, 0.7).valid
-    assert judge(packaged_of("dsa-poster-first").program, parts, 0.7).valid
+    assert "the same for all" in evaluate_program(packaged_of("dsa-poster-graph").program, parts[:4], 0.7).reasons[0]
+    assert "LOG of block" in evaluate_program(packaged_of("dsa-poster-second").program, parts, 0.7).reasons[0]
+    assert evaluate_program(packaged_of("dsa-readme").program, parts, 0.7).valid
+    assert evaluate_program(packaged_of("dsa-poster-first").program, parts, 0.7).valid
     with pytest.raises(ParedError, match="did you mean 'dsa-readme'"):
         packaged_of("dsa-redme")

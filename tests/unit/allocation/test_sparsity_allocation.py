@@ -12,16 +12,16 @@ from pared.allocation.sparsity import (
     alphapruning,
     eigenvalues,
     er,
+    global_threshold,
     hill_alpha,
     least_loss,
     mixture,
-    one_threshold,
     outlier_ratio,
     owl,
     pruning_loss,
     uniform,
 )
-from pared.allocation.sparsity_budget import MOST, meet, recentred, spread
+from pared.allocation.sparsity_budget import MOST, meet, shift_to_mean, spread
 from pared.errors import ParedError
 
 WEIGHTS = torch.tensor([1.0, 5.0, 2.0, 9.0, 1.0])
@@ -87,9 +87,9 @@ def test_statistics_that_are_not_finite_and_targets_out_of_range_are_refused(for
 
 
 def test_a_clamp_moves_all_others_by_one_number():
-    s = recentred(torch.tensor([0.0, 0.5, 0.6, 1.2]), 0.5)
+    s = shift_to_mean(torch.tensor([0.0, 0.5, 0.6, 1.2]), 0.5)
     assert s.tolist() == pytest.approx([0.0, 0.45, 0.55, MOST], abs=1e-6)
-    assert recentred(torch.tensor([0.1, 0.3]), 0.6).tolist() == pytest.approx([0.5, 0.7])
+    assert shift_to_mean(torch.tensor([0.1, 0.3]), 0.6).tolist() == pytest.approx([0.5, 0.7])
 
 
 def test_a_mean_that_limits_do_not_allow_is_refused():
@@ -227,16 +227,16 @@ def test_one_threshold_prunes_what_a_sort_of_everything_prunes():
     for pruned in (1, 137, 500, 900):
         threshold = float(everything.sort().values[pruned - 1])
         expected = [float((unit <= threshold).double().mean()) for unit in units]
-        found = one_threshold(units, pruned / 1000)
+        found = global_threshold(units, pruned / 1000)
         assert found.tolist() == pytest.approx(expected, abs=4e-6)  # no unit loses all
     order = [2, 0, 1]
-    permuted = one_threshold([units[i] for i in order], 0.6)
-    torch.testing.assert_close(permuted, one_threshold(units, 0.6)[order], rtol=0, atol=1e-9)
+    permuted = global_threshold([units[i] for i in order], 0.6)
+    torch.testing.assert_close(permuted, global_threshold(units, 0.6)[order], rtol=0, atol=1e-9)
 
 
 def test_one_threshold_of_histograms_is_that_of_vectors():
     units = [torch.exp(torch.randn(100_000, generator=seeded(i))) * 10**i for i in range(3)]
-    exact, found = one_threshold(units, 0.7), one_threshold([histogram(unit) for unit in units], 0.7)
+    exact, found = global_threshold(units, 0.7), global_threshold([histogram(unit) for unit in units], 0.7)
     torch.testing.assert_close(found, exact, rtol=0, atol=1e-4)
     assert float(found.mean()) == pytest.approx(0.7, abs=1e-9)
 
@@ -244,15 +244,15 @@ def test_one_threshold_of_histograms_is_that_of_vectors():
 @pytest.mark.parametrize("target", [0.0, 0.25, 0.5, 0.9])
 def test_scores_that_are_equal_are_shared_out_in_proportion(target: float):
     units = [torch.full((10,), 2.0), torch.full((30,), 2.0), torch.zeros(0).new_full((5,), 2.0)]
-    assert one_threshold(units, target).tolist() == pytest.approx([target] * 3, abs=1e-9)
-    assert one_threshold([torch.zeros(10), torch.zeros(3)], target).tolist() == pytest.approx([target] * 2, abs=1e-9)
+    assert global_threshold(units, target).tolist() == pytest.approx([target] * 3, abs=1e-9)
+    assert global_threshold([torch.zeros(10), torch.zeros(3)], target).tolist() == pytest.approx([target] * 2, abs=1e-9)
 
 
 @pytest.mark.parametrize("by_parameters", [True, False])
 def test_limits_of_units_are_kept_and_the_others_make_up_for_them(by_parameters: bool):
     units = [torch.rand(400, generator=seeded(0)), 10 + torch.rand(100, generator=seeded(1))]
     weights = torch.tensor([400.0, 100.0]) if by_parameters else None
-    for function in (one_threshold, least_loss):
+    for function in (global_threshold, least_loss):
         s = function(units, 0.5, by_parameters=by_parameters, most=[0.3 if not by_parameters else 0.55, 0.9])
         assert float(s[0]) <= 0.55
         assert mean(s, weights) == pytest.approx(0.5, abs=1e-9)

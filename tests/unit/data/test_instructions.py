@@ -68,12 +68,12 @@ def test_a_tokenizer_that_begins_every_text_begins_prompts_too(
 def test_of_instructions_a_teacher_is_followed_in_the_answer_alone() -> None:
     from tiny_models import TINY_MODELS
 
-    from pared.training.distill import towards
+    from pared.training.distill import distillation_loss
 
     teacher, student = TINY_MODELS["llama"](), TINY_MODELS["llama"]()
     with torch.no_grad():
         student.model.layers[0].mlp.up_proj.weight.mul_(0.5)
-    loss = towards(teacher, {"temperature": 1.0, "text": 0.0, "hidden": 0.0})
+    loss = distillation_loss(teacher, {"temperature": 1.0, "text": 0.0, "hidden": 0.0})
     ids = torch.randint(3, 64, (1, 9))
     labels = ids.clone()
     labels[:, :6] = NO_LABEL

@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import pytest
 
-from pared.evaluation.sandbox import Limits, Ran, run_program
+from pared.evaluation.sandbox import ExecutionResult, Limits, run_program
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits and walls are those of Linux")
 
@@ -34,7 +34,7 @@ def nothing_is_left(before: set[int], place: str) -> bool:
     return True
 
 
-def run(source: str, limits: Limits = FEW) -> Ran:
+def run(source: str, limits: Limits = FEW) -> ExecutionResult:
     before = processes()
     with tempfile.TemporaryDirectory() as place, patch("tempfile.tempdir", place):  # other tests run programs too
         ran = run_program(source, limits)

@@ -59,7 +59,7 @@ def plain(place: Path, tmp_path: Path) -> Path:
 # An output and what is read.
 
 
-def as_it_is(model: Path) -> Path:
+def evaluate_current(model: Path) -> Path:
     return model
 
 
@@ -77,7 +77,7 @@ def by_a_detour(model: Path) -> Path:
     return model / ".." / model.name
 
 
-SPELLINGS: list[Callable[[Path], Path]] = [as_it_is, by_a_link, by_a_linked_parent, by_a_detour]
+SPELLINGS: list[Callable[[Path], Path]] = [evaluate_current, by_a_link, by_a_linked_parent, by_a_detour]
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)

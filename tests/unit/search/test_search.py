@@ -27,7 +27,7 @@ from pared.schema.search import SearchConfig
 from pared.search.data_split import require_training, search_texts
 from pared.search.evolution import Candidate, Measured
 from pared.search.journal import SearchJournal
-from pared.search.objective import Measure, in_steps
+from pared.search.objective import Measure, successive_halving_splits
 from pared.search.pool import Processes, Queue
 from pared.search.zeros import ZerosTrial
 from pared.sparsity import METHODS, RankedWeights, Unstructured
@@ -245,7 +245,7 @@ def test_steps_of_halving_are_all_windows_and_a_candidate_stops_where_it_is_behi
     text_file: Path, tokenizer: Any
 ) -> None:
     windows = cut(find_text(f"file:{text_file}"), tokenizer, 16, 9)
-    steps = in_steps(windows, halving=True)
+    steps = successive_halving_splits(windows, halving=True)
     assert [len(step.tokens) for step in steps] == [2, 2, 5]
     assert torch.equal(torch.cat([step.tokens for step in steps]), windows.tokens)
     trial = trial_of()
@@ -255,7 +255,7 @@ def test_steps_of_halving_are_all_windows_and_a_candidate_stops_where_it_is_behi
     assert values[-1] == pytest.approx(once(Candidate(0, PROGRAM, allocation)).values[0], rel=1e-6)
     assert measure(Candidate(0, PROGRAM, allocation, (values[0], values[1] - 1e-9))).values == values[:2]
     with pytest.raises(ParedError, match="at least 4 windows, got 3"):
-        in_steps(replace(windows, tokens=windows.tokens[:3]), halving=True)
+        successive_halving_splits(replace(windows, tokens=windows.tokens[:3]), halving=True)
 
 
 def test_what_cannot_be_searched_for_is_refused(recipe: Any, tokenizer: Any, tmp_path: Path) -> None:

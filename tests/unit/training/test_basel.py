@@ -33,7 +33,7 @@ from pared.training.basel.method import covered
 from pared.training.basel.penalty import L1
 from pared.training.basel.prune_callback import Prune
 from pared.training.basel.schedule import falling, mass_after, prune_steps, rate_factor
-from pared.training.basel.select import Weight, by_budget, by_mass, share_for
+from pared.training.basel.select import Weight, by_budget, keep_by_cumulative, share_for
 
 FAMILIES = pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "qwen3"])
 
@@ -90,7 +90,7 @@ def test_one_prune_keeps_the_fewest_bases_that_hold_the_mass() -> None:
         generator = torch.Generator().manual_seed(seed)
         c = torch.rand(20, generator=generator, dtype=torch.float64) * (torch.rand(20, generator=generator) > 0.3)
         for share in (0.1, 0.5, 0.9, 0.99):
-            kept = by_mass(c, share)
+            kept = keep_by_cumulative(c, share)
             assert float(c[kept].sum()) >= share * float(c.sum()) * (1 - 1e-12)
             assert float(c[kept].sum() - c[kept].min()) < share * float(c.sum())
             assert not bool(kept[c == 0].any())
@@ -102,23 +102,23 @@ def test_sizes_fall_to_what_is_asked_for_by_one_factor() -> None:
 
 
 def test_equal_bases_stay_together() -> None:
-    assert by_mass(torch.tensor([4.0, 1.0, 1.0, 1.0, 0.0]), 0.6).tolist() == [True, True, True, True, False]
+    assert keep_by_cumulative(torch.tensor([4.0, 1.0, 1.0, 1.0, 0.0]), 0.6).tolist() == [True, True, True, True, False]
 
 
 def test_with_the_whole_mass_no_basis_that_is_worth_anything_goes() -> None:
     c = torch.tensor([5.0, 1e-20, 0.0, 1e-12])
-    assert by_mass(c, 1.0).tolist() == [True, True, False, True]
+    assert keep_by_cumulative(c, 1.0).tolist() == [True, True, False, True]
 
 
 def test_bases_that_do_harm_go_first() -> None:
-    assert by_mass(torch.tensor([3.0, -5.0, 1.0]), 1.0).tolist() == [True, False, True]
+    assert keep_by_cumulative(torch.tensor([3.0, -5.0, 1.0]), 1.0).tolist() == [True, False, True]
 
 
 def test_untrained_prunes_leave_the_mass_and_a_prefix_of_the_spectrum() -> None:
     layer = layer_of(30, 24)
     total, times = float(layer.coefficients.sum()), 10
     for _ in range(times):
-        layer.keep_(by_mass(layer.coefficients, mass_after(0.4, 1, times)))
+        layer.keep_(keep_by_cumulative(layer.coefficients, mass_after(0.4, 1, times)))
     assert float(layer.coefficients.sum()) >= 0.4 * total
     left = int(layer.mask.sum())
     assert layer.mask.tolist() == [True] * left + [False] * (24 - left)
@@ -142,7 +142,7 @@ def test_the_mass_is_met_in_narrow_layers_however_many_prunes_there_are(keep_rat
     prune = pruned_untrained(widths, keep_ratio, times)
     for name, layer in prune.layers.items():
         c_R = layer.w.detach().square()
-        fewest = by_mass(c_R, keep_ratio)
+        fewest = keep_by_cumulative(c_R, keep_ratio)
         assert torch.equal(layer.mask, fewest), name
         left = float(c_R[layer.mask].sum() / c_R.sum())
         assert float(layer.mass) == pytest.approx(left, rel=1e-5)
@@ -226,7 +226,7 @@ def test_the_mass_for_a_size_leaves_that_size() -> None:
     spectra = {name: torch.rand(40).sort(descending=True).values for name in "abc"}
     weights = {name: Weight(40, 60, 4) for name in "abc"}
     share = share_for(spectra, weights, 3600)
-    stored = [sum(weights[name].stored(int(by_mass(c, at).sum())) for name, c in spectra.items())
+    stored = [sum(weights[name].stored(int(keep_by_cumulative(c, at).sum())) for name, c in spectra.items())
               for at in (share, min(1.0, share + 0.02))]  # fmt: skip
     assert stored[0] <= 3600 < stored[1]
 
@@ -449,7 +449,7 @@ def test_a_model_of_bases_answers_as_before_and_its_factors_as_the_model_of_base
         for name in classes:
             layer = model.get_submodule(name)
             nn.init.normal_(layer.U_new, std=0.05)
-            layer.keep_(by_mass(layer.coefficients, 0.6))
+            layer.keep_(keep_by_cumulative(layer.coefficients, 0.6))
         bases = model(ids).logits
         ranks = {name: model.get_submodule(name).rank for name in classes}
         decisions = {name: put_back(model, name, kind) for name, kind in classes.items()}

@@ -29,7 +29,7 @@ from pared.schema.manifest import Manifest
 from pared.schema.training import TrainingConfig
 from pared.training import METHODS
 from pared.training.dataset import collate
-from pared.training.distill import divergence, share_frozen, towards
+from pared.training.distill import distillation_loss, divergence, share_frozen
 from pared.training.distributed import Processes
 from pared.training.run_dir import TrainingRun
 from pared.training.trainable import compressed_layers
@@ -112,7 +112,7 @@ def test_padding_does_not_teach() -> None:
     teacher, student = TINY_MODELS["llama"](), TINY_MODELS["llama"]()
     with torch.no_grad():
         student.model.layers[0].mlp.up_proj.weight.mul_(0.5)
-    loss = towards(teacher, {"temperature": 1.0, "text": 0.0, "hidden": 0.0})
+    loss = distillation_loss(teacher, {"temperature": 1.0, "text": 0.0, "hidden": 0.0})
     long, short = (_row(count) for count in (9, 5))
     padded = collate([long, {**short, "attention_mask": torch.ones(5, dtype=torch.int64)}])
     expected = (
@@ -126,8 +126,10 @@ def test_the_text_may_have_a_share_of_the_loss() -> None:
     with torch.no_grad():
         student.model.layers[0].mlp.up_proj.weight.mul_(0.5)
     batch = collate([_row(9)])
-    found = [float(towards(teacher, {"temperature": 1.0, "text": text, "hidden": 0.0})(student, batch).detach())
-             for text in (0.0, 0.25, 1.0)]  # fmt: skip
+    losses = [
+        distillation_loss(teacher, {"temperature": 1.0, "text": text, "hidden": 0.0}) for text in (0.0, 0.25, 1.0)
+    ]
+    found = [float(loss(student, batch).detach()) for loss in losses]
     assert found[2] == pytest.approx(float(student(**batch).loss.detach()), rel=1e-5)
     assert found[1] == pytest.approx(0.75 * found[0] + 0.25 * found[2], rel=1e-5)
 
@@ -135,12 +137,12 @@ def test_the_text_may_have_a_share_of_the_loss() -> None:
 def test_hidden_states_of_the_teacher_are_wanted_too_where_that_is_asked_for() -> None:
     teacher, student = TINY_MODELS["llama"](), TINY_MODELS["llama"]()
     batch = collate([_row(9)])
-    itself = towards(teacher, {"temperature": 1.0, "text": 0.0, "hidden": 1.0})(teacher, batch)
+    itself = distillation_loss(teacher, {"temperature": 1.0, "text": 0.0, "hidden": 1.0})(teacher, batch)
     assert float(itself.detach()) == pytest.approx(0, abs=1e-6)
     with torch.no_grad():
         student.model.layers[0].mlp.up_proj.weight.mul_(0.5)
     plain, more = (
-        float(towards(teacher, {"temperature": 1.0, "text": 0.0, "hidden": hidden})(student, batch).detach())
+        float(distillation_loss(teacher, {"temperature": 1.0, "text": 0.0, "hidden": hidden})(student, batch).detach())
         for hidden in (0.0, 1.0)
     )
     assert more > plain
@@ -150,7 +152,7 @@ def test_an_encoder_is_taught_the_classes_of_its_teacher() -> None:
     teacher, student = TINY_MODELS["bert"](), TINY_MODELS["bert"]()
     batch = {"input_ids": torch.randint(3, 64, (3, 9)), "attention_mask": torch.ones(3, 9, dtype=torch.int64),
              "labels": torch.tensor([0, 1, 2])}  # fmt: skip
-    loss = towards(teacher, {"temperature": 2.0, "text": 0.0, "hidden": 0.5})
+    loss = distillation_loss(teacher, {"temperature": 2.0, "text": 0.0, "hidden": 0.5})
     assert float(loss(teacher, batch).detach()) == pytest.approx(0, abs=1e-6)
     with torch.no_grad():
         student.classifier.weight.mul_(2)
@@ -168,7 +170,7 @@ def test_a_score_is_taught_by_its_distance() -> None:
     teacher, student = (transformers.BertForSequenceClassification(config) for _ in range(2))
     batch = {"input_ids": torch.randint(0, 64, (3, 5)), "labels": torch.zeros(3)}
     options = {"temperature": 1.0, "hidden": 0.0, "text": 0.0}
-    loss = towards(teacher.eval(), options)(student.eval(), batch)
+    loss = distillation_loss(teacher.eval(), options)(student.eval(), batch)
     with torch.no_grad():
         apart = [model(input_ids=batch["input_ids"]).logits for model in (teacher, student)]
     torch.testing.assert_close(loss, (apart[0] - apart[1]).square().mean())

@@ -5,7 +5,14 @@ from typing import TYPE_CHECKING
 from pared.lazy import lazy_package
 
 if TYPE_CHECKING:
-    from pared.allocation.dsa.evaluate import Verdict, allocation_key, faults, importance, judge, sparsities
+    from pared.allocation.dsa.evaluate import (
+        ProgramResult,
+        allocation_key,
+        evaluate_program,
+        importance,
+        sparsities,
+        validation_errors,
+    )
     from pared.allocation.dsa.grammar import Program, parse
     from pared.allocation.dsa.named import Named, named
     from pared.allocation.dsa.operators import POST, PRE, REDUCE
@@ -33,33 +40,33 @@ __all__ = [
     "Named",
     "Packaged",
     "Program",
+    "ProgramResult",
     "ScoreHistogram",
     "Scores",
     "Space",
-    "Verdict",
     "allocation_key",
     "as_scores",
     "crossover",
-    "faults",
+    "evaluate_program",
     "importance",
-    "judge",
     "mutate",
     "named",
     "packaged_of",
     "parse",
     "random_program",
     "sparsities",
+    "validation_errors",
 ]
 
 lazy_package(
     __name__,
     {
         "pared.allocation.dsa.evaluate": [
-            "Verdict",
+            "ProgramResult",
             "allocation_key",
-            "faults",
+            "validation_errors",
             "importance",
-            "judge",
+            "evaluate_program",
             "sparsities",
         ],
         "pared.allocation.dsa.grammar": ["Program", "parse"],

@@ -18,7 +18,7 @@ KEY_DIGITS = 9  # allocations that agree to so many decimals are one
 
 
 @dataclass(frozen=True, eq=False)
-class Verdict:
+class ProgramResult:
     """What became of a program.
 
     Attributes:
@@ -119,7 +119,7 @@ def sparsities(
     return spread(importance_L, sparsity, width, sign, weights)
 
 
-def judge(
+def evaluate_program(
     program: Program,
     scores_by_block: Sequence[Scores | ScoreHistogram | torch.Tensor],
     sparsity: float,
@@ -127,7 +127,7 @@ def judge(
     *,
     legacy_nan_to_zero: bool = False,
     legacy_inf_to_minus_one: bool = False,
-) -> Verdict:
+) -> ProgramResult:
     """Return the sparsities of a program, or why it is rejected before anything is pruned.
 
     Rejected are numbers that are not finite, numbers that are the same for all blocks (a range of at most
@@ -151,21 +151,23 @@ def judge(
     try:
         importance_L, bound_L = _evaluated(program, blocks, legacy_nan_to_zero, legacy_inf_to_minus_one)
     except ParedError as undefined:
-        return Verdict(program, reasons=(str(undefined),))
+        return ProgramResult(program, reasons=(str(undefined),))
     if constant := _constant(importance_L) or _rounding(importance_L, bound_L):
-        return Verdict(program, importance_L, reasons=(constant,))
+        return ProgramResult(program, importance_L, reasons=(constant,))
     found_L = sparsities(importance_L, sparsity, program.width, program.sign, weights)
-    reasons = faults(found_L, sparsity, weights)
+    reasons = validation_errors(found_L, sparsity, weights)
     if reasons:
-        return Verdict(program, importance_L, reasons=reasons)
+        return ProgramResult(program, importance_L, reasons=reasons)
     reached = float(found_L.max() - found_L.min())
     notes: tuple[str, ...] = ()
     if reached < 2 * program.width - 1e-9:
         notes = (f"a limit of [0, 1) cut the spread of sparsities from {2 * program.width:g} to {reached:.4g}",)
-    return Verdict(program, importance_L, found_L, notes=notes)
+    return ProgramResult(program, importance_L, found_L, notes=notes)
 
 
-def faults(sparsities_L: torch.Tensor, sparsity: float, weights: torch.Tensor | None = None) -> tuple[str, ...]:
+def validation_errors(
+    sparsities_L: torch.Tensor, sparsity: float, weights: torch.Tensor | None = None
+) -> tuple[str, ...]:
     """Return what is wrong with sparsities: outside [0, 1), or of another mean by more than 1e-6."""
     found = []
     for block, s in enumerate(sparsities_L.tolist()):

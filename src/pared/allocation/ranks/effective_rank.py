@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pared.allocation.rank_budget import set_aside, within_budget
+from pared.allocation.rank_budget import round_to_budget, split_fixed
 from pared.allocation.units import Budget, Evidence, Unit
 from pared.schema.plan import Decision
 
@@ -30,12 +30,12 @@ def effective_rank(units: Sequence[Unit], budget: Budget, evidence: Evidence, _:
     Raises:
         ParedError: the budget does not buy one rank for every unit.
     """
-    open_units, decisions, left = set_aside(units, budget)
+    open_units, decisions, left = split_fixed(units, budget)
     ideal = {unit.name: math.sqrt(entropy_rank(evidence.cost[unit.name]) / _step(unit)) for unit in open_units}
     scale = left / sum(ideal[unit.name] * _step(unit) for unit in open_units)
     ideal = {name: max(scale * rank, 1e-9) for name, rank in ideal.items()}
     _transfer(open_units, units, ideal)
-    decisions |= within_budget(open_units, ideal, left, budget)
+    decisions |= round_to_budget(open_units, ideal, left, budget)
     return {unit.name: decisions[unit.name] for unit in units}
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from pared.allocation.rank_budget import require_one_rank_each, set_aside, tails
+from pared.allocation.rank_budget import require_one_rank_each, split_fixed, tail_energy
 from pared.allocation.units import Budget, Evidence, Unit
 from pared.schema.plan import Decision, Dense
 
@@ -31,7 +31,7 @@ def loss(units: Sequence[Unit], budget: Budget, evidence: Evidence, _: object = 
     Raises:
         ParedError: the budget does not buy one rank for every unit.
     """
-    open_units, decisions, left = set_aside(units, budget)
+    open_units, decisions, left = split_fixed(units, budget)
     tables = {unit.name: _candidates(unit, budget, evidence.cost[unit.name]) for unit in open_units}
     require_one_rank_each(left, sum(int(costs[0]) for costs, _ in tables.values()), len(tables))
 
@@ -61,7 +61,7 @@ def _candidates(unit: Unit, budget: Budget, spectrum_R: torch.Tensor) -> tuple[t
     """Return costs and losses of rank 1, 2, ... and, last, of staying dense."""
     ranks = range(1, budget.most_rank(unit) + 1)
     costs = torch.tensor([*(budget.cost(unit, rank) for rank in ranks), unit.parameters], dtype=torch.float64)
-    losses = torch.cat([tails(spectrum_R)[1 : len(ranks) + 1].cpu(), costs.new_zeros(1)])
+    losses = torch.cat([tail_energy(spectrum_R)[1 : len(ranks) + 1].cpu(), costs.new_zeros(1)])
     return costs, losses
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pared.allocation.rank_budget import set_aside
+from pared.allocation.rank_budget import split_fixed
 from pared.allocation.units import Budget, Evidence, Unit
 from pared.errors import ParedError
 from pared.io.files import cache_folder
@@ -52,7 +52,7 @@ def sensitivity(units: Sequence[Unit], budget: Budget, evidence: Evidence, _: ob
     """
     if evidence.trial is None:
         raise ParedError("allocation sensitivity measures perplexities; this model has none")
-    open_units, fixed, left = set_aside(units, budget)
+    open_units, fixed, left = split_fixed(units, budget)
     trials: list[Trial] = []
     with SensitivityCache(evidence.key) as cache:
         for number, unit in enumerate(open_units, 1):

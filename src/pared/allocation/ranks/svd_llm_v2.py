@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from pared.allocation.rank_budget import loss_on_paper_tokens, set_aside, within_budget
+from pared.allocation.rank_budget import loss_on_paper_tokens, round_to_budget, split_fixed
 from pared.allocation.units import Budget, Evidence, Unit
 from pared.schema.plan import Decision
 
@@ -29,7 +29,7 @@ def svd_llm_v2(units: Sequence[Unit], budget: Budget, evidence: Evidence, _: obj
     Raises:
         ParedError: the budget does not buy one rank for every unit.
     """
-    open_units, decisions, left = set_aside(units, budget)
+    open_units, decisions, left = split_fixed(units, budget)
     kinds: dict[tuple[str, int], list[Unit]] = {}
     for unit in open_units:
         kinds.setdefault(unit.role, []).append(unit)
@@ -38,7 +38,7 @@ def svd_llm_v2(units: Sequence[Unit], budget: Budget, evidence: Evidence, _: obj
         losses = [_loss(unit, budget, evidence.cost[unit.name]) for unit in group]
         for unit, ratio in zip(group, removal_ratios(losses, 1 - budget.keep), strict=True):
             ideal[unit.name] = max(budget.rank(unit, 1 - ratio), 1)
-    decisions |= within_budget(open_units, ideal, left, budget)
+    decisions |= round_to_budget(open_units, ideal, left, budget)
     return {unit.name: decisions[unit.name] for unit in units}
 
 

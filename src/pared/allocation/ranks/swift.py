@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 
-from pared.allocation.rank_budget import loss_on_paper_tokens, set_aside
+from pared.allocation.rank_budget import loss_on_paper_tokens, split_fixed
 from pared.allocation.units import Budget, Evidence, Unit
 from pared.errors import ParedError
 from pared.schema.plan import Decision, Dense
@@ -35,7 +35,7 @@ def swift(units: Sequence[Unit], budget: Budget, evidence: Evidence, _: object =
     """
     if evidence.trial is None:
         raise ParedError("allocation swift tries its proposals on a text; there is nothing to try them by")
-    open_units, fixed, left = set_aside(units, budget)
+    open_units, fixed, left = split_fixed(units, budget)
     if budget.keep == 1:
         return {unit.name: Dense(reason="everything is kept") for unit in units}
     share = left / max(sum(unit.parameters for unit in open_units), 1)

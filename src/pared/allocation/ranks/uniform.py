@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from pared.allocation.rank_budget import set_aside
+from pared.allocation.rank_budget import split_fixed
 from pared.allocation.units import Budget, Evidence, Unit
 from pared.errors import ParedError
 from pared.schema.plan import Decision, Dense
@@ -24,7 +24,7 @@ def uniform(units: Sequence[Unit], budget: Budget, _: Evidence, __: object = Non
     """
     if budget.keep == 1:
         return {unit.name: Dense(reason="everything is kept") for unit in units}
-    open_units, decisions, left = set_aside(units, budget)
+    open_units, decisions, left = split_fixed(units, budget)
     total = sum(unit.parameters for unit in open_units)
     share = left / total if decisions and open_units else budget.keep
     for unit in open_units:

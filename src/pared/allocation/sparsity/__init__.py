@@ -5,7 +5,7 @@ from pared.allocation.sparsity.er import er
 from pared.allocation.sparsity.loss import least_loss, pruning_loss
 from pared.allocation.sparsity.nm import Mixture, mixture
 from pared.allocation.sparsity.owl import outlier_ratio, owl
-from pared.allocation.sparsity.threshold import one_threshold
+from pared.allocation.sparsity.threshold import global_threshold
 from pared.allocation.sparsity.uniform import uniform
 
 __all__ = [
@@ -13,10 +13,10 @@ __all__ = [
     "alphapruning",
     "eigenvalues",
     "er",
+    "global_threshold",
     "hill_alpha",
     "least_loss",
     "mixture",
-    "one_threshold",
     "outlier_ratio",
     "owl",
     "pruning_loss",

@@ -4,7 +4,7 @@ from typing import Literal
 
 import torch
 
-from pared.allocation.sparsity_budget import recentred, require_sparsity, same, shares
+from pared.allocation.sparsity_budget import require_sparsity, same, shares, shift_to_mean
 from pared.errors import ParedError
 
 EPSILON = 0.3
@@ -75,7 +75,7 @@ def alphapruning(
     low, high = alphas_L.min(), alphas_L.max()
     a_L = torch.full_like(alphas_L, 0.5) if same(alphas_L) else (alphas_L - low) / (high - low)
     q_L = 1 - epsilon + 2 * epsilon * a_L
-    return recentred(sparsity * q_L / (shares(len(q_L), weights) @ q_L), sparsity, weights)
+    return shift_to_mean(sparsity * q_L / (shares(len(q_L), weights) @ q_L), sparsity, weights)
 
 
 def _alpha(tail_R: torch.Tensor) -> float:

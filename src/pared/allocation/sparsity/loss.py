@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from pared.allocation.dsa.scores import ScoreHistogram, Scores, as_scores
-from pared.allocation.sparsity.threshold import one_threshold
+from pared.allocation.sparsity.threshold import global_threshold
 from pared.allocation.sparsity_budget import MOST
 from pared.errors import ParedError
 
@@ -55,9 +55,9 @@ def least_loss(
         most: the largest sparsity of a unit, or of each; what they may not take, the others do.
 
     Raises:
-        ParedError: as :func:`pared.allocation.sparsity.one_threshold`.
+        ParedError: as :func:`pared.allocation.sparsity.global_threshold`.
     """
     units = [as_scores(found) for found in losses_by_unit]
     if not by_parameters:
         units = [unit.scaled(unit.count) for unit in units]
-    return one_threshold(units, sparsity, by_parameters=by_parameters, most=most)
+    return global_threshold(units, sparsity, by_parameters=by_parameters, most=most)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pared.allocation.dsa.evaluate import faults
+from pared.allocation.dsa.evaluate import validation_errors
 from pared.allocation.sparsity_budget import require_sparsity, shares
 from pared.errors import ParedError
 
@@ -55,7 +55,7 @@ def mixture(
     require_sparsity(target)
     if group < 2:
         raise ParedError(f"N:M prunes N of every M weights, M at least 2; got M = {group}")
-    if wrong := faults(s_L, mean, weights):
+    if wrong := validation_errors(s_L, mean, weights):
         raise ParedError(wrong[0])
     size_L = torch.ones(len(s_L), dtype=torch.float64) if weights is None else weights.detach().cpu().double()
     wished = (s_L * group).tolist()

@@ -9,7 +9,7 @@ from pared.allocation.sparsity_budget import MOST, meet, require_sparsity, share
 from pared.errors import ParedError
 
 
-def one_threshold(
+def global_threshold(
     scores_by_unit: Sequence[Scores | ScoreHistogram | torch.Tensor],
     sparsity: float,
     *,

@@ -2,7 +2,7 @@
 
 import torch
 
-from pared.allocation.sparsity_budget import recentred
+from pared.allocation.sparsity_budget import shift_to_mean
 
 
 def uniform(units: int, sparsity: float) -> torch.Tensor:
@@ -11,4 +11,4 @@ def uniform(units: int, sparsity: float) -> torch.Tensor:
     Raises:
         ParedError: there are no units, or the target is out of range.
     """
-    return recentred(torch.zeros(units, dtype=torch.float64), sparsity)
+    return shift_to_mean(torch.zeros(units, dtype=torch.float64), sparsity)

@@ -1,5 +1,5 @@
 """Untrusted programs, run within limits."""
 
-from pared.evaluation.sandbox.run import Limits, Ran, run_program
+from pared.evaluation.sandbox.run import ExecutionResult, Limits, run_program
 
-__all__ = ["Limits", "Ran", "run_program"]
+__all__ = ["ExecutionResult", "Limits", "run_program"]

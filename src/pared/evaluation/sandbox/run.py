@@ -40,7 +40,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Ran:
+class ExecutionResult:
     """What became of a program.
 
     Attributes:
@@ -56,7 +56,7 @@ class Ran:
     without: tuple[str, ...] = ()
 
 
-def run_program(source: str, limits: Limits | None = None) -> Ran:
+def run_program(source: str, limits: Limits | None = None) -> ExecutionResult:
     """Run the text of a Python program in a folder of its own, which is removed, with an empty environment.
 
     Args:
@@ -78,11 +78,11 @@ def run_program(source: str, limits: Limits | None = None) -> Ran:
         verdict, log = _supervised(command, limits.seconds + GRACE)
         output = _read(Path(folder) / "output")
     if verdict is None:
-        return Ran(False, f"its supervisor ended ({log or 'no word'})", output)
+        return ExecutionResult(False, f"its supervisor ended ({log or 'no word'})", output)
     status, why, without = int(verdict["exit"]), str(verdict["why"]), tuple(verdict["without"])
     if not why and status != end:
         why = _signal(status) or f"ended with status {status} before its last line"
-    return Ran(not why, why, output, without)
+    return ExecutionResult(not why, why, output, without)
 
 
 def _supervised(command: list[str], seconds: float) -> tuple[dict[str, Any] | None, str]:

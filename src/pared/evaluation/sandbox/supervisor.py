@@ -49,7 +49,7 @@ def main() -> None:
     status, why = watch(child, limits)
     reply = os.read(reader, 4096).decode()
     without += [wall for wall in reply.split(",") if wall]
-    bury()
+    kill_descendants()
     print(json.dumps({"exit": os.waitstatus_to_exitcode(status), "why": why, "without": without}), flush=True)
 
 
@@ -141,7 +141,7 @@ def watch(child: int, limits: dict[str, float]) -> tuple[int, str]:
             why = f"became more than {limits['processes']:g} processes"
         if why:
             os.kill(child, signal.SIGKILL)  # of a namespace the first process: the kernel ends all others with it
-            bury(but=child)
+            kill_descendants(but=child)
         time.sleep(PAUSE)
 
 
@@ -163,7 +163,7 @@ def descendants() -> list[int]:
     return found
 
 
-def bury(but: int = 0) -> None:
+def kill_descendants(but: int = 0) -> None:
     """Kill remaining processes until none is left."""
     for _ in range(1000):
         left = [pid for pid in descendants() if pid != but]

@@ -28,7 +28,7 @@ from pared.training.basel.schedule import falling, prune_steps, rate_factor
 from pared.training.basel.select import Weight, share_for
 from pared.training.dataset import Row, collate
 from pared.training.method import Context, Prepared, Stage, own_loss
-from pared.training.precision import hold_in_float32, precise
+from pared.training.precision import cast_trainable_to_float32, mixed_precision
 
 LEAST_MASS = 0.01  # for learning rates: where a budget leaves hardly more than the new bases, K says nothing
 
@@ -78,7 +78,7 @@ def prepare(context: Context) -> Prepared:
     if not layers:
         raise ParedError(f"the weights of all {len(names)} target layers are zero: there is no basis to keep or drop")
     zero = [name for name in names if name not in layers]
-    hold_in_float32(model)
+    cast_trainable_to_float32(model)
     weights = {name: Weight(layer.out_features, layer.in_features, options["new"]) for name, layer in layers.items()}
     share = _share(layers, weights, options)
     prune = _prune(context, layers, weights, share)
@@ -115,7 +115,7 @@ def prepare_factors(context: Context) -> Prepared:
     """Train everything there is."""
     model = context.model
     model.requires_grad_(True)
-    hold_in_float32(model)
+    cast_trainable_to_float32(model)
     kept = context.options["keep"] or context.options["keep_ratio"]
     return Prepared(model, finish=lambda: model, rate=math.sqrt(1 / kept))
 
@@ -163,7 +163,7 @@ def _prune(context: Context, layers: Mapping[str, BasisLinear], weights: Mapping
         batch = {name: value.to(context.device) for name, value in collate([row]).items()}
 
         def loss(model: nn.Module) -> torch.Tensor:
-            with precise(context.device, context.precision):
+            with mixed_precision(context.device, context.precision):
                 return own_loss(model, batch)
 
         return loss

@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from pared.training.basel.importance import curvature, fisher, magnitude, taylor
 from pared.training.basel.layer import BasisLinear
 from pared.training.basel.schedule import mass_after
-from pared.training.basel.select import Weight, by_budget, by_mass, share_for
+from pared.training.basel.select import Weight, by_budget, keep_by_cumulative, share_for
 
 NEAR = 0.1  # of the mass asked for that more may be left before it is told
 BatchLoss = Callable[[nn.Module], torch.Tensor]
@@ -107,7 +107,7 @@ class Prune(TrainerCallback):
         worth = self._left()
         if self.importance == "magnitude":
             share = share_for(worth, self.weights, self.sizes[index])
-            self._keep({name: by_mass(worth_R, share) for name, worth_R in worth.items()})
+            self._keep({name: keep_by_cumulative(worth_R, share) for name, worth_R in worth.items()})
         else:
             self._keep(by_budget(worth, self.weights, self.sizes[index]))
 
@@ -115,7 +115,7 @@ class Prune(TrainerCallback):
         """Drop what is more than this share of the mass, counted from the first prune on."""
         for name, worth_R in self._left().items():
             layer, worth_R = self.layers[name], worth_R.double().clamp(min=0)
-            mask_R = by_mass(worth_R, min(1.0, wanted / float(layer.mass)))
+            mask_R = keep_by_cumulative(worth_R, min(1.0, wanted / float(layer.mass)))
             layer.keep_(mask_R)
             if float(worth_R.sum()) > 0:
                 layer.mass *= float(worth_R[mask_R].sum() / worth_R.sum())

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 
-def by_mass(importance_R: torch.Tensor, share: float) -> torch.Tensor:
+def keep_by_cumulative(importance_R: torch.Tensor, share: float) -> torch.Tensor:
     """Keep the fewest bases that hold this share of the importance, and those equal to the last of them.
 
     Sorted from the largest, the smallest k with ``cumsum_k ≥ share · sum`` stay. Importances below 0 count as 0: those
@@ -68,7 +68,7 @@ def share_for(importance: Mapping[str, torch.Tensor], weights: Mapping[str, Weig
     _require_room(weights, budget)
 
     def stored(share: float) -> int:
-        return sum(weights[name].stored(int(by_mass(c_R, share).sum())) for name, c_R in importance.items())
+        return sum(weights[name].stored(int(keep_by_cumulative(c_R, share).sum())) for name, c_R in importance.items())
 
     if stored(1.0) <= budget:
         return 1.0
