@@ -1,4 +1,4 @@
-"""What Python callers hand over: a loaded model, its tokenizer, a recipe, a name; anything else is told in one line."""
+"""What Python callers pass: a loaded model, its tokenizer, a recipe, a name; anything else is reported in one line."""
 
 import os
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from pared.schema.fields import plain
 from pared.schema.recipe import Recipe
 
 Asked = TypeVar("Asked", bound=Config)
-# Fields of a calibration that Python calls may give beside those of the recipe.
+# Fields of a calibration that Python calls may give besides those of the recipe.
 OF_CALIBRATION = {"data": "text", "samples": "samples", "length": "length", "seed": "seed", "sampling": "sampling"}
 
 
@@ -22,7 +22,7 @@ def require_model(model: object, function: str) -> None:
     """Refuse what is no loaded model.
 
     Args:
-        model: what was handed over; a model with PEFT adapters is one.
+        model: what was passed in; a model with PEFT adapters is one.
         function: that it was handed to, for messages.
 
     Raises:
@@ -45,7 +45,7 @@ def require_tokenizer(tokenizer: object, function: str) -> None:
     """Refuse what does not turn text into tokens.
 
     Args:
-        tokenizer: what was handed over.
+        tokenizer: what was passed in.
         function: that it was handed to, for messages.
 
     Raises:
@@ -68,7 +68,7 @@ def asked_from(kind: type[Asked], value: Any, function: str) -> Asked:
 
     Args:
         kind: ``Recipe``, ``TrainingConfig``, or another.
-        value: what was handed over.
+        value: what was passed in.
         function: that it was handed to, for messages.
 
     Raises:

@@ -80,7 +80,7 @@ def device_of(name: str) -> "torch.device":
 
 
 def choose_dtype(asked: str, model_dtype: "torch.dtype", device: "torch.device") -> "torch.dtype":
-    """Return what the blocks compute in: what was asked or, for ``auto``, the faster honest choice.
+    """Return what the blocks compute in: what was asked or, for ``auto``, the faster exact choice.
 
     ``auto`` keeps a half-precision model as it is; a float32 model runs in bfloat16 where this machine multiplies
     matrices clearly faster in it (measured once a process, a few milliseconds), and in float32 elsewhere. The
@@ -149,7 +149,7 @@ def peak_memory_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
-    if status.exists():  # getrusage would also tell what the parent held when it started this process
+    if status.exists():  # getrusage would also count what the parent held when it started this process
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
     import resource  # not on Windows

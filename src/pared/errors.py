@@ -1,8 +1,8 @@
-"""What a user is told when something is wrong: one class, one clear sentence."""
+"""What a user reads when something is wrong: one class, one clear sentence."""
 
 
 class ParedError(Exception):
-    """A mistake in what was asked or found, told in one line.
+    """A mistake in what was requested or found, reported in one line.
 
     The message names the thing, says what was found, what was expected and what to do.
     The command line prints it and exits with code 2; nothing has been written or overwritten.

@@ -18,8 +18,8 @@ Action = Callable[[ModuleType], None]
 def when_imported(name: str, action: Action) -> None:
     """Call an action with a module: now where it is imported, else right after it is.
 
-    Called once, however often it is registered, in the thread that imports the module and before anybody who imports
-    it goes on. Where it fails, the import succeeds all the same, with a warning.
+    Called once, however often it is registered, in the thread that imports the module and before its importers
+    continue. Where it fails, the import succeeds all the same, with a warning.
 
     Args:
         name: full name of the module.

@@ -1,6 +1,6 @@
 """Packages whose names are imported when they are first used, so that ``import pared`` costs next to nothing.
 
-torch and transformers take seconds to import. What can be told or refused without them (the version, the list of
+torch and transformers take seconds to import. What can be answered or refused without them (the version, the list of
 methods, a misspelt option) must not wait for them.
 """
 

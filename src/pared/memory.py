@@ -63,7 +63,7 @@ def format_size(count: int) -> str:
 def available_memory() -> Available | None:
     """Return the least that any limit leaves: of this machine, of a container, of the process; None if none is known.
 
-    Pages of files that the kernel can let go of at once count as free.
+    Pages of files that the kernel can release at once count as free.
     """
     found = [*_of_machine(), *_of_groups(), *_of_process()]
     return min(found) if found else None

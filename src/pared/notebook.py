@@ -1,4 +1,4 @@
-"""Who watches where nobody was named: bars in a notebook, nobody in a script."""
+"""Progress by default: bars in a notebook, none in a script."""
 
 import importlib
 import importlib.util
@@ -39,7 +39,7 @@ def in_notebook() -> bool:
 
 
 def watcher_of(progress: Progress | bool | None, function: str) -> Progress:
-    """Return who watches.
+    """Return what reports progress.
 
     Args:
         progress: somebody, or whether bars are shown; none shows them in a notebook only.

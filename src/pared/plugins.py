@@ -29,7 +29,7 @@ class PluginError(ParedError):
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """Things by name: what is built in, what entry points of one group add, and what is registered by hand.
+    """Things by name: what is built in, what entry points of one group add, and what is registered by a call.
 
     As a mapping it holds all names, those of packages that turn out to be broken too: ``registry[name]`` imports what
     it must and raises a :class:`PluginError` for those; :meth:`available` leaves them out, and each is logged once.

@@ -1,4 +1,4 @@
-"""What the road tells whoever watches: stages with a length, and the time each took."""
+"""Progress of the pipeline: stages with a length, and the time each took."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -13,13 +13,13 @@ class Advance(Protocol):
         """Mark one.
 
         Args:
-            told: is to be shown beside it, if anything.
+            told: is to be shown with it, if anything.
             recalled: it was done before a crash and is only counted: rates and the time left leave it out.
         """
 
 
 class Progress(Protocol):
-    """Somebody who watches stages go by."""
+    """What receives the progress of stages."""
 
     def stage(self, name: str, total: int, unit: str) -> AbstractContextManager[Advance]:
         """Open a stage of ``total`` steps; the function it gives marks one of them as done."""
@@ -45,7 +45,7 @@ class Pace:
 
     Args:
         total: steps of the stage.
-        clock: tells seconds; ours by default.
+        clock: returns seconds; the system's by default.
 
     Attributes:
         done: steps that are done, recalled ones among them.
@@ -80,7 +80,7 @@ class Stopwatch:
     """Seconds by stage, summed over visits; what happens in a stage inside another is counted in the inner one alone.
 
     Args:
-        clock: tells seconds; ours by default.
+        clock: returns seconds; the system's by default.
     """
 
     def __init__(self, clock: Callable[[], float] | None = None) -> None:

@@ -15,7 +15,7 @@ def once_per_tensor(compute: Callable[P, R]) -> Callable[P, R]:
     """Make a function remember what it has made of tensors.
 
     What it returns for the very same tensors (objects, not numbers), unchanged since, and equal other arguments is
-    returned again, and is not to be changed. It is forgotten with the first of the tensors, so that whoever holds that
+    returned again, and is not to be changed. It is forgotten with the first of the tensors, so that a holder of that
     decides how long. Nothing is remembered of tensors that gradients are wanted of.
 
     Args:

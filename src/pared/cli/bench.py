@@ -54,7 +54,7 @@ def bench(
 
 
 def tables(result: "Bench") -> Iterator[Table]:
-    """Yield sizes and speeds side by side."""
+    """Yield sizes and speeds together."""
     names = [str(model["name"]) for model in result.models]
     sizes = [(label, *(told(model) for model in result.models)) for label, told in SIZES.items()]
     yield Table("", ("", *names), sizes)

@@ -119,7 +119,7 @@ def _code_options(
                      help="Run code that lies in a model's folder; read it before."),
     ] = False,
 ) -> None:  # fmt: skip
-    """Hold what every command that loads models takes beside its own options."""
+    """Hold what every command that loads models takes besides its own options."""
 
 
 app = typer.Typer(

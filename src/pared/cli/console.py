@@ -98,7 +98,7 @@ def errors(interrupted: str = "interrupted; no partial output is left") -> Itera
 
 
 def _writable(path: Path | None) -> Path | None:
-    """Refuse a file that could not be written before the work it would tell of is done."""
+    """Refuse a file that could not be written before the work it would report is done."""
     if path is not None:
         with errors():
             if (why := why_not_written(path)) is not None:

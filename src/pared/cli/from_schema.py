@@ -209,7 +209,7 @@ def merge(model: type[Asked], file: Path | None, given: Mapping[str, Any]) -> As
     fields: dict[str, Any] = {}
     if file:
         fields = read_fields(file, what)  # what it says itself, over which options are laid, and both over a preset
-        model.of(fields, f"{what} {file}")  # a mistake in the file is told of the file alone
+        model.of(fields, f"{what} {file}")  # a mistake in the file is reported for the file alone
     if given.get("evaluation.text") == "none":
         if any(given.get(f"evaluation.{key}") is not None for key in ("length", "windows")):
             raise ParedError("--eval none measures nothing; --eval-length and --eval-windows have no meaning with it")

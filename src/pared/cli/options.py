@@ -7,7 +7,7 @@ import typer
 from pared.memory import Stream
 
 RECIPE_FILE = "YAML file; options given here win over it."
-# Of a recipe: what is compressed and how, as far as it can be told without a text, and how a text is read.
+# Of a recipe: what is compressed and how, as far as it is known without a text, and how a text is read.
 SHAPES = ("model", "skip", "blocks", "options", "dtype")
 PLANNED = (*SHAPES, "preset", "method", "keep", "rank_fraction", "sparsity", "pattern", "allocation", "storage")
 Streaming = Annotated[

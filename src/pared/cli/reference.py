@@ -2,7 +2,7 @@
 
     python -m pared.cli.reference docs/*.md
 
-writes them anew wherever a page has ``<!-- options: recipe -->`` above and ``<!-- end -->`` below.
+rewrites them wherever a page has ``<!-- options: recipe -->`` above and ``<!-- end -->`` below.
 """
 
 import re

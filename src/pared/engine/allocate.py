@@ -18,7 +18,7 @@ from pared.structure.probe import probe_shapes
 
 
 def anatomy_of(model: PreTrainedModel, recipe: Recipe) -> Anatomy:
-    """Return the sites a recipe covers, from shapes alone.
+    """Return the sites that a recipe targets, from shapes alone.
 
     Raises:
         ParedError: no such blocks, no linear layer in them, or nothing is left of them.
@@ -56,7 +56,7 @@ def whole_plan(anatomy: Anatomy, keep: float, decisions: Mapping[str, Decision],
 
     Args:
         anatomy: its sites.
-        keep: the fraction of covered parameters that was asked to stay.
+        keep: the fraction of the sites' parameters that was requested to stay.
         decisions: by the name of the site.
         bytes_per_parameter: of the dtype the model is saved in.
     """
@@ -93,7 +93,7 @@ def make_plan(
     Args:
         anatomy: of the model; from shapes alone, or after the probe pass.
         allocator: of ranks.
-        budget: the fraction of the covered parameters that stays, and what a rank costs.
+        budget: the fraction of the sites' parameters that stays, and what a rank costs.
         bytes_per_parameter: of the dtype the model is saved in.
         units: the sites, alone or in groups that share a basis; each alone if none are given.
         evidence: for an allocator that requires more than shapes.

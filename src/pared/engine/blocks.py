@@ -1,6 +1,6 @@
-"""The one loop over the blocks of a model, forward and backward: load, observe, visit, hand on, let go.
+"""The one loop over the blocks of a model, forward and backward: load, observe, visit, propagate, release.
 
-Whatever is done to a model block by block is a *visit* here: to solve, to solve and install, to fit anew, to count
+All that is done to a model block by block is a *visit* here: to solve, to solve and install, to refit, to count
 scores. Only one block, or one group of blocks that are changed together, has to be in memory at a time.
 """
 
@@ -53,12 +53,12 @@ def run_blocks(
 ) -> None:
     """Let every block run over all batches, one after the other, and visit it with the statistics of its sites.
 
-    With ``hand_on="dense"`` a block reads what the blocks before it put out before they were visited: one forward pass.
+    With ``hand_on="dense"`` a block reads what the blocks before it output before they were visited: one forward pass.
     With ``"compressed"`` it reads what was made of them: every block runs again after its visit, twice the forward
     passes, the first of which ends as soon as the last site has read, and the hidden states of one more block. Where
     blocks are changed in groups, all of a group run again behind its last one: one pass more, and the hidden states of
-    ``group`` blocks. Inside a group a block reads what those before it put out so far. The later runs of a block that
-    runs several times still read what it puts out before it is changed, as its sites do among themselves.
+    ``group`` blocks. Inside a group a block reads what those before it output so far. The later runs of a block that
+    runs several times still read what it outputs before it is changed, as its sites do among themselves.
 
     Args:
         store: hands out the blocks.
@@ -68,12 +68,12 @@ def run_blocks(
         visit: is given every block's statistics, in order; it may change blocks of the open group.
         hand_on: what later blocks read.
         changes: whether visits change blocks, so that each is committed when its group is complete.
-        reference: the dense model, if it runs beside.
+        reference: the dense model, if it runs alongside.
         group: how many neighbouring blocks are changed together, when the last of them is visited.
         influence: measure how much every block changes the hidden states.
         observed: gives a block of the same structure that statistics are of, in place of the one of an index, where
-            the compressed one hands on.
-        kept: the record of the pass; blocks that it holds only hand on, and are what it restores.
+            the compressed one passes on.
+        kept: the record of the pass; blocks that it holds only pass on, and are what it restores.
         on_batch: called after every batch of every block.
 
     Raises:

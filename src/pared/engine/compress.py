@@ -59,14 +59,14 @@ def compress_blocks(
 ) -> Compressed:
     """Compress a model, in place, block by block, as its spec says.
 
-    Finished blocks replace dense ones as the passes go; beside the model there is one block in the computing dtype,
+    Finished blocks replace dense ones as the passes run; besides the model there is one block in the computing dtype,
     the hidden states of the calibration windows, and the statistics of that block (behind a compressed prefix with a
     dense path two blocks and three sets of hidden states).
 
     Args:
         model: dense, of an architecture the spec suits.
         tokenizer: of the model.
-        spec: everything that is settled about the compression.
+        spec: the resolved compression.
         windows: calibration tokens already cut, in place of the recipe's text.
         saved: statistics of these tokens, block by block, in place of a pass over them.
         evidence: what an allocation of zeros needs, in place of a pass for it.
@@ -77,7 +77,7 @@ def compress_blocks(
         processes: that compress together. Each has opened the same model, runs a part of the windows, and solves some
             of the sites; every block is the same in all of them, bit for bit, when it is finished. Against one process
             sums are taken in another order.
-        progress: who watches; nobody by default.
+        progress: what reports progress; nothing by default.
 
     Raises:
         ParedError: anything in the model or the text that does not work.
@@ -119,7 +119,7 @@ def collect_evidence(
         model: dense; not changed.
         tokenizer: of the model.
         recipe: of a pruning method; its allocation, ``granularity`` and calibration are read.
-        progress: who watches; nobody by default.
+        progress: what reports progress; nothing by default.
         windows: calibration tokens already cut, in place of the recipe's text.
 
     Raises:
@@ -155,7 +155,7 @@ def _observe(
 
 
 def _work(observer: Observer, spec: CompressionSpec, evidence: Evidence | None, trial: Trial | None) -> Work:
-    """Return who does what a spec says: its type decides."""
+    """Return the work that a spec describes: its type decides."""
     if isinstance(spec, LowRankSpec):
         return LowRankWork(observer, spec, trial)
     return SparseWork(observer, spec, evidence)

@@ -38,7 +38,7 @@ def require_possible(recipe: Recipe) -> CompressionSpec:
 
 
 def require_model(spec: CompressionSpec) -> ModelSource:
-    """Find the model a spec names, and refuse what its configuration, where it is at hand, shows to be impossible.
+    """Find the model a spec names, and refuse what its configuration, where it is available, shows to be impossible.
 
     Raises:
         ParedError: no model is named or found, it is compressed or quantised already, or the method cannot read it.

@@ -41,7 +41,7 @@ class Comparison:
     def ratio(self) -> float:
         """How much the error of a member grows by sharing, on average over the members.
 
-        Not the ratio of the sums: blocks hand on outputs of very different size, and a sum would let the member with
+        Not the ratio of the sums: blocks pass on outputs of very different size, and a sum would let the member with
         the largest pay for everything that the others lose.
         """
         ratios = [
@@ -115,7 +115,7 @@ def may_share(site: Site, companions: Sequence[Site]) -> bool:
     """Whether a shared basis is thought of: for what the residual stream feeds, the table's, and whatever widens.
 
     What o, down and fc2 read differs from block to block: an o of the embedded model loses 1.2 to 1.4 times as much
-    with a shared basis at any budget, and the Gram of what feeds a down is the dearest of all to collect.
+    with a shared basis at any budget, and the Gram of what feeds a down is the most expensive of all to collect.
     """
     return in_the_table(site, companions) or len(companions) > 1 or site.out_features > site.in_features
 

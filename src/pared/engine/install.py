@@ -19,7 +19,7 @@ def install(model: nn.Module, name: str, factors: Factors, pivoted: bool = False
 
 
 def install_group(model: nn.Module, names: Sequence[str], factors: Factors, pivoted: bool = False) -> None:
-    """Put these factors where layers stand, dense or of low rank.
+    """Put these factors where layers stand, dense or low-rank.
 
     Args:
         model: the whole model.

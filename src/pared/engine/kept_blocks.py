@@ -1,4 +1,4 @@
-"""A model in memory whose changed blocks are kept in files too, so that another process can go on with them."""
+"""A model in memory whose changed blocks are kept in files too, so that another process can resume with them."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""The low-rank family at work: decompose, decide the ranks, put factors in place, fit them anew."""
+"""The low-rank family at work: decompose, decide the ranks, install factors, refit them."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -39,7 +39,7 @@ class LowRankWork:
 
         Args:
             observer: that has probed the model, and read the tokens if there are any.
-            spec: everything that is settled.
+            spec: the resolved compression.
             trial: for an allocation that tries what it proposes.
         """
         self._observer, self._spec, self._trial = observer, spec, trial

@@ -42,7 +42,7 @@ class Needs:
     """Bytes that are needed at once, by what for.
 
     Attributes:
-        memory: beside what the process holds already.
+        memory: besides what the process holds already.
         disk: beside the output, until it is written.
     """
 

@@ -65,7 +65,7 @@ class Observer:
         store: hands out the blocks, dense or compressed already.
         tokenizer: of the model.
         spec: whose method and calibration are read.
-        progress: who watches.
+        progress: what reports progress.
         saved: statistics that were saved, in place of the first pass over the dense model.
         state: keeps what must outlive this process, None if nothing need.
         watch: seconds by stage.
@@ -157,7 +157,7 @@ class Observer:
         return visit_all
 
     def _dtype(self, device: torch.device) -> torch.dtype:
-        """Return what the blocks compute in, which a process that resumes does not measure anew."""
+        """Return what the blocks compute in, which a process that resumes does not measure again."""
         if self.dtype is not None:
             return self.dtype
         chosen = choose_dtype(self.spec.calibration.dtype, self.model.dtype, device)
@@ -166,7 +166,7 @@ class Observer:
         return chosen
 
     def resume(self, state: CompressionRun | None) -> None:
-        """Keep what is found in a state, and go on from what that holds."""
+        """Keep what is found in a state, and resume from what that holds."""
         self.state = state
         if state is not None and (known := state.get("dtype")) is not None:
             self.dtype = getattr(torch, known)
@@ -252,9 +252,9 @@ class Observer:
             needs: names of the statistics.
             visit: is given every block.
             step: says what later blocks read, and whether visits change blocks.
-            reference: the dense model, if it runs beside.
+            reference: the dense model, if it runs alongside.
             influence: measure how much every block changes the hidden states.
-            name: of the stage, for who watches.
+            name: of the stage, for progress.
             observed: as of :func:`pared.engine.blocks.run_blocks`.
             kept: the record of the pass; blocks that it holds are not visited.
         """
@@ -306,7 +306,7 @@ class Observer:
             batches = math.ceil(share * math.ceil(differing * math.ceil(len(windows.tokens) / batch)))
             inputs, windows = inputs.part(0, batches), windows.first(batches * batch)
         own = self._own(windows, math.lcm(*(statistic_kind(name).together for name in names)))
-        if self.processes.count > 1:  # a share is of the first windows, which are divided anew
+        if self.processes.count > 1:  # a share is of the first windows, which are divided again
             inputs = self._captured(windows, own)
         self.backward_tokens = windows.real_tokens
         labels = choose_labels(self.model, self.spec.loss, self.spec.calibration.seed, windows.labels)
@@ -482,7 +482,7 @@ def collect(
         recipe: its calibration is read, and the option ``loss`` of its method where gradients are among the names.
         names: of statistics of inputs (``gram``, ``mean_gram``, ``magnitude``) and of gradients.
         folder: where one file a block is written; read by :func:`pared.calibration.saved_blocks`.
-        progress: who watches; nobody by default.
+        progress: what reports progress; nothing by default.
 
     Raises:
         ParedError: the model or the text does not allow it.

@@ -1,4 +1,4 @@
-"""What one pass over the blocks has finished, for the loop that goes on behind it and for whoever visits blocks.
+"""What one pass over the blocks has finished, for the loop that resumes after it and for what visits blocks.
 
 What visits find lies in tables: dictionaries of JSON by name, which only grow. A line of the journal tells what came
 to them since the line before.
@@ -15,7 +15,7 @@ Tables = dict[str, dict[str, Any]]
 
 
 class Record(Protocol):
-    """What a loop asks and tells of the blocks of its pass."""
+    """What a loop asks and records about the blocks of its pass."""
 
     def holds(self, index: int) -> bool:
         """Whether a block was finished by an earlier process."""

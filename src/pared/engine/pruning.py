@@ -33,7 +33,7 @@ class SparseWork:
 
     What an allocator needs of the dense model is collected in a pass of its own, in histograms whose size does not
     depend on the model's. Then every block is observed, pruned, and run again, so that the next one reads what the
-    pruned one puts out. Memory beside the model: one block in the computing dtype, its statistics, two sets of hidden
+    pruned one outputs. Memory besides the model: one block in the computing dtype, its statistics, two sets of hidden
     states.
 
     Attributes:
@@ -46,7 +46,7 @@ class SparseWork:
 
         Args:
             observer: that has probed the model, and read the tokens if there are any.
-            spec: everything that is settled.
+            spec: the resolved compression.
             evidence: what the allocation needs, in place of a pass for it.
         """
         self._observer, self._spec, self.evidence = observer, spec, evidence or Evidence()

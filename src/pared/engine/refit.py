@@ -23,7 +23,7 @@ Grams = tuple[torch.Tensor, torch.Tensor]  # of what a site reads, and of that w
 
 
 class Refit:
-    """Fits every ``up`` of a compressed model anew, block by block."""
+    """Refits every ``up`` of a compressed model, block by block."""
 
     def __init__(
         self, model: nn.Module, solver: Solver, plan: Plan, together: bool, processes: Processes = ALONE
@@ -31,10 +31,10 @@ class Refit:
         """Start.
 
         With ``together`` the members of a group are fitted to the sum of their Grams, all when the last was visited, as
-        in Basis Sharing's update for small budgets (section 3.3), where no block reads what a fitted one puts out. Else
+        in Basis Sharing's update for small budgets (section 3.3), where no block reads what a fitted one outputs. Else
         every site is fitted to its own inputs, behind the blocks that are fitted already: those inside its block are
-        what its compressed layers put out, as they will be, or, where the dense block is observed, as in SVD-LLM's
-        released code, what the dense layers put out.
+        what its compressed layers output, as they will be, or, where the dense block is observed, as in SVD-LLM's
+        released code, what the dense layers output.
 
         Args:
             model: compressed; its ``up`` weights are changed in place.
@@ -55,7 +55,7 @@ class Refit:
         self._waiting = [unit for unit in self._waiting if not all(record.holds(s.block) for s in unit.members)]
 
     def visit(self, block: BlockStatistics) -> None:
-        """Fit what can be fitted with this block's ``mean_gram``, and ``cross`` if the dense model runs beside."""
+        """Fit what can be fitted with this block's ``mean_gram``, and ``cross`` if the dense model runs alongside."""
         open_sites = {site.name for unit in self._waiting for site in unit.members}
         self._grams |= {name: found for name, found in _grams(block, self._share).items() if name in open_sites}
         ready = [unit for unit in self._waiting if all(site.name in self._grams for site in unit.members)]

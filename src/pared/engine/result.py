@@ -18,7 +18,7 @@ class Compressed:
 
     Attributes:
         model: the model, changed in place; plain ``save_pretrained`` writes a folder that loads again.
-        spec: what was asked for, with everything settled.
+        spec: the resolved compression.
         plan: what was decided, with what calibration taught.
         damping: sites whose Gram was rank-deficient, with the relative damping used.
         sharing: for every group that was compared, what it loses with one basis and what with its members' own.
@@ -52,7 +52,7 @@ def stacks(anatomy: Anatomy) -> Iterator[str]:
 
 
 def remarks(plan: Plan, fallbacks: Mapping[str, str]) -> Iterator[str]:
-    """Say what is not covered, what the budget could not reach, and where a rule stood in for what is not known."""
+    """Say what is not a target, what the budget could not reach, and where a rule replaced what is not known."""
     if plan.uncovered:
         first = plan.uncovered[0]
         yield (

@@ -1,4 +1,4 @@
-"""How far a compression has come, on disk: what every pass made of every block, to go on from after a kill.
+"""How far a compression has come, on disk: what every pass made of every block, to resume from after a kill.
 
 A block is finished when its line is in the journal. Its files are written before, so that a file counts only when the
 line that names it is there; what an earlier pass wrote of the block may go after. So at whatever moment a process

@@ -111,7 +111,7 @@ class Solver:
         self._stack = ExitStack()
         out = spec.recipe.out
         self._store = self._stack.enter_context(DecompositionStore(None if out is None else Path(out), run, prefix))
-        self._known = len(self._store.files)  # files that were told of in `written`, or handed over
+        self._known = len(self._store.files)  # files that were told of in `written`, or passed in
         self._kept_by_first = processes.agreed(run is not None)
         self._waiting = list(candidates)
         self._held: dict[str, StatisticsOfSite] = {}
@@ -388,7 +388,7 @@ class Solver:
         return change
 
     def _aim(self, site: Site, own: StatisticsOfSite, told: Found) -> None:
-        """Set what is decomposed in place of the dense weight, if the dense model went beside."""
+        """Set what is decomposed in place of the dense weight, if the dense model ran alongside."""
         cross = cross_of(own, self._method.input_gram)
         if cross is None:
             if CROSS in own:  # it is sent other tokens behind the compressed prefix: the dense model has no targets

@@ -1,7 +1,7 @@
-"""A recipe resolved once: every ``auto`` settled, every name looked up, and the passes over the blocks as data.
+"""A recipe resolved once: every ``auto`` resolved, every name looked up, and the passes over the blocks as data.
 
-Whoever works on a compression is given the :class:`LowRankSpec` or :class:`SparseSpec`; nobody asks the recipe again.
-The type of the spec selects who does the work.
+All work on a compression is given the :class:`LowRankSpec` or :class:`SparseSpec`; the recipe is not consulted again.
+The type of the spec selects what does the work.
 """
 
 from collections.abc import Sequence
@@ -34,10 +34,10 @@ class PassSpec:
 
     Attributes:
         action: what is done: collect evidence for the allocation, decompose or prune, decide every site, put in place
-            what was decomposed, fit anew.
+            what was decomposed, refit.
         runs: what runs on the calibration tokens.
-        hand_on: what later blocks read: what the dense blocks put out, or what was made of them.
-        reference: whether the dense model runs beside, for targets.
+        hand_on: what later blocks read: what the dense blocks output, or what was made of them.
+        reference: whether the dense model runs alongside, for targets.
         installs: whether a solve puts its result in place at once, as the decisions are known.
     """
 
@@ -180,7 +180,7 @@ class LowRankSpec(_Spec):
 
     @property
     def reference(self) -> bool:
-        """Whether the dense model runs beside where there are targets."""
+        """Whether the dense model runs alongside where there are targets."""
         return self.has_targets and self.dense_path > 0
 
     @property
@@ -210,7 +210,7 @@ class LowRankSpec(_Spec):
             grouped = self.group_size > 1 and self.sharing != "none"
             ranks_known = not (self.decided_from_data or grouped or self.refit != "off")
         refit = () if self.refit == "off" else (self._refit_pass(),)
-        # Gradients are of the dense model, so that behind compressed blocks only what sites read is collected anew.
+        # Gradients are of the dense model, so that behind compressed blocks only what sites read is collected again.
         behind: Runs = "backward, then forward" if self.gradients and ranks_known else "forward"
         again = PassSpec("solve", behind, "compressed", self.dense_path > 0, installs=True)
         if ranks_known:
@@ -281,7 +281,7 @@ CompressionSpec = LowRankSpec | SparseSpec
 
 
 def resolve(recipe: Recipe) -> CompressionSpec:
-    """Settle what a recipe leaves open, and look up what it names.
+    """Resolve what a recipe leaves open, and look up what it names.
 
     Raises:
         ParedError: unknown method, allocation or option, a value of another type, a field that the method does not

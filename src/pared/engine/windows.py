@@ -8,7 +8,7 @@ from pared.data.lengths import Length
 from pared.data.texts import find_text, from_learned_part, held_out
 from pared.schema.recipe import Recipe
 
-if TYPE_CHECKING:  # what a recipe evaluates on is told without torch
+if TYPE_CHECKING:  # what a recipe evaluates on is reported without torch
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from pared.data.windows import Windows

@@ -44,7 +44,7 @@ from pared.tables import Shown, Table
 if TYPE_CHECKING:
     from datasets import Dataset
 
-SEARCHED_ON = 64  # calibration windows of a search where nobody says
+SEARCHED_ON = 64  # calibration windows of a search by default
 
 
 def plan(
@@ -99,7 +99,7 @@ def search(
         tokenizer: of a loaded model.
         recipe: method, budget and calibration: ``method="wanda", sparsity=0.7``, or a low-rank method and ``keep``.
         config: how the search goes, and what candidates are measured on.
-        progress: who watches, or whether bars are shown; by default in a notebook only.
+        progress: what reports progress, or whether bars are shown; by default in a notebook only.
         ray: measure on a Ray cluster: its address, ``auto`` or ``local``.
         trust_remote_code: whether code that lies beside the model may run.
         **fields: of :class:`pared.SearchConfig`, and of :class:`pared.Recipe` what that has not (``samples`` too).
@@ -177,7 +177,7 @@ def evaluate(
         model: a folder that pared made, any named model, or one that is loaded.
         tokenizer: of a loaded model.
         config: what is measured, and how; or all of it among the fields.
-        progress: who watches, or whether bars are shown; by default in a notebook only.
+        progress: what reports progress, or whether bars are shown; by default in a notebook only.
         trust_remote_code: whether code that lies beside the weights of a model by name may run.
         perplexity: what perplexity is measured on: a text by name, a list of strings, or a ``datasets.Dataset`` with a
             ``text`` in every row.
@@ -237,7 +237,7 @@ def collect_statistics(
         folder: where one file a block is written.
         statistics: their names: of inputs (``gram``, ``mean_gram``, ``magnitude``), or of gradients.
         recipe: its calibration is read, and the option ``loss`` of its method where gradients are among the names.
-        progress: who watches, or whether bars are shown; by default in a notebook only.
+        progress: what reports progress, or whether bars are shown; by default in a notebook only.
         data: as for :func:`pared.compress`.
         trust_remote_code: whether code that lies beside the weights of a model by name may run.
         **fields: of :class:`pared.Recipe` and its calibration, laid over it.

@@ -47,7 +47,7 @@ def bench(names: Sequence[str], settings: Settings, progress: Progress | None = 
     Args:
         names: of one model or two.
         settings: what is timed and how.
-        progress: who watches; nobody by default.
+        progress: what reports progress; nothing by default.
 
     Raises:
         ParedError: a model cannot be loaded, or a process that times one has died.

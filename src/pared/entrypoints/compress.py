@@ -67,7 +67,7 @@ def compress(
 ) -> Compressed:
     """Compress a model, block by block.
 
-    A loaded model is changed in place. Finished blocks replace dense ones as the work goes on: beside the model there
+    A loaded model is changed in place. Finished blocks replace dense ones during the work: besides the model there
     is one block in the computing dtype, the hidden states of the calibration windows, and the statistics of that block
     (behind a compressed prefix with a dense path two blocks and three sets of hidden states; for gradients those of all
     blocks). If it is interrupted the model still works and can be saved, with some blocks compressed: reload it to
@@ -79,7 +79,7 @@ def compress(
         tokenizer: of the model; that of a model by name is loaded with it.
         recipe: method, budget and calibration, a mapping of them, or none for the defaults. Its ``model`` and ``out``
             are not read.
-        progress: who watches, or whether bars are shown; by default in a notebook only.
+        progress: what reports progress, or whether bars are shown; by default in a notebook only.
         windows: calibration tokens already cut, in place of a text; the same as ``data``.
         collected: the folder of statistics of these tokens that :func:`pared.collect_statistics` wrote, in place of a
             pass over them.
@@ -87,7 +87,7 @@ def compress(
             ``messages``) in every row, or windows. Texts are joined by blank lines, tokenised, and cut as the
             recipe's calibration says.
         method: of the recipe; as are the others below, which are laid over it.
-        keep: fraction of the covered parameters that stays; 0.8 removes 20%.
+        keep: fraction of the target modules' parameters that stays; 0.8 removes 20%.
         sparsity: fraction of zeros, for methods that prune.
         pattern: ``N:M``, for methods that prune.
         trust_remote_code: whether code that lies beside the weights of a model by name may run.
@@ -149,10 +149,10 @@ def run(
     Args:
         recipe: with ``model`` and ``out``.
         overwrite: whether an output folder that is there may be replaced.
-        progress: who watches, or whether bars are shown; by default in a notebook only.
+        progress: what reports progress, or whether bars are shown; by default in a notebook only.
         trust_remote_code: whether code that lies beside the model's weights may run.
-        resume: go on from the last block that a killed run of the very same recipe, model, data and versions finished,
-            to the same bytes; without it such a run begins anew.
+        resume: resume from the last block that a killed run of the very same recipe, model, data and versions finished,
+            to the same bytes; without it such a run starts over.
 
     Raises:
         ParedError: anything wrong; nothing was written or overwritten, and what is finished is kept.
@@ -185,7 +185,7 @@ def reusable(recipe: Recipe) -> Outcome | None:
 def _calibrated_on(
     data: Any, tokenizer: Any, windows: Windows | None, fields: dict[str, Any], function: str
 ) -> tuple[Windows | None, Text | None, dict[str, Any]]:
-    """Return what ``data`` stands for: windows, a text that was handed over, or the name of one among the fields."""
+    """Return what ``data`` stands for: windows, a text that was passed in, or the name of one among the fields."""
     if windows is not None:
         raise ParedError(f"{function} takes data or windows, got both; leave one of them out")
     if isinstance(data, Windows):
@@ -213,7 +213,7 @@ def _by_name(
     Args:
         source: of the model.
         spec: of the recipe.
-        progress: who watches.
+        progress: what reports progress.
         out: where it will be written, if that is known.
         tokenizer: in place of the model's own.
         windows: in place of the recipe's text.

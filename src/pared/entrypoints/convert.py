@@ -28,7 +28,7 @@ def convert(
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> Manifest:
-    """Write a compressed folder anew with every low-rank weight stored pivoted, or as two factors again.
+    """Write a compressed folder with every low-rank weight stored pivoted, or as two factors.
 
     The weights stay what they were up to rounding: the new folder is loaded and must give the answers that were
     recorded when the model was compressed. Recipe, perplexities and seconds in its manifest are those of that time.

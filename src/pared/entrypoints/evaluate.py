@@ -100,8 +100,8 @@ def evaluate(
     Args:
         model: a folder that pared made, any named model, or one that is loaded.
         config: what is measured, and how.
-        progress: who watches; nobody by default.
-        tell: is given each result in words, as it comes.
+        progress: what reports progress; nothing by default.
+        tell: receives each result in words, as it comes.
         kept: results of an earlier run of several tasks, which are not measured again; is given the new ones.
 
     Returns:
@@ -311,7 +311,7 @@ class _Evaluation:
         self.tell(f"{result.task}: {figures}; {result.rows:,} rows, {result.shots} shots, {dtype}")
 
     def _identity(self) -> dict[str, Any]:
-        """Return what tells this model, these data and these programs from others."""
+        """Return what distinguishes this model, these data and these programs from others."""
         data = str(data_folder() or "the Hub")
         return {"model": self.model, "digest": self.source.digest(), "data": data, **versions()}
 

@@ -35,7 +35,7 @@ from pared.models.trust import trusted
 from pared.training.dataset import collate, rows_of
 
 WARMUP = 0.1  # of the steps
-LENGTH = 128  # tokens of an example at most, if nobody says
+LENGTH = 128  # tokens of an example at most, by default
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def with_head(name: str, examples: Examples, seed: int = 0) -> PreTrainedModel:
 
 @torch.no_grad()
 def _renew_head(model: PreTrainedModel) -> None:
-    """Draw every linear layer beside the encoder anew, as transformers draws a head that a checkpoint lacks."""
+    """Draw every linear layer outside of the encoder again, as transformers draws a head that a checkpoint lacks."""
     spread = float(getattr(model.config, "initializer_range", 0.02))
     for part, child in model.named_children():
         for layer in child.modules() if part != model.base_model_prefix else ():

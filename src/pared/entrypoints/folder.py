@@ -1,4 +1,4 @@
-"""What is asked of a folder that is there: whether it is whole, what it holds, how its model goes on with a prompt."""
+"""Questions to an existing folder: whether it is whole, what it holds, how its model continues a prompt."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -47,7 +47,7 @@ def require_compressed(folder: Path) -> int:
 
 
 def continuations(names: Sequence[str], prompt: str, tokens: int) -> Iterator[str]:
-    """Yield how each of some models goes on with a prompt, with the tokenizer of the first.
+    """Yield how each of some models continues a prompt, with the tokenizer of the first.
 
     Args:
         names: of the models.

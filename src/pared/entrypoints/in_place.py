@@ -74,10 +74,10 @@ def compress_in_place(
         model: dense; changed block by block.
         tokenizer: of it; none will do where no text is read.
         spec: of the recipe.
-        progress: who watches.
+        progress: what reports progress.
         windows: calibration tokens already cut, in place of the recipe's text.
         saved: statistics of these tokens, in place of a pass over them.
-        state: keeps what is finished, for a process that goes on with it.
+        state: keeps what is finished, for a process that resumes with it.
         store: of the model, where its blocks are not in memory.
         memory: what hidden states share.
 

@@ -19,7 +19,7 @@ class Kept:
 
     Args:
         file: of ``--json``; nothing is kept without one, or where that is a pipe or a device.
-        note: is told once that a run before is gone on from.
+        note: is called once where an earlier run is resumed.
     """
 
     def __init__(self, file: Path | None, note: Callable[[str], None] = lambda _: None) -> None:
@@ -80,7 +80,7 @@ class Kept:
         return [self._results[task] for task in tasks]
 
     def finish(self, tasks: list[str]) -> None:
-        """Let go of what was kept of tasks, once it is where it belongs; nothing more is added then."""
+        """Release what was kept of tasks, once it is where it belongs; nothing more is added then."""
         for task in tasks:
             self._results.pop(task, None)
         if self._journal is not None:

@@ -25,7 +25,7 @@ class PerplexityOn:
         bos: where a beginning-of-sequence token is put.
         device: where the model is moved to and runs.
         watch: seconds by stage.
-        progress: who watches.
+        progress: what reports progress.
         memory: what hidden states share where a model's blocks are not in memory.
     """
 
@@ -57,7 +57,7 @@ class PerplexityOn:
             ).value
 
     def record(self, learned_from: float) -> Measured:
-        """Return what a manifest tells of the text.
+        """Return what a manifest records of the text.
 
         Args:
             learned_from: the share of it that was calibrated or trained on.

@@ -34,7 +34,7 @@ class Parent(Protocol):
         manifest: of a compressed folder, none of a dense model.
         config: of the model.
         bytes_needed: of the output, at most.
-        digest: tells it from every other.
+        digest: distinguishes it from every other.
     """
 
     name: str

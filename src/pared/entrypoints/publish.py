@@ -59,7 +59,7 @@ class Reloader(Protocol):
 
 
 class ResidentSaver:
-    """Saves a model that is in memory as a whole, and lets go of it.
+    """Saves a model that is in memory as a whole, and releases it.
 
     Args:
         model: compressed and marked, or dense; the caller must hold no other reference to free its memory.
@@ -114,7 +114,7 @@ class Reread:
 
     @property
     def recorded(self) -> dict[str, Any]:
-        """The fields of a manifest that every writing of a folder measures anew."""
+        """The fields of a manifest that are measured whenever a folder is written."""
         return {"bytes_on_disk": self.bytes_on_disk, "fingerprint": self.fingerprint, "self_check": self.self_check}
 
 
@@ -139,8 +139,8 @@ class Publication:
         source: name of what it is made of, for messages.
         overwrite: whether a folder there that pared wrote may be replaced.
         needed: bytes that the disk must have free.
-        inputs: local files and folders that were read; the manifest tells them by their last names and SHA-256.
-        beside: others that were read and are not told; the output must not touch them either.
+        inputs: local files and folders that were read; the manifest records their last names and SHA-256.
+        beside: others that were read and are not recorded; the output must not touch them either.
         watch: seconds by stage.
     """
 

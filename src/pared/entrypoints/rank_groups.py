@@ -94,7 +94,7 @@ def rank_groups(
     """Take one group of every weight's directions out at a time and measure the model.
 
     The directions are those of the recipe's method, in its order, in groups as equal as can be. Memory: beside the
-    model, and what calibration takes, a copy of the covered weights; decompositions are on disk.
+    model, and what calibration takes, a copy of the target weights; decompositions are on disk.
 
     Args:
         model: dense; the same bits afterwards, whatever happens.
@@ -102,7 +102,7 @@ def rank_groups(
         recipe: method, its options, calibration and evaluation; an evaluation text for a causal language model,
             labelled examples for a classifier. Budget, allocation and storage are not read.
         groups: how many.
-        progress: who watches; nobody by default.
+        progress: what reports progress; nothing by default.
 
     Raises:
         ParedError: anything in the model, the recipe or the data that does not work, or a weight with fewer directions

@@ -105,7 +105,7 @@ class Compressed(Shown):
         Args:
             folder: to make; ``~`` is written out.
             overwrite: whether a folder there that pared wrote may be replaced.
-            progress: who watches, or whether bars are shown; by default in a notebook only.
+            progress: what reports progress, or whether bars are shown; by default in a notebook only.
 
         Returns:
             The folder and its manifest. Its perplexity is that of the reloaded model, where that of the dense one was
@@ -151,10 +151,10 @@ def publish(
 
     Args:
         result: of it.
-        saver: writes its model; what it lets go of needs no memory while the folder is reloaded.
+        saver: writes its model; what it releases needs no memory while the folder is reloaded.
         out: the folder to make.
         overwrite: whether a folder there that pared wrote may be replaced.
-        progress: who watches.
+        progress: what reports progress.
 
     Raises:
         ParedError: as :meth:`Compressed.save`.

@@ -27,8 +27,8 @@ class Resumable:
 
     Args:
         out: the output.
-        resume: whether to go on from what an earlier process left; otherwise that is removed.
-        progress: who watches.
+        resume: whether to resume from what an earlier process left; otherwise that is removed.
+        progress: what reports progress.
     """
 
     def __init__(self, out: Path, resume: bool, progress: Progress) -> None:

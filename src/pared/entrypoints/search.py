@@ -41,7 +41,7 @@ from pared.tables import Shown, Table
 
 JOURNAL, FOUND = "journal.jsonl", "FOUND.json"
 FORMAT = 1
-LENGTH = 1024  # tokens of a window if nobody says
+LENGTH = 1024  # tokens of a window by default
 # What a journal holds of a search's own settings, in this order: the same settings write the same bytes.
 SETTINGS = ("iterations", "population", "sample_ratio", "top", "seed", "strategy", "workers", "rungs", "windows",
             "length", "final_windows", "halving")  # fmt: skip
@@ -107,7 +107,7 @@ def run(
         recipe: model, pruner or low-rank method, budget and calibration; evaluation and allocation are not read.
         config: how the search goes, and what candidates are measured on.
         out: the folder, made if it is not there.
-        progress: who watches; nobody by default.
+        progress: what reports progress; nothing by default.
         pools: makes what measures, given how and how many workers; processes on this machine by default.
 
     Raises:

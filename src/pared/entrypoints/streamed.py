@@ -47,7 +47,7 @@ def is_streamed(
         source: of the model; no weight of it is read before it is known that it fits.
         spec: of the compression; its recipe says whether the model is read block by block.
         texts: that are read.
-        progress: who is told.
+        progress: what reports progress.
         out: the folder to make, None if it is not known.
 
     Raises:
@@ -114,7 +114,7 @@ class StreamedModel:
 
     @contextmanager
     def handed_over(self) -> Iterator[None]:
-        """Let go of the blocks, which are somebody else's now; their files are removed at the end of a ``with``."""
+        """Release the blocks, which have another owner now; their files are removed at the end of a ``with``."""
         del self.store
         try:
             yield

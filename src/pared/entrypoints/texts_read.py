@@ -45,7 +45,7 @@ def read_texts(
         config: of the model.
         causal: whether that is a causal language model.
         tokenizer: of it.
-        progress: who is told.
+        progress: what reports progress.
         calibration: windows in place of the recipe's text.
 
     Raises:

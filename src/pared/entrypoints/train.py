@@ -51,12 +51,12 @@ from pared.training.trainer import StageResult, put_back, train
 
 @dataclass(frozen=True, repr=False)
 class Tuned(Shown):
-    """A finished training; shown as a table, with what the command line tells of it.
+    """A finished training; shown as a table, with what the command line prints of it.
 
     Attributes:
         folder: that was written.
         manifest: of it.
-        is_first: whether this is the process that tells, of several that trained together.
+        is_first: whether this is the process that reports, of several that trained together.
     """
 
     folder: Path
@@ -75,16 +75,16 @@ def tune(
     trust_remote_code: bool = False,
     **fields: Any,
 ) -> Tuned:
-    """Train a folder that pared made and write it anew.
+    """Train a folder that pared made and write the result.
 
-    What can be refused is refused before a weight is read. The state is saved as training goes on, in a hidden folder
+    What can be refused is refused before a weight is read. The state is saved during training, in a hidden folder
     beside the output: the same call resumes there after a crash, and ends as it would have without one.
 
     Args:
         config: what is trained and how, with ``model`` and ``out``; a mapping of that; or the folder alone, with all
             else among the fields.
         overwrite: whether an output folder that is there may be replaced.
-        progress: who watches, or whether bars are shown; by default in a notebook only.
+        progress: what reports progress, or whether bars are shown; by default in a notebook only.
         trust_remote_code: whether code that lies beside the model's weights may run.
         **fields: of :class:`pared.TrainingConfig`, laid over it.
 

@@ -1,4 +1,4 @@
-"""SparseGPT: prune and let later inputs make up for it (Frantar and Alistarh, ICML 2023, arXiv 2301.00774).
+"""SparseGPT: prune and let later inputs compensate (Frantar and Alistarh, ICML 2023, arXiv 2301.00774).
 
 With ``H = XᵀX + λI`` and ``U`` the upper factor of its inverse, ``UᵀU = H⁻¹``, inputs are taken from the first to the
 last. To let weight j of output i go costs ``W_ij² / U_jj²``, with all inputs before it settled. It leaves

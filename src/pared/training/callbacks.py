@@ -1,4 +1,4 @@
-"""What a training tells and measures while it goes on: losses, whole checkpoints, and the loss on rows kept apart."""
+"""What a training reports and measures while it runs: losses, whole checkpoints, and the loss on rows kept apart."""
 
 import json
 import time
@@ -114,7 +114,7 @@ class Validation(TrainerCallback):
 
     Attributes:
         history: (step, loss).
-        log: is told of every loss, for trackers.
+        log: receives every loss, for trackers.
         best: the file of the best state if it is wanted, none before there is one.
     """
 

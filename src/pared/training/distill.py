@@ -29,7 +29,7 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student_TV: torch.Tensor, teacher_TV: torch.Tensor, temperature: float) -> torch.Tensor:
         # The gradient is that of a softmax, (softmax(s) - softmax(t)) · temperature; it is made here, once, as the
-        # softmaxes are at hand, and is all that is kept.
+        # softmaxes are available, and is all that is kept.
         gradient_TV = torch.empty_like(student_TV)
         total = torch.zeros((), dtype=torch.float64, device=student_TV.device)
         for start in range(0, len(student_TV), ROWS):

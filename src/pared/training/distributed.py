@@ -34,7 +34,7 @@ class Processes:
 
     Attributes:
         count: of them.
-        is_first: whether this one writes and tells.
+        is_first: whether this one writes and reports.
         sharded: whether each holds only its part of what trains (FSDP), as ``accelerate launch --use_fsdp`` asks for.
         device: where this one trains.
 

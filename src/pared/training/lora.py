@@ -38,7 +38,7 @@ def _on(factor: str) -> Any:
 
 def _prepare(context: Context, factor: str) -> Prepared:
     options = context.options
-    if options["order"] == "sequential":  # what the second stage would miss is told before the first is trained
+    if options["order"] == "sequential":  # what the second stage would miss is reported before the first is trained
         _require_some(context, options["targets"], "down")
     return adapt(context, options["rank"], options["alpha"], options["dropout"], options["targets"], factor)
 

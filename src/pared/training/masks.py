@@ -57,7 +57,7 @@ def _is_pruned(layer: nn.Module) -> bool:
 
 
 def _inside_adapters(model: nn.Module) -> set[int]:
-    """Return the ids of modules that PEFT has put beside the layers they adapt."""
+    """Return the ids of modules that PEFT has added to the layers they adapt."""
     return {
         id(part)
         for module in model.modules()

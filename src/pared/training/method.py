@@ -32,7 +32,7 @@ class Prepared:
         model: what is trained, with gradients wanted for exactly what trains.
         loss: of a batch, the mean over its tokens or examples.
         finish: makes of what was trained a model that can be saved; in float32 where it was trained.
-        callbacks: beside those every training has.
+        callbacks: in addition to those every training has.
         buffers: names of buffers that change while training and so belong to its state.
         rate: times the learning rate that was asked for.
         faster: ends of parameters' names, and what their learning rate is times that of the others.

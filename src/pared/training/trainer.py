@@ -185,7 +185,7 @@ def train(
         checkpoint: what to resume from.
         precision: what products are made in.
         processes: that train together.
-        progress: who watches.
+        progress: what reports progress.
 
     Returns:
         How it went; and, if the model is in shards, its state, for a whole model of the first process.

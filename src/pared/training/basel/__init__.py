@@ -1,4 +1,4 @@
-"""Basel: bases are weighed anew on a task, and the useless ones go."""
+"""Basel: the importance of bases is relearned on a task, and useless ones are dropped."""
 
 from pared.training.basel.method import needs_whole, stages
 

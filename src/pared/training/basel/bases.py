@@ -1,7 +1,7 @@
 """What the bases of a weight are: its singular vectors, as in Basel, or the directions of its outputs (ours).
 
-Singular vectors order what a weight can put out; the directions of its outputs, those of ``W G^½`` as in SVD-LLM, what
-it does put out on the data, so that the bases that are dropped first are those the task hears least of.
+Singular vectors order what a weight can output; the directions of its outputs, those of ``W G^½`` as in SVD-LLM, what
+it does output on the data, so that the bases that are dropped first are those the task uses least.
 """
 
 from collections.abc import Callable, Sequence

@@ -6,7 +6,7 @@ import torch
 
 
 def magnitude(c_R: torch.Tensor) -> torch.Tensor:
-    """Return Basel's own: the coefficient, which is the singular value that was learned anew."""
+    """Return Basel's own: the coefficient, which is the relearned singular value."""
     return c_R
 
 

@@ -13,7 +13,7 @@ NEGLIGIBLE = 1e-3  # times the mean singular value: bases below are not taken up
 class BasisLinear(nn.Module):
     """``y = x Wᵀ + b`` with ``W = U diag(w² · mask) Vᵀ + U_new V_new``.
 
-    U and V are frozen, what every basis is worth (w) is learned, and a few new bases beside them are learned whole,
+    U and V are frozen, the importance of every basis (w) is learned, and a few new bases are learned whole,
     from the first step. A dropped basis has no gradient and does not come back.
 
     Args:
@@ -110,7 +110,7 @@ class BasisLinear(nn.Module):
         return None if self.bias is None else self.bias.to(x.dtype)
 
     def _let_go(self) -> None:
-        """Let go of the bases that were dropped since the last look, here or by a mask put back from a file."""
+        """Release the bases that were dropped since the last look, here or by a mask put back from a file."""
         stays_K = self.mask[self.left]
         if not bool(stays_K.all()):
             self.U, self.V = self.U[:, stays_K].contiguous(), self.V[stays_K].contiguous()

@@ -1,6 +1,6 @@
-"""Basel (Li et al., TMLR 2025, arXiv 2405.15877): bases of a weight are weighed anew on a task, the useless ones go.
+"""Basel (Li et al., TMLR 2025, arXiv 2405.15877): the importance of a weight's bases is relearned on a task.
 
-First every basis is kept and what it is worth is learned, with a few new bases beside them; then bases are dropped, a
+First every basis is kept and its importance is learned, with a few new bases; then bases are dropped, a
 little at a time, by what they have come to be worth; what is left becomes two factors, which are tuned on. In the
 ablation with ``l1`` nothing is dropped meanwhile: a penalty pulls coefficients to 0, and the cut comes at the end.
 """
@@ -52,9 +52,9 @@ def stages(options: Mapping[str, Any]) -> tuple[Stage, ...]:
 
 
 def prepare(context: Context) -> Prepared:
-    """Put bases where the covered layers stand, and drop them as training goes on.
+    """Put bases in place of the target layers, and drop them during training.
 
-    A layer whose weight is zero has no basis to weigh and stays as it is, outside of every budget.
+    A layer whose weight is zero has no basis to rank and stays as it is, outside of every budget.
 
     Raises:
         ParedError: no layer has a basis.

@@ -1,4 +1,4 @@
-"""Basel's ablation: an L1 penalty on the coefficients in place of dropping bases by importance as training goes on."""
+"""Basel's ablation: an L1 penalty on the coefficients in place of dropping bases by importance during training."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -13,7 +13,7 @@ from pared.training.basel.layer import BasisLinear
 from pared.training.basel.schedule import mass_after
 from pared.training.basel.select import Weight, by_budget, keep_by_cumulative, share_for
 
-NEAR = 0.1  # of the mass asked for that more may be left before it is told
+NEAR = 0.1  # of the mass asked for that more may be left before it is reported
 BatchLoss = Callable[[nn.Module], torch.Tensor]
 
 
