@@ -69,7 +69,7 @@ class Resumable:
     def _tell(self) -> None:
         if self._directory is not None and self._directory.journal.entries:
             self._progress.note(
-                f"what is finished is kept in {self._directory.folder}: the same command with --resume goes on from "
+                f"what is finished is kept in {self._directory.folder}: the same command with --resume continues from "
                 "there, and removes it at its end"
             )
 

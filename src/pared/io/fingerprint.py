@@ -40,7 +40,7 @@ def require_same(there: Mapping[str, Any], now: Mapping[str, Any], what: str, ad
     Args:
         there: fingerprint of the run that left it.
         now: of this one.
-        what: the state, for the message, which goes on with what differs.
+        what: the state, for the message, which continues with what differs.
         advice: what to do.
 
     Raises:

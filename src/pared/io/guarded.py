@@ -38,7 +38,7 @@ def read_bytes(path: Path, what: str, most: int | None = None) -> bytes:
         ParedError: it is not there, not a regular file (a pipe, a device, a folder), unreadable or too large.
     """
     try:
-        # Without waiting: to open a pipe that nobody writes to would never end.
+        # Without waiting: opening a pipe that has no writer would never return.
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
         with os.fdopen(handle, "rb") as file:
             status = os.fstat(file.fileno())

@@ -1,6 +1,6 @@
 """Hidden folders beside an output, and what becomes of those that a killed process left there.
 
-Who works in one holds a lock on it, which ends with the process whatever ends that. A folder that nobody holds is
+Who works in one holds a lock on it, which ends with the process whatever ends that. A folder without a holder is
 either half a model, and goes, or the old output whose successor never took its place, and is put back. Its name says on
 which machine it was made: locks and process ids of another one tell nothing here, so what that made is left alone.
 """

@@ -172,11 +172,11 @@ def _swap(staging: Path, out: Path, ours: bool) -> None:
 
 
 def _swap_in_two(staging: Path, out: Path) -> None:
-    """Move the old folder aside and the new one to its place; whoever is killed between leaves the old one aside."""
+    """Move the old folder aside and the new one to its place; a process killed between leaves the old one aside."""
     with (
         held(out, REPLACED) as old,
         locked_folder(out, wait=True),
-    ):  # the lock moves with the folder: nobody takes it for lost
+    ):  # the lock moves with the folder: it is not taken for lost
         try:
             out.rename(old)
             staging.rename(out)

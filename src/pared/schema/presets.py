@@ -313,4 +313,4 @@ each deviation. Another method beside a preset is refused.
 
 Below, every field of every preset stands beside what the paper or its code says, **bold** where the two are not the
 same, and under the table what no field is of. A preset says what is done, not what comes out: none of the papers'
-tables was repeated here, as their models are not at hand. `pared presets --markdown` prints this page."""
+tables was repeated here, as their models were not available. `pared presets --markdown` prints this page."""

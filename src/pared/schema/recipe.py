@@ -59,7 +59,7 @@ class Calibration(Config):
     seed: Annotated[Whole, Field(ge=0, lt=2**63, strict=True), Option()] = 0
     """Seed of the random offsets."""
     sampling: Annotated[Sampling, Option()] = "consecutive"
-    """Which windows: consecutive ones from the start, shuffled ones of all that lie side by side, or windows that
+    """Which windows: consecutive ones from the start, shuffled ones of all adjacent ones, or windows that
     begin at a random-offset each."""
     dtype: Annotated[DType, Option("--calibration-dtype")] = "auto"
     """What the blocks compute in while calibrating; auto measures whether bfloat16 is faster on this machine, unless

@@ -32,7 +32,7 @@ class Candidate:
         number: from 0.
         program: a valid one, whose allocation no candidate before it has.
         allocation: what it makes of the model.
-        limits: the value up to which it goes on after each step but the last.
+        limits: the value up to which it continues after each step but the last.
         draws: programs that were drawn for it, this one included.
     """
 

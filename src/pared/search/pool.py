@@ -99,7 +99,7 @@ class InProcess:
 class Processes:
     """Measures in processes of its own; one that dies is replaced, and its candidate measured again.
 
-    What measures is written to a temporary file that all processes map: pages nobody writes to are in memory once.
+    What measures is written to a temporary file that all processes map: unwritten pages are in memory once.
     A context manager. Satisfies :class:`pared.search.evolution.Pool`.
     """
 

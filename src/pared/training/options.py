@@ -73,7 +73,7 @@ class Basel(Options):
     pruning_epochs: Annotated[float, Field(gt=0, description="more than 0, for every epoch asked for")] = 2.0
     post_epochs: Annotated[float, Field(ge=0, description="0 or more, for every epoch asked for")] = 3.0
     new: Annotated[int, Field(ge=0, description="0 or more new bases a layer")] = 32
-    relearn: Annotated[bool, Field(description="whether coefficients are learned anew")] = True
+    relearn: Annotated[bool, Field(description="whether coefficients are relearned")] = True
     coefficient_rate: Annotated[float, Field(gt=0, description="more than 0, times the learning rate")] = 1.0
     importance: Annotated[
         Literal["magnitude", "fisher", "bsi"], Field(description="what a basis is worth when some are dropped")

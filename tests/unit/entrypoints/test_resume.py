@@ -210,7 +210,7 @@ def test_the_command_says_what_it_resumes_and_what_to_do_when_it_is_interrupted(
     assert result.exit_code == 130
     told = " ".join(result.output.split())
     assert f"what is finished is kept in {tmp_path}/.out.compress" in told
-    assert "--resume goes on from the last finished block" in told
+    assert "--resume continues after the last finished block" in told
     result = command(place, tmp_path / "out", "--resume")
     assert result.exit_code == 0, result.output
     assert "resuming the compression that" in result.output
