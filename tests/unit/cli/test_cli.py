@@ -243,7 +243,7 @@ def test_ctrl_c_leaves_no_partial_folder(
     monkeypatch.setattr("pared.checkpoint.self_check.compare", interrupt)  # the weights are on disk by then
     code, _, err = compress(dense, text, tmp_path / "out")
     assert code == 130
-    assert "interrupted; no partial output is left, and --resume goes on" in " ".join(err.split())
+    assert "interrupted; no partial output is left, and --resume continues" in " ".join(err.split())
     assert left_over(tmp_path) == [".out.compress"]
 
 

@@ -272,7 +272,7 @@ def test_a_job_on_a_disk_that_fills_up_leaves_no_folder(
     monkeypatch.setattr("transformers.modeling_utils.safe_save_file", fills_up)
     with pytest.raises(ParedError, match="the disk filled up while writing"):
         pared.run(job)
-    assert [path.name for path in (tmp_path / "jobs").iterdir()] == [".out.compress"]  # what --resume goes on from
+    assert [path.name for path in (tmp_path / "jobs").iterdir()] == [".out.compress"]  # what --resume continues from
 
 
 def test_a_job_whose_folder_does_not_answer_alike_leaves_none(
@@ -286,7 +286,7 @@ def test_a_job_whose_folder_does_not_answer_alike_leaves_none(
     monkeypatch.setattr("transformers.modeling_utils.safe_save_file", garbled)
     with pytest.raises(ParedError, match=r"the self-check of what was made of \S+ failed"):
         pared.run(job)
-    assert [path.name for path in (tmp_path / "jobs").iterdir()] == [".out.compress"]  # what --resume goes on from
+    assert [path.name for path in (tmp_path / "jobs").iterdir()] == [".out.compress"]  # what --resume continues from
 
 
 def test_a_folder_that_is_no_model_is_never_replaced(tmp_path: Path) -> None:
