@@ -56,7 +56,7 @@ class Table:
 
         table = RichTable(title=Text(self.title), title_justify="left", header_style="bold")
         for number, column in enumerate(self.columns):
-            table.add_column(column, justify="right" if self.is_right(number) else "left", overflow="fold")
+            table.add_column(Text(column), justify="right" if self.is_right(number) else "left", overflow="fold")
         for number, row in enumerate(self.rows):
             faint = self.faint_from is not None and number >= self.faint_from
             table.add_row(*map(Text, row), style="dim" if faint else None)
@@ -66,14 +66,16 @@ class Table:
         """Return it as plain text of at most so many columns."""
         from rich.console import Console
 
-        console = Console(width=width, color_system=None, highlight=False, emoji=False, force_terminal=False)
+        console = Console(
+            width=width, color_system=None, markup=False, highlight=False, emoji=False, force_terminal=False
+        )
         with console.capture() as captured:
             if self.rows:
                 console.print(self.as_rich())
             else:
-                console.print(self.title, markup=False)
+                console.print(self.title)
             for line in self.lines:
-                console.print(line, markup=False)
+                console.print(line)
         return "\n".join(line.rstrip() for line in captured.get().rstrip("\n").split("\n"))
 
     def as_html(self) -> str:

@@ -21,8 +21,9 @@ from pared.tables import Table
 if TYPE_CHECKING:
     from pared.progress import Advance, Pace
 
-out = Console(soft_wrap=True, highlight=False, emoji=False)  # NAME:train:text is no train
-err = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
+# What is printed is text, of users and of libraries: NAME:train:text is no train, and pared[ray] no style.
+out = Console(soft_wrap=True, markup=False, highlight=False, emoji=False)
+err = Console(stderr=True, soft_wrap=True, markup=False, highlight=False, emoji=False)
 
 
 LOG_EVERY_SECONDS = 10.0
@@ -46,8 +47,8 @@ class ConsoleProgress:
 def _bar(name: str, total: int, unit: str) -> "Iterator[Advance]":
     from pared.progress import Pace
 
-    rate = TextColumn("{task.fields[rate]}")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeElapsedColumn())
+    what, rate = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[rate]}", markup=False)
+    columns = (what, BarColumn(), MofNCompleteColumn(), rate, TimeElapsedColumn())
     with RichProgress(*columns, console=err) as bar:
         task, pace = bar.add_task(name, total=total, rate=""), Pace(total)
 

@@ -1,19 +1,23 @@
 """The command line, run in this process on a tiny model folder."""
 
+import io
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tiny_models import TINY_MODELS
 from tiny_tokenizer import tiny_tokenizer
 from typer.testing import CliRunner
 
+from pared.cli import console
 from pared.cli.commands import app
 from pared.cli.compress import print_manifest
 from pared.schema.manifest import Manifest
+from pared.tables import Table
 
 WORDS = 64
 
@@ -363,3 +367,28 @@ def test_the_card_tells_how_much_smaller_the_whole_model_is(dense: Path, text: P
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"{smaller:.0%} smaller\n" in card
     assert "skipped by the recipe" in card
+
+
+@pytest.mark.parametrize("name", ["[/b]", "[red]", "pared[ray]", "[/x] and [bold]more"])
+def test_square_brackets_of_users_are_printed_as_they_are(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Regression: they were read as rich markup: a traceback for a closing tag, and nothing for an opening one."""
+    refused(pared("compress", name, "--out", "k"), repr(name))
+    console.ConsoleProgress().note(f"a note on {name}")
+    with console.ConsoleProgress().stage(f"stage {name}", 1, "step") as advance:
+        advance(name)
+    console.print_result(Table(f"title {name}", (f"column {name}",), [(name,)], (f"line {name}",)))
+    told, noted = capsys.readouterr()
+    assert f"a note on {name}" in noted
+    assert f"stage {name}: 1/1 step" in noted
+    assert f"line {name}" in told
+    assert told.count(name) == 4
+
+
+def test_square_brackets_in_a_bar_are_printed_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regression: the same of a terminal's bars, whose columns have a switch of their own."""
+    shown = io.StringIO()
+    monkeypatch.setattr(console, "err", Console(file=shown, force_terminal=True, width=200, markup=False))
+    with console.ConsoleProgress().stage("stage [/x]", 1, "step") as advance:
+        advance("best [/y]")
+    assert "stage [/x]" in shown.getvalue()
+    assert "best [/y]" in shown.getvalue()
