@@ -141,8 +141,9 @@ class Registry(Mapping[str, T], Generic[T]):
         where = f"{self.what} {name!r} of {_package_of(first)} ({first.value})"
         try:
             found: object = first.load()
-        except Exception as error:  # whatever a package does when it is imported
-            raise PluginError(f"{where} cannot be imported: {type(error).__name__}: {error}; update or uninstall it "
+        except (Exception, SystemExit) as error:  # whatever a package does when it is imported
+            told = " ".join(str(error).split())
+            raise PluginError(f"{where} cannot be imported: {type(error).__name__}: {told}; update or uninstall it "
                               "and try again") from error  # fmt: skip
         try:
             return self._read(name, found)

@@ -71,6 +71,8 @@ def test_an_unknown_name_offers_those_of_packages_too(place: Path) -> None:
 
 
 BROKEN = {
+    "ends the process when it is imported": ("import sys\nsys.exit(3)", "SystemExit: 3; update or uninstall"),
+    "complains in several lines": ("raise RuntimeError('one\\ntwo')", "RuntimeError: one two; update or uninstall"),
     "raises when it is imported": ("import no_such_module_at_all", "ModuleNotFoundError: No module named 'no_such"),
     "has no such object": ("", "AttributeError: module 'broken' has no attribute 'THING'"),
     "is something else": ("THING = 3", "expected a LowRankMethod or a PruningMethod, got 3"),
