@@ -37,7 +37,7 @@ def require_model(model: object, function: str) -> None:
         )
     if isinstance(model, PreTrainedTokenizerBase):
         raise ParedError(f"{function} takes a loaded model first and its tokenizer second; got the tokenizer first")
-    raise ParedError(f"{function} takes a loaded model of transformers, got {_kind(model)}; pared.load(NAME) gives "
+    raise ParedError(f"{function} takes a loaded model of transformers, got {kind_of(model)}; pared.load(NAME) gives "
                      "one")  # fmt: skip
 
 
@@ -58,7 +58,7 @@ def require_tokenizer(tokenizer: object, function: str) -> None:
         )
     if isinstance(tokenizer, PreTrainedModel) or not callable(tokenizer):
         raise ParedError(
-            f"{function} needs the model's tokenizer to read text, got {_kind(tokenizer)}; "
+            f"{function} needs the model's tokenizer to read text, got {kind_of(tokenizer)}; "
             "pared.load_tokenizer(NAME) gives one"
         )
 
@@ -79,7 +79,7 @@ def asked_from(kind: type[Asked], value: Any, function: str) -> Asked:
     what = kind.__name__
     if isinstance(value, Mapping):
         return kind.of(value, origin=f"the {kind.NOUN} of {function}")
-    raise ParedError(f"{function} takes a {what}, got {_kind(value)}; such as {_example(kind, value)}")
+    raise ParedError(f"{function} takes a {what}, got {kind_of(value)}; such as {_example(kind, value)}")
 
 
 def config_from(kind: type[Asked], config: Any, fields: Mapping[str, Any], function: str) -> Asked:
@@ -99,6 +99,7 @@ def config_from(kind: type[Asked], config: Any, fields: Mapping[str, Any], funct
     below = asked_from(kind, config, function)
     if not fields:
         return below
+    fields = kind.plain(fields)
     given = {name: getattr(below, name) for name in below.model_fields_set}
     return kind.of({**below.left_beside(given, fields), **fields}, origin=function)
 
@@ -149,7 +150,7 @@ def name_from(name: object, function: str) -> str:
     if isinstance(name, (str, os.PathLike)):
         found = os.fspath(name)
         return found if isinstance(found, str) else os.fsdecode(found)
-    raise ParedError(f"{function} takes a name: embedded:smollm2-135m, a folder or a Hub id; got {_kind(name)}")
+    raise ParedError(f"{function} takes a name: embedded:smollm2-135m, a folder or a Hub id; got {kind_of(name)}")
 
 
 def folder_from(folder: object, function: str) -> Path:
@@ -164,10 +165,11 @@ def folder_from(folder: object, function: str) -> Path:
     """
     if isinstance(folder, (str, os.PathLike)) and os.fspath(folder):
         return path_of(os.fsdecode(folder))
-    raise ParedError(f"{function} takes the folder to write, a string or a path; got {_kind(folder)}")
+    raise ParedError(f"{function} takes the folder to write, a string or a path; got {kind_of(folder)}")
 
 
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
+    """Return what was handed over, in words."""
     if isinstance(value, type):
         return f"the class {value.__name__}"
     return repr(value) if value is None or isinstance(value, (str, int, float)) else f"a {type(value).__name__}"

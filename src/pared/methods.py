@@ -87,10 +87,6 @@ def _read(name: str, found: object) -> Method:
         raise ValueError(f"expected a LowRankMethod or a PruningMethod, got {found!r}")
     if found.name != name:
         raise ValueError(f"it calls itself {found.name!r}; the two names must be one")
-    if not (isinstance(found.config, type) and issubclass(found.config, Options)):
-        raise ValueError(f"expected a subclass of pared.schema.options.Options as config, got {found.config!r}")
-    if taken := [one.name for one in BUILTIN.values() if one.config is found.config]:
-        raise ValueError(f"its options are those of method {taken[0]}; give it a type of its own, a subclass of them")
     return found
 
 
@@ -109,8 +105,8 @@ def method_of(options: Options) -> Method:
     Raises:
         ParedError: none does.
     """
-    name = options.owner()
-    if name in METHODS and METHODS[name].config is type(options):
-        return METHODS[name]
-    raise ParedError(f"{type(options).__name__} holds the options of no method; expected those of one of "
-                     f"{', '.join(METHODS)}")  # fmt: skip
+    try:
+        name = options.owner("method")
+    except ValueError as error:
+        raise ParedError(f"{error}; expected those of one of {', '.join(METHODS)}") from None
+    return METHODS.find(name)

@@ -15,7 +15,7 @@ from pared.lazy import deferred
 from pared.methods import FAMILIES, Family
 from pared.names import require_known
 from pared.plugins import Registry
-from pared.schema.options import Options, read_options
+from pared.schema.options import Options, belong_to, read_options
 from pared.schema.plan import Decision, Dense, LowRank, Sparse
 
 GROUP = "pared.allocators"
@@ -56,7 +56,7 @@ class Allocator(Generic[C]):
     requires: frozenset[str] = NOTHING
 
     def __post_init__(self) -> None:
-        self.config.belong_to(self.name)
+        belong_to(self.config, "allocation", self.name)
 
     def allocate(
         self, units: Sequence[Unit], budget: Budget, evidence: Evidence, config: C | None = None

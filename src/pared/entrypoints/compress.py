@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pared.arguments import asked_from, name_from, recipe_from, require_model, require_tokenizer
+from pared.arguments import asked_from, kind_of, name_from, recipe_from, require_model, require_tokenizer
 from pared.calibration import saved_blocks
 from pared.calibration.spool import ActivationMemory
 from pared.checkpoint import verify
@@ -40,6 +40,7 @@ from pared.models.trust import trusting
 from pared.notebook import watcher_of
 from pared.progress import Progress, Stopwatch
 from pared.schema.manifest import Manifest
+from pared.schema.options import Options
 from pared.schema.presets import note_of
 from pared.schema.recipe import Recipe
 from pared.structure import find_anatomy
@@ -58,7 +59,7 @@ def compress(
     collected: Collected | str | Path | None = None,
     *,
     data: "str | Path | Sequence[str] | Dataset | Windows | None" = None,
-    method: str | None = None,
+    method: str | Options | None = None,
     keep: float | None = None,
     sparsity: float | None = None,
     pattern: str | None = None,
@@ -86,7 +87,7 @@ def compress(
         data: what is calibrated on: a text by name, a list of strings, a ``datasets.Dataset`` with a ``text`` (or
             ``messages``) in every row, or windows. Texts are joined by blank lines, tokenised, and cut as the
             recipe's calibration says.
-        method: of the recipe; as are the others below, which are laid over it.
+        method: of the recipe, or its typed options; as are the others below, which are laid over it.
         keep: fraction of the target modules' parameters that stays; 0.8 removes 20%.
         sparsity: fraction of zeros, for methods that prune.
         pattern: ``N:M``, for methods that prune.
@@ -116,6 +117,8 @@ def compress(
     watcher, text = watcher_of(progress, function), None
     if isinstance(collected, (str, Path)):
         collected = partial(saved_blocks, path_of(collected))
+    elif collected is not None and not callable(collected):
+        raise ParedError(f"{function} takes the folder of collected statistics, got {kind_of(collected)}")
     if data is not None:
         windows, text, fields = _calibrated_on(data, tokenizer if not by_name else model, windows, fields, function)
     asked_for = recipe_from(recipe, fields, function)
@@ -128,6 +131,8 @@ def compress(
             spec = require_possible(asked_for)
             require_texts(asked_for)
             source = require_named_model(spec)
+            if tokenizer is not None:
+                require_tokenizer(tokenizer, function)
             return _by_name(source, spec, watcher, tokenizer=tokenizer, windows=windows, collected=collected)
         measured = "evaluation" in fields or (asked_for.preset is None and "evaluation" in asked_for.model_fields_set)
         return _in_memory(model, tokenizer, asked_for, measured, watcher, windows, collected)

@@ -8,7 +8,7 @@ from pydantic import Field
 from typing_extensions import TypeVar
 
 from pared.lazy import deferred
-from pared.schema.options import Options, read_options
+from pared.schema.options import Options, belong_to, read_options
 
 if TYPE_CHECKING:  # what a method is called and which options it has is read without it
     import torch
@@ -86,7 +86,7 @@ class LowRankMethod(Generic[C]):
     family: ClassVar[Literal["low_rank"]] = "low_rank"
 
     def __post_init__(self) -> None:
-        self.config.belong_to(self.name)
+        belong_to(self.config, "method", self.name)
 
     def decompose(
         self, W_ON: "torch.Tensor", statistics: Statistics, options: Mapping[str, object] | Options | None = None

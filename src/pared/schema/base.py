@@ -86,8 +86,14 @@ class Strict(BaseModel, metaclass=_InOneLine):
         """
         if not update:
             return super().model_copy(deep=deep)
+        update = self.plain(update)
         given = {name: getattr(self, name) for name in self.model_fields_set}
         return validated(type(self), {**self.left_beside(given, update), **update}, type(self).__name__)
+
+    @classmethod
+    def plain(cls, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return fields as a file has them: as they are, unless a subclass takes values of more kinds."""
+        return fields
 
     def left_beside(self, given: Mapping[str, Any], update: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return what was given and stays where other values are laid over it: all, unless a subclass knows better."""
@@ -105,6 +111,8 @@ class _Described(_InOneLine):
 
 class Config(Strict, metaclass=_Described):
     """What users write: a model that is read from files, and whose fields are explained by the text under them."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     NOUN: ClassVar[str] = "settings"  # what a file of it is called
 

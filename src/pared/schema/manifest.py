@@ -5,13 +5,14 @@ import os
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+from pydantic import ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 from typing_extensions import NotRequired, TypedDict
 
 from pared.errors import ParedError
-from pared.io.files import write_whole
+from pared.io.files import path_of, write_whole
 from pared.io.guarded import brief, read_json
 from pared.io.record import MANIFEST, checksum
+from pared.schema.base import Strict
 from pared.schema.plan import Plan
 from pared.schema.presets import RECORDED, PresetRecord
 from pared.schema.recipe import Recipe
@@ -24,7 +25,7 @@ FORMAT_VERSION = 1  # that of the loader, which is copied into every folder and 
 MOST_SAMPLES, LARGEST_TOKEN = 4096, 2**31
 
 
-class Fingerprint(BaseModel):
+class Fingerprint(Strict):
     """What the model answered in memory before it was saved.
 
     Attributes:
@@ -35,7 +36,6 @@ class Fingerprint(BaseModel):
             what each makes of a fixed input.
     """
 
-    model_config = ConfigDict(extra="forbid")
     tokens: list[Annotated[int, Field(strict=True, ge=0, le=LARGEST_TOKEN)]] = Field(max_length=MOST_SAMPLES)
     positions: list[Annotated[int, Field(strict=True, ge=0, le=LARGEST_TOKEN)]] = Field(max_length=MOST_SAMPLES)
     outputs: list[FiniteFloat] = Field(max_length=MOST_SAMPLES)
@@ -90,7 +90,7 @@ class StageRecord(TypedDict):
     notes: NotRequired[list[str]]
 
 
-class Training(BaseModel):
+class Training(Strict):
     """The record of one training of a compressed model.
 
     Attributes:
@@ -109,7 +109,6 @@ class Training(BaseModel):
         machine: where it ran.
     """
 
-    model_config = ConfigDict(extra="forbid")
     tuning: TrainingConfig
     preset: PresetRecord | None = None
     settled: dict[str, Any]
@@ -125,7 +124,7 @@ class Training(BaseModel):
     machine: dict[str, str]
 
 
-class Manifest(BaseModel):
+class Manifest(Strict):
     """The record of one compression; what the report and the model card are made of.
 
     Attributes:
@@ -158,21 +157,20 @@ class Manifest(BaseModel):
         machine: where it ran.
     """
 
-    model_config = ConfigDict(extra="forbid")
     format_version: int
     model: Origin
     recipe: Recipe
     preset: PresetRecord | None = None
-    settled: dict[str, Any] = {}
+    settled: dict[str, Any] = Field(default={})
     plan: Plan
-    damping: dict[str, float] = {}
-    fallbacks: dict[str, str] = {}
-    sharing: list[dict[str, Any]] = []
+    damping: dict[str, float] = Field(default={})
+    fallbacks: dict[str, str] = Field(default={})
+    sharing: list[dict[str, Any]] = Field(default=[])
     calibration: WindowsRead | None = None
     evaluation: Measured | None = None
     perplexity_before: float | None = None
     perplexity_after: float | None = None
-    seconds: dict[str, float] = {}
+    seconds: dict[str, float] = Field(default={})
     peak_memory_bytes: int = 0
     bytes_before: int = 0
     bytes_on_disk: int = 0
@@ -180,8 +178,8 @@ class Manifest(BaseModel):
     self_check: float
     converted: str | None = None
     training: tuple[Training, ...] = ()
-    inputs: dict[str, str] = {}
-    files: dict[str, str] = {}
+    inputs: dict[str, str] = Field(default={})
+    files: dict[str, str] = Field(default={})
     checksum: str = ""
     versions: dict[str, str]
     machine: dict[str, str]
@@ -199,12 +197,13 @@ class Manifest(BaseModel):
         return stated
 
     @classmethod
-    def read(cls, folder: Path) -> "Manifest":
+    def read(cls, folder: str | Path) -> "Manifest":
         """Read ``pared.json``.
 
         Raises:
             ParedError: there is none, or it is not one.
         """
+        folder = path_of(folder)
         path = folder / MANIFEST
         if not os.path.isdir(folder):
             raise ParedError(f"{folder}: no such folder")
@@ -216,7 +215,7 @@ class Manifest(BaseModel):
         fields = read_json(path, "manifest")
         _require_version(path, fields)
         try:
-            return cls.model_validate(fields, context=RECORDED)
+            return cls.__pydantic_validator__.validate_python(fields, context=RECORDED)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             where = ".".join(map(str, first["loc"]))

@@ -1,7 +1,8 @@
 """Typed options of methods and allocators: what a recipe gives of them, over the defaults."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, TypeVar, get_args
+from importlib import import_module
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from pydantic import ConfigDict, ValidationError
 
@@ -9,6 +10,13 @@ from pared.errors import ParedError
 from pared.names import did_you_mean
 from pared.schema.base import Strict
 
+Kind = Literal["method", "allocation", "training method"]  # of what has options
+# Where those that pared has are declared, which says what a type of options belongs to; imported when that is asked.
+DECLARED: Mapping[Kind, str] = {
+    "method": "pared.methods",
+    "allocation": "pared.allocation.registry",
+    "training method": "pared.training.registry",
+}
 # pydantic's kinds of errors that are of a value of another type
 _TYPES = ("bool_type", "int_type", "float_type", "string_type", "int_from_float")
 
@@ -22,20 +30,27 @@ class Options(Strict):
     when they are first used, so that declaring them costs nothing.
     """
 
-    model_config = ConfigDict(strict=True, defer_build=True)
+    model_config = ConfigDict(strict=True, defer_build=True, allow_inf_nan=False)
 
-    _owner: ClassVar[str]
+    _owner: ClassVar[tuple[Kind, str]]
 
     @classmethod
-    def belong_to(cls, name: str) -> None:
-        """Say which method or allocator a type of options selects: the first that declares it."""
+    def owner(cls, kind: Kind) -> str:
+        """Return the name of the method or allocator that the type selects.
+
+        Args:
+            kind: of what is to be selected.
+
+        Raises:
+            ValueError: none has declared it, or something of another kind; says so.
+        """
         if "_owner" not in cls.__dict__:
-            cls._owner = name
-
-    @classmethod
-    def owner(cls) -> str:
-        """Return the name of the method or allocator that the type selects; empty if none has declared it."""
-        return str(cls.__dict__.get("_owner", ""))
+            import_module(DECLARED[kind])
+        of, name = cls.__dict__.get("_owner", ("", ""))
+        if of != kind:
+            found = f"; they are those of {of} {name}" if of else ""
+            raise ValueError(f"{cls.__name__} holds the options of no {kind}{found}")
+        return str(name)
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
@@ -43,11 +58,55 @@ class Options(Strict):
         return {name: field.default for name, field in cls.model_fields.items()}
 
 
+def untyped(fields: Mapping[str, Any], places: Mapping[str, tuple[Kind, str]]) -> dict[str, Any]:
+    """Return fields with names and plain values in place of typed options, whose type selects whose they are.
+
+    Args:
+        fields: of a recipe or a training: ``{"method": Wanda(variant=True)}``.
+        places: by the field of a name the kind of what it names, and the field of its options.
+
+    Raises:
+        ValueError: options of something else, or given twice.
+    """
+    plain = dict(fields)
+    for name, (kind, options) in places.items():
+        if isinstance(given := fields.get(name), Options):
+            owner = given.owner(kind)
+            if fields.get(options):
+                raise ValueError(f"{name} {type(given).__name__} brings its options; leave out {options}")
+            plain |= {name: owner, options: given.model_dump(exclude_unset=True)}
+    return plain
+
+
 O = TypeVar("O", bound=Options)  # noqa: E741
 
 
 class NoOptions(Options):
     """For what has no options."""
+
+
+def belong_to(config: object, kind: Kind, name: str) -> None:
+    """Say which method or allocator a type of options selects.
+
+    Args:
+        config: the type, which belongs to one alone.
+        kind: of what declares it.
+        name: of what declares it.
+
+    Raises:
+        ParedError: it is no type of options, has an option without a default, or belongs to another.
+    """
+    who = f"{kind} {name!r}"
+    if not (isinstance(config, type) and issubclass(config, Options)):
+        raise ParedError(f"{who}: expected a subclass of {Options.__module__}.{Options.__name__} as config, "
+                         f"got {config!r}")  # fmt: skip
+    for option, field in config.model_fields.items():
+        if field.is_required():
+            raise ParedError(f"{who}: its option {option} has no default; give {config.__name__}.{option} one")
+    of, owner = config.__dict__.get("_owner", (kind, name))
+    if (of, owner) != (kind, name):  # the type selects what it belongs to
+        raise ParedError(f"{who}: its options are those of {of} {owner}; give it a type of its own, a subclass of them")
+    config._owner = (kind, name)
 
 
 def read_options(config: type[O], given: Mapping[str, object], owner: str) -> O:
@@ -82,6 +141,8 @@ def _explain(config: type[Options], error: ValidationError) -> str:
     field = config.model_fields[name]
     if first["type"] in _TYPES:
         expected = type(field.default).__name__
+    elif first["type"] == "finite_number":
+        expected = "a finite number"
     elif first["type"] == "literal_error":
         expected = f"one of {', '.join(map(str, get_args(field.annotation)))}"
     else:

@@ -18,6 +18,7 @@ from pared.names import require_known
 from pared.schema.base import Config, Strict, validated
 from pared.schema.command_line import Option
 from pared.schema.fields import flatten, lies_inside, only, plain, side_by_side, value_at, without_plain_nulls
+from pared.schema.options import Kind, untyped
 
 RECORDED = {"recorded": True}  # the context in which what was asked for once is read again, and nothing is added to it
 # One of these is a choice: giving one discards the others.
@@ -82,14 +83,22 @@ class FromPreset(Config):
     """What may begin with a preset: its fields hold where nothing else is given, and it says where it leaves it."""
 
     COMMAND: ClassVar[Literal["compress", "tune"]]
+    TYPED: ClassVar[Mapping[str, tuple[Kind, str]]]
+    """By the field of a name, whose options may stand in its place, what it names, and the field of plain options."""
     preset: Annotated[str | None, Option()] = None
     """A protocol by name, which `pared presets` lists; what is given beside it wins and is reported."""
 
     @model_validator(mode="wrap")
     @classmethod
     def _over_preset(cls, fields: Any, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Self:
-        if not isinstance(fields, Mapping) or not fields.get("preset") or (info.context or {}).get("recorded"):
+        if not isinstance(fields, Mapping):
             return handler(fields)
+        fields = untyped(fields, cls.TYPED)
+        if not fields.get("preset") or (info.context or {}).get("recorded"):
+            implied = cls.implied(fields)
+            made = handler({**fields, **implied})
+            made.model_fields_set.difference_update(implied)  # not asked for: it yields to what is laid over it
+            return made
         preset = load_preset(str(fields["preset"]), cls.COMMAND)
         made = handler(merged(fields, preset))
         for name in LENGTHS:
@@ -99,6 +108,24 @@ class FromPreset(Config):
                 if owner is not None:
                     owner.model_fields_set.discard(leaf)  # not asked for it: it yields where a model has less
         return made
+
+    @classmethod
+    def implied(cls, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the defaults that depend on what is given, where there is no preset: none by default."""
+        del fields
+        return {}
+
+    @classmethod
+    def plain(cls, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return fields with names and plain values in place of typed options.
+
+        Raises:
+            ParedError: options of something else, or given twice.
+        """
+        try:
+            return untyped(fields, cls.TYPED)
+        except ValueError as error:
+            raise ParedError(f"{cls.__name__}: {error}") from None
 
     def left_beside(self, given: Mapping[str, Any], update: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return what was given and goes with other values; what does not yields."""
@@ -194,8 +221,8 @@ def left_below(
 ) -> dict[str, Any]:
     """Return the fields that stay where others are laid over them; those that do not go with the others do not.
 
-    A budget or a length replaces any other, an allocation the options of another one, and a fraction of ranks, which
-    decides every rank, any allocation. Without a validation part nothing is measured on it.
+    A budget or a length replaces any other, a method or an allocation the options of another one, and a fraction of
+    ranks, which decides every rank, any allocation. Without a validation part nothing is measured on it.
 
     Args:
         below: of a preset, a file, or what is copied.
@@ -209,6 +236,8 @@ def left_below(
         gone.update(("allocation", "allocation_options"))
     if above.get("allocation") is not None and below.get("allocation") not in (None, above["allocation"]):
         gone.add("allocation_options")
+    if above.get("method") is not None and below.get("method") not in (None, above["method"]):
+        gone.add("options")
     if command == "tune" and above.get("validation") == 0:
         gone.update(("evaluate_every", "patience"))
     return {name: value for name, value in below.items() if name not in gone}

@@ -19,7 +19,7 @@ from pared.errors import ParedError
 from pared.memory import Stream, parse_size
 from pared.schema.base import Config, Name, Whole
 from pared.schema.command_line import OWN, Option
-from pared.schema.options import Options
+from pared.schema.options import Kind
 from pared.schema.presets import FromPreset
 
 
@@ -88,6 +88,10 @@ class Recipe(FromPreset):
 
     COMMAND: ClassVar[Literal["compress", "tune"]] = "compress"
     NOUN: ClassVar[str] = "recipe"
+    TYPED: ClassVar[Mapping[str, tuple[Kind, str]]] = {
+        "method": ("method", "options"),
+        "allocation": ("allocation", "allocation_options"),
+    }
     version: Literal[1] = 1
     """Version of this file's layout."""
     model: Annotated[Name | None, Option(argument=True)] = None
@@ -154,30 +158,11 @@ class Recipe(FromPreset):
                 raise ValueError(str(error)) from None
         return value
 
-    @model_validator(mode="before")
     @classmethod
-    def _pruner(cls, fields: Any) -> Any:
-        """Name the method where a budget of zeros is all that is given; a preset names its own."""
-        if not isinstance(fields, Mapping) or any(fields.get(name) is not None for name in ("method", "preset")):
-            return fields
+    def implied(cls, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the method where a budget of zeros is all that is given."""
         zeros = any(fields.get(name) is not None for name in ("sparsity", "pattern"))
-        return {**fields, "method": DEFAULT_PRUNER} if zeros and "method" not in fields else fields
-
-    @model_validator(mode="before")
-    @classmethod
-    def _typed_options(cls, fields: Any) -> Any:
-        """Take ``method=LossOptimal(...)`` and ``allocation=Owl(...)``: the type of options selects whose they are."""
-        if not isinstance(fields, Mapping):
-            return fields
-        for name, options in (("method", "options"), ("allocation", "allocation_options")):
-            if isinstance(given := fields.get(name), Options):
-                kind = type(given).__name__
-                if not given.owner():
-                    raise ValueError(f"{kind} holds the options of no {name}")
-                if fields.get(options):
-                    raise ValueError(f"{name} {kind} brings its options; leave out {options}")
-                fields = {**fields, name: given.owner(), options: given.model_dump(exclude_unset=True)}
-        return fields
+        return {"method": DEFAULT_PRUNER} if zeros and "method" not in fields else {}
 
     @field_validator("keep", mode="before")
     @classmethod

@@ -1,12 +1,14 @@
 """What the user asked for of a training: one model, one method, data, how long, a folder out."""
 
 import warnings
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from pared.schema.base import Name, Whole
 from pared.schema.command_line import OWN, Option
+from pared.schema.options import Kind
 from pared.schema.presets import FromPreset
 from pared.schema.recipe import Device, DType, Evaluation, OptionValues, TextName
 
@@ -18,6 +20,7 @@ class TrainingConfig(FromPreset):
 
     COMMAND: ClassVar[Literal["compress", "tune"]] = "tune"
     NOUN: ClassVar[str] = "tuning"
+    TYPED: ClassVar[Mapping[str, tuple[Kind, str]]] = {"method": ("training method", "options")}
     version: Literal[1] = 1
     """Version of this file's layout."""
     model: Annotated[Name | None, Option(argument=True)] = None

@@ -8,7 +8,7 @@ from pydantic import Field
 from typing_extensions import TypeVar
 
 from pared.lazy import deferred
-from pared.schema.options import Options, read_options
+from pared.schema.options import Options, belong_to, read_options
 from pared.sparsity.pattern import Pattern
 
 if TYPE_CHECKING:  # what a method is called and which options it has is read without it
@@ -66,7 +66,7 @@ class PruningMethod(Generic[C]):
     family: ClassVar[Literal["sparse"]] = "sparse"
 
     def __post_init__(self) -> None:
-        self.config.belong_to(self.name)
+        belong_to(self.config, "method", self.name)
 
     def gradients(self, _: Options) -> frozenset[str]:
         """Return the names of the statistics of a backward pass: no pruning method reads any."""

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pared.schema.options import Options
+from pared.schema.options import Options, belong_to
 from pared.schema.training import TrainingConfig
 
 if TYPE_CHECKING:  # what a method is called and which options it has is read without them
@@ -123,3 +123,6 @@ class TuningMethod:
     epochs: float = 1.0
     needs_whole: Callable[[Mapping[str, Any]], str] = lambda options: ""  # noqa: ARG005
     compresses: bool = False
+
+    def __post_init__(self) -> None:
+        belong_to(self.config, "training method", self.name)

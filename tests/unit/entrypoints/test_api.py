@@ -168,3 +168,27 @@ def test_results_are_shown_as_tables_of_80_columns_and_in_html(
         assert max(map(len, text.splitlines())) <= 80, text
         assert html.count("<table>") == html.count("</table>") == 1
     assert repr(results["compressed"]) == repr(results["saved"])
+
+
+def test_a_manifest_is_strict_and_read_by_the_name_of_its_folder(place: Path) -> None:
+    """Regression: a TypeError for a string, and the one public schema that could be changed."""
+    manifest = pared.Manifest.read(str(place / "small"))
+    assert manifest == pared.Manifest.read(place / "small")
+    with pytest.raises(pared.ParedError, match="a Manifest is frozen"):
+        manifest.self_check = 0.0
+    with pytest.raises(pared.ParedError, match="unknown key 'formt_version'; did you mean 'format_version'"):
+        pared.Manifest(formt_version=1)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"tokenizer": 3}, "needs the model's tokenizer to read text, got 3"),
+        ({"tokenizer": "words"}, r"takes a loaded tokenizer, got the name 'words'; load it first"),
+        ({"collected": 3}, "takes the folder of collected statistics, got 3"),
+    ],
+)
+def test_what_is_given_beside_a_model_by_name_is_checked(given: dict[str, Any], told: str, place: Path) -> None:
+    """Regression: a TypeError deep inside, after the model was loaded."""
+    with pytest.raises(pared.ParedError, match=f"pared.compress {told}"):
+        pared.compress(place / "llama", method="svd-llm", **given)

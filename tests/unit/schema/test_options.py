@@ -7,16 +7,21 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import Field, field_validator
 
-from pared.allocation import ALLOCATORS
+from pared.allocation import ALLOCATORS, Allocator
 from pared.allocation.options import Owl
+from pared.arguments import recipe_from
 from pared.engine import resolve
 from pared.errors import ParedError
-from pared.lowrank.registry import LossOptimal
+from pared.lowrank.registry import BasisSharing, LossOptimal, LowRankMethod
 from pared.methods import METHODS
+from pared.schema.evaluate import EvaluationConfig
 from pared.schema.options import Options, read_options
 from pared.schema.recipe import Recipe
-from pared.sparsity.registry import Wanda
+from pared.schema.training import TrainingConfig
+from pared.sparsity.registry import PruningMethod, SparseGpt, Wanda
 from pared.training import METHODS as TRAININGS
+from pared.training import TuningMethod
+from pared.training.options import Lora
 
 
 class Some(Options):
@@ -136,3 +141,110 @@ def test_the_type_of_options_selects_the_method_and_the_allocation_of_a_recipe()
 def test_options_that_select_nothing_or_are_given_twice_are_refused(fields: dict[str, Any], told: str) -> None:
     with pytest.raises(ParedError, match=told):
         Recipe(sparsity=0.5, **fields)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from pared.allocation.options import Owl; pared.Recipe(sparsity=.5, allocation=Owl())",
+        "from pared.sparsity.registry import Wanda; pared.Recipe(sparsity=.5, method=Wanda())",
+        "from pared.training.options import Lora; pared.TrainingConfig(method=Lora(rank=4))",
+    ],
+)
+def test_typed_options_are_taken_whatever_was_imported_before(code: str) -> None:
+    """Regression: those of allocations only after something had imported their registry."""
+    done = subprocess.run([sys.executable, "-c", f"import pared; {code}"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_type_of_options_selects_the_method_of_a_training() -> None:
+    assert TrainingConfig(method=Lora(rank=4)) == TrainingConfig(method="lora", options={"rank": 4})  # type: ignore
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "told"),
+    [
+        (Recipe, {"method": Owl()}, "Owl holds the options of no method; they are those of allocation owl"),
+        (Recipe, {"allocation": SparseGpt()}, "SparseGpt holds the options of no allocation; they are those of method"),
+        (Recipe, {"method": Lora()}, "Lora holds the options of no method; they are those of training method lora"),
+        (TrainingConfig, {"method": Wanda()}, "Wanda holds the options of no training method; they are those of met"),
+    ],
+)
+def test_options_of_something_else_are_refused(kind: Any, fields: dict[str, Any], told: str) -> None:
+    """Regression: the name of an allocation stood in the place of a method's."""
+    with pytest.raises(ParedError, match=told):
+        kind(**fields)
+    with pytest.raises(ParedError, match=told):
+        kind().model_copy(update=fields)
+
+
+def test_typed_options_replace_those_that_they_are_laid_over() -> None:
+    """Regression: refused as options given twice, beside a recipe and beside a preset."""
+    below = Recipe(method="basis-sharing", options={"group_size": 4, "sharing": "all"})
+    for made in (
+        recipe_from(below, {"method": BasisSharing(group_size=3)}, "f"),
+        below.model_copy(update={"method": BasisSharing(group_size=3)}),
+    ):
+        assert (made.method, made.options) == ("basis-sharing", {"group_size": 3})
+    made = Recipe(preset="basis-sharing-paper", method=BasisSharing(group_size=3))  # type: ignore[arg-type]
+    assert (made.method, made.options) == ("basis-sharing", {"group_size": 3, "sharing": "paper"})
+
+
+def test_options_go_with_their_method() -> None:
+    """Regression: svd was refused for the options of what it replaced."""
+    below = {"method": "basis-sharing", "options": {"group_size": 4}}
+    assert recipe_from(Recipe.of(below), {"method": "svd"}, "f").options == {}
+    assert recipe_from(Recipe.of(below), {"method": "basis-sharing", "keep": 0.5}, "f").options == {"group_size": 4}
+
+
+def test_a_method_that_a_budget_implies_goes_with_it() -> None:
+    """Regression: it counted as asked for, and pruned to a budget of ranks."""
+    assert recipe_from(Recipe(sparsity=0.5), {"keep": 0.8}, "f").method == "loss-optimal"
+    assert Recipe(sparsity=0.5).model_copy(update={"keep": 0.8}).method == "loss-optimal"
+    assert recipe_from(Recipe(keep=0.8), {"sparsity": 0.5}, "f").method == "sparsegpt"
+    assert "method" not in Recipe(sparsity=0.5).model_fields_set
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_a_number_that_is_none_is_no_option_and_no_setting(value: float) -> None:
+    """Regression: taken; an infinite number of epochs was an OverflowError."""
+    for owner, config in CONFIGS.items():
+        for name, default in config.defaults().items():
+            if isinstance(default, float):
+                with pytest.raises(ParedError, match=rf"option {name}: expected "):
+                    read_options(config, {name: value}, owner)
+    for name in ("epochs", "learning_rate", "warmup", "clip", "weight_decay"):
+        with pytest.raises(ParedError, match=f"{name}: .*; got {value}"):
+            TrainingConfig.of({name: value})
+    for name in ("epochs", "learning_rate", "temperature"):
+        with pytest.raises(ParedError, match=f"{name}: .*; got {value}"):
+            EvaluationConfig.of({"tasks": "arc_easy", name: value})
+    with pytest.raises(ParedError, match=r"options\.power"):
+        Recipe(options={"power": value})
+
+
+class Bare(Options):
+    needed: int
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (3, "'x': expected a subclass of pared.schema.options.Options as config, got 3"),
+        (Bare, "'x': its option needed has no default"),
+        (METHODS["svd"].config, "'x': its options are those of method svd; give it a type of its own"),
+        (Owl, "'x': its options are those of allocation owl; give it a type of its own"),
+    ],
+)
+def test_what_declares_options_that_cannot_be_its_own_is_refused(config: Any, told: str) -> None:
+    """Regression: an AttributeError, or taken, and the options selected another."""
+    refused = [
+        lambda: LowRankMethod("x", "", "", config, solve=METHODS["svd"].solve),  # type: ignore[arg-type]
+        lambda: PruningMethod("x", "", "", config, solve=METHODS["wanda"].solve),  # type: ignore[arg-type]
+        lambda: Allocator("x", "", frozenset({"sparse"}), config, lambda *_: {}),
+        lambda: TuningMethod("x", "", "", lambda _: (), 1.0, config),
+    ]
+    for make in refused:
+        with pytest.raises(ParedError) as error:
+            make()
+        assert told in str(error.value)
