@@ -18,6 +18,8 @@ from pared.schema.command_line import with_attributes
 # What pydantic calls the errors of something that is no mapping, or no list.
 _NO_MAPPING = ("model_type", "model_attributes_type", "dict_type", "mapping_type")
 _NO_LIST = ("tuple_type", "list_type")
+# What it calls the kinds that the value of an option may have, behind the option's name.
+_BRANCHES = ("bool", "int", "float", "str")
 
 
 if TYPE_CHECKING:
@@ -199,9 +201,16 @@ def _told(model: type[BaseModel], origin: str) -> Iterator[None]:
 
 def _explain(model: type[BaseModel], error: ValidationError) -> str:
     """Tell pydantic's first complaint in one line, with the nearest valid key for an unknown one."""
-    first = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
+    errors = error.errors(include_url=False)
+    # A key that is missing may be one that is misspelt.
+    first = next((one for one in errors if one["type"] != "missing"), errors[0])
     kind, found = first["type"], first["input"]
+    place = tuple(part for part in first["loc"] if len(first["loc"]) == 1 or part not in _BRANCHES)
+    where = ".".join(map(str, place))
+    if kind == "missing":
+        return f"expected a value of {where}, got none"
+    if len(place) < len(first["loc"]):
+        return f"{where}: expected a truth value, a finite number or a text; got {_shown(found)}"
     if kind == "extra_forbidden":
         section = _section(model, first["loc"][:-1])
         return f"unknown key {where!r}; {did_you_mean(str(first['loc'][-1]), section.model_fields)}"
@@ -213,7 +222,15 @@ def _explain(model: type[BaseModel], error: ValidationError) -> str:
         return f"{where + ': ' if where else ''}expected a mapping of its fields{keys}, got {_shown(found)}"
     if kind in _NO_LIST and isinstance(found, str):
         return f"{where}: expected a list of strings, such as [{found!r}]; got {found!r}"
-    return f"{where}: {first['msg']}; got {_shown(found)}"
+    return f"{where}: {_in_words(first['msg'])}; got {_shown(found)}"
+
+
+def _in_words(message: str) -> str:
+    """Return what pydantic says was to be, as a part of a sentence of ours."""
+    expected = message.removeprefix("Input should be ")
+    if expected == message:
+        return message
+    return f"expected {'a number ' if expected.startswith(('greater', 'less')) else ''}{expected}"
 
 
 def _section(model: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseModel]:

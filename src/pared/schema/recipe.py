@@ -1,6 +1,7 @@
 """What the user asked for: one versioned file that can express all of a compression."""
 
 import os
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Annotated, Any, ClassVar, Literal
@@ -106,7 +107,7 @@ class Recipe(FromPreset):
     """A budget of ranks in place of keep: this fraction of every weight's full rank (FWSVD: 0.33)."""
     sparsity: Annotated[Annotated[float, Field(ge=0, lt=1)] | None, Option()] = None
     """Fraction of zeros, a budget in place of keep for methods that prune: 0.5 makes half of the weights zero."""
-    pattern: Annotated[Annotated[str, Field(pattern=r"^\d+:\d+$")] | None, Option()] = None
+    pattern: Annotated[str | None, Option()] = None
     """The same as N:M: of every M consecutive inputs of an output N stay."""
     skip: Annotated[tuple[str, ...], Option()] = ()
     """Shell-style pattern of module names that are left dense and do not count in the budget."""
@@ -163,6 +164,13 @@ class Recipe(FromPreset):
         """Return the method where a budget of zeros is all that is given."""
         zeros = any(fields.get(name) is not None for name in ("sparsity", "pattern"))
         return {"method": DEFAULT_PRUNER} if zeros and "method" not in fields else {}
+
+    @field_validator("pattern")
+    @classmethod
+    def _n_of_m(cls, value: str | None) -> str | None:
+        if value is not None and re.fullmatch(r"[0-9]+:[0-9]+", value) is None:
+            raise ValueError(f"pattern is N:M, such as 2:4: of every M consecutive inputs N stay; got {value!r}")
+        return value
 
     @field_validator("keep", mode="before")
     @classmethod

@@ -219,7 +219,9 @@ def test_a_number_that_is_none_is_no_option_and_no_setting(value: float) -> None
     for name in ("epochs", "learning_rate", "temperature"):
         with pytest.raises(ParedError, match=f"{name}: .*; got {value}"):
             EvaluationConfig.of({"tasks": "arc_easy", name: value})
-    with pytest.raises(ParedError, match=r"options\.power"):
+    with pytest.raises(
+        ParedError, match=f"options.power: expected a truth value, a finite number or a text; got {value}"
+    ):
         Recipe(options={"power": value})
 
 

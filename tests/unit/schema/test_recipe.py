@@ -12,6 +12,7 @@ from pared.cli.from_schema import merge
 from pared.errors import ParedError
 from pared.names import match
 from pared.schema.plan import Plan
+from pared.schema.presets import Setting
 from pared.schema.recipe import Calibration, Evaluation, Recipe
 from pared.schema.training import TrainingConfig
 
@@ -287,3 +288,25 @@ def test_a_pattern_that_matches_nothing_is_told_that_the_list_goes_on() -> None:
     names = [f"model.layers.{block}.self_attn.{name}" for block in range(10) for name in ("q_proj", "k_proj")]
     with pytest.raises(ParedError, match=r"did you mean '\*q_proj'\? Sites: model\.layers\.0\..* and 8 more"):
         match(["*.q_prj"], names)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "told"),
+    [
+        (Recipe, {"pattern": "x"}, "pattern is N:M, such as 2:4: of every M consecutive inputs N stay; got 'x'"),
+        (Recipe, {"options": {"a": [1]}}, "options.a: expected a truth value, a finite number or a text; got [1]"),
+        (
+            Recipe,
+            {"calibration": {"samples": 0}},
+            "calibration.samples: expected a number greater than or equal to 1; got 0",
+        ),
+        (Recipe, {"blocks": 1}, "blocks: expected a valid string; got 1"),
+        (Setting, {"says": 1}, "expected a value of where, got none"),
+        (Setting, {"says": 1, "wher": ""}, "unknown key 'wher'; did you mean 'where'? Valid: says, where"),
+    ],
+)
+def test_what_is_wrong_is_told_in_words_of_ours(kind: Any, fields: dict[str, Any], told: str) -> None:
+    """Regression: a regular expression, ``options.a.bool``, and ``Field required`` of a misspelt key."""
+    with pytest.raises(ParedError) as error:
+        kind(**fields)
+    assert str(error.value) == f"{kind.__name__}: {told}"
