@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from pared.lowrank.eigen import eigh
+
 # Directions this much weaker than the strongest lose orthogonality when they come out of a Gram matrix.
 WEAK = 1e-5
 
@@ -101,7 +103,7 @@ def from_output_gram(
     W_ON: torch.Tensor, C_OO: torch.Tensor, damping: float = 0.0, L_OO: torch.Tensor | None = None
 ) -> Decomposition:
     """Decompose by the eigenvectors of the Gram of the (weighted) outputs, ``Lᵀ W G Wᵀ L``: cheapest when out ≤ in."""
-    e_O, U_OO = torch.linalg.eigh(C_OO)
+    e_O, U_OO = eigh(C_OO)
     s_O = e_O.clamp(min=0).sqrt()
     return Decomposition(W_ON, s_O.flip(0), U_OR=U_OO.flip(1), damping=damping, L_OO=L_OO)
 
