@@ -56,19 +56,26 @@ def require_device(name: str) -> None:
         ParedError: names the nearest there is.
     """
     kind, colon, index = name.partition(":")
-    if kind not in DEVICES or (colon and not index.isdigit()):
+    if name != "auto" and (kind not in DEVICES or (colon and not index.isdigit())):
         raise ParedError(f"device {name!r} cannot be used: {did_you_mean(kind, DEVICES)}, with :0, :1, ... behind it "
                          "where there are several; if in doubt use cpu")  # fmt: skip
 
 
 def device_of(name: str) -> "torch.device":
-    """Return the device of a name.
+    """Return the device of a name; ``auto`` is the GPU where there is one (CUDA), and the CPU elsewhere.
+
+    A process that a launcher started with others on its machine takes the GPU of its own number. Apple's (``mps``) has
+    no float64, which statistics are added up in, and is never taken unasked.
 
     Raises:
         ParedError: torch does not know it, or this machine does not have it.
     """
     import torch
 
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and os.environ.get("LOCAL_RANK", "").isdigit():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         if device.type == "meta":

@@ -25,7 +25,7 @@ Result = TypeVar("Result")
 # Others wait while the first measures and writes, which may take long. A process that ends is noticed at once, by its
 # closed connections and by the launcher: this is for machines that vanish without a word.
 PATIENCE = timedelta(days=1)
-REACHED = timedelta(seconds=20)  # how long the launcher's store may take to answer
+REACHED = timedelta(seconds=5)  # how long the launcher's store may take to answer
 
 
 class OtherProcessError(ParedError):
@@ -89,6 +89,7 @@ class Processes:
         except OtherProcessError:
             raise
         except Exception as error:
+            speaks()  # before others hear of it
             self.broadcast(("failed", str(error)))
             raise
         self.broadcast(("done", result))
@@ -245,6 +246,11 @@ def launched(device: str) -> Iterator[Processes]:
     import torch
     from torch import distributed
 
+    if ":" in device:
+        raise ParedError(
+            f"device {device!r}: a process takes the device of its own number; choose some by CUDA_VISIBLE_DEVICES in "
+            "the environment, and device cuda"
+        )
     where = device_of(device)
     if where.type == "cuda":
         torch.cuda.set_device(where)
@@ -265,9 +271,17 @@ def launched(device: str) -> Iterator[Processes]:
         if ours:
             with together():
                 distributed.barrier()
+    except BaseException:
+        speaks()  # before others notice closed connections
+        raise
     finally:
         if ours:
             distributed.destroy_process_group()
+
+
+def is_told_here() -> bool:
+    """Whether this process is the one that tells what befell all, as an interruption does."""
+    return launched_count() == 1 or os.environ["RANK"] == "0"
 
 
 @functools.cache

@@ -9,6 +9,7 @@ import gc
 import json
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -119,6 +120,41 @@ def run_ranks(count: int, work: Callable[[int, Path], None], place: Path) -> Non
         process.join(PATIENCE)
         process.kill()  # where it still waits for another rank
     assert [process.exitcode for process in processes] == [0] * count
+
+
+def launch(
+    count: int, words: Sequence[str], told: Path, before: Callable[[int], object] = int
+) -> list[tuple[int | None, str]]:
+    """Run ``pared`` in several processes of one job, as torchrun starts them; return their exit codes and outputs.
+
+    Args:
+        count: of processes.
+        words: of the command line.
+        told: a folder for what they print.
+        before: a function of a module that is called in each first, with its rank.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
+    files = [told / f"told-{rank}.txt" for rank in range(count)]
+    ranks = [{**address, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    jobs = [
+        _FORKS.Process(target=_launched, args=(rank, list(words), str(files[rank]), ranks[rank], before))
+        for rank in range(count)
+    ]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join(PATIENCE)
+        job.kill()  # where it still waits for another rank
+    return [(job.exitcode, file.read_text()) for job, file in zip(jobs, files, strict=True)]
+
+
+def _launched(
+    rank: int, words: list[str], told: str, environment: dict[str, str], before: Callable[[int], object]
+) -> None:
+    before(rank)
+    _run(words, told, environment)
 
 
 def _rank(rank: int, count: int, work: Callable[[int, Path], None], place: Path) -> None:

@@ -28,6 +28,8 @@ def compress(
         from pared.entrypoints.compress import run
 
         outcome = run(recipe, overwrite, ConsoleProgress(), resume=resume)
+        if not outcome.is_first:
+            return
         print_manifest(outcome.manifest, str(outcome.folder))
         write_json(json_file, {"folder": str(outcome.folder), **outcome.manifest.model_dump(mode="json")})
 

@@ -16,6 +16,7 @@ from rich.progress import Progress as RichProgress
 from pared.errors import ParedError
 from pared.importing import when_imported
 from pared.io.files import why_not_written, write_to
+from pared.processes import is_told_here, speaks
 from pared.tables import Table
 
 if TYPE_CHECKING:
@@ -91,10 +92,12 @@ def errors(interrupted: str = "interrupted; no partial output is left") -> Itera
     try:
         yield
     except ParedError as error:
-        err.print(f"error: {error}", style="red")
+        if speaks():
+            err.print(f"error: {error}", style="red", markup=False)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        err.print(interrupted)
+        if is_told_here():
+            err.print(interrupted)
         raise SystemExit(130) from None
 
 

@@ -38,7 +38,8 @@ from pared.models.loaded import name_of
 from pared.models.source import ModelSource, find_model
 from pared.models.trust import trusting
 from pared.notebook import watcher_of
-from pared.progress import Progress, Stopwatch
+from pared.processes import ALONE, Processes, launched
+from pared.progress import Progress, Silent, Stopwatch
 from pared.schema.manifest import Manifest
 from pared.schema.options import Options
 from pared.schema.presets import note_of
@@ -151,6 +152,10 @@ def run(
     compared with the model in memory, evaluated, and only then renamed. Every block is kept in a hidden folder beside
     the output as it is finished, which goes when the output is there.
 
+    Where ``torchrun`` or ``accelerate launch`` has started several processes, each calls this with the same arguments:
+    they share the windows and the sites, and the first writes and measures. A run that was killed resumes with any
+    number of them.
+
     Args:
         recipe: with ``model`` and ``out``.
         overwrite: whether an output folder that is there may be replaced.
@@ -164,14 +169,17 @@ def run(
     """
     with trusting(trust_remote_code):
         asked, watcher = asked_from(Recipe, recipe, "pared.run"), watcher_of(progress, "pared.run")
-        spec, source, out = require_job(asked, overwrite)
-        with Resumable.beside(out, resume, watcher) as resumable:
-            result = _by_name(source, spec, watcher, out, resumable=resumable)
-            saver, streamed, result.streamed = result.saver(), result.streamed, None
-            del result.model  # there may be room for only one of it and what is reloaded
-            with nullcontext() if streamed is None else streamed.handed_over():
-                return publish(result, saver, out, overwrite, watcher)
-            return publish(result, saver, out, overwrite, watcher)
+        with launched(asked.device) as processes:
+            watcher = watcher if processes.is_first else Silent()
+            spec, source, out = require_job(asked, overwrite)
+            state = Resumable.beside(out, resume, watcher) if processes.is_first else nullcontext()
+            with state as resumable:
+                result = _by_name(source, spec, watcher, out, resumable=resumable, processes=processes)
+                saver, streamed, result.streamed = result.saver(), result.streamed, None
+                del result.model  # there may be room for only one of it and what is reloaded
+                with nullcontext() if streamed is None else streamed.handed_over():
+                    outcome = processes.first(lambda: publish(result, saver, out, overwrite, watcher))
+            return replace(outcome, is_first=processes.is_first)
 
 
 def reusable(recipe: Recipe) -> Outcome | None:
@@ -212,6 +220,7 @@ def _by_name(
     windows: Windows | None = None,
     collected: Collected | None = None,
     resumable: Resumable | None = None,
+    processes: Processes = ALONE,
 ) -> Compressed:
     """Load a model, measure it and compress it; what can be refused is refused before weights are read.
 
@@ -224,6 +233,7 @@ def _by_name(
         windows: in place of the recipe's text.
         collected: as for :func:`compress`.
         resumable: opens the state that outlives a killed process.
+        processes: that compress together; the first alone writes and measures.
     """
     recipe = spec.recipe
     device_of(recipe.device)
@@ -239,7 +249,7 @@ def _by_name(
         texts = read_texts(spec, config, causal, tokenizer, progress, windows)
         if "dequantised" in source.origin:
             progress.note(f"{source.name} is {source.origin}; sizes are compared with the dequantised weights")
-        chosen = is_streamed(source, spec, texts, progress, out)
+        chosen = processes.agreed(is_streamed(source, spec, texts, progress, out))
         if source.is_multimodal and not source.processor_files():
             progress.note(f"{source.name} is a vision-language model without files of its image processor: "
                           "the folder will have none either")  # fmt: skip
@@ -248,7 +258,7 @@ def _by_name(
             streamed = StreamedModel(source, recipe, memory, out)
             model = streamed.store.model
         else:
-            model = source.load(recipe.dtype).to(recipe.device)
+            model = source.load(recipe.dtype).to(device_of(recipe.device))
             # Before perplexity, which could only say "nan".
             require_finite_weights(model, find_anatomy(model, recipe.blocks))
             require_finite(model, source.name)
@@ -258,7 +268,9 @@ def _by_name(
     if state is not None and streamed is not None:
         streamed.store.folder = state.folder
     with memory if streamed is None else nullcontext():  # that of a streamed model is needed until it is saved
-        return _compressed(model, tokenizer, spec, progress, texts, collected, before, watch, state, streamed, memory)
+        return _compressed(
+            model, tokenizer, spec, progress, texts, collected, before, watch, state, streamed, memory, processes
+        )
 
 
 def _in_memory(
@@ -310,14 +322,25 @@ def _compressed(
     state: CompressionRun | None = None,
     streamed: StreamedModel | None = None,
     memory: ActivationMemory | None = None,
+    processes: Processes = ALONE,
 ) -> Compressed:
     """Measure the dense model where that is asked for, and compress it."""
     store = None if streamed is None else streamed.store
     if before.measure is not None:
-        value = measured_once(before.measure, model, state, store)
+        measure = before.measure
+        value = processes.first(lambda: measured_once(measure, model, state, store))
         before = replace(before, perplexity=value, learned_from=texts.learned_from)
     made = compress_in_place(
-        model, tokenizer, spec, progress, texts.calibration, collected, state=state, store=store, memory=memory
+        model,
+        tokenizer,
+        spec,
+        progress,
+        texts.calibration,
+        collected,
+        state=state,
+        store=store,
+        memory=memory,
+        processes=processes,
     )
     return Compressed(
         model=made.model,
@@ -346,4 +369,6 @@ def _measure(
     """Return what perplexity is measured by, none for nothing."""
     if texts.evaluation is None or recipe.evaluation is None:
         return None
-    return PerplexityOn(texts.evaluation, tokenizer, recipe.evaluation.bos, recipe.device, watch, progress, memory)
+    return PerplexityOn(
+        texts.evaluation, tokenizer, recipe.evaluation.bos, device_of(recipe.device), watch, progress, memory
+    )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.arguments import require_tokenizer
@@ -18,6 +19,7 @@ from pared.engine.spec import CompressionSpec
 from pared.environment import device_of
 from pared.errors import ParedError
 from pared.evaluation.perplexity import perplexity
+from pared.processes import ALONE, Processes
 from pared.progress import Progress
 from pared.schema.presets import require_user_fields
 from pared.schema.recipe import Recipe
@@ -47,6 +49,11 @@ def require_compressible(
         raise ParedError(f"model {name!r} carries PEFT adapters; merge them first (merge_and_unload)")
     if module_map(model):
         raise ParedError(f"model {name!r} is compressed already, at least in part; load the dense model again")
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise ParedError(
+            f"model {name!r} is in shards (FSDP, tensor parallel), and blocks are changed whole; save it, and compress "
+            "its folder: that is read block by block, by one process or several"
+        )
     if any(parameter.is_inference() for parameter in model.parameters()):
         raise ParedError(f"model {name!r} was loaded under torch.inference_mode(); load it outside of it")
     require_suited(model.config, spec, name)
@@ -67,6 +74,7 @@ def compress_in_place(
     state: CompressionRun | None = None,
     store: StreamedBlocks | None = None,
     memory: ActivationMemory | None = None,
+    processes: Processes = ALONE,
 ) -> Compressed:
     """Compress a model, and have its configuration say what became of it, whatever happens.
 
@@ -80,6 +88,7 @@ def compress_in_place(
         state: keeps what is finished, for a process that resumes with it.
         store: of the model, where its blocks are not in memory.
         memory: what hidden states share.
+        processes: that compress together.
 
     Raises:
         ParedError: anything in the model or the text that does not work; says whether blocks are compressed already.
@@ -100,6 +109,7 @@ def compress_in_place(
             store=store,
             memory=memory,
             state=state,
+            processes=processes,
             progress=progress,
         )
     except ParedError as error:

@@ -26,6 +26,7 @@ from pared.engine.observe import Observer
 from pared.engine.solutions import DecompositionStore
 from pared.engine.solve import decompose_site
 from pared.engine.spec import LowRankSpec, PassSpec, resolve_low_rank
+from pared.environment import device_of
 from pared.errors import ParedError
 from pared.evaluation import perplexity
 from pared.models.architecture import is_causal
@@ -81,7 +82,7 @@ def run(recipe: Recipe, groups: int = 10, progress: Progress | None = None) -> R
     """Measure the groups of a model by name; see :func:`rank_groups`."""
     source = find_model(str(recipe.model))
     tokenizer = source.tokenizer()
-    return rank_groups(source.load(recipe.dtype).to(recipe.device), tokenizer, recipe, groups, progress)
+    return rank_groups(source.load(recipe.dtype).to(device_of(recipe.device)), tokenizer, recipe, groups, progress)
 
 
 def rank_groups(

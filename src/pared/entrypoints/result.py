@@ -32,10 +32,12 @@ class Outcome(Shown):
     Attributes:
         folder: where it lies.
         manifest: its record.
+        is_first: whether this is the process that tells, of several that compressed together.
     """
 
     folder: Path
     manifest: Manifest
+    is_first: bool = True
 
     def table(self) -> Table:
         """Return sizes, perplexity, time and memory."""

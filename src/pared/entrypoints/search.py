@@ -122,7 +122,7 @@ def run(
     require_place(out, inputs_of(recipe.model_dump()))
     tokenizer = source.tokenizer()
     search_texts(recipe.calibration.text, tokenizer)
-    model = source.load(recipe.dtype).to(recipe.device)
+    model = source.load(recipe.dtype).to(device_of(recipe.device))
     return search(model, tokenizer, recipe, config, out, progress, pools)
 
 

@@ -1,0 +1,88 @@
+"""``pared compress`` in several processes: one folder, one table, one error, and a run that another number resumes."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from processes import launch
+from safetensors.torch import load_file
+from tiny_models import TINY_MODELS
+from transformers import PreTrainedTokenizerFast
+
+import pared
+from pared.calibration import BlockStatistics
+from pared.engine.solve import Solver
+from pared.schema.manifest import Manifest
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    folder = tmp_path_factory.mktemp("several")
+    TINY_MODELS["llama"]().save_pretrained(folder / "dense")
+    tokenizer.save_pretrained(folder / "dense")
+    (folder / "words.txt").write_text(" ".join(f"w{number % 61 + 3}" for number in range(2000)))
+    return folder
+
+
+def words_of(place: Path, out: Path, *more: str) -> list[str]:
+    text = ["--data", f"file:{place}/words.txt", "--samples", "8", "--length", "16", "--calibration-dtype", "float32"]
+    asked = ["--method", "loss-optimal", "--keep", "0.7", "--statistics", "once", "--eval-length", "16"]
+    return ["compress", str(place / "dense"), *asked, "--eval-windows", "2", *text, "--out", str(out), *more]
+
+
+def die_at_the_second_block(rank: int) -> None:
+    real = Solver.visit
+
+    def visit(self: Solver, block: BlockStatistics) -> None:
+        if rank == 1 and block.index == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(self, block)
+
+    Solver.visit = visit  # type: ignore[method-assign]
+
+
+def fail_at_the_second_block(rank: int) -> None:
+    real = Solver.visit
+
+    def visit(self: Solver, block: BlockStatistics) -> None:
+        if rank == 1 and block.index == 1:
+            raise pared.ParedError("site broken: nothing can be made of it")
+        real(self, block)
+
+    Solver.visit = visit  # type: ignore[method-assign]
+
+
+def test_a_process_that_dies_ends_all_and_another_number_resumes(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    ended = launch(2, words_of(place, out), tmp_path, die_at_the_second_block)
+    assert [code for code, _ in ended] == [2, -9], ended[0][1]
+    assert "another process of this job has ended" in ended[0][1].replace("\n", " ")
+    assert not out.exists()
+    resumed = launch(3, words_of(place, out, "--resume"), tmp_path)
+    assert [code for code, _ in resumed] == [0, 0, 0]
+    assert "resuming the compression" in resumed[0][1]
+    assert [told for _, told in resumed[1:]] == ["", ""], "the first process alone tells"
+    alone = launch(1, words_of(place, tmp_path / "alone"), tmp_path)
+    assert alone[0][0] == 0
+    one, several = (Manifest.read(folder) for folder in (tmp_path / "alone", out))
+    assert several.plan == one.plan
+    assert several.perplexity_before == one.perplexity_before
+    assert several.perplexity_after == pytest.approx(one.perplexity_after, rel=1e-4)
+    weights = [load_file(folder / "model.safetensors") for folder in (tmp_path / "alone", out)]
+    assert weights[0].keys() == weights[1].keys()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".out.compress")] == []
+
+
+def test_the_error_of_one_process_is_told_once_and_ends_all(place: Path, tmp_path: Path) -> None:
+    ended = launch(2, words_of(place, tmp_path / "out"), tmp_path, fail_at_the_second_block)
+    assert [code for code, _ in ended] == [2, 2]
+    assert sum(told.count("error:") for _, told in ended) == 1
+    assert "site broken: nothing can be made of it" in ended[1][1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_error_of_all_processes_is_told_once(place: Path, tmp_path: Path) -> None:
+    ended = launch(2, words_of(place, tmp_path / "out", "--length", "4000"), tmp_path)
+    assert [code for code, _ in ended] == [2, 2]
+    assert sum(told.count("error:") for _, told in ended) == 1
