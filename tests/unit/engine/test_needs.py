@@ -1,0 +1,76 @@
+"""What a compression needs is told from shapes, and in proportion to what it holds."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from pared.engine.allocate import anatomy_of
+from pared.engine.needs import Needs, Tokens, needs_of
+from pared.engine.spec import resolve
+from pared.memory import Available
+from pared.schema.recipe import Recipe
+from pared.structure.probe import probe_shapes
+
+BLOCKS, WIDTH, INNER, VOCABULARY = 6, 64, 160, 1000
+TOKENS = Tokens(windows=32, length=128, batch=4)
+BLOCK = (4 * WIDTH**2 + 3 * WIDTH * INNER + 2 * WIDTH) * 2  # bytes
+
+
+@pytest.fixture(scope="module")
+def model() -> transformers.PreTrainedModel:
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=BLOCKS,
+        num_attention_heads=4, dtype="bfloat16",
+    )  # fmt: skip
+    with torch.device("meta"):
+        return transformers.LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+
+
+def needs(model: transformers.PreTrainedModel, tokens: Tokens = TOKENS, streamed: bool = True, **fields: Any) -> Needs:
+    recipe = Recipe(**{"method": "svd-llm"} | {name: value for name, value in fields.items() if name != "limit"})
+    anatomy = probe_shapes(model, anatomy_of(model, recipe))
+    return needs_of(model, anatomy, resolve(recipe), tokens, streamed=streamed, itemsize=2, output_bytes=1000,
+                    activation_memory=fields.get("limit"))  # fmt: skip
+
+
+def test_weights_are_those_outside_and_one_block_or_a_group(model: transformers.PreTrainedModel) -> None:
+    outside = (2 * VOCABULARY * WIDTH + WIDTH) * 2
+    assert needs(model).memory["outside of the blocks"] == outside
+    assert needs(model).memory["blocks"] == BLOCK
+    assert needs(model, method="basis-sharing", options={"group_size": 3}).memory["blocks"] == 3 * BLOCK
+    assert needs(model, streamed=False).memory["the model"] == outside + BLOCKS * BLOCK
+
+
+def test_hidden_states_go_to_the_disk_beyond_their_limit(model: transformers.PreTrainedModel) -> None:
+    one = TOKENS.windows * TOKENS.length * WIDTH * 2
+    assert needs(model).memory["hidden states"] == one
+    found = needs(model, limit=1000)
+    assert (found.memory["hidden states"], found.disk["activations"]) == (1000, one - 1000)
+    longer = replace(TOKENS, windows=2 * TOKENS.windows)
+    assert needs(model, longer).memory["hidden states"] == 2 * one
+    # A backward pass reads what every block reads.
+    assert needs(model, method="loss-optimal").memory["hidden states"] >= BLOCKS * one
+
+
+def test_statistics_are_of_one_block_unless_gradients_wait(model: transformers.PreTrainedModel) -> None:
+    diagonal = needs(model, method="loss-optimal").memory["statistics"]
+    full = needs(model, method="loss-optimal", options={"output_weighting": "full"}).memory["statistics"]
+    assert needs(model, method="svd").memory.get("statistics", 0) == 0
+    assert needs(model, method="wanda", sparsity=0.5).memory["statistics"] < diagonal < full
+
+
+def test_decompositions_wait_on_the_disk_where_ranks_depend_on_them(model: transformers.PreTrainedModel) -> None:
+    assert "decompositions" not in needs(model).disk
+    assert needs(model, method="loss-optimal").disk["decompositions"] > 0
+    assert needs(model).disk["the output"] == 1000
+
+
+def test_a_refusal_says_what_takes_most_and_what_would_take_less(model: transformers.PreTrainedModel) -> None:
+    found = Needs({"hidden states": 3 * 2**30, "blocks": 2**20}, {})
+    assert found.too_much(None) == found.too_much(Available(4 * 2**30, "a limit")) == ""
+    told = found.too_much(Available(2**30, "a limit"))
+    assert told.startswith("about 3.0 GiB of memory needed (hidden states 3.0 GiB, blocks 1.0 MiB), 1.0 GiB left by a")
+    assert "--activation-memory" in told
