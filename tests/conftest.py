@@ -25,7 +25,7 @@ import pared
 torch.set_num_threads(int(os.environ.setdefault("PARED_TEST_THREADS", "1")))
 
 # The longest files, longest first: they begin before others, so that two workers end at about the same time.
-LONGEST = ("test_road.py", "test_sharding.py", "test_recovery.py", "test_basel.py", "test_training.py")
+LONGEST = ("test_pipeline.py", "test_distributed.py", "test_recovery.py", "test_basel.py", "test_training.py")
 
 
 @pytest.hookimpl(trylast=True)

@@ -66,7 +66,7 @@ def test_names_of_data_sets_are_no_emoji(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_a_resumed_search_says_which_results_it_recalls() -> None:
-    from unit.search.test_search_evolution import Book, Inline, everything, plain
+    from unit.search.test_evolution import Book, Inline, everything, plain
 
     config, first, again = SearchConfig(iterations=9, population=3), list[bool](), list[bool]()
     found = evolve(config, everything, Inline(plain), Book(), advance=first.append)

@@ -1,4 +1,4 @@
-"""One tiny random model of every family the road must walk, by name."""
+"""One tiny random model of every family that the pipeline must compress, by name."""
 
 from collections.abc import Callable
 from typing import Any

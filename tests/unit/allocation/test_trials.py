@@ -240,7 +240,7 @@ def test_trials_that_cannot_be_kept_are_told_and_measured(
     assert str(file) in caplog.text
 
 
-# Through the road
+# Through the pipeline
 
 
 @pytest.mark.parametrize("allocation", ["swift", "sensitivity"])

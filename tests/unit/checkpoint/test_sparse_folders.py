@@ -16,8 +16,8 @@ from pared.checkpoint import module_map
 from pared.entrypoints.export import make_dense
 from pared.modules import SparseLinear
 from unit.checkpoint.test_checkpoint import LOAD, logits, run_python
-from unit.cli.test_cli import left_over, refused
-from unit.cli.test_cli import pared as command
+from unit.cli.test_commands import left_over, refused
+from unit.cli.test_commands import pared as command
 
 BUDGETS = {"unstructured": {"sparsity": 0.5}, "2:4": {"pattern": "2:4"}}
 Pruned = Callable[[str, str], Path]

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 import pared
 from pared import ParedError, compress
 from pared.allocation import Budget, Evidence, Unit, allocator_of, allocators_for
-from pared.allocation.dsa import DEFAULT_OF_RANKS, DEFAULT_OF_ZEROS, judge, named, packaged_of
+from pared.allocation.dsa import DEFAULT_OF_RANKS, DEFAULT_OF_ZEROS, evaluate_program, named, packaged_of
 from pared.allocation.ranks.svd_llm_v2 import svd_llm_v2
 from pared.calibration import Fisher, Gram, Sampled, per_token
 from pared.data.windows import Windows
@@ -152,7 +152,7 @@ def test_a_program_reads_scores_of_the_tokens_of_its_search() -> None:
     assert named("found-wanda-0.7").tokens == program.tokens == 128 * 512
     found = allocate(scores(), 0.6, program="found-wanda-0.7")
     summed = [one * 256.0 for one in scores()]  # what a sum over 65,536 tokens gave
-    expected = judge(program.program, summed, 0.6).sparsities_L
+    expected = evaluate_program(program.program, summed, 0.6).sparsities_L
     assert expected is not None
     torch.testing.assert_close(found, expected)
     other = allocate(scores(), 0.6, program="found-wanda-0.7", score_tokens=1)
@@ -231,7 +231,7 @@ def test_a_program_of_nothing_but_rounding_is_rejected(text: str) -> None:
     """Regression: importances of 1e-16 were spread over the whole width, differently in every run."""
     generator = torch.Generator().manual_seed(0)
     blocks = [torch.randn(1500, generator=generator).abs() * (b + 1) for b in range(6)]
-    verdict = judge(named(text).program, blocks, 0.6)
+    verdict = evaluate_program(named(text).program, blocks, 0.6)
     assert not verdict.valid
     assert (
         "cancellation" in verdict.reasons[0] or "the same for all" in verdict.reasons[0] or "LOG" in verdict.reasons[0]
@@ -247,4 +247,4 @@ def test_a_program_of_nothing_but_rounding_is_rejected(text: str) -> None:
 def test_centred_scores_that_say_something_are_not_taken_for_rounding(text: str, scale: float) -> None:
     generator = torch.Generator().manual_seed(0)
     blocks = [torch.randn(1500, generator=generator).abs() ** (1 + b / 4) * scale for b in range(6)]
-    assert judge(named(text).program, blocks, 0.6).valid
+    assert evaluate_program(named(text).program, blocks, 0.6).valid

@@ -165,7 +165,7 @@ def test_crosses_add_up() -> None:
     torch.testing.assert_close(whole.value, x.T @ own / 20, atol=1e-6, rtol=1e-6)
 
 
-# The road.
+# The pipeline.
 
 
 def reads(model: PreTrainedModel, names: list[str], tokens: torch.Tensor) -> dict[str, torch.Tensor]:

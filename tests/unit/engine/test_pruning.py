@@ -1,4 +1,4 @@
-"""Pruning on the road: counts, allocations, folders, refusals."""
+"""Pruning in the engine: counts, allocations, folders, refusals."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -19,8 +19,8 @@ from pared.entrypoints.export import export_dense
 from pared.modules import LowRankLinear, PivotedLinear
 from pared.schema.manifest import Manifest
 from unit.checkpoint.test_checkpoint import LOAD, logits, run_python
-from unit.cli.test_cli import left_over, refused
-from unit.cli.test_cli import pared as command
+from unit.cli.test_commands import left_over, refused
+from unit.cli.test_commands import pared as command
 
 TOKENS = torch.randint(0, VOCAB, (2, 16), generator=torch.Generator().manual_seed(1))
 FAMILIES = ["llama", "gpt2", "opt", "qwen2", "phi3"]

@@ -11,8 +11,8 @@ from transformers import BartConfig, BartForConditionalGeneration, PreTrainedMod
 
 import pared
 from pared import ParedError, Recipe
-from unit.cli.test_cli import pared as command
-from unit.cli.test_cli import refused
+from unit.cli.test_commands import pared as command
+from unit.cli.test_commands import refused
 
 WORDS = 64
 STACKS = {"t5": ("decoder.block", "encoder.block"), "bart": ("model.decoder.layers", "model.encoder.layers")}

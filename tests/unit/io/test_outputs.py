@@ -26,7 +26,7 @@ from pared.io.inputs import found_again, inputs_of, remember, told_apart, withou
 from pared.io.output_dir import require_free, staged
 from pared.io.record import foreign, recorded, write_sums
 from pared.schema.manifest import Manifest
-from unit.cli.test_cli import pared as command
+from unit.cli.test_commands import pared as command
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from pared import ParedError
 from pared.models.gguf import config_of
 from pared.models.gguf_header import LONGEST, MAGIC, read_header
 from pared.models.source import find_model
-from unit.cli.test_cli import pared as command
-from unit.cli.test_cli import refused
+from unit.cli.test_commands import pared as command
+from unit.cli.test_commands import refused
 
 WORDS, WIDE, NARROW, KEYS, BLOCKS = 2 * LONGEST, 32, 48, 16, 2
 # name -> (out, in)

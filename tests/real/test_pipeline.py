@@ -1,4 +1,4 @@
-"""The main road on a real model: what a newcomer types first must hold."""
+"""The whole pipeline on a real model: what a newcomer types first must hold."""
 
 import math
 import os

@@ -12,7 +12,7 @@ from tiny_models import TINY_MODELS
 from pared import ParedError, Recipe
 from pared.entrypoints.search import search
 from pared.search.evolution import Candidate, Measured
-from unit.search.test_search import CONFIG, PROGRAM
+from unit.entrypoints.test_search import CONFIG, PROGRAM
 
 MISSING = importlib.util.find_spec("ray") is None
 needs_ray = pytest.mark.skipif(MISSING, reason="ray is not installed (pip install 'pared[ray]')")
