@@ -1,6 +1,6 @@
-"""The processes of one job: one, or several that a launcher started, of which the first writes and tells.
+"""The processes of one job: one, or several that a launcher started, of which the first writes and reports.
 
-``torchrun`` and ``accelerate launch`` start them, on any number of machines. What one process finds out is handed to
+``torchrun`` and ``accelerate launch`` start them, on any number of machines. What one process finds out is passed to
 the others here; how a job divides its work is its own.
 """
 
