@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +15,10 @@ from safetensors.torch import save_file
 from pared.calibration.forward import BlockStatistics
 from pared.calibration.statistics import Statistic, statistic_kind
 from pared.errors import ParedError
+from pared.io.fingerprint import require_same
 
-VERSION = 2  # of the files: 1 held values, which nothing can be added to
+VERSION = 3  # of the files: 1 held values, which nothing can be added to; 2 not what they were collected of
+FILES = "block-*.safetensors"
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,59 @@ class SavedStatistic:
         return statistic
 
 
+def begin(folder: Path, source: Mapping[str, Any]) -> None:
+    """Make room for statistics in a folder: those of the same source go, and so do files of another version.
+
+    Args:
+        folder: need not be there.
+        source: what will be collected of, as every block is to be saved with it.
+
+    Raises:
+        ParedError: it holds statistics of something else.
+    """
+    files = sorted(folder.glob(FILES))
+    for file in files:
+        try:
+            about = _about(file)
+        except ParedError:
+            continue  # damaged, or of another version: nothing can be done with it
+        require_same(
+            about["source"],
+            source,
+            f"{folder} holds statistics of something else",
+            "give another folder, or remove this one",
+        )
+    for file in files:
+        file.unlink()
+
+
+def require_fits(blocks: Iterable[BlockStatistics], source: Mapping[str, Any]) -> None:
+    """Refuse saved statistics that were collected of something else, or that lack a block.
+
+    Args:
+        blocks: as :func:`saved_blocks` yields them; none is held.
+        source: what they are needed of; ``blocks`` among it, how many there are. What only one of the two says
+            something of, such as a loss, is not compared.
+
+    Raises:
+        ParedError: spells out what differs, or names the block.
+    """
+    count, seen = source["blocks"], 0
+    for block in blocks:
+        there = {name: block.source[name] for name in source if name in block.source}
+        now = {name: value for name, value in source.items() if name in there}
+        advice = "collect statistics of this model on these tokens"
+        require_same(there, now, "the collected statistics are of something else", advice)
+        if block.index != seen:
+            break
+        seen += 1
+    else:
+        if seen == count:
+            return
+    lacking = f"lack block {seen}" if seen < count else f"hold more than the {count} blocks of the model"
+    raise ParedError(f"the collected statistics {lacking}; collect them again")
+
+
 def save_block(folder: Path, block: BlockStatistics) -> None:
     """Write the statistics of one block to a file of its own; what sites share is written once.
 
@@ -66,7 +121,7 @@ def save_block(folder: Path, block: BlockStatistics) -> None:
 
     Args:
         folder: made if it is not there.
-        block: with accumulators.
+        block: with accumulators, and with its source.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, torch.Tensor] = {}
@@ -81,6 +136,7 @@ def save_block(folder: Path, block: BlockStatistics) -> None:
             entry = {"key": key, "tokens": statistic.tokens, "features": statistic.features}
             entries.setdefault(site, {})[name] = entry
     about = {"version": VERSION, "index": block.index, "influence": block.influence, "entries": entries}
+    about["source"] = dict(block.source)
     _write(folder / f"block-{block.index:05}.safetensors", tensors, about)
 
 
@@ -90,21 +146,31 @@ def saved_blocks(folder: Path) -> Iterator[BlockStatistics]:
     Raises:
         ParedError: there are none, or a file is damaged or of another version.
     """
-    files = sorted(folder.glob("block-*.safetensors"))
+    files = sorted(folder.glob(FILES))
     if not files:
         raise ParedError(f"{folder} holds no saved statistics; collect them first")
     for file in files:
-        with _opened(file) as tensors:
-            about = json.loads((tensors.metadata() or {}).get("block", "{}"))
-        if about.get("version") != VERSION:
-            raise ParedError(f"{file} was not written by this version of pared; collect the statistics again")
+        about = _about(file)
         handles: dict[str, SavedStatistic] = {}
         statistics: dict[str, dict[str, SavedStatistic]] = {}
         for site, own in about["entries"].items():
             for name, entry in own.items():
                 handle = handles.setdefault(entry["key"], SavedStatistic(name, **entry, file=file))
                 statistics.setdefault(site, {})[name] = handle
-        yield BlockStatistics(about["index"], statistics, about["influence"])
+        yield BlockStatistics(about["index"], statistics, about["influence"], about["source"])
+
+
+def _about(file: Path) -> dict[str, Any]:
+    """Return what a file says of the block in it.
+
+    Raises:
+        ParedError: it is damaged, or of another version.
+    """
+    with _opened(file) as tensors:
+        about: dict[str, Any] = json.loads((tensors.metadata() or {}).get("block", "{}"))
+    if about.get("version") != VERSION:
+        raise ParedError(f"{file} was not written by this version of pared; collect the statistics again")
+    return about
 
 
 def _write(place: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[str, object]) -> None:

@@ -32,11 +32,13 @@ class BlockStatistics:
         statistics: ``statistics[site name][statistic name]``; sites that read one tensor share one.
         influence: ShortGPT's Block Influence, 1 - the mean cosine of what the block reads and outputs, if asked for;
             the mean over its runs.
+        source: of saved ones what they were collected of, by name; empty for what was not saved.
     """
 
     index: int
     statistics: Mapping[str, Mapping[str, StatisticView]]
     influence: float | None = None
+    source: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

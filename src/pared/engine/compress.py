@@ -85,7 +85,8 @@ def compress_blocks(
     with evaluating(model), torch.inference_mode(False):
         store = store or _in_memory(model, spec, state)
         observer = _observe(store, tokenizer, spec, windows, progress, processes)
-        observer.saved, observer.memory = saved, memory or observer.memory
+        observer.memory = memory or observer.memory
+        observer.use(saved)
         observer.resume(state)
         result = Compressed(model, spec)
         with _work(observer, spec, evidence, trial) as work:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -25,6 +25,8 @@ from pared.calibration import (
     save_block,
     statistic_kind,
 )
+from pared.calibration.cache import begin
+from pared.calibration.cache import require_fits as require_saved
 from pared.calibration.spool import ActivationMemory
 from pared.data.windows import Windows, require_fits
 from pared.engine.allocate import anatomy_of
@@ -36,6 +38,7 @@ from pared.engine.spec import CompressionSpec, HandOn, LowRankSpec, PassSpec, re
 from pared.engine.windows import calibration_windows
 from pared.environment import choose_dtype, device_of
 from pared.errors import ParedError
+from pared.io.digests import model_digest
 from pared.lowrank import GradientOptions
 from pared.lowrank.registry import nothing
 from pared.methods import METHODS
@@ -104,6 +107,33 @@ class Observer:
         """Take over what a probe pass has found."""
         self.anatomy, self.calls = anatomy, calls
         return self
+
+    def use(self, saved: Saved | None) -> None:
+        """Take statistics that were saved, in place of the first pass over the dense model, which is there still.
+
+        Raises:
+            ParedError: they are of another model or other tokens, or a block is lacking.
+        """
+        if saved is not None and isinstance(self.spec, LowRankSpec) and self.spec.calibrated:
+            require_saved(saved(), self.source(bool(self.spec.gradients)))
+        self.saved = saved
+
+    def source(self, gradients: bool) -> dict[str, Any]:
+        """Return what statistics depend on, for their files; ``gradients`` says whether some are of a loss."""
+        store = self.store
+        digest = model_digest(self.model, None if isinstance(store, ResidentBlocks) else cast(Any, store).tensors())
+        found = {
+            "architecture": type(self.model).__name__,
+            "blocks": len(store),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "model": digest,
+            "tokens": self._windows.digest,
+        }
+        if gradients and isinstance(self.spec, LowRankSpec):
+            found["loss"] = self.spec.loss
+            if self.spec.loss == "sampled":
+                found["seed"] = self.spec.calibration.seed  # of the labels
+        return found
 
     def read(self, windows: Windows | None = None) -> Windows:
         """Take these windows, or cut those of the recipe.
@@ -425,10 +455,12 @@ class Observer:
         assert self.saved is not None
         blocks = self.saved()
 
-        def visit_saved(block: BlockStatistics) -> None:
-            there = next(blocks)
+        def visit_saved(_: BlockStatistics) -> None:
+            there = next(blocks, None)
+            if there is None:
+                raise ParedError("the collected statistics came to an end; give what can be read more than once")
             self._keep(there.statistics)
-            visit(replace(there, index=block.index))
+            visit(there)
 
         self.without_data(visit_saved, changes)
 
@@ -485,7 +517,7 @@ def collect(
         progress: what reports progress; nothing by default.
 
     Raises:
-        ParedError: the model or the text does not allow it.
+        ParedError: the model or the text does not allow it, or the folder holds statistics of something else.
     """
     spec = resolve_low_rank(recipe)
     store = ResidentBlocks(model, anatomy_of(model, recipe))
@@ -502,10 +534,12 @@ def collect(
         )
     work.probe()
     work.read()
+    source = work.source(gradients)
+    begin(folder, source)
     inputs = work.capture()
 
     def save(block: BlockStatistics) -> None:
-        save_block(folder, block)
+        save_block(folder, replace(block, source=source))
 
     if gradients:
         work.backward(inputs, names, save, share=1.0)

@@ -1,6 +1,7 @@
 """Statistics collected once give what a pass of their own would have given."""
 
 import itertools
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,13 +10,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny_models import TINY_MODELS
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import pared
 from pared import ParedError, compress
 from pared.calibration import BlockStatistics, Statistic, save_block, saved_blocks, statistic_kind
 from pared.engine import LowRankSpec, PassSpec, collect, resolve
 from pared.engine.observe import Observer
+from pared.io.digests import model_digest
 from pared.progress import Silent
 from pared.structure import find_anatomy
 from pared.structure.store import ResidentBlocks
@@ -88,6 +90,107 @@ def test_an_interrupted_pass_leaves_whole_files_only(
     blocks = list(saved_blocks(tmp_path / "half"))
     assert 0 < len(blocks) < 3
     assert all(own["gram"].value.isfinite().all() for block in blocks for own in block.statistics.values())
+
+
+@pytest.fixture(scope="module")
+def grams(
+    tokenizer: PreTrainedTokenizerFast, calibration: pared.Calibration, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder = tmp_path_factory.mktemp("statistics") / "grams"
+    recipe = pared.Recipe(method="svd-llm", keep=0.7, calibration=calibration)
+    collect(TINY_MODELS["llama"](), tokenizer, recipe, frozenset({"gram", "magnitude"}), folder)
+    return folder
+
+
+def other_weights(model: PreTrainedModel) -> PreTrainedModel:
+    next(model.parameters()).data[0, 0] += 1
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "samples", "told"),
+    [
+        (lambda: TINY_MODELS["llama"](), 3, "tokens: .* there, .* now"),
+        (lambda: other_weights(TINY_MODELS["llama"]()), 4, "model: .* there, .* now"),
+        (lambda: TINY_MODELS["llama"]().to(torch.bfloat16), 4, "dtype: 'float32' there, 'bfloat16' now, model: "),
+        (lambda: TINY_MODELS["qwen3"](), 4, "architecture: 'LlamaForCausalLM' there, 'Qwen3ForCausalLM' now"),
+    ],
+    ids=["tokens", "weights", "dtype", "architecture"],
+)
+def test_statistics_of_something_else_are_refused_and_the_model_stays(
+    make: Callable[[], PreTrainedModel],
+    samples: int,
+    told: str,
+    grams: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    calibration: pared.Calibration,
+) -> None:
+    """Regression: taken for this model's on these tokens."""
+    asked = calibration.model_copy(update={"samples": samples * calibration.samples // 4})
+    model = make()
+    before = model_digest(model)
+    for collected in (grams, lambda: saved_blocks(grams)):
+        with pytest.raises(ParedError, match=f"the collected statistics are of something else .*{told}"):
+            compress(model, tokenizer, method="svd-llm", keep=0.7, calibration=asked, collected=collected)
+    assert model_digest(model) == before
+
+
+def test_statistics_of_another_loss_are_refused_where_gradients_are_read(
+    tokenizer: PreTrainedTokenizerFast, calibration: pared.Calibration, tmp_path: Path
+) -> None:
+    recipe = pared.Recipe(method="fwsvd", keep=0.7, calibration=calibration)
+    collect(TINY_MODELS["llama"](), tokenizer, recipe, frozenset({"fisher", "gram"}), tmp_path)
+    with pytest.raises(ParedError, match="loss: 'labels' there, 'sampled' now"):
+        compress(TINY_MODELS["llama"](), tokenizer, recipe, options={"loss": "sampled"}, collected=tmp_path)
+    compress(TINY_MODELS["llama"](), tokenizer, method="svd-llm", calibration=calibration, collected=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda files: files[2].unlink(), "lack block 2"),
+        (lambda files: files[0].unlink(), "lack block 0"),
+        (lambda files: shutil.copy(files[2], files[2].with_name("block-00003.safetensors")), "hold more than the 3"),
+    ],
+)
+def test_a_folder_that_does_not_hold_every_block_once_is_refused(
+    change: Callable[[list[Path]], object],
+    told: str,
+    grams: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    calibration: pared.Calibration,
+    tmp_path: Path,
+) -> None:
+    """Regression: a StopIteration in the middle, or a block of another model's at the end."""
+    folder = shutil.copytree(grams, tmp_path / "grams")
+    change(sorted(folder.iterdir()))
+    model = TINY_MODELS["llama"]()
+    with pytest.raises(ParedError, match=f"the collected statistics {told}"):
+        compress(model, tokenizer, method="svd-llm", calibration=calibration, collected=folder)
+
+
+def test_a_generator_that_is_read_once_is_told_of(
+    grams: Path, tokenizer: PreTrainedTokenizerFast, calibration: pared.Calibration
+) -> None:
+    """Regression: a StopIteration."""
+    once = saved_blocks(grams)
+    with pytest.raises(ParedError, match="came to an end; give what can be read more than once"):
+        compress(TINY_MODELS["llama"](), tokenizer, method="svd-llm", calibration=calibration, collected=lambda: once)
+
+
+def test_collecting_again_replaces_what_is_of_the_same_model_and_nothing_else(
+    grams: Path, tokenizer: PreTrainedTokenizerFast, calibration: pared.Calibration, tmp_path: Path
+) -> None:
+    """Regression: a shorter model left the last blocks of a longer one in the folder."""
+    folder = shutil.copytree(grams, tmp_path / "grams")
+    recipe = pared.Recipe(method="svd-llm", keep=0.7, calibration=calibration)
+    held = {file.name: file.read_bytes() for file in folder.iterdir()}
+    with pytest.raises(ParedError, match=r"holds statistics of something else .*; give another folder, or remove"):
+        collect(TINY_MODELS["qwen3"](), tokenizer, recipe, frozenset({"gram"}), folder)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == held
+    (folder / "block-00009.safetensors").write_bytes(b"of another version")
+    collect(TINY_MODELS["llama"](), tokenizer, recipe, frozenset({"gram"}), folder)
+    assert [set(next(iter(block.statistics.values()))) for block in saved_blocks(folder)] == [{"gram"}] * 3
 
 
 def test_a_folder_without_statistics_is_named(tmp_path: Path) -> None:

@@ -71,6 +71,18 @@ def test_collected_statistics_stand_in_for_a_pass(tokenizer: PreTrainedTokenizer
     torch.testing.assert_close(*logits, atol=1e-3, rtol=1e-3)
 
 
+def test_statistics_collected_by_name_serve_the_loaded_model_and_the_streamed_one(
+    place: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """They say of which model they are, which is the same one however it is read."""
+    cut: dict[str, Any] = {"data": place / "words.txt", "samples": 4, "length": 32}
+    saved = pared.collect_statistics(place / "llama", None, tmp_path / "grams", ["gram"], **cut)
+    asked: dict[str, Any] = {"method": "svd-llm", "collected": saved, "evaluation": None, **cut}
+    by_name = pared.compress(place / "llama", **asked)
+    assert by_name.plan == pared.compress(pared.load(place / "llama"), tokenizer, **asked).plan
+    assert by_name.plan == pared.compress(place / "llama", stream="on", **asked).plan
+
+
 def test_a_folder_is_trained_by_its_name(place: Path, tmp_path: Path) -> None:
     made = pared.tune(
         place / "small",
