@@ -245,10 +245,13 @@ class StreamedBlocks:
     def adopt(self, index: int, file: Path) -> None:
         """Take a file that an earlier run committed for the newest form of a block, as a resumed one does.
 
+        A block that is in memory is released.
+
         Raises:
             ParedError: it is no such file, or of another model.
         """
         told = metadata_of(file, self._name)
+        self.release(index)  # what is put in its place now would be taken for what was read
         try:
             self._to_share |= shared_tensors(self.model) | told["shared"]
             install_empty(self.model, told["modules"])

@@ -59,6 +59,8 @@ class KeptBlocks(ResidentBlocks):
         Raises:
             ParedError: it holds something else.
         """
+        if self.files[index] == file:  # layers made anew would no longer be those whose basis others share
+            return
         try:
             with safe_open(file, framework="pt") as kept:
                 layers = parse_json(kept.metadata()["pared"], str(file))["layers"]

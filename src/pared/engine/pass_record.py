@@ -121,11 +121,12 @@ class PassRecord:
         return {file.name: file for index in sorted(self._held) for file in self._run.files(self.name, index)}
 
     def restore(self, index: int) -> None:
-        """Put what became of a finished block in its place, if it was changed."""
-        if self._changes:
-            for file in self._run.files(self.name, index):
-                if file.name == self._file_of(index):
-                    self._store.adopt(index, file)
+        """Put what became of a finished block in its place, if it was changed.
+
+        Where a later pass has replaced it that is what the later one made: blocks behind it may share its basis.
+        """
+        if self._changes and (file := self._run.newest(self._file_of(index))) is not None:
+            self._store.adopt(index, file)
 
     def finish(self, index: int) -> None:
         """Have it on the disk that a block is finished, once it is committed.

@@ -39,6 +39,7 @@ class CompressionRun:
         self._blocks: dict[str, dict[int, dict[str, Any]]] = {}
         self._values: dict[str, Any] = {}
         self._files: dict[str, dict[str, Any]] = {}  # what lines tell of files that are needed, by name
+        self._instead: dict[str, str] = {}  # the file that took the place of one that was dropped, by its name
         self._verified = set[str]()
         for number, entry in enumerate(directory.journal.entries, 2):
             self._take(entry, f"journal {directory.journal.path}, line {number}")
@@ -125,6 +126,16 @@ class CompressionRun:
         names = [told["name"] for told in self._blocks[pass_name][index]["files"]]
         return [self._checked(self._files[name]) for name in names if name in self._files]
 
+    def newest(self, name: str) -> Path | None:
+        """Return a file, or what took its place if it was dropped; none if no line tells of it.
+
+        Raises:
+            ParedError: it is missing or damaged.
+        """
+        while name in self._instead:
+            name = self._instead[name]
+        return self._checked(self._files[name]) if name in self._files else None
+
     def put(self, name: str, value: Any) -> None:
         """Have a result on the disk that is not of a block; a later one of the same name takes its place.
 
@@ -155,6 +166,7 @@ class CompressionRun:
             self._files |= {told["name"]: told for told in entry["files"]}
             for name in entry.get("drops", ()):
                 self._files.pop(name, None)
+                self._instead[name] = entry["files"][-1]["name"]
         else:
             raise ParedError(f"{where}: not a line of a compression; {self._advice()}")
 

@@ -455,6 +455,18 @@ def test_a_full_disk_leaves_a_block_as_it_was(llama: Path, tmp_path: Path, monke
     assert store.files[0] is None
 
 
+def test_a_block_that_was_left_in_memory_is_adopted_without_what_was_read(llama: Path, tmp_path: Path) -> None:
+    source = find_model(str(llama))
+    first, second = open_streamed(source, folder=tmp_path), open_streamed(source, folder=tmp_path)
+    first.load(0)
+    CHANGES["low rank"](first.model, 0)
+    first.commit(0)
+    second.load(0)
+    second.adopt(0, first.file_of(0))
+    for (name, one), (_, two) in zip(first.tensors(), second.tensors(), strict=True):
+        assert torch.equal(one, two), name
+
+
 def test_a_file_of_something_else_is_not_adopted(llama: Path, tmp_path: Path) -> None:
     store = open_streamed(find_model(str(llama)), folder=tmp_path)
     with pytest.raises(DamagedError, match="was not written by pared for a block"):

@@ -31,6 +31,14 @@ CASES: dict[str, dict[str, Any]] = {
     "basis-sharing": {"method": "basis-sharing", "keep": 0.5, "options": SHARED, "refit": "update"},
     "loss-optimal": {"method": "loss-optimal", "keep": 0.7, "statistics": "once"},
     "loss-optimal sequential": {"method": "loss-optimal", "keep": 0.7, "statistics": "sequential"},
+    "dense path": {"method": "svd-llm", "keep": 0.7, "statistics": "sequential", "dense_path": 0.3},
+    "shared bases refitted": {
+        "method": "basis-sharing",
+        "keep": 0.5,
+        "options": SHARED,
+        "statistics": "sequential",
+        "refit": "sequential",
+    },
     "wanda": {"method": "wanda", "sparsity": 0.5, "allocation": "owl"},
     "sparsegpt": {"method": "sparsegpt", "sparsity": 0.5},
 }
@@ -151,6 +159,17 @@ def test_a_compression_killed_at_every_block_goes_on_to_the_very_same_bytes(
         kills += 1
     assert kills == 9  # three passes over three blocks
     require_same(tmp_path / "out", whole("svd-llm"))
+
+
+@pytest.mark.parametrize("stream", ["off", "on"])
+def test_blocks_whose_shared_basis_was_refitted_with_its_owner_are_gone_on_from(
+    stream: str, place: Path, tmp_path: Path
+) -> None:
+    whole, recipe = (recipe_of("shared bases refitted", place, tmp_path / name, stream=stream) for name in "wo")
+    pared.run(whole)
+    assert killed_after(7, recipe)  # two passes over three blocks, and the owner's block of the refit
+    pared.run(recipe, resume=True)
+    require_same(tmp_path / "o", tmp_path / "w")
 
 
 @pytest.mark.parametrize("case", CASES)
