@@ -44,6 +44,7 @@ class Registry(Mapping[str, T], Generic[T]):
     def __init__(self, what: str, group: str, builtin: Mapping[str, T], read: Callable[[str, object], T]) -> None:
         self.what, self.group = what, group
         self._builtin = dict(builtin)
+        self._registered: dict[str, T] = {}  # by hand
         self._read = read
         self._loaded: dict[str, T] = {}
         self._warned: set[str] = set()
@@ -55,10 +56,19 @@ class Registry(Mapping[str, T], Generic[T]):
         for entry in entry_points(group=self.group):
             if entry not in found.setdefault(entry.name, []):  # a package may be found twice on the path
                 found[entry.name].append(entry)
-        for name in sorted(found.keys() & self._builtin.keys()):
-            package = _package_of(found.pop(name)[0])
-            self._warn(f"{self.what} {name!r} of {package} is not used: pared has one of that name; rename it")
         return dict(sorted(found.items()))
+
+    @property
+    def _used(self) -> dict[str, list[EntryPoint]]:
+        """The entry points whose names pared has not itself."""
+        return {name: entries for name, entries in self._entries.items() if name not in self._builtin}
+
+    def _warn_of_unused(self, *names: str) -> None:
+        """Tell which packages add, under these names, what is never used."""
+        for name in names:
+            if name in self._builtin and name in self._entries:
+                package = _package_of(self._entries[name][0])
+                self._warn(f"{self.what} {name!r} of {package} is not used: pared has one of that name; rename it")
 
     def register(self, name: str, thing: object) -> None:
         """Add something for the length of this process, as an installed package would.
@@ -69,13 +79,21 @@ class Registry(Mapping[str, T], Generic[T]):
         if name in self:
             raise ParedError(f"{self.what} {name!r} is there already; give yours another name, or unregister it first")
         try:
-            self._builtin[name] = self._read(name, thing)
+            self._registered[name] = self._read(name, thing)
         except ValueError as error:
             raise ParedError(f"{self.what} {name!r}: {error}") from None
 
     def unregister(self, name: str) -> None:
-        """Take away what :meth:`register` added."""
-        self._builtin.pop(name)
+        """Take away what :meth:`register` added.
+
+        Raises:
+            ParedError: it added nothing of that name.
+        """
+        if name not in self._registered:
+            there = " was not registered by hand" if name in self else " is not there"
+            raise ParedError(f"{self.what} {name!r}{there}; only what was registered by hand can be taken away: "
+                             f"{', '.join(self._registered) or 'nothing was'}")  # fmt: skip
+        del self._registered[name]
 
     def refresh(self) -> None:
         """Read again what is installed."""
@@ -89,21 +107,23 @@ class Registry(Mapping[str, T], Generic[T]):
             KeyError: nothing.
             PluginError: a package that adds it is broken, or several add it.
         """
-        if name not in self._entries:
-            return self._builtin[name]
+        for own in (self._builtin, self._registered):
+            if name in own:
+                return own[name]
         if name not in self._loaded:
             self._loaded[name] = self._load(name)
         return self._loaded[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._builtin or name in self._entries
+        return name in self._builtin or name in self._registered or name in self._entries
 
     def __iter__(self) -> Iterator[str]:
         yield from self._builtin
-        yield from self._entries
+        yield from self._registered
+        yield from (name for name in self._used if name not in self._registered)
 
     def __len__(self) -> int:
-        return len(self._builtin) + len(self._entries)
+        return sum(1 for _ in self)
 
     def find(self, name: str) -> T:
         """Return what a user calls by a name.
@@ -112,11 +132,13 @@ class Registry(Mapping[str, T], Generic[T]):
             ParedError: there is nothing of that name, with the nearest there is; or the package that adds it is broken.
         """
         require_known(self.what, name, self)
+        self._warn_of_unused(name)
         return self[name]
 
     def available(self) -> dict[str, T]:
         """Return all that can be used, by name; what a package adds and cannot be used is left out and logged."""
         found: dict[str, T] = {}
+        self._warn_of_unused(*self._entries)
         for name in self:
             try:
                 found[name] = self[name]
@@ -126,7 +148,8 @@ class Registry(Mapping[str, T], Generic[T]):
 
     def package_of(self, name: str) -> str:
         """Return the package that adds something, with its version; empty for what is built in."""
-        return _package_of(self._entries[name][0]) if name in self._entries else ""
+        by_hand = name in self._registered
+        return _package_of(self._used[name][0]) if name in self._used and not by_hand else ""
 
     def _warn(self, problem: str) -> None:
         if problem not in self._warned:
@@ -134,6 +157,8 @@ class Registry(Mapping[str, T], Generic[T]):
             log.warning("%s", problem)
 
     def _load(self, name: str) -> T:
+        if name not in self._entries:
+            raise KeyError(name)
         first, *others = self._entries[name]
         if others:
             packages = ", ".join(_package_of(entry) for entry in (first, *others))

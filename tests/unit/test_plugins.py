@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 from plugin_package import install, installed
 
-from pared.allocation import ALLOCATORS, allocator_of, allocators_for
+from pared.allocation import ALLOCATORS, Allocator, Budget, Evidence, Unit, allocator_of, allocators_for
 from pared.errors import ParedError
 from pared.lowrank import LowRankMethod
 from pared.methods import METHODS, method_of
 from pared.plugins import PluginError
 from pared.schema.options import NoOptions, Options
+from pared.schema.plan import Dense
 from pared.sparsity.registry import Wanda
+from pared.structure.model import Site
 
 GOOD = """
     import pared.lowrank.registry as registry
@@ -132,6 +134,53 @@ def test_what_is_registered_by_hand_is_there_until_it_is_taken_away() -> None:
     finally:
         METHODS.unregister("own")
     assert "own" not in METHODS
+
+
+@pytest.mark.parametrize("name", ["svd", "nothing"])
+def test_only_what_was_registered_by_hand_can_be_taken_away(name: str) -> None:
+    """Regression: a built-in method was gone for good, and an unknown one a KeyError."""
+    with pytest.raises(ParedError, match=f"method '{name}' .*; only what was registered by hand can be taken away"):
+        METHODS.unregister(name)
+    assert METHODS.find("svd").name == "svd"
+
+
+def test_a_package_whose_name_is_taken_is_told_of_where_it_is_asked_for_alone(
+    place: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Regression: every command that opened the registry warned."""
+    install(place, "taker", GOOD, {"pared.methods": {"wanda": "taker:COPY"}})
+    assert METHODS.find("svd").name == "svd"
+    assert "wanda" in METHODS
+    assert list(METHODS).count("wanda") == 1
+    assert len(METHODS) == len(list(METHODS))
+    assert METHODS.package_of("wanda") == ""
+    assert not caplog.records
+    METHODS.available()
+    assert "method 'wanda' of taker 1.0 is not used" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (None, "allocation odd gives None; expected a mapping from the name of every unit to its decision"),
+        (
+            {"no": Dense(reason="it is")},
+            "allocation odd decides for 'no', which is no unit; expected 1 names, such as a",
+        ),
+        ({}, "allocation odd decides None for a; expected LowRank or Dense"),
+    ],
+)
+def test_a_rule_that_gives_something_else_is_told_of(given: object, told: str) -> None:
+    """Regression: an AttributeError, and decisions for what is not there were dropped."""
+
+    class Odd(Options):
+        pass
+
+    units = [Unit((Site("a", 0, "", 4, 4, False, "a", owner="a"),))]
+    odd = Allocator("odd", "", frozenset({"low_rank"}), Odd, lambda *_: given)  # type: ignore[arg-type,return-value]
+    with pytest.raises(ParedError) as error:
+        odd.allocate(units, Budget(keep=0.5), Evidence())
+    assert str(error.value) == told
 
 
 ALLOCATOR = """

@@ -75,6 +75,12 @@ class Allocator(Generic[C]):
         options = self.configured({}) if config is None else config
         decisions = self.rule(units, budget, evidence, options)
         expected = DECISIONS["low_rank" if budget.sparsity is None else "sparse"]
+        if not isinstance(decisions, Mapping):
+            raise ParedError(f"allocation {self.name} gives {decisions!r}; expected a mapping from the name of every "
+                             "unit to its decision")  # fmt: skip
+        if unknown := sorted(map(str, decisions.keys() - {unit.name for unit in units})):
+            raise ParedError(f"allocation {self.name} decides for {unknown[0]!r}, which is no unit; expected "
+                             f"{len(units)} names, such as {units[0].name if units else 'none'}")  # fmt: skip
         for unit in units:
             if not isinstance(decision := decisions.get(unit.name), expected):
                 raise ParedError(

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pared.arguments import (
     config_from,
     folder_from,
+    kind_of,
     name_from,
     recipe_from,
     require_model,
@@ -111,6 +112,8 @@ def search(
         >>> pared.search("embedded:smollm2-135m", "found", method="wanda", sparsity=0.7).program  # doctest: +SKIP
     """
     function = "pared.search"
+    if not isinstance(data := fields.get("data", ""), (str, Path)):
+        raise ParedError(f"{function} takes data by name: a text, file:PATH, or NAME:SPLIT:FIELD; got {kind_of(data)}")
     own = {name: fields.pop(name) for name in list(fields) if name in SearchConfig.model_fields}
     settings = config_from(SearchConfig, config, own, function)
     if recipe is None and "calibration" not in fields:
@@ -199,7 +202,9 @@ def evaluate(
         subject: str | LoadedModel
         if isinstance(model, (str, Path)):
             subject = name_from(model, function)
-            tokenizer = None
+            if tokenizer is not None:
+                raise ParedError(f"{function} loads the tokenizer of a model by name with it; leave out tokenizer, got "
+                                 f"{kind_of(tokenizer)}")  # fmt: skip
         else:
             require_model(model, function)
             require_tokenizer(tokenizer, function)

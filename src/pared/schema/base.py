@@ -7,7 +7,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from typing_extensions import Self
 
 from pared.errors import ParedError
@@ -153,7 +153,7 @@ def _plain_str(value: object) -> object:
 
 
 # An integer of numpy's or torch's is one too, and a path is its name.
-Whole = Annotated[int, BeforeValidator(_plain_int)]
+Whole = Annotated[int, Field(strict=True), BeforeValidator(_plain_int)]
 Name = Annotated[str, BeforeValidator(_plain_str)]
 
 

@@ -28,7 +28,9 @@ def _split(value: Any) -> Any:
     if value is None:
         return None
     pieces = [value] if isinstance(value, str) else value
-    names = (name.strip() for piece in pieces for name in str(piece).split(","))
+    if not isinstance(pieces, (list, tuple)) or not all(isinstance(piece, str) for piece in pieces):
+        raise ValueError(f"expected names, in a list or in one text with commas; got {value!r}")
+    names = (name.strip() for piece in pieces for name in piece.split(","))
     return tuple(dict.fromkeys(name for name in names if name))
 
 

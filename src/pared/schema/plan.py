@@ -274,6 +274,16 @@ class Plan(Shown, Strict):
         return left / max(left + self.before.covered_parameters, 1)
 
     @property
+    def budget(self) -> str:
+        """The budget in words, of what is decided: a pattern, zeros, or what stays."""
+        decided = [site.decision for site in self.sites]
+        patterns = {f"{one.kept}:{one.group}" for one in decided if isinstance(one, NM)}
+        if len(patterns) == 1:
+            return f"pattern {patterns.pop()}"
+        zeros = patterns or any(isinstance(one, Sparse) for one in decided)
+        return f"sparsity {1 - self.keep:g}" if zeros else f"keep {self.keep:g}"
+
+    @property
     def shortfall(self) -> int:
         """Parameters above the budget, by sites that had to stay dense or by rounding; 0 when the budget is met."""
         # 0.29 of 100 parameters are 28.999999999999996 in binary: that budget is 29.
@@ -324,7 +334,7 @@ class Plan(Shown, Strict):
         more = [f"      and {len(kinds) - SHOWN:,} more" for _ in kinds[SHOWN : SHOWN + 1]]
         left = f"not targeted: {len(self.uncovered):,} weights, {self.uncovered_share:.1%} of those inside the blocks"
         lines = [*kinds[:SHOWN], *more, *([left] if self.uncovered else []), *([self.missed] if self.missed else [])]
-        return Table.comparison(f"plan, keep {self.keep:g}", self.sizes(), lines)
+        return Table.comparison(f"plan, {self.budget}", self.sizes(), lines)
 
     def _sizes(self, covered: int, removed: int) -> Sizes:
         whole = self.model_parameters - removed

@@ -54,7 +54,7 @@ class Calibration(Config):
     """Calibration text by name: embedded, wikitext2:train, c4:train, alpaca, file:PATH, or NAME:SPLIT:FIELD of the
     datasets library."""
     samples: Annotated[Annotated[Whole, Field(ge=1, strict=True)] | None, Option()] = 256
-    """Calibration windows, or labelled examples; null means all there are."""
+    """Calibration windows, or labelled examples; in a file null means all there are."""
     length: Annotated[Whole, Field(ge=2, strict=True), Option()] = 2048
     """Tokens in a calibration window."""
     seed: Annotated[Whole, Field(ge=0, lt=2**63, strict=True), Option()] = 0
@@ -79,7 +79,7 @@ class Evaluation(Config):
     length: Annotated[Whole, Field(ge=2, strict=True), Option("--eval-length")] = 1024
     """Tokens in an evaluation window."""
     windows: Annotated[Annotated[Whole, Field(ge=1, strict=True)] | None, Option("--eval-windows")] = 20
-    """Evaluation windows, from the start of the text; null means all."""
+    """Evaluation windows, from the start of the text; in a file null means all."""
     bos: Bos = "none"
     """Where a beginning-of-sequence token is put: nowhere (none), before the text, before every window."""
 

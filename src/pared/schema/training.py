@@ -1,8 +1,7 @@
 """What the user asked for of a training: one model, one method, data, how long, a folder out."""
 
-import warnings
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -106,11 +105,3 @@ class TrainingConfig(FromPreset):
         if self.evaluate_every is not None and not self.validation:
             raise ValueError("evaluate_every measures on the validation part, and validation is 0")
         return self
-
-
-def __getattr__(name: str) -> Any:
-    """Return what was called otherwise; a name of before is there until 0.3."""
-    if name == "Tuning":
-        warnings.warn("Tuning is called TrainingConfig", DeprecationWarning, stacklevel=2)
-        return TrainingConfig
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -151,12 +151,6 @@ def test_help_in_python_lists_the_fields() -> None:
     assert all(f"    {name}: " in told for name in Recipe.model_fields)
 
 
-def test_the_old_name_of_a_training_config_is_told() -> None:
-    with pytest.warns(DeprecationWarning, match="Tuning is called TrainingConfig"):
-        from pared.schema.training import Tuning  # type: ignore[attr-defined]
-    assert Tuning is TrainingConfig
-
-
 def test_a_measure_refuses_what_it_does_not_read() -> None:
     """Regression: `pared eval --tasks arc_easy --protocol wanda` left the protocol out without a word."""
     for fields, told in (

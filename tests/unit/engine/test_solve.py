@@ -17,6 +17,7 @@ from pared.engine.solve import Found, Solver
 from pared.engine.spec import resolve_low_rank
 from pared.lowrank import METHODS, loss_optimal
 from pared.modules import LowRankLinear
+from pared.schema.options import Options
 from pared.schema.plan import LowRank
 from pared.structure.model import Site
 
@@ -88,7 +89,12 @@ def test_any_allocation_goes_with_any_method(
 def test_two_phases_give_what_one_gives_at_the_same_ranks(
     tokenizer: PreTrainedTokenizerFast, calibration: pared.Calibration
 ) -> None:
-    ALLOCATORS.register("late", replace(allocator_of("uniform", "low_rank"), name="late", requires=frozenset({"cost"})))
+
+    class Late(Options):
+        pass
+
+    uniform = allocator_of("uniform", "low_rank")
+    ALLOCATORS.register("late", replace(uniform, name="late", config=Late, requires=frozenset({"cost"})))
     logits = []
     try:
         for name in ("uniform", "late"):

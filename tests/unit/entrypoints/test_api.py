@@ -204,3 +204,34 @@ def test_what_is_given_beside_a_model_by_name_is_checked(given: dict[str, Any], 
     """Regression: a TypeError deep inside, after the model was loaded."""
     with pytest.raises(pared.ParedError, match=f"pared.compress {told}"):
         pared.compress(place / "llama", method="svd-llm", **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"tasks": 3}, "expected names, in a list or in one text with commas; got 3"),
+        ({"tasks": "arc_easy", "limit": True}, "limit: expected a valid integer; got True"),
+        ({"perplexity": "embedded", "length": "32"}, "length: expected a valid integer; got '32'"),
+        ({"perplexity": "embedded", "tokenizer": 3}, "loads the tokenizer of a model by name with it; .* got 3"),
+    ],
+)
+def test_what_cannot_be_evaluated_with_is_refused(given: dict[str, Any], told: str, place: Path) -> None:
+    """Regression: a TypeError, or taken for something else, or ignored."""
+    with pytest.raises(pared.ParedError, match=told):
+        pared.evaluate(place / "small", **given)
+
+
+def test_a_search_on_texts_of_python_is_refused_by_the_name_of_the_field(place: Path, tmp_path: Path) -> None:
+    """Regression: told of a calibration's text, which was not given."""
+    with pytest.raises(pared.ParedError, match=r"pared\.search takes data by name: .*; got a list"):
+        pared.search(place / "llama", tmp_path / "found", method="wanda", sparsity=0.5, data=[WORDS])
+
+
+def test_a_plan_is_titled_by_its_budget(model: PreTrainedModel) -> None:
+    """Regression: keep, whatever the budget was."""
+    for budget, title in (
+        ({"method": "svd", "keep": 0.5}, "plan, keep 0.5"),
+        ({"method": "magnitude", "sparsity": 0.3}, "plan, sparsity 0.3"),
+        ({"method": "magnitude", "pattern": "2:4"}, "plan, pattern 2:4"),
+    ):
+        assert pared.plan(model, **budget).table().title == title
