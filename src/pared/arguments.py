@@ -169,7 +169,7 @@ def folder_from(folder: object, function: str) -> Path:
 
 
 def kind_of(value: object) -> str:
-    """Return what was handed over, in words."""
+    """Return what was passed in, in words."""
     if isinstance(value, type):
         return f"the class {value.__name__}"
     return repr(value) if value is None or isinstance(value, (str, int, float)) else f"a {type(value).__name__}"

@@ -29,7 +29,7 @@ REACHED = timedelta(seconds=5)  # how long the launcher's store may take to answ
 
 
 class OtherProcessError(ParedError):
-    """Another process of the job has failed or ended; what that says is told by that one."""
+    """Another process of the job has failed or ended; its error is reported by that one."""
 
 
 class Processes:

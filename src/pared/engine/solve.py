@@ -34,7 +34,7 @@ Installed = tuple[list[str], list[nn.Module]]  # names of layers, and what is pu
 
 @dataclass
 class Found:
-    """What came of one unit, as the other processes are told it.
+    """What came of one unit, as it is sent to the other processes.
 
     Attributes:
         owner: rank of the process that decomposed it.
