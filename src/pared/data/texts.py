@@ -210,7 +210,7 @@ def find_text(name: str, evaluation: bool = False, tokenizer: "PreTrainedTokeniz
     Raises:
         ParedError: nothing of that name, unreadable, or empty.
     """
-    require_text(name)
+    require_text(name, evaluation)
     if name in _HANDED.get():
         text = _HANDED.get()[name]
     elif name == "embedded" or name.startswith("embedded:"):
@@ -230,8 +230,12 @@ def find_text(name: str, evaluation: bool = False, tokenizer: "PreTrainedTokeniz
     return text
 
 
-def require_text(name: str) -> None:
+def require_text(name: str, evaluation: bool = False) -> None:
     """Check that a name is one of a text, without reading it.
+
+    Args:
+        name: of a text.
+        evaluation: whether it is measured on, not learned from: which part of a corpus is offered where none is named.
 
     Raises:
         ParedError: nothing of that name; offers what it may have been meant for.
@@ -254,7 +258,9 @@ def require_text(name: str) -> None:
     if suffix_of(path) in SUFFIXES or (os.path.isfile(path) and not name.isspace()):
         there = "" if os.path.isfile(path) else " (no such file is there)"
         raise ParedError(f"unknown text {name!r}; did you mean 'file:{name}'{there}?")
-    valid = did_you_mean(name, ["embedded", *CORPORA])
+    parts = [f"{name.strip()}:{part}" for part in (("test", "validation") if evaluation else ("train",))]
+    meant = next((part for part in parts if part in CORPORA), name)  # a corpus without its part
+    valid = did_you_mean(meant, ["embedded", *CORPORA])
     raise ParedError(f"unknown text {name[:80]!r}; {valid}, file:PATH, NAME:SPLIT:FIELD")
 
 

@@ -81,9 +81,9 @@ def require_texts(recipe: Recipe) -> None:
         ParedError: names the text, or the field.
     """
     require_user_fields(recipe)
-    for name in {recipe.calibration.text, evaluated_text(recipe)} - {None}:
-        if not str(name).startswith(LABELLED):
-            require_text(str(name))
+    for name, measured in ((recipe.calibration.text, False), (evaluated_text(recipe), True)):
+        if name is not None and not name.startswith(LABELLED):
+            require_text(name, evaluation=measured)
 
 
 def require_job(recipe: Recipe, overwrite: bool) -> tuple[CompressionSpec, ModelSource, Path]:

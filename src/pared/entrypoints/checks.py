@@ -49,7 +49,7 @@ def require_evaluable(model: str | None, config: "EvaluationConfig") -> None:
     if config.protocol is not None:
         protocol_of(config.protocol)
     checks: dict[str, Callable[[str], object]] = {
-        "perplexity": require_text,
+        "perplexity": lambda name: require_text(name, evaluation=True),
         "examples": require_examples,
         "tasks": lambda name: require_known("task", name, task_names()),
         "vqa": lambda name: require_there(path_of(name), "file of questions"),

@@ -200,6 +200,21 @@ def test_a_file_without_its_prefix_is_asked_about(tmp_path: Path, monkeypatch: p
         assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "learned", "measured"),
+    [
+        ("wikitext2", "wikitext2:train", "wikitext2:test"),
+        ("ptb", "ptb:train", "ptb:test"),
+        ("c4", "c4:train", "c4:validation"),
+    ],
+)
+def test_a_corpus_without_its_part_is_offered_the_part_that_is_meant(name: str, learned: str, measured: str) -> None:
+    """Regression: what is calibrated on was offered the part that results are reported on."""
+    for evaluation, meant in ((False, learned), (True, measured)):
+        with pytest.raises(ParedError, match=f"unknown text '{name}'; did you mean '{meant}'"):
+            require_text(name, evaluation)
+
+
 @pytest.mark.parametrize("method", ["svd", "magnitude"])
 def test_a_text_that_nobody_will_read_is_checked_too(method: str, tmp_path: Path) -> None:
     from tiny_models import TINY_MODELS
