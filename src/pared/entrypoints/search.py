@@ -2,8 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -157,14 +157,17 @@ def search(
             progress.note(f"{out} holds {journal.resumed} measurements of this search; it resumes from there")
         trial = prepare(model, tokenizer, spec, windows, out, progress)
         measure = Measure(trial, tokenizer, steps, full)
-        references = _references(measure, trial, journal, "", measure.steps)
+        references = _references(measure, trial, journal, "", progress)
         with (pools or local)(measure, config.workers) as pool:
             with progress.stage("search", config.total, "candidate") as advance:
                 results = evolve(config, trial.allocate, pool, journal, advance=lambda known: advance(recalled=known))
             if len(results) < config.total:
                 progress.note(f"the search ends after {len(results)} candidates: no other allocations were found")
+            if config.final_windows is None and len(full.tokens) > config.windows:
+                progress.note(f"the best are measured on the full split, {len(full.tokens):,} windows each; with fewer "
+                              "final windows this is shorter")  # fmt: skip
             finals = _finals(results, config, pool, journal, progress)
-        references |= _references(measure, trial, journal, " final", [measure.full])
+        references |= _references(measure, trial, journal, " final", progress)
         return _write(out, trial, settings, results, finals, references)
 
 
@@ -277,17 +280,22 @@ def _settings(
 
 
 def _references(
-    measure: Measure, trial: Trial, journal: SearchJournal, name: str, steps: Sequence[Windows]
+    measure: Measure, trial: Trial, journal: SearchJournal, name: str, progress: Progress
 ) -> dict[str, float]:
-    """Measure the dense model and the uniform allocation, to compare with."""
+    """Measure the dense model and the uniform allocation, to compare with; on the full split if their name ends so."""
+    steps, split = ([measure.full], "the full split") if name else (measure.steps, "the windows of the search")
     found: dict[str, float] = {}
     for kind in ("dense", "uniform"):
         measured = journal.get(kind + name, kind)
-        if measured is None and kind == "dense":
-            measured = measure.evaluate_current(steps)
-        elif measured is None:
-            with trial.installed(trial.uniform()):
-                measured = measure.evaluate_current(steps)
+        if measured is None:
+            windows = sum(len(step.tokens) for step in steps)
+            placed: AbstractContextManager[None]
+            placed = nullcontext() if kind == "dense" else trial.installed(trial.uniform())
+            with (
+                placed,
+                progress.stage(f"{kind} on {split}", windows, "window") as advance,
+            ):
+                measured = measure.evaluate_current(steps, on_window=advance)
         value = measured.values[-1] if measured.values else math.inf
         if kind == "dense" and not math.isfinite(value):
             raise ParedError(f"the dense model has no perplexity on the search split: {measured.why or 'infinite'}")

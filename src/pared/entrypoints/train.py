@@ -320,6 +320,8 @@ class _Job:
             model = load(run.stage(len(went)))
             return ResidentSaver(model, self.tokenizer, find_model(str(self.tuning.model)))(folder)
 
+        self.progress.note("trained; the folder is written, reloaded and compared"
+                           f"{'' if measure is None else ', then measured'}")  # fmt: skip
         Publication(
             self.out, self.parent.name, self.overwrite, self.parent.bytes_needed, inputs=self.read, watch=self.watch
         ).publish(save_last_stage, manifest, None if measure is None else measure.after)

@@ -1,7 +1,7 @@
 """What a candidate is worth: the model with its allocation in place, and its perplexity on the search split."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -66,12 +66,14 @@ class Measure:
         with self.trial.installed(candidate.allocation):
             return self.evaluate_current([self.full])
 
-    def evaluate_current(self, steps: Sequence[Windows], limits: Sequence[float] = ()) -> Measured:
-        """Measure the model that stands there."""
+    def evaluate_current(
+        self, steps: Sequence[Windows], limits: Sequence[float] = (), on_window: Callable[[], None] = lambda: None
+    ) -> Measured:
+        """Measure the model that stands there; ``on_window`` is called after every window."""
         nats, predicted, values = 0.0, 0, list[float]()
         for windows, limit in zip(steps, (*limits, math.inf), strict=False):
             try:
-                found = perplexity(self.trial.model, self.tokenizer, windows)
+                found = perplexity(self.trial.model, self.tokenizer, windows, on_window=on_window)
             except ParedError as error:  # a loss that is not a number: so bad a candidate that its logits overflow
                 return Measured((*values, *(math.inf,) * (len(steps) - len(values))), str(error))
             nats, predicted = nats + found.nats, predicted + found.predicted

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,38 @@ def test_ranks_are_searched_for_alike_and_are_what_compress_makes_of_the_program
     (tmp_path / "rest.txt").write_text(held_out.joined)
     here = perplexity(model, tokenizer, f"file:{tmp_path / 'rest.txt'}", length=16, windows=6).value
     assert here == pytest.approx(found.told["perplexity"]["full"], rel=1e-3)
+
+
+class Told:
+    """Keeps the stages that were opened, with their steps, and the notes."""
+
+    def __init__(self) -> None:
+        self.stages: dict[str, list[int]] = {}
+        self.notes: list[str] = []
+
+    @contextmanager
+    def stage(self, name: str, total: int, unit: str) -> Any:  # noqa: ARG002 - the protocol's
+        done = self.stages[name] = [0, total]
+
+        def advance(told: str = "", recalled: bool = False) -> None:
+            done[0] += 1
+
+        yield advance
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+
+def test_what_follows_the_last_candidate_is_told_window_by_window(recipe: Any, tokenizer: Any, tmp_path: Path) -> None:
+    """Regression: a search was silent while it measured what the best is compared with on the full split."""
+    told = Told()
+    config = CONFIG.model_copy(update={"iterations": 0, "final_windows": None})
+    search(TINY_MODELS["llama"](), tokenizer, recipe(), config, tmp_path / "s", told)
+    assert {done == total for done, total in told.stages.values()} == {True}
+    assert told.stages["dense on the windows of the search"] == [4, 4]
+    windows = told.stages["dense on the full split"][1]
+    assert told.stages["uniform on the full split"] == [windows, windows]
+    assert any(f"the full split, {windows} windows each" in note for note in told.notes)
 
 
 def test_a_journal_whose_dense_model_has_no_values_is_told(recipe: Any, tokenizer: Any, tmp_path: Path) -> None:

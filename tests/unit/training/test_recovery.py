@@ -377,6 +377,7 @@ def test_a_training_killed_at_any_step_goes_on_and_ends_the_same(
     assert result.exit_code == 0, result.output
     resumed, whole = (Manifest.read(tmp_path / name).training[-1] for name in ("killed", "whole"))
     assert "resuming the training" in result.output
+    assert "trained; the folder is written, reloaded and compared" in result.output  # long, and was silent
     assert resumed.stages[0]["validation"] == whole.stages[0]["validation"]
     mine, theirs = parameters(load(tmp_path / "killed")), parameters(load(tmp_path / "whole"))
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
