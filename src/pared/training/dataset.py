@@ -97,7 +97,7 @@ def _require_labels(name: str, windows: Windows, config: PretrainedConfig, causa
         return
     named = ", ".join(config.architectures or [config.model_type])
     raise ParedError(
-        f"data {name!r} is plain text, and {named} is not a language model, which could learn from it; name labelled "
+        f"data {name!r} is plain text, and {named} is not a language model that could learn it; name labelled "
         "examples: glue:TASK:train, ner:NAME:train, or file:PATH (.jsonl with 'text' and 'label')"
     )
 

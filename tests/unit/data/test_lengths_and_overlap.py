@@ -276,7 +276,7 @@ def test_a_classifier_is_not_trained_on_plain_text(folder: Path) -> None:
     from pared.training.dataset import find_rows
 
     config = TINY_MODELS["bert"]().config
-    with pytest.raises(ParedError, match=r"is plain text, and .* is no language model .* name labelled examples"):
+    with pytest.raises(ParedError, match=r"is plain text, and .* is not a language model .* name labelled examples"):
         find_rows(TrainingConfig(data=(f"file:{folder}/text.txt",), length=16), TOKENIZER, config, False)
 
 
