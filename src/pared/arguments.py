@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.errors import ParedError
 from pared.io.files import path_of
+from pared.names import with_article
 from pared.schema.base import Config
 from pared.schema.fields import plain
 from pared.schema.recipe import Recipe
@@ -79,7 +80,7 @@ def asked_from(kind: type[Asked], value: Any, function: str) -> Asked:
     what = kind.__name__
     if isinstance(value, Mapping):
         return kind.of(value, origin=f"the {kind.NOUN} of {function}")
-    raise ParedError(f"{function} takes a {what}, got {kind_of(value)}; such as {_example(kind, value)}")
+    raise ParedError(f"{function} takes {with_article(what)}, got {kind_of(value)}; such as {_example(kind, value)}")
 
 
 def config_from(kind: type[Asked], config: Any, fields: Mapping[str, Any], function: str) -> Asked:
@@ -172,4 +173,4 @@ def kind_of(value: object) -> str:
     """Return what was passed in, in words."""
     if isinstance(value, type):
         return f"the class {value.__name__}"
-    return repr(value) if value is None or isinstance(value, (str, int, float)) else f"a {type(value).__name__}"
+    return repr(value) if value is None or isinstance(value, (str, int, float)) else with_article(type(value).__name__)

@@ -1,14 +1,47 @@
-"""Matching of names: the one helper behind every pattern and every 'did you mean'."""
+"""Names: the one helper behind every pattern and every 'did you mean', and what messages call a field."""
 
 import difflib
 import fnmatch
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 from pared.errors import ParedError
 
 # What stands behind the name of a file where only a part of it is meant: file:words.txt[:80%], file:words.txt[80%:].
 PART = re.compile(r"\[(?::(?P<until>\d\d?)%|(?P<since>\d\d?)%:)\]$")
+
+
+_FLAGS: ContextVar[bool] = ContextVar("flags", default=False)
+
+
+@contextmanager
+def told_in_flags() -> Iterator[None]:
+    """Have messages call fields what the command line calls them, for the length of a ``with`` block."""
+    before = _FLAGS.set(True)
+    try:
+        yield
+    finally:
+        _FLAGS.reset(before)
+
+
+def called(field: str, value: str = "") -> str:
+    """Return what a field is called where a message is read: ``stride=8`` in Python, ``--stride 8`` by a command.
+
+    Args:
+        field: its name in Python.
+        value: that is to be given, if it is to be said; of a switch ``True``.
+    """
+    if not _FLAGS.get():
+        return f"{field}={value}" if value else field
+    flag = f"--{field.replace('_', '-')}"
+    return f"{flag} {value}" if value and value != "True" else flag
+
+
+def with_article(noun: str) -> str:
+    """Return a noun behind its indefinite article: ``an int``."""
+    return f"{'an' if noun[:1].lower() in tuple('aeiou') else 'a'} {noun}"
 
 
 def did_you_mean(found: str, valid: Iterable[str]) -> str:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 from pared.errors import ParedError
+from pared.names import with_article
 from pared.progress import Advance, Progress, Silent
 
 
@@ -52,7 +53,7 @@ def watcher_of(progress: Progress | bool | None, function: str) -> Progress:
         return Bars() if progress or (progress is None and in_notebook()) else Silent()
     if not (hasattr(progress, "stage") and hasattr(progress, "note")):
         raise ParedError(f"{function} takes an object with stage() and note() as progress, or whether bars are "
-                         f"shown (True, False); got a {type(progress).__name__}")  # fmt: skip
+                         f"shown (True, False); got {with_article(type(progress).__name__)}")  # fmt: skip
     return progress
 
 

@@ -16,6 +16,7 @@ from rich.progress import Progress as RichProgress
 from pared.errors import ParedError
 from pared.importing import when_imported
 from pared.io.files import why_not_written, write_to
+from pared.names import told_in_flags
 from pared.processes import is_told_here, speaks
 from pared.tables import Table
 
@@ -90,7 +91,8 @@ def _told(pace: "Pace", unit: str, told: str) -> str:
 def errors(interrupted: str = "interrupted; no partial output is left") -> Iterator[None]:
     """Turn what a user did wrong into one line and exit code 2, and Ctrl-C into 130 and what it leaves."""
     try:
-        yield
+        with told_in_flags():
+            yield
     except ParedError as error:
         if speaks():
             err.print(f"error: {error}", style="red", markup=False)

@@ -16,6 +16,7 @@ from pared.io.files import path_of
 from pared.io.inputs import inputs_of
 from pared.io.output_dir import require_free
 from pared.models.source import ModelSource, find_model, require_dense, require_one_stack
+from pared.names import called
 from pared.schema.presets import require_user_fields
 from pared.schema.recipe import Recipe
 
@@ -104,7 +105,7 @@ def require_job(recipe: Recipe, overwrite: bool) -> tuple[CompressionSpec, Model
     if recipe.model is None:
         require_model(spec)
     if recipe.out is None:
-        raise ParedError("no output folder is named; give --out DIR, or 'out' in the recipe")
+        raise ParedError(f"no output folder is named; give {called('out', 'DIR')}, or 'out' in the recipe")
     out = path_of(recipe.out)
     require_free(out, overwrite, inputs_of(recipe.model_dump()))
     source = require_model(spec)

@@ -29,6 +29,7 @@ from pared.io.output_dir import require_free, require_space, staged
 from pared.models.architecture import is_causal
 from pared.models.source import find_model
 from pared.models.trust import trusting
+from pared.names import called
 from pared.notebook import watcher_of
 from pared.progress import Progress, Silent, Stopwatch
 from pared.report.results import trained_table
@@ -120,7 +121,7 @@ class _Job:
         require_user_fields(tuning)
         _require_trackers(tuning.report_to)
         if tuning.out is None:
-            raise ParedError("no output folder is named; give --out DIR, or 'out' in the file")
+            raise ParedError(f"no output folder is named; give {called('out', 'DIR')}, or 'out' in the file")
         self.out = path_of(tuning.out)
         self.read = inputs_of(tuning.model_dump())
         self.processes.first(lambda: require_free(self.out, overwrite, self.read))

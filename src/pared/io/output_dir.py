@@ -17,6 +17,7 @@ from pared.io.leftovers import REPLACED, ROOM, STAGING, held, remove, tidy
 from pared.io.lock import locked_folder
 from pared.io.record import foreign
 from pared.io.swap import exchange
+from pared.names import called
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def _require_free(out: Path, overwrite: bool, inputs: Iterable[Path], ours: bool
     if not out.is_dir() or not any(out.iterdir()):
         return
     if not overwrite:
-        raise ParedError(f"output folder {out} is there already; name another or pass --overwrite")
+        raise ParedError(f"output folder {out} is there already; name another or pass {called('overwrite', 'True')}")
     require_holds_none(out, inputs)
     if not ours and (found := foreign(out)) is not None:
         raise ParedError(f"output folder {out} is not replaced, as not all in it is pared's: {found}; name another, or "

@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from pared.errors import ParedError
 from pared.io.guarded import read_yaml
-from pared.names import did_you_mean
+from pared.names import did_you_mean, with_article
 from pared.schema.command_line import with_attributes
 
 # What pydantic calls the errors of something that is no mapping, or no list.
@@ -76,7 +76,7 @@ class Strict(BaseModel, metaclass=_InOneLine):
         if name not in type(self).model_fields:
             raise ParedError(f"{kind} has no {name!r}; {did_you_mean(name, type(self).model_fields)}")
         raise ParedError(
-            f"a {kind} is frozen and {name} stays {getattr(self, name)!r}; make another: "
+            f"{with_article(kind)} is frozen and {name} stays {getattr(self, name)!r}; make another: "
             f"{kind.lower()}.model_copy(update={{{name!r}: {value!r}}})"
         )
 

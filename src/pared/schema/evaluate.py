@@ -6,7 +6,7 @@ from pydantic import BeforeValidator, model_validator
 from typing_extensions import Self
 
 from pared.errors import ParedError
-from pared.names import require_known
+from pared.names import called, require_known
 from pared.schema.base import Config, Whole
 from pared.schema.command_line import Option
 from pared.schema.recipe import Bos, Device, TextName
@@ -14,7 +14,7 @@ from pared.schema.recipe import Bos, Device, TextName
 # The options that each measure reads, besides the device.
 READS: dict[str, tuple[str, ...]] = {
     "perplexity": ("length", "windows", "stride", "bos", "dtype"),
-    "perplexity --protocol": ("protocol", "dtype"),
+    "perplexity protocol": ("protocol", "dtype"),
     "examples": ("length", "windows", "dtype"),
     "tasks": ("limit", "shots", "samples", "temperature", "allow_code_execution", "dtype"),
     "vqa": ("limit", "dtype"),
@@ -90,26 +90,22 @@ class EvaluationConfig(Config):
     def _one_measure(self) -> Self:
         asked = [name for name in MEASURES if getattr(self, name) is not None]
         if len(asked) != 1:
-            raise ParedError(f"pass one thing to measure: {', '.join(map(_flag, MEASURES))}")
+            raise ParedError(f"pass one thing to measure: {', '.join(map(called, MEASURES))}")
         measure = asked[0]
         if measure == "perplexity" and self.protocol is not None:
-            measure = "perplexity --protocol"
+            measure = "perplexity protocol"
         for name, field in type(self).model_fields.items():
             value = getattr(self, name)
             if name not in (*MEASURES, *READS[measure], "device") and value != field.default:
                 raise ParedError(
-                    f"{_flag(measure)} reads no {_flag(name)} (got {value}); it reads "
-                    f"{', '.join(map(_flag, (*READS[measure], 'device', 'json')))}"
+                    f"{' '.join(map(called, measure.split()))} reads no {called(name)} (got {value}); it reads "
+                    f"{', '.join(map(called, (*READS[measure], 'device')))}"
                 )
         if getattr(self, asked[0]) == ():
-            raise ParedError(f"{_flag(asked[0])} names no task")
+            raise ParedError(f"{called(asked[0])} names no task")
         return self
 
     @property
     def measure(self) -> str:
         """The name of what is measured."""
         return next(name for name in MEASURES if getattr(self, name) is not None)
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

@@ -15,7 +15,7 @@ from pared.io.files import path_of
 from pared.io.inputs import inputs_of
 from pared.io.output_dir import require_free
 from pared.models.source import find_model
-from pared.names import require_known
+from pared.names import called, require_known
 from pared.schema.presets import require_user_fields
 from pared.schema.training import TrainingConfig
 from pared.training.registry import method_of, settled
@@ -59,7 +59,7 @@ def require_possible(tuning: TrainingConfig, overwrite: bool) -> None:
     for name in tuning.data:
         require_data(name)
     if tuning.out is None:
-        raise ParedError("no output folder is named; give --out DIR, or 'out' in the file")
+        raise ParedError(f"no output folder is named; give {called('out', 'DIR')}, or 'out' in the file")
     require_free(path_of(tuning.out), overwrite, inputs_of(tuning.model_dump()))
     require_named(tuning)
     find_model(str(tuning.model))

@@ -630,7 +630,7 @@ def test_a_marked_model_in_memory_can_be_made_dense() -> None:
 
 def test_an_export_does_not_replace_a_folder_unasked(whole: Path, tmp_path: Path) -> None:
     (tmp_path / "kept").write_text("mine")
-    with pytest.raises(ParedError, match="is there already; name another or pass --overwrite"):
+    with pytest.raises(ParedError, match="is there already; name another or pass overwrite=True"):
         export_dense(str(whole), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 

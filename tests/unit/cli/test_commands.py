@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,11 @@ from typer.testing import CliRunner
 from pared.cli import console
 from pared.cli.commands import app
 from pared.cli.compress import print_manifest
+from pared.entrypoints.compress import run
+from pared.errors import ParedError
+from pared.schema.evaluate import EvaluationConfig
 from pared.schema.manifest import Manifest
+from pared.schema.recipe import Recipe
 from pared.tables import Table
 
 WORDS = 64
@@ -392,3 +397,25 @@ def test_square_brackets_in_a_bar_are_printed_as_they_are(monkeypatch: pytest.Mo
         advance("best [/y]")
     assert "stage [/x]" in shown.getvalue()
     assert "best [/y]" in shown.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("words", "flags", "call", "fields"),
+    [
+        (("eval", "m"), "measure: --perplexity, --examples", lambda: EvaluationConfig(), "measure: perplexity, exam"),
+        (
+            ("eval", "m", "--tasks", "arc_easy", "--stride", 3),
+            "--tasks reads no --stride",
+            lambda: EvaluationConfig(tasks="arc_easy", stride=3),  # type: ignore[arg-type]
+            "tasks reads no stride",
+        ),
+        (("compress", "m"), "give --out DIR", lambda: run(Recipe(model="m")), "give out=DIR"),
+    ],
+)
+def test_python_is_told_of_fields_and_the_command_line_of_options(
+    words: tuple[object, ...], flags: str, call: Callable[[], object], fields: str
+) -> None:
+    """Regression: Python was told to give options of the command line."""
+    refused(pared(*words), flags)
+    with pytest.raises(ParedError, match=fields):
+        call()

@@ -155,11 +155,11 @@ def test_help_in_python_lists_the_fields() -> None:
 def test_a_measure_refuses_what_it_does_not_read() -> None:
     """Regression: `pared eval --tasks arc_easy --protocol wanda` left the protocol out without a word."""
     for fields, told in (
-        ({"tasks": "arc_easy", "protocol": "wanda"}, "--tasks reads no --protocol"),
-        ({"perplexity": "embedded", "protocol": "wanda", "length": 5}, "--perplexity --protocol reads no --length"),
-        ({"perplexity": "embedded", "allow_code_execution": True}, "--perplexity reads no --allow-code-execution"),
-        ({"fine_tune": " , "}, "--fine-tune names no task"),
-        ({}, "pass one thing to measure: --perplexity, --examples"),
+        ({"tasks": "arc_easy", "protocol": "wanda"}, "tasks reads no protocol"),
+        ({"perplexity": "embedded", "protocol": "wanda", "length": 5}, "perplexity protocol reads no length"),
+        ({"perplexity": "embedded", "allow_code_execution": True}, "perplexity reads no allow_code_execution"),
+        ({"fine_tune": " , "}, "fine_tune names no task"),
+        ({}, "pass one thing to measure: perplexity, examples"),
     ):
         with pytest.raises(ParedError, match=told):
             EvaluationConfig.of(fields)

@@ -118,7 +118,7 @@ def test_a_mapping_is_a_recipe_and_a_data_free_method_needs_no_tokenizer() -> No
         (lambda m, t: pared.evaluate(m, t), "pass one thing to measure"),
         (lambda m, t: pared.evaluate(m, perplexity="embedded"), "pared.evaluate needs the model's tokenizer"),
         (lambda m, t: pared.evaluate(m, t, perplexity="embeded"), "did you mean 'embedded'"),
-        (lambda m, t: pared.evaluate(m, t, perplexity="embedded", shots=3), "reads no --shots"),
+        (lambda m, t: pared.evaluate(m, t, perplexity="embedded", shots=3), "perplexity reads no shots"),
         (lambda m, t: pared.evaluate(m, t, perplexity="embedded", dtype="bfloat16"), "is loaded as torch.float32"),
         (lambda m, t: pared.evaluate(m, t, fine_tune="glue:cola"), "give the model by name"),
         (lambda m, t: pared.evaluate("./no", perplexity="embedded"), "no such folder"),

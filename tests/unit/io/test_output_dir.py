@@ -113,7 +113,7 @@ def test_an_empty_folder_is_free(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_there_is_refused_unasked(out: Path, tmp_path: Path) -> None:
-    with pytest.raises(ParedError, match=r"out is there already; name another or pass --overwrite"), staged(out):
+    with pytest.raises(ParedError, match=r"out is there already; name another or pass overwrite=True"), staged(out):
         pytest.fail("the body ran")
     assert contents(tmp_path) == in_place(OLD)
 
