@@ -1,6 +1,5 @@
 """A folder put together from the files of a model's blocks: what is in it is what ``save`` writes, in more files."""
 
-import contextlib
 import json
 import os
 import shutil
@@ -11,6 +10,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from pared.checkpoint.save import SHARD_SIZE, save_beside
 from pared.checkpoint.streamed import StreamedBlocks
+from pared.errors import ParedError
 from pared.models.source import ModelSource
 from pared.models.weights import stored_tensors
 from pared.modules.sparse import SparseLinear
@@ -21,20 +21,23 @@ def save_streamed(
     tokenizer: PreTrainedTokenizerBase | None,
     folder: Path,
     source: ModelSource | None = None,
+    link: bool = False,
 ) -> None:
     """Write a model whose blocks lie in files of their own, as ``save`` does of one in memory.
 
-    Every block's file becomes one of the folder's, not copied where both lie on one disk. Blocks that were not changed
-    are written first. Memory: one block beside what is outside of the blocks.
+    Every block's file becomes one of the folder's, and stays where it is too. Blocks that were not changed are written
+    first. Memory: one block beside what is outside of the blocks.
 
     Args:
         store: of the model, which is marked; no block is loaded.
         tokenizer: of the model.
-        folder: where; on the disk of the store's folder.
+        folder: where.
         source: what it was made from, whose files for images and dialogues are copied.
+        link: whether a file may be the store's and the folder's at once, as it may where the store's go afterwards; it
+            is copied otherwise, and where there can be no links.
 
     Raises:
-        ParedError: a block cannot be read or written.
+        ParedError: a block cannot be read or written, or the disk has no room for a copy.
         OSError: a file cannot be written.
     """
     for index in range(len(store)):
@@ -49,19 +52,28 @@ def save_streamed(
     for file, shard in zip(reversed(outside), reversed(shards[: len(outside)]), strict=True):
         file.rename(shard)  # from the last on: none of the new names is an old one that is still to go
     for index, shard in enumerate(shards[len(outside) :]):
-        store.relocate(index, _linked(store.files[index], shard))
+        _place(store.files[index], shard, link)
     _write_index(store, folder, shards)
     save_beside(tokenizer, folder, source)
 
 
-def _linked(file: Path | None, shard: Path) -> Path:
-    """Have a file under a second name, or if there can be none, under that alone; return where it is read."""
+def _place(file: Path | None, shard: Path, link: bool) -> None:
+    """Have a file under a second name, and leave it where it is: it may be needed until the folder is in its place."""
     assert file is not None
-    with contextlib.suppress(OSError):
-        os.link(file, shard)
-        return file
-    shutil.move(file, shard)
-    return shard
+    if link:
+        try:
+            os.link(file, shard)
+        except OSError:  # on another disk, or on one without links
+            pass
+        else:
+            return
+    needed, free = file.stat().st_size, shutil.disk_usage(shard.parent).free
+    if free < needed:
+        raise ParedError(
+            f"not enough disk for a copy of {file.name} in {shard.parent.parent}: {needed:,} bytes needed, {free:,} "
+            "free; what was compressed is as it was: make room"
+        )
+    shutil.copyfile(file, shard)
 
 
 def _write_index(store: StreamedBlocks, folder: Path, shards: list[Path]) -> None:

@@ -263,11 +263,6 @@ class StreamedBlocks:
             ) from None
         self._take_file(index, file)
 
-    def relocate(self, index: int, file: Path) -> None:
-        """Read a block from another file, which is the same."""
-        if file != self.files[index]:
-            self._take_file(index, file)
-
     @contextmanager
     def running(self) -> Iterator[None]:
         """Let the whole model be called inside: a block is read when it is called, and given up at the next one's call.

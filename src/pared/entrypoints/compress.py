@@ -175,7 +175,7 @@ def run(
             state = Resumable.beside(out, resume, watcher) if processes.is_first else nullcontext()
             with state as resumable:
                 result = _by_name(source, spec, watcher, out, resumable=resumable, processes=processes)
-                saver, streamed, result.streamed = result.saver(), result.streamed, None
+                saver, streamed, result.streamed = result.saver(last=True), result.streamed, None
                 del result.model  # there may be room for only one of it and what is reloaded
                 with nullcontext() if streamed is None else streamed.handed_over():
                     outcome = processes.first(lambda: publish(result, saver, out, overwrite, watcher))

@@ -70,7 +70,8 @@ class Compressed(Shown):
     """A compressed model and how it came about; shown as the table that the command line prints.
 
     Attributes:
-        model: the model, changed in place; plain ``save_pretrained`` writes a folder that loads again.
+        model: the model, changed in place; plain ``save_pretrained`` writes a folder that loads again. Where it is read
+            block by block (see ``streamed``) its blocks are on the meta device, and only ``save`` writes it.
         tokenizer: of it; none where none was needed.
         recipe: what was asked for.
         settled: what ``auto`` stood for in it.
@@ -124,10 +125,10 @@ class Compressed(Shown):
         out = folder_from(folder, "Compressed.save")
         return publish(self, self.saver(), out, overwrite, watcher_of(progress, "Compressed.save"))
 
-    def saver(self) -> ResidentSaver | StreamedSaver:
-        """Return what writes the model."""
+    def saver(self, last: bool = False) -> ResidentSaver | StreamedSaver:
+        """Return what writes the model; ``last`` if nothing of it is used afterwards."""
         if self.streamed is not None:
-            return StreamedSaver(self.streamed, self.tokenizer, self.before.source)
+            return StreamedSaver(self.streamed, self.tokenizer, self.before.source, last)
         return ResidentSaver(self.model, self.tokenizer, self.before.source)
 
     def table(self) -> Table:

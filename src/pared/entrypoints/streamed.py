@@ -129,26 +129,35 @@ class StreamedSaver:
         streamed: marked.
         tokenizer: of the model.
         source: what it was made from.
+        last: whether the files of blocks go afterwards, and may be the folder's: they are copied otherwise.
     """
 
     def __init__(
-        self, streamed: StreamedModel, tokenizer: PreTrainedTokenizerBase | None, source: ModelSource | None
+        self,
+        streamed: StreamedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        source: ModelSource | None,
+        last: bool = False,
     ) -> None:
         self._store: StreamedBlocks | None = streamed.store
-        self._tokenizer, self._source = tokenizer, source
+        self._tokenizer, self._source, self._last = tokenizer, source, last
 
     @property
     def needed(self) -> int:
-        """Bytes that the disk must have free: what is outside of the blocks, whose files are there already."""
-        assert self._store is not None
-        return sum(tensor.nbytes for tensor in self._store.outside_state().values())
+        """Bytes that the disk must have free: of what is not in files yet, and of copies of those that are."""
+        store = self._store
+        assert store is not None
+        sizes = [sum(tensor.nbytes for tensor in store.stored(index).values()) for index in range(len(store))]
+        new = sum(size for size, file in zip(sizes, store.files, strict=True) if file is None)
+        copies = 0 if self._last else sum(sizes)
+        return sum(tensor.nbytes for tensor in store.outside_state().values()) + new + copies
 
     def __call__(self, folder: Path) -> Fingerprint:
         """Write the model."""
         store, self._store = self._store, None
         assert store is not None
         fingerprint = take_fingerprint(store.model, store)
-        save_streamed(store, self._tokenizer, folder, self._source)
+        save_streamed(store, self._tokenizer, folder, self._source, link=self._last)
         return fingerprint
 
 

@@ -16,6 +16,7 @@ from pared.checkpoint.save import mark, save
 from pared.checkpoint.shards import save_streamed
 from pared.checkpoint.streamed import StreamedBlocks, open_streamed
 from pared.checkpoint.verify import require_tensors
+from pared.errors import ParedError
 from pared.models.source import find_model
 
 from .test_streamed import CHANGES, _saved, _share
@@ -108,17 +109,27 @@ def test_other_architectures_are_written_as_save_writes_them(family: str, tmp_pa
     assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
-def test_files_of_blocks_are_not_copied(tmp_path: Path) -> None:
+def test_files_of_blocks_that_go_afterwards_are_not_copied(tmp_path: Path) -> None:
     _saved(TINY_MODELS["llama"](), tmp_path / "source")
     (tmp_path / "work").mkdir()
     store = _streamed(tmp_path / "source", tmp_path / "work", "low rank")
-    save_streamed(store, None, tmp_path / "out")
+    save_streamed(store, None, tmp_path / "out", link=True)
     for file, shard in zip(store.files, sorted((tmp_path / "out").glob("*.safetensors"))[1:], strict=True):
         assert file is not None
         assert os.path.samefile(file, shard)
 
 
-def test_where_no_file_has_two_names_it_is_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_folders_of_one_model_share_no_file(tmp_path: Path) -> None:
+    _saved(TINY_MODELS["llama"](), tmp_path / "source")
+    (tmp_path / "work").mkdir()
+    store = _streamed(tmp_path / "source", tmp_path / "work", "low rank")
+    for name in ("one", "two"):
+        save_streamed(store, None, tmp_path / name)
+    files = [path.stat() for name in ("one", "two", "work") for path in (tmp_path / name).glob("*.safetensors")]
+    assert len({file.st_ino for file in files}) == len(files)
+
+
+def test_where_no_file_has_two_names_it_is_copied_and_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: object) -> None:
         raise OSError(1, "no links here")
 
@@ -126,9 +137,15 @@ def test_where_no_file_has_two_names_it_is_moved(tmp_path: Path, monkeypatch: py
     (tmp_path / "work").mkdir()
     store = _streamed(tmp_path / "source", tmp_path / "work", "low rank")
     monkeypatch.setattr(os, "link", refused)
-    save_streamed(store, None, tmp_path / "out")
-    assert not list((tmp_path / "work").iterdir())
-    assert not store.load(0).mlp.up_proj.weight.is_meta  # it is read from where it is now
+    save_streamed(store, None, tmp_path / "out", link=True)
+    files = [file for file in store.files if file is not None]
+    assert len(files) == len(store)
+    for file, shard in zip(files, sorted((tmp_path / "out").glob("*.safetensors"))[1:], strict=True):
+        assert file.read_bytes() == shard.read_bytes()  # what a kill now leaves can be gone on from
+    full = shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+    with pytest.raises(ParedError, match=r"not enough disk for a copy of pass-1-block-00000.*bytes needed, 0 free"):
+        save_streamed(store, None, tmp_path / "full", link=True)
 
 
 def test_what_is_outside_of_the_blocks_may_take_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
