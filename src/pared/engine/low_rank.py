@@ -72,8 +72,9 @@ class LowRankWork:
         if step.action == "allocate":
             self._plan = self._observer.decided(self._allocate, self._fallbacks, self._try)
         elif step.action == "install":
+            kept = self._observer.record(step, self._number(step))
             with self._observer.watch("solve"):
-                self._solved.install_all(self._observer.store, self._decided)
+                self._solved.install_all(self._observer.store, self._decided, kept)
         elif step.action == "refit":
             self._refit(step)
         elif self._solver is None:

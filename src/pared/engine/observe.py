@@ -388,7 +388,7 @@ class Observer:
             tables: as of :class:`PassRecord`.
             written: as of :class:`PassRecord`.
         """
-        changes, behind = step.installs or step.action == "refit", step.hand_on == "compressed"
+        changes, behind = step.installs or step.action in ("install", "refit"), step.hand_on == "compressed"
         own = None
         if self.state is not None:
             own = PassRecord(

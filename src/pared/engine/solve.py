@@ -309,15 +309,15 @@ class Solver:
         new, self._told_missed = self.missed[self._told_missed :], len(self.missed)
         return new
 
-    def install_all(self, store: BlockStore, plan: Plan) -> None:
-        """Put the factors of everything that was kept in place, block after block."""
+    def install_all(self, store: BlockStore, plan: Plan, kept: Record | None = None) -> None:
+        """Put the factors of everything that was kept in place, block after block, unless a record restores it."""
         decided = self.decided(plan)
         last = {unit.name: max(site.block for site in unit.members) for unit, _ in decided}
 
         def visit(block: BlockStatistics) -> None:
             self.install([(unit, decision) for unit, decision in decided if last[unit.name] == block.index])
 
-        visit_blocks(store, visit, changes=True, group=self._spec.group_size)
+        visit_blocks(store, visit, changes=True, group=self._spec.group_size, kept=kept)
 
     def decided(self, plan: Plan) -> list[tuple[Unit, LowRank]]:
         """Return the kept units that a plan gives a rank, with it."""

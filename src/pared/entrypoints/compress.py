@@ -26,7 +26,7 @@ from pared.engine.spec import CompressionSpec
 from pared.entrypoints.in_place import Collected, compress_in_place, require_compressible
 from pared.entrypoints.measure import PerplexityOn
 from pared.entrypoints.result import Before, Compressed, Outcome, publish
-from pared.entrypoints.resume import Resumable, fingerprint_of, measured_once
+from pared.entrypoints.resume import Resumable, fingerprint_of, measured_once, published
 from pared.entrypoints.streamed import StreamedModel, activation_limit, is_streamed
 from pared.entrypoints.texts_read import TextsRead, read_texts
 from pared.environment import device_of, versions
@@ -171,6 +171,8 @@ def run(
         asked, watcher = asked_from(Recipe, recipe, "pared.run"), watcher_of(progress, "pared.run")
         with launched(asked.device) as processes:
             watcher = watcher if processes.is_first else Silent()
+            if resume and (there := processes.first(lambda: _published(asked))) is not None:
+                return replace(there, is_first=processes.is_first)
             spec, source, out = require_job(asked, overwrite)
             state = Resumable.beside(out, resume, watcher) if processes.is_first else nullcontext()
             with state as resumable:
@@ -178,8 +180,17 @@ def run(
                 saver, streamed, result.streamed = result.saver(last=True), result.streamed, None
                 del result.model  # there may be room for only one of it and what is reloaded
                 with nullcontext() if streamed is None else streamed.handed_over():
-                    outcome = processes.first(lambda: publish(result, saver, out, overwrite, watcher))
+                    sealed = None if resumable is None else resumable.publishing
+                    outcome = processes.first(lambda: publish(result, saver, out, overwrite, watcher, sealed))
             return replace(outcome, is_first=processes.is_first)
+
+
+def _published(recipe: Recipe) -> Outcome | None:
+    """Return the outcome of a run that was killed after its output took its place; its state is removed."""
+    out, spec = path_of(recipe.out or ""), require_possible(recipe)
+    if recipe.out is None or not published(spec, lambda: require_named_model(spec), out):
+        return None
+    return Outcome(out, Manifest.read(out))
 
 
 def reusable(recipe: Recipe) -> Outcome | None:
@@ -249,7 +260,8 @@ def _by_name(
         texts = read_texts(spec, config, causal, tokenizer, progress, windows)
         if "dequantised" in source.origin:
             progress.note(f"{source.name} is {source.origin}; sizes are compared with the dequantised weights")
-        chosen = processes.agreed(is_streamed(source, spec, texts, progress, out))
+        resumed = processes.agreed(None if resumable is None else resumable.streamed)
+        chosen = processes.agreed(is_streamed(source, spec, texts, progress, out, resumed))
         if source.is_multimodal and not source.processor_files():
             progress.note(f"{source.name} is a vision-language model without files of its image processor: "
                           "the folder will have none either")  # fmt: skip

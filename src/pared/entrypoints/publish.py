@@ -142,6 +142,7 @@ class Publication:
         inputs: local files and folders that were read; the manifest records their last names and SHA-256.
         beside: others that were read and are not recorded; the output must not touch them either.
         watch: seconds by stage.
+        sealed: is given the folder when it is complete, before it takes its place.
     """
 
     out: Path
@@ -151,6 +152,7 @@ class Publication:
     inputs: Sequence[Path] = ()
     beside: Sequence[Path] = ()
     watch: Stopwatch = field(default_factory=Stopwatch)
+    sealed: Callable[[Path], None] | None = None
 
     def publish(
         self,
@@ -175,7 +177,10 @@ class Publication:
                 was written or replaced.
         """
         with self._reread(write, measure, reload) as (staging, reread):
-            return seal(staging, manifest(reread), self.out.name, self.inputs, model_card)
+            made = seal(staging, manifest(reread), self.out.name, self.inputs, model_card)
+            if self.sealed is not None:
+                self.sealed(staging)
+            return made
 
     def publish_plain(self, write: Saver, reload: Reloader = reload_resident) -> Written:
         """Save, reload and compare what needs nothing of pared: a folder that lists its files, without a manifest.

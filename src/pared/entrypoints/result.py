@@ -1,6 +1,6 @@
 """What a compression hands back to Python: the model, how it came about, and the way to a folder."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -149,6 +149,7 @@ def publish(
     out: Path,
     overwrite: bool,
     progress: Progress,
+    sealed: Callable[[Path], None] | None = None,
 ) -> Outcome:
     """Write the folder of a compression.
 
@@ -158,6 +159,7 @@ def publish(
         out: the folder to make.
         overwrite: whether a folder there that pared wrote may be replaced.
         progress: what reports progress.
+        sealed: as of :class:`Publication`.
 
     Raises:
         ParedError: as :meth:`Compressed.save`.
@@ -173,6 +175,7 @@ def publish(
         inputs=inputs_of(asked.model_dump()),
         beside=[] if before.source is None else [Path(before.source.location)],
         watch=watch,
+        sealed=sealed,
     )
     manifest = publication.publish(
         saver,

@@ -1,6 +1,6 @@
 """The state of a compression beside its output: opened once it is known what the result depends on, gone at the end."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,15 @@ from pared.engine.run_state import CompressionRun
 from pared.engine.spec import CompressionSpec
 from pared.entrypoints.measure import PerplexityOn
 from pared.environment import versions
-from pared.io.run_dir import RunDirectory
+from pared.io.digests import sha256_of
+from pared.io.fingerprint import as_json
+from pared.io.record import MANIFEST
+from pared.io.run_dir import RunDirectory, run_folder, settings_of
 from pared.models.source import ModelSource
 from pared.progress import Progress
 
 KIND = "compress"
+STREAMED, PUBLISHED = "block by block", "published"  # names in the state
 # What a compressed model does not depend on: where it goes, what it is measured on, and what its source is called.
 LEFT_OUT = {"out", "evaluation", "model", "stream", "activation_memory"}
 
@@ -35,6 +39,7 @@ class Resumable:
         self._out, self._resume, self._progress = out, resume, progress
         self._stack = ExitStack()
         self._directory: RunDirectory | None = None
+        self._run: CompressionRun | None = None
 
     @classmethod
     @contextmanager
@@ -50,6 +55,17 @@ class Resumable:
             if one._directory is not None:
                 one._directory.finish()
 
+    @property
+    def streamed(self) -> bool | None:
+        """Whether the process that this one resumes from read the model block by block; None where there was none."""
+        found = settings_of(run_folder(self._out, KIND)) if self._resume else None
+        return None if found is None else bool(found.get(STREAMED))
+
+    def publishing(self, folder: Path) -> None:
+        """Note which folder takes its place next: if it is there the run was done, though its state is there too."""
+        assert self._run is not None
+        self._run.put(PUBLISHED, sha256_of(folder / MANIFEST))
+
     def open(self, fingerprint: Mapping[str, Any]) -> CompressionRun:
         """Return what an earlier process of this very compression has finished, and what this one will.
 
@@ -59,7 +75,7 @@ class Resumable:
         opened = RunDirectory.open(self._out, KIND, fingerprint, self._resume)
         directory = self._stack.enter_context(opened)
         run = CompressionRun(directory)
-        self._directory = directory
+        self._directory, self._run = directory, run
         if directory.resumed:
             self._progress.note(f"resuming the compression that {directory.folder} holds")
         elif self._resume:
@@ -72,6 +88,35 @@ class Resumable:
                 f"what is finished is kept in {self._directory.folder}: the same command with --resume continues from "
                 "there, and removes it at its end"
             )
+
+
+def published(spec: CompressionSpec, source: Callable[[], ModelSource], out: Path) -> bool:
+    """Whether an output is that of a run which was killed before it removed its state; that is removed then.
+
+    Args:
+        spec: of the compression that would resume.
+        source: finds the dense model.
+        out: the output.
+
+    Raises:
+        ParedError: the state is damaged.
+    """
+    folder = run_folder(out, KIND)
+    settings = settings_of(folder) if (out / MANIFEST).is_file() else None
+    if settings is None:
+        return False
+    asked = _asked(spec)
+    if {name: settings.get(name) for name in asked} != asked or settings.get("model") != source().digest():
+        return False
+    with RunDirectory.open(out, KIND, settings) as directory:
+        if CompressionRun(directory).get(PUBLISHED) != sha256_of(out / MANIFEST):
+            return False
+        directory.finish()
+    return True
+
+
+def _asked(spec: CompressionSpec) -> dict[str, Any]:
+    return {**spec.recipe.model_dump(mode="json", exclude=LEFT_OUT), "resolved": as_json(spec.describe())}
 
 
 def measured_once(
@@ -101,10 +146,9 @@ def fingerprint_of(
         ParedError: a file of the model cannot be read.
     """
     return {
-        **spec.recipe.model_dump(mode="json", exclude=LEFT_OUT),
-        "resolved": spec.describe(),
+        **_asked(spec),
         "model": source.digest(),
         "calibration tokens": None if calibration is None else calibration.digest,
-        "block by block": streamed,
+        STREAMED: streamed,
         "versions": versions(),
     }

@@ -39,7 +39,12 @@ def activation_limit(recipe: Recipe, streamed: bool) -> int | None:
 
 
 def is_streamed(
-    source: ModelSource, spec: CompressionSpec, texts: TextsRead, progress: Progress, out: Path | None
+    source: ModelSource,
+    spec: CompressionSpec,
+    texts: TextsRead,
+    progress: Progress,
+    out: Path | None,
+    before: bool | None = None,
 ) -> bool:
     """Whether a model is to be read block by block: if it is asked for, or needed, which is computed from shapes.
 
@@ -49,6 +54,7 @@ def is_streamed(
         texts: that are read.
         progress: what reports progress.
         out: the folder to make, None if it is not known.
+        before: whether it was by the process that this one resumes from; ``auto`` is that again.
 
     Raises:
         ParedError: the disk does not hold the output and what is kept beside it; or, where ``stream`` is ``auto``,
@@ -75,15 +81,18 @@ def is_streamed(
         )
 
     whole, streamed = needs(False), needs(True)
-    chosen = recipe.stream == "on" or (recipe.stream == "auto" and bool(whole.too_much(available)))
+    automatic = recipe.stream == "auto" and before is None
+    chosen = recipe.stream == "on" or (recipe.stream == "auto" and bool(before))
+    if automatic:
+        chosen = bool(whole.too_much(available))
     found = streamed if chosen else whole
     if out is not None:
         found.require_disk(out)
     if problem := found.too_much(available):
-        if recipe.stream == "auto":
+        if automatic:
             raise ParedError(f"not enough memory, even block by block: {problem}")
         progress.note(f"this may not fit in memory: {problem}")
-    if chosen and recipe.stream == "auto":
+    if chosen and automatic:
         progress.note(f"the model is read block by block: {whole.too_much(available).partition(';')[0]}")
     return chosen
 

@@ -5,7 +5,6 @@ name holds neither machine nor process: the next run of the same output finds it
 which removes what killed processes left, leaves it alone; it goes when the output is there, or a run starts over.
 """
 
-import json
 import logging
 import os
 import shutil
@@ -19,8 +18,8 @@ from safetensors import SafetensorError
 from pared.errors import ParedError
 from pared.io.files import is_full, sync, write_whole
 from pared.io.fingerprint import as_json, require_same
-from pared.io.guarded import read_json
-from pared.io.journal import Journal, read_entries
+from pared.io.guarded import read_bytes
+from pared.io.journal import Journal, opened, read_entries, sealed
 from pared.io.leftovers import discard, scratch
 from pared.io.lock import folder_alone
 
@@ -87,6 +86,7 @@ class RunDirectory:
                 stack.enter_context(folder_alone(folder, busy))
                 resumed = _take_up(folder, fingerprint)
                 run = cls(folder, kind, out.absolute())
+                run.journal.begin()
             except OSError as error:
                 raise ParedError(f"{folder}: {error.strerror or error} ({error.filename})") from None
             run.resumed = resumed
@@ -157,6 +157,22 @@ def run_folder(out: Path, kind: str) -> Path:
     return whole.parent / f".{whole.name}.{kind}"
 
 
+def settings_of(folder: Path) -> dict[str, Any] | None:
+    """Return the fingerprint of the run that a folder holds, None where it holds none.
+
+    Raises:
+        ParedError: it is damaged.
+    """
+    settings = folder / SETTINGS
+    if not settings.exists():
+        return None
+    content = read_bytes(settings, "settings")
+    found = opened(content.removesuffix(b"\n"))
+    if found is None or not (found[1] or content.startswith(b"{\n")):  # once written without a checksum, in many lines
+        raise _damaged(folder, f"settings {settings}: not what was written, by its checksum")
+    return found[0]
+
+
 def entries_of(folder: Path, kind: str) -> list[dict[str, Any]]:
     """Return the entries of a run's journal, in a process that does not hold the run.
 
@@ -170,24 +186,25 @@ def _take_up(folder: Path, fingerprint: Mapping[str, Any]) -> bool:
     """Return whether a folder holds the state of this very run; if it is empty, make it this run's."""
     for path in folder.glob(f"*{PARTIAL}"):  # of a process that was killed as it wrote
         path.unlink()
-    settings = folder / SETTINGS
-    if settings.exists():
-        try:
-            found = read_json(settings, "settings")
-            if not isinstance(found, dict):
-                raise ParedError(f"settings {settings}: not a JSON object")
-        except ParedError as error:
-            raise ParedError(f"{folder} holds an unfinished run, and it is damaged: {error}; restore that file, or "
-                             f"remove {folder} to start over") from None  # fmt: skip
+    settings, journal = folder / SETTINGS, folder / JOURNAL
+    if (found := settings_of(folder)) is not None:
         require_same(found, fingerprint, f"{folder} holds an unfinished run with other settings", _anew(folder))
+        files = sorted(path.name for path in folder.iterdir() if path not in (settings, journal))
+        if files and not (journal.is_file() and journal.stat().st_size):  # it is begun before any file is written
+            raise _damaged(folder, f"{JOURNAL}, which tells what {files[0]} is, is empty or missing")
         return True
-    if found := [path.name for path in folder.iterdir() if path.name != JOURNAL]:
-        raise ParedError(f"{folder} holds {found[0]} and no {SETTINGS}: it is not the state of a run, or is damaged; "
+    if others := [path.name for path in folder.iterdir() if path.name != JOURNAL]:
+        raise ParedError(f"{folder} holds {others[0]} and no {SETTINGS}: it is not the state of a run, or is damaged; "
                          "remove it, or name another output")  # fmt: skip
     (folder / JOURNAL).unlink(missing_ok=True)
-    write_whole(settings, json.dumps(as_json(fingerprint), indent=2) + "\n")
+    write_whole(settings, sealed(as_json(fingerprint))[0])
     sync(folder)
     return False
+
+
+def _damaged(folder: Path, what: str) -> ParedError:
+    return ParedError(f"{folder} holds an unfinished run, and it is damaged: {what}; restore that file, or remove "
+                      f"{folder} to start over")  # fmt: skip
 
 
 def _anew(folder: Path) -> str:

@@ -21,7 +21,9 @@ import pared
 from pared import Calibration, ParedError, Recipe
 from pared.cli.commands import app
 from pared.engine import run_state
-from pared.io.run_dir import run_folder
+from pared.engine.needs import Needs
+from pared.engine.solve import Solver
+from pared.io.run_dir import RunDirectory, run_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 
@@ -302,7 +304,7 @@ def test_the_state_of_another_compression_is_refused_with_what_differs(
     pared.run(recipe.model_copy(update={"model": str(place / "dense" / ".." / "dense")}), resume=True)
 
 
-@pytest.mark.parametrize("damage", ["journal", "file", "missing", "settings"])
+@pytest.mark.parametrize("damage", ["journal", "emptied", "file", "missing", "settings", "a digit"])
 def test_a_damaged_state_is_told_and_stays(damage: str, place: Path, tmp_path: Path) -> None:
     recipe = recipe_of("sparsegpt", place, tmp_path / "out")
     assert killed_after(2, recipe)
@@ -310,9 +312,11 @@ def test_a_damaged_state_is_told_and_stays(damage: str, place: Path, tmp_path: P
     (block,) = state.glob("*-block-00001.safetensors")
     file, told = {
         "journal": (state / "journal.jsonl", r"journal\.jsonl, line 3: not a line of a compress run"),
+        "emptied": (state / "journal.jsonl", r"journal\.jsonl, which tells what .* is, is empty or missing"),
         "file": (block, r"block-00001\.safetensors is damaged"),
         "missing": (block, r"block-00001\.safetensors is missing"),
-        "settings": (state / "settings.json", r"settings\.json: not JSON"),
+        "a digit": (state / "settings.json", r"settings\.json: not what was written"),
+        "settings": (state / "settings.json", r"settings\.json: not what was written"),
     }[damage]
     whole = file.read_bytes()
     if damage == "missing":
@@ -321,6 +325,8 @@ def test_a_damaged_state_is_told_and_stays(damage: str, place: Path, tmp_path: P
         changed = {
             "journal": whole.replace(b"float32", b"float16"),
             "file": whole[:-1] + bytes([whole[-1] ^ 1]),
+            "emptied": b"",
+            "a digit": whole.replace(b'"sparsity": 0.5', b'"sparsity": 0.4'),
             "settings": whole[1:],
         }
         file.write_bytes(changed[damage])
@@ -348,6 +354,54 @@ def test_a_disk_that_fills_up_at_any_block_costs_nothing_that_was_done(
             pared.run(recipe)
     outcome = pared.run(recipe, resume=True)
     require_same(outcome.folder, whole("wanda"))
+
+
+def test_a_run_that_was_killed_before_it_removed_its_state_is_done(
+    place: Path, whole: Callable[[str], Path], tmp_path: Path
+) -> None:
+    recipe = recipe_of("wanda", place, tmp_path / "out")
+
+    def work() -> None:
+        RunDirectory.finish = lambda _: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+        pared.run(recipe)
+
+    assert in_a_process(work)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.compress", "out"]
+    made = content(tmp_path / "out")
+    with pytest.raises(ParedError, match="there already"):
+        pared.run(recipe.model_copy(update={"sparsity": 0.6}), resume=True)
+    outcome = pared.run(recipe, resume=True)
+    assert outcome.folder == tmp_path / "out"
+    assert outcome.manifest == pared.Manifest.read(tmp_path / "out")
+    assert content(tmp_path / "out") == made
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("before", ["off", "on"])
+def test_memory_that_is_free_now_does_not_decide_how_a_run_is_resumed(
+    before: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of("wanda", place, tmp_path / "out", stream="auto")
+
+    def measured(streamed: bool) -> None:
+        monkeypatch.setattr(
+            Needs, "too_much", lambda self, _: "more" if streamed and "the model" in self.memory else ""
+        )
+
+    measured(before == "on")
+    assert killed_after(2, recipe)
+    measured(before == "off")
+    pared.run(recipe, resume=True)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == (1 if before == "off" else 4)
+
+
+def test_installed_blocks_are_not_made_again(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_of("loss-optimal", place, tmp_path / "out")
+    assert killed_after(5, recipe)  # three that were solved, two that were put in place
+    made, install = [], Solver.install
+    monkeypatch.setattr(Solver, "install", lambda self, chosen: (made.append(len(chosen)), install(self, chosen)))
+    pared.run(recipe, resume=True)
+    assert len(made) == 1
 
 
 @pytest.mark.parametrize("stream", ["off", "on"])

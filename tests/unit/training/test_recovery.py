@@ -1,7 +1,6 @@
 """Compressed models are trained: what trains, what stays, and what a killed training leaves behind."""
 
 import errno
-import json
 import math
 import os
 import socket
@@ -24,6 +23,7 @@ import pared
 from pared import ParedError, tune
 from pared.checkpoint import load, verify
 from pared.cli.commands import app
+from pared.io.journal import sealed
 from pared.modules import SparseLinear
 from pared.schema.manifest import Manifest
 from pared.schema.training import TrainingConfig
@@ -388,10 +388,11 @@ def test_another_training_of_the_same_output_is_refused_and_nothing_is_lost(
 ) -> None:
     work = tmp_path / ".out.training"
     work.mkdir()
-    (work / "settings.json").write_text(json.dumps({"seed": 7}))
+    content, _ = sealed({"seed": 7})
+    (work / "settings.json").write_bytes(content)
     with pytest.raises(ParedError, match=r"holds an unfinished run with other settings \(.* and \d+ more\)"):
         tune(asked(folder("factors"), tmp_path / "out", text_file))
-    assert json.loads((work / "settings.json").read_text()) == {"seed": 7}
+    assert (work / "settings.json").read_bytes() == content
 
 
 def test_a_checkpoint_that_was_not_written_to_its_end_is_not_gone_on_from(tmp_path: Path) -> None:
