@@ -43,8 +43,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "loss-optimal": {"method": "loss-optimal", "keep": 0.8},
     "wanda": {"method": "wanda", "sparsity": 0.5},
 }
-MODELS = {"3b": (4 * GIB, {"samples": 8, "length": 512, "batch": 1}),
-          "qwen": (int(1.5 * GIB), {"samples": 16, "length": 512, "batch": 1})}  # fmt: skip
+MODELS = {"3b": (4 * GIB, {"samples": 4, "length": 512, "batch": 1}),
+          "qwen": (int(1.5 * GIB), {"samples": 8, "length": 512, "batch": 1})}  # fmt: skip
 EMBEDDED = "embedded:smollm2-135m"
 PLAIN = {"samples": 16, "length": 512, "dtype": "float32"}  # of what is compared bit for bit
 KILLED: dict[str, dict[str, Any]] = {
@@ -90,7 +90,7 @@ def pared_command(model: str, fields: dict[str, Any], out: Path, *more: str) -> 
     recipe = {"model": model, "evaluation": None, **fields}
     file = out.with_name(f"{out.name}.recipe.json")
     file.write_text(json.dumps(recipe), encoding="utf-8")
-    return [sys.executable, "-m", "pared", "compress", "--recipe", str(file), "--out", str(out), "--overwrite", *more]
+    return [sys.executable, "-m", "pared.cli.main", "compress", "--recipe", str(file), "--out", str(out), "--overwrite", *more]
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -123,7 +123,7 @@ def memory(cases: Sequence[str]) -> None:
             if done["exit"] == 0:
                 manifest = json.loads((out / "pared.json").read_text(encoding="utf-8"))
                 row |= {"seconds_by_stage": manifest["seconds"], "bytes": manifest["bytes_on_disk"]}
-                check = [sys.executable, "-m", "pared", "verify", str(out), "--stream", "on"]
+                check = [sys.executable, "-m", "pared.cli.main", "verify", str(out), "--stream", "on"]
                 row |= {f"verify_{k}": v for k, v in run_capped(check, cap, ONE_THREAD, log).items()}
             append(LINES, row)
             print(row, flush=True)
