@@ -1,69 +1,19 @@
-"""A recipe resolved once: every ``auto`` resolved, every name looked up, and the passes over the blocks as data.
-
-All work on a compression is given the :class:`LowRankSpec` or :class:`SparseSpec`; the recipe is not consulted again.
-The type of the spec selects what does the work.
-"""
+"""What a recipe stands for, with every ``auto`` resolved; the type of a spec selects what does the work."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from pared.allocation import Allocator, Budget, ProgramOptions, UnitOptions, allocator_of
-from pared.allocation.dsa.presets import SCORE_TOKENS
-from pared.errors import ParedError
+from pared.allocation import Allocator, Budget, UnitOptions
+from pared.engine.spec.passes import HandOn, PassSpec, Runs
 from pared.lowrank import GradientOptions, LowRankMethod, SharingOptions
-from pared.methods import METHODS, Method, methods_of
-from pared.schema.options import Options, read_options
+from pared.methods import Method
+from pared.schema.options import Options
 from pared.schema.recipe import Calibration, Recipe
-from pared.sparsity import NM, PruningMethod, parse
+from pared.sparsity import NM, PruningMethod
 
-# Fields of a recipe that only one family of methods reads.
-ZEROS_ONLY = ("sparsity", "pattern")
-LOW_RANK_ONLY = ("keep", "rank_fraction", "storage", "statistics", "refit", "dense_path")
-
-Action = Literal["evidence", "solve", "allocate", "install", "refit"]
-Runs = Literal["nothing", "forward", "backward", "backward, then forward"]
-HandOn = Literal["dense", "compressed"]
 # What runs on the dense model for what an allocation of zeros requires, a pass each.
 EVIDENCE_FROM: tuple[tuple[str, Runs], ...] = (("alphas", "nothing"), ("losses", "backward"), ("scores", "forward"))
-
-
-@dataclass(frozen=True)
-class PassSpec:
-    """One step of a compression; all but ``allocate`` go over the blocks.
-
-    Attributes:
-        action: what is done: collect evidence for the allocation, decompose or prune, decide every site, put in place
-            what was decomposed, refit.
-        runs: what runs on the calibration tokens.
-        hand_on: what later blocks read: what the dense blocks output, or what was made of them.
-        reference: whether the dense model runs alongside, for targets.
-        installs: whether a solve puts its result in place at once, as the decisions are known.
-    """
-
-    action: Action
-    runs: Runs = "nothing"
-    hand_on: HandOn = "dense"
-    reference: bool = False
-    installs: bool = False
-
-    def describe(self) -> dict[str, object]:
-        """Return it as JSON has it."""
-        told: dict[str, object] = {"action": self.action}
-        if self.action != "allocate":
-            told |= {"runs": self.runs}
-        if self.runs.endswith("forward"):
-            told |= {"hand_on": self.hand_on, "reference": self.reference}
-        return told | ({"installs": self.installs} if self.action == "solve" else {})
-
-    def __str__(self) -> str:
-        if self.action == "allocate":
-            return "allocate"
-        how = "no data" if self.runs == "nothing" else self.runs
-        behind = ", behind the compressed blocks" if self.hand_on == "compressed" else ""
-        beside = ", with the dense model as reference" if self.reference else ""
-        verb = "solve and install" if self.action == "solve" and self.installs else self.action
-        return f"{verb} ({how}{behind}{beside})"
 
 
 @dataclass(frozen=True)
@@ -278,147 +228,3 @@ class SparseSpec(_Spec):
 
 
 CompressionSpec = LowRankSpec | SparseSpec
-
-
-def resolve(recipe: Recipe) -> CompressionSpec:
-    """Resolve what a recipe leaves open, and look up what it names.
-
-    Raises:
-        ParedError: unknown method, allocation or option, a value of another type, a field that the method does not
-            read, or no budget.
-    """
-    method = method_of(recipe)
-    if isinstance(method, LowRankMethod):
-        return _resolve_low_rank(recipe, method)
-    assert isinstance(method, PruningMethod), method.family
-    return _resolve_sparse(recipe, method)
-
-
-def resolve_low_rank(recipe: Recipe) -> LowRankSpec:
-    """Resolve a recipe that must be of a low-rank method.
-
-    Raises:
-        ParedError: as :func:`resolve`, or its method is of another family.
-    """
-    method = method_of(recipe)
-    if not isinstance(method, LowRankMethod):
-        raise ParedError(f"method {method.name} prunes; a low-rank method is needed here: "
-                         f"{', '.join(methods_of('low_rank'))}")  # fmt: skip
-    return _resolve_low_rank(recipe, method)
-
-
-def resolve_sparse(recipe: Recipe) -> SparseSpec:
-    """Resolve a recipe that must be of a pruning method.
-
-    Raises:
-        ParedError: as :func:`resolve`, or its method is of another family.
-    """
-    method = method_of(recipe)
-    if not isinstance(method, PruningMethod):
-        raise ParedError(
-            f"method {method.name} does not prune; here one of {', '.join(methods_of('sparse'))} is needed"
-        )
-    return _resolve_sparse(recipe, method)
-
-
-def method_of(recipe: Recipe) -> Method:
-    """Return the method a recipe names.
-
-    Raises:
-        ParedError: there is none of that name, or the package that adds it is broken.
-    """
-    return METHODS.find(recipe.method)
-
-
-def _resolve_low_rank(recipe: Recipe, method: LowRankMethod) -> LowRankSpec:
-    _refuse_fields(recipe, ZEROS_ONLY, "its budget is keep or rank_fraction")
-    statistics = method.statistics(recipe.keep) if recipe.statistics == "auto" else recipe.statistics
-    refit = method.refit(recipe.keep) if recipe.refit == "auto" else recipe.refit
-    config = read_options(method.config, recipe.options, f"method {method.name}")
-    name = "rank-fraction" if recipe.rank_fraction is not None else _allocation_name(recipe, method)
-    allocator = allocator_of(name, "low_rank")
-    pivoted = method.pivoted if recipe.storage == "auto" else recipe.storage == "pivoted"
-    spec = LowRankSpec(
-        recipe=recipe,
-        method=method,
-        config=config,
-        allocator=allocator,
-        allocation_config=_with_program(allocator.configured(recipe.allocation_options), 1),
-        budget=Budget(recipe.keep, pivoted, recipe.rank_fraction),
-        statistics=statistics,  # type: ignore[arg-type] # a method's own is one of the two
-        refit=refit,  # type: ignore[arg-type]
-        dense_path=method.dense_path if recipe.dense_path == "auto" else recipe.dense_path,
-    )
-    if recipe.dense_path not in ("auto", 0) and not spec.has_targets:
-        raise ParedError(
-            f"dense_path {recipe.dense_path:g} needs targets: a refit (--refit), or sequential statistics of a method "
-            f"that collects any; method {recipe.method} has statistics {statistics} and refit {refit} here"
-        )
-    return spec
-
-
-def _resolve_sparse(recipe: Recipe, method: PruningMethod) -> SparseSpec:
-    _refuse_fields(recipe, LOW_RANK_ONLY, "its budget is sparsity or pattern")
-    if recipe.sparsity is None and recipe.pattern is None:
-        raise ParedError(
-            f"method {recipe.method} prunes: name a sparsity, the fraction of zeros (--sparsity 0.5), or a pattern "
-            "(--pattern 2:4)"
-        )
-    config = read_options(method.config, recipe.options, f"method {method.name}")
-    allocator = allocator_of(_allocation_name(recipe, method), "sparse")
-    allocation_config = _with_program(allocator.configured(recipe.allocation_options), SCORE_TOKENS)
-    assert isinstance(allocation_config, UnitOptions)
-    pattern = None if recipe.pattern is None else pattern_of(recipe.pattern)
-    sparsity = recipe.sparsity if pattern is None else pattern.sparsity
-    assert sparsity is not None
-    return SparseSpec(
-        recipe=recipe,
-        method=method,
-        config=config,
-        allocator=allocator,
-        allocation_config=allocation_config,
-        sparsity=sparsity,
-        pattern=pattern,
-    )
-
-
-def _refuse_fields(recipe: Recipe, names: tuple[str, ...], hint: str) -> None:
-    """Refuse what a recipe sets and its method does not read."""
-    for name in names:
-        if (value := getattr(recipe, name)) != Recipe.model_fields[name].default:
-            raise ParedError(f"method {recipe.method} does not take {name} (got {value!r}); {hint}")
-
-
-def _allocation_name(recipe: Recipe, method: Method) -> str:
-    return method.allocation if recipe.allocation == "auto" else recipe.allocation
-
-
-def pattern_of(text: str) -> NM:
-    """Return an N:M pattern.
-
-    Raises:
-        ParedError: there is no such pattern, or it keeps everything.
-    """
-    kept, _, group = text.partition(":")
-    if int(kept) > int(group):
-        raise ParedError(f"pattern {text} keeps {kept} of every {group}; did you mean {group}:{kept}?")
-    try:
-        found = parse(text)
-    except ValueError as error:
-        raise ParedError(str(error)) from None
-    if found.sparsity == 0:
-        raise ParedError(f"pattern {text} keeps everything; 2:4 makes half of the weights zero")
-    assert isinstance(found, NM)
-    return found
-
-
-def _with_program(config: Options, tokens: int) -> Options:
-    """Return options with the program itself in place of the file that holds it, so that the record is whole."""
-    if not isinstance(config, ProgramOptions):
-        return config
-    from pared.allocation.dsa import named
-
-    program, tokens = named(config.program, tokens)
-    if not config.program.endswith(".json"):
-        return config
-    return config.model_copy(update={"program": str(program), "score_tokens": config.score_tokens or tokens})
