@@ -90,7 +90,8 @@ def pared_command(model: str, fields: dict[str, Any], out: Path, *more: str) -> 
     recipe = {"model": model, "evaluation": None, **fields}
     file = out.with_name(f"{out.name}.recipe.json")
     file.write_text(json.dumps(recipe), encoding="utf-8")
-    return [sys.executable, "-m", "pared.cli.main", "compress", "--recipe", str(file), "--out", str(out), "--overwrite", *more]
+    compress = [sys.executable, "-m", "pared", "compress"]
+    return [*compress, "--recipe", str(file), "--out", str(out), "--overwrite", *more]
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -123,7 +124,7 @@ def memory(cases: Sequence[str]) -> None:
             if done["exit"] == 0:
                 manifest = json.loads((out / "pared.json").read_text(encoding="utf-8"))
                 row |= {"seconds_by_stage": manifest["seconds"], "bytes": manifest["bytes_on_disk"]}
-                check = [sys.executable, "-m", "pared.cli.main", "verify", str(out), "--stream", "on"]
+                check = [sys.executable, "-m", "pared", "verify", str(out), "--stream", "on"]
                 row |= {f"verify_{k}": v for k, v in run_capped(check, cap, ONE_THREAD, log).items()}
             append(LINES, row)
             print(row, flush=True)
