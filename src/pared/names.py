@@ -26,6 +26,11 @@ def told_in_flags() -> Iterator[None]:
         _FLAGS.reset(before)
 
 
+def is_told_in_flags() -> bool:
+    """Whether messages are read by who gave a command."""
+    return _FLAGS.get()
+
+
 def called(field: str, value: str = "") -> str:
     """Return what a field is called where a message is read: ``stride=8`` in Python, ``--stride 8`` by a command.
 

@@ -209,6 +209,8 @@ def _explain(model: type[BaseModel], error: ValidationError) -> str:
     where = ".".join(map(str, place))
     if kind == "missing":
         return f"expected a value of {where}, got none"
+    if kind in ("too_short", "string_too_short") and found == "":
+        return f"{where}: expected the name of a folder; got {_shown(found)}"
     if len(place) < len(first["loc"]):
         return f"{where}: expected a truth value, a finite number or a text; got {_shown(found)}"
     if kind == "extra_forbidden":

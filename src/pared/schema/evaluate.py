@@ -6,7 +6,7 @@ from pydantic import BeforeValidator, model_validator
 from typing_extensions import Self
 
 from pared.errors import ParedError
-from pared.names import called, require_known
+from pared.names import called, is_told_in_flags, require_known
 from pared.schema.base import Config, Whole
 from pared.schema.command_line import Option
 from pared.schema.recipe import Bos, Device, TextName
@@ -94,12 +94,13 @@ class EvaluationConfig(Config):
         measure = asked[0]
         if measure == "perplexity" and self.protocol is not None:
             measure = "perplexity protocol"
+        always = ("device", "json") if is_told_in_flags() else ("device",)
         for name, field in type(self).model_fields.items():
             value = getattr(self, name)
             if name not in (*MEASURES, *READS[measure], "device") and value != field.default:
                 raise ParedError(
                     f"{' '.join(map(called, measure.split()))} reads no {called(name)} (got {value}); it reads "
-                    f"{', '.join(map(called, (*READS[measure], 'device')))}"
+                    f"{', '.join(map(called, (*READS[measure], *always)))}"
                 )
         if getattr(self, asked[0]) == ():
             raise ParedError(f"{called(asked[0])} names no task")

@@ -146,7 +146,7 @@ class Recipe(FromPreset):
     activation_memory: Annotated[str | None, Option()] = None
     """Memory for what blocks read of the calibration text, such as 2GiB; the rest lies in files beside the output. By
     default all of it, or where the model is read block by block a quarter of the memory that is left."""
-    out: Annotated[Name | None, Option(path=True)] = None
+    out: Annotated[Annotated[Name, Field(min_length=1)] | None, Option(path=True)] = None
     """The folder to make."""
 
     @field_validator("activation_memory")

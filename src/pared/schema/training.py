@@ -77,7 +77,7 @@ class TrainingConfig(FromPreset):
     """Seed of the order of the data, of dropout and of what a method draws."""
     device: Annotated[Device, Option()] = "cpu"
     """Where it runs, as torch names it."""
-    out: Annotated[Name | None, Option(path=True)] = None
+    out: Annotated[Annotated[Name, Field(min_length=1)] | None, Option(path=True)] = None
     """The folder to make."""
 
     @field_validator("warmup", mode="after")

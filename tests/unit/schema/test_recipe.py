@@ -300,6 +300,7 @@ def test_a_pattern_that_matches_nothing_is_told_that_the_list_goes_on() -> None:
             {"calibration": {"samples": 0}},
             "calibration.samples: expected a number greater than or equal to 1; got 0",
         ),
+        (Recipe, {"out": ""}, "out: expected the name of a folder; got ''"),
         (Recipe, {"blocks": 1}, "blocks: expected a valid string; got 1"),
         (Setting, {"says": 1}, "expected a value of where, got none"),
         (Setting, {"says": 1, "wher": ""}, "unknown key 'wher'; did you mean 'where'? Valid: says, where"),
