@@ -187,7 +187,7 @@ def fine_tune(
         ParedError: accelerate is not installed.
     """
     if importlib.util.find_spec("accelerate") is None:
-        raise ParedError("training needs the package accelerate; install it with: pip install 'pared[train]'")
+        raise ParedError("training needs the package accelerate; install it with: pip install accelerate")
     asked = asked or FineTuning()
     rows = rows_of(windows)
     with TemporaryDirectory() as folder:

@@ -141,7 +141,7 @@ def entity_metrics(predicted: torch.Tensor, labels: torch.Tensor, names: dict[in
         ParedError: seqeval is missing, or no token has a label.
     """
     if importlib.util.find_spec("seqeval") is None:
-        raise ParedError("entities are scored by the package seqeval; install it with: pip install 'pared[eval]'")
+        raise ParedError("entities are scored by the package seqeval; install it with: pip install seqeval")
     from seqeval.metrics import f1_score, precision_score, recall_score
 
     counted = labels != NO_LABEL

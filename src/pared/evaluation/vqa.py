@@ -173,7 +173,7 @@ def _image(path: Path) -> Any:
     try:
         from PIL import Image
     except ImportError:
-        raise ParedError("images are read by pillow; install it with: pip install 'pared[eval]'") from None
+        raise ParedError("images are read by pillow; install it with: pip install pillow") from None
     try:
         with Image.open(path) as image:
             return image.convert("RGB")

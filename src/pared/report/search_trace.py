@@ -18,7 +18,7 @@ def require_plotting() -> None:
         ParedError: matplotlib is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise ParedError("--plot and --against draw with matplotlib; install it with: pip install 'pared[plot]'")
+        raise ParedError("--plot and --against draw with matplotlib; install it with: pip install matplotlib")
 
 
 def against(settings: Mapping[str, Any], folder: str | Path) -> dict[str, Any]:

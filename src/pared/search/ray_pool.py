@@ -142,8 +142,8 @@ def _ray() -> Any:
         import ray
         import ray.exceptions
     except ImportError:
-        raise ParedError("--ray measures on a Ray cluster and needs ray; install it with: pip install "
-                         "'pared[ray]', or use --workers on one machine") from None  # fmt: skip
+        raise ParedError("--ray measures on a Ray cluster and needs ray; install it with: pip install ray, or use "
+                         "--workers on one machine") from None  # fmt: skip
     return ray
 
 

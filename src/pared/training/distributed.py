@@ -45,7 +45,7 @@ class Processes:
 
     def __init__(self, device: str) -> None:
         if importlib.util.find_spec("accelerate") is None:
-            raise ParedError("training needs the package accelerate; install it with: pip install 'pared[train]'")
+            raise ParedError("training needs the package accelerate; install it with: pip install accelerate")
         for name in ("ACCELERATE_USE_DEEPSPEED", "FSDP_OFFLOAD_PARAMS"):
             if _is_set(name):
                 raise ParedError(f"training does not know what {name} asks for; launch with FSDP that does not offload "

@@ -67,7 +67,7 @@ def adapt(
         ParedError: peft is not installed, a pattern matches no layer, or they have no such factor.
     """
     if importlib.util.find_spec("peft") is None:
-        raise ParedError("adapters need the package peft; install it with: pip install 'pared[train]'")
+        raise ParedError("adapters need the package peft; install it with: pip install peft")
     from peft import LoraConfig, get_peft_model
 
     model = context.model

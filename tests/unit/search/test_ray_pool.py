@@ -15,7 +15,7 @@ from pared.search.evolution import Candidate, Measured
 from unit.entrypoints.test_search import CONFIG, PROGRAM
 
 MISSING = importlib.util.find_spec("ray") is None
-needs_ray = pytest.mark.skipif(MISSING, reason="ray is not installed (pip install 'pared[ray]')")
+needs_ray = pytest.mark.skipif(MISSING, reason="ray is not installed (pip install ray)")
 
 
 class Mortal:
@@ -75,5 +75,5 @@ def test_a_ray_worker_that_dies_costs_only_its_candidate_and_the_journal_is_the_
 def test_without_ray_the_line_that_installs_it_is_told() -> None:
     from pared.search.ray_pool import on_ray
 
-    with pytest.raises(ParedError, match=r"pip install 'pared\[ray\]'"):
+    with pytest.raises(ParedError, match="pip install ray,"):
         on_ray("auto")

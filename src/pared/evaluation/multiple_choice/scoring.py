@@ -70,8 +70,9 @@ def prepare(names: Sequence[str], shots: int | None = None, limit: int | None = 
     try:
         from lm_eval import tasks
     except ImportError:
-        raise ParedError("multiple choice is scored by lm-evaluation-harness; install it with: pip install "
-                         "'pared[eval]'") from None  # fmt: skip
+        raise ParedError(
+            "multiple choice is scored by lm-evaluation-harness; install it with: pip install 'lm-eval[hf]'"
+        ) from None
     if limit is not None and limit < 1:
         raise ParedError(f"tasks {', '.join(names)}: a limit of {limit} rows leaves nothing to measure")
     if shots is not None and shots < 0:
