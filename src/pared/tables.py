@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     import rich.table
 
 WIDTH = 80  # columns of a terminal
+NAMES = 50  # columns that the names of rows may take before they are broken
 
 
 class Row(NamedTuple):
@@ -56,7 +57,10 @@ class Table:
 
         table = RichTable(title=Text(self.title), title_justify="left", header_style="bold")
         for number, column in enumerate(self.columns):
-            table.add_column(Text(column), justify="right" if self.is_right(number) else "left", overflow="fold")
+            names = number == 0 and all(len(row[0]) <= NAMES for row in self.rows)
+            table.add_column(
+                Text(column), justify="right" if self.is_right(number) else "left", overflow="fold", no_wrap=names
+            )
         for number, row in enumerate(self.rows):
             faint = self.faint_from is not None and number >= self.faint_from
             table.add_row(*map(Text, row), style="dim" if faint else None)

@@ -11,6 +11,16 @@ def test_what_is_shown_in_html_is_escaped() -> None:
     assert "&amp;" in html
 
 
+def test_the_names_of_rows_are_not_broken_on_a_narrow_terminal() -> None:
+    """Regression: q_proj ended as q_pro and j, on a line of its own."""
+    name = "model.layers.10.self_attn.q_proj"
+    text = Table("", ("site", "decision", "why"), [(name, "rank 317, pivoted", "some words " * 9)], align="l").as_text(
+        80
+    )
+    assert name in text
+    assert all(len(line) <= 80 for line in text.split("\n"))
+
+
 def test_square_brackets_are_no_markup() -> None:
     text = Table("[bold]title", ("x", "y"), [("[red]a", "b")], ["[blue]line"]).as_text()
     assert all(one in text for one in ("[bold]title", "[red]a", "[blue]line"))

@@ -25,14 +25,8 @@ def methods(
         if name is not None:
             print_one(name)
             return
-        rows = []
-        for method in catalog.methods():
-            needs = "calibration text" if method.calibrated else "no data"
-            options = "\n".join(map(str, method.options))
-            summary = method.summary + _added(method)
-            rows.append((method.name, summary, needs, options, method.allocation, method.paper))
-        columns = ("method", "what it does", "needs", "options", "allocation", "paper")
-        print_result(Table("", columns, rows, align="l"))
+        rows = [(method.name, _described(method)) for method in catalog.methods()]
+        print_result(Table("", ("method", "what it does, what it needs and takes, where it is from"), rows, align="l"))
         print_training()
         for allocator in catalog.allocators():
             options = f" ({', '.join(map(str, allocator.options))})" if allocator.options else ""
@@ -70,6 +64,13 @@ def _every() -> Iterator[tuple[str, Listed]]:
     yield from (("method", one) for one in catalog.methods())
     yield from (("training", one) for one in catalog.trainings())
     yield from ((SPREADS[family], one) for one in catalog.allocators() for family in one.families)
+
+
+def _described(method: Listed) -> str:
+    """Return all but the name, in lines that a narrow terminal can break between words."""
+    needs = "needs calibration text" if method.calibrated else "needs no data"
+    options = f"; options {', '.join(map(str, method.options))}" if method.options else ""
+    return f"{method.summary}{_added(method)}\n{needs}; allocation {method.allocation}{options}\n{method.paper}"
 
 
 def _added(listed: Listed) -> str:

@@ -2,6 +2,8 @@
 
 from typing import Annotated
 
+import typer
+
 from pared.cli.console import JsonFile, errors, print_result, quiet_libraries, write_json
 from pared.cli.from_schema import Fields, Given, schema_options
 from pared.cli.options import PLANNED, RECIPE_FILE
@@ -12,6 +14,7 @@ from pared.schema.recipe import Recipe
 @schema_options
 def plan(
     given: Annotated[Given[Recipe], Fields(Recipe, PLANNED, file=RECIPE_FILE)],
+    full: Annotated[bool, typer.Option("--full", help="List every layer by name, not every kind of layer.")] = False,
     json_file: JsonFile = None,
 ) -> None:
     """Print what `pared compress` would do, without reading a single weight."""
@@ -22,6 +25,6 @@ def plan(
         from pared.entrypoints.plan import plan_of
 
         planned = plan_of(recipe)
-        for table in planned.tables():
+        for table in planned.tables(full):
             print_result(table)
         write_json(json_file, planned.plan.model_dump(mode="json"))

@@ -1,5 +1,6 @@
 """What a compression of a model by name would do, from its configuration and the shapes of its weights."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -26,8 +27,18 @@ class Planned:
     spec: CompressionSpec
     stacks: tuple[str, ...] = ()
 
-    def tables(self) -> Iterator[Table]:
-        """Yield the decisions, and the sizes before and after."""
+    def tables(self, full: bool = False) -> Iterator[Table]:
+        """Yield the decisions, and the sizes before and after.
+
+        Args:
+            full: a row for every layer, not for every kind of layer.
+        """
+        yield self._layers() if full else self._kinds()
+        recipe = self.spec.recipe
+        title = f"{recipe.model}  {recipe.method}  {recipe.budget}"
+        yield Table.comparison(title, self.plan.sizes(), tuple(self.remarks()))
+
+    def _layers(self) -> Table:
         rows = []
         for site in self.plan.sites:
             choice = site.decision
@@ -37,10 +48,28 @@ class Planned:
             shape = " x ".join(map(str, weight.shape))
             rows.append((weight.name, shape, f"not targeted: {weight.reason}", f"{weight.parameters:,}"))
         columns = ("site", "out x in", "decision", "parameters")
-        yield Table("", columns, rows, self.stacks, align="lrlr", faint_from=len(self.plan.sites))
-        recipe = self.spec.recipe
-        title = f"{recipe.model}  {recipe.method}  {recipe.budget}"
-        yield Table.comparison(title, self.plan.sizes(), tuple(self.remarks()))
+        return Table("", columns, rows, self.stacks, align="lrlr", faint_from=len(self.plan.sites))
+
+    def _kinds(self) -> Table:
+        """Return a row for all layers of one kind, shape and decision, in the order of the first of each."""
+        counts, after = Counter[tuple[str, str, str]](), Counter[tuple[str, str, str]]()
+        for site in self.plan.sites:
+            choice = site.decision
+            told = f"dense: {choice.reason}" if isinstance(choice, Dense) else str(choice)
+            kind = (site.kind, f"{site.out_features} x {site.in_features}", told)
+            counts[kind] += 1
+            after[kind] += site.after
+        targets = len(counts)
+        for weight in self.plan.uncovered:
+            place = ".".join(part for part in weight.name.split(".") if not part.isdigit())
+            kind = (place, " x ".join(map(str, weight.shape)), f"not targeted: {weight.reason}")
+            counts[kind] += 1
+            after[kind] += weight.parameters
+        rows = [(what, f"{counts[what, shape, told]:,}", shape, told, f"{after[what, shape, told]:,}")
+                for what, shape, told in counts]  # fmt: skip
+        columns = ("layers", "number", "out x in", "decision", "parameters")
+        return Table("", columns, rows, (*self.stacks, "every layer by name: --full"), align="lrrlr",
+                     faint_from=targets)  # fmt: skip
 
     def remarks(self) -> Iterator[str]:
         """Yield what every ``auto`` stands for, the passes over the blocks, and what the plan cannot know or reach."""

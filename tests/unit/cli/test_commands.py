@@ -131,8 +131,31 @@ def test_export_dense_gives_the_same_perplexity_without_pared(compressed: Path, 
     assert json.loads((tmp_path / "eval.json").read_text())["perplexity"] == pytest.approx(recorded, rel=1e-4)
 
 
+def test_a_plan_has_a_row_for_every_kind_of_layer_and_for_every_layer_if_asked(dense: Path) -> None:
+    """Regression: a row for every layer of a model of hundreds."""
+    _, kinds, _ = pared("plan", dense, "--method", "svd-llm", "--keep", 0.8)
+    _, full, _ = pared("plan", dense, "--method", "svd-llm", "--keep", 0.8, "--full")
+    names = [line for line in full.splitlines() if "layers." in line]
+    assert names
+    assert "layers." not in kinds
+    counted = [line.split("│")[2] for line in kinds.splitlines() if line.startswith("│") and " rank " in line]
+    assert sum(map(int, counted)) == len([line for line in names if " rank " in line])
+    assert kinds.splitlines()[-6:] == full.splitlines()[-6:]  # the sizes
+
+
+def test_the_list_of_methods_is_not_broken_inside_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regression: six columns on eighty, calibratio and n."""
+    monkeypatch.setenv("COLUMNS", "80")
+    _, told, _ = pared("methods")
+    rows = [line for line in told.splitlines() if line.startswith("│")]
+    assert all(len(line) <= 80 for line in rows)
+    words = {word for line in rows for word in line.split()}
+    assert {"calibration", "fisher_power=0.5", "svd-llm-v2", "2403.07378),"} <= words
+
+
 def test_plan_equals_what_compress_decides(dense: Path, compressed: Path, tmp_path: Path) -> None:
-    code, told, _ = pared("plan", dense, "--method", "svd-llm", "--keep", 0.8, "--json", tmp_path / "plan.json")
+    command = ("plan", dense, "--full", "--method", "svd-llm", "--keep", 0.8)
+    code, told, _ = pared(*command, "--json", tmp_path / "plan.json")
     assert code == 0
     assert "model.layers.0.self_attn.q_proj" in told
     assert (

@@ -89,7 +89,7 @@ def test_a_plan_reads_the_header_and_counts_every_number(
         raise AssertionError("dequantised")
 
     monkeypatch.setattr(pared.models.source, "converted", converted)
-    code, told, _ = command("plan", model, "--method", "svd", "--keep", 0.5, "--json", tmp_path / "plan.json")
+    code, told, _ = command("plan", model, "--full", "--method", "svd", "--keep", 0.5, "--json", tmp_path / "plan.json")
     assert code == 0
     assert "model.layers.1.mlp.down_proj" in told
     plan = json.loads((tmp_path / "plan.json").read_text())
