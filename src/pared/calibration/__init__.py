@@ -2,7 +2,7 @@
 
 from pared.calibration.activations import BlockInputs, capture
 from pared.calibration.backward import Trail, Wants, back, from_head, frozen, record
-from pared.calibration.cache import save_block, saved_blocks
+from pared.calibration.cache import save_block, saved_block, saved_blocks
 from pared.calibration.forward import BlockStatistics, DenseReference, observe, propagate, propagate_reference
 from pared.calibration.labels import Given, Labels, NextToken, Sampled, Scores, choose_labels
 from pared.calibration.statistics import (
@@ -64,6 +64,7 @@ __all__ = [
     "record",
     "require_statistics",
     "save_block",
+    "saved_block",
     "saved_blocks",
     "statistic_kind",
 ]

@@ -114,7 +114,7 @@ def require_fits(blocks: Iterable[BlockStatistics], source: Mapping[str, Any]) -
     raise ParedError(f"the collected statistics {lacking}; collect them again")
 
 
-def save_block(folder: Path, block: BlockStatistics) -> None:
+def save_block(folder: Path, block: BlockStatistics) -> Path:
     """Write the statistics of one block to a file of its own; what sites share is written once.
 
     The file appears when it is complete and on the disk, so that an interrupted pass leaves only whole files.
@@ -122,6 +122,9 @@ def save_block(folder: Path, block: BlockStatistics) -> None:
     Args:
         folder: made if it is not there.
         block: with accumulators, and with its source.
+
+    Returns:
+        The file.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, torch.Tensor] = {}
@@ -137,7 +140,9 @@ def save_block(folder: Path, block: BlockStatistics) -> None:
             entries.setdefault(site, {})[name] = entry
     about = {"version": VERSION, "index": block.index, "influence": block.influence, "entries": entries}
     about["source"] = dict(block.source)
-    _write(folder / f"block-{block.index:05}.safetensors", tensors, about)
+    file = folder / f"block-{block.index:05}.safetensors"
+    _write(file, tensors, about)
+    return file
 
 
 def saved_blocks(folder: Path) -> Iterator[BlockStatistics]:
@@ -149,15 +154,23 @@ def saved_blocks(folder: Path) -> Iterator[BlockStatistics]:
     files = sorted(folder.glob(FILES))
     if not files:
         raise ParedError(f"{folder} holds no saved statistics; collect them first")
-    for file in files:
-        about = _about(file)
-        handles: dict[str, SavedStatistic] = {}
-        statistics: dict[str, dict[str, SavedStatistic]] = {}
-        for site, own in about["entries"].items():
-            for name, entry in own.items():
-                handle = handles.setdefault(entry["key"], SavedStatistic(name, **entry, file=file))
-                statistics.setdefault(site, {})[name] = handle
-        yield BlockStatistics(about["index"], statistics, about["influence"], about["source"])
+    yield from map(saved_block, files)
+
+
+def saved_block(file: Path) -> BlockStatistics:
+    """Return what a file holds of a block; its statistics are read one by one, when their value is asked for.
+
+    Raises:
+        ParedError: it is damaged or of another version.
+    """
+    about = _about(file)
+    handles: dict[str, SavedStatistic] = {}
+    statistics: dict[str, dict[str, SavedStatistic]] = {}
+    for site, own in about["entries"].items():
+        for name, entry in own.items():
+            handle = handles.setdefault(entry["key"], SavedStatistic(name, **entry, file=file))
+            statistics.setdefault(site, {})[name] = handle
+    return BlockStatistics(about["index"], statistics, about["influence"], about["source"])
 
 
 def _about(file: Path) -> dict[str, Any]:

@@ -63,15 +63,6 @@ class ActivationMemory:
                 ) from None
         return self._folder
 
-    def require_room(self, needed: int) -> None:
-        """Check before work starts that so many bytes of hidden states fit in memory and on the disk together.
-
-        Raises:
-            ParedError: they do not; names the folder, what is needed there and what is free.
-        """
-        if self.limit is not None and (excess := self.used + needed - self.limit) > 0:
-            self._require_free(excess)
-
     def keep(self, tensor: torch.Tensor) -> "_InMemory | _InFile":
         """Take a tensor in, where there is room for it.
 

@@ -4,6 +4,7 @@ What a call of the model gives for one input is given here too, to the last bit:
 before, between and behind the blocks, and every block is called with the arguments it is called with there.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,8 @@ from pared.calibration.spool import ActivationMemory, HiddenStates
 from pared.errors import ParedError
 from pared.structure.calls import BlockCall
 from pared.structure.state import KeptState, tensors_in
+
+log = logging.getLogger(__name__)
 
 Input = Mapping[str, Any]
 
@@ -46,6 +49,18 @@ class _OtherwiseError(Exception):
     """The model cannot be run in stages: its blocks are no chain, or keep something from call to call."""
 
 
+# What Python and torch raise where a block is given something else than the model gives it.
+LACKING = (TypeError, AttributeError, LookupError, ValueError, AssertionError, RuntimeError)
+NO_MEMORY = ("can't allocate memory", "not enough memory")  # torch on a CPU has no type of its own for it
+
+
+def _otherwise(error: Exception) -> Exception:
+    """Return what a failure in stages means; what is of the machine and not of the model is itself."""
+    if isinstance(error, torch.OutOfMemoryError) or any(told in str(error) for told in NO_MEMORY):
+        return error
+    return _OtherwiseError()
+
+
 class _Stop(Exception):  # noqa: N818 - no error
     """Every block was called."""
 
@@ -71,7 +86,8 @@ def run_staged(store: Blocks, inputs: Sequence[Input], memory: ActivationMemory 
             first = model(**inputs[0])
     try:
         yield from _in_stages(store, inputs, watched, first, memory or ActivationMemory())
-    except _OtherwiseError:
+    except _OtherwiseError as error:
+        log.warning("the blocks are no chain (%s): each is read again for every input", error.__cause__ or "by result")
         yield first
         with store.running():
             for given in inputs[1:]:
@@ -137,8 +153,8 @@ def _through_blocks(store: Blocks, hidden: HiddenStates, calls: list[list[BlockC
                 raise _OtherwiseError
         except ParedError:
             raise
-        except Exception as error:  # the first input went through the whole model: it is what stages lack
-            raise _OtherwiseError from error
+        except LACKING as error:  # the first input went through the whole model: it is what stages lack
+            raise _otherwise(error) from error
         finally:
             store.release(index)
 
@@ -165,8 +181,8 @@ def _recorded(store: Blocks, given: Input, watched: _Watched) -> list[BlockCall]
             store.model(**given)
     except _Stop:
         return recorded
-    except Exception as error:  # the model ran on its own: what is missing is a block's own result
-        raise _OtherwiseError from error
+    except (ParedError, *LACKING) as error:  # the model ran on its own: what is missing is a block's own result
+        raise _otherwise(error) from error
     raise _OtherwiseError
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from pared.checkpoint.loader import empty_module
 from pared.errors import ParedError
+from pared.io.files import sync
 from pared.models.weights import LINE
 from pared.modules.sparse import SparseLinear
 
@@ -84,9 +85,9 @@ def write_block(file: Path, tensors: dict[str, torch.Tensor], notes: dict[str, A
     try:
         save_file(tensors, partial, metadata={"format": "pt", "pared": json.dumps(notes, sort_keys=True)})
         _sort_metadata(partial)
-        _sync(partial)
+        sync(partial)
         os.replace(partial, file)
-        _sync(file.parent)
+        sync(file.parent)
     except BaseException as error:
         partial.unlink(missing_ok=True)
         if isinstance(error, Exception):
@@ -105,11 +106,3 @@ def _sort_metadata(file: Path) -> None:
         assert len(text) <= size
         raw.seek(8)
         raw.write(text.ljust(size))
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -72,13 +72,17 @@ class Needs:
             f"{format_size(available.bytes)} left by {available.limit}; {self._advice()}"
         )
 
-    def require_disk(self, out: Path) -> None:
+    def require_disk(self, out: Path, there: int = 0) -> None:
         """Refuse to start what the disk does not hold.
+
+        Args:
+            out: the output.
+            there: bytes of it that a process which is resumed has written.
 
         Raises:
             ParedError: says what takes how much and what is free.
         """
-        needed = self.disk_bytes + RESERVE
+        needed = max(self.disk_bytes - there, 0) + RESERVE
         if needed > (free := free_space(out)):
             less = ", or allow more memory for activations (--activation-memory)" if "activations" in self.disk else ""
             raise ParedError(
@@ -126,12 +130,12 @@ def needs_of(
         evaluated: what perplexity is measured on; none where it is not.
     """
     memory, disk = _weights(model, anatomy, spec, streamed, itemsize if tokens else 0), dict[str, int]()
-    memory["statistics"] = _statistics(anatomy, spec)
+    memory["statistics"] = _statistics(anatomy, spec, spooled=streamed and activation_memory is not None)
     memory["solving"] = max((_solving(site, spec) for site in anatomy.sites), default=0)
     width, vocabulary = (int(size) for size in reversed(model.get_input_embeddings().weight.shape))
     activations = 0
     if tokens is not None:
-        activations = tokens.windows * tokens.length * width * itemsize * _sets(spec, len(anatomy.blocks(model)))
+        activations = tokens.windows * tokens.length * width * itemsize * _sets(spec, _runs(model, anatomy))
         memory["a batch in a block"] = _batch(anatomy, tokens, itemsize, bool(spec.gradients))
     if evaluated is not None and streamed:
         activations = max(activations, evaluated.windows * evaluated.length * width * model.dtype.itemsize)
@@ -143,6 +147,7 @@ def needs_of(
     memory["libraries"] = SLACK
     if isinstance(spec, LowRankSpec) and any(step.action == "solve" and not step.installs for step in spec.passes()):
         disk["decompositions"] = sum(_decomposition(site, spec, model.dtype.itemsize) for site in anatomy.sites)
+    disk["finished blocks"] = _finished(model, anatomy, spec, streamed, output_bytes)
     disk["the output"] = output_bytes
     return Needs(*({name: size for name, size in parts.items() if size} for parts in (memory, disk)))
 
@@ -164,7 +169,20 @@ def _weights(
     }
 
 
-def _statistics(anatomy: Anatomy, spec: CompressionSpec) -> int:
+def _finished(
+    model: PreTrainedModel, anatomy: Anatomy, spec: CompressionSpec, streamed: bool, output_bytes: int
+) -> int:
+    """Return what files of finished blocks take beside the output; of a streamed model the last become the output's."""
+    outside = _bytes(model) - sum(_bytes(block) for block in anatomy.blocks(model))
+    # Each pass that changes blocks writes them; a refit behind refitted blocks removes what it replaces as it goes.
+    written = sum(
+        step.installs or step.action == "install" or (step.action == "refit" and step.hand_on == "dense")
+        for step in spec.passes()
+    )
+    return max(output_bytes - outside, 0) * (written - streamed)
+
+
+def _statistics(anatomy: Anatomy, spec: CompressionSpec, spooled: bool) -> int:
     """Return what statistics take: of the blocks that are solved together, and what is kept of all until then."""
     meta = torch.device("meta")
     blocks = sorted({site.block for site in anatomy.sites})
@@ -184,7 +202,7 @@ def _statistics(anatomy: Anatomy, spec: CompressionSpec) -> int:
     now = max((size(block, lambda shapes: forward(shapes) | spec.gradients) for block in blocks), default=0)
     runs = [step.runs for step in spec.passes() if step.action == "solve"]
     # Gradients wait for the forward pass that collects the rest, and for a second one behind compressed blocks.
-    kept = "backward, then forward" in runs or (spec.gradients and len(runs) > 1)
+    kept = not spooled and ("backward, then forward" in runs or (spec.gradients and len(runs) > 1))
     waiting = sum(size(block, lambda _: spec.gradients) for block in blocks) if kept else 0
     return min(spec.group_size, len(blocks)) * now + waiting
 
@@ -199,14 +217,20 @@ def _solving(site: Site, spec: CompressionSpec) -> int:
     return DOUBLE * (2 * out * width + 3 * width**2 + 6 * min(out, width) ** 2 + (3 * out**2 if whole else 0))
 
 
-def _sets(spec: CompressionSpec, blocks: int) -> int:
+def _runs(model: PreTrainedModel, anatomy: Anatomy) -> int:
+    """Return how often blocks run in one pass: some models run the same ones several times."""
+    told = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    return max(len(anatomy.blocks(model)), told if isinstance(told, int) else 0)
+
+
+def _sets(spec: CompressionSpec, runs: int) -> int:
     """Return how many times the hidden states of the text are held at once."""
     forward = 1
     if any(step.hand_on == "compressed" for step in spec.passes()):
         forward += max(spec.group_size, 1)
     if isinstance(spec, LowRankSpec) and spec.reference:
         forward += 1
-    backward = blocks + 2 if spec.gradients or "losses" in spec.allocator.requires else 0  # what every block reads
+    backward = runs + 2 if spec.gradients or "losses" in spec.allocator.requires else 0  # what every block reads
     return max(forward, backward)
 
 

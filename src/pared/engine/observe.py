@@ -23,6 +23,7 @@ from pared.calibration import (
     gradient_accumulators,
     require_statistics,
     save_block,
+    saved_block,
     statistic_kind,
 )
 from pared.calibration.cache import begin
@@ -237,7 +238,7 @@ class Observer:
                 for block in self.saved():
                     self._gradients |= _only(block.statistics, names)
             else:
-                self.backward(inputs, names | read, lambda block: self._gradients.update(_all(block.statistics)))
+                self.backward(inputs, names | read, lambda block: self._spool(block, names | read))
         reference = self.reference(inputs) if step.reference else None
         if reference is not None:
             needs = self._with_input_gram(needs)
@@ -257,7 +258,7 @@ class Observer:
         """Visit every block with statistics of the backward pass, and keep what a second pass needs of them."""
 
         def keep_and_visit(block: BlockStatistics) -> None:
-            self._keep(block.statistics)
+            self._keep(block)
             if kept is None or not kept.holds(block.index):
                 visit(block)
 
@@ -459,26 +460,29 @@ class Observer:
             there = next(blocks, None)
             if there is None:
                 raise ParedError("the collected statistics came to an end; give what can be read more than once")
-            self._keep(there.statistics)
+            self._keep(there)
             visit(there)
 
         self.without_data(visit_saved, changes)
 
-    def _keep(self, statistics: Mapping[str, Mapping[str, StatisticView]]) -> None:
+    def _keep(self, block: BlockStatistics) -> None:
         """Keep what a second pass, behind compressed blocks, needs of the dense model's gradients."""
         assert isinstance(self.spec, LowRankSpec)
         if self.spec.sequential:
-            self._gradients |= _only(statistics, self.spec.gradients)
+            self._spool(block, self.spec.gradients)
+
+    def _spool(self, block: BlockStatistics, names: frozenset[str]) -> None:
+        """Keep statistics of a block until they are asked for: on the disk, where memory may not hold those of all."""
+        found = replace(block, statistics=_only(block.statistics, names))
+        if not isinstance(self.store, ResidentBlocks) and self.memory.limit is not None and self.saved is None:
+            found = saved_block(save_block(self.memory.folder / "statistics", found))
+        self._gradients |= _only(found.statistics, names)
 
     def _with_input_gram(self, needs: Needs) -> Needs:
         """Return the needs with the input Gram in place of that of outputs, as targets are made from both paths."""
         assert isinstance(self.spec, LowRankSpec)
         gram = self.spec.method.input_gram
         return lambda shapes: needs(shapes) - {"output_gram"} | {gram}
-
-
-def _all(statistics: Mapping[str, Mapping[str, StatisticView]]) -> BySite:
-    return {site: dict(own) for site, own in statistics.items()}
 
 
 def _only(statistics: Mapping[str, Mapping[str, StatisticView]], names: frozenset[str]) -> BySite:

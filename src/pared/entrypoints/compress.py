@@ -33,6 +33,7 @@ from pared.environment import device_of, versions
 from pared.errors import ParedError
 from pared.io.apart import require_apart
 from pared.io.files import path_of
+from pared.memory import format_size
 from pared.models.architecture import is_causal
 from pared.models.loaded import name_of
 from pared.models.source import ModelSource, find_model
@@ -354,6 +355,8 @@ def _compressed(
         memory=memory,
         processes=processes,
     )
+    if memory is not None and memory.spilled:
+        progress.note(f"up to {format_size(memory.spilled)} of hidden states lay on the disk")
     return Compressed(
         model=made.model,
         tokenizer=tokenizer,

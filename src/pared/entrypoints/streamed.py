@@ -16,10 +16,12 @@ from pared.data.windows import Windows
 from pared.engine.allocate import anatomy_of, plan_from_shapes
 from pared.engine.needs import Needs, Tokens, needs_of
 from pared.engine.spec import CompressionSpec
+from pared.entrypoints.resume import KIND
 from pared.entrypoints.texts_read import TextsRead
 from pared.environment import dtype_of
 from pared.errors import ParedError
 from pared.io.leftovers import scratch
+from pared.io.run_dir import run_folder
 from pared.memory import available_memory, parse_size
 from pared.models.source import ModelSource
 from pared.progress import Progress
@@ -87,7 +89,9 @@ def is_streamed(
         chosen = bool(whole.too_much(available))
     found = streamed if chosen else whole
     if out is not None:
-        found.require_disk(out)
+        state = run_folder(out, KIND)
+        there = 0 if before is None else sum(path.stat().st_size for path in state.iterdir() if path.is_file())
+        found.require_disk(out, there)
     if problem := found.too_much(available):
         if automatic:
             raise ParedError(f"not enough memory, even block by block: {problem}")

@@ -91,17 +91,6 @@ def test_some_batches_are_a_list_of_their_own(tmp_path: Path) -> None:
             assert torch.equal(hidden[0], tensors[0] + 1)
 
 
-def test_a_full_disk_is_told_before_work_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 50_000_000))
-    with ActivationMemory(1000, tmp_path / "out") as memory:
-        memory.require_room(1000)
-        memory.require_room(2000)
-        with pytest.raises(
-            ParedError, match=rf"{tmp_path}: 1,033,553,432 bytes needed, 50,000,000 free; .*--activation"
-        ):
-            memory.require_room(10**9 + 0)
-
-
 def test_a_disk_that_fills_up_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Full:
         def __enter__(self) -> "Full":

@@ -73,7 +73,7 @@ def test_blocks_that_keep_something_are_called_input_by_input(tmp_path: Path, mo
     assert reads[0] > 2
 
 
-def test_blocks_that_are_no_chain_are_called_input_by_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_that_are_no_chain_are_called_input_by_input(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = _store("llama", tmp_path)
     whole = find_model(str(tmp_path)).load()
     for model in (store.model, whole):  # the last block reads what the first put out, by another way
@@ -86,6 +86,23 @@ def test_blocks_that_are_no_chain_are_called_input_by_input(tmp_path: Path, monk
         expected = [whole(**given)[0] for given in inputs]
     found = [output[0] for output in run_staged(store, inputs)]
     assert all(map(torch.equal, found, expected))
+    assert "the blocks are no chain" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "error", [OSError("gone"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_what_the_machine_lacks_is_no_reason_to_read_every_block_for_every_input(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = _store("llama", tmp_path)
+
+    def fails(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("pared.calibration.staged.BlockCall.run", fails)
+    with pytest.raises(type(error)):
+        list(run_staged(store, _inputs(5, 5)))
 
 
 def test_what_a_model_cannot_compute_is_raised(tmp_path: Path) -> None:

@@ -1,15 +1,19 @@
 """What a compression needs is told from shapes, and in proportion to what it holds."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from tiny_models import TINY_MODELS
 
 from pared.engine.allocate import anatomy_of
 from pared.engine.needs import Needs, Tokens, needs_of
 from pared.engine.spec import resolve
+from pared.errors import ParedError
+from pared.io.output_dir import RESERVE
 from pared.memory import Available
 from pared.schema.recipe import Recipe
 from pared.structure.probe import probe_shapes
@@ -30,10 +34,12 @@ def model() -> transformers.PreTrainedModel:
 
 
 def needs(model: transformers.PreTrainedModel, tokens: Tokens = TOKENS, streamed: bool = True, **fields: Any) -> Needs:
-    recipe = Recipe(**{"method": "svd-llm"} | {name: value for name, value in fields.items() if name != "limit"})
+    recipe = Recipe(
+        **{"method": "svd-llm"} | {name: value for name, value in fields.items() if name not in ("limit", "output")}
+    )
     anatomy = probe_shapes(model, anatomy_of(model, recipe))
-    return needs_of(model, anatomy, resolve(recipe), tokens, streamed=streamed, itemsize=2, output_bytes=1000,
-                    activation_memory=fields.get("limit"))  # fmt: skip
+    return needs_of(model, anatomy, resolve(recipe), tokens, streamed=streamed, itemsize=2,
+                    output_bytes=fields.get("output", 1000), activation_memory=fields.get("limit"))  # fmt: skip
 
 
 def test_weights_are_those_outside_and_one_block_or_a_group(model: transformers.PreTrainedModel) -> None:
@@ -66,6 +72,46 @@ def test_decompositions_wait_on_the_disk_where_ranks_depend_on_them(model: trans
     assert "decompositions" not in needs(model).disk
     assert needs(model, method="loss-optimal").disk["decompositions"] > 0
     assert needs(model).disk["the output"] == 1000
+
+
+def test_finished_blocks_lie_beside_the_output(model: transformers.PreTrainedModel) -> None:
+    outside = (2 * VOCABULARY * WIDTH + WIDTH) * 2
+    output = outside + 5000
+
+    def finished(streamed: bool, **fields: Any) -> int:
+        return needs(model, streamed=streamed, output=output, **fields).disk.get("finished blocks", 0)
+
+    once = {"method": "svd-llm", "statistics": "once", "refit": "off"}
+    assert finished(True, **once) == 0  # they become the output's
+    assert finished(False, **once) == 5000
+    shared = {"method": "basis-sharing", "refit": "update"}
+    assert finished(True, **shared) == 5000
+    assert finished(False, **shared) == 10000
+
+
+def test_what_a_resumed_run_has_written_is_not_needed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pared.engine.needs.free_space", lambda _: RESERVE + 400)
+    found = Needs({}, {"the output": 1000})
+    found.require_disk(tmp_path, there=600)
+    with pytest.raises(ParedError, match="not enough disk"):
+        found.require_disk(tmp_path, there=599)
+
+
+def test_hidden_states_are_of_every_run_of_a_block_that_runs_several_times() -> None:
+    with torch.device("meta"):
+        model = TINY_MODELS["llama"]()
+    one = needs(model, method="loss-optimal").memory["hidden states"]
+    model.config.num_hidden_layers *= 2  # as ALBERT's groups
+    assert needs(model, method="loss-optimal").memory["hidden states"] > 1.5 * one
+
+
+def test_gradients_of_all_blocks_wait_on_the_disk_where_the_model_is_streamed(
+    model: transformers.PreTrainedModel,
+) -> None:
+    asked = {"method": "loss-optimal", "statistics": "sequential"}
+    of_all = needs(model, streamed=False, limit=1000, **asked).memory["statistics"]
+    of_one = needs(model, streamed=True, limit=1000, **asked).memory["statistics"]
+    assert of_one < of_all
 
 
 def test_a_refusal_says_what_takes_most_and_what_would_take_less(model: transformers.PreTrainedModel) -> None:

@@ -1,5 +1,6 @@
 """``pared compress --stream``: the folder of a model that was never in memory as a whole, from name to manifest."""
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from typer.testing import CliRunner
 
 import pared
 from pared import memory
+from pared.calibration.cache import SavedStatistic
 from pared.cli.commands import app
+from pared.engine import observe
 from pared.entrypoints import streamed as streaming
 from pared.errors import ParedError
 from pared.memory import Available
@@ -55,6 +58,7 @@ class _Told(Silent):
 METHODS: list[dict[str, Any]] = [
     {"method": "svd-llm", "keep": 0.6, "statistics": "sequential"},
     {"method": "loss-optimal", "keep": 0.8},
+    {"method": "loss-optimal", "keep": 0.8, "statistics": "sequential"},
     {"method": "basis-sharing", "keep": 0.8, "options": {"group_size": 2}},
     {"method": "swift-svd", "keep": 0.8},
     {"method": "wanda", "sparsity": 0.5},
@@ -79,6 +83,19 @@ def test_the_folder_is_that_of_a_model_in_memory(fields: dict[str, Any], recipe:
     assert pared.verify(tmp_path / "out", stream="on") < 1e-5
     assert pared.verify(tmp_path / "out", stream="off") < 1e-5
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]  # nothing is left beside
+
+
+def test_gradients_of_all_blocks_are_not_held_in_memory(recipe: pared.Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, run_blocks = [], observe.run_blocks
+
+    def looking(store: Any, *arguments: Any, **more: Any) -> None:
+        found = [one for one in gc.get_objects() if type(one) is SavedStatistic]
+        held.append(len({one.file for one in found}))
+        run_blocks(store, *arguments, **more)
+
+    monkeypatch.setattr(observe, "run_blocks", looking)
+    pared.run(recipe.model_copy(update={"method": "loss-optimal", "statistics": "sequential", "keep": 0.8}))
+    assert held[-1] == 3  # of every block there is a file
 
 
 def test_the_command_line_streams(recipe: pared.Recipe, tmp_path: Path) -> None:
