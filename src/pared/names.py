@@ -9,6 +9,7 @@ from contextvars import ContextVar
 
 from pared.errors import ParedError
 
+PASSED_IN = "python:data"  # names a text that was passed in from Python, in a recipe or a manifest
 # What stands behind the name of a file where only a part of it is meant: file:words.txt[:80%], file:words.txt[80%:].
 PART = re.compile(r"\[(?::(?P<until>\d\d?)%|(?P<since>\d\d?)%:)\]$")
 
@@ -42,6 +43,11 @@ def called(field: str, value: str = "") -> str:
         return f"{field}={value}" if value else field
     flag = f"--{field.replace('_', '-')}"
     return f"{flag} {value}" if value and value != "True" else flag
+
+
+def text_called(name: str) -> str:
+    """Return what a text is called in a message: by its name, if a user gave it one."""
+    return "the data passed in Python" if name == PASSED_IN else f"text {name!r}"
 
 
 def with_article(noun: str) -> str:

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 from pared.data.documents import document_of
 from pared.data.texts import Text
 from pared.errors import ParedError
+from pared.names import PASSED_IN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NAME = "python:data"  # of such a text, where a recipe or a manifest names it
 EXPECTED = "the name of a text, a list of strings, or a datasets.Dataset with a 'text' in every row"
 
 
@@ -39,7 +39,7 @@ def text_of(data: Any, tokenizer: "PreTrainedTokenizerBase | None", function: st
     )
     if not any(document.strip() for document in documents):
         raise ParedError(f"{function}: data has no text; got {len(documents)} empty rows")
-    return Text(NAME, documents, f"{len(documents):,} texts passed in Python")
+    return Text(PASSED_IN, documents, f"{len(documents):,} texts passed in Python")
 
 
 def _rows(data: Any) -> Sequence[Any] | None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pared.errors import ParedError, TextTooShortError
+from pared.names import text_called
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -69,11 +70,11 @@ class Length:
             return self.tokens
         if not self.is_default or available < 2:
             raise TextTooShortError(
-                f"text {text!r} has {available} tokens, fewer than one window of {self.tokens}; "
-                "use a longer text or a smaller length"
+                f"{text_called(text)} has {available} token{'s' * (available != 1)}, fewer than one window of "
+                f"{self.tokens}; use a longer text or a smaller length"
             )
-        log.warning("a window of text %r has %d tokens, which is all there are, in place of %d", text, available,
-                    self.tokens)  # fmt: skip
+        log.warning("a window of %s has %d tokens, which is all there are, in place of %d", text_called(text),
+                    available, self.tokens)  # fmt: skip
         return available
 
 

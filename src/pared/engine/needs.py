@@ -16,6 +16,7 @@ from pared.engine.spec import CompressionSpec, LowRankSpec
 from pared.errors import ParedError
 from pared.io.output_dir import RESERVE, free_space
 from pared.memory import Available, format_size
+from pared.names import called
 from pared.structure.model import Anatomy, Site
 
 SLACK = 256 * 2**20  # bytes: what libraries take for themselves as they work
@@ -84,7 +85,11 @@ class Needs:
         """
         needed = max(self.disk_bytes - there, 0) + RESERVE
         if needed > (free := free_space(out)):
-            less = ", or allow more memory for activations (--activation-memory)" if "activations" in self.disk else ""
+            less = (
+                f", or allow more memory for activations ({called('activation_memory')})"
+                if "activations" in self.disk
+                else ""
+            )
             raise ParedError(
                 f"not enough disk for {out}: {needed:,} bytes needed ({_listed(self.disk)}), {free:,} free; nothing "
                 f"was written: name an output on another disk{less}"
@@ -93,13 +98,14 @@ class Needs:
     def _advice(self) -> str:
         largest = max(self.memory, key=self.memory.__getitem__)
         return {
-            "the model": "read it block by block (--stream on)",
-            "hidden states": "allow less for them (--activation-memory), or calibrate on fewer or shorter windows "
-            "(--samples, --length)",
+            "the model": f"read it block by block ({called('stream', 'on')})",
+            "hidden states": f"allow less for them ({called('activation_memory')}), or calibrate on fewer or shorter "
+            f"windows ({called('samples')}, {called('length')})",
             "statistics": "take a method with smaller ones (loss-optimal: --option output_weighting=diagonal; wanda, "
             "magnitude or svd need no Gram)",
-            "solving": "leave the widest weights dense (--skip), or take a method without a Gram (wanda, magnitude)",
-            "a batch in a block": "calibrate on shorter windows (--length)",
+            "solving": f"leave the widest weights dense ({called('skip')}), or take a method without a Gram (wanda, "
+            "magnitude)",
+            "a batch in a block": f"calibrate on shorter windows ({called('length')})",
             "logits of a window": "measure on shorter windows (--eval-length)",
         }.get(largest, "use a machine with more")
 

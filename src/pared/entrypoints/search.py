@@ -24,6 +24,7 @@ from pared.io.inputs import inputs_of, told_apart, without_places
 from pared.io.output_dir import require_short
 from pared.models.architecture import is_causal
 from pared.models.source import find_model, require_dense
+from pared.names import called
 from pared.progress import Progress, Silent
 from pared.schema.recipe import Recipe
 from pared.schema.search import SearchConfig
@@ -182,8 +183,8 @@ def require_searchable(recipe: Recipe) -> CompressionSpec:
     if isinstance(method_of(recipe), PruningMethod):
         require_pruner(recipe.method)
         if recipe.pattern is not None:
-            raise ParedError(f"a search needs a sparsity (--sparsity 0.7); pattern {recipe.pattern} leaves no zeros to "
-                             "spread")  # fmt: skip
+            raise ParedError(f"a search needs a sparsity ({called('sparsity', '0.7')}); pattern {recipe.pattern} "
+                             "leaves no zeros to spread")  # fmt: skip
     spec = resolve(recipe)
     if isinstance(spec, LowRankSpec):
         require_rankable(spec)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from pared.names import called
 from pared.report.table import WORTH_SAYING, comparison, learned_from
 from pared.schema.presets import summary_of
 from pared.tables import Row, Table
@@ -103,7 +104,7 @@ def _remarks(manifest: "Manifest") -> Iterator[str]:
         tokens = read["windows"] * read["length"] if read is not None else 0
         yield (
             f"{len(manifest.damping)} layers read too little to tell all their inputs apart ({tokens:,} tokens of "
-            "calibration text): raise --samples or --length"
+            f"calibration text): raise {called('samples')} or {called('length')}"
         )
     yield f"self-check: reloaded, largest relative difference {manifest.self_check:.2g}"
 

@@ -77,8 +77,7 @@ class Declared:
         text, choices = self.text, self.choices
         if self.option is not None and self.option.default is not None:
             choices = tuple(one for one in choices if one != "auto")  # what the default stands for
-        named = len(choices) < 2 or all(one in text for one in choices)
-        return text if named else f"{text} One of {', '.join(choices)}."
+        return text if len(choices) < 2 else f"{text} One of {', '.join(choices)}."
 
     @property
     def default(self) -> str:

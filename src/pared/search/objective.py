@@ -94,7 +94,8 @@ def successive_halving_splits(windows: Windows, halving: bool) -> list[Windows]:
     if not halving:
         return [windows]
     if count < FIRST:
-        raise ParedError(f"successive halving needs at least {FIRST} windows, got {count}; take more, or --no-halving")
+        raise ParedError(f"successive halving needs at least {FIRST} windows, got {count}; take more, or search "
+                         "without halving")  # fmt: skip
     edges = [0, count // FIRST, 2 * count // FIRST, count]
     return [first(windows, stop, start) for start, stop in pairwise(edges)]
 

@@ -17,6 +17,7 @@ from pared.engine.observe import Observer
 from pared.engine.solve import decompose_site
 from pared.engine.spec import LowRankSpec, PassSpec
 from pared.errors import ParedError
+from pared.names import called
 from pared.schema.plan import LowRank
 from pared.search.evidence import Tensors
 from pared.search.evolution import Allocation
@@ -30,7 +31,9 @@ def require_rankable(spec: LowRankSpec) -> None:
         ParedError: it has another budget, or its method shares bases.
     """
     if spec.budget.rank_fraction is not None:
-        raise ParedError("a search spreads a budget of parameters (--keep 0.8); rank_fraction fixes every rank")
+        raise ParedError(
+            f"a search spreads a budget of parameters ({called('keep', '0.8')}); rank_fraction fixes every rank"
+        )
     if spec.group_size != 1:
         raise ParedError(
             f"method {spec.method.name} lets neighbouring blocks share, so that they have no ranks of their own; "

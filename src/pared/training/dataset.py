@@ -14,6 +14,7 @@ from pared.data.lengths import Length
 from pared.data.texts import from_learned_part
 from pared.data.windows import NO_LABEL, Windows, merged, require_fits
 from pared.errors import ParedError
+from pared.names import called
 from pared.schema.training import TrainingConfig
 
 Row = dict[str, torch.Tensor]
@@ -78,8 +79,8 @@ def find_rows(
         if len(rows) <= tuning.validation:
             raise ParedError(
                 f"data {name!r} has {len(rows)} windows of {windows.tokens.shape[1]} tokens, and {tuning.validation} "
-                "of them are kept apart for validation; nothing is left to train on: keep fewer apart (--validation) "
-                f"or give more {'rows' if name.startswith(PREFIX) else 'text'}"
+                f"of them are kept apart for validation; nothing is left to train on: keep fewer apart "
+                f"({called('validation')}) or give more {'rows' if name.startswith(PREFIX) else 'text'}"
             )
         cut = len(rows) - tuning.validation
         train += rows[:cut]

@@ -179,3 +179,10 @@ def test_every_option_that_the_pages_name_is_one() -> None:
     assert len(named) > 50
     strange = sorted((page, flag) for page, flag in named if flag not in known | OF_OTHERS.get(page, set()))
     assert not strange, strange
+
+
+def test_every_choice_is_listed_in_one_form() -> None:
+    """Regression: where the text named the choices in passing, they were not listed."""
+    choices = [one for one in declared(Recipe) if one.option is not None and len(one.choices) > 1]
+    assert {"storage", "statistics", "refit", "calibration.sampling"} <= {one.key for one in choices}
+    assert all(" One of " in one.help for one in choices)

@@ -119,4 +119,4 @@ def test_a_refusal_says_what_takes_most_and_what_would_take_less(model: transfor
     assert found.too_much(None) == found.too_much(Available(4 * 2**30, "a limit")) == ""
     told = found.too_much(Available(2**30, "a limit"))
     assert told.startswith("about 3.0 GiB of memory needed (hidden states 3.0 GiB, blocks 1.0 MiB), 1.0 GiB left by a")
-    assert "--activation-memory" in told
+    assert "activation_memory" in told

@@ -153,7 +153,8 @@ def test_an_allocation_that_tries_on_text_tries_on_the_texts_given(tokenizer: Pr
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "too little text": ({**SMALL, "data": ["w3 w4"]}, "text 'python:data' has 2 tokens, fewer than one window of 32"),
+    "too little text": ({**SMALL, "data": ["w3 w4"]}, "passed in Python has 2 tokens, fewer than one window of 32"),
+    "too little text by one": ({**SMALL, "data": ["w3"]}, "the data passed in Python has 1 token, fewer than"),
     "no text": ({**SMALL, "data": []}, "data has no text"),
     "blank text": ({**SMALL, "data": ["", " "]}, "data has no text; got 2 empty rows"),
     "numbers": ({**SMALL, "data": [3]}, "data, row 0: expected an object whose 'text' field is a string, got int"),

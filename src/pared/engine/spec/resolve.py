@@ -6,6 +6,7 @@ from pared.engine.spec.specs import CompressionSpec, LowRankSpec, SparseSpec
 from pared.errors import ParedError
 from pared.lowrank import LowRankMethod
 from pared.methods import METHODS, Method, methods_of
+from pared.names import called
 from pared.schema.options import Options, read_options
 from pared.schema.recipe import Recipe
 from pared.sparsity import NM, PruningMethod, parse
@@ -86,8 +87,8 @@ def _resolve_low_rank(recipe: Recipe, method: LowRankMethod) -> LowRankSpec:
     )
     if recipe.dense_path not in ("auto", 0) and not spec.has_targets:
         raise ParedError(
-            f"dense_path {recipe.dense_path:g} needs targets: a refit (--refit), or sequential statistics of a method "
-            f"that collects any; method {recipe.method} has statistics {statistics} and refit {refit} here"
+            f"dense_path {recipe.dense_path:g} needs targets: a {called('refit')}, or sequential statistics of a "
+            f"method that collects any; method {recipe.method} has statistics {statistics} and refit {refit} here"
         )
     return spec
 
@@ -96,8 +97,8 @@ def _resolve_sparse(recipe: Recipe, method: PruningMethod) -> SparseSpec:
     _refuse_fields(recipe, LOW_RANK_ONLY, "its budget is sparsity or pattern")
     if recipe.sparsity is None and recipe.pattern is None:
         raise ParedError(
-            f"method {recipe.method} prunes: name a sparsity, the fraction of zeros (--sparsity 0.5), or a pattern "
-            "(--pattern 2:4)"
+            f"method {recipe.method} prunes: name a sparsity, the fraction of zeros ({called('sparsity', '0.5')}), or "
+            f"a pattern ({called('pattern', '2:4')})"
         )
     config = read_options(method.config, recipe.options, f"method {method.name}")
     allocator = allocator_of(_allocation_name(recipe, method), "sparse")
