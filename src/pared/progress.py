@@ -100,6 +100,11 @@ class Stopwatch:
             self._count()
             self._open.pop()
 
+    def so_far(self) -> dict[str, float]:
+        """Return the seconds by stage, with those of the stage that is open."""
+        self._count()
+        return dict(self.seconds)
+
     def _count(self) -> None:
         """Give the time since the last change of stage to the stage that was open."""
         now = self._clock()

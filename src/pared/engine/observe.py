@@ -199,6 +199,8 @@ class Observer:
     def resume(self, state: CompressionRun | None) -> None:
         """Keep what is found in a state, and resume from what that holds."""
         self.state = state
+        if state is not None:
+            state.time_by(self.watch)
         if state is not None and (known := state.get("dtype")) is not None:
             self.dtype = getattr(torch, known)
 

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from pared.environment import peak_memory_bytes
 from pared.errors import ParedError
 from pared.io.digests import sha256_of
 from pared.io.run_dir import RunDirectory
+from pared.progress import Stopwatch
 
 FILES = "pass-*.safetensors"
 HEADER_BYTES = 2**16  # of a file of tensors, about
@@ -30,6 +32,10 @@ class CompressionRun:
     Args:
         directory: that holds the state; a temporary one if nothing need outlive the process.
 
+    Attributes:
+        earlier: what the processes that this one resumes from took until their last line, in order: ``seconds`` by
+            stage, and the highest ``peak`` of memory in bytes.
+
     Raises:
         ParedError: a line or a file is damaged or missing; names it, and nothing is changed.
     """
@@ -41,10 +47,13 @@ class CompressionRun:
         self._files: dict[str, dict[str, Any]] = {}  # what lines tell of files that are needed, by name
         self._instead: dict[str, str] = {}  # the file that took the place of one that was dropped, by its name
         self._verified = set[str]()
+        self._spent: dict[int, dict[str, Any]] = {}  # by number of the process: what its last line says it took so far
+        self._watches: list[Stopwatch] = []
         for number, entry in enumerate(directory.journal.entries, 2):
             self._take(entry, f"journal {directory.journal.path}, line {number}")
         for told in self._files.values():
             self._require_there(told)
+        self.earlier = tuple(self._spent.values())
         for path in directory.folder.glob(FILES):
             if (
                 path.name not in self._files
@@ -105,8 +114,7 @@ class CompressionRun:
         dropped = [path.name for path in drops]
         line: dict[str, Any] = {"pass": pass_name, "block": index, "fields": dict(fields)}
         line |= {"files": [self._describe(path) for path in files]}
-        self._directory.journal.append(line | ({"drops": dropped} if dropped else {}))
-        self._take(self._directory.journal.entries[-1], "")
+        self._append(line | ({"drops": dropped} if dropped else {}))
         for name in dropped:
             (self.folder / name).unlink(missing_ok=True)
 
@@ -146,12 +154,23 @@ class CompressionRun:
         Raises:
             ParedError: it cannot be written.
         """
-        self._directory.journal.append({"name": name, "value": value})
-        self._take(self._directory.journal.entries[-1], "")
+        self._append({"name": name, "value": value})
 
     def get(self, name: str) -> Any:
         """Return a result that was put, None if none was."""
         return self._values.get(name)
+
+    def time_by(self, watch: Stopwatch) -> None:
+        """Have a stopwatch's seconds in every line from now on."""
+        self._watches.append(watch)
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        if self.durable:
+            seconds = _sums(watch.so_far() for watch in self._watches)
+            spent = {"process": len(self.earlier) + 1, "seconds": seconds, "peak": peak_memory_bytes()}
+            line = {**line, "spent": spent}
+        self._directory.journal.append(line)
+        self._take(self._directory.journal.entries[-1], "")
 
     def _describe(self, path: Path) -> dict[str, Any]:
         told: dict[str, Any] = {"name": path.name, "bytes": path.stat().st_size}
@@ -159,6 +178,8 @@ class CompressionRun:
 
     def _take(self, entry: Mapping[str, Any], where: str) -> None:
         """Take up a line of the journal."""
+        if "spent" in entry:
+            self._spent[entry["spent"]["process"]] = entry["spent"]
         if "name" in entry and "value" in entry:
             self._values[str(entry["name"])] = entry["value"]
         elif {"pass", "block", "fields", "files"} <= entry.keys():
@@ -188,6 +209,25 @@ class CompressionRun:
 
     def _advice(self) -> str:
         return f"restore it, or remove {self.folder} to start over"
+
+
+def spent(earlier: Iterable[Mapping[str, Any]], seconds: Mapping[str, float]) -> tuple[dict[str, float], int]:
+    """Return the seconds of several processes by stage, and the highest memory of the earlier ones, in bytes.
+
+    Args:
+        earlier: as of :class:`CompressionRun`.
+        seconds: of this process.
+    """
+    before = list(earlier)
+    return _sums([*(one["seconds"] for one in before), seconds]), max((one["peak"] for one in before), default=0)
+
+
+def _sums(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for part in parts:
+        for stage, seconds in part.items():
+            total[stage] = total.get(stage, 0.0) + seconds
+    return total
 
 
 def _apart(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -21,7 +21,7 @@ from pared.data.windows import Windows
 from pared.engine.checks import require_finite_weights
 from pared.engine.early import require_job, require_possible, require_suited, require_texts
 from pared.engine.early import require_model as require_named_model
-from pared.engine.run_state import CompressionRun
+from pared.engine.run_state import CompressionRun, spent
 from pared.engine.spec import CompressionSpec
 from pared.entrypoints.in_place import Collected, compress_in_place, require_compressible
 from pared.entrypoints.measure import PerplexityOn
@@ -339,6 +339,8 @@ def _compressed(
 ) -> Compressed:
     """Measure the dense model where that is asked for, and compress it."""
     store = None if streamed is None else streamed.store
+    if state is not None:
+        state.time_by(watch)
     if before.measure is not None:
         measure = before.measure
         value = processes.first(lambda: measured_once(measure, model, state, store))
@@ -357,6 +359,8 @@ def _compressed(
     )
     if memory is not None and memory.spilled:
         progress.note(f"up to {format_size(memory.spilled)} of hidden states lay on the disk")
+    earlier = () if state is None else state.earlier
+    seconds, peak = spent(earlier, {**watch.seconds, **made.seconds})
     return Compressed(
         model=made.model,
         tokenizer=tokenizer,
@@ -368,7 +372,9 @@ def _compressed(
         damping=made.damping,
         fallbacks=made.fallbacks,
         calibration=made.calibration,
-        seconds={**watch.seconds, **made.seconds},
+        seconds=seconds,
+        resumed=len(earlier),
+        earlier_peak_bytes=peak,
         streamed=streamed,
     )
 

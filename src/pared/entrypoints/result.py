@@ -81,7 +81,9 @@ class Compressed(Shown):
         damping: sites whose Gram was rank-deficient, with the relative damping used.
         fallbacks: sites whose weight or statistics say nothing (zero inputs, no gradient), with the rule that decided.
         calibration: what was calibrated on; none for a method that needs no data.
-        seconds: by stage.
+        seconds: by stage; of all processes, where this one resumed what others began.
+        resumed: how many processes were at it before this one.
+        earlier_peak_bytes: the highest memory that one of those took.
         saved: the folder it was last saved to, with its manifest; none before.
         streamed: the model's blocks, where they are not in memory: it is called with ``streamed.store.running()``.
     """
@@ -99,6 +101,8 @@ class Compressed(Shown):
     seconds: dict[str, float] = field(default_factory=dict)
     saved: Outcome | None = None
     streamed: StreamedModel | None = None
+    resumed: int = 0
+    earlier_peak_bytes: int = 0
 
     def save(self, folder: str | Path, overwrite: bool = False, progress: Progress | bool | None = None) -> Outcome:
         """Write the folder that the command line writes: reloaded, compared, measured, with its manifest and card.
@@ -204,7 +208,8 @@ def _manifest(result: Compressed, reread: Reread, asked: Recipe, watch: Stopwatc
         perplexity_before=before.perplexity,
         perplexity_after=reread.perplexity,
         seconds={**result.seconds, **watch.seconds},
-        peak_memory_bytes=peak_memory_bytes(),
+        peak_memory_bytes=max(peak_memory_bytes(), result.earlier_peak_bytes),
+        resumed=result.resumed,
         bytes_before=result.plan.before.bytes_on_disk,
         versions=versions(),
         machine=machine(),

@@ -143,6 +143,8 @@ class Manifest(Strict):
         perplexity_after: of the compressed model, reloaded from disk.
         seconds: by stage.
         peak_memory_bytes: the process's highest resident memory (CUDA: highest allocated memory).
+        resumed: how many processes had begun it and were ended before the one that wrote the folder; seconds are summed
+            over all of them, until the last line of each, and the peak of memory is the highest of them.
         bytes_before: of the dense weights in the saved dtype.
         bytes_on_disk: of the saved weights.
         fingerprint: for the self-check.
@@ -172,6 +174,7 @@ class Manifest(Strict):
     perplexity_after: float | None = None
     seconds: dict[str, float] = Field(default={})
     peak_memory_bytes: int = 0
+    resumed: int = 0
     bytes_before: int = 0
     bytes_on_disk: int = 0
     fingerprint: Fingerprint

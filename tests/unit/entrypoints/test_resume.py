@@ -23,7 +23,7 @@ from pared.cli.commands import app
 from pared.engine import run_state
 from pared.engine.needs import Needs
 from pared.engine.solve import Solver
-from pared.io.run_dir import RunDirectory, run_folder
+from pared.io.run_dir import RunDirectory, entries_of, run_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 
@@ -45,7 +45,7 @@ CASES: dict[str, dict[str, Any]] = {
     "sparsegpt": {"method": "sparsegpt", "sparsity": 0.5},
 }
 # Of a manifest, what no two runs share.
-OF_THE_RUN = {"seconds", "peak_memory_bytes", "files", "checksum"}
+OF_THE_RUN = {"seconds", "peak_memory_bytes", "resumed", "files", "checksum"}
 
 
 @pytest.fixture(scope="module")
@@ -393,6 +393,19 @@ def test_memory_that_is_free_now_does_not_decide_how_a_run_is_resumed(
     measured(before == "off")
     pared.run(recipe, resume=True)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == (1 if before == "off" else 4)
+
+
+def test_the_manifest_counts_the_time_of_every_process(place: Path, tmp_path: Path) -> None:
+    recipe = recipe_of("wanda", place, tmp_path / "out")
+    assert killed_after(1, recipe)
+    assert killed_after(1, recipe, resume=True)
+    entries = entries_of(run_folder(tmp_path / "out", "compress"), "compress")
+    earlier = {entry["spent"]["process"]: entry["spent"] for entry in entries}
+    assert sorted(earlier) == [1, 2]
+    manifest = pared.run(recipe, resume=True).manifest
+    assert manifest.resumed == 2
+    assert manifest.seconds["load"] > sum(one["seconds"]["load"] for one in earlier.values()) > 0
+    assert manifest.peak_memory_bytes >= max(one["peak"] for one in earlier.values())
 
 
 def test_installed_blocks_are_not_made_again(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
