@@ -113,7 +113,7 @@ def render(lines: list[dict[str, Any]]) -> str:
         "method",
         "tuning",
         "rank fraction",
-        "covered parameters",
+        "target parameters",
         *(f"{task} ({TASKS[task][2]})" for task in tasks),
     )
     return "\n".join([

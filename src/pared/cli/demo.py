@@ -44,4 +44,5 @@ def demo(
         texts = continuations([recipe.model, str(place)], PROMPT, TOKENS)
         for when, text in zip(("before", "after"), texts, strict=True):
             out.print(f"\n{when}: {PROMPT}{text}")
-        out.print("\nWithout any training a small model loses much at this size; docs/results has the figures.")
+        out.print("\nsvd-llm is the quick one: untrained, a small model loses much by it at this size, and far less by "
+                  "the default, loss-optimal.")  # fmt: skip

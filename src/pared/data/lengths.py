@@ -57,7 +57,7 @@ class Length:
             return self
         if not self.is_default:
             raise too_long(self.tokens, positions, what)
-        log.warning("%s have %d tokens, which is all this model takes, in place of %d", what, positions, self.tokens)
+        log.warning("%s have %d tokens, the most this model takes, in place of %d", what, positions, self.tokens)
         return Length(positions, is_default=True)
 
     def within_text(self, available: int, text: str) -> int:

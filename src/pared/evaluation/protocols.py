@@ -120,7 +120,7 @@ def cut_by(protocol: Protocol, text: Text, tokenizer: "PreTrainedTokenizerBase",
     length = protocol.length
     positions = positions_of(config)
     if positions is not None and positions < length:
-        deviations.append(f"windows of {positions} tokens, which is all this model takes, in place of {length}")
+        deviations.append(f"windows of {positions} tokens, the most this model takes, in place of {length}")
         length = positions
     joined = protocol.joins.get(corpus, BLANK_LINES).join(documents)
     ids = torch.tensor(tokenizer(joined, verbose=False)["input_ids"], dtype=torch.int64)

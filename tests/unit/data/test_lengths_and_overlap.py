@@ -190,7 +190,7 @@ class TestLengths:
         assert Length(64).within(config).tokens == 64
         if positions is None:
             return
-        assert f"{positions} tokens, which is all this model takes, in place of 4096" in caplog.text
+        assert f"{positions} tokens, the most this model takes, in place of 4096" in caplog.text
         with pytest.raises(ParedError, match=f"windows of 4096 tokens, but this model has {positions} positions"):
             Length(4096).within(config)
 

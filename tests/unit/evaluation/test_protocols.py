@@ -77,7 +77,7 @@ def test_what_could_not_be_kept_to_is_told() -> None:
     assert found.windows.tokens.shape[1] == 3
     assert found.deviations == (
         "1 documents of this test in place of 9",
-        "windows of 3 tokens, which is all this model takes, in place of 4",
+        "windows of 3 tokens, the most this model takes, in place of 4",
     )
     found = cut_by(short(), text_of(words(0, 9), name="file:mine.txt"), TOKENIZER, CONFIG)
     assert found.deviations == ("it says nothing of the text 'file:mine.txt', which is joined by blank lines",)
@@ -147,5 +147,5 @@ def test_the_command_measures_by_protocol_and_tells_deviations(tmp_path_factory:
     command = ["eval", str(place / "m"), "--perplexity", f"file:{place}/t.txt", "--protocol", "wanda"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
-    assert "windows of 128 tokens, which is all this model takes, in place of 2048" in result.output.replace("\n", " ")
+    assert "windows of 128 tokens, the most this model takes, in place of 2048" in result.output.replace("\n", " ")
     assert "as wanda measures (locuslab/wanda)" in result.output
