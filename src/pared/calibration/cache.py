@@ -1,7 +1,6 @@
 """Statistics on disk: collected once, solved for as many methods and budgets as one likes."""
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 from pared.calibration.forward import BlockStatistics
 from pared.calibration.statistics import Statistic, statistic_kind
 from pared.errors import ParedError
+from pared.io.files import appearing
 from pared.io.fingerprint import require_same
 
 VERSION = 3  # of the files: 1 held values, which nothing can be added to; 2 not what they were collected of
@@ -187,11 +187,8 @@ def _about(file: Path) -> dict[str, Any]:
 
 
 def _write(place: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[str, object]) -> None:
-    part = place.with_suffix(".part")
-    save_file(dict(tensors), part, metadata={"block": json.dumps(about)})
-    with part.open("rb") as file:
-        os.fsync(file.fileno())
-    part.replace(place)
+    with appearing(place) as partial:
+        save_file(dict(tensors), partial, metadata={"block": json.dumps(about)})
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """A block of a model in a file of its own, and what the block is without its tensors."""
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +11,7 @@ from torch import nn
 
 from pared.checkpoint.loader import empty_module
 from pared.errors import ParedError
-from pared.io.files import sync
+from pared.io.files import appearing
 from pared.models.weights import LINE
 from pared.modules.sparse import SparseLinear
 
@@ -81,19 +80,13 @@ def write_block(file: Path, tensors: dict[str, torch.Tensor], notes: dict[str, A
     Raises:
         ParedError: it cannot be written, as where the disk is full.
     """
-    partial = file.with_name(f".{file.name}.partial")
     try:
-        save_file(tensors, partial, metadata={"format": "pt", "pared": json.dumps(notes, sort_keys=True)})
-        _sort_metadata(partial)
-        sync(partial)
-        os.replace(partial, file)
-        sync(file.parent)
-    except BaseException as error:
-        partial.unlink(missing_ok=True)
-        if isinstance(error, Exception):
-            message = " ".join(str(error).split()) or type(error).__name__
-            raise ParedError(f"{file} cannot be written ({message}); blocks before it are as they were") from error
-        raise
+        with appearing(file) as partial:
+            save_file(tensors, partial, metadata={"format": "pt", "pared": json.dumps(notes, sort_keys=True)})
+            _sort_metadata(partial)
+    except Exception as error:
+        message = " ".join(str(error).split()) or type(error).__name__
+        raise ParedError(f"{file} cannot be written ({message}); blocks before it are as they were") from error
 
 
 def _sort_metadata(file: Path) -> None:

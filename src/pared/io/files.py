@@ -15,6 +15,7 @@ import platformdirs
 
 DESCRIPTOR = re.compile(r"/dev/std(?P<name>in|out|err)|(?:/dev/fd|/proc/(?P<process>self|\d+)/fd)/(?P<number>\d+)")
 STANDARD = {"in": 0, "out": 1, "err": 2}
+PARTIAL = ".partial"  # what the name of a file ends with until it is whole
 LONGEST_NAME = 255  # bytes, with what stands beside it for a while
 LINKS = 40  # as many as systems follow
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of errors: no space, a quota, a limit on the size of files
@@ -58,6 +59,31 @@ def write_whole(path: Path, content: str | bytes) -> None:
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(name)
+        raise
+
+
+@contextlib.contextmanager
+def appearing(path: Path, durable: bool = True) -> Iterator[Path]:
+    """Give a path beside a file to write it to; it takes its place, whole, or is gone if anything goes wrong.
+
+    Args:
+        path: of the file.
+        durable: whether it, and its name, are on the disk afterwards.
+
+    Raises:
+        OSError: it cannot be written; what was there is as it was.
+    """
+    partial = path.with_name(f"{path.name}{PARTIAL}")
+    try:
+        yield partial
+        if durable:
+            sync(partial)
+        os.replace(partial, path)
+        if durable:
+            sync(path.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise
 
 

@@ -6,17 +6,16 @@ which removes what killed processes left, leaves it alone; it goes when the outp
 """
 
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 from pared.errors import ParedError
-from pared.io.files import is_full, sync, write_whole
+from pared.io.files import PARTIAL, appearing, is_full, sync, write_whole
 from pared.io.fingerprint import as_json, require_same
 from pared.io.guarded import read_bytes
 from pared.io.journal import Journal, opened, read_entries, sealed
@@ -25,7 +24,7 @@ from pared.io.lock import folder_alone
 
 log = logging.getLogger(__name__)
 
-SETTINGS, JOURNAL, PARTIAL = "settings.json", "journal.jsonl", ".partial"
+SETTINGS, JOURNAL = "settings.json", "journal.jsonl"
 MARK, FORMAT = "pared_run", 1
 
 
@@ -123,26 +122,18 @@ class RunDirectory:
         Raises:
             ParedError: the disk is full, or writing failed; what was committed before is as it was.
         """
-        path, partial = self.folder / name, self.folder / f"{name}{PARTIAL}"
+        path = self.folder / name
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise ParedError(_full(path, needed, free))
         try:
-            yield partial
-            if self.durable:
-                sync(partial)
-            needed = partial.stat().st_size
-            os.replace(partial, path)
-            if self.durable:
-                sync(self.folder)
-        except BaseException as error:
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
-            if isinstance(error, (OSError, SafetensorError)):
-                if is_full(error):
-                    raise ParedError(_full(path, needed, shutil.disk_usage(self.folder).free)) from None
-                raise ParedError(f"{path} could not be written ({error}); the state of the run is as it was") from error
-            raise
+            with appearing(path, self.durable) as partial:
+                yield partial
+                needed = max(needed, partial.stat().st_size)
+        except (OSError, SafetensorError) as error:
+            if is_full(error):
+                raise ParedError(_full(path, needed, shutil.disk_usage(self.folder).free)) from None
+            raise ParedError(f"{path} could not be written ({error}); the state of the run is as it was") from error
 
     def finish(self) -> None:
         """Remove the folder, once the output is there."""
