@@ -24,7 +24,7 @@ def compress(
     with errors("interrupted; no partial output is left, and --resume continues after the last finished block"):
         quiet_libraries()
         recipe = given.merged()
-        require_compression(recipe, overwrite)
+        require_compression(recipe, overwrite, resume)
         from pared.entrypoints.compress import run
 
         outcome = run(recipe, overwrite, ConsoleProgress(), resume=resume)

@@ -15,6 +15,8 @@ from pared.io.apart import require_apart
 from pared.io.files import path_of
 from pared.io.inputs import inputs_of
 from pared.io.output_dir import require_free
+from pared.io.record import MANIFEST
+from pared.io.run_dir import COMPRESSION, run_folder
 from pared.models.source import ModelSource, find_model, require_dense, require_one_stack
 from pared.names import called
 from pared.schema.presets import require_user_fields
@@ -87,12 +89,13 @@ def require_texts(recipe: Recipe) -> None:
             require_text(name, evaluation=measured)
 
 
-def require_job(recipe: Recipe, overwrite: bool) -> tuple[CompressionSpec, ModelSource, Path]:
+def require_job(recipe: Recipe, overwrite: bool, resume: bool = False) -> tuple[CompressionSpec, ModelSource, Path]:
     """Refuse what can be refused without torch: all of the above, and an output that is there.
 
     Args:
         recipe: with ``model`` and ``out``.
         overwrite: whether an output folder that is there may be replaced.
+        resume: whether a killed run is resumed, which only changes what is said of a folder that is there.
 
     Returns:
         The resolved recipe, the model and the output folder.
@@ -107,6 +110,10 @@ def require_job(recipe: Recipe, overwrite: bool) -> tuple[CompressionSpec, Model
     if recipe.out is None:
         raise ParedError(f"no output folder is named; give {called('out', 'DIR')}, or 'out' in the recipe")
     out = path_of(recipe.out)
+    left = run_folder(out, COMPRESSION).is_dir()
+    if resume and not overwrite and not left and (out / MANIFEST).is_file():
+        raise ParedError(f"output folder {out} is finished, and there is nothing to resume; name another or pass "
+                         f"{called('overwrite', 'True')}")  # fmt: skip
     require_free(out, overwrite, inputs_of(recipe.model_dump()))
     source = require_model(spec)
     require_apart(out, [Path(source.place)])

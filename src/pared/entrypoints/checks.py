@@ -62,19 +62,24 @@ def require_evaluable(model: str | None, config: "EvaluationConfig") -> None:
         find_model(model)
 
 
-def require_compression(recipe: "Recipe", overwrite: bool) -> None:
+def require_compression(recipe: "Recipe", overwrite: bool, resume: bool = False) -> None:
     """Refuse a compression that cannot be, from the recipe and the disk.
 
     Args:
         recipe: with ``model`` and ``out``.
         overwrite: whether an output folder that is there may be replaced.
+        resume: whether a killed run is resumed; one that was killed behind its end has output and state, which the
+            run itself looks at.
 
     Raises:
         ParedError: says what is wrong.
     """
     from pared.engine.early import require_job
+    from pared.io.files import path_of
+    from pared.io.run_dir import COMPRESSION, run_folder
 
-    require_job(recipe, overwrite)
+    ended = resume and recipe.out is not None and run_folder(path_of(recipe.out), COMPRESSION).is_dir()
+    require_job(recipe, overwrite or ended, resume)
 
 
 def require_plan(recipe: "Recipe") -> None:

@@ -174,7 +174,7 @@ def run(
             watcher = watcher if processes.is_first else Silent()
             if resume and (there := processes.first(lambda: _published(asked))) is not None:
                 return replace(there, is_first=processes.is_first)
-            spec, source, out = require_job(asked, overwrite)
+            spec, source, out = require_job(asked, overwrite, resume)
             state = Resumable.beside(out, resume, watcher) if processes.is_first else nullcontext()
             with state as resumable:
                 result = _by_name(source, spec, watcher, out, resumable=resumable, processes=processes)

@@ -16,11 +16,11 @@ from pared.environment import versions
 from pared.io.digests import sha256_of
 from pared.io.fingerprint import as_json
 from pared.io.record import MANIFEST
-from pared.io.run_dir import RunDirectory, run_folder, settings_of
+from pared.io.run_dir import COMPRESSION, RunDirectory, run_folder, settings_of
 from pared.models.source import ModelSource
 from pared.progress import Progress
 
-KIND = "compress"
+KIND = COMPRESSION
 STREAMED, PUBLISHED = "block by block", "published"  # names in the state
 # What a compressed model does not depend on: where it goes, what it is measured on, and what its source is called.
 LEFT_OUT = {"out", "evaluation", "model", "stream", "activation_memory"}

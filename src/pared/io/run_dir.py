@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 SETTINGS, JOURNAL = "settings.json", "journal.jsonl"
 MARK, FORMAT = "pared_run", 1
+COMPRESSION = "compress"  # the kind of a compression's run
 
 
 class RunDirectory:

@@ -377,6 +377,30 @@ def test_a_run_that_was_killed_before_it_removed_its_state_is_done(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_the_command_resumes_what_was_killed_before_it_removed_its_state_and_says_when_nothing_is_left_to_do(
+    place: Path, tmp_path: Path
+) -> None:
+    """Regression: both were told to pass --overwrite, as the command looked at the output first."""
+    recipe = recipe_of("wanda", place, tmp_path / "out")
+    file = tmp_path / "recipe.yaml"
+    file.write_text(json.dumps(recipe.model_dump(mode="json")))
+
+    def work() -> None:
+        RunDirectory.finish = lambda _: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+        pared.run(recipe)
+
+    assert in_a_process(work)
+    made = content(tmp_path / "out")
+    command = ["compress", "--recipe", str(file), "--resume"]
+    first = CliRunner().invoke(app, command)
+    assert first.exit_code == 0, first.output
+    assert not (tmp_path / ".out.compress").exists()
+    second = CliRunner().invoke(app, command)
+    assert second.exit_code == 2
+    assert "is finished, and there is nothing to resume; name another or pass --overwrite" in second.output
+    assert content(tmp_path / "out") == made
+
+
 @pytest.mark.parametrize("before", ["off", "on"])
 def test_memory_that_is_free_now_does_not_decide_how_a_run_is_resumed(
     before: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
