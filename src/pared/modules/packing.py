@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 LARGEST_GROUP = 256
+LINE = 64  # bytes; torch begins its tensors at multiples of it, and the last digits of products go by where they begin
 WHOLE, CHUNK = 2**23, 2**16  # weights that are unpacked as a whole, and so many at a time if there are more
 # Weights are moved as integers of their size: torch rewrites the bits of a bfloat16 NaN on the way.
 AS_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -128,7 +129,9 @@ def _filled(raw_K: torch.Tensor, bits: "np.ndarray[tuple[int], np.dtype[np.uint8
     Positions are found of a part at a time, so that they and what they fill stay in the cache.
     """
     values, start = raw_K.numpy(), 0
-    W = np.zeros(count, values.dtype)  # pages of zeros that are first touched when they are filled
+    size = count * values.itemsize
+    pages = np.zeros(size + LINE - 1, np.uint8)  # of zeros, that are first touched when they are filled
+    W = pages[-pages.ctypes.data % LINE :][:size].view(values.dtype)
     at_once = CHUNK if count > WHOLE else max(count, 1)
     for first in range(0, count, at_once):
         part = W[first : first + at_once]

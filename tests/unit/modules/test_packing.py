@@ -347,3 +347,13 @@ def test_a_large_weight_is_unpacked_in_parts_to_the_same_bits(
     for values in (packed.values[:-1], torch.cat([packed.values, packed.values[:1]])):
         with pytest.raises(ValueError, match=rf"values \({len(values)},\) for a mask that keeps {mask_ON.sum()}"):
             unpack(values, packed.bits, shape)
+
+
+@pytest.mark.parametrize("count", [1, 37, 4096])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_unpacked_weights_begin_where_tensors_of_torch_do(count: int, dtype: torch.dtype) -> None:
+    """Regression: a weight that was unpacked began elsewhere than one that was loaded, and products differed."""
+    W_ON = torch.ones(3, count, dtype=dtype)
+    packed = [unpack(*pack(W_ON, W_ON != 0), (3, count)) for _ in range(8)]
+    assert {one.data_ptr() % 64 for one in packed} == {0}
+    assert all(torch.equal(one, W_ON) for one in packed)
