@@ -15,6 +15,7 @@ import torch
 
 from pared.errors import ParedError
 from pared.io.leftovers import scratch
+from pared.names import called
 
 RESERVE = 32 * 1024 * 1024  # bytes of the disk that are left free
 
@@ -89,8 +90,8 @@ class ActivationMemory:
         if free < needed + RESERVE:
             raise ParedError(
                 f"not enough disk for activations in {self.folder.parent}: {needed + RESERVE:,} bytes needed, {free:,} "
-                "free; allow more memory for them (--activation-memory), name an output on another disk, or calibrate "
-                "on fewer or shorter windows"
+                f"free; allow more memory for them ({called('activation_memory')}), name an output on another disk, or "
+                "calibrate on fewer or shorter windows"
             )
 
 

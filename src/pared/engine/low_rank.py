@@ -21,6 +21,7 @@ from pared.engine.windows import trial_windows
 from pared.errors import ParedError
 from pared.io.digests import model_digest
 from pared.lowrank.registry import mean_gram
+from pared.names import called
 from pared.schema.plan import Decision, Plan
 from pared.structure.store import BlockStore, LazyBlocks, ResidentBlocks
 
@@ -203,7 +204,8 @@ class LowRankWork:
         if self._observer.processes.count > 1 and not isinstance(store, ResidentBlocks):
             raise ParedError(
                 f"allocation {self._spec.allocator.name} tries what it proposes, which several processes cannot do on "
-                "a model that is read block by block; start one, or keep the model in memory (--stream off)"
+                "a model that is read block by block; start one, or keep the model in memory "
+                f"({called('stream', 'off')})"
             )
 
         def measure(decisions: Mapping[str, Decision]) -> float:

@@ -23,6 +23,7 @@ from pared.errors import ParedError
 from pared.lowrank import Decomposition
 from pared.lowrank.dense_path import target
 from pared.lowrank.sharing import stacked
+from pared.names import called
 from pared.processes import ALONE, Processes
 from pared.schema.plan import Decision, Dense, LowRank, Plan, Shared
 from pared.structure import Site, weight_of
@@ -378,7 +379,8 @@ class Solver:
             if len({site.block for site in unit.members}) > 1:
                 raise ParedError(
                     f"unit {unit.name} shares a basis over several blocks, which cannot be tried on a model that is "
-                    "read block by block; take sharing=none, another allocation, or keep it in memory (--stream off)"
+                    "read block by block; take sharing=none, another allocation, or keep it in memory "
+                    f"({called('stream', 'off')})"
                 )
             of_block.setdefault(unit.members[0].block, []).append((unit, decision))
 

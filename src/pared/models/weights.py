@@ -32,6 +32,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from pared.errors import DamagedError, ParedError
 from pared.io.guarded import brief, read_json
 from pared.models.source import QUIETLY
+from pared.names import called
 
 log = python_logging.getLogger(__name__)
 
@@ -100,7 +101,8 @@ def weight_files(location: str, name: str) -> list[Path]:
     if index is None:
         raise ParedError(
             f"model {name!r}: neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME} is there; only safetensors can "
-            "be read block by block: convert it, or work with the whole model in memory (--stream off)"
+            "be read block by block: convert it, or work with the whole model in memory "
+            f"({called('stream', 'off')})"
         )
     listed = read_json(Path(index), "index of the weights", unique=False)
     weight_map = listed.get("weight_map") if isinstance(listed, dict) else None

@@ -15,6 +15,7 @@ import torch
 
 from pared.errors import ParedError
 from pared.io.leftovers import scratch
+from pared.names import called
 from pared.search.evolution import Candidate, Measured
 
 LIVES = 3  # workers that a candidate may cost before it is given up
@@ -70,7 +71,8 @@ class Queue:
             self.waiting.appendleft(task)
             return None
         if not self._alive:
-            raise ParedError(f"{LIVES} workers died at their first candidate; is there memory for so many (--workers)?")
+            raise ParedError(f"{LIVES} workers died at their first candidate; is there memory for so "
+                             f"many ({called('workers')})?")  # fmt: skip
         return task[0].number, Measured((), f"{LIVES} workers died while measuring it")
 
 
