@@ -282,7 +282,7 @@ def test_the_manifest_tells_the_dtype_that_was_used(
 
 
 def test_an_encoder_has_no_labels_in_its_text_and_says_so(compress: Compress) -> None:
-    with pytest.raises(ParedError, match="the text holds no labels"):
+    with pytest.raises(ParedError, match="so a text has no labels: calibrate on labelled examples"):
         compress(TINY_MODELS["bert"](), method="fwsvd", keep=0.6)
 
 

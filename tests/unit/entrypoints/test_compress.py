@@ -167,7 +167,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a percentage": ({"keep": 80}, "did you mean 0.8"),
     "two budgets": ({"keep": 0.5, "sparsity": 0.5}, "two budgets"),
     "a misspelt method": ({"method": "svd-lm"}, "did you mean 'svd-llm'"),
-    "nobody who watches": ({**SMALL, "progress": 3}, "takes an object .* as progress.*got a int"),
+    "nobody who watches": ({**SMALL, "progress": 3}, "takes an object .* as progress.*got an int"),
 }  # fmt: skip
 
 
