@@ -1,9 +1,11 @@
 """How much memory this process may still take, and sizes as users write them."""
 
 import contextlib
+import ctypes
+import functools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -31,6 +33,26 @@ class Available(NamedTuple):
 
     bytes: int
     limit: str
+
+
+@functools.cache
+def _trim() -> Callable[[int], int] | None:
+    try:
+        found: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):
+        return None
+    return found
+
+
+def give_back() -> None:
+    """Return memory that is free to the system, where the C library keeps it (glibc).
+
+    It keeps pieces below 32 MiB that were freed, which a walk over many blocks takes and frees in ever other sizes:
+    without this a model of 28 blocks of 200 MB held 3 GB of free memory after ten of them.
+    """
+    trim = _trim()
+    if trim is not None:
+        trim(0)
 
 
 def parse_size(text: str | int, what: str) -> int:

@@ -24,6 +24,7 @@ from pared.checkpoint.portable import module_map
 from pared.checkpoint.save import shared_tensors
 from pared.environment import dtype_of
 from pared.errors import DamagedError, ParedError
+from pared.memory import give_back
 from pared.models.architecture import architecture, first_line, raised_in
 from pared.models.source import ModelSource
 from pared.models.trust import trusted
@@ -214,6 +215,7 @@ class StreamedBlocks:
         """Give a block's tensors up; modules and values that were changed since it was loaded are as before."""
         for before in self._loaded.pop(index, []):
             before.restore()
+        give_back()
 
     def commit(self, index: int) -> None:
         """Write a block as it stands in the model now to its file, from which it is read from now on; give it up.
@@ -236,6 +238,8 @@ class StreamedBlocks:
         del self._loaded[index]
         self._empty_out(block)
         self._take_file(index, file)
+        del block, state
+        give_back()
 
     def file_of(self, index: int) -> Path:
         """Return the file that a block is committed to in this pass."""
