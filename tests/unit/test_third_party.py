@@ -15,6 +15,7 @@ from tiny_tokenizer import tiny_tokenizer
 from typer.testing import CliRunner
 
 import pared
+from pared.cli import console
 from pared.cli.commands import app
 from pared.lowrank import LowRankMethod
 from pared.methods import METHODS
@@ -157,7 +158,8 @@ def refused(dense: Path, *more: object) -> str:
     return str(complaint)
 
 
-def test_they_are_listed_with_their_options_and_the_package_that_adds_them() -> None:
+def test_they_are_listed_with_their_options_and_the_package_that_adds_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console.out, "_width", 400)  # the console has that of whoever imported it first
     told = run("methods").stdout
     for line in (
         "an SVD weighted by the energy of inputs (added by somebodys 1.0)",

@@ -60,7 +60,7 @@ class Dying(CompressionRun):
 
 @contextmanager
 def opened(out: Path, lines: int = 0) -> Iterator[CompressionRun]:
-    with RunDirectory.open(out, "compress", {}) as directory:
+    with RunDirectory.open(out, "compress", {"seed": 0}) as directory:
         run = Dying(directory)
         run.left = lines
         yield run

@@ -440,7 +440,7 @@ class Wrapped(torch.Tensor):
         (lambda w: nn.Parameter((w * 10).to(torch.uint8), requires_grad=False), r"torch\.uint8"),
         (lambda w: nn.Parameter(w.to(torch.float8_e4m3fn), requires_grad=False), r"float8_e4m3fn"),
         (lambda w: nn.Parameter(w.to(torch.complex64)), r"complex64"),
-        (lambda w: nn.Parameter(w.as_subclass(Wrapped)), r"test_linear_proof\.Wrapped"),
+        (lambda w: nn.Parameter(w.as_subclass(Wrapped)), r"test_proof\.Wrapped"),
     ],
 )
 def test_weights_that_are_quantised_in_memory_are_refused_by_what_they_are(
