@@ -44,7 +44,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "wanda": {"method": "wanda", "sparsity": 0.5},
 }
 MODELS = {"3b": (4 * GIB, {"samples": 4, "length": 512, "batch": 1}),
-          "qwen": (int(1.5 * GIB), {"samples": 8, "length": 512, "batch": 1})}  # fmt: skip
+          "qwen": (int(1.5 * GIB), {"samples": 8, "length": 512, "batch": 1}),
+          "qwen-short": (int(1.5 * GIB), {"samples": 16, "length": 128, "batch": 1})}  # fmt: skip
 EMBEDDED = "embedded:smollm2-135m"
 PLAIN = {"samples": 16, "length": 512, "dtype": "float32"}  # of what is compared bit for bit
 KILLED: dict[str, dict[str, Any]] = {
