@@ -306,11 +306,14 @@ def render() -> None:
 
 HEAD = """# Scale: larger than memory, longer than a process
 
-Made by `python benchmarks/scale.py`; raw lines with commit and machine in [scale.jsonl](scale.jsonl). Two cores,
-no GPU: `make test-gpu` and `benchmarks/gpu.py` have not been run on one."""
+Made by `python benchmarks/scale.py`; raw lines with commit and machine in [scale.jsonl](scale.jsonl). Two cores;
+nothing here was run on a GPU."""
 MEMORY = """A random-weight model of the shape of LLaMA-3.2-3B in bfloat16 (6.4 GB on disk) and Qwen2.5-Coder-0.5B,
-compressed with `--stream on` under a hard limit of memory, and verified under the same. *Group* is what the
-control group held at most, page cache included, which cannot exceed the cap; *RSS* is the process's own peak."""
+compressed with `--stream on` under a hard limit of memory, and verified under the same. *Group* is what the control
+group held at most, page cache included, which cannot exceed the cap; *RSS* is the process's own peak, pages of files
+included. The machine was shared by other work, so seconds say little. Exit -9: killed by the kernel at the cap.
+`loss-optimal` with full weighting holds the Grams of one block's outputs, and the gradient through a head of 151,936
+tokens: it needs more than 1.5 GB, as `pared compress` says beforehand."""
 STREAM = """The embedded model, 16 windows of 512 tokens, float32, one thread: every tensor of the output, and the wall
 time of whole commands, interleaved, three pairs."""
 KILLS = """A small model; every command is killed with SIGKILL at a random moment (30 to 100% of the time a whole run
