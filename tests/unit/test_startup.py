@@ -275,6 +275,8 @@ INTERRUPTED = """
 import os, signal, sys
 from pared.cli.main import main
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts in the background ignore it
+
 class Signal:
     def find_spec(self, name, *_):
         if name == {module!r}:
