@@ -22,6 +22,7 @@ from pared.engine.spec import CompressionSpec, LowRankSpec, PassSpec, resolve_sp
 from pared.processes import ALONE, Processes
 from pared.progress import Progress, Silent
 from pared.schema.recipe import Recipe
+from pared.structure import Anatomy
 from pared.structure.probe import evaluating
 from pared.structure.store import BlockStore, ResidentBlocks
 
@@ -83,8 +84,9 @@ def compress_blocks(
         ParedError: anything in the model or the text that does not work.
     """
     with evaluating(model), torch.inference_mode(False):
-        store = store or _in_memory(model, spec, state)
-        observer = _observe(store, tokenizer, spec, windows, progress, processes)
+        anatomy = anatomy_of(model, spec.recipe)
+        store = store or _in_memory(model, anatomy, state)
+        observer = _observe(store, anatomy, tokenizer, spec, windows, progress, processes)
         observer.memory = memory or observer.memory
         observer.use(saved)
         observer.resume(state)
@@ -102,8 +104,7 @@ def compress_blocks(
         return result
 
 
-def _in_memory(model: PreTrainedModel, spec: CompressionSpec, state: CompressionRun | None) -> BlockStore:
-    anatomy = anatomy_of(model, spec.recipe)
+def _in_memory(model: PreTrainedModel, anatomy: Anatomy, state: CompressionRun | None) -> BlockStore:
     return ResidentBlocks(model, anatomy) if state is None else KeptBlocks(model, anatomy, state)
 
 
@@ -128,7 +129,8 @@ def collect_evidence(
     """
     spec = resolve_sparse(recipe)
     with evaluating(model), torch.inference_mode(False):
-        observer = _observe(ResidentBlocks(model, anatomy_of(model, recipe)), tokenizer, spec, windows, progress)
+        anatomy = anatomy_of(model, recipe)
+        observer = _observe(ResidentBlocks(model, anatomy), anatomy, tokenizer, spec, windows, progress)
         with SparseWork(observer, spec) as work:
             for step in work.passes:
                 if step.action == "evidence":
@@ -138,6 +140,7 @@ def collect_evidence(
 
 def _observe(
     store: BlockStore,
+    anatomy: Anatomy,
     tokenizer: PreTrainedTokenizerBase,
     spec: CompressionSpec,
     windows: Windows | None,
@@ -148,8 +151,8 @@ def _observe(
     observer = Observer(store, tokenizer, spec, progress or Silent(), processes=processes)
     with observer.watch("probe"):
         streamed = not isinstance(store, ResidentBlocks)
-        require_finite_weights(store.model, anatomy_of(store.model, spec.recipe), streamed)
-        observer.probe(read=spec.calibrated)
+        require_finite_weights(store.model, anatomy, streamed)
+        observer.probe(anatomy, read=spec.calibrated)
     if spec.calibrated:
         observer.read(windows)
     return observer

@@ -49,7 +49,6 @@ from pared.progress import Progress, Silent, Stopwatch
 from pared.schema.plan import Plan
 from pared.schema.recipe import Recipe
 from pared.structure import Anatomy, probe
-from pared.structure.probe import BlockCall
 from pared.structure.store import BlockStore, ResidentBlocks
 
 Loss = Literal["sampled", "labels"]
@@ -99,15 +98,10 @@ class Observer:
         self.model = self.store.model
         self._gradients: BySite = {}  # of the dense model, for a pass behind compressed blocks
 
-    def probe(self, read: bool = True) -> None:
-        """Find the sites, and how the model calls its blocks; ``read`` as of :func:`pared.structure.probe`."""
+    def probe(self, anatomy: Anatomy, read: bool = True) -> None:
+        """Find which sites run, and how the model calls its blocks; as :func:`pared.structure.probe`."""
         with self.store.running():
-            self.anatomy, self.calls = probe(self.model, anatomy_of(self.model, self.spec.recipe), read=read)
-
-    def at(self, anatomy: Anatomy, calls: list[BlockCall]) -> "Observer":
-        """Take over what a probe pass has found."""
-        self.anatomy, self.calls = anatomy, calls
-        return self
+            self.anatomy, self.calls = probe(self.model, anatomy, read=read)
 
     def use(self, saved: Saved | None) -> None:
         """Take statistics that were saved, in place of the first pass over the dense model, which is there still.
@@ -526,8 +520,8 @@ def collect(
         ParedError: the model or the text does not allow it, or the folder holds statistics of something else.
     """
     spec = resolve_low_rank(recipe)
-    store = ResidentBlocks(model, anatomy_of(model, recipe))
-    work = Observer(store, tokenizer, spec, progress or Silent())
+    anatomy = anatomy_of(model, recipe)
+    work = Observer(ResidentBlocks(model, anatomy), tokenizer, spec, progress or Silent())
     require_statistics(names)
     gradients = any(statistic_kind(name).backward for name in names)
     if gradients and (apart := sorted(name for name in names if statistic_kind(name).of == "output")):
@@ -538,7 +532,7 @@ def collect(
             f"method {recipe.method} has no option loss, which says whose gradients {', '.join(sorted(names))} are of; "
             f"collect them with a recipe of {' or '.join(having)}"
         )
-    work.probe()
+    work.probe(anatomy)
     work.read()
     source = work.source(gradients)
     begin(folder, source)

@@ -126,7 +126,7 @@ def rank_groups(
         return {"perplexity": perplexity(model, tokenizer, evaluation, recipe.evaluation.bos).value}
 
     with evaluating(model), DecompositionStore() as store:
-        observer.probe()
+        observer.probe(anatomy)
         _decompose(observer, store)
         if not store.spectra:
             raise ParedError("nothing is known about the inputs of any site; use more calibration data")

@@ -42,7 +42,7 @@ def prepare(
     anatomy = anatomy_of(model, spec.recipe)
     require_finite_weights(model, anatomy)
     observer = Observer(ResidentBlocks(model, anatomy), tokenizer, spec, progress)
-    observer.probe()
+    observer.probe(anatomy)
     observer.read(windows)
     collect = decompositions if isinstance(spec, LowRankSpec) else energies
     found = kept(folder, lambda: collect(observer))

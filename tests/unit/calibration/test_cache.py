@@ -60,8 +60,9 @@ def test_a_diagonal_is_felt_on_a_quarter_of_the_windows_and_all_are_read(
     recipe = pared.Recipe(method="loss-optimal", options={"output_weighting": weighting}, calibration=asked)
     spec, blocks = resolve(recipe), list[BlockStatistics]()
     assert isinstance(spec, LowRankSpec)
-    observer = Observer(ResidentBlocks(model, find_anatomy(model)), tokenizer, spec)
-    observer.probe()
+    anatomy = find_anatomy(model)
+    observer = Observer(ResidentBlocks(model, anatomy), tokenizer, spec)
+    observer.probe(anatomy)
     observer.read()
     observer.run(PassSpec("solve", spec.solving), blocks.append)
     assert len(blocks) == 3
