@@ -181,10 +181,7 @@ def _finished(
     """Return what files of finished blocks take beside the output; of a streamed model the last become the output's."""
     outside = _bytes(model) - sum(_bytes(block) for block in anatomy.blocks(model))
     # Each pass that changes blocks writes them; a refit behind refitted blocks removes what it replaces as it goes.
-    written = sum(
-        step.installs or step.action == "install" or (step.action == "refit" and step.hand_on == "dense")
-        for step in spec.passes()
-    )
+    written = sum(step.changes and not step.replaces for step in spec.passes())
     return max(output_bytes - outside, 0) * (written - streamed)
 
 

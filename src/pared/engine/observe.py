@@ -297,7 +297,7 @@ class Observer:
                 needs,
                 visit,
                 hand_on=hand_on,
-                changes=step.installs or step.action == "refit",
+                changes=step.changes,
                 reference=reference,
                 group=self.group_of(step),
                 influence=influence,
@@ -368,7 +368,7 @@ class Observer:
 
     def group_of(self, step: PassSpec) -> int:
         """Return how many neighbouring blocks a pass changes together: one where each is fitted behind the others."""
-        return 1 if step.action == "refit" and step.hand_on == "compressed" else self.spec.group_size
+        return 1 if step.replaces else self.spec.group_size
 
     def record(
         self,
@@ -385,7 +385,6 @@ class Observer:
             tables: as of :class:`PassRecord`.
             written: as of :class:`PassRecord`.
         """
-        changes, behind = step.installs or step.action in ("install", "refit"), step.hand_on == "compressed"
         own = None
         if self.state is not None:
             own = PassRecord(
@@ -394,13 +393,13 @@ class Observer:
                 number,
                 tables,
                 written=written,
-                changes=changes,
+                changes=step.changes,
                 group=self.group_of(step),
-                replaces=step.action == "refit" and behind,
+                replaces=step.replaces,
             )
         if self.processes.count == 1 or not self.processes.agreed(own is not None):
             return own
-        return SharedRecord(own, self.processes, self.store, self.anatomy, changes)
+        return SharedRecord(own, self.processes, self.store, self.anatomy, step.changes)
 
     def decided(
         self, decide: Callable[[Order], Plan], fallbacks: dict[str, str], follow: Order = lambda _: None

@@ -27,6 +27,16 @@ class PassSpec:
     reference: bool = False
     installs: bool = False
 
+    @property
+    def changes(self) -> bool:
+        """Whether blocks are changed, so that each is committed when its group is complete."""
+        return self.installs or self.action in ("install", "refit")
+
+    @property
+    def replaces(self) -> bool:
+        """Whether every block is fitted behind the fitted ones, by itself, in place of what the pass before made."""
+        return self.action == "refit" and self.hand_on == "compressed"
+
     def describe(self) -> dict[str, object]:
         """Return it as JSON has it."""
         told: dict[str, object] = {"action": self.action}
