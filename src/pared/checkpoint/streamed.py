@@ -44,6 +44,7 @@ from pared.modules.shared import BasisHolder
 from pared.modules.sparse import SparseLinear
 from pared.structure.finite import require_finite
 from pared.structure.model import find_blocks_path
+from pared.structure.store import block_file
 
 
 def open_streamed(
@@ -244,7 +245,7 @@ class StreamedBlocks:
     def file_of(self, index: int) -> Path:
         """Return the file that a block is committed to in this pass."""
         assert self.folder is not None
-        return self.folder / f"pass-{self.passed}-block-{index:05d}.safetensors"
+        return self.folder / block_file(self.passed, index)
 
     def adopt(self, index: int, file: Path) -> None:
         """Take a file that an earlier run committed for the newest form of a block, as a resumed one does.

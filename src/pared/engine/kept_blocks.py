@@ -13,7 +13,7 @@ from pared.errors import ParedError
 from pared.io.guarded import parse_json
 from pared.modules import LowRankLinear, PivotedLinear, SparseLinear, inherit_requires_grad, replace_module, share
 from pared.structure import Anatomy, weight_of
-from pared.structure.store import ResidentBlocks
+from pared.structure.store import ResidentBlocks, block_file
 
 Changed = LowRankLinear | PivotedLinear | SparseLinear
 KINDS: dict[str, type[Changed]] = {cls.__name__: cls for cls in (LowRankLinear, PivotedLinear, SparseLinear)}
@@ -50,8 +50,7 @@ class KeptBlocks(ResidentBlocks):
             layers[site.name] = {"kind": type(layer).__name__, "entry": layer.entry(), "shares": shares}
             state = {f"{site.name}.{name}": tensor for name, tensor in layer.state_dict().items()}
             tensors |= {name: one for name, one in state.items() if not (shares and name == site.name + BASIS)}
-        name = f"pass-{self.passed}-block-{index:05}.safetensors"
-        self.files[index] = self._run.write(name, tensors, {"layers": layers})
+        self.files[index] = self._run.write(block_file(self.passed, index), tensors, {"layers": layers})
 
     def adopt(self, index: int, file: Path) -> None:
         """Put the layers that a file holds in their places.

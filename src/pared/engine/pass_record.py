@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pared.engine.run_state import CompressionRun
-from pared.structure.store import BlockStore
+from pared.structure.store import BlockStore, block_file
 
 Tables = dict[str, dict[str, Any]]
 
@@ -83,7 +83,7 @@ class PassRecord:
         group: int = 1,
         replaces: bool = False,
     ) -> None:
-        self._run, self._store, self.name = run, store, f"pass-{number}"
+        self._run, self._store, self._number, self.name = run, store, number, f"pass-{number}"
         self._tables, self._written = tables, written
         self._changes, self._replaces = changes, replaces
         self._before = list(store.files)
@@ -125,7 +125,7 @@ class PassRecord:
 
         Where a later pass has replaced it that is what the later one made: blocks behind it may share its basis.
         """
-        if self._changes and (file := self._run.newest(self._file_of(index))) is not None:
+        if self._changes and (file := self._run.newest(block_file(self._number, index))) is not None:
             self._store.adopt(index, file)
 
     def finish(self, index: int) -> None:
@@ -148,6 +148,3 @@ class PassRecord:
         self._run.record(self.name, index, {name: table for name, table in new.items() if table}, files, drops)
         for name, table in new.items():
             self._told.setdefault(name, {}).update(table)
-
-    def _file_of(self, index: int) -> str:
-        return f"{self.name}-block-{index:05}.safetensors"

@@ -12,6 +12,11 @@ from transformers import PreTrainedModel
 from pared.structure.model import Anatomy
 
 
+def block_file(passed: int, index: int) -> str:
+    """Return what the file of a block is called that a pass commits: two passes never share one."""
+    return f"pass-{passed}-block-{index:05}.safetensors"
+
+
 class BlockStore(Protocol):
     """Hands out the blocks of one model, in the model's own module tree.
 
