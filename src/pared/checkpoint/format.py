@@ -14,12 +14,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from pared.modules.low_rank import LowRankLinear
 from pared.modules.packing import LARGEST_GROUP
 from pared.modules.pivoted import PivotedLinear
+from pared.modules.shared import DOWN
 from pared.modules.sparse import SparseLinear
 
 QUANT_METHOD = "pared"
 FORMAT_VERSION = 1
 LOADER_NAME = "modeling_pared"
-DOWN = ".down.weight"
 
 # Limits of a map. No model comes near them; a damaged or hostile folder must not make anything of such a size.
 LARGEST_SIDE = 2**24

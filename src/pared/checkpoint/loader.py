@@ -12,11 +12,11 @@ from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-from pared.checkpoint.format import DOWN, QUANT_METHOD, ParedConfig, module_type
+from pared.checkpoint.format import QUANT_METHOD, ParedConfig, module_type
 from pared.checkpoint.portable import IS_COPY, with_remote_code
 from pared.modules.adapters import teach_peft
 from pared.modules.replace import replace_module
-from pared.modules.shared import BasisHolder, share
+from pared.modules.shared import DOWN, BasisHolder, share
 from pared.modules.sparse import SparseLinear
 
 # Where transformers is imported after this package, this file is read while modeling_utils is only half imported.

@@ -14,12 +14,12 @@ import transformers
 from torch import nn
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from pared.checkpoint.format import DOWN, LOADER_NAME, MODULE_TYPES, ParedConfig, added_kinds, module_type
+from pared.checkpoint.format import LOADER_NAME, MODULE_TYPES, ParedConfig, added_kinds, module_type
 from pared.importing import when_imported
 from pared.modules.adapters import MADE, adapter_class, teach_peft
 from pared.modules.packing import pack
 from pared.modules.replace import replace_module
-from pared.modules.shared import BasisHolder
+from pared.modules.shared import DOWN, BasisHolder
 
 # Where transformers is imported after this package, this file is read while modeling_utils is only half imported.
 if TYPE_CHECKING:

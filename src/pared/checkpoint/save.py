@@ -8,13 +8,14 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pared.checkpoint.format import DOWN, LOADER_NAME, ParedConfig
+from pared.checkpoint.format import LOADER_NAME, ParedConfig
 from pared.checkpoint.loader import tie
 from pared.checkpoint.portable import has_importable_code, module_map, own_class, with_remote_code
 from pared.errors import ParedError
 from pared.models.architecture import AUTO_CLASSES
 from pared.models.source import ModelSource
 from pared.modules import BasisHolder
+from pared.modules.shared import DOWN
 
 SHARD_SIZE = "5GB"
 

@@ -18,7 +18,6 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.quantizers.auto import get_hf_quantizer
 
 from pared.checkpoint.block_files import Before, own_memory, pack_empty, write_block
-from pared.checkpoint.format import DOWN
 from pared.checkpoint.loader import install_empty, tie
 from pared.checkpoint.portable import module_map
 from pared.checkpoint.save import shared_tensors
@@ -40,7 +39,7 @@ from pared.models.weights import (
     warn_of_unused,
     weight_files,
 )
-from pared.modules.shared import BasisHolder
+from pared.modules.shared import DOWN, BasisHolder
 from pared.modules.sparse import SparseLinear
 from pared.structure.finite import require_finite
 from pared.structure.model import find_blocks_path

@@ -10,6 +10,7 @@ from torch import nn
 from pared.lowrank import Factors
 from pared.lowrank.pivot import pivot, unpivot
 from pared.modules import LowRankLinear, PivotedLinear, inherit_requires_grad, replace_module, share
+from pared.modules.shared import DOWN
 from pared.structure import bias_of, weight_of
 
 
@@ -60,7 +61,7 @@ def made(
         news.append(new)
     for new in news[1:]:
         if new.down is not None:
-            share(new, news[0], f"{names[0]}.down.weight")
+            share(new, news[0], names[0] + DOWN)
             new.down.weight.requires_grad_(all(one.up.weight.requires_grad for one in news))
     return news
 

@@ -12,12 +12,12 @@ from pared.engine.run_state import CompressionRun
 from pared.errors import ParedError
 from pared.io.guarded import parse_json
 from pared.modules import LowRankLinear, PivotedLinear, SparseLinear, inherit_requires_grad, replace_module, share
+from pared.modules.shared import DOWN
 from pared.structure import Anatomy, weight_of
 from pared.structure.store import ResidentBlocks, block_file
 
 Changed = LowRankLinear | PivotedLinear | SparseLinear
 KINDS: dict[str, type[Changed]] = {cls.__name__: cls for cls in (LowRankLinear, PivotedLinear, SparseLinear)}
-BASIS = ".down.weight"
 
 
 class KeptBlocks(ResidentBlocks):
@@ -46,10 +46,10 @@ class KeptBlocks(ResidentBlocks):
             if not isinstance(layer, Changed):
                 continue
             owner = getattr(layer, "shares", None)
-            shares = None if owner == site.name + BASIS else owner
+            shares = None if owner == site.name + DOWN else owner
             layers[site.name] = {"kind": type(layer).__name__, "entry": layer.entry(), "shares": shares}
             state = {f"{site.name}.{name}": tensor for name, tensor in layer.state_dict().items()}
-            tensors |= {name: one for name, one in state.items() if not (shares and name == site.name + BASIS)}
+            tensors |= {name: one for name, one in state.items() if not (shares and name == site.name + DOWN)}
         self.files[index] = self._run.write(block_file(self.passed, index), tensors, {"layers": layers})
 
     def adopt(self, index: int, file: Path) -> None:
@@ -83,5 +83,5 @@ class KeptBlocks(ResidentBlocks):
             new.unpack_()
         inherit_requires_grad(new, old)
         if told["shares"]:
-            share(new, self.model.get_submodule(told["shares"].removesuffix(BASIS)), told["shares"])
+            share(new, self.model.get_submodule(told["shares"].removesuffix(DOWN)), told["shares"])
         replace_module(self.model, name, new)

@@ -6,11 +6,10 @@ from torch import nn
 
 from pared.engine.pass_record import PassRecord, Tables
 from pared.modules import LowRankLinear, PivotedLinear, SparseLinear, replace_module, share
+from pared.modules.shared import DOWN
 from pared.processes import Processes
 from pared.structure import Anatomy
 from pared.structure.store import BlockStore
-
-BASIS = ".down.weight"
 
 
 class SharedRecord:
@@ -74,8 +73,8 @@ class SharedRecord:
         for name, layer in layers.items():
             replace_module(model, name, layer)
             owner = getattr(layer, "shares", None)
-            if owner is not None and owner != name + BASIS:
-                share(layer, model.get_submodule(owner.removesuffix(BASIS)), owner)
+            if owner is not None and owner != name + DOWN:
+                share(layer, model.get_submodule(owner.removesuffix(DOWN)), owner)
         self._store.commit(index)
 
     def finish(self, index: int) -> None:

@@ -8,6 +8,8 @@ from typing import Any, NoReturn
 
 from torch import nn
 
+DOWN = ".down.weight"  # what a shared basis is called, behind the name of its module
+
 
 class BasisHolder(nn.Module):
     """A module whose ``down`` may be shared, and then lets no adapter on it be merged.
