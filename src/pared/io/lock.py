@@ -56,18 +56,6 @@ def opened_alone(path: Path, what: str, busy: str) -> BinaryIO:
 
 
 @contextmanager
-def locked(path: Path, busy: str) -> Iterator[None]:
-    """Hold the lock of a file, made if it is not there.
-
-    Raises:
-        ParedError: another process holds it; the message is ``busy``.
-    """
-    with path.open("a+b") as file:
-        lock(file, busy)
-        yield
-
-
-@contextmanager
 def locked_folder(path: Path, wait: bool = False) -> Iterator[bool]:
     """Hold the lock of a folder itself, which moves with it and ends with the process.
 

@@ -44,19 +44,12 @@ def prune(W_ON: torch.Tensor, energy_N: torch.Tensor, pattern: Pattern, variant:
     return solve(W_ON, energy_N, variant).realize(pattern)
 
 
-def ordering(W_ON: torch.Tensor, energy_N: torch.Tensor) -> torch.Tensor:
+def _telling_dead_apart(W_ON: torch.Tensor, energy_N: torch.Tensor, scores_ON: torch.Tensor) -> torch.Tensor:
     """Return scores ``(out, in)``, float64, that tell weights of dead inputs apart too.
 
     Those go before all others, the smallest first, rather than the first of them; if all inputs are dead, that is
     pruning by magnitude.
-
-    Raises:
-        ValueError: as :func:`scores`.
     """
-    return _telling_dead_apart(W_ON, energy_N, scores(W_ON, energy_N))
-
-
-def _telling_dead_apart(W_ON: torch.Tensor, energy_N: torch.Tensor, scores_ON: torch.Tensor) -> torch.Tensor:
     dead_N = energy_N == 0
     if not bool(dead_N.any()):
         return scores_ON
