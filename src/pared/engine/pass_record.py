@@ -4,7 +4,7 @@ What visits find lies in tables: dictionaries of JSON by name, which only grow. 
 to them since the line before.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,7 +55,28 @@ class NoRecord:
         """Do nothing."""
 
 
-class PassRecord:
+class Held:
+    """Which blocks of a pass an earlier process has finished.
+
+    Args:
+        store: hands out the blocks.
+        held: indices of those that are finished.
+    """
+
+    def __init__(self, store: BlockStore, held: Set[int]) -> None:
+        self._store, self._held = store, held
+
+    @property
+    def complete(self) -> bool:
+        """Whether an earlier process has finished the whole pass."""
+        return len(self._held) == len(self._store)
+
+    def holds(self, index: int) -> bool:
+        """Whether a block was finished by an earlier process."""
+        return index in self._held
+
+
+class PassRecord(Held):
     """The record of one pass. Satisfies :class:`Record`.
 
     Blocks that are changed together count as finished when all of them are.
@@ -83,26 +104,18 @@ class PassRecord:
         group: int = 1,
         replaces: bool = False,
     ) -> None:
-        self._run, self._store, self._number, self.name = run, store, number, f"pass-{number}"
+        self._run, self._number, self.name = run, number, f"pass-{number}"
         self._tables, self._written = tables, written
         self._changes, self._replaces = changes, replaces
         self._before = list(store.files)
         there, count = run.finished(self.name), len(store)
-        self._held = {
+        held = {
             index
             for index in range(count)
             if there.issuperset(range(index - index % group, min(index - index % group + group, count)))
         }
+        super().__init__(store, held)
         self._told = self.found()
-
-    @property
-    def complete(self) -> bool:
-        """Whether an earlier process has finished the whole pass."""
-        return len(self._held) == len(self._store)
-
-    def holds(self, index: int) -> bool:
-        """Whether a block was finished by an earlier process."""
-        return index in self._held
 
     def found(self) -> Tables:
         """Return what visits of earlier processes found of the blocks that they finished."""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch import nn
 
-from pared.engine.pass_record import PassRecord, Tables
+from pared.engine.pass_record import Held, PassRecord, Tables
 from pared.modules import LowRankLinear, PivotedLinear, SparseLinear, replace_module, share
 from pared.modules.shared import DOWN
 from pared.processes import Processes
@@ -12,7 +12,7 @@ from pared.structure import Anatomy
 from pared.structure.store import BlockStore
 
 
-class SharedRecord:
+class SharedRecord(Held):
     """Tells all processes what the record of the first says, and hands them the blocks that it restores.
 
     Satisfies :class:`pared.engine.pass_record.Record`. All processes ask the same in the same order.
@@ -28,19 +28,10 @@ class SharedRecord:
     def __init__(
         self, own: PassRecord | None, processes: Processes, store: BlockStore, anatomy: Anatomy, changes: bool
     ) -> None:
-        self._own, self._processes, self._store, self._anatomy = own, processes, store, anatomy
-        self._changes = changes
+        self._own, self._processes, self._anatomy, self._changes = own, processes, anatomy, changes
         told = None if own is None else ({i for i in range(len(store)) if own.holds(i)}, own.found())
-        self._held, self._found = processes.broadcast(told)
-
-    @property
-    def complete(self) -> bool:
-        """Whether an earlier process has finished the whole pass."""
-        return len(self._held) == len(self._store)
-
-    def holds(self, index: int) -> bool:
-        """Whether a block was finished by an earlier process."""
-        return index in self._held
+        held, self._found = processes.broadcast(told)
+        super().__init__(store, held)
 
     def found(self) -> Tables:
         """Return what visits of earlier processes found of the blocks that they finished."""
