@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic
+from typing import Any, ClassVar
 
 from typing_extensions import TypeVar
 
@@ -15,7 +15,7 @@ from pared.lazy import deferred
 from pared.methods import FAMILIES, Family
 from pared.names import require_known
 from pared.plugins import Registry
-from pared.schema.options import Options, belong_to, read_options
+from pared.schema.options import Configured, Kind, Options
 from pared.schema.plan import Decision, Dense, LowRank, Sparse
 
 GROUP = "pared.allocators"
@@ -33,7 +33,7 @@ Rule = Callable[[Sequence[Unit], Budget, Evidence, C], Mapping[str, Decision]]
 
 
 @dataclass(frozen=True)
-class Allocator(Generic[C]):
+class Allocator(Configured[C]):
     """A way to spread a budget over units.
 
     Attributes:
@@ -54,9 +54,7 @@ class Allocator(Generic[C]):
     config: type[C]
     rule: Rule[C]
     requires: frozenset[str] = NOTHING
-
-    def __post_init__(self) -> None:
-        belong_to(self.config, "allocation", self.name)
+    kind: ClassVar[Kind] = "allocation"
 
     def allocate(
         self, units: Sequence[Unit], budget: Budget, evidence: Evidence, config: C | None = None
@@ -72,7 +70,7 @@ class Allocator(Generic[C]):
         Raises:
             ParedError: the budget cannot be met, or the evidence does not allow it.
         """
-        options = self.configured({}) if config is None else config
+        options = self.configured() if config is None else config
         decisions = self.rule(units, budget, evidence, options)
         expected = DECISIONS["low_rank" if budget.sparsity is None else "sparse"]
         if not isinstance(decisions, Mapping):
@@ -88,14 +86,6 @@ class Allocator(Generic[C]):
                     f"{' or '.join(one.__name__ for one in expected)}"
                 )
         return dict(decisions)
-
-    def configured(self, given: Mapping[str, object]) -> C:
-        """Return options, with the default of each that is not given.
-
-        Raises:
-            ParedError: an option the allocator does not have, or a value that it does not take.
-        """
-        return read_options(self.config, given, f"allocation {self.name}")
 
 
 def _rank_fraction(units: Sequence[Unit], budget: Budget, _: Evidence, __: Options) -> dict[str, Decision]:

@@ -42,7 +42,7 @@ def plan_from_shapes(model: PreTrainedModel, spec: CompressionSpec, bytes_per_pa
     allocator, config = spec.allocator, spec.allocation_config
     if spec.decided_from_data:
         allocator = allocator_of("uniform", "low_rank")
-        config = allocator.configured({})
+        config = allocator.configured()
     grouped = None
     # What is measured is not known from shapes: each weight alone.
     if spec.sharing in ("paper", "all"):

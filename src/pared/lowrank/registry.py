@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from typing_extensions import TypeVar
 
 from pared.lazy import deferred
-from pared.schema.options import Options, belong_to, read_options
+from pared.schema.options import Configured, Kind, Options
 
 if TYPE_CHECKING:  # what a method is called and which options it has is read without it
     import torch
@@ -47,7 +47,7 @@ def nothing(_: Shapes, __: Options | None = None) -> frozenset[str]:
 
 
 @dataclass(frozen=True)
-class LowRankMethod(Generic[C]):
+class LowRankMethod(Configured[C]):
     """A low-rank method. Satisfies :class:`pared.methods.Method`.
 
     Attributes:
@@ -83,27 +83,14 @@ class LowRankMethod(Generic[C]):
     refit: Callable[[float], str] = lambda _: "off"
     dense_path: float = 0.0
     input_gram: str = "gram"
+    kind: ClassVar[Kind] = "method"
     family: ClassVar[Literal["low_rank"]] = "low_rank"
-
-    def __post_init__(self) -> None:
-        belong_to(self.config, "method", self.name)
 
     def decompose(
         self, W_ON: "torch.Tensor", statistics: Statistics, options: Mapping[str, object] | Options | None = None
     ) -> "Decomposition":
         """Decompose one weight ``(out, in)``, with the default of every option that is not given."""
         return self.solve([W_ON], [statistics], self.configured(options))
-
-    def configured(self, options: Mapping[str, object] | Options | None = None) -> C:
-        """Return options, with the default of each that is not given.
-
-        Raises:
-            ParedError: an option the method does not have, or a value that it does not take.
-        """
-        if isinstance(options, self.config):
-            return options
-        assert not isinstance(options, Options), f"options of another method than {self.name}"
-        return read_options(self.config, options or {}, f"method {self.name}")
 
     @property
     def shares(self) -> bool:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from importlib import import_module
-from typing import Any, ClassVar, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args
 
 from pydantic import ConfigDict, ValidationError
 
@@ -128,6 +128,34 @@ def read_options(config: type[O], given: Mapping[str, object], owner: str) -> O:
         return config.__pydantic_validator__.validate_python(dict(given))
     except ValidationError as error:
         raise ParedError(f"{owner}: {_explain(config, error)}") from None
+
+
+class Configured(Generic[O]):
+    """What has options: a base of the dataclasses that declare methods and allocators.
+
+    Attributes:
+        kind: what it is.
+        name: what users call it.
+        config: its options; the type belongs to it alone.
+    """
+
+    kind: ClassVar[Kind]
+    name: str
+    config: type[O]
+
+    def __post_init__(self) -> None:
+        belong_to(self.config, self.kind, self.name)
+
+    def configured(self, options: Mapping[str, object] | Options | None = None) -> O:
+        """Return options, with the default of each that is not given.
+
+        Raises:
+            ParedError: an option it does not have, or a value that it does not take.
+        """
+        if isinstance(options, self.config):
+            return options
+        assert not isinstance(options, Options), f"options of another {self.kind} than {self.name}"
+        return read_options(self.config, options or {}, f"{self.kind} {self.name}")
 
 
 def _explain(config: type[Options], error: ValidationError) -> str:

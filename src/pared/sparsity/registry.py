@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from typing_extensions import TypeVar
 
 from pared.lazy import deferred
-from pared.schema.options import Options, belong_to, read_options
+from pared.schema.options import Configured, Kind, Options
 from pared.sparsity.pattern import Pattern
 
 if TYPE_CHECKING:  # what a method is called and which options it has is read without it
@@ -38,7 +38,7 @@ def gram(_: Shapes, __: Options | None = None) -> frozenset[str]:
 
 
 @dataclass(frozen=True)
-class PruningMethod(Generic[C]):
+class PruningMethod(Configured[C]):
     """A pruning method. Satisfies :class:`pared.methods.Method`.
 
     Attributes:
@@ -63,10 +63,8 @@ class PruningMethod(Generic[C]):
     allocation: str = "uniform"
     blind: str = ""
     updates: bool = False
+    kind: ClassVar[Kind] = "method"
     family: ClassVar[Literal["sparse"]] = "sparse"
-
-    def __post_init__(self) -> None:
-        belong_to(self.config, "method", self.name)
 
     def gradients(self, _: Options) -> frozenset[str]:
         """Return the names of the statistics of a backward pass: no pruning method reads any."""
@@ -103,17 +101,6 @@ class PruningMethod(Generic[C]):
         if not hasattr(solution, "realize"):
             raise ValueError(f"method {self.name} gives a {type(solution).__name__}, expected what realizes a pattern")
         return solution.realize(pattern)
-
-    def configured(self, options: Mapping[str, object] | Options | None = None) -> C:
-        """Return options, with the default of each that is not given.
-
-        Raises:
-            ParedError: an option the method does not have, or a value that it does not take.
-        """
-        if isinstance(options, self.config):
-            return options
-        assert not isinstance(options, Options), f"options of another method than {self.name}"
-        return read_options(self.config, options or {}, f"method {self.name}")
 
     @property
     def calibrated(self) -> bool:

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from pared.schema.options import Options, belong_to
+from pared.schema.options import Configured, Kind, Options
 from pared.schema.training import TrainingConfig
 
 if TYPE_CHECKING:  # what a method is called and which options it has is read without them
@@ -99,7 +99,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class TuningMethod:
+class TuningMethod(Configured[Options]):
     """How a model is trained.
 
     Attributes:
@@ -123,6 +123,4 @@ class TuningMethod:
     epochs: float = 1.0
     needs_whole: Callable[[Mapping[str, Any]], str] = lambda options: ""  # noqa: ARG005
     compresses: bool = False
-
-    def __post_init__(self) -> None:
-        belong_to(self.config, "training method", self.name)
+    kind: ClassVar[Kind] = "training method"

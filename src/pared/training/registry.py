@@ -5,7 +5,6 @@ from typing import Any
 
 from pared.lazy import deferred
 from pared.names import require_known
-from pared.schema.options import read_options
 from pared.training.method import TuningMethod
 from pared.training.options import Basel, Distill, Full, Lora
 
@@ -67,4 +66,4 @@ def settled(method: TuningMethod, given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ParedError: an unknown option, or a value that cannot be.
     """
-    return read_options(method.config, given, f"training method {method.name}").model_dump()
+    return method.configured(given).model_dump()

@@ -7,7 +7,7 @@ from pared.errors import ParedError
 from pared.lowrank import LowRankMethod
 from pared.methods import METHODS, Method, methods_of
 from pared.names import called
-from pared.schema.options import Options, read_options
+from pared.schema.options import Options
 from pared.schema.recipe import Recipe
 from pared.sparsity import NM, PruningMethod, parse
 
@@ -70,7 +70,7 @@ def _resolve_low_rank(recipe: Recipe, method: LowRankMethod) -> LowRankSpec:
     _refuse_fields(recipe, ZEROS_ONLY, "its budget is keep or rank_fraction")
     statistics = method.statistics(recipe.keep) if recipe.statistics == "auto" else recipe.statistics
     refit = method.refit(recipe.keep) if recipe.refit == "auto" else recipe.refit
-    config = read_options(method.config, recipe.options, f"method {method.name}")
+    config = method.configured(recipe.options)
     name = "rank-fraction" if recipe.rank_fraction is not None else _allocation_name(recipe, method)
     allocator = allocator_of(name, "low_rank")
     pivoted = method.pivoted if recipe.storage == "auto" else recipe.storage == "pivoted"
@@ -100,7 +100,7 @@ def _resolve_sparse(recipe: Recipe, method: PruningMethod) -> SparseSpec:
             f"method {recipe.method} prunes: name a sparsity, the fraction of zeros ({called('sparsity', '0.5')}), or "
             f"a pattern ({called('pattern', '2:4')})"
         )
-    config = read_options(method.config, recipe.options, f"method {method.name}")
+    config = method.configured(recipe.options)
     allocator = allocator_of(_allocation_name(recipe, method), "sparse")
     allocation_config = _with_program(allocator.configured(recipe.allocation_options), SCORE_TOKENS)
     assert isinstance(allocation_config, UnitOptions)
