@@ -10,6 +10,7 @@ from pared.calibration import BlockStatistics, per_token
 from pared.engine.observe import Observer
 from pared.engine.spec import PassSpec
 from pared.errors import ParedError
+from pared.io.files import appearing
 from pared.sparsity.registry import energy
 
 FILE = "evidence.safetensors"
@@ -32,10 +33,9 @@ def kept(folder: Path, collect: Callable[[], Tensors]) -> Tensors:
     path = folder / FILE
     if not path.exists():
         tensors = {name: tensor.contiguous().cpu() for name, tensor in collect().items()}
-        partial = path.with_suffix(".partial")
-        save_file(tensors, partial)
-        partial.chmod(0o644)  # safetensors writes files that only their owner can read
-        partial.replace(path)
+        with appearing(path) as partial:
+            save_file(tensors, partial)
+            partial.chmod(0o644)  # safetensors writes files that only their owner can read
     try:
         return load_file(path)
     except Exception as error:  # safetensors raises its own
