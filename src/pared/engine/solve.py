@@ -15,10 +15,11 @@ from pared.calibration import CROSS, BlockStatistics, StatisticView, cross_of, p
 from pared.engine.blocks import visit_blocks
 from pared.engine.grouping import Comparison, compare
 from pared.engine.install import made, put, unchanged
+from pared.engine.observe import Observer
 from pared.engine.pass_record import Record
 from pared.engine.run_state import CompressionRun
 from pared.engine.solutions import DecompositionStore
-from pared.engine.spec import LowRankSpec
+from pared.engine.spec import LowRankSpec, PassSpec, Runs
 from pared.errors import ParedError
 from pared.lowrank import Decomposition
 from pared.lowrank.dense_path import target
@@ -475,25 +476,29 @@ def without(plan: Plan, unreached: set[str]) -> Plan:
     return plan.model_copy(update={"sites": tuple(sites)})
 
 
-def decompose_site(
-    model: nn.Module, spec: LowRankSpec, site: Site, statistics: StatisticsOfSite, tokens: int
-) -> Decomposition | None:
-    """Decompose the weight of one site alone; None where nothing is known of it.
+def decompose_sites(observer: Observer, runs: Runs, take: Callable[[str, Decomposition], None]) -> None:
+    """Decompose the weight of every site alone, in the model as it is; sites of which nothing is known are left out.
 
     Args:
-        model: it lies in.
-        spec: says how.
-        site: of the model.
-        statistics: of it, by name.
-        tokens: of the text, which costs are averaged over.
+        observer: of a low-rank spec, that has probed the model and read the tokens it needs.
+        runs: what has to run for it.
+        take: is given the name of each site and its decomposition, as they come.
 
     Raises:
-        ParedError: its statistics or its weight do not allow it; names the site.
+        ParedError: statistics or a weight do not allow it; names the site.
     """
-    if site.idle or not all(one.tokens for one in statistics.values()):
-        return None
-    values = {name: per_token(name, one, tokens) for name, one in statistics.items()}
-    return _decompose(spec, site.name, [weight_of(model.get_submodule(site.name)).detach()], [values])
+    spec = observer.spec
+    assert isinstance(spec, LowRankSpec)
+
+    def visit(block: BlockStatistics) -> None:
+        for site in observer.anatomy.sites_of(block.index):
+            own = block.statistics.get(site.name, {})
+            if not site.idle and all(one.tokens for one in own.values()):
+                values = {name: per_token(name, one, observer.tokens) for name, one in own.items()}
+                weight = weight_of(observer.model.get_submodule(site.name)).detach()
+                take(site.name, _decompose(spec, site.name, [weight], [values]))
+
+    observer.run(PassSpec("solve", runs), visit)
 
 
 def _decompose(

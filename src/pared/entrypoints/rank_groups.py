@@ -12,7 +12,6 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pared.calibration import BlockStatistics
 from pared.data.encoding import cut_examples
 from pared.data.evaluated import evaluation_windows
 from pared.data.labelled import find_examples
@@ -24,8 +23,8 @@ from pared.engine.checks import require_finite_weights
 from pared.engine.install import patched
 from pared.engine.observe import Observer
 from pared.engine.solutions import DecompositionStore
-from pared.engine.solve import decompose_site
-from pared.engine.spec import LowRankSpec, PassSpec, resolve_low_rank
+from pared.engine.solve import decompose_sites
+from pared.engine.spec import resolve_low_rank
 from pared.environment import device_of
 from pared.errors import ParedError
 from pared.evaluation import perplexity
@@ -127,7 +126,7 @@ def rank_groups(
 
     with evaluating(model), DecompositionStore() as store:
         observer.probe(anatomy)
-        _decompose(observer, store)
+        decompose_sites(observer, spec.solving_for_method, store.put)
         if not store.spectra:
             raise ParedError("nothing is known about the inputs of any site; use more calibration data")
         before, found = measure(), list[RankGroup]()
@@ -211,21 +210,6 @@ def _evaluation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, reci
         windows = cut_examples(examples, tokenizer, model.config, length.tokens, count)
     require_fits(model.config, windows)
     return windows
-
-
-def _decompose(observer: Observer, store: DecompositionStore) -> None:
-    """Put the decomposition of every site that data reached into the store."""
-    spec = observer.spec
-    assert isinstance(spec, LowRankSpec)
-
-    def visit(block: BlockStatistics) -> None:
-        for site in observer.anatomy.sites_of(block.index):
-            own = block.statistics.get(site.name, {})
-            found = decompose_site(observer.model, spec, site, own, observer.tokens)
-            if found is not None:
-                store.put(site.name, found)
-
-    observer.run(PassSpec("solve", spec.solving_for_method), visit)
 
 
 class _Removal:

@@ -11,12 +11,12 @@ from pared.allocation import Budget, Evidence, Unit
 from pared.allocation.dsa import Program
 from pared.allocation.rank_budget import split_fixed
 from pared.allocation.ranks.dsa import by_program, ranks_from_fractions
-from pared.calibration import BlockStatistics
 from pared.engine.install import patched
 from pared.engine.observe import Observer
-from pared.engine.solve import decompose_site
-from pared.engine.spec import LowRankSpec, PassSpec
+from pared.engine.solve import decompose_sites
+from pared.engine.spec import LowRankSpec
 from pared.errors import ParedError
+from pared.lowrank import Decomposition
 from pared.names import called
 from pared.schema.plan import LowRank
 from pared.search.evidence import Tensors
@@ -53,16 +53,12 @@ def decompositions(observer: Observer) -> Tensors:
     spec, found = observer.spec, Tensors()
     assert isinstance(spec, LowRankSpec)
 
-    def visit(block: BlockStatistics) -> None:
-        for site in observer.anatomy.sites_of(block.index):
-            own = block.statistics.get(site.name, {})
-            one = decompose_site(observer.model, spec, site, own, observer.tokens)
-            if one is not None:
-                factors = one.factors(len(one.singular_values_R))
-                found[f"{site.name}.up"], found[f"{site.name}.down"] = factors.up.float(), factors.down.float()
-                found[f"{site.name}.spectrum"] = one.singular_values_R
+    def take(name: str, one: Decomposition) -> None:
+        factors = one.factors(len(one.singular_values_R))
+        found[f"{name}.up"], found[f"{name}.down"] = factors.up.float(), factors.down.float()
+        found[f"{name}.spectrum"] = one.singular_values_R
 
-    observer.run(PassSpec("solve", spec.solving), visit)
+    decompose_sites(observer, spec.solving, take)
     return found
 
 

@@ -4,7 +4,7 @@ All work on a compression is given the :class:`LowRankSpec` or :class:`SparseSpe
 The type of the spec selects what does the work.
 """
 
-from pared.engine.spec.passes import HandOn, PassSpec
+from pared.engine.spec.passes import HandOn, PassSpec, Runs
 from pared.engine.spec.resolve import method_of, resolve, resolve_low_rank, resolve_sparse
 from pared.engine.spec.specs import CompressionSpec, LowRankSpec, SparseSpec
 
@@ -13,6 +13,7 @@ __all__ = [
     "HandOn",
     "LowRankSpec",
     "PassSpec",
+    "Runs",
     "SparseSpec",
     "method_of",
     "resolve",
