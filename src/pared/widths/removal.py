@@ -1,0 +1,146 @@
+"""Taking channels out of an MLP, with a least-squares change of the weight that reads the others.
+
+The hidden vector ``h`` of an MLP has one entry a channel, made by a row of ``gate`` and of ``up`` (or of ``fc1``) and
+read by a column of ``down``. With the channels R gone and K kept, the weight of ``down`` that comes closest on the
+calibration inputs, ``A = E[hᵀh]``, is ``W'_K = W_K + W_R A_RK A_KK⁻¹``. With ``D = W' - W`` (the columns of R become
+zero) and ``B = L Lᵀ`` the Gram of the gradients at the outputs, the loss grows by ``½ tr(B D A Dᵀ)`` nats a token
+(K-FAC), the unit of :mod:`pared.lowrank.loss_optimal`.
+
+Let ``C`` be the Cholesky factor of A with the channels in the order in which they stay: those that go first come last.
+``D C`` is zero in the first k columns and ``-W C`` in the others, so that keeping k channels costs
+``½ Σ_{j>=k} z_j²``, ``z_j`` the norm of column j of ``Lᵀ W C``. The whole curve is read off one product, exactly.
+
+The order is that of greedy elimination by the second-order score ``½ |(Lᵀ W)_j|² / [A⁻¹]_jj``, which is what taking out
+channel j alone costs (Optimal Brain Surgeon, Hassibi and Stork, 1993, with outputs weighted); weight and inverse are
+those that are left after every channel.
+
+Legend of the shape suffixes: O outputs of the weight, N channels, K those that are kept, P a pool of channels.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+CHUNK = 16  # channels that are taken out between two updates of the whole inverse
+POOL = 4  # times as many, the cheapest, are what a chunk is chosen from
+
+
+@dataclass(frozen=True)
+class Channels:
+    """A weight and its inputs in the order in which they stay, the last to go first. It answers every width.
+
+    Attributes:
+        W_ON: the weight ``(out, channels)``, float64.
+        order_N: the channels, int64.
+        costs_N: ``z_j``, what leaving out the channel at place j and all behind it adds; float64.
+        C_NN: the Cholesky factor of the input Gram in that order, lower triangular.
+        damping: what was added to the Gram's diagonal besides the usual, relative to its mean; 0 if nothing.
+    """
+
+    W_ON: torch.Tensor
+    order_N: torch.Tensor
+    costs_N: torch.Tensor
+    C_NN: torch.Tensor
+    damping: float = 0.0
+
+    def loss(self, width: int) -> float:
+        """Return what keeping so many channels costs, in nats a token."""
+        return 0.5 * float(self.costs_N[width:].square().sum())
+
+    def kept(self, width: int) -> torch.Tensor:
+        """Return the channels that stay, rising, int64 ``(width,)``."""
+        return self.order_N[:width].sort().values
+
+    def weight(self, width: int) -> torch.Tensor:
+        """Return the weight that reads the channels that stay ``(out, width)``, float64, in the order of ``kept``."""
+        W_OK, W_OR = self.W_ON[:, self.order_N[:width]], self.W_ON[:, self.order_N[width:]]
+        C_KK, C_RK = self.C_NN[:width, :width].to(W_OK), self.C_NN[width:, :width].to(W_OK)
+        # A_RK A_KK⁻¹ = C_RK C_KK⁻¹
+        W_OK = W_OK + torch.linalg.solve_triangular(C_KK, W_OR @ C_RK, upper=False, left=False)
+        return W_OK[:, self.order_N[:width].argsort()]
+
+
+def remove_channels(
+    W_ON: torch.Tensor, A_NN: torch.Tensor, L_OO: torch.Tensor, *, chunk: int = CHUNK, pool: int = POOL, least: int = 0
+) -> Channels:
+    """Order the inputs of a weight by what they are worth.
+
+    Args:
+        W_ON: the weight ``(out, channels)`` that reads the channels; computed in float64.
+        A_NN: the Gram of the channels per token ``(channels, channels)``, positive definite.
+        L_OO: root of the Gram of the output gradients, ``B = L Lᵀ``: lower triangular ``(out, out)`` or a diagonal
+            ``(out,)``.
+        chunk: how many channels go between two updates of the whole inverse. They go one by one, by scores that are
+            exact among the pool; 1 is greedy elimination to the letter.
+        pool: how many times as many channels, the cheapest, a chunk is chosen from.
+        least: width at which to stop; below it the order is that of the scores there.
+
+    Raises:
+        ValueError: the Gram is not positive definite.
+    """
+    W_ON, A_NN = W_ON.double(), A_NN.double()
+    weighted_ON = L_OO[:, None] * W_ON if L_OO.ndim == 1 else L_OO.T @ W_ON
+    order_N = _order(weighted_ON.clone(), _inverse(A_NN), chunk, pool, least)
+    C_NN = _cholesky(A_NN[order_N][:, order_N])
+    costs_N = (weighted_ON[:, order_N] @ C_NN).norm(dim=0)
+    return Channels(W_ON, order_N, costs_N, C_NN)
+
+
+def _order(G_ON: torch.Tensor, H_NN: torch.Tensor, chunk: int, pool: int, least: int) -> torch.Tensor:
+    """Return the channels, those first that go last.
+
+    Args:
+        G_ON: ``Lᵀ W``; overwritten.
+        H_NN: the inverse of the Gram; overwritten.
+        chunk: as of :func:`remove_channels`; as are the others.
+        pool: as above.
+        least: as above.
+    """
+    left_N = torch.arange(len(H_NN), device=H_NN.device)
+    gone: list[torch.Tensor] = []
+    while len(left_N) > max(least, 1):
+        size = min(chunk, len(left_N) - max(least, 1))
+        scores_N = G_ON.square().sum(dim=0) / H_NN.diagonal()
+        cheapest_P = scores_N.argsort(stable=True)[: pool * size] if size > 1 else scores_N.argmin()[None]
+        S = cheapest_P[_among(G_ON[:, cheapest_P], H_NN[cheapest_P][:, cheapest_P], size)]
+        stays_N = torch.ones(len(left_N), dtype=torch.bool, device=H_NN.device)
+        stays_N[S] = False
+        H_SK, H_SS = H_NN[S][:, stays_N], H_NN[S][:, S]
+        X_SK = torch.linalg.solve(H_SS, H_SK)
+        G_ON = G_ON[:, stays_N].addmm_(G_ON[:, S], X_SK, alpha=-1)
+        H_NN = H_NN[stays_N][:, stays_N].addmm_(H_SK.T, X_SK, alpha=-1)
+        gone.append(left_N[S])
+        left_N = left_N[stays_N]
+    scores_N = G_ON.square().sum(dim=0) / H_NN.diagonal()
+    return torch.cat([left_N[scores_N.argsort(descending=True, stable=True)], *(S.flip(0) for S in reversed(gone))])
+
+
+def _among(G_OP: torch.Tensor, H_PP: torch.Tensor, size: int) -> torch.Tensor:
+    """Return which of some channels go, one after the other, each the cheapest once those before it are gone."""
+    if size == len(H_PP) == 1:
+        return torch.zeros(1, dtype=torch.int64, device=H_PP.device)
+    M_PP, H_PP = G_OP.T @ G_OP, H_PP.clone()
+    taken_P = torch.zeros(len(H_PP), dtype=torch.bool, device=H_PP.device)
+    found = []
+    for _ in range(size):
+        diagonal_P = H_PP.diagonal().masked_fill(taken_P, 1)
+        j = (M_PP.diagonal() / diagonal_P).masked_fill(taken_P, torch.inf).argmin()
+        found.append(j)
+        taken_P[j] = True
+        # With x = H_j: / H_jj, the weight becomes G - G_j x and the inverse H - H_:j x.
+        x_P = (H_PP[j] / H_PP[j, j]).masked_fill(taken_P, 0)
+        m_P = M_PP[j].clone()
+        M_PP.addr_(m_P, x_P, alpha=-1).addr_(x_P, m_P - m_P[j] * x_P, alpha=-1)
+        H_PP.addr_(H_PP[j].clone(), x_P, alpha=-1)
+    return torch.stack(found)
+
+
+def _inverse(A_NN: torch.Tensor) -> torch.Tensor:
+    return torch.cholesky_inverse(_cholesky(A_NN))
+
+
+def _cholesky(A_NN: torch.Tensor) -> torch.Tensor:
+    C_NN, failed = torch.linalg.cholesky_ex(A_NN)
+    if int(failed):
+        raise ValueError(f"the Gram of {len(A_NN)} channels is not positive definite; damp or shrink it")
+    return C_NN
