@@ -14,6 +14,10 @@ PASSED_IN = "python:data"  # names a text that was passed in from Python, in a r
 PART = re.compile(r"\[(?::(?P<until>\d\d?)%|(?P<since>\d\d?)%:)\]$")
 
 
+# Fields whose option has another name than the field, by their dotted names.
+OPTIONS = {"calibration.text": "data", "evaluation.text": "eval", "evaluation.length": "eval-length",
+           "options": "option", "allocation_options": "allocation-option"}  # fmt: skip
+
 _FLAGS: ContextVar[bool] = ContextVar("flags", default=False)
 
 
@@ -36,13 +40,27 @@ def called(field: str, value: str = "") -> str:
     """Return what a field is called where a message is read: ``stride=8`` in Python, ``--stride 8`` by a command.
 
     Args:
-        field: its name in Python.
+        field: its name in Python; of a section its dotted name.
         value: that is to be given, if it is to be said; of a switch ``True``.
     """
     if not _FLAGS.get():
         return f"{field}={value}" if value else field
-    flag = f"--{field.replace('_', '-')}"
+    flag = f"--{OPTIONS.get(field) or field.replace('_', '-')}"
     return f"{flag} {value}" if value and value != "True" else flag
+
+
+def option_called(name: str, value: str, of: str = "options") -> str:
+    """Return how an option of a method is given: ``options={'new': 8}`` in Python, ``--option new=8`` by a command.
+
+    Args:
+        name: of the option.
+        value: as Python writes it; of a text without its quotes.
+        of: the field that holds it: ``options`` or ``allocation_options``.
+    """
+    if _FLAGS.get():
+        return called(of, f"{name}={value}")
+    written = value if value.replace(".", "").isdigit() else repr(value)
+    return f"{of}={{{name!r}: {written}}}"
 
 
 def text_called(name: str) -> str:

@@ -200,8 +200,10 @@ CASES: list[tuple[list[str], int, str]] = [
             "bench ./no": "no such folder",
             "export ./no --out new": "no such folder",
             "convert ./no --out new": "no such folder",
-            "search ./no --pruner wanda --sparsity 0.5 --out new": "no such folder",
-            "search MODEL --pruner wand --sparsity 0.5 --out new": "did you mean 'wanda'?",
+            "search ./no --method wanda --sparsity 0.5 --out new": "no such folder",
+            "search MODEL --pruner wanda --sparsity 0.5 --out new": "--pruner is --method now",
+            "search MODEL --sparsity 0.5 --out new": "name what to search for",
+            "search MODEL --method wand --sparsity 0.5 --out new": "did you mean 'wanda'?",
             "diagnose rank-groups ./no": "no such folder",
             "diagnose rank-groups MODEL --method wanda": "a low-rank method is needed here",
         }.items()

@@ -246,7 +246,7 @@ def test_a_pruner_of_theirs_that_ranks_weights_can_be_searched_with(
         "--samples 4 --windows 2 --length 16 --final-windows 2 --iterations 4 --population 4 --top 2 --sparsity 0.5"
     )
     data = ("--data", f"file:{text_file}", "--out", tmp_path / "s")
-    done = run("search", dense, "--pruner", "lottery", *windows.split(), *data)
+    done = run("search", dense, "--method", "lottery", *windows.split(), *data)
     assert done.exit_code == 0, done.stderr
     found = json.loads((tmp_path / "s" / "FOUND.json").read_text())
     assert found["method"] == "lottery"

@@ -13,7 +13,7 @@ from pared.allocation.units import Budget, Evidence, Unit
 from pared.errors import ParedError
 from pared.lazy import deferred
 from pared.methods import FAMILIES, Family
-from pared.names import require_known
+from pared.names import called, require_known
 from pared.plugins import Registry
 from pared.schema.options import Configured, Kind, Options
 from pared.schema.plan import Decision, Dense, LowRank, Sparse
@@ -90,7 +90,7 @@ class Allocator(Configured[C]):
 
 def _rank_fraction(units: Sequence[Unit], budget: Budget, _: Evidence, __: Options) -> dict[str, Decision]:
     if budget.rank_fraction is None:
-        raise ParedError("allocation rank-fraction needs the fraction; give rank_fraction (--rank-fraction) instead")
+        raise ParedError(f"allocation rank-fraction needs the fraction; give {called('rank_fraction', '0.33')} instead")
     return rank_fraction(units, budget.rank_fraction, budget.pivoted)
 
 

@@ -41,6 +41,7 @@ from pared.models.weights import (
 )
 from pared.modules.shared import DOWN, BasisHolder
 from pared.modules.sparse import SparseLinear
+from pared.names import called
 from pared.structure.finite import require_finite
 from pared.structure.model import find_blocks_path
 from pared.structure.store import block_file
@@ -118,7 +119,7 @@ def _require_untied(model: PreTrainedModel, path: str, name: str) -> None:
         if inside and not alias.endswith(DOWN):
             raise ParedError(
                 f"model {name!r}: {alias} is tied to {owner}, and a block that shares a weight cannot be read by "
-                "itself; work with the whole model in memory (--stream off)"
+                f"itself; work with the whole model in memory ({called('stream', 'off')})"
             )
 
 
@@ -364,7 +365,7 @@ class StreamedBlocks:
             if len(indices) > 1:
                 raise ParedError(
                     f"model {self._name!r}: {key} becomes parts of several blocks, which cannot be read one by one; "
-                    "work with the whole model in memory (--stream off)"
+                    f"work with the whole model in memory ({called('stream', 'off')})"
                 )
             index = indices.pop()
             (outside if index is None else self._stored[index])[key] = tensor

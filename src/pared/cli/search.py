@@ -24,7 +24,10 @@ FIELDS = Fields(
     Recipe,
     SEARCHED,
     changed={
-        "method": Change("Search for ranks in place of zeros: a low-rank method, with --keep.", default=""),
+        "method": Change(
+            "Search for zeros (wanda, magnitude) with --sparsity, or for ranks (a low-rank method) with --keep.",
+            default="",
+        ),
         "calibration.samples": Change(value=64),
     },
 )
@@ -34,7 +37,7 @@ FIELDS = Fields(
 def search(
     given: Annotated[Given[Recipe], FIELDS],
     config: Annotated[Given[SearchConfig], Fields(SearchConfig)],
-    pruner: Annotated[str | None, typer.Option(help="Search for zeros: wanda or magnitude, with --sparsity.")] = None,
+    pruner: Annotated[str | None, typer.Option(hidden=True, help="The name that --method had once.")] = None,
     ray: Annotated[str | None, typer.Option(help="Measure on a Ray cluster: its address, auto, or local.")] = None,
     plot: Annotated[bool, typer.Option("--plot", help="Draw the best so far to trace.png.")] = False,
     against: Annotated[
@@ -48,13 +51,14 @@ def search(
         quiet_libraries()
         if folder is None:
             raise ParedError("no output folder is named; give --out DIR")
-        method = given.values["method"]
-        if (pruner is None) == (method is None):
-            raise ParedError("name what to search for: zeros (--pruner wanda --sparsity 0.7) or ranks "
+        if pruner is not None:
+            raise ParedError(f"--pruner is --method now, as of pared compress: --method {pruner}")
+        if given.values["method"] is None:
+            raise ParedError("name what to search for: zeros (--method wanda --sparsity 0.7) or ranks "
                              "(--method svd-llm --keep 0.8)")  # fmt: skip
         if plot or against:
             require_plotting()
-        recipe, settings = given.merged(method=pruner or method), config.merged()
+        recipe, settings = given.merged(), config.merged()
         require_search(recipe)
         from pared.entrypoints.search import pools_on, run
 

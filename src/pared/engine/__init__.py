@@ -8,12 +8,12 @@ if TYPE_CHECKING:
     from pared.engine.allocate import plan_from_shapes
     from pared.engine.compress import collect_evidence, compress_blocks
     from pared.engine.observe import Observer, collect
-    from pared.engine.result import Compressed
+    from pared.engine.result import CompressedBlocks
     from pared.engine.spec import CompressionSpec, LowRankSpec, PassSpec, SparseSpec, resolve
     from pared.progress import Progress, Silent
 
 __all__ = [
-    "Compressed",
+    "CompressedBlocks",
     "CompressionSpec",
     "LowRankSpec",
     "Observer",
@@ -39,7 +39,7 @@ lazy_package(
             "SparseSpec",
             "resolve",
         ],
-        "pared.engine.result": ["Compressed"],
+        "pared.engine.result": ["CompressedBlocks"],
         "pared.engine.compress": ["collect_evidence", "compress_blocks"],
         "pared.engine.observe": ["Observer", "collect"],
         "pared.progress": ["Progress", "Silent"],

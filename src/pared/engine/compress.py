@@ -16,7 +16,7 @@ from pared.engine.kept_blocks import KeptBlocks
 from pared.engine.low_rank import LowRankWork, Trial
 from pared.engine.observe import Observer, Saved
 from pared.engine.pruning import SparseWork
-from pared.engine.result import Compressed, remarks, stacks
+from pared.engine.result import CompressedBlocks, remarks, stacks
 from pared.engine.run_state import CompressionRun
 from pared.engine.spec import CompressionSpec, LowRankSpec, PassSpec, resolve_sparse
 from pared.processes import ALONE, Processes
@@ -39,7 +39,7 @@ class Work(AbstractContextManager["Work"], Protocol):
     def run(self, step: PassSpec) -> None:
         """Do one step."""
 
-    def report(self, result: Compressed) -> Iterator[str]:
+    def report(self, result: CompressedBlocks) -> Iterator[str]:
         """Fill in the record of what was done, and yield what a user should read of it."""
 
 
@@ -57,7 +57,7 @@ def compress_blocks(
     state: CompressionRun | None = None,
     processes: Processes = ALONE,
     progress: Progress | None = None,
-) -> Compressed:
+) -> CompressedBlocks:
     """Compress a model, in place, block by block, as its spec says.
 
     Finished blocks replace dense ones as the passes run; besides the model there is one block in the computing dtype,
@@ -90,7 +90,7 @@ def compress_blocks(
         observer.memory = memory or observer.memory
         observer.use(saved)
         observer.resume(state)
-        result = Compressed(model, spec)
+        result = CompressedBlocks(model, spec)
         with _work(observer, spec, evidence, trial) as work:
             for number, step in enumerate(work.passes, 1):
                 store.passed = number

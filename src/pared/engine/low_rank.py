@@ -14,7 +14,7 @@ from pared.engine.allocate import make_plan
 from pared.engine.grouping import candidate_units, told
 from pared.engine.observe import Observer, Order
 from pared.engine.refit import Refit, dense_blocks
-from pared.engine.result import Compressed
+from pared.engine.result import CompressedBlocks
 from pared.engine.solve import Solver, without
 from pared.engine.spec import LowRankSpec, PassSpec
 from pared.engine.windows import trial_windows
@@ -83,7 +83,7 @@ class LowRankWork:
         else:
             self._solve_again(step)
 
-    def report(self, result: Compressed) -> Iterator[str]:
+    def report(self, result: CompressedBlocks) -> Iterator[str]:
         """Fill in the record of what was done, and yield what a user should read of it."""
         solver = self._solved
         result.plan = without(self._decided, solver.unreached)

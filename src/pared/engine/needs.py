@@ -16,7 +16,7 @@ from pared.engine.spec import CompressionSpec, LowRankSpec
 from pared.errors import ParedError
 from pared.io.output_dir import RESERVE, free_space
 from pared.memory import Available, format_size
-from pared.names import called
+from pared.names import called, option_called
 from pared.structure.model import Anatomy, Site
 
 SLACK = 256 * 2**20  # bytes: what libraries take for themselves as they work
@@ -101,12 +101,12 @@ class Needs:
             "the model": f"read it block by block ({called('stream', 'on')})",
             "hidden states": f"allow less for them ({called('activation_memory')}), or calibrate on fewer or shorter "
             f"windows ({called('samples')}, {called('length')})",
-            "statistics": "take a method with smaller ones (loss-optimal: --option output_weighting=diagonal; wanda, "
-            "magnitude or svd need no Gram)",
+            "statistics": "take a method with smaller ones (loss-optimal: "
+            f"{option_called('output_weighting', 'diagonal')}; wanda, magnitude or svd need no Gram)",
             "solving": f"leave the widest weights dense ({called('skip')}), or take a method without a Gram (wanda, "
             "magnitude)",
             "a batch in a block": f"calibrate on shorter windows ({called('length')})",
-            "logits of a window": "measure on shorter windows (--eval-length)",
+            "logits of a window": f"measure on shorter windows ({called('evaluation.length')})",
         }.get(largest, "use a machine with more")
 
 

@@ -15,7 +15,7 @@ from pared.calibration import BlockStatistics, StatisticView, backward_data_frac
 from pared.engine.allocate import plan_zeros
 from pared.engine.blocks import Visit, visit_blocks
 from pared.engine.observe import Observer
-from pared.engine.result import Compressed
+from pared.engine.result import CompressedBlocks
 from pared.engine.spec import PassSpec, SparseSpec
 from pared.errors import ParedError
 from pared.modules import NMGroups, SparseLinear, inherit_requires_grad, replace_module
@@ -78,7 +78,7 @@ class SparseWork:
         else:
             self._prune(step)
 
-    def report(self, result: Compressed) -> Iterator[str]:
+    def report(self, result: CompressedBlocks) -> Iterator[str]:
         """Fill in the record of what was done, and yield what a user should read of it."""
         assert self._plan is not None
         sites = tuple(self._pruned[site.name] for site in self._plan.sites)

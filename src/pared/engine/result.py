@@ -7,13 +7,14 @@ from transformers import PreTrainedModel
 
 from pared.engine.grouping import Comparison
 from pared.engine.spec import CompressionSpec
+from pared.names import called
 from pared.schema.plan import Dense, Plan
 from pared.schema.recipe import Recipe
 from pared.structure import Anatomy
 
 
 @dataclass
-class Compressed:
+class CompressedBlocks:
     """A compressed model and how it came about.
 
     Attributes:
@@ -47,7 +48,8 @@ def stacks(anatomy: Anatomy) -> Iterator[str]:
     if anatomy.other_stacks:
         others = ", ".join(anatomy.other_stacks)
         yield (
-            f"compressed are the blocks of {anatomy.blocks_path}; left alone are {others}: --blocks NAME takes another"
+            f"compressed are the blocks of {anatomy.blocks_path}; left alone are {others}: {called('blocks', 'NAME')} "
+            "takes another"
         )
 
 

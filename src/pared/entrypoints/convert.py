@@ -17,6 +17,7 @@ from pared.io.output_dir import require_free
 from pared.models.source import find_model
 from pared.models.trust import trusting
 from pared.modules import LowRankLinear, PivotedLinear, SparseLinear
+from pared.names import is_told_in_flags
 from pared.schema.manifest import Manifest
 from pared.schema.plan import Dense, Plan
 
@@ -93,7 +94,7 @@ def _nothing(model: nn.Module, pivoted: bool) -> str:
     if sparse:
         return (
             f"its {len(sparse)} changed layers are sparse, the first is {sparse[0]}, and have no factors or pivots; "
-            "for plain weights: --dense"
+            f"for plain weights: {'--dense' if is_told_in_flags() else 'pared.export'}"
         )
     form, other = ("pivoted", "two factors") if pivoted else ("two factors", "pivoted")
     return f"no module is stored as {other}, all there is is {form}"

@@ -37,6 +37,7 @@ from pared.io.record import MANIFEST
 from pared.models.architecture import is_causal
 from pared.models.loaded import LoadedModel
 from pared.models.source import ModelSource, find_model
+from pared.names import called
 from pared.progress import Progress, Silent
 from pared.report.table import WORTH_SAYING
 from pared.schema.evaluate import EvaluationConfig
@@ -276,10 +277,12 @@ class _Evaluation:
             ParedError: whatever is wrong with any, before the model is loaded.
         """
         if not is_causal(self.source.config().architectures or []):
-            raise ParedError(f"{self.model} is not a causal language model, which these tasks need; see --fine-tune")
+            raise ParedError(f"{self.model} is not a causal language model, which these tasks need; see "
+                             f"{called('fine_tune')}")  # fmt: skip
         chosen = [name for name in names if name in CHOICES]
         if chosen and sampling != Sampling() and len(chosen) == len(names):
-            raise ParedError(f"--samples and --temperature are of answers that are written; {', '.join(chosen)} choose")
+            raise ParedError(f"{called('samples')} and {called('temperature')} are of answers that are written; "
+                             f"{', '.join(chosen)} choose")  # fmt: skip
         written = [task_of(name) for name in names if name not in CHOICES]
         for task in written:
             require_permission(task, self.config.allow_code_execution)

@@ -32,6 +32,7 @@ from pared.evaluation.classification import Score, classify
 from pared.models.architecture import is_causal
 from pared.models.source import find_model
 from pared.models.trust import trusted
+from pared.names import called
 from pared.training.dataset import collate, rows_of
 
 WARMUP = 0.1  # of the steps
@@ -108,7 +109,7 @@ def require_encoder(name: str) -> None:
     """
     if is_causal(read_config(name).architectures or []):
         raise ParedError(f"{name} is a language model; fine-tuning for GLUE and entities is for encoders. Ask a "
-                         "language model what it can do as it is: --tasks rte,boolq")  # fmt: skip
+                         f"language model what it can do as it is: {called('tasks', 'rte,boolq')}")  # fmt: skip
 
 
 def with_head(name: str, examples: Examples, seed: int = 0) -> PreTrainedModel:

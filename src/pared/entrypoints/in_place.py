@@ -13,7 +13,7 @@ from pared.checkpoint.streamed import StreamedBlocks
 from pared.data.windows import Windows
 from pared.engine.compress import compress_blocks
 from pared.engine.early import require_possible, require_suited
-from pared.engine.result import Compressed
+from pared.engine.result import CompressedBlocks
 from pared.engine.run_state import CompressionRun
 from pared.engine.spec import CompressionSpec
 from pared.environment import device_of
@@ -75,7 +75,7 @@ def compress_in_place(
     store: StreamedBlocks | None = None,
     memory: ActivationMemory | None = None,
     processes: Processes = ALONE,
-) -> Compressed:
+) -> CompressedBlocks:
     """Compress a model, and have its configuration say what became of it, whatever happens.
 
     Args:

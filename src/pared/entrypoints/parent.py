@@ -16,6 +16,7 @@ from pared.errors import ParedError
 from pared.io.files import path_of
 from pared.io.inputs import found_again
 from pared.models.source import find_model, require_dense
+from pared.names import called
 from pared.schema.manifest import Manifest, Training
 from pared.schema.plan import Decision, Dense, LowRank, Plan
 from pared.schema.recipe import Evaluation, Recipe
@@ -66,7 +67,8 @@ class CompressedParent:
         self.name = name
         if not (path_of(name) / "pared.json").is_file() and not is_compressed(find_model(name).config()):
             raise ParedError(f"{name} is a dense model, and this method trains a folder that pared made; compress it "
-                             "first (pared compress), or make it smaller while it trains: --method basel")  # fmt: skip
+                             "first (pared compress), or make it smaller while it trains: "
+                             f"{called('method', 'basel')}")  # fmt: skip
         self.manifest: Manifest | None = Manifest.read(path_of(name))
         self._manifest: Manifest = self.manifest
         self.config = find_model(name).config()
@@ -94,8 +96,8 @@ class CompressedParent:
             return None
         text = found_again(str(then["text"]), self._manifest.inputs)
         if text == then["text"] and text.startswith("file:"):
-            log.warning("%s was measured on %s, and where that lies is not known here; name it with --eval file:PATH",
-                        self.name, text)  # fmt: skip
+            log.warning("%s was measured on %s, and where that lies is not known here; name it with %s",
+                        self.name, text, called("evaluation.text", "file:PATH"))  # fmt: skip
             return None
         return Evaluation(text=text, length=then["length"], windows=then["windows"], bos=then["bos"])
 

@@ -8,6 +8,7 @@ from pared.engine.allocate import anatomy_of, plan_from_shapes
 from pared.engine.early import require_model, require_possible, require_suited
 from pared.engine.result import stacks
 from pared.engine.spec import CompressionSpec
+from pared.names import called
 from pared.schema.plan import Dense, Plan
 from pared.schema.recipe import Recipe
 from pared.tables import Table
@@ -68,7 +69,7 @@ class Planned:
         rows = [(what, f"{counts[what, shape, told]:,}", shape, told, f"{after[what, shape, told]:,}")
                 for what, shape, told in counts]  # fmt: skip
         columns = ("layers", "number", "out x in", "decision", "parameters")
-        return Table("", columns, rows, (*self.stacks, "every layer by name: --full"), align="lrrlr",
+        return Table("", columns, rows, (*self.stacks, f"every layer by name: {called('full', 'True')}"), align="lrrlr",
                      faint_from=targets)  # fmt: skip
 
     def remarks(self) -> Iterator[str]:

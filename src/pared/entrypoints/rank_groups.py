@@ -30,6 +30,7 @@ from pared.errors import ParedError
 from pared.evaluation import perplexity
 from pared.models.architecture import is_causal
 from pared.models.source import find_model, require_dense
+from pared.names import called
 from pared.progress import Progress, Silent
 from pared.schema.recipe import Recipe
 from pared.structure import Anatomy, weight_of
@@ -194,13 +195,15 @@ def _require_directions(anatomy: Anatomy, groups: int) -> None:
 def _evaluation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Windows:
     asked, data = recipe.evaluation, recipe.calibration.text
     if asked is None:
-        raise ParedError("nothing to measure quality on; name a text, or labelled examples for a classifier (--eval)")
+        raise ParedError(f"nothing to measure quality on; name a text, or labelled examples for a classifier "
+                         f"({called('evaluation.text')})")  # fmt: skip
     causal = is_causal([type(model).__name__])
     name: str | None = asked.text
     if name == "auto":
         name = held_out(data) if causal else data.removesuffix(":train") + ":dev" if data.endswith(":train") else None
     if name is None:
-        raise ParedError(f"{data!r} has no known held-out part; name what to measure quality on (--eval)")
+        raise ParedError(f"{data!r} has no known held-out part; name what to measure quality on "
+                         f"({called('evaluation.text')})")  # fmt: skip
     if causal:
         windows = evaluation_windows(asked, tokenizer, model.config, name)
     else:

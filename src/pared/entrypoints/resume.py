@@ -18,6 +18,7 @@ from pared.io.fingerprint import as_json
 from pared.io.record import MANIFEST
 from pared.io.run_dir import COMPRESSION, RunDirectory, run_folder, settings_of
 from pared.models.source import ModelSource
+from pared.names import called
 from pared.progress import Progress
 
 KIND = COMPRESSION
@@ -85,8 +86,8 @@ class Resumable:
     def _tell(self) -> None:
         if self._directory is not None and self._directory.journal.entries:
             self._progress.note(
-                f"what is finished is kept in {self._directory.folder}: the same command with --resume continues from "
-                "there, and removes it at its end"
+                f"what is finished is kept in {self._directory.folder}: the same with {called('resume', 'True')} "
+                "continues from there, and removes it at its end"
             )
 
 

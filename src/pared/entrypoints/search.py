@@ -24,7 +24,7 @@ from pared.io.inputs import inputs_of, told_apart, without_places
 from pared.io.output_dir import require_short
 from pared.models.architecture import is_causal
 from pared.models.source import find_model, require_dense
-from pared.names import called
+from pared.names import called, option_called
 from pared.progress import Progress, Silent
 from pared.schema.recipe import Recipe
 from pared.schema.search import SearchConfig
@@ -91,7 +91,8 @@ class Found(Shown):
         """Return what is to be said of the best program: whether it is better at all, and how it is used."""
         uniform, best = self.told["uniform"]["full"], self.told["perplexity"]["full"]
         no_worse = "on the full split the uniform allocation is no worse: search longer or on more windows"
-        use = f"use it: --allocation dsa --allocation-option program={self.folder / FOUND}"
+        program = option_called("program", str(self.folder / FOUND), "allocation_options")
+        use = f"use it: {called('allocation', 'dsa')} {program}"
         return [*([no_worse] if uniform is not None and uniform <= best else []), use]
 
 

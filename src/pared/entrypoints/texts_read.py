@@ -11,6 +11,7 @@ from pared.data.windows import Windows, require_fits
 from pared.engine.spec import CompressionSpec
 from pared.engine.windows import calibration_windows, evaluated_text
 from pared.errors import TextTooShortError
+from pared.names import called
 from pared.progress import Progress
 from pared.report.table import WORTH_SAYING
 from pared.schema.recipe import Recipe
@@ -90,7 +91,7 @@ def _evaluation_windows(
     if name is None:
         progress.note(
             f"no perplexity: {recipe.calibration.text!r} has no held-out part; name another text to measure "
-            "it on (--eval TEXT)"
+            f"it on ({called('evaluation.text', 'TEXT')})"
         )
         return None
     try:
@@ -98,7 +99,8 @@ def _evaluation_windows(
     except TextTooShortError as error:
         if asked.text != "auto" or "length" in asked.model_fields_set:
             raise
-        progress.note(f"no perplexity: {error}; name another to measure it on (--eval TEXT)")
+        progress.note(f"no perplexity: {error}; name another to measure it on "
+                      f"({called('evaluation.text', 'TEXT')})")  # fmt: skip
         return None
     if windows.stand_in:
         progress.note(f"the text {name!r} ({windows.origin}) only stands in for a real corpus")
@@ -113,6 +115,7 @@ def _overlap(measured: Windows | None, calibrated: Windows | None, progress: Pro
     if seen >= WORTH_SAYING:
         progress.note(
             f"{seen:.0%} of what perplexity is measured on ({measured.text!r}) is calibrated on ({calibrated.text!r}): "
-            "it says nothing about text the model has not seen; name another with --eval TEXT"
+            "it says nothing about text the model has not seen; name another with "
+            f"{called('evaluation.text', 'TEXT')}"
         )
     return seen

@@ -254,7 +254,7 @@ class _Job:
         elif chosen.text != "auto":
             return evaluation_windows(asked, self.tokenizer, self.config)
         why = why or f"all of {asked.text!r} is trained on"
-        self.progress.note(f"no perplexity: {why}; name a text to measure it on (--eval TEXT)")
+        self.progress.note(f"no perplexity: {why}; name a text to measure it on ({called('evaluation.text')})")
         return None
 
     def asked_evaluation(self) -> Evaluation | None:

@@ -11,7 +11,7 @@ from pared.errors import ParedError
 from pared.evaluation.answers import boxed, last_number, marked_number, same_expression, same_number
 from pared.evaluation.pass_at_k import mean_pass_at_k
 from pared.evaluation.sandbox import Limits, run_program
-from pared.names import require_known
+from pared.names import called, require_known
 
 if TYPE_CHECKING:  # which tasks there are is reported without them
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -183,8 +183,9 @@ def require_permission(task: Task, run_code: bool) -> None:
     """
     if task.runs and not run_code:
         raise ParedError(
-            f"task {task.name} runs programs that the model writes; allow it with --allow-code-execution, best inside "
-            "a container: the limits here are not a security boundary"
+            f"task {task.name} runs programs that the model writes; allow it with "
+            f"{called('allow_code_execution', 'True')}, best inside a container: the limits here are not a security "
+            "boundary"
         )
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pared.errors import ParedError
-from pared.models.trust import FLAG, trusted
+from pared.models.trust import trusted
+from pared.names import called
 
 if TYPE_CHECKING:  # that there is no such model is reported without it
     from transformers import PretrainedConfig
@@ -87,7 +88,7 @@ def refuse_code(name: str, error: Exception) -> None:
     if "trust_remote_code" in str(error) and not trusted():
         raise ParedError(
             f"model {name!r} comes with code of its own (`auto_map`), which does not run unasked; read it, and if you "
-            f"trust it give {FLAG}"
+            f"trust it give {called('trust_remote_code', 'True')}"
         ) from None
 
 

@@ -20,7 +20,7 @@ from pared.models.architecture import architecture, first_line, name_architectur
 from pared.models.gguf import config_of, converted
 from pared.models.sane import require_files_for, require_floating, require_sane, without_quantization
 from pared.models.trust import trusted
-from pared.names import did_you_mean
+from pared.names import called, did_you_mean
 
 if TYPE_CHECKING:  # that there is no such model is reported without them
     import torch
@@ -288,7 +288,8 @@ def require_one_stack(config: object, name: str, method: str) -> None:
     if _field(config, "is_encoder_decoder") is True:
         raise ParedError(
             f"model {name!r} is an encoder-decoder, whose decoder reads two texts; {method} calibrates on one. "
-            "Take what needs no data: --method svd, or --method magnitude --sparsity 0.5, with allocation uniform"
+            f"Take what needs no data: {called('method', 'svd')}, or {called('method', 'magnitude')} "
+            f"{called('sparsity', '0.5')}, with allocation uniform"
         )
 
 

@@ -11,7 +11,6 @@ from contextvars import ContextVar
 
 # Set by the command line for its own process and the processes it starts.
 VARIABLE = "PARED_TRUST_REMOTE_CODE"
-FLAG = "--trust-remote-code (in Python trust_remote_code=True)"
 
 _allowed: ContextVar[bool] = ContextVar("trust_remote_code", default=False)
 

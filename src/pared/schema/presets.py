@@ -14,7 +14,7 @@ from pydantic import Field, ModelWrapValidatorHandler, ValidationInfo, model_val
 from typing_extensions import Self, TypedDict
 
 from pared.errors import ParedError
-from pared.names import require_known
+from pared.names import called, require_known
 from pared.schema.base import Config, Strict, validated
 from pared.schema.command_line import Option
 from pared.schema.fields import flatten, lies_inside, only, plain, side_by_side, value_at, without_plain_nulls
@@ -258,7 +258,7 @@ def require_user_fields(asked: FromPreset) -> None:
         for section in sections:
             owner = getattr(owner, section)
         if leaf not in owner.model_fields_set:
-            raise ParedError(f"preset {preset.name} leaves {name} to you: {what}")
+            raise ParedError(f"preset {preset.name} leaves {called(name)} to you: {what}")
 
 
 def record_of(asked: FromPreset) -> PresetRecord | None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from pared.errors import ParedError
+from pared.names import called
 from pared.search.evolution import Candidate, Measured
 from pared.search.pool import Measures, Queue, Task
 
@@ -142,8 +143,8 @@ def _ray() -> Any:
         import ray
         import ray.exceptions
     except ImportError:
-        raise ParedError("--ray measures on a Ray cluster and needs ray; install it with: pip install ray, or use "
-                         "--workers on one machine") from None  # fmt: skip
+        raise ParedError(f"{called('ray')} measures on a Ray cluster and needs ray; install it with: pip install ray, "
+                         f"or use {called('workers')} on one machine") from None  # fmt: skip
     return ray
 
 

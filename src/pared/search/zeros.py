@@ -11,6 +11,7 @@ from pared.allocation.dsa import SCORE_TOKENS, Program, ScoreHistogram, Scores, 
 from pared.engine.install import patched
 from pared.errors import ParedError
 from pared.methods import METHODS, methods_of
+from pared.names import called
 from pared.schema.options import Options
 from pared.search.evolution import Allocation
 from pared.sparsity import OrderedWeights, PruningMethod, RankedWeights, Unstructured, wanda
@@ -40,7 +41,7 @@ def require_pruner(name: str) -> None:
         why = "changes the weights it keeps, block after block" if updates else "needs more than the energy of inputs"
         raise ParedError(
             f"pruner {name} {why}, so that a candidate costs a whole compression; search with wanda and use the "
-            f"program with --method {name} --allocation dsa"
+            f"program with {called('method', name)} {called('allocation', 'dsa')}"
         )
     raise ParedError(f"unknown pruner {name!r}; expected one of {', '.join(pruners())}")
 

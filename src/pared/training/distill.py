@@ -18,6 +18,7 @@ from pared.data.windows import NO_LABEL
 from pared.errors import ParedError
 from pared.io.inputs import found_again
 from pared.models.architecture import is_causal
+from pared.names import option_called
 from pared.training.full import train_part
 from pared.training.lora import adapt
 from pared.training.method import Batch, Context, Loss, Prepared, Stage
@@ -132,12 +133,14 @@ def _teacher(context: Context) -> PreTrainedModel:
     name = str(context.options["teacher"])
     if name == PARENT:
         if context.manifest is None:
-            raise ParedError("this model has no dense parent on record; name a teacher: --option teacher=MODEL")
+            raise ParedError(
+                f"this model has no dense parent on record; name a teacher: {option_called('teacher', 'MODEL')}"
+            )
         name = found_again(context.manifest.model["name"], context.manifest.inputs)
     try:
         teacher = load(name)
     except ParedError as error:
-        raise ParedError(f"teacher {name!r}: {error}; name another: --option teacher=MODEL") from None
+        raise ParedError(f"teacher {name!r}: {error}; name another: {option_called('teacher', 'MODEL')}") from None
     ours, its = (len(model.get_input_embeddings().weight) for model in (context.model, teacher))
     if ours != its:
         raise ParedError(f"teacher {name!r} knows {its} tokens and the model {ours}; name one with the same tokenizer")

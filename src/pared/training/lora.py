@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from pared.errors import ParedError
 from pared.modules import LowRankLinear, PivotedLinear
-from pared.names import match
+from pared.names import match, option_called
 from pared.structure import find_blocks
 from pared.structure.linear import LINEAR_TYPES
 from pared.training.masks import merge_lora_keeping_zeros, pruned_layers
@@ -164,5 +164,5 @@ def _default_of_peft(model: PreTrainedModel) -> list[str]:
     found = DEFAULTS.get(kind) or DEFAULTS.get(str(model.config.model_type))
     if not isinstance(found, (list, tuple, set)):
         raise ParedError(f"PEFT has no default targets for a model of type {kind!r}; name the layers to adapt: "
-                         "--option targets=*.q_proj,*.v_proj")  # fmt: skip
+                         f"{option_called('targets', '*.q_proj,*.v_proj')}")  # fmt: skip
     return sorted(found)

@@ -150,14 +150,14 @@ def test_a_whole_job_on_own_code_needs_to_be_allowed(tokenizer: PreTrainedTokeni
         lambda: pared.load(source),
         lambda: pared.load(source, trust_remote_code=False),
     ):
-        with pytest.raises(ParedError, match=r"code of its own.*--trust-remote-code"):
+        with pytest.raises(ParedError, match=r"code of its own.*trust_remote_code=True"):
             refused()
     assert not marker.exists()
     assert not (tmp_path / "out").exists()
     outcome = pared.run(recipe, trust_remote_code=True)
     assert marker.exists()
     assert outcome.manifest.self_check == 0
-    with pytest.raises(ParedError, match="--trust-remote-code"):
+    with pytest.raises(ParedError, match="trust_remote_code=True"):
         pared.verify(outcome.folder)
     assert pared.verify(outcome.folder, trust_remote_code=True) == 0
     assert type(pared.load(outcome.folder, trust_remote_code=True)).__name__ == "MineForCausalLM"
@@ -256,7 +256,7 @@ COMMANDS = {
     "fine-tune": ["eval", "MODEL", "--fine-tune", "glue:cola"],
     "tune": ["tune", "MODEL", "--method", "full", "--out", "OUT"],
     "bench": ["bench", "MODEL"],
-    "search": ["search", "MODEL", "--pruner", "magnitude", "--sparsity", "0.5", "--out", "OUT"],
+    "search": ["search", "MODEL", "--method", "magnitude", "--sparsity", "0.5", "--out", "OUT"],
     "diagnose": ["diagnose", "rank-groups", "MODEL"],
 }
 

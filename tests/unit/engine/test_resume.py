@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from pared import Calibration, ParedError, Recipe
 from pared.checkpoint.streamed import open_streamed
 from pared.engine.compress import compress_blocks
-from pared.engine.result import Compressed
+from pared.engine.result import CompressedBlocks
 from pared.engine.run_state import CompressionRun
 from pared.engine.spec import resolve
 from pared.evaluation import perplexity
@@ -66,7 +66,7 @@ def opened(out: Path, lines: int = 0) -> Iterator[CompressionRun]:
         yield run
 
 
-Made = tuple[dict[str, torch.Tensor], Compressed]
+Made = tuple[dict[str, torch.Tensor], CompressedBlocks]
 
 
 def compressed(

@@ -380,7 +380,7 @@ def tiny(tmp_path: Path) -> Path:
 
 
 def words(tiny: Path, text_file: Path, out: Path, *more: str, iterations: int = 8) -> list[str]:
-    return ["search", str(tiny), "--pruner", "wanda", "--sparsity", "0.6", "--data", f"file:{text_file}", "--samples",
+    return ["search", str(tiny), "--method", "wanda", "--sparsity", "0.6", "--data", f"file:{text_file}", "--samples",
             "5", "--length", "16", "--windows", "4", "--final-windows", "6", "--population", "4", "--top", "2",
             "--iterations", str(iterations), "--calibration-dtype", "float32", "--out", str(out), *more]  # fmt: skip
 
@@ -402,7 +402,7 @@ def test_the_command_finds_tells_and_draws(tiny: Path, text_file: Path, tmp_path
     assert "results are reported on" in result.stderr
     assert not (tmp_path / "n").exists()
     result = run.invoke(app, words(tiny, text_file, tmp_path / "n", "--method", "svd-llm"))
-    assert "name what to search for" in result.stderr
+    assert "method svd-llm does not take sparsity" in result.stderr
 
 
 def test_a_killed_search_goes_on_to_the_very_journal_of_one_that_was_not(

@@ -160,7 +160,7 @@ def test_every_command_refuses_an_output_at_its_model_before_any_work(
 
 def test_a_search_inside_its_model_is_refused(place: Path) -> None:
     out = place / "llama" / "s"
-    code, _, err = command("search", place / "llama", "--pruner", "wanda", "--sparsity", "0.5", "--out", out)
+    code, _, err = command("search", place / "llama", "--method", "wanda", "--sparsity", "0.5", "--out", out)
     assert code == 2
     assert "lies inside" in err.replace("\n", " ")
     assert not (place / "llama" / "s").exists()

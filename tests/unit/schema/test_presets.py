@@ -174,7 +174,7 @@ def test_what_is_no_preset_or_does_not_go_with_it_is_refused(kind: Any, fields: 
 
 
 def test_what_a_preset_leaves_to_the_user_is_asked_for(tmp_path: Path) -> None:
-    with pytest.raises(ParedError, match=r"preset fwsvd-paper leaves calibration\.text to you: .*--data glue:sst2:tr"):
+    with pytest.raises(ParedError, match=r"preset fwsvd-paper leaves calibration\.text to you: .* glue:sst2:tr"):
         require_user_fields(begun("fwsvd-paper"))
     require_user_fields(begun("fwsvd-paper", calibration={"text": "glue:sst2:train"}))
     with pytest.raises(ParedError, match="preset fwsvd-glue leaves data to you"):

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from pared.errors import ParedError
 from pared.modules import replace_module
+from pared.names import option_called
 from pared.schema.plan import LowRank
 from pared.structure.linear import bias_of, weight_of
 from pared.structure.model import find_anatomy
@@ -146,7 +147,7 @@ def _share(layers: Mapping[str, BasisLinear], weights: Mapping[str, Weight], opt
     try:
         return max(1e-6, share_for({name: layer.coefficients for name, layer in layers.items()}, weights, numbers))
     except ValueError as error:
-        raise ParedError(f"keep {options['keep']:g}: {error} (--option new=8)") from None
+        raise ParedError(f"keep {options['keep']:g}: {error} ({option_called('new', '8')})") from None
 
 
 def _first_of_pruning(context: Context) -> int:
