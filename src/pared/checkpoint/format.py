@@ -12,6 +12,7 @@ from torch import nn
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pared.modules.low_rank import LowRankLinear
+from pared.modules.narrow import NarrowConv1D, NarrowLinear
 from pared.modules.packing import LARGEST_GROUP
 from pared.modules.pivoted import PivotedLinear
 from pared.modules.shared import DOWN
@@ -27,10 +28,12 @@ MOST_MODULES = 10**6
 LONGEST_NAME = 1000
 
 # kind in the map -> (module class, the keys its entry has besides `kind`)
-MODULE_TYPES: dict[str, tuple[type[LowRankLinear | PivotedLinear | SparseLinear], frozenset[str]]] = {
+MODULE_TYPES: dict[str, tuple[type[nn.Module], frozenset[str]]] = {
     "low_rank": (LowRankLinear, frozenset({"in_features", "out_features", "rank", "bias"})),
     "pivoted": (PivotedLinear, frozenset({"in_features", "out_features", "rank", "bias"})),
     "sparse": (SparseLinear, frozenset({"in_features", "out_features", "bias", "stored", "kept", "group"})),
+    "narrow": (NarrowLinear, frozenset({"in_features", "out_features", "bias", "parts"})),
+    "narrow_conv1d": (NarrowConv1D, frozenset({"in_features", "out_features", "bias", "parts"})),
 }
 
 # A kind that an installed package adds is PACKAGE:NAME in the map, NAME an entry point of this group.
@@ -46,6 +49,7 @@ RANGES: dict[str, tuple[int, Callable[[Entry], int]]] = {
     "stored": (0, lambda entry: entry["in_features"] * entry["out_features"]),
     "group": (0, lambda entry: min(entry["in_features"], LARGEST_GROUP)),
     "kept": (0, lambda entry: entry["group"]),
+    "parts": (1, lambda entry: entry["out_features"]),
 }
 
 
@@ -160,12 +164,22 @@ def _check_entry(name: str, kind: object, entry: Any) -> None:
     for key, (least, most) in RANGES.items():
         if key in entry and not least <= entry[key] <= most(entry):
             raise ValueError(f"map entry {name}: {key} is {brief(entry[key])}, expected {least} to {most(entry)}")
+    _check_kind(name, entry)
+
+
+def _check_kind(name: str, entry: Entry) -> None:
+    """Check what only some kinds have: N:M, equal parts."""
+    kind = entry["kind"]
     if kind == "sparse" and entry["group"]:
         inputs, group, kept = entry["in_features"], entry["group"], entry["kept"]
         if inputs % group or not kept or entry["stored"] != entry["out_features"] * inputs // group * kept:
             raise ValueError(f"map entry {name}: {kept}:{group} does not fit {brief(entry)}")
     elif kind == "sparse" and entry["kept"]:
         raise ValueError(f"map entry {name}: kept is {entry['kept']} without a group")
+    if "parts" in entry and entry["out_features"] % entry["parts"]:
+        raise ValueError(f"map entry {name}: {entry['out_features']} outputs are not {entry['parts']} equal parts")
+    if kind == "narrow_conv1d" and not entry["bias"]:
+        raise ValueError(f"map entry {name}: bias is False; a layer of the kind of Conv1D has one")
 
 
 def _check_added(name: str, kind: str, entry: Entry) -> None:

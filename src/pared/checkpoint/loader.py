@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from pared.checkpoint.format import QUANT_METHOD, ParedConfig, module_type
 from pared.checkpoint.portable import IS_COPY, with_remote_code
 from pared.modules.adapters import teach_peft
+from pared.modules.narrow import NarrowConv1D, NarrowLinear
 from pared.modules.replace import replace_module
 from pared.modules.shared import DOWN, BasisHolder, share
 from pared.modules.sparse import SparseLinear
@@ -79,12 +81,24 @@ def install_empty(model: nn.Module, entries: dict[str, dict[str, Any]], shared: 
                 break
         else:
             raise ValueError(f"map entry {name}: {type(model).__name__} has no such module")
-        shape = sorted(old.weight.shape)
-        if shape != sorted((entry["out_features"], entry["in_features"])):
-            raise ValueError(f"map entry {name}: shape {shape} in the model, {entry} in the map")
+        _require_fit(name, old, entry)
         replace_module(model, path, empty_module(entry, device=old.weight.device, dtype=old.weight.dtype))
         paths[name + DOWN] = path + DOWN
     tie(model, {paths[alias]: paths[owner] for alias, owner in (shared or {}).items()})
+
+
+def _require_fit(name: str, old: Any, entry: dict[str, Any]) -> None:
+    """Refuse an entry that is not of the shape of the module it replaces; one that lost channels may be smaller."""
+    shape = tuple(old.weight.shape)
+    told = (entry["out_features"], entry["in_features"])
+    if issubclass(module_type(entry["kind"]), (NarrowLinear, NarrowConv1D)):
+        sides = shape[::-1] if isinstance(old, Conv1D) else shape
+        fits = len(sides) == 2 and all(new <= side for new, side in zip(told, sides, strict=True))
+        fits &= isinstance(old, Conv1D) == (entry["kind"] == "narrow_conv1d")
+    else:
+        fits = sorted(shape) == sorted(told)
+    if not fits:
+        raise ValueError(f"map entry {name}: shape {sorted(shape)} in the model, {entry} in the map")
 
 
 def tie(model: nn.Module, shared: dict[str, str]) -> None:

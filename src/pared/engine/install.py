@@ -10,8 +10,10 @@ from torch import nn
 from pared.lowrank import Factors
 from pared.lowrank.pivot import pivot, unpivot
 from pared.modules import LowRankLinear, PivotedLinear, inherit_requires_grad, replace_module, share
+from pared.modules.narrow import narrowed
 from pared.modules.shared import DOWN
 from pared.structure import bias_of, weight_of
+from pared.structure.channels import ChannelGroup
 
 
 def install(model: nn.Module, name: str, factors: Factors, pivoted: bool = False) -> None:
@@ -64,6 +66,35 @@ def made(
             share(new, news[0], names[0] + DOWN)
             new.down.weight.requires_grad_(all(one.up.weight.requires_grad for one in news))
     return news
+
+
+@torch.no_grad()
+def narrow(
+    model: nn.Module, group: ChannelGroup, kept_K: torch.Tensor, W_OK: torch.Tensor
+) -> list[tuple[str, nn.Module]]:
+    """Return what takes the places of a group's layers where only some of its channels stay; the model is as it was.
+
+    Biases, dtype, device and ``requires_grad`` are those of the layers.
+
+    Args:
+        model: the whole model.
+        group: whose channels these are.
+        kept_K: those that stay, rising.
+        W_OK: the weight that reads them ``(out, kept)``.
+    """
+    new: nn.Module
+    made: list[tuple[str, nn.Module]] = []
+    for site in group.sites:
+        old = model.get_submodule(site.name)
+        if site == group.consumer:
+            new = narrowed(old, W_OK, bias_of(old))
+        else:
+            (producer,) = (one for one in group.producers if one.site == site)
+            rows, bias = producer.outputs(kept_K.to(weight_of(old).device)), bias_of(old)
+            new = narrowed(old, weight_of(old)[rows], None if bias is None else bias[rows], producer.parts)
+        inherit_requires_grad(new, old)
+        made.append((site.name, new))
+    return made
 
 
 def put(model: nn.Module, names: Sequence[str], news: Sequence[nn.Module]) -> None:

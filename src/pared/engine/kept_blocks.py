@@ -1,7 +1,7 @@
 """A model in memory whose changed blocks are kept in files too, so that another process can resume with them."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -11,13 +11,20 @@ from transformers import PreTrainedModel
 from pared.engine.run_state import CompressionRun
 from pared.errors import ParedError
 from pared.io.guarded import parse_json
-from pared.modules import LowRankLinear, PivotedLinear, SparseLinear, inherit_requires_grad, replace_module, share
+from pared.modules import (
+    Changed,
+    LowRankLinear,
+    PivotedLinear,
+    SparseLinear,
+    inherit_requires_grad,
+    replace_module,
+    share,
+)
 from pared.modules.shared import DOWN
 from pared.structure import Anatomy, weight_of
 from pared.structure.store import ResidentBlocks, block_file
 
-Changed = LowRankLinear | PivotedLinear | SparseLinear
-KINDS: dict[str, type[Changed]] = {cls.__name__: cls for cls in (LowRankLinear, PivotedLinear, SparseLinear)}
+KINDS: dict[str, type[Changed]] = {cls.__name__: cls for cls in get_args(Changed)}
 
 
 class KeptBlocks(ResidentBlocks):

@@ -5,7 +5,7 @@ from pathlib import Path
 from torch import nn
 
 from pared.engine.pass_record import Held, PassRecord, Tables
-from pared.modules import LowRankLinear, PivotedLinear, SparseLinear, replace_module, share
+from pared.modules import Changed, replace_module, share
 from pared.modules.shared import DOWN
 from pared.processes import Processes
 from pared.structure import Anatomy
@@ -53,7 +53,7 @@ class SharedRecord(Held):
         if block is not None:
             for site in self._anatomy.sites_of(index):
                 layer = self._store.model.get_submodule(site.name)
-                if isinstance(layer, LowRankLinear | PivotedLinear | SparseLinear):
+                if isinstance(layer, Changed):
                     layers[site.name] = layer
         layers = self._processes.broadcast(layers)
         if block is not None:

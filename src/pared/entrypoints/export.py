@@ -18,7 +18,8 @@ from pared.io.output_dir import require_free
 from pared.io.record import MANIFEST
 from pared.models.source import find_model
 from pared.models.trust import trusting
-from pared.modules import SparseLinear, replace_module
+from pared.modules import NarrowConv1D, NarrowLinear, SparseLinear, replace_module
+from pared.modules.narrow import widen_
 from pared.structure import bias_of, weight_of
 
 
@@ -93,6 +94,10 @@ def make_dense(model: PreTrainedModel) -> PreTrainedModel:
             module.unpack_()
         weight, bias = cast("torch.Tensor", module.weight), cast("torch.Tensor | None", module.bias)
         dense = skeleton.get_submodule(name).to_empty(device=weight.device).to(weight.dtype)
+        if isinstance(module, (NarrowLinear, NarrowConv1D)):
+            widen_(dense, module)
+            replace_module(model, name, dense)
+            continue
         weight_of(dense).copy_(weight)
         if bias is not None and (place := bias_of(dense)) is not None:
             place.copy_(bias)

@@ -1,15 +1,22 @@
 """What stands where a linear layer stood."""
 
 from pared.modules.low_rank import LowRankLinear
+from pared.modules.narrow import NarrowConv1D, NarrowLinear
 from pared.modules.pivoted import PivotedLinear
 from pared.modules.replace import inherit_requires_grad, replace_module
 from pared.modules.shared import BasisHolder, share
 from pared.modules.sparse import NMGroups, SparseLinear
 
+# What pared puts in the place of linear layers.
+Changed = LowRankLinear | PivotedLinear | SparseLinear | NarrowLinear | NarrowConv1D
+
 __all__ = [
     "BasisHolder",
+    "Changed",
     "LowRankLinear",
     "NMGroups",
+    "NarrowConv1D",
+    "NarrowLinear",
     "PivotedLinear",
     "SparseLinear",
     "inherit_requires_grad",

@@ -1,15 +1,16 @@
 """Which parts of a compressed model there are to train."""
 
 from collections.abc import Iterator
+from typing import get_args
 
 from torch import nn
 
-from pared.modules import LowRankLinear, PivotedLinear, SparseLinear
+from pared.modules import Changed, SparseLinear
 
-COMPRESSED = (LowRankLinear, PivotedLinear, SparseLinear)
+COMPRESSED = get_args(Changed)
 
 
-def compressed_layers(model: nn.Module) -> dict[str, LowRankLinear | PivotedLinear | SparseLinear]:
+def compressed_layers(model: nn.Module) -> dict[str, Changed]:
     """Return the modules that stand where linear layers stood, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, COMPRESSED)}
 

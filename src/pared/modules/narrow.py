@@ -1,0 +1,114 @@
+"""Linear layers that lost channels: as the architecture has them, with fewer inputs or outputs."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+
+class NarrowLinear(nn.Linear):
+    """A linear layer with fewer inputs or outputs than the architecture's configuration says.
+
+    Args:
+        in_features: width of the input.
+        out_features: width of the output.
+        bias: whether there is a bias.
+        parts: of how many equal parts the outputs consist, each of which lost as many: 2 of a fused gate and up.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        parts: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self.parts = parts
+
+    def entry(self) -> dict[str, int | bool]:
+        """Return what a checkpoint's map says of this module: the arguments that make it again."""
+        return _entry(self.in_features, self.out_features, self)
+
+
+class NarrowConv1D(Conv1D):
+    """The same of GPT-2's layer, whose weight is ``(in, out)``; it always has a bias.
+
+    Args:
+        in_features: width of the input.
+        out_features: width of the output.
+        bias: must be true.
+        parts: as of :class:`NarrowLinear`.
+
+    Raises:
+        ValueError: without a bias.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        parts: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if not bias:
+            raise ValueError("a layer of the kind of Conv1D has a bias")
+        nn.Module.__init__(self)  # that of Conv1D takes neither a device nor a dtype
+        self.nf, self.nx, self.parts = out_features, in_features, parts
+        self.weight = nn.Parameter(torch.zeros(in_features, out_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
+
+    def entry(self) -> dict[str, int | bool]:
+        """Return what a checkpoint's map says of this module: the arguments that make it again."""
+        return _entry(self.nx, self.nf, self)
+
+
+Narrow = NarrowLinear | NarrowConv1D
+
+
+def _entry(in_features: int, out_features: int, module: Any) -> dict[str, int | bool]:
+    bias = module.bias is not None
+    return {"in_features": in_features, "out_features": out_features, "bias": bias, "parts": module.parts}
+
+
+@torch.no_grad()
+def narrowed(old: nn.Module, W_ON: torch.Tensor, bias_O: torch.Tensor | None, parts: int = 1) -> Narrow:
+    """Return a layer of another weight, of the kind, dtype and device of an old one.
+
+    Args:
+        old: a linear layer or a ``Conv1D``.
+        W_ON: the weight ``(out, in)``.
+        bias_O: the bias ``(out,)``, where there is one.
+        parts: of how many equal parts the outputs consist.
+    """
+    weight: torch.Tensor = old.weight  # type: ignore[assignment]
+    kind = NarrowConv1D if isinstance(old, Conv1D) else NarrowLinear
+    new = kind(W_ON.shape[1], len(W_ON), bias_O is not None, parts, device=weight.device, dtype=weight.dtype)
+    new.weight.copy_(W_ON.T if isinstance(new, NarrowConv1D) else W_ON)
+    if bias_O is not None:
+        new.bias.copy_(bias_O)
+    return new
+
+
+@torch.no_grad()
+def widen_(old: nn.Module, module: Narrow) -> None:
+    """Make a layer of the architecture's size compute what a narrow one does, zeros for the channels that are gone.
+
+    Args:
+        old: of the architecture's size; all of its numbers are overwritten.
+        module: the narrow one. The channels that are left come first, in every part of the outputs.
+    """
+    weight: Any = old.weight
+    W_ON, narrow_ON = (one.T if isinstance(module, NarrowConv1D) else one for one in (weight, module.weight))
+    weight.zero_()
+    narrow_PON = narrow_ON.view(module.parts, -1, narrow_ON.shape[1])
+    W_ON.view(module.parts, -1, W_ON.shape[1])[:, : narrow_PON.shape[1], : narrow_PON.shape[2]].copy_(narrow_PON)
+    if module.bias is not None:
+        bias: Any = old.bias
+        bias.zero_()
+        bias.view(module.parts, -1)[:, : narrow_PON.shape[1]].copy_(module.bias.view(module.parts, -1))
