@@ -1,8 +1,8 @@
 """What does it take to compress a model that does not fit in memory, in a process that may be killed?
 
-    python benchmarks/scale.py memory stream kills linear   # measures what is missing, renders docs/results/scale.md
-    python benchmarks/scale.py memory --cases 3b-wanda      # one of the cases
-    python benchmarks/scale.py                              # renders only
+    python benchmarks/scale.py memory stream kills linear ranks  # measures what is missing, renders the page
+    python benchmarks/scale.py memory --cases 3b-wanda            # one of the cases
+    python benchmarks/scale.py                                    # renders docs/results/scale.md only
 
 One JSON line a measurement; what is there is not measured again (delete lines to repeat them). Commands run in
 processes of their own, one thread each, memory limits in a control group of the kernel.
@@ -251,6 +251,50 @@ def _stages(model: str, fields: dict[str, Any]) -> dict[str, Any]:
     return {"passes": sum(min(found.get(stage, [0.0])) for stage in ("walk", "backward", "solve"))}
 
 
+def ranks(count: int = 2, rounds: int = 3, model: str = EMBEDDED, calibration: dict[str, Any] = PLAIN) -> None:
+    """Time a compression by several processes against one by a single process, interleaved; each on one thread.
+
+    Args:
+        count: of processes.
+        rounds: pairs that are run of every method.
+        model: that is compressed.
+        calibration: of the recipe.
+    """
+    for method in ("svd-llm", "wanda", "loss-optimal"):
+        key = {"what": "ranks", "method": method, "ranks": count, "model": model, "calibration": calibration}
+        if not missing(key):
+            continue
+        fields = METHODS[method] | {"calibration": calibration, "device": "cpu"}
+        seconds: dict[int, list[dict[str, float]]] = {1: [], count: []}
+        plans: dict[int, Any] = {}
+        for _ in range(rounds):
+            for processes, found in seconds.items():
+                manifest = _by(processes, pared_command(model, fields, PLACE / f"ranks-{processes}"))
+                taken = manifest["seconds"]
+                calibrated = sum(taken.get(stage, 0.0) for stage in ("walk", "backward", "all-reduce"))
+                found.append({"calibration": calibrated, "solve": taken.get("solve", 0.0)})
+                plans[processes] = manifest["plan"]["sites"]
+        row: dict[str, Any] = {"rounds": rounds, "seconds": seconds, "same_plan": plans[1] == plans[count]}
+        for stage, name in (("calibration", "ratios"), ("solve", "solve_ratios")):
+            pairs = zip(seconds[1], seconds[count], strict=True)
+            row[name] = [one[stage] / several[stage] for one, several in pairs if several[stage]]
+        append(LINES, key | row)
+        print(key, row, flush=True)
+
+
+def _by(processes: int, command: list[str]) -> dict[str, Any]:
+    """Run a command line in so many processes; return the manifest, and remove the folder."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    if processes > 1:
+        command = [*launcher, *command[1:]]
+    log, out = PLACE / "ranks.log", Path(command[command.index("--out") + 1])
+    if run_capped(command, None, ONE_THREAD, log)["exit"]:
+        raise SystemExit(f"{command} failed; see {log}")
+    manifest: dict[str, Any] = json.loads((out / "pared.json").read_text(encoding="utf-8"))
+    shutil.rmtree(out)
+    return manifest
+
+
 def exponent(lines: Sequence[dict[str, Any]], by: str) -> float:
     """Return the exponent of the power law that fits the seconds best."""
     x, y = ([math.log(line[name]) for line in lines] for name in (by, "passes"))
@@ -299,8 +343,16 @@ def render() -> None:
                 cells.append((method, ", ".join(str(one[by]) for one in own), seconds, f"{exponent(own, by):.2f}"))
             parts += [f"## Time against {title}", table(("method", by, "seconds of the passes", "exponent"), cells)]
     if rows := of("ranks"):
-        cells = [(one["method"], one["ranks"], spread(one["ratios"])) for one in rows]
-        parts += ["## Several processes", RANKS, table(("method", "ranks", "calibration, 1 rank / N ranks"), cells)]
+        cells = [
+            (one["method"], one["ranks"], *(spread([taken[stage] for taken in one["seconds"][processes]], 1)
+             for stage in ("calibration", "solve") for processes in ("1", str(one["ranks"]))),
+             spread(one["ratios"]), spread(one["solve_ratios"]) if one["solve_ratios"] else "",
+             "yes" if one["same_plan"] else "no")
+            for one in rows
+        ]  # fmt: skip
+        header = ("method", "ranks", "calibration s, 1", "N", "solve s, 1", "N", "calibration 1 / N", "solve 1 / N",
+                  "same plan")  # fmt: skip
+        parts += ["## Several processes", RANKS, table(header, cells)]
     PAGE.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
@@ -319,9 +371,12 @@ time of whole commands, interleaved, three pairs."""
 KILLS = """A small model; every command is killed with SIGKILL at a random moment (30 to 100% of the time a whole run
 takes) and started again with `--resume`, {total} kills altogether; then every file that tells no time is compared with
 those of a run that was let alone."""
-RANKS = "Two processes on two cores against one, one thread each, interleaved."
+RANKS = """The embedded model, 16 windows of 512 tokens, float32: two gloo processes on two cores against one process,
+one thread each, interleaved. *Calibration* is what the first process takes to run the blocks forward and, for
+`loss-optimal`, backward, the exchange of statistics and waiting for the others included; *solve* is all that is made
+of the statistics. Seconds are medians (least to most); a ratio of 2 would be perfect."""
 
-SECTIONS: dict[str, Callable[[], None]] = {"stream": stream, "kills": kills, "linear": linear}
+SECTIONS: dict[str, Callable[[], None]] = {"stream": stream, "kills": kills, "linear": linear, "ranks": ranks}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
