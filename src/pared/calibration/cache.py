@@ -17,7 +17,7 @@ from pared.errors import ParedError
 from pared.io.files import appearing
 from pared.io.fingerprint import require_same
 
-VERSION = 3  # of the files: 1 held values, which nothing can be added to; 2 not what they were collected of
+VERSION = 4  # 1 held values, which nothing can be added to; 2 not what they were collected of; 3 no fourth moments
 FILES = "block-*.safetensors"
 
 
@@ -43,6 +43,11 @@ class SavedStatistic:
     def value(self) -> torch.Tensor:
         """The statistic, float64; read again every time."""
         return self.load().value
+
+    @property
+    def shrinkage(self) -> float:
+        """How far the value is to be drawn towards equal energies, where the statistic tells that; else 0."""
+        return float(getattr(self.load(), "shrinkage", 0.0))
 
     def load(self, device: torch.device | None = None) -> Statistic:
         """Return the accumulator as it was when it was saved: it can be updated and merged, to the same bits.

@@ -88,6 +88,7 @@ class LowRankWork:
         solver = self._solved
         result.plan = without(self._decided, solver.unreached)
         result.damping, result.sharing = solver.damping, tuple(solver.comparisons)
+        result.shrinkage = solver.shrinkage
         result.fallbacks |= solver.fallbacks
         yield from told(result.sharing)
 
@@ -155,6 +156,7 @@ class LowRankWork:
         self._observer.run(step, visit, kept=kept)
         second.in_order()
         first.damping |= second.damping
+        first.shrinkage |= second.shrinkage
         first.fallbacks |= second.fallbacks
         if second.missed:
             missed = sorted(unit.name for unit in second.missed)

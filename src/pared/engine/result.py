@@ -22,6 +22,7 @@ class CompressedBlocks:
         spec: the resolved compression.
         plan: what was decided, with what calibration taught.
         damping: sites whose Gram was rank-deficient, with the relative damping used.
+        shrinkage: how far the statistics of every site were drawn towards their mean diagonal, by site and statistic.
         sharing: for every group that was compared, what it loses with one basis and what with its members' own.
         fallbacks: sites whose weight or statistics say nothing (zero inputs, no gradient), with the rule that decided.
         calibration: what was calibrated on; none for a method that needs no data.
@@ -33,6 +34,7 @@ class CompressedBlocks:
     plan: Plan = field(init=False)
     sharing: tuple[Comparison, ...] = ()
     damping: dict[str, float] = field(default_factory=dict)
+    shrinkage: dict[str, dict[str, float]] = field(default_factory=dict)
     fallbacks: dict[str, str] = field(default_factory=dict)
     calibration: dict[str, object] | None = None
     seconds: dict[str, float] = field(default_factory=dict)

@@ -15,6 +15,7 @@ from pared.calibration import CROSS, BlockStatistics, StatisticView, cross_of, p
 from pared.engine.blocks import visit_blocks
 from pared.engine.grouping import Comparison, compare
 from pared.engine.install import made, put, unchanged
+from pared.engine.moments import Moments, moments
 from pared.engine.observe import Observer
 from pared.engine.pass_record import Record
 from pared.engine.run_state import CompressionRun
@@ -45,6 +46,7 @@ class Found:
         installed: what takes the place of its layers, if the plan is known.
         comparison: of its members together and apart, if there was one.
         damping: as those of :class:`Solver`, of this unit; as are the others below.
+        shrinkage: as those of the solver.
         fallbacks: as those of the solver.
         unreached: as those of the solver.
         untargeted: as those of the solver.
@@ -57,6 +59,7 @@ class Found:
     installed: list[Installed] = field(default_factory=list)
     comparison: Comparison | None = None
     damping: dict[str, float] = field(default_factory=dict)
+    shrinkage: dict[str, dict[str, float]] = field(default_factory=dict)
     fallbacks: dict[str, str] = field(default_factory=dict)
     unreached: set[str] = field(default_factory=set)
     untargeted: set[str] = field(default_factory=set)
@@ -70,6 +73,7 @@ class Solver:
         units: what was decomposed without a plan: sites alone, and groups where a shared basis pays.
         comparisons: of every group that was compared.
         damping: sites whose statistics were rank-deficient, with the relative damping used.
+        shrinkage: how far the statistics of every site were shrunk, by site and statistic.
         fallbacks: units whose statistics say nothing, with what stood in for them.
         unreached: sites that no calibration token reached; they stay dense.
         missed: units of a plan that could not be taken, as a member was not reached.
@@ -117,11 +121,12 @@ class Solver:
         self._kept_by_first = processes.agreed(run is not None)
         self._waiting = list(candidates)
         self._held: dict[str, StatisticsOfSite] = {}
-        self._values: dict[tuple[int, str], tuple[StatisticView, torch.Tensor]] = {}  # of the last unit's statistics
+        self._values: dict[tuple[int, str], tuple[StatisticView, Moments]] = {}  # of the last unit's statistics
         self._order = _order(candidates)
         self.units: list[Unit] = []
         self.comparisons: list[Comparison] = []
         self.damping: dict[str, float] = {}
+        self.shrinkage: dict[str, dict[str, float]] = {}
         self.fallbacks: dict[str, str] = {}
         self.unreached: set[str] = set()
         self.missed: list[Unit] = []
@@ -180,6 +185,7 @@ class Solver:
             "files": {name: file.name for name, file in self._store.files.items()},
             "comparisons": {one.name: asdict(one) for one in self.comparisons},
             "damping": dict(self.damping),
+            "shrinkage": dict(self.shrinkage),
             "fallbacks": dict(self.fallbacks),
             "unreached": dict.fromkeys(sorted(self.unreached), True),
             "missed": {unit.name: True for unit in self.missed},
@@ -216,6 +222,7 @@ class Solver:
             told: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in one.items()}
             self.comparisons.append(Comparison(**told))
         self.damping |= found["damping"]
+        self.shrinkage |= found["shrinkage"]
         self.fallbacks |= found["fallbacks"]
         self.unreached |= found["unreached"].keys()
         self.untargeted |= found["untargeted"].keys()
@@ -231,6 +238,7 @@ class Solver:
         self.units.sort(key=lambda unit: place(unit.name))
         self.comparisons.sort(key=lambda one: place(one.name))
         self.damping = {name: self.damping[name] for name in sorted(self.damping, key=place)}
+        self.shrinkage = {name: self.shrinkage[name] for name in sorted(self.shrinkage, key=place)}
         self.fallbacks = {name: self.fallbacks[name] for name in sorted(self.fallbacks, key=place)}
 
     def take(self, unit: Unit, statistics: Mapping[str, StatisticsOfSite]) -> Found:
@@ -258,7 +266,7 @@ class Solver:
             if not site.idle and any(one.tokens == 0 for name, one in own.items() if name != CROSS):
                 told.unreached.add(site.name)
             elif not site.idle and (self._planned is None or unit.name in self._planned):
-                values[site.name] = {key: self._value(key, one) for key, one in own.items() if key != CROSS}
+                values[site.name] = self._values_of(site, own, told)
                 self._aim(site, own, told)
         if self._planned is not None and unit.name in self._planned and len(values) < len(unit.members):
             told.missed = True
@@ -285,6 +293,7 @@ class Solver:
         self.unreached |= found.unreached
         self.untargeted |= found.untargeted
         self.damping |= found.damping
+        self.shrinkage |= found.shrinkage
         self.fallbacks |= found.fallbacks
         if found.comparison is not None:
             self.comparisons.append(found.comparison)
@@ -299,11 +308,18 @@ class Solver:
         for names, modules in found.installed:
             self._put(names, modules)
 
-    def _value(self, name: str, collected: StatisticView) -> torch.Tensor:
+    def _values_of(self, site: Site, own: StatisticsOfSite, told: Found) -> dict[str, torch.Tensor]:
+        """Return the statistics of a site as the method reads them, and note how far they were shrunk."""
+        found = {name: self._moments(name, one) for name, one in own.items() if name != CROSS}
+        if amounts := {name: one.shrinkage for name, one in found.items() if one.shrinkage}:
+            told.shrinkage[site.name] = amounts
+        return {name: one.value for name, one in found.items()}
+
+    def _moments(self, name: str, collected: StatisticView) -> Moments:
         """Return a statistic per token: one tensor for all units in a row that read one input, which factor it once."""
         key = id(collected), name
         if key not in self._values:
-            self._values[key] = collected, per_token(name, collected, self._tokens)
+            self._values[key] = collected, moments(self._spec, name, collected, self._tokens)
         return self._values[key][1]
 
     def take_missed(self) -> list[Unit]:
@@ -494,7 +510,7 @@ def decompose_sites(observer: Observer, runs: Runs, take: Callable[[str, Decompo
         for site in observer.anatomy.sites_of(block.index):
             own = block.statistics.get(site.name, {})
             if not site.idle and all(one.tokens for one in own.values()):
-                values = {name: per_token(name, one, observer.tokens) for name, one in own.items()}
+                values = {name: moments(spec, name, one, observer.tokens).value for name, one in own.items()}
                 weight = weight_of(observer.model.get_submodule(site.name)).detach()
                 take(site.name, _decompose(spec, site.name, [weight], [values]))
 

@@ -370,6 +370,7 @@ def _compressed(
         before=before,
         sharing=made.sharing,
         damping=made.damping,
+        shrinkage=made.shrinkage,
         fallbacks=made.fallbacks,
         calibration=made.calibration,
         seconds=seconds,

@@ -79,6 +79,7 @@ class Compressed(Shown):
         before: the dense model, and its perplexity if that was measured.
         sharing: for every group that was compared, what it loses with one basis and what with its members' own.
         damping: sites whose Gram was rank-deficient, with the relative damping used.
+        shrinkage: how far the statistics of every site were drawn towards their mean diagonal, by site and statistic.
         fallbacks: sites whose weight or statistics say nothing (zero inputs, no gradient), with the rule that decided.
         calibration: what was calibrated on; none for a method that needs no data.
         seconds: by stage; of all processes, where this one resumed what others began.
@@ -96,6 +97,7 @@ class Compressed(Shown):
     before: Before
     sharing: tuple[Any, ...] = ()
     damping: dict[str, float] = field(default_factory=dict)
+    shrinkage: dict[str, dict[str, float]] = field(default_factory=dict)
     fallbacks: dict[str, str] = field(default_factory=dict)
     calibration: dict[str, object] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -201,6 +203,7 @@ def _manifest(result: Compressed, reread: Reread, asked: Recipe, watch: Stopwatc
         settled=dict(result.settled),
         plan=result.plan,
         damping=result.damping,
+        shrinkage=result.shrinkage,
         fallbacks=result.fallbacks,
         sharing=[asdict(one) for one in result.sharing],
         calibration=cast("WindowsRead | None", result.calibration),

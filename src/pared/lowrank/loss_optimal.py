@@ -26,7 +26,14 @@ DAMPING = 1e-4  # of the mean diagonal, on both sides
 MORE_DAMPING = (1e-3, 1e-2, 1e-1)
 
 
-def decompose(W_ON: torch.Tensor, gram_NN: torch.Tensor, gradient: torch.Tensor) -> Decomposition:
+def decompose(
+    W_ON: torch.Tensor,
+    gram_NN: torch.Tensor,
+    gradient: torch.Tensor,
+    *,
+    damp_inputs: bool = True,
+    damp_outputs: bool = True,
+) -> Decomposition:
     """Decompose a weight, weighted by its inputs and by the gradient of the loss.
 
     Args:
@@ -35,15 +42,23 @@ def decompose(W_ON: torch.Tensor, gram_NN: torch.Tensor, gradient: torch.Tensor)
         gradient: ``B`` per token: the full Gram of the output gradients ``(out, out)``, its diagonal ``(out,)``, or one
             number, the mean of the diagonal, which leaves the factors at SVD-LLM's and makes the losses comparable. If
             it is zero, outputs are not weighted and nothing costs.
+        damp_inputs: add 1e-4 of its mean diagonal to ``A``; what :mod:`~pared.lowrank.shrinkage` has shrunk is of full
+            rank, and only damped where rounding made it indefinite.
+        damp_outputs: the same of ``B``.
 
     Raises:
         ValueError: a statistic is not finite, or negative.
     """
-    return decompose_group([W_ON], gram_NN, [gradient])
+    return decompose_group([W_ON], gram_NN, [gradient], damp_inputs=damp_inputs, damp_outputs=damp_outputs)
 
 
 def decompose_group(
-    W_ON: Sequence[torch.Tensor], gram_NN: torch.Tensor, gradients: Sequence[torch.Tensor]
+    W_ON: Sequence[torch.Tensor],
+    gram_NN: torch.Tensor,
+    gradients: Sequence[torch.Tensor],
+    *,
+    damp_inputs: bool = True,
+    damp_outputs: bool = True,
 ) -> Decomposition:
     """Decompose weights that get one basis, stacked, weighted as in :func:`decompose`.
 
@@ -53,6 +68,8 @@ def decompose_group(
         W_ON: the weights ``(out, in)``.
         gram_NN: ``A``, as for :func:`decompose`, of the inputs of all.
         gradients: ``B`` of each, as for :func:`decompose`.
+        damp_inputs: as for :func:`decompose`.
+        damp_outputs: as for :func:`decompose`.
 
     Raises:
         ValueError: as :func:`decompose`.
@@ -61,7 +78,7 @@ def decompose_group(
     nonzero = [energy for energy in energies if energy]
     placeholder = DAMPING * sum(nonzero) / len(nonzero) if nonzero else 1.0
     found_roots = [
-        root(gradient if energy else gradient.new_full((), placeholder), len(weight))
+        root(gradient if energy else gradient.new_full((), placeholder), len(weight), damp_outputs)
         for gradient, energy, weight in zip(gradients, energies, W_ON, strict=True)
     ]
     roots, damping = [one for one, _ in found_roots], max(used for _, used in found_roots)
@@ -71,14 +88,16 @@ def decompose_group(
     L_OO = torch.cat(roots) if roots[0].ndim == 1 else _block_diagonal(roots)
     read = bool(gram_NN.any())
     seen_NN = gram_NN if read else torch.eye(len(gram_NN), dtype=gram_NN.dtype, device=gram_NN.device)
-    found = decompose_weighted(weight_ON, seen_NN, L_OO)
+    found = decompose_weighted(weight_ON, seen_NN, L_OO, damp_inputs)
     found = replace(found, damping=max(found.damping, damping))
     if read and nonzero:
         return found
     return at_no_cost(found, "no gradient of the loss reaches it" if read else "nothing but zeros reach it on the text")
 
 
-def decompose_weighted(W_ON: torch.Tensor, gram_NN: torch.Tensor, L_OO: torch.Tensor) -> Decomposition:
+def decompose_weighted(
+    W_ON: torch.Tensor, gram_NN: torch.Tensor, L_OO: torch.Tensor, damp: bool = True
+) -> Decomposition:
     """Decompose a weight from a root of ``B``, as :func:`root` gives it.
 
     Raises:
@@ -86,24 +105,24 @@ def decompose_weighted(W_ON: torch.Tensor, gram_NN: torch.Tensor, L_OO: torch.Te
     """
     W_ON, gram_NN = W_ON.double(), gram_NN.double()
     if W_ON.shape[0] > W_ON.shape[1]:
-        R_NN, damping = _factor(gram_NN, "input Gram")
+        R_NN, damping = _factor(gram_NN, "input Gram", damp)
         return from_root(W_ON, R_NN, damping, L_OO=L_OO)
     damped_NN = gram_NN.clone()
-    damped_NN.diagonal().add_(DAMPING * _mean(gram_NN.diagonal(), "input Gram"))
+    damped_NN.diagonal().add_((DAMPING if damp else 0.0) * _mean(gram_NN.diagonal(), "input Gram"))
     weighted_ON = weigh_outputs(L_OO, W_ON)
     return from_output_gram(W_ON, weighted_ON @ damped_NN @ weighted_ON.T, L_OO=L_OO)
 
 
-def root(gradient: torch.Tensor, out_features: int) -> tuple[torch.Tensor, float]:
+def root(gradient: torch.Tensor, out_features: int, damp: bool = True) -> tuple[torch.Tensor, float]:
     """Return ``L`` with ``L Lᵀ = B``, damped, float64, and the damping where it is more than the usual.
 
     ``L`` is a diagonal ``(out,)`` unless ``B`` is full.
     """
     if gradient.ndim == 2:
-        return _factor(gradient.double(), "output gradient Gram")
+        return _factor(gradient.double(), "output gradient Gram", damp)
     energy_O = gradient.double().expand(out_features)
     mean = _mean(energy_O, "output gradient energy")
-    return (energy_O + DAMPING * mean).sqrt(), 0.0
+    return (energy_O + (DAMPING if damp else 0.0) * mean).sqrt(), 0.0
 
 
 def _mean_energy(gradient: torch.Tensor) -> float:
@@ -115,10 +134,10 @@ def _block_diagonal(blocks: Sequence[torch.Tensor]) -> torch.Tensor:
     return blocks[0] if len(blocks) == 1 else block_diagonal(blocks)
 
 
-def _factor(gram_NN: torch.Tensor, what: str) -> tuple[torch.Tensor, float]:
+def _factor(gram_NN: torch.Tensor, what: str, damp: bool) -> tuple[torch.Tensor, float]:
     """Return the Cholesky factor of a damped Gram, and its damping where that is more than the usual, else 0."""
     _mean(gram_NN.diagonal(), what)
-    L_NN, _, damping = cholesky_factor(gram_NN, (DAMPING, *MORE_DAMPING))
+    L_NN, _, damping = cholesky_factor(gram_NN, (DAMPING, *MORE_DAMPING) if damp else (0.0, DAMPING, *MORE_DAMPING))
     return L_NN, damping if damping > DAMPING else 0.0
 
 

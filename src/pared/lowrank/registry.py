@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # what a method is called and which options it has is read wi
     import torch
 
     from pared.lowrank.decomposition import Decomposition
+    from pared.lowrank.shrinkage import Shrinkage
 
 Statistics = Mapping[str, "torch.Tensor"]
 Shapes = Sequence[tuple[int, int]]  # (out, in) of the sites that read one tensor
@@ -61,6 +62,8 @@ class LowRankMethod(Configured[C]):
         solve: from weights ``(out, in)``, the statistics of each by name and the options to a decomposition, which
             answers every rank: of one weight, or of several that get one basis, stacked.
         gradients: names of the statistics it reads of a backward pass, from its options.
+        shrinkage: how far statistics are drawn towards equal energies before the method or anything else reads them
+            (:mod:`pared.lowrank.shrinkage`), by name, from its options; one that is not named is not.
         allocation: the allocator its paper uses.
         pivoted: whether its results are stored by pivots unless a recipe says otherwise.
         statistics: when statistics are collected at a budget ``keep``, unless a recipe says otherwise: ``once``, or
@@ -77,6 +80,7 @@ class LowRankMethod(Configured[C]):
     solve: "Callable[[Sequence[torch.Tensor], Sequence[Statistics], C], Decomposition]"
     requires: Callable[[Shapes, C], frozenset[str]] = nothing
     gradients: Callable[[C], frozenset[str]] = lambda _: frozenset()
+    shrinkage: "Callable[[C], Mapping[str, Shrinkage]]" = lambda _: {}
     allocation: str = "uniform"
     pivoted: bool = False
     statistics: Callable[[float], str] = lambda _: "once"
@@ -150,6 +154,14 @@ class LossOptimal(GradientOptions, SharingOptions):
         Literal["none", "scalar", "diagonal", "full"],
         Field(description="what is collected of the output gradients: nothing, their mean energy, each output's, all"),
     ] = "full"
+    input_shrinkage: Annotated[
+        Annotated[float, Field(ge=0, le=1)] | Literal["auto"],
+        Field(description="how far the input Gram is drawn towards its mean diagonal: 0 to 1, or auto, by the tokens"),
+    ] = 0.0
+    output_shrinkage: Annotated[
+        Annotated[float, Field(ge=0, le=1)] | Literal["auto"],
+        Field(description="how far the output gradients' moments are drawn towards their mean: 0 to 1, or auto"),
+    ] = 0.0
 
 
 def either_gram(shapes: Shapes, _: Options | None = None) -> frozenset[str]:
@@ -184,6 +196,11 @@ def output_gradient(options: LossOptimal) -> frozenset[str]:
     """Require the second moments of the outputs' gradients, as far as the weighting asked for looks at them."""
     weighting = options.output_weighting
     return frozenset() if weighting == "none" else frozenset({f"output_gradient_{weighting}"})
+
+
+def both_shrunk(options: LossOptimal) -> "dict[str, Shrinkage]":
+    """Return how far the input Gram and the second moments of the outputs' gradients are shrunk."""
+    return {"mean_gram": options.input_shrinkage} | dict.fromkeys(output_gradient(options), options.output_shrinkage)
 
 
 UPDATE = 0.6  # basis-sharing updates the coefficients at this budget and below
@@ -261,6 +278,7 @@ METHODS: dict[str, LowRankMethod] = {
             solve=deferred("pared.lowrank.rules:both_sides"),
             requires=mean_gram,
             gradients=output_gradient,
+            shrinkage=both_shrunk,
             allocation="loss",
             pivoted=True,
             statistics=lambda keep: "sequential" if keep <= SEQUENTIAL else "once",

@@ -47,6 +47,11 @@ def both_sides(W_ON: Weights, statistics: Sequence[Statistics], options: LossOpt
         next((own[name] for name in names), weight_ON.new_ones(()))
         for weight_ON, own in zip(W_ON, statistics, strict=True)
     ]
-    if len(W_ON) > 1:
-        return loss_optimal.decompose_group(W_ON, sharing.pooled(statistics, "mean_gram"), weightings)
-    return loss_optimal.decompose(W_ON[0], statistics[0]["mean_gram"], weightings[0])
+    gram_NN = statistics[0]["mean_gram"] if len(W_ON) == 1 else sharing.pooled(statistics, "mean_gram")
+    return loss_optimal.decompose_group(
+        W_ON,
+        gram_NN,
+        weightings,
+        damp_inputs=options.input_shrinkage == 0,  # what was shrunk is of full rank
+        damp_outputs=options.output_shrinkage == 0,
+    )

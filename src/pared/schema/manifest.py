@@ -135,6 +135,7 @@ class Manifest(Strict):
         settled: what ``auto`` stood for in it.
         plan: what was decided.
         damping: sites whose Gram was rank-deficient, with the relative damping used.
+        shrinkage: how far the statistics of every site were drawn towards their mean diagonal, by site and statistic.
         fallbacks: sites whose weight or statistics say nothing, with the rule that decided.
         sharing: for every group that was compared, what one basis loses and what bases of their own lose.
         calibration: what was calibrated on, with the digest of the tokens.
@@ -166,6 +167,7 @@ class Manifest(Strict):
     settled: dict[str, Any] = Field(default={})
     plan: Plan
     damping: dict[str, float] = Field(default={})
+    shrinkage: dict[str, dict[str, float]] = Field(default={})
     fallbacks: dict[str, str] = Field(default={})
     sharing: list[dict[str, Any]] = Field(default=[])
     calibration: WindowsRead | None = None

@@ -167,7 +167,7 @@ def _explain(config: type[Options], error: ValidationError) -> str:
     if not name:
         return f"{first['msg']}; got {found!r}"
     field = config.model_fields[name]
-    if first["type"] in _TYPES:
+    if first["type"] in _TYPES and len(first["loc"]) == 1:  # not one type of several
         expected = type(field.default).__name__
     elif first["type"] == "finite_number":
         expected = "a finite number"

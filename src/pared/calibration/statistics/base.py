@@ -170,3 +170,79 @@ class Summed:
     def finite(self) -> bool:
         """Whether everything seen so far was a finite number."""
         return bool(self._sum.isfinite().all())
+
+
+class Moments(Summed):
+    """A sum of second moments over tokens, and of their squares, which say how well the second moments are known.
+
+    Attributes:
+        fourth: the sum over tokens of the squared Frobenius norm of what each adds, 0-d, float64.
+    """
+
+    def __init__(self, features: int, shape: tuple[int, ...], device: torch.device, of: Of) -> None:
+        super().__init__(features, shape, device, of)
+        self.fourth = torch.zeros((), dtype=torch.float64, device=device)
+
+    @property
+    def shrinkage(self) -> float:
+        """How far the sum is to be drawn towards equal energies, 0 to 1; see :func:`least_error_shrinkage`."""
+        return least_error_shrinkage(self._sum_of_squares(), self._trace(), self.fourth, self.features, self.tokens)
+
+    def _sum_of_squares(self) -> torch.Tensor:
+        """Return the squared Frobenius norm of the sum."""
+        raise NotImplementedError
+
+    def _trace(self) -> torch.Tensor:
+        """Return the summed energy of all features."""
+        raise NotImplementedError
+
+    def merge(self, other: Statistic) -> None:
+        """Add what another of the same kind has seen."""
+        super().merge(other)
+        self.fourth += same_kind(self, other).fourth.to(self.fourth.device)
+
+    def all_reduce(self, group: distributed.ProcessGroup | None = None) -> None:
+        """Add up what the ranks of a group have seen; each then holds all of it."""
+        super().all_reduce(group)
+        sum_over_ranks(self.fourth, self.tokens, group)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return the sums, float64, and the tokens."""
+        return {**super().state_dict(), "fourth": self.fourth}
+
+    def load_state_dict(self, state: State) -> None:
+        """Hold a copy of such a state.
+
+        Raises:
+            ParedError: it is of another kind or width.
+        """
+        super().load_state_dict(state)
+        if "fourth" not in state:
+            raise ParedError(f"{self.signature}: got a state without fourth moments; collect the statistics again")
+        self.fourth = state["fourth"].to(self.fourth, copy=True)
+
+
+def least_error_shrinkage(
+    squares: torch.Tensor, trace: torch.Tensor, fourth: torch.Tensor, features: int, tokens: int
+) -> float:
+    """Return the ``a`` for which ``(1 - a) S + a mean(diag S) I`` comes closest to what ``S`` estimates.
+
+    Ledoit and Wolf (Journal of Multivariate Analysis 88, 2004), for second moments about zero: the variance of the
+    mean over tokens, which fourth moments tell, over its distance from equal energies; Frobenius norm, tokens taken as
+    independent. It does not depend on the unit of what is measured, and falls with one over the tokens.
+
+    Args:
+        squares: squared Frobenius norm of the sum over tokens ``T S``, of a matrix or of its diagonal alone.
+        trace: of that sum.
+        fourth: summed squared Frobenius norm of what each token added.
+        features: the width.
+        tokens: how many there were.
+    """
+    if tokens == 0:
+        return 0.0
+    square = float(squares) / tokens**2
+    distance = square - (float(trace) / tokens) ** 2 / features
+    variance = (float(fourth) / tokens - square) / tokens
+    if not (distance > 0 and variance > 0):
+        return 0.0 if tokens > 1 else 1.0
+    return min(1.0, variance / distance)

@@ -2,10 +2,10 @@
 
 import torch
 
-from pared.calibration.statistics.base import SUM_ROWS, Of, Summed
+from pared.calibration.statistics.base import SUM_ROWS, Moments, Of, Summed
 
 
-class Energy(Summed):
+class Energy(Moments):
     """The energy ``Σ x²`` of every feature over tokens, ``(features,)``, float64, not normalised.
 
     Attributes:
@@ -22,10 +22,20 @@ class Energy(Summed):
         x_TN = x.reshape(-1, x.shape[-1])
         self.tokens += x_TN.shape[0]
         for rows_TN in torch.split(x_TN, SUM_ROWS):
-            energy_N = rows_TN.float().square().sum(dim=0)
+            squares_TN = rows_TN.float().square()
+            energy_N = squares_TN.sum(dim=0)
             # Squares of finite numbers may leave float32.
-            finite = bool(energy_N.isfinite().all())
-            self._sum += energy_N if finite else rows_TN.double().square().sum(dim=0)
+            if not bool(energy_N.isfinite().all()):
+                squares_TN = rows_TN.double().square()
+                energy_N = squares_TN.sum(dim=0)
+            self._sum += energy_N
+            self.fourth += torch.linalg.vector_norm(squares_TN, dtype=torch.float64).square()
+
+    def _sum_of_squares(self) -> torch.Tensor:
+        return self._sum.square().sum()
+
+    def _trace(self) -> torch.Tensor:
+        return self._sum.sum()
 
 
 class Magnitude(Summed):

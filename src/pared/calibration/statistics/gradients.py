@@ -57,6 +57,11 @@ class OutputGradient:
         per_token = self._sum.value / max(self.tokens, 1)
         return per_token.mean() if self.form == "scalar" else per_token
 
+    @property
+    def shrinkage(self) -> float:
+        """How far the value is to be drawn towards equal energies, 0 to 1; of one number nothing is."""
+        return 0.0 if self.form == "scalar" else self._sum.shrinkage
+
     def update(self, x_BTN: torch.Tensor, g_BTO: torch.Tensor | None = None) -> None:  # noqa: ARG002 - the protocol's
         """Add one batch."""
         assert g_BTO is not None

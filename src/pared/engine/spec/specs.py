@@ -1,8 +1,8 @@
 """What a recipe stands for, with every ``auto`` resolved; the type of a spec selects what does the work."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pared.allocation import Allocator, Budget, UnitOptions
 from pared.engine.spec.passes import HandOn, PassSpec, Runs
@@ -11,6 +11,9 @@ from pared.methods import Method
 from pared.schema.options import Options
 from pared.schema.recipe import Calibration, Recipe
 from pared.sparsity import NM, PruningMethod
+
+if TYPE_CHECKING:  # imports torch, which a dry run need not wait for
+    from pared.lowrank.shrinkage import Shrinkage
 
 # What runs on the dense model for what an allocation of zeros requires, a pass each.
 EVIDENCE_FROM: tuple[tuple[str, Runs], ...] = (("alphas", "nothing"), ("losses", "backward"), ("scores", "forward"))
@@ -95,6 +98,11 @@ class LowRankSpec(_Spec):
     def sharing(self) -> str:
         """Which groups of neighbouring blocks share a basis."""
         return self.config.sharing if isinstance(self.config, SharingOptions) else "none"
+
+    @property
+    def shrinkage(self) -> "Mapping[str, Shrinkage]":
+        """How far statistics are shrunk, by name."""
+        return self.method.shrinkage(self.config)
 
     @property
     def gradient_share(self) -> float:
