@@ -44,6 +44,30 @@ def require_one_rank_each(parameters: int, least: int, units: int) -> None:
         )
 
 
+def require_affordable_widths(left: int, least: int, groups: int, budget: Budget, units: Sequence[Unit]) -> None:
+    """Check that the smallest widths there may be are small enough, where nothing else is made smaller.
+
+    Args:
+        left: parameters that the budget leaves for what can be decided.
+        least: what that takes with the smallest widths.
+        groups: how many channel groups there are.
+        budget: of which it is what is left.
+        units: all that it is for.
+
+    Raises:
+        ParedError: they are not, or there are no groups; says what can be reached.
+    """
+    if not groups:
+        raise ParedError("structures widths: no channels were found that can be taken out; take ranks or mixed")
+    if left < least:
+        total = sum(unit.parameters for unit in units)
+        lowest = (math.floor(budget.keep * total + 1e-6) - left + least) / total
+        raise ParedError(
+            f"keep {budget.keep:g} cannot be reached by widths of {groups} channel groups alone, in multiples of "
+            f"{budget.multiple_of}; the least is {math.ceil(lowest * 1e4) / 1e4:g}, mixed structures go further"
+        )
+
+
 def round_to_budget(
     units: Sequence[Unit], ideal: Mapping[str, float], parameters: int, budget: Budget
 ) -> dict[str, Decision]:

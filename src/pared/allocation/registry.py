@@ -17,6 +17,7 @@ from pared.names import called, require_known
 from pared.plugins import Registry
 from pared.schema.options import Configured, Kind, Options
 from pared.schema.plan import Decision, Dense, LowRank, Sparse
+from pared.schema.width import Width
 
 GROUP = "pared.allocators"
 # What an allocator of a family may require of the evidence, and which decisions it makes.
@@ -24,7 +25,7 @@ EVIDENCE: Mapping[Family, frozenset[str]] = {
     "low_rank": frozenset({"cost", "influence", "trial"}),
     "sparse": frozenset({"scores", "losses", "alphas"}),
 }
-DECISIONS: Mapping[Family, tuple[type[Decision], ...]] = {"low_rank": (LowRank, Dense), "sparse": (Sparse,)}
+DECISIONS: Mapping[Family, tuple[type[Decision], ...]] = {"low_rank": (LowRank, Dense, Width), "sparse": (Sparse,)}
 NOTHING: frozenset[str] = frozenset()
 WHAT: Mapping[Family, str] = {"low_rank": "allocation", "sparse": "allocation of zeros"}
 
@@ -46,6 +47,8 @@ class Allocator(Configured[C]):
             ranks, ``Sparse`` for zeros, whose mean over the units is the budget's sparsity.
         requires: fields of the evidence that it reads; shapes are enough if there are none. There are ``cost``,
             ``influence`` and ``trial`` for ranks, ``scores``, ``losses`` and ``alphas`` for zeros.
+        widths: whether it also decides widths of the channel groups of the evidence, where the budget asks for that:
+            all sites of a group get a ``Width``, or none does.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Allocator(Configured[C]):
     config: type[C]
     rule: Rule[C]
     requires: frozenset[str] = NOTHING
+    widths: bool = False
     kind: ClassVar[Kind] = "allocation"
 
     def allocate(
@@ -94,8 +98,10 @@ def _rank_fraction(units: Sequence[Unit], budget: Budget, _: Evidence, __: Optio
     return rank_fraction(units, budget.rank_fraction, budget.pivoted)
 
 
-def _of_ranks(name: str, summary: str, config: type[C], rule: Rule[C], requires: frozenset[str]) -> Allocator[C]:
-    return Allocator(name, summary, frozenset({"low_rank"}), config, rule, requires)
+def _of_ranks(
+    name: str, summary: str, config: type[C], rule: Rule[C], requires: frozenset[str], widths: bool = False
+) -> Allocator[C]:
+    return Allocator(name, summary, frozenset({"low_rank"}), config, rule, requires, widths)
 
 
 def _of_zeros(name: str, summary: str, config: type[C], rule: str, requires: frozenset[str] = NOTHING) -> Allocator[C]:
@@ -111,11 +117,18 @@ def _in(module: str) -> Callable[..., Any]:
 COST = frozenset({"cost"})
 
 BUILTIN: tuple[Allocator, ...] = (
-    _of_ranks("uniform", "the same fraction of every weight", of.UniformRanks, _in("uniform"), NOTHING),
+    _of_ranks("uniform", "the same fraction of every weight", of.UniformRanks, _in("uniform"), NOTHING, True),
     _of_ranks(
         "rank-fraction", "FWSVD's budget, the same fraction of every rank", of.RankFraction, _rank_fraction, NOTHING
     ),
-    _of_ranks("loss", "the least sum of losses over all weights, dense ones included", of.LossRanks, _in("loss"), COST),
+    _of_ranks(
+        "loss",
+        "the least sum of losses over all weights, dense ones included",
+        of.LossRanks,
+        _in("loss"),
+        COST,
+        widths=True,
+    ),
     _of_ranks(
         "effective-rank",
         "D-Rank: by effective rank, with a share of q and k moved to v",

@@ -2,16 +2,19 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pared.schema.plan import Decision, LowRank, pivoted_rank_for, rank_for
+from pared.schema.width import Width
 
 if TYPE_CHECKING:
     import torch
 
     from pared.allocation.dsa import ScoreHistogram
+    from pared.structure.channels import ChannelGroup
     from pared.structure.model import Site
 
+Structures = Literal["ranks", "widths", "mixed"]
 Costs = Mapping[str, "torch.Tensor"]  # unit name -> what leaving out each direction costs, falling
 Trial = Callable[[Mapping[str, Decision]], float]
 
@@ -83,12 +86,16 @@ class Budget:
         pivoted: low-rank results are stored by pivots, ``rank²`` parameters fewer.
         rank_fraction: a budget of ranks in place of parameters, for the allocation of that name.
         sparsity: a budget of zeros: the fraction of the covered parameters that becomes zero.
+        structures: what may be decided: ranks of weights, widths of channel groups, or either.
+        multiple_of: what widths are multiples of.
     """
 
     keep: float
     pivoted: bool = False
     rank_fraction: float | None = None
     sparsity: float | None = None
+    structures: Structures = "ranks"
+    multiple_of: int = 1
 
     def low_rank(self, rank: int) -> LowRank:
         """Return the decision for a rank, in this budget's storage."""
@@ -115,6 +122,32 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class Channels:
+    """What is known of a channel group, whose sites are units of their own too.
+
+    Attributes:
+        group: the sites, and how their inputs and outputs belong together.
+        cost: what the channel that stays last, and every one behind it, costs to leave out, in the order in which they
+            stay: keeping k costs the sum of the squares from k on, as of a spectrum; none before it is measured.
+    """
+
+    group: "ChannelGroup"
+    cost: "torch.Tensor | None" = None
+
+    def widths(self, multiple_of: int) -> range:
+        """Return the widths that there may be, below that of the dense model."""
+        return range(multiple_of, self.group.channels, multiple_of)
+
+    def decisions(self, width: int) -> dict[str, Width]:
+        """Return the decision of every site of the group at a width."""
+        group = self.group
+        shared = {"group": group.name, "width": width, "channels": group.channels}
+        made = {one.site.name: Width(side="out", rows=one.rows, has_bias=one.site.has_bias, **shared)
+                for one in group.producers}  # fmt: skip
+        return {group.name: Width(side="in", **shared), **made}
+
+
+@dataclass(frozen=True)
 class Evidence:
     """What an allocator may know besides shapes; it declares what it requires. Units are named by their first.
 
@@ -131,6 +164,7 @@ class Evidence:
         notes: what was decided by a rule where nothing is known, by site, or ``allocation``; allocators add to it.
         scores: of every unit, Wanda's scores of all its weights, ``|W_ij| √E[x_j²]``, from the dense model; per token.
         losses: of every unit, the expected loss of pruning each of its weights, ``½ w² E[x²] E[g²]``, nats a token.
+        channels: the channel groups, by the name of the site that reads them, where the budget lets widths be decided.
         alphas: of every unit, the mean exponent of the tails of its weights' spectra; NaN where none of them has one.
     """
 
@@ -142,3 +176,4 @@ class Evidence:
     scores: "Mapping[str, ScoreHistogram]" = field(default_factory=dict)
     losses: "Mapping[str, ScoreHistogram]" = field(default_factory=dict)
     alphas: Mapping[str, float] = field(default_factory=dict)
+    channels: Mapping[str, Channels] = field(default_factory=dict)

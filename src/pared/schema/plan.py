@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from pared.schema.base import Strict
+from pared.schema.width import Width
 from pared.tables import Row, Shown, Table
 
 INDEX_BYTES = 4  # of an int32
@@ -132,7 +133,7 @@ class NM(Strict):
         return f"pattern {self.kept}:{self.group}"
 
 
-Decision = Annotated[Dense | LowRank | Shared | Sparse | NM, Field(discriminator="kind")]
+Decision = Annotated[Dense | LowRank | Shared | Sparse | NM | Width, Field(discriminator="kind")]
 
 
 def rank_for(keep: float, out_features: int, in_features: int) -> int:
@@ -172,6 +173,10 @@ class SitePlan(Strict):
 
     @model_validator(mode="after")
     def _rank_exists(self) -> "SitePlan":
+        if isinstance(self.decision, Width) and not self.decision.fits(self.out_features, self.in_features):
+            raise ValueError(
+                f"{self.name}: {self.decision} does not fit a {self.out_features} x {self.in_features} weight"
+            )
         if not isinstance(self.decision, (LowRank, Shared)):
             return self
         # The group of a shared basis has more rows than this site.
@@ -199,6 +204,11 @@ class SitePlan(Strict):
         if isinstance(self.decision, Shared) and self.decision.owner == self.name:
             own += self.decision.basis_parameters(self.in_features)
         return own
+
+    @property
+    def biases_removed(self) -> int:
+        """Numbers that the site's bias loses, which count as none of its weight parameters."""
+        return self.decision.biases_removed if isinstance(self.decision, Width) else 0
 
     @property
     def index_bytes(self) -> int:
@@ -229,6 +239,7 @@ ROUNDED: dict[type, str] = {
     NM: "every group keeps a whole number of weights",
     LowRank: "a rank is a whole number, and at least 1",
     Shared: "a rank is a whole number, and at least 1",
+    Width: "a width is a whole number of channels, and at least 1",
 }
 
 
@@ -257,7 +268,7 @@ class Plan(Shown, Strict):
     @property
     def after(self) -> Sizes:
         """Sizes after every decision; bytes are those of the weights alone."""
-        removed = sum(site.before - site.after for site in self.sites)
+        removed = sum(site.before - site.after + site.biases_removed for site in self.sites)
         sizes = self._sizes(sum(site.after for site in self.sites), removed)
         indices = sum(site.index_bytes for site in self.sites)
         return sizes.model_copy(update={"bytes_on_disk": sizes.bytes_on_disk + indices})

@@ -1,18 +1,42 @@
-"""Global allocation by loss: one threshold on what a parameter buys decides every rank (ours).
+"""Global allocation by loss: one threshold on what a parameter buys decides every rank and every width (ours).
 
 LEMS (with KFAC-SVD, ICML 2026) scales the error of every layer to a measured divergence; here costs in nats, of ranks
-as they are stored, of staying dense and of shared bases, meet in one exact budget.
+as they are stored, of widths, of staying dense and of shared bases, meet in one exact budget.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from pared.allocation.rank_budget import require_one_rank_each, split_fixed, tail_energy
-from pared.allocation.units import Budget, Evidence, Unit
+from pared.allocation.rank_budget import require_affordable_widths, require_one_rank_each, split_fixed, tail_energy
+from pared.allocation.units import Budget, Channels, Evidence, Unit
 from pared.schema.plan import Decision, Dense
 
 STEPS = 200  # of the bisection; the multiplier is then known to the last bit
+DENSE = Dense(reason="worth more than its parameters elsewhere")
+
+
+@dataclass(frozen=True)
+class _Table:
+    """The candidates for one unit, or for the layers of a channel group together; the last is to stay dense.
+
+    Attributes:
+        costs: parameters of each, rising, float64.
+        losses: of each, float64.
+        sizes: the rank, or the width, of each but the last.
+    """
+
+    costs: torch.Tensor
+    losses: torch.Tensor
+    sizes: range
+
+    def best(self, t: float) -> tuple[float, int]:
+        """Return the least ``loss + t · cost``, and the candidate that has it."""
+        values = self.losses + t * self.costs
+        index = int(values.argmin())
+        return float(values[index]), index
 
 
 def loss(units: Sequence[Unit], budget: Budget, evidence: Evidence, _: object = None) -> dict[str, Decision]:
@@ -23,63 +47,135 @@ def loss(units: Sequence[Unit], budget: Budget, evidence: Evidence, _: object = 
     that buy most. Losses of different units are compared as they are: a method whose losses have one unit
     (``loss-optimal``) is what this is for.
 
+    The layers of a channel group take whichever is cheaper at t: one width, or what each of them takes by itself. Where
+    the budget is of widths alone, all that is in no group stays dense.
+
     Args:
         units: what can be decided.
         budget: the fraction to keep, and what a rank costs.
         evidence: the costs.
 
     Raises:
-        ParedError: the budget does not buy one rank for every unit.
+        ParedError: the budget does not buy one rank for every unit, or no widths that are small enough.
     """
     open_units, decisions, left = split_fixed(units, budget)
-    tables = {unit.name: _candidates(unit, budget, evidence.cost[unit.name]) for unit in open_units}
-    require_one_rank_each(left, sum(int(costs[0]) for costs, _ in tables.values()), len(tables))
-
-    def choose(t: float) -> dict[str, int]:
-        return {name: int((losses + t * costs).argmin()) for name, (costs, losses) in tables.items()}
-
-    def cost(chosen: dict[str, int]) -> int:
-        return int(sum(int(tables[name][0][index]) for name, index in chosen.items()))
-
-    low, high = 0.0, 1.0 + max(float(losses[0]) for _, losses in tables.values())
-    if cost(choose(low)) <= left:
+    there = _Candidates(open_units, budget, evidence)
+    if budget.structures == "widths":
+        require_affordable_widths(left, there.least(), len(there.groups), budget, units)
+    else:
+        require_one_rank_each(left, there.least(), len(there.units))
+    low, high = 0.0, 1.0 + max(float(table.losses[0]) for table in (*there.units.values(), *there.groups.values()))
+    if there.cost(there.choose(low)) <= left:
         high = low
     for _ in range(STEPS if high else 0):
         middle = (low + high) / 2
-        low, high = (middle, high) if cost(choose(middle)) > left else (low, middle)
-    chosen = choose(high)
-    _spend(tables, chosen, left - cost(chosen))
-    for name, index in chosen.items():
-        dense = index == len(tables[name][0]) - 1
-        decisions[name] = (
-            Dense(reason="worth more than its parameters elsewhere") if dense else budget.low_rank(index + 1)
-        )
+        low, high = (middle, high) if there.cost(there.choose(middle)) > left else (low, middle)
+    chosen = there.choose(high)
+    _spend([(there.units, chosen.alone), (there.groups, chosen.together)], left - there.cost(chosen))
+    decisions |= there.decisions(chosen)
     return {unit.name: decisions[unit.name] for unit in units}
 
 
-def _candidates(unit: Unit, budget: Budget, spectrum_R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return costs and losses of rank 1, 2, ... and, last, of staying dense."""
-    ranks = range(1, budget.most_rank(unit) + 1)
+class _Chosen(NamedTuple):
+    """The candidates that are chosen, by index: of units alone, and of channel groups in place of their units."""
+
+    alone: dict[str, int]
+    together: dict[str, int]
+
+
+class _Candidates:
+    """What there is to choose from: a table for every unit, and one for every channel group that can be decided."""
+
+    def __init__(self, units: Sequence[Unit], budget: Budget, evidence: Evidence) -> None:
+        self._budget = budget
+        self.units = {unit.name: _ranks(unit, budget, evidence) for unit in units}
+        self._channels = {
+            name: one
+            for name, one in evidence.channels.items()
+            if one.cost is not None and all(site.name in self.units for site in one.group.sites)
+        }
+        self.groups = {name: _widths(one, budget) for name, one in self._channels.items()}
+        self._members = {name: [site.name for site in one.group.sites] for name, one in self._channels.items()}
+        inside = {site for members in self._members.values() for site in members}
+        self._alone = [name for name in self.units if name not in inside]
+
+    def least(self) -> int:
+        """Return the fewest parameters there may be."""
+        costs = {name: int(table.costs[0]) for name, table in self.units.items()}
+        apart = {name: sum(costs[site] for site in members) for name, members in self._members.items()}
+        together = {name: int(table.costs[0]) for name, table in self.groups.items()}
+        return sum(costs[name] for name in self._alone) + sum(min(apart[name], together[name]) for name in apart)
+
+    def choose(self, t: float) -> _Chosen:
+        """Return what is best at a multiplier."""
+        best = {name: table.best(t) for name, table in self.units.items()}
+        chosen = _Chosen({name: best[name][1] for name in self._alone}, {})
+        for name, table in self.groups.items():
+            value, index = table.best(t)
+            if value < sum(best[site][0] for site in self._members[name]):
+                chosen.together[name] = index
+            else:
+                chosen.alone.update({site: best[site][1] for site in self._members[name]})
+        return chosen
+
+    def cost(self, chosen: _Chosen) -> int:
+        """Return the parameters of what is chosen."""
+        alone = sum(int(self.units[name].costs[index]) for name, index in chosen.alone.items())
+        return alone + sum(int(self.groups[name].costs[index]) for name, index in chosen.together.items())
+
+    def decisions(self, chosen: _Chosen) -> dict[str, Decision]:
+        """Return the decision of every unit."""
+        made: dict[str, Decision] = {}
+        for name, index in chosen.alone.items():
+            size = _size(self.units[name], index)
+            made[name] = DENSE if size is None else self._budget.low_rank(size)
+        for name, index in chosen.together.items():
+            size = _size(self.groups[name], index)
+            one = self._channels[name]
+            made |= dict.fromkeys(self._members[name], DENSE) if size is None else one.decisions(size)
+        return made
+
+
+def _size(table: _Table, index: int) -> int | None:
+    """Return the rank or width of a candidate, None for staying dense."""
+    return None if index == len(table.sizes) else table.sizes[index]
+
+
+def _ranks(unit: Unit, budget: Budget, evidence: Evidence) -> _Table:
+    """Return rank 1, 2, ... and, last, staying dense; that alone where ranks are not to be decided."""
+    ranked = budget.structures != "widths"
+    ranks = range(1, budget.most_rank(unit) + 1) if ranked else range(0)
     costs = torch.tensor([*(budget.cost(unit, rank) for rank in ranks), unit.parameters], dtype=torch.float64)
-    losses = torch.cat([tail_energy(spectrum_R)[1 : len(ranks) + 1].cpu(), costs.new_zeros(1)])
-    return costs, losses
+    tails = tail_energy(evidence.cost[unit.name])[1 : len(ranks) + 1].cpu() if ranked else costs[:0]
+    return _Table(costs, torch.cat([tails, costs.new_zeros(1)]), ranks)
 
 
-def _spend(tables: dict[str, tuple[torch.Tensor, torch.Tensor]], chosen: dict[str, int], left: int) -> None:
+def _widths(one: Channels, budget: Budget) -> _Table:
+    """Return the widths there may be, rising, and, last, keeping all channels."""
+    assert one.cost is not None
+    widths, group = one.widths(budget.multiple_of), one.group
+    costs = torch.tensor([*widths, group.channels], dtype=torch.float64) * group.parameters_each
+    tails = tail_energy(one.cost).cpu()[torch.tensor(list(widths), dtype=torch.long)]
+    return _Table(costs, torch.cat([tails, costs.new_zeros(1)]), widths)
+
+
+def _spend(chosen: Iterable[tuple[Mapping[str, _Table], dict[str, int]]], left: int) -> None:
     """Spend what the hull left, always on the affordable candidate that buys most per parameter; in place."""
+    parts = list(chosen)
     while True:
         best, gain = None, 0.0
-        for name, (costs, losses) in tables.items():
-            index = chosen[name]
-            more = costs[index + 1 :] - costs[index]
-            affordable = int((more <= left).sum())
-            if affordable:
-                rates = (losses[index] - losses[index + 1 : index + 1 + affordable]) / more[:affordable]
-                at = int(rates.argmax())
-                if float(rates[at]) > gain:
-                    best, gain = (name, index + 1 + at), float(rates[at])
+        for tables, indices in parts:
+            for name, index in indices.items():
+                costs, losses = tables[name].costs, tables[name].losses
+                more = costs[index + 1 :] - costs[index]
+                affordable = int((more <= left).sum())
+                if affordable:
+                    rates = (losses[index] - losses[index + 1 : index + 1 + affordable]) / more[:affordable]
+                    at = int(rates.argmax())
+                    if float(rates[at]) > gain:
+                        best, gain = (tables, indices, name, index + 1 + at), float(rates[at])
         if best is None:
             return
-        name, index = best
-        left -= int(tables[name][0][index] - tables[name][0][chosen[name]])
-        chosen[name] = index
+        tables, indices, name, index = best
+        left -= int(tables[name].costs[index] - tables[name].costs[indices[name]])
+        indices[name] = index

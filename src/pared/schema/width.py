@@ -1,0 +1,81 @@
+"""The decision that a layer has fewer inputs or outputs than it had, and channels as text."""
+
+import re
+from collections.abc import Iterable
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from pared.schema.base import Strict
+
+RANGES = re.compile(r"(\d+(-\d+)?(,\d+(-\d+)?)*)?")
+
+
+def ranges_of(channels: Iterable[int]) -> str:
+    """Return rising numbers as text: ``0-3,7``."""
+    runs: list[list[int]] = []
+    for channel in channels:
+        if runs and channel == runs[-1][1] + 1:
+            runs[-1][1] = channel
+        else:
+            runs.append([channel, channel])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def channels_of(text: str) -> list[int]:
+    """Return the numbers that :func:`ranges_of` wrote."""
+    found: list[int] = []
+    for part in filter(None, text.split(",")):
+        first, _, last = part.partition("-")
+        found += range(int(first), int(last or first) + 1)
+    return found
+
+
+def _are_ranges(text: str | None) -> str | None:
+    if text is not None and not RANGES.fullmatch(text):
+        raise ValueError(f"expected rising ranges such as 0-3,7, got {text[:40]!r}")
+    return text
+
+
+class Width(Strict):
+    """Some channels of an MLP stay: a layer that reads them has fewer inputs, those that make them fewer outputs.
+
+    Attributes:
+        group: name of the site that reads the channels.
+        side: whether these are this site's inputs (``in``) or its outputs (``out``).
+        width: channels that stay.
+        channels: of the dense model.
+        rows: outputs of this site that make one channel: 2 of a fused gate and up.
+        has_bias: whether this site's bias has a value for each of its outputs, which go too.
+        kept: which channels stay, with the site that reads them: ``0-3,7``; none before they are chosen.
+    """
+
+    kind: Literal["width"] = "width"
+    group: str
+    side: Literal["in", "out"]
+    width: Annotated[int, Field(ge=1)]
+    channels: Annotated[int, Field(ge=1)]
+    rows: Annotated[int, Field(ge=1)] = 1
+    has_bias: bool = False
+    kept: Annotated[str | None, AfterValidator(_are_ranges)] = None
+
+    def parameters(self, out_features: int, in_features: int) -> int:
+        """Stored weight parameters of a site of this shape."""
+        return self.width * (out_features if self.side == "in" else self.rows * in_features)
+
+    def index_bytes(self, out_features: int, in_features: int) -> int:  # noqa: ARG002 - as every decision
+        """Bytes stored besides the parameters: none, as what is left is a plain layer."""
+        return 0
+
+    @property
+    def biases_removed(self) -> int:
+        """Numbers that the site's bias loses."""
+        return self.rows * (self.channels - self.width) if self.side == "out" and self.has_bias else 0
+
+    def fits(self, out_features: int, in_features: int) -> bool:
+        """Whether a site of this shape can have this decision."""
+        whole = in_features if self.side == "in" else out_features
+        return self.width <= self.channels and whole == self.channels * (1 if self.side == "in" else self.rows)
+
+    def __str__(self) -> str:
+        return f"width {self.width} of {self.channels}"
