@@ -12,7 +12,7 @@ from torch import nn
 from pared.checkpoint.loader import empty_module
 from pared.errors import ParedError
 from pared.io.files import appearing
-from pared.models.weights import LINE
+from pared.models.stored import LINE
 from pared.modules.sparse import SparseLinear
 
 T = TypeVar("T")

@@ -12,7 +12,7 @@ from pared.checkpoint.save import SHARD_SIZE, save_beside
 from pared.checkpoint.streamed import StreamedBlocks
 from pared.errors import ParedError
 from pared.models.source import ModelSource
-from pared.models.weights import stored_tensors
+from pared.models.stored import stored_tensors
 from pared.modules.sparse import SparseLinear
 
 

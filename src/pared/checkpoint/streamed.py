@@ -26,19 +26,9 @@ from pared.errors import DamagedError, ParedError
 from pared.memory import give_back
 from pared.models.architecture import architecture, first_line, raised_in
 from pared.models.source import ModelSource
+from pared.models.stored import LINE, StoredTensor, first_floating, metadata_of, stored_tensors, weight_files
 from pared.models.trust import trusted
-from pared.models.weights import (
-    LINE,
-    Placed,
-    StoredTensor,
-    WeightNames,
-    first_floating,
-    metadata_of,
-    require_none_missing,
-    stored_tensors,
-    warn_of_unused,
-    weight_files,
-)
+from pared.models.weights import Placed, WeightNames, require_none_missing, warn_of_unused
 from pared.modules.shared import DOWN, BasisHolder
 from pared.modules.sparse import SparseLinear
 from pared.names import called

@@ -1,21 +1,12 @@
-"""The tensors of a checkpoint one by one: in which file each lies, and where transformers puts it in a model.
+"""Where transformers puts the tensors of a checkpoint in a model."""
 
-Files are read, not mapped: pages of a mapped file would count as memory of the process for as long as it is open. But
-a tensor lies where it would in a mapped one, up to multiples of a cache line: products of matrices differ in their last
-bits by where those begin, and a model read here is to compute what one that ``from_pretrained`` maps does.
-"""
-
-import json
 import logging as python_logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from io import FileIO
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -27,162 +18,12 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers.utils import logging
 
-from pared.errors import DamagedError, ParedError
-from pared.io.guarded import brief, read_json
-from pared.models.source import QUIETLY
-from pared.names import called
+from pared.errors import DamagedError
+from pared.models.stored import ADVICE, TORCH_DTYPES, StoredTensor, opened, read_at, read_stored
 
 log = python_logging.getLogger(__name__)
-
-ADVICE = "fetch it again"
-LINE = 64  # bytes of a cache line, the finest that kernels look at; what torch aligns its own tensors to
-TORCH_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
-
-class StoredTensor(NamedTuple):
-    """A tensor of a file.
-
-    Attributes:
-        file: that holds it.
-        key: its name there.
-        shape: of it.
-        dtype: as safetensors calls it, ``BF16``.
-        start: of its first byte in the file.
-        place: in memory, modulo :data:`LINE`.
-    """
-
-    file: Path
-    key: str
-    shape: tuple[int, ...]
-    dtype: str
-    start: int
-    place: int
-
-    @property
-    def is_floating(self) -> bool:
-        """Whether it holds floating point numbers."""
-        return "F" in self.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of it, as it is stored."""
-        return torch.Size(self.shape).numel() * TORCH_DTYPES.get(self.dtype, torch.float64).itemsize
-
-
-def weight_files(location: str, name: str) -> list[Path]:
-    """Return the files that a model's weights lie in, one or as many as its index lists.
-
-    Args:
-        location: a folder, or an id of the Hub.
-        name: of the model, for messages.
-
-    Raises:
-        ParedError: there are none in safetensors, the index cannot be read, or a file that it lists is not there.
-    """
-    try:
-        if (single := cached_file(location, SAFE_WEIGHTS_NAME, **QUIETLY)) is not None:
-            return [Path(single)]
-        index = cached_file(location, SAFE_WEIGHTS_INDEX_NAME, **QUIETLY)
-    except (OSError, ValueError) as error:
-        raise ParedError(f"model {name!r}: its weights cannot be found ({error})") from None
-    if index is None:
-        raise ParedError(
-            f"model {name!r}: neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME} is there; only safetensors can "
-            "be read block by block: convert it, or work with the whole model in memory "
-            f"({called('stream', 'off')})"
-        )
-    listed = read_json(Path(index), "index of the weights", unique=False)
-    weight_map = listed.get("weight_map") if isinstance(listed, dict) else None
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise DamagedError(f"model {name!r}: {index} lists no files of weights", ADVICE)
-    return [_shard(location, file, name) for file in sorted(set(weight_map.values()))]
-
-
-def _shard(location: str, file: str, name: str) -> Path:
-    if Path(file).name != file:
-        raise DamagedError(f"model {name!r}: its index names {brief(file)}, expected a file beside it", ADVICE)
-    try:
-        found = cached_file(location, file, **QUIETLY)
-    except (OSError, ValueError) as error:
-        raise ParedError(f"model {name!r}: {file} cannot be fetched ({error})") from None
-    if found is None:
-        raise DamagedError(f"model {name!r}: {file}, which its index lists, is missing", ADVICE)
-    return Path(found)
-
-
-def stored_tensors(
-    files: Iterable[Path], name: str, places: Mapping[str, int] | None = None
-) -> dict[str, StoredTensor]:
-    """Return the tensors of some files by their names there; only headers are read.
-
-    Args:
-        files: of safetensors.
-        name: of the model, for messages.
-        places: where in memory they lie, modulo :data:`LINE`, but for zeros; where a mapped file has them if not given.
-
-    Raises:
-        DamagedError: a file is missing, is truncated, or is not safetensors.
-    """
-    found: dict[str, StoredTensor] = {}
-    for file in files:
-        with opened(file, name) as tensors:  # checks the header too
-            starts = _starts(file)
-            for key in tensors.keys():  # noqa: SIM118 - not a mapping
-                part = tensors.get_slice(key)
-                place = starts[key] % LINE if places is None else places.get(key, 0)
-                found[key] = StoredTensor(file, key, tuple(part.get_shape()), str(part.get_dtype()), starts[key], place)
-    return found
-
-
-def _starts(file: Path) -> dict[str, int]:
-    """Return where in a file its tensors begin."""
-    with file.open("rb") as raw:
-        size = int.from_bytes(raw.read(8), "little")
-        header = json.loads(raw.read(size))
-    return {key: 8 + size + entry["data_offsets"][0] for key, entry in header.items() if key != "__metadata__"}
-
-
-@contextmanager
-def opened(file: Path, name: str) -> Iterator[Any]:
-    """Open a file of tensors for the length of a ``with`` block; what goes wrong inside is reported as its damage.
-
-    Raises:
-        DamagedError: it is missing or truncated, or a tensor in it cannot be read.
-    """
-    try:
-        with safe_open(file, framework="pt", backend="pread") as tensors:
-            yield tensors
-    except (SafetensorError, OSError, EOFError) as error:
-        raise DamagedError(f"model {name!r}: {file} is missing, unreadable or truncated ({error})", ADVICE) from None
-
-
-def _read(raw: FileIO, stored: StoredTensor) -> torch.Tensor:
-    """Return one tensor of an open file, at its place in a cache line."""
-    dtype, size = TORCH_DTYPES[stored.dtype], torch.Size(stored.shape).numel()
-    room = torch.empty(size * dtype.itemsize + LINE, dtype=torch.uint8)
-    shift = (stored.place - room.data_ptr()) % LINE
-    bytes_ = room[shift : shift + size * dtype.itemsize]
-    left = bytes_.numpy().data
-    raw.seek(stored.start)
-    while left:
-        count = raw.readinto(left)
-        if not count:
-            raise EOFError(f"{stored.key} ends too early")
-        left = left[count:]
-    return bytes_.view(dtype).view(stored.shape)
 
 
 class Placed(NamedTuple):
@@ -241,14 +82,16 @@ class WeightNames:
             DamagedError: a file cannot be read, or a tensor has another shape than its place.
         """
         with ExitStack() as stack:
-            files = {one.file: stack.enter_context(opened(one.file, self._name)) for one in tensors}
+            files = {file: stack.enter_context(opened(file, self._name)) for file in {one.file for one in tensors}}
             raw = {file: stack.enter_context(file.open("rb", buffering=0)) for file in files}
             merged: dict[str, Any] = {}
             for one in tensors:
                 if placed[one.key].converted:
-                    merged[one.key] = files[one.file].get_slice(one.key)
+                    tensors_there = files[one.file]
+                    lazily = tensors_there is not None
+                    merged[one.key] = tensors_there.get_slice(one.key) if lazily else read_at(raw[one.file], one)
                 else:
-                    self.put(placed[one.key].names[0], _read(raw[one.file], one), one)
+                    self.put(placed[one.key].names[0], read_at(raw[one.file], one), one)
             if merged:
                 self._convert(merged)
 
@@ -258,8 +101,28 @@ class WeightNames:
         Raises:
             DamagedError: its file cannot be read.
         """
-        with opened(stored.file, self._name), stored.file.open("rb", buffering=0) as raw:
-            return _read(raw, stored)
+        return read_stored(stored, self._name)
+
+    @torch.no_grad()
+    def converted(self, tensors: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """Return what tensors of a checkpoint become in the model, by the names there; the model stays without values.
+
+        Args:
+            tensors: as they are stored, or what gives them when it is indexed, by their names in the checkpoint.
+
+        Raises:
+            DamagedError: they cannot be put together.
+        """
+        empty = [(module, dict(module._parameters), dict(module._buffers)) for module in self._model.modules()]
+        before = {name: id(tensor) for name, tensor in self._model.state_dict(keep_vars=True).items()}
+        try:
+            self._convert(tensors)
+            after = self._model.state_dict(keep_vars=True).items()
+            return {name: tensor.detach() for name, tensor in after if before.get(name) != id(tensor)}
+        finally:
+            for module, parameters, buffers in empty:
+                module._parameters.update(parameters)
+                module._buffers.update(buffers)
 
     def missing(self, placed: Mapping[str, Placed]) -> set[str]:
         """Return the names of parameters and buffers that a checkpoint has nothing for, but should."""
@@ -352,26 +215,3 @@ def _no_progress_bar() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def first_floating(tensors: Iterable[StoredTensor]) -> torch.dtype:
-    """Return the dtype of the first tensor of floating point numbers, what a configuration without one is read as."""
-    found = (TORCH_DTYPES[one.dtype] for one in tensors if one.is_floating and one.dtype in TORCH_DTYPES)
-    return next(found, torch.float32)
-
-
-def metadata_of(file: Path, name: str) -> dict[str, Any]:
-    """Return what pared wrote into a file besides its tensors.
-
-    Raises:
-        DamagedError: the file cannot be read, or holds nothing of the kind.
-    """
-    with opened(file, name) as tensors:
-        text = (tensors.metadata() or {}).get("pared", "")
-    try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise DamagedError(f"{file} was not written by pared for a block of a model", "remove it and start again")
-    return found

@@ -1,5 +1,6 @@
 """A model read block by block is the model that from_pretrained loads, and its changed blocks are what save writes."""
 
+import json
 import os
 import subprocess
 import sys
@@ -424,13 +425,72 @@ def test_a_weight_of_another_shape_is_told(tmp_path: Path) -> None:
         store.load(1)
 
 
-def test_weights_that_are_not_safetensors_are_refused(tmp_path: Path) -> None:
-    model = TINY_MODELS["llama"]()
-    _saved(model, tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(ParedError, match="only safetensors can be read block by block"):
-        open_streamed(find_model(str(tmp_path)))
+def _pickled(folder: Path, shards: int, dtype: torch.dtype | None = None, old: bool = False) -> Path:
+    """Have the weights of a folder in files of ``torch.save``, without safetensors."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in tensors.items()}
+    names = [f"pytorch_model-{n + 1:05d}-of-{shards:05d}.bin" for n in range(shards)]
+    weight_map = {name: names[n % shards] for n, name in enumerate(tensors)}
+    for file in names:
+        part = {name: tensor for name, tensor in tensors.items() if weight_map[name] == file}
+        torch.save(part, folder / file, _use_new_zipfile_serialization=not old)
+    (folder / "model.safetensors").unlink()
+    if shards == 1:
+        (folder / names[0]).rename(folder / "pytorch_model.bin")
+    else:
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+@pytest.mark.parametrize(("family", "shards"), [("llama", 1), ("gpt2", 3), ("qwen2_moe", 3)])
+def test_weights_that_torch_saved_are_read_as_from_pretrained_does(family: str, shards: int, tmp_path: Path) -> None:
+    source = find_model(str(_pickled(_saved(TINY_MODELS[family](), tmp_path), shards)))
+    _require_equal(open_streamed(source), source.load())
+
+
+def test_dtypes_of_what_torch_saved_are_those_of_from_pretrained(tmp_path: Path) -> None:
+    source = find_model(str(_pickled(_saved(TINY_MODELS["llama"](), tmp_path), 1, torch.bfloat16)))
+    for dtype in ("auto", "bfloat16", "float16"):
+        _require_equal(open_streamed(source, dtype), source.load(dtype))
+
+
+def test_code_in_what_torch_saved_does_not_run(tmp_path: Path) -> None:
+    folder = _pickled(_saved(TINY_MODELS["llama"](), tmp_path), 1)
+    (folder / "pytorch_model.bin").unlink()
+    torch.save({"weight": _Malicious(tmp_path / "ran")}, folder / "pytorch_model.bin")
+    with pytest.raises(DamagedError, match=r"pytorch_model.bin is missing, unreadable or truncated \(Unpickling"):
+        open_streamed(find_model(str(folder)))
+    assert not (tmp_path / "ran").exists()
+
+
+class _Malicious:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[[Path], None], tuple[Path]]:
+        return Path.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("damage", ["old form", "transposed", "truncated", "not there"])
+def test_weights_that_cannot_be_read_block_by_block_are_refused_with_what_to_do(damage: str, tmp_path: Path) -> None:
+    folder = _pickled(_saved(TINY_MODELS["llama"](), tmp_path), 1, old=damage == "old form")
+    file, error = folder / "pytorch_model.bin", ParedError
+    if damage == "old form":
+        told = "in the form of torch before 1.6.*pared export.*stream"
+    elif damage == "transposed":
+        tensors = torch.load(file)
+        torch.save(tensors | {"lm_head.weight": tensors["lm_head.weight"].T.contiguous().T}, file)
+        told = "has lm_head.weight in an order of its own.*pared export.*stream"
+    elif damage == "truncated":
+        file.write_bytes(file.read_bytes()[:-20_000])
+        error, told = DamagedError, "pytorch_model.bin is missing, unreadable or truncated"
+    else:
+        file.rename(folder / "weights.bin")
+        told = (
+            "no weights that can be read block by block, which are model.safetensors or pytorch_model.bin.*pared export"
+        )
+    with pytest.raises(error, match=told):
+        open_streamed(find_model(str(folder)))
 
 
 def test_nothing_is_committed_without_a_folder_or_unread(llama: Path, tmp_path: Path) -> None:
