@@ -44,7 +44,7 @@ def load(
         if check:
             name = str(_checked(name))
         read_config(name)
-        model = find_model(name).load(dtype)
+        model = find_model(name, dtype).load(dtype)
     require_finite(model, name)
     return loaded_as(model, name)
 

@@ -17,7 +17,9 @@ def export(
     model: Annotated[str, typer.Argument(help="A folder that pared made, or any named model.")],
     out_folder: Annotated[Path, typer.Option("--out", help="The folder to make.")],
     to: Annotated[str, typer.Option(help="dense: plain weights, factors multiplied out, zeros written out.")] = "dense",
-    dtype: Annotated[str, typer.Option(help="What to store; auto keeps what is stored.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="What to store; auto keeps what is stored, bfloat16 for a quantised .gguf file.")
+    ] = "auto",
     overwrite: Overwrite = False,
 ) -> None:
     """Write a model as a plain folder."""

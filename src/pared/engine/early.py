@@ -49,7 +49,7 @@ def require_model(spec: CompressionSpec) -> ModelSource:
     name = spec.recipe.model
     if name is None:
         raise ParedError("no model is named; give embedded:smollm2-135m, a folder, a .gguf file or a Hub id")
-    source = find_model(name)
+    source = find_model(name, spec.recipe.dtype)
     require_suited(source.fields(), spec, name)
     return source
 

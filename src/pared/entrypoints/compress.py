@@ -259,7 +259,7 @@ def _by_name(
     with watch("load"):
         tokenizer = tokenizer or source.tokenizer()
         texts = read_texts(spec, config, causal, tokenizer, progress, windows)
-        if "dequantised" in source.origin:
+        if source.is_dequantised:
             progress.note(f"{source.name} is {source.origin}; sizes are compared with the dequantised weights")
         resumed = processes.agreed(None if resumable is None else resumable.streamed)
         chosen = processes.agreed(is_streamed(source, spec, texts, progress, out, resumed))

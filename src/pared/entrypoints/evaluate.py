@@ -147,7 +147,7 @@ class _Evaluation:
         tell: Callable[[str], object],
         kept: Kept,
     ) -> None:
-        self.source: ModelSource | LoadedModel = find_model(model) if isinstance(model, str) else model
+        self.source: ModelSource | LoadedModel = find_model(model, config.dtype) if isinstance(model, str) else model
         self.model, self.config, self.progress, self.tell, self.kept = self.source.name, config, progress, tell, kept
         self.device = device_of(config.device)
 

@@ -31,7 +31,7 @@ def export_dense(name: str, out: Path, dtype: str = "auto", overwrite: bool = Fa
     Args:
         name: of a model, dense or compressed.
         out: the folder to make.
-        dtype: to store; ``auto`` keeps what is stored.
+        dtype: to store; ``auto`` keeps what is stored, and makes bfloat16 of a quantised ``.gguf`` file.
         overwrite: whether a folder there may be replaced.
 
     Raises:
@@ -40,7 +40,7 @@ def export_dense(name: str, out: Path, dtype: str = "auto", overwrite: bool = Fa
     """
     inputs = inputs_of({"model": name})
     require_free(out, overwrite, inputs)  # before a .gguf file is converted
-    source = find_model(name)
+    source = find_model(name, dtype)
     beside = [Path(source.location)]
     require_apart(out, [*beside, *inputs])
     model = load(name, dtype)  # says more of what is damaged than a digest
@@ -65,7 +65,7 @@ def export(
     Args:
         model: by name, dense or compressed.
         out: the folder to make.
-        dtype: to store; ``auto`` keeps what is stored.
+        dtype: to store; ``auto`` keeps what is stored, and makes bfloat16 of a quantised ``.gguf`` file.
         overwrite: whether a folder there that pared wrote may be replaced.
         trust_remote_code: whether code that lies beside the model may run.
 

@@ -22,11 +22,13 @@ class Planned:
         plan: every site's decision.
         spec: the recipe resolved.
         stacks: which list of blocks is compressed, where a model has several.
+        source: what the model is, where sizes are not those of its files.
     """
 
     plan: Plan
     spec: CompressionSpec
     stacks: tuple[str, ...] = ()
+    source: str | None = None
 
     def tables(self, full: bool = False) -> Iterator[Table]:
         """Yield the decisions, and the sizes before and after.
@@ -73,7 +75,9 @@ class Planned:
                      faint_from=targets)  # fmt: skip
 
     def remarks(self) -> Iterator[str]:
-        """Yield what every ``auto`` stands for, the passes over the blocks, and what the plan cannot know or reach."""
+        """Yield what the model is, what every ``auto`` stands for, the passes, and what cannot be known or reached."""
+        if self.source is not None:
+            yield self.source
         settled = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in self.spec.describe().items())
         yield f"resolved: {settled}"
         if passes := "; ".join(map(str, self.spec.passes())):
@@ -98,4 +102,5 @@ def plan_of(recipe: Recipe) -> Planned:
     require_suited(source.config(), spec, source.name)
     skeleton = source.skeleton()
     plan = plan_from_shapes(skeleton, spec, source.weight_bytes(recipe.dtype))
-    return Planned(plan, spec, tuple(stacks(anatomy_of(skeleton, recipe))))
+    note = f"{source.name} is {source.origin}" if source.is_dequantised else None
+    return Planned(plan, spec, tuple(stacks(anatomy_of(skeleton, recipe))), note)

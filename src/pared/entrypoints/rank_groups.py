@@ -80,7 +80,7 @@ class RankGroups:
 
 def run(recipe: Recipe, groups: int = 10, progress: Progress | None = None) -> RankGroups:
     """Measure the groups of a model by name; see :func:`rank_groups`."""
-    source = find_model(str(recipe.model))
+    source = find_model(str(recipe.model), recipe.dtype)
     tokenizer = source.tokenizer()
     return rank_groups(source.load(recipe.dtype).to(device_of(recipe.device)), tokenizer, recipe, groups, progress)
 

@@ -119,7 +119,7 @@ def run(
     device_of(recipe.device)
     if recipe.model is None:
         raise ParedError("name a model: embedded:smollm2-135m, a folder or a Hub id")
-    source = find_model(recipe.model)
+    source = find_model(recipe.model, recipe.dtype)
     require_dense(source.config(), recipe.model)
     require_place(out, inputs_of(recipe.model_dump()))
     tokenizer = source.tokenizer()

@@ -11,13 +11,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pared.environment import dtype_of
+from pared.environment import dtype_of, require_dtype
 from pared.errors import DamagedError, ParedError
 from pared.io.digests import folder_digest
 from pared.io.files import path_of
 from pared.io.guarded import brief, read_json, require_regular_files
 from pared.models.architecture import architecture, first_line, name_architectures, note_causal, raised_in, refuse_code
-from pared.models.gguf import config_of, converted
+from pared.models.gguf import config_of, converted, header_of
 from pared.models.sane import require_files_for, require_floating, require_sane, without_quantization
 from pared.models.trust import trusted
 from pared.names import called, did_you_mean
@@ -58,11 +58,13 @@ class ModelSource:
         name: what the user called it.
         place: a folder, a Hub id, or a GGUF file.
         origin: what that is, in words.
+        dtype: that a GGUF file is dequantised to.
     """
 
     name: str
     place: str
     origin: str
+    dtype: str = "auto"
 
     @cached_property
     def location(self) -> str:
@@ -71,11 +73,11 @@ class ModelSource:
         Raises:
             ParedError: the file cannot be read, or the cache cannot be written.
         """
-        return str(converted(Path(self.place))) if self._packed else self.place
+        return str(converted(Path(self.place), self.dtype)) if self.is_dequantised else self.place
 
     @property
-    def _packed(self) -> bool:
-        """Whether it is a GGUF file."""
+    def is_dequantised(self) -> bool:
+        """Whether it is a GGUF file, whose sizes are those of the dequantised weights."""
         return self.place.endswith(".gguf")
 
     def fields(self) -> dict[str, Any]:
@@ -91,8 +93,8 @@ class ModelSource:
         Raises:
             ParedError: there is none, or it cannot be read.
         """
-        if self._packed and "location" not in self.__dict__:  # not dequantised, and its header is enough
-            return config_of(Path(self.place))
+        if self.is_dequantised and "location" not in self.__dict__:  # not dequantised, and its header is enough
+            return config_of(Path(self.place), self.dtype)
         from transformers import AutoConfig
 
         if (folder := Path(self.location)).is_dir():
@@ -226,11 +228,13 @@ class ModelSource:
         return found
 
 
-def find_model(name: str) -> ModelSource:
+def find_model(name: str, dtype: "str | torch.dtype" = "auto") -> ModelSource:
     """Find a model by name.
 
     Args:
         name: ``embedded:smollm2-135m``, a local folder, a ``.gguf`` file or a Hub id.
+        dtype: that it will be loaded in, in which a ``.gguf`` file is dequantised; ``auto`` is that of the file, or
+            bfloat16 where its weights are quantised.
 
     Raises:
         ParedError: nothing of that name is there.
@@ -243,7 +247,8 @@ def find_model(name: str) -> ModelSource:
     if path.suffix == ".gguf":
         if not os.path.isfile(path):
             raise ParedError(f"model {brief(name)}: no such GGUF file")
-        return ModelSource(name, str(path), f"{path.name}, dequantised")
+        dtype = _name_of(dtype) or header_of(path).dtype
+        return ModelSource(name, str(path), f"{path.name}, dequantised to {dtype}", dtype)
     if os.path.isdir(path):
         if not os.path.isfile(path / "config.json"):
             raise ParedError(f"model {name!r}: a folder without config.json is not a model")
@@ -297,6 +302,13 @@ def _field(config: Any, key: str) -> Any:
     return config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)
 
 
+def _name_of(dtype: "str | torch.dtype") -> str | None:
+    """Return the name of a dtype, None for ``auto``."""
+    name = str(dtype).removeprefix("torch.")
+    require_dtype(name)
+    return None if name == "auto" else name
+
+
 def _embedded(name: str) -> ModelSource:
     key = name.removeprefix(EMBEDDED_PREFIX)
     if key not in EMBEDDED:
@@ -312,7 +324,8 @@ def _embedded(name: str) -> ModelSource:
         raise ParedError(f"{name}: {path} is missing; reinstall {distribution}")
     if path.is_dir():
         return ModelSource(name, str(path), distribution)
-    return ModelSource(name, str(path), f"{distribution} ({file}), dequantised to float32")
+    dtype = "float32"  # whatever it is loaded in: it is small, and what published figures are of
+    return ModelSource(name, str(path), f"{distribution} ({file}), dequantised to {dtype}", dtype)
 
 
 def _no_folder(name: str) -> str:

@@ -138,7 +138,8 @@ class Recipe(FromPreset):
     evaluation: Evaluation | None = Evaluation()
     """What perplexity is measured on; null measures nothing."""
     dtype: Annotated[DType, Option()] = "auto"
-    """What the model is loaded and saved in; auto keeps what the checkpoint has."""
+    """What the model is loaded and saved in; auto keeps what the checkpoint has, and reads a quantised .gguf
+    file as bfloat16."""
     device: Annotated[Device, Option()] = "cpu"
     """Where the blocks run, as torch names it."""
     stream: Annotated[Stream, Option()] = "auto"
