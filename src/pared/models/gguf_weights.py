@@ -6,8 +6,10 @@ whole file there; here they are given one block at a time. The file is read and 
 memory.
 """
 
+import functools
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from pared.models.gguf import slim
 from pared.models.gguf_header import Header, PackedTensor
 from pared.models.weights import WeightNames
 
+PANEL = 2**24  # numbers that are dequantised at a time where they can be
 BLOCK = re.compile(r"(?:\w+\.)?blk\.\d+\.")
 
 
@@ -76,12 +79,35 @@ def _processed(
     for group in groups:
         made = parsed["tensors"] = dict[str, torch.Tensor]()  # some experts are put together there
         for name in group:
-            weights = _values(gguf, header.tensors[name])
-            result = processor.process(weights=weights, name=name, tensor_key_mapping=names, parsed_parameters=parsed)
+            packed = header.tensors[name]
+            process = functools.partial(
+                processor.process, name=name, tensor_key_mapping=names, parsed_parameters=parsed
+            )
+            if len(group) == 1 and len(packed.shape) > 1 and (place := _unchanged(process, packed, names)) is not None:
+                made[place] = _in_panels(gguf, packed, model.dtype)
+                continue
+            result = process(_values(gguf, packed))
             if result.name in names:
                 made[names[result.name]] = torch.from_numpy(np.ascontiguousarray(result.weights)).to(model.dtype)
-            del weights, result
+            del result
         yield made
+
+
+def _unchanged(process: Callable[[Any], Any], packed: PackedTensor, names: dict[str, str]) -> str | None:
+    """Return the name in the model of a tensor that is taken as it is, found out on zeros that take no memory."""
+    zeros = np.broadcast_to(np.float32(0), packed.shape)
+    result = process(zeros)
+    return names.get(result.name) if result.weights is zeros else None
+
+
+def _in_panels(gguf: Path, packed: PackedTensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor whose rows are dequantised a panel at a time: embeddings are the largest of a model."""
+    values = torch.empty(packed.shape, dtype=dtype)
+    rows = max(1, PANEL // max(1, math.prod(packed.shape[1:])))
+    for first in range(0, packed.shape[0], rows):
+        panel = slice(first, first + rows)
+        values[panel] = torch.from_numpy(_values(gguf, packed, panel))
+    return values
 
 
 class _Names:
@@ -100,15 +126,16 @@ class _Names:
         return [(name, _Names(child)) for name, child in self._children]
 
 
-def _values(gguf: Path, tensor: PackedTensor) -> Any:
-    """Return the values of a tensor as an array of float32."""
-    kind = GGMLQuantizationType(tensor.kind)
-    shape = quant_shape_to_byte_shape(tensor.shape, kind)
-    size = int(np.prod(shape))
-    raw = np.fromfile(gguf, dtype=np.uint8, count=size, offset=tensor.start)
-    if raw.size < size:
-        raise ValueError(f"it ends after {raw.size:,} of {size:,} bytes of a tensor")
-    return dequantize(raw.reshape(shape), kind)
+def _values(gguf: Path, packed: PackedTensor, rows: slice = slice(None)) -> Any:
+    """Return the values of a tensor, or of some of its rows, as an array of float32."""
+    kind = GGMLQuantizationType(packed.kind)
+    count, *inner = quant_shape_to_byte_shape(packed.shape, kind)
+    first, last, _ = rows.indices(count) if len(packed.shape) > 1 else (0, count, 1)
+    size = math.prod(inner)
+    raw = np.fromfile(gguf, dtype=np.uint8, count=(last - first) * size, offset=packed.start + first * size)
+    if raw.size < (last - first) * size:
+        raise ValueError("it ends within a tensor")
+    return dequantize(raw.reshape(last - first, *inner), kind)
 
 
 def _renamed(

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 from pared.errors import ParedError
 from pared.io.files import cache_folder
 from pared.io.output_dir import staged
+from pared.memory import give_back
 
 if TYPE_CHECKING:
     import torch
 
-SHARD = 256 * 2**20  # bytes that wait in memory for a file; of larger tensors there is one in a file
+SHARD = 256 * 2**20  # bytes after which a file is written
 
 
 def twin_folder(name: str) -> Path:
@@ -47,7 +48,7 @@ def made_once(place: Path, needed: int, make: Callable[[Path], None]) -> Path:
 def write_safetensors(groups: Iterable[Mapping[str, "torch.Tensor"]], folder: Path) -> None:
     """Write tensors as they come into files of a folder, with the index that transformers reads.
 
-    Memory: a group, and :data:`SHARD` bytes.
+    Memory: at most :data:`SHARD` bytes beside a group.
 
     Args:
         groups: tensors by name; a group is given up before the next one is taken.
@@ -64,20 +65,21 @@ def write_safetensors(groups: Iterable[Mapping[str, "torch.Tensor"]], folder: Pa
     size = 0
 
     def write() -> None:
-        if waiting:
-            file = folder / f"{len(written)}.safetensors"
-            save_file(waiting, file, metadata={"format": "pt"})
-            written.append((file, tuple(waiting)))
-            waiting.clear()
+        file = folder / f"{len(written)}.safetensors"
+        save_file(waiting, file, metadata={"format": "pt"})
+        written.append((file, tuple(waiting)))
+        waiting.clear()
+        give_back()
 
     for group in groups:
         for name, tensor in group.items():
-            if sum(one.nbytes for one in waiting.values()) + tensor.nbytes > SHARD:
-                write()
             waiting[name] = tensor.contiguous()
             size += tensor.nbytes
         del group, tensor
-    write()
+        if sum(one.nbytes for one in waiting.values()) >= SHARD:
+            write()
+    if waiting:
+        write()
     weight_map: dict[str, str] = {}
     for number, (file, names) in enumerate(written, 1):
         shard = f"model-{number:05d}-of-{len(written):05d}.safetensors"

@@ -13,6 +13,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map
 
 import pared
+import pared.models.gguf_weights
 import pared.models.twin
 from pared import ParedError
 from pared.models.gguf_weights import _Names
@@ -105,6 +106,7 @@ MODELS: dict[str, Callable[[Path], Path]] = {"llama": llama, "qwen3moe": mixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PARED_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(pared.models.twin, "SHARD", 50_000)
+    monkeypatch.setattr(pared.models.gguf_weights, "PANEL", 1000)
     return tmp_path / "cache"
 
 
@@ -184,7 +186,7 @@ def test_names_are_mapped_as_by_the_whole_model() -> None:
 def test_a_truncated_file_leaves_no_twin(tmp_path: Path) -> None:
     path = llama(tmp_path / "tiny.gguf")
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(ParedError, match=r"tiny.gguf: cannot be read as GGUF \(ValueError: it ends after"):
+    with pytest.raises(ParedError, match=r"tiny.gguf: cannot be read as GGUF \(ValueError: it ends within"):
         pared.load(path)
     assert not list(tmp_path.glob("cache/models/*"))
 
