@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from pared.environment import dtype_of
 from pared.errors import ParedError
 from pared.io.digests import file_digest
+from pared.models.architecture import architecture, first_line
 from pared.models.gguf_header import Header, read_header
 from pared.models.twin import made_once, twin_folder, write_safetensors
 
@@ -117,14 +118,12 @@ def _readable(gguf: Path) -> Iterator[None]:
     except ParedError:
         raise
     except Exception as error:  # gguf, torch and transformers each raise their own
-        line = (str(error).strip().splitlines() or ["no message"])[0]
-        raise ParedError(f"{gguf}: cannot be read as GGUF ({type(error).__name__}: {line[:200]})") from error
+        raise ParedError(f"{gguf}: cannot be read as GGUF ({first_line(error)})") from error
 
 
 def _convert(gguf: Path, header: Header, dtype: str, folder: Path) -> None:
     from transformers import GenerationConfig
 
-    from pared.models.architecture import architecture
     from pared.models.gguf_weights import dequantised
 
     config = config_of(gguf, dtype)

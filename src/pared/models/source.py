@@ -19,6 +19,7 @@ from pared.io.guarded import brief, read_json, require_regular_files
 from pared.models.architecture import architecture, first_line, name_architectures, note_causal, raised_in, refuse_code
 from pared.models.gguf import config_of, converted, header_of
 from pared.models.sane import require_files_for, require_floating, require_sane, without_quantization
+from pared.models.sharded import joined, shards_of
 from pared.models.trust import trusted
 from pared.names import called, did_you_mean
 
@@ -68,17 +69,25 @@ class ModelSource:
 
     @cached_property
     def location(self) -> str:
-        """A folder or a Hub id that transformers can open; a GGUF file is dequantised first, once.
+        """A folder or a Hub id that transformers can open; for a GGUF file, or shards, it is made in the cache, once.
 
         Raises:
-            ParedError: the file cannot be read, or the cache cannot be written.
+            ParedError: the files cannot be read, or the cache cannot be written.
         """
+        if self._shards is not None:
+            return str(joined(Path(self.place), self._shards))
         return str(converted(Path(self.place), self.dtype)) if self.is_dequantised else self.place
 
     @property
     def is_dequantised(self) -> bool:
         """Whether it is a GGUF file, whose sizes are those of the dequantised weights."""
         return self.place.endswith(".gguf")
+
+    @cached_property
+    def _shards(self) -> Path | None:
+        """Where the shards of torch.distributed.checkpoint lie, if it is in such."""
+        place = Path(self.place)
+        return shards_of(place) if place.is_dir() else None
 
     def fields(self) -> dict[str, Any]:
         """Return what ``config.json`` says where it is available, without torch; nothing where it is not readable."""
@@ -97,10 +106,11 @@ class ModelSource:
             return config_of(Path(self.place), self.dtype)
         from transformers import AutoConfig
 
-        if (folder := Path(self.location)).is_dir():
+        where = self.place if self._shards is not None else self.location  # no weight is needed
+        if (folder := Path(where)).is_dir():
             require_sane(folder, self.name)
         try:
-            config = AutoConfig.from_pretrained(self.location, trust_remote_code=trusted())
+            config = AutoConfig.from_pretrained(where, trust_remote_code=trusted())
         except Exception as error:  # huggingface_hub and transformers raise many kinds
             refuse_code(self.name, error)
             why = f"{first_line(error)}){_no_folder(self.name)}"
@@ -251,7 +261,7 @@ def find_model(name: str, dtype: "str | torch.dtype" = "auto") -> ModelSource:
         return ModelSource(name, str(path), f"{path.name}, dequantised to {dtype}", dtype)
     if os.path.isdir(path):
         if not os.path.isfile(path / "config.json"):
-            raise ParedError(f"model {name!r}: a folder without config.json is not a model")
+            raise ParedError(f"model {name!r}: a folder without config.json is not a model{_with_shards(path)}")
         require_regular_files(path)
         return ModelSource(name, str(path), "local folder")
     if os.path.exists(path):
@@ -326,6 +336,13 @@ def _embedded(name: str) -> ModelSource:
         return ModelSource(name, str(path), distribution)
     dtype = "float32"  # whatever it is loaded in: it is small, and what published figures are of
     return ModelSource(name, str(path), f"{distribution} ({file}), dequantised to {dtype}", dtype)
+
+
+def _with_shards(folder: Path) -> str:
+    """Return a hint that a folder of shards lacks what came with the model."""
+    if shards_of(folder) is None:
+        return ""
+    return "; its shards of torch.distributed.checkpoint need config.json and the tokenizer of the model beside them"
 
 
 def _no_folder(name: str) -> str:
