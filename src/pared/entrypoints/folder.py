@@ -38,7 +38,8 @@ def require_compressed(folder: Path) -> int:
         ParedError: there is no such folder, or its weights are plain already.
     """
     if not folder.is_dir():
-        raise ParedError(f"{folder}: no such folder")
+        what = "a file, expected a folder that pared made" if folder.is_file() else "no such folder"
+        raise ParedError(f"{folder}: {what}")
     from pared.checkpoint import is_compressed, read_config, require_tensors
 
     if not is_compressed(read_config(str(folder))):

@@ -1,5 +1,6 @@
 """GGUF files as ordinary folders: dequantised tensor by tensor, once, and kept in the user's cache."""
 
+import copy
 import functools
 import importlib.util
 import logging
@@ -63,11 +64,18 @@ def _header(gguf: Path, *_: int) -> Header:
 
 
 def config_of(gguf: Path, dtype: str) -> "PretrainedConfig":
-    """Return the configuration that the twin of a GGUF file has, from the header alone.
+    """Return the configuration that the twin of a GGUF file has, from the header alone, made once a process.
 
     Raises:
         ParedError: the file cannot be read, or transformers does not know its architecture.
     """
+    header_of(gguf)  # says what is wrong with the file
+    status = gguf.stat()
+    return copy.deepcopy(_config(gguf, dtype, status.st_mtime_ns, status.st_size))
+
+
+@functools.lru_cache(maxsize=8)
+def _config(gguf: Path, dtype: str, *_: int) -> "PretrainedConfig":
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 

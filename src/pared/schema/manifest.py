@@ -211,7 +211,8 @@ class Manifest(Strict):
         folder = path_of(folder)
         path = folder / MANIFEST
         if not os.path.isdir(folder):
-            raise ParedError(f"{folder}: no such folder")
+            what = "a file, expected a folder that pared made" if os.path.isfile(folder) else "no such folder"
+            raise ParedError(f"{folder}: {what}")
         if not os.path.lexists(path):
             raise ParedError(
                 f"{folder} has no {MANIFEST}: `pared compress`, `pared tune` and pared.run write one; a folder saved "
