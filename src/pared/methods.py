@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from pared.errors import ParedError
 from pared.lowrank.registry import METHODS as LOW_RANK
 from pared.lowrank.registry import LowRankMethod
+from pared.operations import Operation
 from pared.plugins import Registry
 from pared.schema.options import Options
 from pared.sparsity.registry import METHODS as PRUNING
@@ -69,6 +70,11 @@ class Method(Protocol):
     @property
     def gradients(self) -> Callable[[Any], frozenset[str]]:
         """From the options to names of statistics of a backward pass."""
+        ...
+
+    @property
+    def operations(self) -> Callable[[Sequence[tuple[int, int]], Any], Sequence[Operation]] | None:
+        """What it takes to solve for the weights that read one tensor, from their shapes and the options, if known."""
         ...
 
     @property

@@ -10,6 +10,8 @@ RECIPE_FILE = "YAML file; options given here win over it."
 # Of a recipe: what is compressed and how, as far as it is known without a text, and how a text is read.
 SHAPES = ("model", "skip", "blocks", "options", "dtype")
 PLANNED = (*SHAPES, "preset", "method", "keep", "rank_fraction", "sparsity", "pattern", "allocation", "storage")
+# What else the time, the memory and the disk of a compression depend on.
+COSTED = ("statistics", "refit", "dense_path", "device", "stream", "activation_memory", "calibration", "evaluation")
 Streaming = Annotated[
     Stream, typer.Option("--stream", help="Read the model block by block; auto does where memory does not hold it.")
 ]

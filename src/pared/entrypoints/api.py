@@ -36,6 +36,7 @@ from pared.models.loaded import LoadedModel
 from pared.models.trust import trusting
 from pared.notebook import watcher_of
 from pared.progress import Progress
+from pared.schema.cost import CostedPlan
 from pared.schema.evaluate import EvaluationConfig
 from pared.schema.plan import Plan
 from pared.schema.recipe import Recipe
@@ -52,6 +53,9 @@ def plan(
     model: PreTrainedModel | str | Path,
     recipe: Recipe | Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
+    *,
+    cost: bool = False,
+    machine: str | None = None,
     **fields: Any,
 ) -> Plan:
     """Decide what a compression would keep of every layer, from shapes alone: no weight is read.
@@ -62,10 +66,13 @@ def plan(
         model: by name, or loaded; it is not changed.
         recipe: method and budget; a mapping of them, or none for the defaults.
         trust_remote_code: whether code that lies beside the model may run.
+        cost: whether to predict time, memory and disk too, in the ``cost`` of what is returned; this machine is
+            measured for about 20 seconds, unless it was within a week, and the texts of a model by name are read.
+        machine: predict for another one, computed from published figures: ``h100``.
         **fields: of :class:`pared.Recipe`, laid over it.
 
     Raises:
-        ParedError: what :func:`pared.compress` refuses of such a recipe and model.
+        ParedError: what :func:`pared.compress` refuses of such a recipe and model, or there is no such machine.
 
     Example:
         >>> pared.plan("embedded:smollm2-135m", keep=0.8).after.bytes_on_disk  # doctest: +SKIP
@@ -77,8 +84,15 @@ def plan(
             require_model(model, function)
             spec = require_possible(asked)
             require_suited(model.config, spec, model.config.name_or_path or type(model).__name__)
-            return plan_from_shapes(model, spec)
-        return plan_of(asked.model_copy(update={"model": name_from(model, function)})).plan
+            plan, found = plan_from_shapes(model, spec), None
+            if cost or machine is not None:
+                from pared.entrypoints.cost import cost_of_loaded, rates_of
+
+                found = cost_of_loaded(model, spec, plan, rates_of(machine, asked.device))
+        else:
+            planned = plan_of(asked.model_copy(update={"model": name_from(model, function)}), cost, machine)
+            plan, found = planned.plan, planned.cost
+    return plan if found is None else CostedPlan(**dict(plan), cost=found)
 
 
 def search(

@@ -2,13 +2,15 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from pared.engine.allocate import anatomy_of, plan_from_shapes
 from pared.engine.early import require_model, require_possible, require_suited
 from pared.engine.result import stacks
 from pared.engine.spec import CompressionSpec
 from pared.names import called
+from pared.schema.cost import Cost
 from pared.schema.plan import Dense, Plan
 from pared.schema.recipe import Recipe
 from pared.tables import Table
@@ -23,12 +25,14 @@ class Planned:
         spec: the recipe resolved.
         stacks: which list of blocks is compressed, where a model has several.
         source: what the model is, where sizes are not those of its files.
+        cost: what it is predicted to take, if that is asked for.
     """
 
     plan: Plan
     spec: CompressionSpec
     stacks: tuple[str, ...] = ()
     source: str | None = None
+    cost: Cost | None = None
 
     def tables(self, full: bool = False) -> Iterator[Table]:
         """Yield the decisions, and the sizes before and after.
@@ -40,6 +44,13 @@ class Planned:
         recipe = self.spec.recipe
         title = f"{recipe.model}  {recipe.method}  {recipe.budget}"
         yield Table.comparison(title, self.plan.sizes(), tuple(self.remarks()))
+        if self.cost is not None:
+            yield self.cost.table()
+
+    def describe(self) -> dict[str, Any]:
+        """Return the plan, and its cost if that is known, as JSON has it."""
+        told = self.plan.model_dump(mode="json")
+        return told if self.cost is None else {**told, "cost": self.cost.model_dump(mode="json")}
 
     def _layers(self) -> Table:
         rows = []
@@ -88,11 +99,14 @@ class Planned:
             yield self.plan.missed
 
 
-def plan_of(recipe: Recipe) -> Planned:
+def plan_of(recipe: Recipe, cost: bool = False, machine: str | None = None) -> Planned:
     """Decide what a compression would keep of every layer, without reading a weight.
 
     Args:
         recipe: with ``model``.
+        cost: whether to predict time, memory and disk, for which this machine is measured for about 20 seconds, unless
+            it was within a week.
+        machine: predict for another one, by published figures: ``h100``.
 
     Raises:
         ParedError: what a compression refuses of such a recipe and model.
@@ -103,4 +117,10 @@ def plan_of(recipe: Recipe) -> Planned:
     skeleton = source.skeleton()
     plan = plan_from_shapes(skeleton, spec, source.weight_bytes(recipe.dtype))
     note = f"{source.name} is {source.origin}" if source.is_dequantised else None
-    return Planned(plan, spec, tuple(stacks(anatomy_of(skeleton, recipe))), note)
+    planned = Planned(plan, spec, tuple(stacks(anatomy_of(skeleton, recipe))), note)
+    if not cost and machine is None:
+        return planned
+    from pared.entrypoints.cost import cost_of_source, rates_of
+
+    rates = rates_of(machine, recipe.device)
+    return replace(planned, cost=cost_of_source(source, spec, plan, rates))

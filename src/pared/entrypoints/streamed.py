@@ -22,7 +22,7 @@ from pared.environment import dtype_of
 from pared.errors import ParedError
 from pared.io.leftovers import scratch
 from pared.io.run_dir import run_folder
-from pared.memory import available_memory, parse_size
+from pared.memory import Available, available_memory, parse_size
 from pared.models.source import ModelSource
 from pared.progress import Progress
 from pared.schema.manifest import Fingerprint
@@ -32,11 +32,17 @@ from pared.structure.probe import probe_shapes
 DEFAULT_SHARE = 4  # of the memory that is left, this part is for hidden states unless a recipe says otherwise
 
 
-def activation_limit(recipe: Recipe, streamed: bool) -> int | None:
-    """Return the bytes that hidden states may take in memory; None for no limit."""
+def activation_limit(recipe: Recipe, streamed: bool, available: Available | None = None) -> int | None:
+    """Return the bytes that hidden states may take in memory; None for no limit.
+
+    Args:
+        recipe: that may say so.
+        streamed: whether the model is read block by block.
+        available: memory of the machine, by default what this one leaves.
+    """
     if recipe.activation_memory is not None:
         return parse_size(recipe.activation_memory, "activation_memory")
-    available = available_memory() if streamed else None
+    available = (available or available_memory()) if streamed else None
     return None if available is None else available.bytes // DEFAULT_SHARE
 
 

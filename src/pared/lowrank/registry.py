@@ -8,6 +8,8 @@ from pydantic import Field
 from typing_extensions import TypeVar
 
 from pared.lazy import deferred
+from pared.lowrank import operations
+from pared.operations import Operation
 from pared.schema.options import Configured, Kind, Options
 
 if TYPE_CHECKING:  # what a method is called and which options it has is read without it
@@ -71,6 +73,8 @@ class LowRankMethod(Configured[C]):
         refit: which refit stage follows at a budget ``keep``, unless a recipe says otherwise.
         dense_path: share of the dense model's outputs in the targets of both, unless a recipe says otherwise.
         input_gram: name of the statistic that is the input Gram, with which sharing is compared.
+        operations: what ``solve`` takes of the weights that read one tensor, from their shapes ``(out, in)`` and the
+            options, by which ``pared plan --cost`` predicts its time; none where that is not known.
     """
 
     name: str
@@ -88,6 +92,7 @@ class LowRankMethod(Configured[C]):
     dense_path: float = 0.0
     input_gram: str = "gram"
     kind: ClassVar[Kind] = "method"
+    operations: Callable[[Shapes, C], Sequence[Operation]] | None = None
     family: ClassVar[Literal["low_rank"]] = "low_rank"
 
     def decompose(
@@ -216,6 +221,7 @@ METHODS: dict[str, LowRankMethod] = {
             summary="least error of the weight itself; needs no data",
             config=Svd,
             solve=deferred("pared.lowrank.rules:plain"),
+            operations=operations.scaled,
         ),
         LowRankMethod(
             name="fwsvd",
@@ -223,6 +229,7 @@ METHODS: dict[str, LowRankMethod] = {
             summary="least error of the weight, input features weighted by the Fisher information of the task loss",
             config=Fwsvd,
             solve=deferred("pared.lowrank.rules:fisher_weighted"),
+            operations=operations.scaled,
             gradients=fisher,
         ),
         LowRankMethod(
@@ -231,6 +238,7 @@ METHODS: dict[str, LowRankMethod] = {
             summary="least error of the weight, input channels scaled by their mean magnitude to the power alpha",
             config=Asvd,
             solve=deferred("pared.lowrank.rules:scaled"),
+            operations=operations.scaled,
             requires=magnitude,
         ),
         LowRankMethod(
@@ -239,6 +247,7 @@ METHODS: dict[str, LowRankMethod] = {
             summary="least error of the layer's output on the calibration data",
             config=SvdLlm,
             solve=deferred("pared.lowrank.rules:whitened"),
+            operations=operations.whitened,
             requires=either_gram,
         ),
         LowRankMethod(
@@ -247,6 +256,7 @@ METHODS: dict[str, LowRankMethod] = {
             summary="svd-llm with more kept, within a kind of layer, where uniform ranks lose more",
             config=SvdLlmV2,
             solve=deferred("pared.lowrank.rules:whitened"),
+            operations=operations.whitened,
             requires=either_gram,
             allocation="svd-llm-v2",
         ),
@@ -256,6 +266,7 @@ METHODS: dict[str, LowRankMethod] = {
             summary="svd-llm by eigenvectors of the outputs' covariance; ranks by loss and influence, tried on a text",
             config=SwiftSvd,
             solve=deferred("pared.lowrank.rules:whitened"),
+            operations=operations.whitened,
             requires=either_gram,
             allocation="swift",
         ),
@@ -265,6 +276,7 @@ METHODS: dict[str, LowRankMethod] = {
             summary="svd-llm with one basis for the same weight of neighbouring blocks, where that loses less",
             config=BasisSharing,
             solve=deferred("pared.lowrank.rules:whitened"),
+            operations=operations.whitened,
             requires=either_gram,
             refit=lambda keep: "update" if keep <= UPDATE else "off",
             dense_path=DENSE_PATH,
@@ -276,6 +288,7 @@ METHODS: dict[str, LowRankMethod] = {
             summary="least expected increase of the loss, inputs and output gradients weighted, one global budget",
             config=LossOptimal,
             solve=deferred("pared.lowrank.rules:both_sides"),
+            operations=operations.both_sides,
             requires=mean_gram,
             gradients=output_gradient,
             shrinkage=both_shrunk,

@@ -8,7 +8,9 @@ from pydantic import Field
 from typing_extensions import TypeVar
 
 from pared.lazy import deferred
+from pared.operations import Operation
 from pared.schema.options import Configured, Kind, Options
+from pared.sparsity import operations
 from pared.sparsity.pattern import Pattern
 
 if TYPE_CHECKING:  # what a method is called and which options it has is read without it
@@ -52,6 +54,8 @@ class PruningMethod(Configured[C]):
         allocation: how zeros are spread over the model unless a recipe says otherwise.
         blind: what decides where nothing but zeros reach a weight, so that its statistics say nothing.
         updates: whether weights that are kept change, so that its zeros cannot be had from the dense model's scores.
+        operations: what pruning the weights that read one tensor takes, from their shapes ``(out, in)`` and the
+            options, by which ``pared plan --cost`` predicts its time; none where that is not known.
     """
 
     name: str
@@ -64,6 +68,7 @@ class PruningMethod(Configured[C]):
     blind: str = ""
     updates: bool = False
     kind: ClassVar[Kind] = "method"
+    operations: Callable[[Shapes, C], Sequence[Operation]] | None = None
     family: ClassVar[Literal["sparse"]] = "sparse"
 
     def gradients(self, _: Options) -> frozenset[str]:
@@ -138,6 +143,7 @@ METHODS: dict[str, PruningMethod] = {
             summary="the smallest weights of every matrix go; needs no data",
             config=Magnitude,
             solve=deferred("pared.sparsity.rules:by_magnitude"),
+            operations=operations.by_matrix,
         ),
         PruningMethod(
             name="wanda",
@@ -145,6 +151,7 @@ METHODS: dict[str, PruningMethod] = {
             summary="within every output, the smallest weights times the norm of their input go; none is changed",
             config=Wanda,
             solve=deferred("pared.sparsity.rules:by_wanda"),
+            operations=operations.by_row,
             requires=energy,
             blind="pruned by magnitude, within every output",
         ),
@@ -154,6 +161,7 @@ METHODS: dict[str, PruningMethod] = {
             summary="what hurts the layer's output least goes, input by input, and later weights compensate",
             config=SparseGpt,
             solve=deferred("pared.sparsity.rules:by_sparsegpt"),
+            operations=operations.by_sparsegpt,
             requires=gram,
             blind="pruned by magnitude, within every block of inputs",
             updates=True,

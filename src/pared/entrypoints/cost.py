@@ -1,0 +1,167 @@
+"""Predicts what a compression costs, from shapes, on this machine or on one that is not at hand."""
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from pared.data.windows import Windows
+from pared.engine.allocate import anatomy_of
+from pared.engine.cost.measured import Measured
+from pared.engine.cost.published import MACHINES, Published
+from pared.engine.cost.rates import Rates, total
+from pared.engine.cost.stages import Work, stages_of
+from pared.engine.needs import Tokens, needs_of
+from pared.engine.spec import CompressionSpec
+from pared.entrypoints.streamed import activation_limit
+from pared.entrypoints.texts_read import read_texts
+from pared.environment import device_of
+from pared.errors import ParedError
+from pared.memory import available_memory
+from pared.models.architecture import is_causal
+from pared.models.source import ModelSource
+from pared.names import require_known
+from pared.progress import Silent
+from pared.schema.cost import Cost
+from pared.schema.plan import Plan
+from pared.structure.probe import probe_shapes
+
+
+def rates_of(machine: str | None = None, device: str = "auto") -> Rates:
+    """Return what gives operations a time.
+
+    Args:
+        machine: the name of one by published figures; none for this one, which is measured.
+        device: of this machine.
+
+    Raises:
+        ParedError: there is no machine of this name.
+    """
+    if machine is None:
+        return Measured(str(device_of(device)))
+    require_known("machine", machine, MACHINES)
+    return MACHINES[machine]
+
+
+def cost_of_source(source: ModelSource, spec: CompressionSpec, plan: Plan, rates: Rates) -> Cost:
+    """Predict a compression of a model by name; its texts are read, if they are at hand, and no weight.
+
+    Raises:
+        ParedError: the model does not run on shapes alone.
+    """
+    skeleton = source.skeleton().to(source.declared_dtype(spec.recipe.dtype))
+    calibrated, evaluated, notes = asked_tokens(spec)
+    try:
+        config = source.config()
+        causal = is_causal(config.architectures or [])
+        texts = read_texts(spec, config, causal, source.tokenizer(), Silent())
+    except ParedError as error:
+        notes = (*notes, f"texts are taken to be as long as asked for ({error})")
+    else:
+        calibrated = _tokens(texts.calibration, spec.recipe.calibration.batch)
+        evaluated = _tokens(texts.evaluation, 1)
+    return predict(skeleton, spec, plan, rates, calibrated, evaluated, notes)
+
+
+def cost_of_loaded(model: PreTrainedModel, spec: CompressionSpec, plan: Plan, rates: Rates) -> Cost:
+    """Predict a compression of a loaded model, on texts that are as long as asked for.
+
+    Raises:
+        ParedError: the model does not run on shapes alone.
+    """
+    return predict(on_shapes(model), spec, plan, rates, *asked_tokens(spec))
+
+
+def on_shapes(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy of a loaded model on the meta device; nothing of its numbers is copied."""
+    tensors: Mapping[int, torch.Tensor] = {
+        **{id(one): nn.Parameter(one.detach().to("meta"), one.requires_grad) for one in model.parameters()},
+        **{id(one): one.to("meta") for one in model.buffers()},
+    }
+    return copy.deepcopy(model, dict(tensors))
+
+
+def asked_tokens(spec: CompressionSpec) -> tuple[Tokens | None, Tokens | None, tuple[str, ...]]:
+    """Return what a recipe asks for of texts that are long enough, and what is to be said of it."""
+    calibration, evaluation, notes = spec.recipe.calibration, spec.recipe.evaluation, list[str]()
+    calibrated = evaluated = None
+    if spec.calibrated:
+        samples = calibration.samples or 256
+        if calibration.samples is None:
+            notes.append(f"the whole text is calibrated on; {samples} windows are predicted")
+        calibrated = Tokens(samples, calibration.length, calibration.batch)
+    if evaluation is not None and evaluation.windows is not None:
+        evaluated = Tokens(evaluation.windows, evaluation.length, 1)
+    elif evaluation is not None:
+        notes.append("perplexity on a whole text is not predicted")
+    return calibrated, evaluated, tuple(notes)
+
+
+def predict(
+    skeleton: PreTrainedModel,
+    spec: CompressionSpec,
+    plan: Plan,
+    rates: Rates,
+    calibrated: Tokens | None,
+    evaluated: Tokens | None,
+    notes: tuple[str, ...] = (),
+) -> Cost:
+    """Predict a compression.
+
+    Args:
+        skeleton: the model on the meta device, in the dtype it is loaded in.
+        spec: of the compression.
+        plan: made from shapes.
+        rates: of the machine.
+        calibrated: what is calibrated on; none where nothing is.
+        evaluated: what perplexity is measured on; none where it is not.
+        notes: what is to be said of it.
+
+    Raises:
+        ParedError: the model does not run on shapes alone.
+    """
+    anatomy = probe_shapes(skeleton, anatomy_of(skeleton, spec.recipe))
+    model_dtype = str(skeleton.dtype).removeprefix("torch.")
+    dtype = rates.compute_dtype(spec.recipe.calibration.dtype, model_dtype)
+    work = Work(skeleton, anatomy, spec, plan, calibrated, evaluated, dtype)
+    found, unknown = stages_of(work)
+    seconds = {stage: total(rates, operations) for stage, operations in found.items()}
+    if isinstance(rates, Measured):
+        rates.keep()
+    if isinstance(rates, Published):
+        notes = (*notes, f"rates: {rates.source}; assumed: {rates.assumptions}")
+    available = rates.memory if isinstance(rates, Published) else available_memory()
+    recipe = spec.recipe
+    needs = {
+        streamed: needs_of(
+            skeleton,
+            anatomy,
+            spec,
+            calibrated,
+            streamed=streamed,
+            itemsize=getattr(torch, dtype).itemsize,
+            output_bytes=plan.after.bytes_on_disk,
+            activation_memory=activation_limit(recipe, streamed, available),
+            evaluated=evaluated,
+        )
+        for streamed in (False, True)
+    }
+    streamed = recipe.stream == "on" or (recipe.stream == "auto" and bool(needs[False].too_much(available)))
+    if streamed and (problem := needs[True].too_much(available)):
+        notes = (*notes, f"it does not fit: {problem}")
+    return Cost(
+        machine=rates.machine,
+        computed=rates.computed,
+        seconds=seconds,
+        memory=dict(needs[streamed].memory),
+        disk=dict(needs[streamed].disk),
+        streamed=streamed,
+        unpredicted=tuple(unknown),
+        notes=notes,
+    )
+
+
+def _tokens(windows: Windows | None, batch: int) -> Tokens | None:
+    return None if windows is None else Tokens(len(windows.tokens), windows.tokens.shape[1], batch)
