@@ -6,6 +6,7 @@ The model is one tree of modules all the while. Parameters of a block that is no
 import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,6 +43,7 @@ def open_streamed(
     dtype: "str | torch.dtype" = "auto",
     folder: Path | None = None,
     blocks_path: str | None = None,
+    outside: bool = True,
 ) -> "StreamedBlocks":
     """Open a model so that its blocks are read when they are needed; everything outside of them is read now.
 
@@ -52,6 +54,7 @@ def open_streamed(
         dtype: ``auto`` keeps what is stored.
         folder: where changed blocks are written; without one none may be changed.
         blocks_path: name of the list of blocks, where it is not the one that ``find_anatomy`` finds.
+        outside: whether what is outside of the blocks is read at all; without it the model cannot be called.
 
     Raises:
         ParedError: as ``source.load()``; also where weights of blocks are tied to others, or no safetensors are there.
@@ -63,7 +66,10 @@ def open_streamed(
     model, quantizer, path = _empty_model(source, dtype, stored, blocks_path)
     _require_untied(model, path, name)
     names = WeightNames(model, model.dtype, quantizer, name)
-    store = StreamedBlocks(model, path, names, names.placed(stored), stored, folder, name)
+    placed, again = names.placed(stored), partial(open_streamed, source, dtype, None, blocks_path, outside=False)
+    store = StreamedBlocks(model, path, names, placed, stored, folder, name, again if outside else None)
+    if not outside:
+        return store
     if quantizer is not None:
         quantizer.postprocess_model(model)  # as from_pretrained does; what is not in memory stays packed
     require_finite(model, name)
@@ -124,6 +130,7 @@ class StreamedBlocks:
         stored: the tensors of the checkpoint.
         folder: where changed blocks are written, None if nothing is.
         name: of the model, for messages.
+        again: opens the checkpoint once more, for its blocks alone; None for one that was opened by it.
 
     Attributes:
         model: the whole model.
@@ -142,8 +149,9 @@ class StreamedBlocks:
         stored: dict[str, StoredTensor],
         folder: Path | None,
         name: str,
+        again: "Callable[[], StreamedBlocks] | None" = None,
     ) -> None:
-        self.model, self.path, self.passed = model, path, 1
+        self.model, self.path, self.passed, self._again = model, path, 1, again
         self.folder, self._names, self._name = folder, names, name
         stack = model.get_submodule(path)
         self._blocks = {key: block for key, block in stack._modules.items() if block is not None}
@@ -159,7 +167,7 @@ class StreamedBlocks:
         self._empty: Any = cast("Any", WeakTensorKeyDictionary())  # parameter in memory -> the one on meta for it
         outside = self._sort_in(stored)
         missing = self._require_whole()
-        names.fill(list(outside.values()), placed)
+        names.fill(list(outside.values()) if again is not None else [], placed)
         model.tie_weights(missing_keys=missing, recompute_mapping=False)
 
     def __len__(self) -> int:
@@ -299,6 +307,20 @@ class StreamedBlocks:
             yield
         finally:
             self._change = None
+
+    def dense(self) -> Callable[[int], nn.Module]:
+        """Return what hands out the blocks as the checkpoint has them, one at a time, whatever is committed here."""
+        assert self._again is not None, "what is outside of the blocks was not read"
+        store, there = self._again(), list[int]()
+
+        def block(index: int) -> nn.Module:
+            if there != [index]:
+                while there:
+                    store.release(there.pop())
+                there.append(index)
+            return store.load(index)
+
+        return block
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield every tensor of the model's state by name, in the order of the names."""

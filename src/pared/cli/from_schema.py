@@ -219,10 +219,22 @@ def merge(model: type[Asked], file: Path | None, given: Mapping[str, Any]) -> As
              for key, value in given.items() if value is not None and value != []}  # fmt: skip
     if issubclass(model, FromPreset):
         fields = left_below(fields, above, model.COMMAND)
+    switches = {one.key: one.flag for one in declared(model) if one.section}
     for key, value in above.items():
         section, _, leaf = key.rpartition(".")
+        if key in switches:
+            fields[key] = _section(fields.get(key)) if value else None
+            continue
+        if section in switches and above.get(section) is False:
+            off = switches[section].replace("--", "--no-", 1)
+            raise ParedError(f"{off} and an option of {section} ({leaf} {value}) are given; leave one of them out")
         target = fields
         if section:
-            target = fields[section] = dict(fields.get(section) or {})
+            target = fields[section] = _section(fields.get(section))
         target[leaf] = {**(target.get(leaf) or {}), **value} if isinstance(value, dict) else value
     return model.of(fields, f"{what} {file} with options" if file else "options")
+
+
+def _section(found: Any) -> dict[str, Any]:
+    """Return what a file says of a section; it may say true or null."""
+    return dict(found) if isinstance(found, Mapping) else {}

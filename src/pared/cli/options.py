@@ -11,7 +11,9 @@ RECIPE_FILE = "YAML file; options given here win over it."
 SHAPES = ("model", "skip", "blocks", "options", "dtype")
 PLANNED = (*SHAPES, "preset", "method", "keep", "rank_fraction", "sparsity", "pattern", "allocation", "storage")
 # What else the time, the memory and the disk of a compression depend on.
-COSTED = ("statistics", "refit", "dense_path", "device", "stream", "activation_memory", "calibration", "evaluation")
+COSTED = (
+    "statistics", "refit", "dense_path", "refine", "device", "stream", "activation_memory", "calibration", "evaluation",
+)  # fmt: skip
 Streaming = Annotated[
     Stream, typer.Option("--stream", help="Read the model block by block; auto does where memory does not hold it.")
 ]

@@ -39,7 +39,7 @@ def run_blocks(
     store: BlockStore,
     anatomy: Anatomy,
     inputs: BlockInputs,
-    needs: Needs,
+    needs: Needs | None,
     visit: Visit,
     *,
     hand_on: Literal["dense", "compressed"] = "dense",
@@ -64,7 +64,9 @@ def run_blocks(
         store: hands out the blocks.
         anatomy: after the probe pass.
         inputs: of the first block; overwritten.
-        needs: names of the statistics to collect, from the shapes ``(out, in)`` of the sites that read one tensor.
+        needs: names of the statistics to collect, from the shapes ``(out, in)`` of the sites that read one tensor;
+            with None nothing is observed: only the block of the reference runs before the visit, for which ``inputs``
+            hold what the block reads, and the reference what the dense one outputs.
         visit: is given every block's statistics, in order; it may change blocks of the open group.
         hand_on: what later blocks read.
         changes: whether visits change blocks, so that each is committed when its group is complete.
@@ -89,18 +91,21 @@ def run_blocks(
             continue
         block = store.load(index)
         if compressed:
-            read[index] = inputs.hidden.clone()
-        statistics = observe(
-            observed(index) if observed else block,
-            index,
-            anatomy,
-            inputs,
-            needs,
-            reference=reference,
-            influence=influence,
-            early_exit=compressed,
-            on_batch=on_batch,
-        )
+            read[index] = inputs.hidden if needs is None else inputs.hidden.clone()
+        if needs is None:
+            statistics = _unobserved(index, inputs, reference)
+        else:
+            statistics = observe(
+                observed(index) if observed else block,
+                index,
+                anatomy,
+                inputs,
+                needs,
+                reference=reference,
+                influence=influence,
+                early_exit=compressed,
+                on_batch=on_batch,
+            )
         visit(statistics)
         del statistics
         closes = (index + 1) % group == 0 or index == last
@@ -222,6 +227,13 @@ def visit_blocks(
         on_block()
         if (index + 1) % group == 0 or index == len(store) - 1:
             _let_go(store, range(index - index % group, index + 1), changes, kept)
+
+
+def _unobserved(index: int, inputs: BlockInputs, reference: DenseReference | None) -> BlockStatistics:
+    """Let the dense block alone run over all batches, if there is one."""
+    if reference is not None:
+        propagate_reference(index, inputs, reference)
+    return BlockStatistics(index, {})
 
 
 def _hand_on(

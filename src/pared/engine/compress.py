@@ -16,6 +16,7 @@ from pared.engine.kept_blocks import KeptBlocks
 from pared.engine.low_rank import LowRankWork, Trial
 from pared.engine.observe import Observer, Saved
 from pared.engine.pruning import SparseWork
+from pared.engine.refine import refine
 from pared.engine.result import CompressedBlocks, remarks, stacks
 from pared.engine.run_state import CompressionRun
 from pared.engine.spec import CompressionSpec, LowRankSpec, PassSpec, resolve_sparse
@@ -92,9 +93,14 @@ def compress_blocks(
         observer.resume(state)
         result = CompressedBlocks(model, spec)
         with _work(observer, spec, evidence, trial) as work:
+            dense = store.dense() if spec.refine is not None else None  # before any block is changed
             for number, step in enumerate(work.passes, 1):
                 store.passed = number
-                work.run(step)
+                if step.action == "refine":
+                    assert dense is not None
+                    result.refined = refine(observer, step, number, dense)
+                else:
+                    work.run(step)
             lines = [*work.report(result), *stacks(observer.anatomy), *remarks(result.plan, result.fallbacks)]
         if observer.windows is not None:
             result.calibration = {**observer.windows.describe(), "dtype": str(observer.dtype)}

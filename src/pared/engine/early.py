@@ -73,6 +73,8 @@ def require_suited(config: object, spec: CompressionSpec, name: str) -> None:
 def _what_calibrates(spec: CompressionSpec) -> str:
     if spec.method_calibrated:
         return f"method {spec.method.name}"
+    if spec.refine is not None:
+        return "refine"
     refits = isinstance(spec, LowRankSpec) and spec.refit != "off"
     return f"refit {spec.refit}" if refits else f"allocation {spec.allocator.name}"  # type: ignore[union-attr]
 

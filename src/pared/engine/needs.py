@@ -4,7 +4,7 @@ Estimates from above, of what is large: tensors that are as large as a block, a 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -106,6 +106,8 @@ class Needs:
             "solving": f"leave the widest weights dense ({called('skip')}), or take a method without a Gram (wanda, "
             "magnitude)",
             "a batch in a block": f"calibrate on shorter windows ({called('length')})",
+            "the dense blocks beside the compressed": f"read the model block by block ({called('stream', 'on')})",
+            "a block to train": f"do without {called('refine')}",
             "logits of a window": f"measure on shorter windows ({called('evaluation.length')})",
         }.get(largest, "use a machine with more")
 
@@ -141,8 +143,13 @@ def needs_of(
     width, vocabulary = (int(size) for size in reversed(model.get_input_embeddings().weight.shape))
     activations = 0
     if tokens is not None:
-        activations = tokens.windows * tokens.length * width * itemsize * _sets(spec, _runs(model, anatomy))
+        held = tokens.windows * tokens.length * width
+        activations = held * itemsize * _sets(spec, _runs(model, anatomy))
         memory["a batch in a block"] = _batch(anatomy, tokens, itemsize, bool(spec.gradients))
+        if spec.refine is not None:  # in float32: what blocks read on both paths, and the graph of a batch
+            batch = replace(tokens, batch=spec.refine.batch)
+            activations = max(activations, held * SINGLE * 2)
+            memory["a batch in a block"] = max(memory["a batch in a block"], _batch(anatomy, batch, SINGLE, True))
     if evaluated is not None and streamed:
         activations = max(activations, evaluated.windows * evaluated.length * width * model.dtype.itemsize)
     if activations:
@@ -171,8 +178,23 @@ def _weights(
     copied = max(sizes) // model.dtype.itemsize * itemsize
     return whole | {
         "a block to compute with": copied if itemsize != model.dtype.itemsize else 0,
-        "a block of the dense model": copied if isinstance(spec, LowRankSpec) and spec.reference else 0,
+        "a block of the dense model": copied if _has_reference(spec) else 0,
+        **_to_train(spec, sum(sizes), max(sizes) // model.dtype.itemsize * SINGLE, streamed),
     }
+
+
+def _to_train(spec: CompressionSpec, blocks: int, largest: int, streamed: bool) -> dict[str, int]:
+    """Return what training blocks takes: the dense ones, where none can be read again, and one block several times."""
+    if spec.refine is None:
+        return {}
+    dense = {} if streamed else {"the dense blocks beside the compressed": blocks}
+    # A copy to train, gradients, what Adam keeps (two of each), the best so far, and the dense block in float32.
+    return dense | {"a block to train": 6 * largest}
+
+
+def _has_reference(spec: CompressionSpec) -> bool:
+    """Whether the dense model runs alongside the compressed one in any pass."""
+    return any(step.reference for step in spec.passes())
 
 
 def _finished(
@@ -231,8 +253,7 @@ def _sets(spec: CompressionSpec, runs: int) -> int:
     forward = 1
     if any(step.hand_on == "compressed" for step in spec.passes()):
         forward += max(spec.group_size, 1)
-    if isinstance(spec, LowRankSpec) and spec.reference:
-        forward += 1
+    forward += _has_reference(spec)
     backward = runs + 2 if spec.gradients or "losses" in spec.allocator.requires else 0  # what every block reads
     return max(forward, backward)
 

@@ -44,6 +44,7 @@ from pared.lowrank import GradientOptions
 from pared.lowrank.registry import nothing
 from pared.methods import METHODS
 from pared.models.architecture import is_causal
+from pared.names import called
 from pared.processes import ALONE, Processes, together
 from pared.progress import Progress, Silent, Stopwatch
 from pared.schema.plan import Plan
@@ -57,6 +58,7 @@ Kept = PassRecord | SharedRecord
 Order = Callable[[Any], None]  # sends something to the other processes, which do it at the same time
 BySite = dict[str, dict[str, StatisticView]]  # statistics by site and name
 
+LEAST_TO_TRAIN = 2  # windows: one to train on, one to hold out
 TRAIL_BYTES = 2 * 2**30  # of what all blocks read of the batches that go backward together
 
 
@@ -140,21 +142,46 @@ class Observer:
             causal = is_causal([type(self.model).__name__])
             self.windows = windows or calibration_windows(self.spec.recipe, self.tokenizer, self.model.config, causal)
             require_fits(self.model.config, self.windows)
+            self._require_enough(self.windows)
             self.tokens = self.windows.real_tokens
         return self.windows
+
+    def _require_enough(self, windows: Windows) -> None:
+        """Refuse what leaves nothing to train on beside what is held out."""
+        if self.spec.refine is not None and (count := len(windows.tokens)) < LEAST_TO_TRAIN:
+            raise ParedError(
+                f"{called('refine', 'True')} trains on some windows and is checked on others, and the calibration text "
+                f"gives {count}: raise {called('samples')}, lower {called('length')}, or name a longer text"
+            )
 
     def capture(self) -> BlockInputs:
         """Return what the first block reads of this process's part of the windows, and how all are called."""
         return self._captured(self._windows, self._own(self._windows))
 
-    def _captured(self, windows: Windows, own: range) -> BlockInputs:
-        asked, there = self.spec.calibration, slice(own.start, own.stop)
+    def capture_to_train(self, batch: int) -> BlockInputs:
+        """Return what the first block reads of all windows, in float32; of none, in all processes but the first.
+
+        ``dtype`` is then what products may be computed in.
+
+        Args:
+            batch: windows in a batch; fewer, where there are not two batches of so many.
+        """
+        windows = self._windows
+        count = len(windows.tokens)
+        own = range(count) if self.processes.is_first else range(0)
+        self.dtype = self.processes.agreed(self._dtype(device_of(self.spec.recipe.device)))
+        return self._captured(windows, own, torch.float32, min(batch, count // LEAST_TO_TRAIN))
+
+    def _captured(
+        self, windows: Windows, own: range, dtype: torch.dtype | None = None, batch: int | None = None
+    ) -> BlockInputs:
+        there = slice(own.start, own.stop)
         with self.watch("capture"):
             device = device_of(self.spec.recipe.device)
-            # Each process measures by itself, but all must multiply alike.
-            self.dtype = dtype = self.processes.agreed(self._dtype(device))
+            if dtype is None:  # each process measures by itself, but all must multiply alike
+                self.dtype = dtype = self.processes.agreed(self._dtype(device))
             beside = {name: one[there] for name, one in windows.beside.items()}
-            how = asked.batch, self.calls, dtype, device, beside, self.memory
+            how = batch or self.spec.calibration.batch, self.calls, dtype, device, beside, self.memory
             return capture(self.model, self.anatomy, windows.tokens[there], *how)
 
     def _own(self, windows: Windows, unit: int = 1) -> range:

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from pared.engine.grouping import Comparison
 from pared.engine.spec import CompressionSpec
 from pared.names import called
+from pared.schema.manifest import Refined
 from pared.schema.plan import Dense, Plan
 from pared.schema.recipe import Recipe
 from pared.structure import Anatomy
@@ -25,6 +26,7 @@ class CompressedBlocks:
         shrinkage: how far the statistics of every site were drawn towards their mean diagonal, by site and statistic.
         sharing: for every group that was compared, what it loses with one basis and what with its members' own.
         fallbacks: sites whose weight or statistics say nothing (zero inputs, no gradient), with the rule that decided.
+        refined: what training every block came to, in order; empty where none was trained.
         calibration: what was calibrated on; none for a method that needs no data.
         seconds: by stage.
     """
@@ -36,6 +38,7 @@ class CompressedBlocks:
     damping: dict[str, float] = field(default_factory=dict)
     shrinkage: dict[str, dict[str, float]] = field(default_factory=dict)
     fallbacks: dict[str, str] = field(default_factory=dict)
+    refined: tuple[Refined, ...] = ()
     calibration: dict[str, object] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 

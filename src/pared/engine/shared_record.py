@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from pared.engine.pass_record import Held, PassRecord, Tables
-from pared.modules import Changed, replace_module, share
+from pared.modules import Changed, replace_module, replace_parameter, share
 from pared.modules.shared import DOWN
 from pared.processes import Processes
 from pared.structure import Anatomy
@@ -48,25 +49,38 @@ class SharedRecord(Held):
             self._own.restore(index)
         if not self._changes:
             return
-        layers: dict[str, nn.Module] = {}
-        block = self._store.load(index) if self._own is not None else None
-        if block is not None:
-            for site in self._anatomy.sites_of(index):
-                layer = self._store.model.get_submodule(site.name)
-                if isinstance(layer, Changed):
-                    layers[site.name] = layer
-        layers = self._processes.broadcast(layers)
-        if block is not None:
+        model, own = self._store.model, self._own is not None
+        self._store.load(index)
+        layers, rest = self._processes.broadcast(self._stored(index) if own else None)
+        if own:
             self._store.release(index)
             return
-        model = self._store.model
-        self._store.load(index)
         for name, layer in layers.items():
             replace_module(model, name, layer)
             owner = getattr(layer, "shares", None)
             if owner is not None and owner != name + DOWN:
                 share(layer, model.get_submodule(owner.removesuffix(DOWN)), owner)
+        for name, values in rest.items():
+            replace_parameter(model, name, values)
         self._store.commit(index)
+
+    def _stored(self, index: int) -> tuple[dict[str, nn.Module], dict[str, torch.Tensor]]:
+        """Return the changed layers of a block, and what a training may have changed of what is left dense."""
+        layers: dict[str, nn.Module] = {}
+        sites = self._anatomy.sites_of(index)
+        for site in sites:
+            layer = self._store.model.get_submodule(site.name)
+            if isinstance(layer, Changed):
+                layers[site.name] = layer
+        changed = tuple(f"{name}." for name in layers)
+        dense = tuple(f"{site.name}." for site in sites if site.name not in layers)
+        block = self._anatomy.blocks(self._store.model)[index]
+        parameters = block.named_parameters(prefix=self._anatomy.block_name(index))
+        return layers, {
+            name: parameter.detach()
+            for name, parameter in parameters
+            if not name.startswith(changed) and (parameter.ndim == 1 or name.startswith(dense))
+        }
 
     def finish(self, index: int) -> None:
         """Have it on the disk that a block is finished, once it is committed.

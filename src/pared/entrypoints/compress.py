@@ -372,6 +372,7 @@ def _compressed(
         damping=made.damping,
         shrinkage=made.shrinkage,
         fallbacks=made.fallbacks,
+        refined=made.refined,
         calibration=made.calibration,
         seconds=seconds,
         resumed=len(earlier),

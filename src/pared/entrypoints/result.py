@@ -18,7 +18,7 @@ from pared.models.source import ModelSource
 from pared.notebook import watcher_of
 from pared.progress import Progress, Stopwatch
 from pared.report.results import compressed_table
-from pared.schema.manifest import Manifest, WindowsRead
+from pared.schema.manifest import Manifest, Refined, WindowsRead
 from pared.schema.plan import Plan
 from pared.schema.presets import record_of
 from pared.schema.recipe import Recipe
@@ -81,6 +81,7 @@ class Compressed(Shown):
         damping: sites whose Gram was rank-deficient, with the relative damping used.
         shrinkage: how far the statistics of every site were drawn towards their mean diagonal, by site and statistic.
         fallbacks: sites whose weight or statistics say nothing (zero inputs, no gradient), with the rule that decided.
+        refined: what training every block came to, in order; empty where none was trained.
         calibration: what was calibrated on; none for a method that needs no data.
         seconds: by stage; of all processes, where this one resumed what others began.
         resumed: how many processes were at it before this one.
@@ -99,6 +100,7 @@ class Compressed(Shown):
     damping: dict[str, float] = field(default_factory=dict)
     shrinkage: dict[str, dict[str, float]] = field(default_factory=dict)
     fallbacks: dict[str, str] = field(default_factory=dict)
+    refined: tuple[Refined, ...] = ()
     calibration: dict[str, object] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     saved: Outcome | None = None
@@ -206,6 +208,7 @@ def _manifest(result: Compressed, reread: Reread, asked: Recipe, watch: Stopwatc
         shrinkage=result.shrinkage,
         fallbacks=result.fallbacks,
         sharing=[asdict(one) for one in result.sharing],
+        refined=result.refined,
         calibration=cast("WindowsRead | None", result.calibration),
         evaluation=None if before.measure is None else before.measure.record(before.learned_from),
         perplexity_before=before.perplexity,

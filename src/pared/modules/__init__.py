@@ -3,7 +3,7 @@
 from pared.modules.low_rank import LowRankLinear
 from pared.modules.narrow import NarrowConv1D, NarrowLinear
 from pared.modules.pivoted import PivotedLinear
-from pared.modules.replace import inherit_requires_grad, replace_module
+from pared.modules.replace import inherit_requires_grad, replace_module, replace_parameter
 from pared.modules.shared import BasisHolder, share
 from pared.modules.sparse import NMGroups, SparseLinear
 
@@ -21,5 +21,6 @@ __all__ = [
     "SparseLinear",
     "inherit_requires_grad",
     "replace_module",
+    "replace_parameter",
     "share",
 ]

@@ -1,5 +1,6 @@
 """Putting a module where another stands, with what users have set on the one that goes."""
 
+import torch
 from torch import nn
 
 # Hooks that a user may have registered on a layer, and their flags. Handles of them keep working: the dictionaries
@@ -29,6 +30,21 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
         for hooks in (*_HOOKS, "_is_full_backward_hook"):
             setattr(new, hooks, getattr(old, hooks))
     setattr(model.get_submodule(parent), leaf, new.train(old.training))
+
+
+@torch.no_grad()
+def replace_parameter(root: nn.Module, name: str, values: torch.Tensor) -> None:
+    """Put a new parameter of these values where another stands; that one stays as it is, for whatever else has it.
+
+    Args:
+        root: a module.
+        name: of the parameter in it.
+        values: of its shape; they are brought to its dtype and device.
+    """
+    path, _, leaf = name.rpartition(".")
+    old = root.get_parameter(name)
+    new = nn.Parameter(values.to(old.device, old.dtype), requires_grad=old.requires_grad)
+    root.get_submodule(path)._parameters[leaf] = new
 
 
 def inherit_requires_grad(new: nn.Module, old: nn.Module) -> None:

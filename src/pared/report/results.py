@@ -1,6 +1,6 @@
 """A finished compression or training as a table with what is to be said of it, for the command line and for Python."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from pared.names import called
@@ -9,7 +9,7 @@ from pared.schema.presets import summary_of
 from pared.tables import Row, Table
 
 if TYPE_CHECKING:
-    from pared.schema.manifest import Manifest, Training
+    from pared.schema.manifest import Manifest, Refined, Training
 
 RUINED = 100  # times the perplexity of the dense model
 
@@ -99,6 +99,8 @@ def _remarks(manifest: "Manifest") -> Iterator[str]:
         yield changed
     if manifest.plan.missed:
         yield manifest.plan.missed
+    if manifest.refined:
+        yield refined_line(manifest.refined)
     if manifest.damping:
         read = manifest.calibration
         tokens = read["windows"] * read["length"] if read is not None else 0
@@ -107,6 +109,15 @@ def _remarks(manifest: "Manifest") -> Iterator[str]:
             f"calibration text): raise {called('samples')} or {called('length')}"
         )
     yield f"self-check: reloaded, largest relative difference {manifest.self_check:.2g}"
+
+
+def refined_line(refined: "Sequence[Refined]") -> str:
+    """Return what training all blocks came to, in a line."""
+    better, last = sum(one.epochs > 0 for one in refined), refined[-1]
+    return (
+        f"refined: {better} of {len(refined)} blocks improved on the windows held out; error of the last one's output "
+        f"{last.before:.3g} -> {last.after:.3g}"
+    )
 
 
 def _by_stage(seconds: dict[str, float]) -> str:

@@ -57,12 +57,14 @@ class Declared:
         text: what it means.
         field: what pydantic knows of it.
         option: its option; None for one that the command line does not have.
+        section: whether it is a section that may be there or not: the option turns it on with its defaults.
     """
 
     key: str
     text: str
     field: FieldInfo
     option: Option | None
+    section: bool = False
 
     @property
     def flag(self) -> str:
@@ -101,6 +103,8 @@ class Declared:
     def kind(self) -> Any:
         """The type that the command line reads, which pydantic checks afterwards; ``dict`` for ``NAME=VALUE`` pairs."""
         kinds = list(_plain(self.field.annotation))
+        if self.section:
+            return bool
         if any(get_origin(kind) is dict for kind in kinds):
             return dict
         if any(get_origin(kind) is tuple for kind in kinds):
@@ -114,11 +118,11 @@ def declared(model: type[BaseModel], above: str = "") -> Iterator[Declared]:
     """Yield the fields of a model and of those inside of it, in the order in which they are declared."""
     for name, field in model.model_fields.items():
         inner = [kind for kind in _plain(field.annotation) if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        option = next((one for one in field.metadata if isinstance(one, Option)), None)
+        if option is not None or not inner:
+            yield Declared(f"{above}{name}", text_of(model, name), field, option, section=bool(inner))
         if inner:
             yield from declared(inner[0], f"{above}{name}.")
-        else:
-            option = next((one for one in field.metadata if isinstance(one, Option)), None)
-            yield Declared(f"{above}{name}", text_of(model, name), field, option)
 
 
 def text_of(model: type[BaseModel], name: str) -> str:

@@ -90,6 +90,23 @@ class StageRecord(TypedDict):
     notes: NotRequired[list[str]]
 
 
+class Refined(Strict):
+    """What training a block towards the dense one's outputs came to.
+
+    Attributes:
+        name: of the block.
+        before: the mean squared error of its output on the windows held out, weighted as the recipe's loss says,
+            relative to the mean square of a token's target.
+        after: the same with what was kept; never more.
+        epochs: how many it was trained for; 0 where it is as it was.
+    """
+
+    name: str
+    before: FiniteFloat
+    after: FiniteFloat
+    epochs: int
+
+
 class Training(Strict):
     """The record of one training of a compressed model.
 
@@ -138,6 +155,7 @@ class Manifest(Strict):
         shrinkage: how far the statistics of every site were drawn towards their mean diagonal, by site and statistic.
         fallbacks: sites whose weight or statistics say nothing, with the rule that decided.
         sharing: for every group that was compared, what one basis loses and what bases of their own lose.
+        refined: what training every block came to, in order; empty where none was trained.
         calibration: what was calibrated on, with the digest of the tokens.
         evaluation: what perplexity was measured on; none if it was not.
         perplexity_before: of the dense model.
@@ -170,6 +188,7 @@ class Manifest(Strict):
     shrinkage: dict[str, dict[str, float]] = Field(default={})
     fallbacks: dict[str, str] = Field(default={})
     sharing: list[dict[str, Any]] = Field(default=[])
+    refined: tuple[Refined, ...] = ()
     calibration: WindowsRead | None = None
     evaluation: Measured | None = None
     perplexity_before: float | None = None

@@ -84,6 +84,21 @@ class Evaluation(Config):
     """Where a beginning-of-sequence token is put: nowhere (none), before the text, before every window."""
 
 
+class Refinement(Config):
+    """How every block is trained once its weights are replaced, to output what the dense block does."""
+
+    epochs: Annotated[Whole, Field(ge=1, le=1000, strict=True), Option("--refine-epochs")] = 2
+    """How often every block is trained on the calibration windows; two epochs in a row that bring nothing on those held
+    out, every eighth batch, end it."""
+    lr: Annotated[float, Field(gt=0, le=1), Option("--refine-lr")] = 3e-4
+    """Highest learning rate of Adam; it rises over a tenth of the steps, and falls to 0."""
+    batch: Annotated[Whole, Field(ge=1, strict=True), Option("--refine-batch")] = 1
+    """Windows in a step; fewer where there are not two such batches, of which one is held out."""
+    loss: Annotated[Literal["next-norm", "plain"], Option("--refine-loss")] = "next-norm"
+    """Which error of a block's output is made small: every feature weighted as the norm behind the block weights it
+    (next-norm) or all alike (plain), relative to the size of the token's hidden state."""
+
+
 class Recipe(FromPreset):
     """A whole compression: model in, method, budget, data, folder out."""
 
@@ -131,6 +146,8 @@ class Recipe(FromPreset):
     dense_path: Annotated[float | Literal["auto"], Option(default=OWN)] = "auto"
     """Share of the dense model's own outputs in the targets of a refit and of sequential statistics, 0 to 1, or auto;
     the rest is what the dense weights make of the compressed model's inputs."""
+    refine: Annotated[Refinement | None, Option("--refine")] = None
+    """Train every compressed block, each behind those already trained, to output what the dense block does."""
     options: Annotated[OptionValues, Option("--option")] = Field(default={})
     """Option of the method, NAME=VALUE, by the names that `pared methods` lists."""
     calibration: Calibration = Calibration()
@@ -185,6 +202,11 @@ class Recipe(FromPreset):
             meant = f"; did you mean {float(number) / 100:g}?" if percent else ""
             raise ValueError(f"keep is the fraction that stays, in (0, 1], so that 0.8 removes 20%; got {value}{meant}")
         return value
+
+    @field_validator("refine", mode="before")
+    @classmethod
+    def _on_or_off(cls, value: object) -> object:
+        return ({} if value else None) if isinstance(value, bool) else value
 
     @field_validator("dense_path", mode="before")
     @classmethod

@@ -90,18 +90,20 @@ class _Attributes(MutableMapping[str, Any]):
         return sum(1 for _ in self)
 
 
-def copy_block(block: nn.Module, name: str = "") -> nn.Module:
+def copy_block(block: nn.Module, name: str = "", same_parameters: bool = False) -> nn.Module:
     """Return a copy of a block; tensors it keeps from an earlier backward pass are copied without their graph.
 
     Args:
         block: any module.
         name: for the error.
+        same_parameters: whether the copy has the very parameters of the block, not copies of them.
 
     Raises:
         ParedError: it cannot be copied.
     """
     kept = [tensor for module in block.modules() for tensor in tensors_in(dict(_Attributes(module)))]
     memo = {id(tensor): tensor.detach().clone() for tensor in kept if tensor.grad_fn is not None}
+    memo |= {id(parameter): parameter for parameter in block.parameters()} if same_parameters else {}
     try:
         return copy.deepcopy(block, memo)
     except (RuntimeError, TypeError) as error:

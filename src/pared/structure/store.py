@@ -10,6 +10,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pared.structure.model import Anatomy
+from pared.structure.state import copy_block
+
+# Hands out the blocks of a model as they were before it was compressed, by index: each has its parameters in memory
+# until another is asked for, and is not to be changed.
+DenseBlocks = Callable[[int], nn.Module]
 
 
 def block_file(passed: int, index: int) -> str:
@@ -55,6 +60,9 @@ class BlockStore(Protocol):
     @contextmanager
     def running(self) -> Iterator[None]:
         """Let the whole model be called for the length of a ``with`` block: every block is there when it runs."""
+
+    def dense(self) -> DenseBlocks:
+        """Return what hands out the blocks in the form they have now, before any is changed."""
 
 
 class LazyBlocks(BlockStore, Protocol):
@@ -104,3 +112,11 @@ class ResidentBlocks:
     def running(self) -> Iterator[None]:
         """Change nothing: the model can always be called."""
         yield
+
+    def dense(self) -> DenseBlocks:
+        """Return what hands out the blocks as they are now; they keep their weights when others come in their place.
+
+        Parameters are not copied: whatever changes a block has to replace them, not to write to them.
+        """
+        blocks = [copy_block(block, same_parameters=True) for block in self._blocks]
+        return lambda index: blocks[index]

@@ -16,7 +16,7 @@ from pared.cli.reference import BLOCK, MODELS, renewed
 from pared.schema.base import Config
 from pared.schema.command_line import declared
 from pared.schema.evaluate import EvaluationConfig
-from pared.schema.recipe import Recipe
+from pared.schema.recipe import Recipe, Refinement
 from pared.schema.search import SearchConfig
 from pared.schema.training import TrainingConfig
 
@@ -44,6 +44,10 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "--statistics": ("once", "once"),
     "--refit": ("off", "off"),
     "--dense-path": ("0.25", 0.25),
+    "--refine-epochs": ("3", 3),
+    "--refine-lr": ("1e-3", 1e-3),
+    "--refine-batch": ("2", 2),
+    "--refine-loss": ("plain", "plain"),
     "--option": ("group_size=2", {"group_size": 2}),
     "--data": ("alpaca", "alpaca"),
     "--samples": ("5", 5),
@@ -61,6 +65,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "--out": ("there", "there"),
 }
 OTHER_BUDGETS = {"--rank-fraction", "--sparsity", "--pattern"}  # one at a time goes with a recipe
+SWITCHES = {"--refine"}  # take no value
 
 
 def asked(marker: Fields, *words: str) -> Any:
@@ -89,11 +94,28 @@ def test_every_option_of_a_recipe_arrives_at_its_field() -> None:
     words = [word for flag, (text, _) in GIVEN.items() for word in ([flag, text] if flag != "model" else [text])]
     recipe = asked(Fields(Recipe), *words)
     options = {one.flag: one.key for one in declared(Recipe) if one.option is not None}
-    assert options.keys() == GIVEN.keys() | OTHER_BUDGETS
+    assert options.keys() == GIVEN.keys() | OTHER_BUDGETS | SWITCHES
     for flag, (_, expected) in GIVEN.items():
         assert value_of(recipe, options[flag]) == expected, flag
     for flag, text in (("--rank-fraction", "0.3"), ("--sparsity", "0.5"), ("--pattern", "2:4")):
         assert str(value_of(asked(Fields(Recipe), flag, text), options[flag])) == text
+
+
+def test_a_section_that_is_not_there_by_default_is_turned_on_and_off(tmp_path: Path) -> None:
+    marker = Fields(Recipe, file="A file.")
+    assert asked(marker).refine is None
+    assert asked(marker, "--refine").refine == Refinement()
+    assert asked(marker, "--refine-epochs", "3").refine == asked(marker, "--refine", "--refine-epochs", "3").refine
+    file = tmp_path / "recipe.yaml"
+    for said in ("true", "{epochs: 5}"):
+        file.write_text(f"refine: {said}\n")
+        before = ["--recipe", str(file)]
+        epochs = 5 if "5" in said else 2
+        assert asked(marker, *before, "--refine").refine == Refinement(epochs=epochs)
+        assert asked(marker, *before, "--refine-batch", "1").refine == Refinement(epochs=epochs, batch=1)
+        assert asked(marker, *before, "--no-refine").refine is None
+    with pytest.raises(ParedError, match=r"--no-refine and an option of refine \(epochs 3\) are given; leave one"):
+        asked(marker, "--no-refine", "--refine-epochs", "3")
 
 
 def test_nothing_given_is_the_default_of_every_field() -> None:

@@ -51,6 +51,7 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "trials": ("llama", 8, {"method": "svd", "keep": 0.7, "allocation": "sensitivity"}),
     "owl": ("llama", 8, {"method": "wanda", "sparsity": 0.5, "allocation": "owl"}),
     "tails": ("llama", 8, {"method": "magnitude", "sparsity": 0.5, "allocation": "alphapruning"}),
+    "refined": ("llama", 8, {"method": "svd", "keep": 0.7, "refine": {"batch": 2, "lr": 1e-3}}),
     "sparsegpt": ("llama", 8, {"method": "sparsegpt", "pattern": "2:4"}),
     "fewer batches than processes": ("llama", 2, {"method": "loss-optimal", "keep": 0.7, "statistics": "once"}),
 }

@@ -21,6 +21,7 @@ from pared.io.run_dir import RunDirectory, run_folder
 from pared.models.source import find_model
 
 GROUPS = {"group_size": 2, "sharing": "all"}
+REFINE = {"batch": 2, "lr": 1e-3}
 CASES: dict[str, dict[str, Any]] = {
     "no data": {"method": "svd", "keep": 0.7},
     "ranks known": {"method": "svd-llm", "keep": 0.7},
@@ -34,12 +35,15 @@ CASES: dict[str, dict[str, Any]] = {
     "groups, sequential": {"method": "basis-sharing", "keep": 0.5, "options": GROUPS, "statistics": "sequential"},
     "gradients": {"method": "loss-optimal", "keep": 0.7},
     "gradients, sequential": {"method": "loss-optimal", "keep": 0.7, "statistics": "sequential"},
+    "refined": {"method": "svd-llm", "keep": 0.7, "statistics": "sequential", "refine": REFINE},
+    "groups, refined": {"method": "basis-sharing", "keep": 0.5, "options": GROUPS, "refine": REFINE},
+    "pruned, refined": {"method": "wanda", "sparsity": 0.5, "refine": REFINE, "skip": ["*.o_proj"]},
     "pruned": {"method": "wanda", "sparsity": 0.5, "allocation": "owl"},
     "pruned, compensated": {"method": "sparsegpt", "sparsity": 0.5},
     "pruned, N:M": {"method": "sparsegpt", "pattern": "2:4"},
     "pruned without data": {"method": "magnitude", "sparsity": 0.5},
 }
-FEW = ["sequential, refit", "groups, update", "gradients", "pruned"]
+FEW = ["sequential, refit", "groups, update", "gradients", "pruned", "groups, refined", "pruned, refined"]
 
 
 class KilledError(BaseException):
@@ -93,7 +97,7 @@ def compressed(
 def require_equal(one: Made, other: Made) -> None:
     assert one[0].keys() == other[0].keys()
     assert [name for name, tensor in one[0].items() if not torch.equal(tensor, other[0][name])] == []
-    for field in ("plan", "damping", "fallbacks", "sharing", "calibration"):
+    for field in ("plan", "damping", "fallbacks", "sharing", "refined", "calibration"):
         assert getattr(one[1], field) == getattr(other[1], field), field
 
 
@@ -120,6 +124,7 @@ def ends_alike(
     """End a compression after lines here and there, go on, and compare; return the ends."""
     recipe, ends = Recipe(calibration=calibration, **CASES[case]), 0
     whole = compressed(recipe, tokenizer)
+    assert recipe.refine is None or any(one.epochs for one in whole[1].refined)
     for lines in range(1, 100, every):
         place = out / str(lines)
         if not ended_after(lines, recipe, tokenizer, place, source):

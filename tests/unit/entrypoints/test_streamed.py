@@ -62,6 +62,7 @@ METHODS: list[dict[str, Any]] = [
     {"method": "basis-sharing", "keep": 0.8, "options": {"group_size": 2}},
     {"method": "swift-svd", "keep": 0.8},
     {"method": "wanda", "sparsity": 0.5},
+    {"method": "svd-llm", "keep": 0.6, "refine": {"batch": 2, "lr": 1e-3}},
     {"method": "svd", "keep": 0.5},
 ]
 

@@ -45,6 +45,11 @@ def _parts(work: Work, unknown: list[str]) -> Iterator[Part]:
         width = int(work.model.get_input_embeddings().weight.shape[1])
         yield "capture", [Operation("stream", (2 * work.tokens.windows * work.tokens.length * width,), work.dtype)]
     for step in work.spec.passes():
+        if step.action == "refine":
+            unknown.append(
+                "refine (a few forward and backward passes an epoch; when a block's training ends is not known)"
+            )
+            continue
         if passes is not None and step.runs.startswith("backward"):
             yield "backward", passes.backward(step)
         if passes is not None and step.runs.endswith("forward"):

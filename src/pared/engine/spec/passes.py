@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Action = Literal["evidence", "solve", "allocate", "install", "refit"]
+Action = Literal["evidence", "solve", "allocate", "install", "refit", "refine"]
 Runs = Literal["nothing", "forward", "backward", "backward, then forward"]
 HandOn = Literal["dense", "compressed"]
 
@@ -14,7 +14,7 @@ class PassSpec:
 
     Attributes:
         action: what is done: collect evidence for the allocation, decompose or prune, decide every site, put in place
-            what was decomposed, refit.
+            what was decomposed, refit, refine.
         runs: what runs on the calibration tokens.
         hand_on: what later blocks read: what the dense blocks output, or what was made of them.
         reference: whether the dense model runs alongside, for targets.
@@ -30,12 +30,12 @@ class PassSpec:
     @property
     def changes(self) -> bool:
         """Whether blocks are changed, so that each is committed when its group is complete."""
-        return self.installs or self.action in ("install", "refit")
+        return self.installs or self.action in ("install", "refit", "refine")
 
     @property
     def replaces(self) -> bool:
         """Whether every block is fitted behind the fitted ones, by itself, in place of what the pass before made."""
-        return self.action == "refit" and self.hand_on == "compressed"
+        return self.action in ("refit", "refine") and self.hand_on == "compressed"
 
     def describe(self) -> dict[str, object]:
         """Return it as JSON has it."""
@@ -54,3 +54,7 @@ class PassSpec:
         beside = ", with the dense model as reference" if self.reference else ""
         verb = "solve and install" if self.action == "solve" and self.installs else self.action
         return f"{verb} ({how}{behind}{beside})"
+
+
+# Trains every block that the passes before have compressed, whatever they were.
+REFINE = PassSpec("refine", "forward", "compressed", reference=True)

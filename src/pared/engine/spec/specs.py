@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from pared.allocation import Allocator, Budget, UnitOptions
-from pared.engine.spec.passes import HandOn, PassSpec, Runs
+from pared.engine.spec.passes import REFINE, HandOn, PassSpec, Runs
 from pared.lowrank import GradientOptions, LowRankMethod, SharingOptions
 from pared.methods import Method
 from pared.schema.options import Options
-from pared.schema.recipe import Calibration, Recipe
+from pared.schema.recipe import Calibration, Recipe, Refinement
 from pared.sparsity import NM, PruningMethod
 
 if TYPE_CHECKING:  # imports torch, which a dry run need not wait for
@@ -72,6 +72,16 @@ class _Spec:
         return self.recipe.calibration
 
     @property
+    def refine(self) -> Refinement | None:
+        """How blocks are trained once they are compressed; None if they are not."""
+        return self.recipe.refine
+
+    @property
+    def refining(self) -> tuple[PassSpec, ...]:
+        """The last pass, if there is one that trains blocks."""
+        return () if self.refine is None else (REFINE,)
+
+    @property
     def group_size(self) -> int:
         """How many neighbouring blocks are compressed together."""
         return self.config.group_size if isinstance(self.config, SharingOptions) else 1
@@ -118,8 +128,8 @@ class LowRankSpec(_Spec):
 
     @property
     def calibrated(self) -> bool:
-        """Whether the model is run on a text: for statistics, a refit, or the allocation."""
-        return self.method_calibrated or self.refit != "off" or self.influence
+        """Whether the model is run on a text: for statistics, a refit, the allocation, or to refine it."""
+        return self.method_calibrated or self.refit != "off" or self.influence or self.refine is not None
 
     @property
     def tries(self) -> bool:
@@ -167,15 +177,15 @@ class LowRankSpec(_Spec):
         if ranks_known is None:
             grouped = self.group_size > 1 and self.sharing != "none"
             ranks_known = not (self.decided_from_data or grouped or self.refit != "off")
-        refit = () if self.refit == "off" else (self._refit_pass(),)
+        after = (*(() if self.refit == "off" else (self._refit_pass(),)), *self.refining)
         # Gradients are of the dense model, so that behind compressed blocks only what sites read is collected again.
         behind: Runs = "backward, then forward" if self.gradients and ranks_known else "forward"
         again = PassSpec("solve", behind, "compressed", self.dense_path > 0, installs=True)
         if ranks_known:
             once = PassSpec("solve", self.solving, installs=True)
-            return (PassSpec("allocate"), again if self.sequential else once, *refit)
+            return (PassSpec("allocate"), again if self.sequential else once, *after)
         first = PassSpec("solve", self.solving)
-        return (first, PassSpec("allocate"), again if self.sequential else PassSpec("install"), *refit)
+        return (first, PassSpec("allocate"), again if self.sequential else PassSpec("install"), *after)
 
     def _refit_pass(self) -> PassSpec:
         hand_on: HandOn = "dense" if self.refit == "update" else "compressed"
@@ -211,8 +221,9 @@ class SparseSpec(_Spec):
 
     @property
     def calibrated(self) -> bool:
-        """Whether the model is run on a text: for statistics, or the allocation."""
-        return self.method_calibrated or bool(self.allocator.requires & {"scores", "losses"})
+        """Whether the model is run on a text: for statistics, the allocation, or to refine it."""
+        by_allocator = bool(self.allocator.requires & {"scores", "losses"})
+        return self.method_calibrated or by_allocator or self.refine is not None
 
     @property
     def granularity(self) -> str:
@@ -228,7 +239,7 @@ class SparseSpec(_Spec):
         """Return the steps, in order."""
         evidence = (PassSpec("evidence", runs) for kind, runs in EVIDENCE_FROM if kind in self.allocator.requires)
         prune = PassSpec("solve", "forward", "compressed") if self.method_calibrated else PassSpec("solve")
-        return (*evidence, PassSpec("allocate"), replace(prune, installs=True))
+        return (*evidence, PassSpec("allocate"), replace(prune, installs=True), *self.refining)
 
     def describe(self) -> dict[str, object]:
         """Return what the recipe's ``auto`` stands for, for the record."""
