@@ -28,7 +28,8 @@ def load(
 
     Args:
         name: a folder that pared made, or any name of a model that pared knows.
-        dtype: ``auto`` keeps what is stored; else ``float32``, ``bfloat16`` or ``float16``.
+        dtype: ``auto`` keeps what is stored, bfloat16 for a quantised ``.gguf`` file; else ``float32``,
+            ``bfloat16`` or ``float16``.
         check: first, before its configuration or code is read, compare every file of a folder that pared made with
             its recorded SHA-256; a model of the Hub is fetched whole for that, and one that lists none is refused.
         trust_remote_code: whether code that lies beside the weights may run. What pared makes of a model of

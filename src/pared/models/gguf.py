@@ -38,11 +38,13 @@ def converted(gguf: Path, dtype: str) -> Path:
     header, itemsize = header_of(gguf), 4 if dtype == "float32" else 2
     suffix = "" if dtype == "float32" else f"-{dtype}"
     place = twin_folder(f"{gguf.stem}-{file_digest(gguf)[:16]}{suffix}")
-    if not place.is_dir():
-        size = itemsize * header.parameters
+    size = itemsize * header.parameters
+
+    def convert(folder: Path) -> None:
         log.info("converting %s to safetensors in %s, once: %s bytes in %s", gguf.name, dtype, f"{size:,}", place)
-        made_once(place, size, functools.partial(_convert, gguf, header, dtype))
-    return place
+        _convert(gguf, header, dtype, folder)
+
+    return made_once(place, size, convert)
 
 
 def header_of(gguf: Path) -> Header:

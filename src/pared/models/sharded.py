@@ -65,10 +65,9 @@ def joined(folder: Path, place: Path) -> Path:
     files = [path for path in (*sorted(folder.iterdir()), *sorted(place.iterdir())) if path.is_file()]
     digest = hashlib.sha256("\n".join(f"{path.name} {file_digest(path)}" for path in files).encode()).hexdigest()
     twin, size = twin_folder(f"{folder.name}-{digest[:16]}"), sum(path.stat().st_size for path in files)
-    if not twin.is_dir():
-        log.info("putting the shards of %s together, once: about %s bytes in %s", folder, f"{size:,}", twin)
 
     def make(staging: Path) -> None:
+        log.info("putting the shards of %s together, once: about %s bytes in %s", folder, f"{size:,}", twin)
         with _readable(place):
             write_safetensors(_tensors(place), staging)
         for path in folder.iterdir():

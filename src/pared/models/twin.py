@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pared.errors import ParedError
 from pared.io.files import cache_folder
+from pared.io.lock import locked_folder
 from pared.io.output_dir import staged
 from pared.memory import give_back
 
@@ -24,7 +26,8 @@ def twin_folder(name: str) -> Path:
 def made_once(place: Path, needed: int, make: Callable[[Path], None]) -> Path:
     """Return a folder of the cache, after making it if it is not there.
 
-    It is made beside its place, so a killed process leaves nothing that could be taken for a model.
+    It is made beside its place, so a killed process leaves nothing that could be taken for a model. Of several
+    processes that need it (ranks, workers of a search) one makes it, and the others wait.
 
     Args:
         place: of the folder.
@@ -36,12 +39,18 @@ def made_once(place: Path, needed: int, make: Callable[[Path], None]) -> Path:
     """
     if place.is_dir():
         return place
-    try:
-        with staged(place, needed=needed) as staging:
-            make(staging)
-    except ParedError:
-        if not place.is_dir():  # else another process made the same thing first
-            raise
+    with ExitStack() as stack:
+        with suppress(OSError):  # a place that cannot be written is reported by what writes there
+            place.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked_folder(place.parent, wait=True))
+        if place.is_dir():
+            return place
+        try:
+            with staged(place, needed=needed) as staging:
+                make(staging)
+        except ParedError:
+            if not place.is_dir():  # else another machine made the same thing first
+                raise
     return place
 
 
