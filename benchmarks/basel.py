@@ -109,7 +109,7 @@ def run_cell(cell: dict[str, Any], model: str, named: dict[str, str]) -> dict[st
                    **ABLATIONS.get(name, {})}  # fmt: skip
         asked = tuning(model, out, named["train"], 2 * tokens, method="basel", options=options)
     if not (out / "pared.json").exists():
-        tune(asked)
+        tune(asked, resume=True)
     manifest = Manifest.read(out)
     training = manifest.training[-1]
     return {
@@ -183,7 +183,7 @@ def measure_memory(what: str, model: str, named: dict[str, str]) -> None:
         with TemporaryDirectory() as place:
             few = {**BASEL, "keep": 0.9, "prunes": 1, "pruning_epochs": 1.0, "post_epochs": 0.0}
             asked = tuning(model, Path(place) / "out", named["train"], 4 * LENGTH, method="basel", options=few)
-            training = tune(asked).manifest.training[-1]
+            training = tune(asked, resume=True).manifest.training[-1]
             trained, peak = training.stages[0]["trained_parameters"], training.peak_memory_bytes
     else:
         dense = pared.load(model).float().train()

@@ -66,7 +66,7 @@ def train(parent: Path, cell: dict[str, Any]) -> dict[str, Any]:
         tune(TrainingConfig.of({
             **asked, "options": cell.get("options", {}), "model": str(parent), "out": str(out),
             "data": list(cell["data"]), "evaluation": None, "checkpoint_every": 20, "schedule": cell["schedule"],
-        }))  # fmt: skip
+        }), resume=True)  # fmt: skip
     training = Manifest.read(out).training[-1]
     row = {**cell, "stages": training.stages, "seconds": training.seconds, "settled": training.settled}
     row |= {"peak_memory_bytes": training.peak_memory_bytes}

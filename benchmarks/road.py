@@ -74,7 +74,7 @@ def peak_memory(recipe: Recipe) -> dict[str, float]:
     code = (
         "import json, sys, torch, transformers.models.llama.modeling_llama; torch.set_num_threads(1); import pared; "
         "from pared.environment import peak_memory_bytes as peak; "
-        "recipe = pared.Recipe.of(json.loads(sys.argv[1])); imported = peak(); pared.run(recipe); "
+        "recipe = pared.Recipe.of(json.loads(sys.argv[1])); imported = peak(); pared.run(recipe, resume=False); "
         "print(imported, peak())"
     )
     with tempfile.TemporaryDirectory() as folder:

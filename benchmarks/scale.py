@@ -92,7 +92,8 @@ def pared_command(model: str, fields: dict[str, Any], out: Path, *more: str) -> 
     file = out.with_name(f"{out.name}.recipe.json")
     file.write_text(json.dumps(recipe), encoding="utf-8")
     compress = [sys.executable, "-m", "pared", "compress"]
-    return [*compress, "--recipe", str(file), "--out", str(out), "--overwrite", *more]
+    left = [] if "--resume" in more else ["--restart"]  # of a benchmark that was killed: no part of a measurement
+    return [*compress, "--recipe", str(file), "--out", str(out), "--overwrite", *left, *more]
 
 
 def digests(folder: Path) -> dict[str, str]:

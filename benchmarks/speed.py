@@ -55,7 +55,7 @@ def folder_of(model: str, keep: float, storage: str) -> Path:
         return out
     recipe = pared.Recipe(model=MODELS[model], method="svd", keep=keep, storage=storage, evaluation=None, out=str(out))
     if model == "embedded":
-        pared.run(recipe)
+        pared.run(recipe, resume=False)
         return out
     loaded = pared.load(MODELS[model])
     for site in plan_from_shapes(loaded, resolve(recipe)).sites:

@@ -49,6 +49,18 @@ def called(field: str, value: str = "") -> str:
     return f"{flag} {value}" if value and value != "True" else flag
 
 
+def ways_on() -> str:
+    """Return what may be done about unfinished work: take it up, or start over."""
+    if _FLAGS.get():
+        return "--resume continues it, --restart removes it and starts over"
+    return "resume=True continues it, resume=False removes it and starts over"
+
+
+def anew() -> str:
+    """Return how a run starts over where unfinished work lies."""
+    return "--restart" if _FLAGS.get() else "resume=False"
+
+
 def option_called(name: str, value: str, of: str = "options") -> str:
     """Return how an option of a method is given: ``options={'new': 8}`` in Python, ``--option new=8`` by a command.
 

@@ -16,9 +16,9 @@ SOURCE = Path(pared.__file__).parent
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 # Whole commands, which are the same wherever they are read, to the end of what stands behind them.
 COMMANDS = re.compile(r"(accelerate launch|torchrun|pip install|ray start|pared (export|compress|verify))[^;:)]*")
-# What only a command calls, what quotes papers and what is help: presets with their page, figures of a search, the
-# defaults of options, the file of results.
+# What says both ways itself, what only a command calls, what quotes papers, and what is help.
 OF_COMMANDS = {
+    "names.py",
     "schema/presets.py",
     "report/search_trace.py",
     "schema/recipe.py",

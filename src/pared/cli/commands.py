@@ -35,7 +35,7 @@ COMMANDS = {
     ),
     "search": (
         "pared.cli.search:search",
-        "Search for the program that allocates sparsity or ranks best; a search that was stopped resumes.",
+        "Search for the program that allocates sparsity or ranks best.",
     ),
     "tune": (
         "pared.cli.tune:tune",

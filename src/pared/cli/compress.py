@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def compress(
     given: Annotated[Given[Recipe], Fields(Recipe, file=RECIPE_FILE)],
     overwrite: Overwrite = False,
-    resume: Resume = False,
+    resume: Resume = None,
     json_file: JsonFile = None,
 ) -> None:
     """Compress a model and write it as an ordinary Hugging Face folder, checked by reloading."""

@@ -35,7 +35,7 @@ def demo(
 
         outcome = reusable(recipe)
         if outcome is None:
-            outcome = run(recipe, overwrite=folder is None, progress=ConsoleProgress())
+            outcome = run(recipe, overwrite=folder is None, progress=ConsoleProgress(), resume=False)
         else:
             out.print(f"reusing {place} of an earlier run; remove it to run again")
         print_manifest(outcome.manifest, str(place))

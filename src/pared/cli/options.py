@@ -19,8 +19,11 @@ Streaming = Annotated[
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it is there.")]
 Resume = Annotated[
-    bool,
+    bool | None,
     typer.Option(
-        "--resume", help="Go on from the last block that a killed run of the same command finished, to the same bytes."
+        "--resume/--restart",
+        show_default=False,
+        help="Continue what a killed run of the same command left, to the same result; or remove it, and start over. "
+        "[default: refuse to do either]",
     ),
 ]

@@ -7,7 +7,7 @@ import typer
 
 from pared.cli.console import ConsoleProgress, JsonFile, errors, out, quiet_libraries, write_json
 from pared.cli.from_schema import Change, Fields, Given, schema_options
-from pared.cli.options import SHAPES
+from pared.cli.options import SHAPES, Resume
 from pared.entrypoints.checks import require_search
 from pared.errors import ParedError
 from pared.report.search_trace import against as finished_beside
@@ -43,11 +43,12 @@ def search(
     against: Annotated[
         str | None, typer.Option(help="Folder of another search, such as a random one, to draw for comparison.")
     ] = None,
-    folder: Annotated[Path | None, typer.Option("--out", help="The folder to make, or to resume in.")] = None,
+    folder: Annotated[Path | None, typer.Option("--out", help="The folder to make.")] = None,
+    resume: Resume = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Search for the program that allocates sparsity or ranks best; a search that was stopped resumes."""
-    with errors("interrupted; what was measured is in the journal, the same command resumes from there"):
+    """Search for the program that allocates sparsity or ranks best."""
+    with errors("interrupted; what was measured is in the journal, and --resume continues from there"):
         quiet_libraries()
         if folder is None:
             raise ParedError("no output folder is named; give --out DIR")
@@ -60,13 +61,13 @@ def search(
             require_plotting()
         recipe, settings = given.merged(), config.merged()
         require_search(recipe)
-        from pared.entrypoints.search import pools_on, run
+        from pared.entrypoints.search import TRACE, pools_on, run
 
-        found = run(recipe, settings, folder, ConsoleProgress(), pools_on(ray))
+        found = run(recipe, settings, folder, ConsoleProgress(), pools_on(ray), resume)
         print_found(found)
         if plot or against:
             other = {} if against is None else finished_beside(found.told["settings"], against)
-            out.print(f"trace: {draw(found.told, other, folder / 'trace.png')}")
+            out.print(f"trace: {draw(found.told, other, folder / TRACE)}")
         write_json(json_file, {"folder": str(found.folder), **found.told})
 
 

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pared.cli.console import ConsoleProgress, JsonFile, errors, out, quiet_libraries, write_json
 from pared.cli.from_schema import Fields, Given, schema_options
-from pared.cli.options import Overwrite
+from pared.cli.options import Overwrite, Resume
 from pared.entrypoints.checks import require_training
 from pared.report.results import trained_lines, training_lines
 from pared.schema.training import TrainingConfig
@@ -19,19 +19,17 @@ def tune(
         Given[TrainingConfig], Fields(TrainingConfig, file="YAML file of a training; options given here win over it.")
     ],
     overwrite: Overwrite = False,
+    resume: Resume = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Train a compressed model, keeping its ranks and zeros; or, with basel, compress a dense one for a task.
-
-    The same command resumes after a crash.
-    """
-    with errors("interrupted; the same command resumes from the last checkpoint, if there is one"):
+    """Train a compressed model, keeping its ranks and zeros; or, with basel, compress a dense one for a task."""
+    with errors("interrupted; --resume continues from the last checkpoint, if there is one"):
         quiet_libraries()
         config = given.merged()
         require_training(config, overwrite)
         from pared.entrypoints.train import tune as run
 
-        made = run(config, overwrite, ConsoleProgress())
+        made = run(config, overwrite, ConsoleProgress(), resume=resume)
         if made.is_first:
             print_trained(made.manifest, str(made.folder))
             write_json(json_file, {"folder": str(made.folder), **made.manifest.model_dump(mode="json")})

@@ -104,19 +104,22 @@ def search(
     progress: Progress | bool | None = None,
     ray: str | None = None,
     trust_remote_code: bool = False,
+    resume: bool | None = None,
     **fields: Any,
 ) -> Found:
-    """Search for the program that spreads zeros, or ranks, best over a model; one that was stopped resumes.
+    """Search for the program that spreads zeros, or ranks, best over a model.
 
     Args:
         model: by name, or loaded with its tokenizer; the same bits afterwards.
-        out: the folder of journal and result; that of the same search is resumed.
+        out: the folder of journal and result.
         tokenizer: of a loaded model.
         recipe: method, budget and calibration: ``method="wanda", sparsity=0.7``, or a low-rank method and ``keep``.
         config: how the search goes, and what candidates are measured on.
         progress: what reports progress, or whether bars are shown; by default in a notebook only.
         ray: measure on a Ray cluster: its address, ``auto`` or ``local``.
         trust_remote_code: whether code that lies beside the model may run.
+        resume: True resumes a search of the very same settings that was stopped; False removes what it found, and
+            starts over. None, the default, is refused where there is any.
         **fields: of :class:`pared.SearchConfig`, and of :class:`pared.Recipe` what that has not (``samples`` too).
 
     Raises:
@@ -140,11 +143,11 @@ def search(
         if isinstance(model, (str, Path)):
             asked = asked.model_copy(update={"model": name_from(model, function)})
             require_named_model(require_possible(asked))
-            return search_by_name(asked, settings, folder, watcher, pools)
+            return search_by_name(asked, settings, folder, watcher, pools, resume)
         require_model(model, function)
         require_tokenizer(tokenizer, function)
         assert tokenizer is not None
-        return search_loaded(model, tokenizer, asked, settings, folder, watcher, pools)
+        return search_loaded(model, tokenizer, asked, settings, folder, watcher, pools, resume)
 
 
 @dataclass(frozen=True, repr=False)

@@ -62,14 +62,14 @@ def require_evaluable(model: str | None, config: "EvaluationConfig") -> None:
         find_model(model)
 
 
-def require_compression(recipe: "Recipe", overwrite: bool, resume: bool = False) -> None:
+def require_compression(recipe: "Recipe", overwrite: bool, resume: bool | None = None) -> None:
     """Refuse a compression that cannot be, from the recipe and the disk.
 
     Args:
         recipe: with ``model`` and ``out``.
         overwrite: whether an output folder that is there may be replaced.
-        resume: whether a killed run is resumed; one that was killed behind its end has output and state, which the
-            run itself looks at.
+        resume: whether a killed run is resumed or removed; one that was killed behind its end has output and state,
+            which the run itself looks at.
 
     Raises:
         ParedError: says what is wrong.
@@ -78,8 +78,8 @@ def require_compression(recipe: "Recipe", overwrite: bool, resume: bool = False)
     from pared.io.files import path_of
     from pared.io.run_dir import COMPRESSION, run_folder
 
-    ended = resume and recipe.out is not None and run_folder(path_of(recipe.out), COMPRESSION).is_dir()
-    require_job(recipe, overwrite or ended, resume)
+    ended = resume is not False and recipe.out is not None and run_folder(path_of(recipe.out), COMPRESSION).is_dir()
+    require_job(recipe, overwrite or ended, bool(resume))
 
 
 def require_plan(recipe: "Recipe") -> None:

@@ -145,7 +145,7 @@ def run(
     overwrite: bool = False,
     progress: Progress | bool | None = None,
     trust_remote_code: bool = False,
-    resume: bool = False,
+    resume: bool | None = None,
 ) -> Outcome:
     """Carry out a recipe from model name to folder.
 
@@ -162,8 +162,9 @@ def run(
         overwrite: whether an output folder that is there may be replaced.
         progress: what reports progress, or whether bars are shown; by default in a notebook only.
         trust_remote_code: whether code that lies beside the model's weights may run.
-        resume: resume from the last block that a killed run of the very same recipe, model, data and versions finished,
-            to the same bytes; without it such a run starts over.
+        resume: True resumes from the last block that a killed run of the very same recipe, model, data and versions
+            finished, to the same bytes; False removes what it finished, and starts over. None, the default, is refused
+            where there is any.
 
     Raises:
         ParedError: anything wrong; nothing was written or overwritten, and what is finished is kept.
@@ -172,9 +173,9 @@ def run(
         asked, watcher = asked_from(Recipe, recipe, "pared.run"), watcher_of(progress, "pared.run")
         with launched(asked.device) as processes:
             watcher = watcher if processes.is_first else Silent()
-            if resume and (there := processes.first(lambda: _published(asked))) is not None:
+            if resume is not False and (there := processes.first(lambda: _published(asked))) is not None:
                 return replace(there, is_first=processes.is_first)
-            spec, source, out = require_job(asked, overwrite, resume)
+            spec, source, out = require_job(asked, overwrite, bool(resume))
             state = Resumable.beside(out, resume, watcher) if processes.is_first else nullcontext()
             with state as resumable:
                 result = _by_name(source, spec, watcher, out, resumable=resumable, processes=processes)

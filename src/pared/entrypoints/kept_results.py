@@ -8,6 +8,7 @@ from typing import Any
 from pared.errors import ParedError
 from pared.io.files import is_kept_on_disk
 from pared.io.journal import Journal
+from pared.names import anew, ways_on
 
 HEADER, FORMAT = "pared_eval", 1
 
@@ -20,10 +21,13 @@ class Kept:
     Args:
         file: of ``--json``; nothing is kept without one, or where that is a pipe or a device.
         note: is called once where an earlier run is resumed.
+        resume: take up what an earlier run has kept, or remove it; None refuses both.
     """
 
-    def __init__(self, file: Path | None, note: Callable[[str], None] = lambda _: None) -> None:
-        self._note = note
+    def __init__(
+        self, file: Path | None, note: Callable[[str], None] = lambda _: None, resume: bool | None = True
+    ) -> None:
+        self._note, self._resume = note, resume
         self.path: Path | None = None
         if file is not None and is_kept_on_disk(file):
             whole = Path(os.path.realpath(file))
@@ -45,23 +49,33 @@ class Kept:
             settings: everything results depend on, as JSON.
 
         Raises:
-            ParedError: what is kept was measured with other settings, is damaged, or another run is writing it.
+            ParedError: what is kept was measured with other settings, or with these and ``resume`` is None; it is
+                damaged, or another run is writing it.
         """
         if self.path is None:
             return
+        busy = f"{self.path}: another run is writing it; wait for it, or name another --json"
+        if self._resume is False:
+            Journal.remove(self.path, "results", busy)
         self._journal = Journal(
             self.path,
             {HEADER: FORMAT, **settings},
             what="results",
             of="an evaluation",
-            busy=f"{self.path}: another run is writing it; wait for it, or name another --json",
-            advice="finish that run, remove the file, or name another --json",
+            busy=busy,
+            advice=f"finish that run, start over ({anew()}), or name another --json",
         )
         try:
             self._results = {str(one["task"]): dict(one["result"]) for one in self._journal.entries}
         except (KeyError, TypeError, ValueError) as error:
             self._close()
             raise ParedError(f"results {self.path}: a line names no task or no result ({error}); remove it") from None
+        if self._results and self._resume is None:
+            done = ", ".join(self._results)
+            self._close()
+            raise ParedError(f"{self.path} holds results of an unfinished run ({done}): {ways_on()}")
+        if self._resume and not self._results:
+            self._note(f"nothing to resume: no results are kept in {self.path}")
         if self._results:
             self._note(f"resuming after {', '.join(self._results)}, kept in {self.path}")
 

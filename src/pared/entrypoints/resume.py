@@ -32,11 +32,11 @@ class Resumable:
 
     Args:
         out: the output.
-        resume: whether to resume from what an earlier process left; otherwise that is removed.
+        resume: whether to resume from what an earlier process left, or to remove it; None refuses both.
         progress: what reports progress.
     """
 
-    def __init__(self, out: Path, resume: bool, progress: Progress) -> None:
+    def __init__(self, out: Path, resume: bool | None, progress: Progress) -> None:
         self._out, self._resume, self._progress = out, resume, progress
         self._stack = ExitStack()
         self._directory: RunDirectory | None = None
@@ -44,7 +44,7 @@ class Resumable:
 
     @classmethod
     @contextmanager
-    def beside(cls, out: Path, resume: bool, progress: Progress) -> Iterator["Resumable"]:
+    def beside(cls, out: Path, resume: bool | None, progress: Progress) -> Iterator["Resumable"]:
         """Hold the state until the output is there, when it is removed; what fails or is interrupted leaves it."""
         one = cls(out, resume, progress)
         with one._stack:
@@ -59,7 +59,7 @@ class Resumable:
     @property
     def streamed(self) -> bool | None:
         """Whether the process that this one resumes from read the model block by block; None where there was none."""
-        found = settings_of(run_folder(self._out, KIND)) if self._resume else None
+        found = settings_of(run_folder(self._out, KIND)) if self._resume is not False else None
         return None if found is None else bool(found.get(STREAMED))
 
     def publishing(self, folder: Path) -> None:

@@ -24,11 +24,12 @@ from pared.io.inputs import inputs_of, told_apart, without_places
 from pared.io.output_dir import require_short
 from pared.models.architecture import is_causal
 from pared.models.source import find_model, require_dense
-from pared.names import called, option_called
+from pared.names import called, option_called, ways_on
 from pared.progress import Progress, Silent
 from pared.schema.recipe import Recipe
 from pared.schema.search import SearchConfig
 from pared.search.data_split import search_texts
+from pared.search.evidence import FILE as EVIDENCE
 from pared.search.evolution import Candidate, Measured, Result, best_so_far, evolve
 from pared.search.journal import SearchJournal
 from pared.search.objective import Measure, Trial, first, successive_halving_splits
@@ -40,7 +41,7 @@ from pared.sparsity import PruningMethod
 from pared.sparsity.registry import Wanda
 from pared.tables import Shown, Table
 
-JOURNAL, FOUND = "journal.jsonl", "FOUND.json"
+JOURNAL, FOUND, TRACE = "journal.jsonl", "FOUND.json", "trace.png"
 FORMAT = 1
 LENGTH = 1024  # tokens of a window by default
 # What a journal holds of a search's own settings, in this order: the same settings write the same bytes.
@@ -102,8 +103,9 @@ def run(
     out: Path,
     progress: Progress | None = None,
     pools: Pools | None = None,
+    resume: bool | None = True,
 ) -> Found:
-    """Search for a model by name; a folder that holds the journal of this very search is resumed.
+    """Search for a model by name.
 
     Args:
         recipe: model, pruner or low-rank method, budget and calibration; evaluation and allocation are not read.
@@ -111,6 +113,8 @@ def run(
         out: the folder, made if it is not there.
         progress: what reports progress; nothing by default.
         pools: makes what measures, given how and how many workers; processes on this machine by default.
+        resume: take up the journal of this very search in the folder, or remove that of any; None refuses both where
+            the search there is unfinished. One that is finished is told again.
 
     Raises:
         ParedError: anything that does not work; what can be refused is refused before a weight is read.
@@ -125,7 +129,7 @@ def run(
     tokenizer = source.tokenizer()
     search_texts(recipe.calibration.text, tokenizer)
     model = source.load(recipe.dtype).to(device_of(recipe.device))
-    return search(model, tokenizer, recipe, config, out, progress, pools)
+    return search(model, tokenizer, recipe, config, out, progress, pools, resume)
 
 
 def search(
@@ -136,6 +140,7 @@ def search(
     out: Path,
     progress: Progress | None = None,
     pools: Pools | None = None,
+    resume: bool | None = True,
 ) -> Found:
     """Search for a loaded model, which is the same bits afterwards; the other arguments are those of :func:`run`.
 
@@ -154,7 +159,13 @@ def search(
         full = first(full, config.final_windows)
     settings = _settings(model, spec, config, windows, full)
     out.mkdir(parents=True, exist_ok=True)
+    if resume is False:
+        SearchJournal.remove(out / JOURNAL, [out / name for name in (FOUND, TRACE, EVIDENCE)])
     with SearchJournal(out / JOURNAL, settings) as journal:
+        if resume is None and journal.resumed and not (out / FOUND).exists():
+            raise ParedError(f"{out} holds an unfinished search of these very settings: {ways_on()}")
+        if resume and not journal.resumed:
+            progress.note(f"nothing to resume: {out} holds no measurements")
         if journal.resumed:
             progress.note(f"{out} holds {journal.resumed} measurements of this search; it resumes from there")
         trial = prepare(model, tokenizer, spec, windows, out, progress)

@@ -74,12 +74,13 @@ def tune(
     overwrite: bool = False,
     progress: Progress | bool | None = None,
     trust_remote_code: bool = False,
+    resume: bool | None = None,
     **fields: Any,
 ) -> Tuned:
     """Train a folder that pared made and write the result.
 
     What can be refused is refused before a weight is read. The state is saved during training, in a hidden folder
-    beside the output: the same call resumes there after a crash, and ends as it would have without one.
+    beside the output: the same call with ``resume=True`` resumes there after a crash, and ends as without one.
 
     Args:
         config: what is trained and how, with ``model`` and ``out``; a mapping of that; or the folder alone, with all
@@ -87,6 +88,8 @@ def tune(
         overwrite: whether an output folder that is there may be replaced.
         progress: what reports progress, or whether bars are shown; by default in a notebook only.
         trust_remote_code: whether code that lies beside the model's weights may run.
+        resume: True resumes from the last checkpoint of a killed training with the very same settings; False removes
+            what it left, and starts over. None, the default, is refused where there is any.
         **fields: of :class:`pared.TrainingConfig`, laid over it.
 
     Raises:
@@ -104,13 +107,13 @@ def tune(
     with trusting(trust_remote_code):
         asked = config_from(TrainingConfig, config, fields, function)
         require_possible(asked, overwrite)
-        return _Job(asked, overwrite, watcher).run()
+        return _Job(asked, overwrite, watcher, resume).run()
 
 
 class _Job:
-    def __init__(self, tuning: TrainingConfig, overwrite: bool, progress: Progress) -> None:
+    def __init__(self, tuning: TrainingConfig, overwrite: bool, progress: Progress, resume: bool | None = None) -> None:
         self.processes = Processes(tuning.device)
-        self.tuning, self.overwrite = tuning, overwrite
+        self.tuning, self.overwrite, self.resume = tuning, overwrite, resume
         self.progress = progress if self.processes.is_first else Silent()
         self.watch = Stopwatch()
         self.method: TuningMethod = method_of(tuning.method)
@@ -147,9 +150,11 @@ class _Job:
             examples = find_rows(tuning, self.tokenizer, self.config, self.causal, evaluated)
             measure = self.measure(self.evaluation_windows(examples))
         stages = self.method.stages(self.options)
-        with TrainingRun.beside(self.out, self.settings(examples), self.processes) as run:
+        with TrainingRun.beside(self.out, self.settings(examples), self.processes, self.resume) as run:
             if run.resumed:
                 self.progress.note(f"resuming the training that {run.folder} holds")
+            elif self.resume:
+                self.progress.note(f"nothing to resume: no state of a training lies beside {self.out}")
             before = self.measured(run, measure)
             went = [self.trained(run, number, stages, examples) for number in range(1, len(stages) + 1)]
             self.processes.first(lambda: self.write(run, went, examples, measure, before))

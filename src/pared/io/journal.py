@@ -125,6 +125,29 @@ class Journal:
         entries = list(entries)
         write_whole(path, _sealed_lines([header, *entries])[0] if entries else b"")
 
+    @staticmethod
+    def remove(path: Path, what: str, busy: str, beside: Iterable[Path] = ()) -> None:
+        """Remove a journal, whatever run it is of, and say so.
+
+        Args:
+            path: of the file; nothing happens without one.
+            what: the file is, for messages.
+            busy: the message where another process has it open.
+            beside: files that go with it.
+
+        Raises:
+            ParedError: another process has it open, or it cannot be removed.
+        """
+        if not path.exists():
+            return
+        with opened_alone(path, what, busy):
+            try:
+                for file in (*beside, path):
+                    file.unlink(missing_ok=True)
+            except OSError as error:
+                raise ParedError(f"{what} {path}: {_why(error)}") from None
+        log.warning("%s %s, of a run before, was removed: this one starts over", what, path)
+
     def close(self) -> None:
         """Let others have the file; one that holds nothing is removed."""
         if self._file is not None:

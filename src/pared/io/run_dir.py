@@ -3,6 +3,9 @@
 A hidden folder ``.NAME.KIND`` holds everything: what the run depends on, a journal, and files that appear whole. Its
 name holds neither machine nor process: the next run of the same output finds it. So :func:`pared.io.leftovers.tidy`,
 which removes what killed processes left, leaves it alone; it goes when the output is there, or a run starts over.
+
+One rule holds for every command: unfinished work is neither taken up nor removed unless the caller says which.
+``resume`` is that choice: True takes it up, False starts over, None refuses where there is any.
 """
 
 import logging
@@ -21,6 +24,7 @@ from pared.io.guarded import read_bytes
 from pared.io.journal import Journal, opened, read_entries, sealed
 from pared.io.leftovers import discard, scratch
 from pared.io.lock import folder_alone
+from pared.names import anew, ways_on
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +61,8 @@ class RunDirectory:
         out: Path,
         kind: str,
         fingerprint: Mapping[str, Any],
-        resume: bool = True,
-        worth: Callable[["RunDirectory"], bool] | None = None,
+        resume: bool | None = True,
+        worth: Callable[[Path], bool] | None = None,
     ) -> Iterator["RunDirectory"]:
         """Open the state of a run beside its output, or begin one.
 
@@ -66,23 +70,27 @@ class RunDirectory:
             out: the output.
             kind: of run, as part of the folder's name: ``training``.
             fingerprint: everything a result depends on, as JSON has it.
-            resume: take up what a process before has left; otherwise that is removed.
-            worth: whether there is anything to resume from, asked at the end; what has nothing is removed. If none is
-                given, any line of the journal is.
+            resume: take up what a process before has left, or remove it; None refuses both.
+            worth: whether there is anything to resume from in a folder; what has nothing is removed. If none is given,
+                any line of the journal is.
 
         Raises:
-            ParedError: another process works in the folder, it holds the state of a run with another fingerprint, or
-                that state is damaged; says what differs, and what to do.
+            ParedError: another process works in the folder, it holds the state of a run with another fingerprint, or of
+                any with ``resume`` None, or that state is damaged; says what differs, and what to do.
         """
         folder = run_folder(out, kind)
         busy = f"{folder}: another process is at work on this output; wait for it, or name another folder"
+        worth = worth or (lambda folder: bool(entries_of(folder, kind)))
         with ExitStack() as stack:
             try:
-                if not resume and folder.exists():
+                if resume is not True and folder.exists():
                     with folder_alone(folder, busy):
-                        if any(folder.iterdir()):
+                        if resume is None:
+                            _require_nothing(folder, fingerprint, worth)
+                        elif any(folder.iterdir()):
                             log.warning("%s, left by a run that did not end, was removed: this one starts over", folder)
-                        discard(folder, out.absolute())
+                        if resume is False or settings_of(folder) is not None:
+                            discard(folder, out.absolute())
                 stack.enter_context(folder_alone(folder, busy))
                 resumed = _take_up(folder, fingerprint)
                 run = cls(folder, kind, out.absolute())
@@ -94,7 +102,7 @@ class RunDirectory:
                 yield run
             finally:
                 run.journal.close()
-                if folder.exists() and not (bool(run.journal.entries) if worth is None else worth(run)):
+                if folder.exists() and not worth(folder):
                     run.finish()
 
     @classmethod
@@ -180,7 +188,7 @@ def _take_up(folder: Path, fingerprint: Mapping[str, Any]) -> bool:
         path.unlink()
     settings, journal = folder / SETTINGS, folder / JOURNAL
     if (found := settings_of(folder)) is not None:
-        require_same(found, fingerprint, f"{folder} holds an unfinished run with other settings", _anew(folder))
+        _require_same(folder, found, fingerprint)
         files = sorted(path.name for path in folder.iterdir() if path not in (settings, journal))
         if files and not (journal.is_file() and journal.stat().st_size):  # it is begun before any file is written
             raise _damaged(folder, f"{JOURNAL}, which tells what {files[0]} is, is empty or missing")
@@ -194,13 +202,25 @@ def _take_up(folder: Path, fingerprint: Mapping[str, Any]) -> bool:
     return False
 
 
+def _require_nothing(folder: Path, fingerprint: Mapping[str, Any], worth: Callable[[Path], bool]) -> None:
+    """Refuse a folder that holds something worth to be resumed, of this run or another."""
+    found = settings_of(folder)
+    if found is not None and worth(folder):
+        _require_same(folder, found, fingerprint)
+        raise ParedError(f"{folder} holds an unfinished run of these very settings: {ways_on()}")
+
+
+def _require_same(folder: Path, found: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> None:
+    require_same(found, fingerprint, f"{folder} holds an unfinished run with other settings", _anew(folder))
+
+
 def _damaged(folder: Path, what: str) -> ParedError:
-    return ParedError(f"{folder} holds an unfinished run, and it is damaged: {what}; restore that file, or remove "
-                      f"{folder} to start over")  # fmt: skip
+    return ParedError(f"{folder} holds an unfinished run, and it is damaged: {what}; restore that file, or start over "
+                      f"({anew()})")  # fmt: skip
 
 
 def _anew(folder: Path) -> str:
-    return f"resume with the same settings, name another output, or remove {folder} to start over"
+    return f"resume with the same settings, name another output, or start over ({anew()}), which removes {folder}"
 
 
 def _full(path: Path, needed: int, free: int) -> str:

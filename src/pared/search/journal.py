@@ -6,13 +6,14 @@ in it depends on the clock: the same settings write the same bytes. Seconds go t
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from pared.errors import ParedError
 from pared.io.journal import Journal
+from pared.names import anew
 from pared.search.evolution import Candidate, Measured
 
 FORMAT = 1
@@ -41,7 +42,7 @@ class SearchJournal:
             ParedError: it is the journal of other settings, no journal, damaged, not a regular file, or open elsewhere.
         """
         self.path = path
-        busy = f"journal {path}: another search is writing it; wait for it, or name another folder"
+        busy = _busy(path)
         with ExitStack() as stack:
             self._journal = stack.enter_context(
                 Journal(
@@ -49,7 +50,7 @@ class SearchJournal:
                     {HEADER: FORMAT, **settings},
                     of="a search",
                     busy=busy,
-                    advice="resume it with the same settings, or name another folder",
+                    advice=f"resume it with the same settings, start over ({anew()}), or name another folder",
                 )
             )
             self._journal.begin()
@@ -70,6 +71,15 @@ class SearchJournal:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+
+    @staticmethod
+    def remove(path: Path, beside: Iterable[Path]) -> None:
+        """Remove a journal, its seconds and other files of the search.
+
+        Raises:
+            ParedError: another search is writing it.
+        """
+        Journal.remove(path, "journal", _busy(path), [path.with_name(SECONDS), *beside])
 
     def get(self, name: str, program: str) -> Measured | None:
         """Return what a line tells, None if there is none of that name.
@@ -107,6 +117,10 @@ class SearchJournal:
     def remember(self, candidate: Candidate, measured: Measured) -> None:
         """Write what was found of a candidate."""
         self.put(f"candidate {candidate.number}", str(candidate.program), measured, draws=candidate.draws)
+
+
+def _busy(path: Path) -> str:
+    return f"journal {path}: another search is writing it; wait for it, or name another folder"
 
 
 def _is_whole(line: Mapping[str, Any]) -> bool:

@@ -28,19 +28,22 @@ class TrainingRun:
 
     @classmethod
     @contextmanager
-    def beside(cls, out: Path, settings: Mapping[str, Any], processes: Processes) -> Iterator["TrainingRun"]:
+    def beside(
+        cls, out: Path, settings: Mapping[str, Any], processes: Processes, resume: bool | None = True
+    ) -> Iterator["TrainingRun"]:
         """Open the state of a training beside its output; it goes again if there is nothing in it to resume from.
 
         Args:
             out: the output.
             settings: everything a result depends on, as JSON has it.
             processes: that train together.
+            resume: as of :meth:`pared.io.run_dir.RunDirectory.open`.
 
         Raises:
             ParedError: it holds the state of another training, or another process works in it.
         """
         with ExitStack() as stack:
-            opened = RunDirectory.open(out, KIND, settings, worth=_holds_anything)
+            opened = RunDirectory.open(out, KIND, settings, resume, _holds_anything)
             directory = processes.first(lambda: stack.enter_context(opened))
             yield cls(run_folder(out, KIND), directory)
 
@@ -91,6 +94,6 @@ def mark_whole(checkpoint: Path) -> None:
     sync(checkpoint)
 
 
-def _holds_anything(run: RunDirectory) -> bool:
+def _holds_anything(folder: Path) -> bool:
     """Whether there is anything to resume from: a whole checkpoint, or a finished stage."""
-    return any(run.folder.glob(f"state-*/{CHECKPOINT}*/{WHOLE}")) or any(run.folder.glob("stage-*"))
+    return any(folder.glob(f"state-*/{CHECKPOINT}*/{WHOLE}")) or any(folder.glob("stage-*"))

@@ -203,7 +203,10 @@ def test_a_killed_fine_tuning_goes_on_after_the_tasks_it_has_done(
     monkeypatch.setattr(encoders, "fine_tuned_score", killed_at_the_second)
     assert CliRunner().invoke(app, [*command, str(out)]).exit_code != 0
     assert not out.exists()
-    again = CliRunner().invoke(app, [*command, str(out)])
+    refused = CliRunner().invoke(app, [*command, str(out)])
+    assert refused.exit_code == 2
+    assert "--resume continues it, --restart removes it" in " ".join(refused.output.split())
+    again = CliRunner().invoke(app, [*command, str(out), "--resume"])
     assert "resuming after glue:sst2" in again.output
     assert len(trained) == 3
     assert json.loads(out.read_text()) == json.loads((tmp_path / "whole.json").read_text())
@@ -212,6 +215,9 @@ def test_a_killed_fine_tuning_goes_on_after_the_tasks_it_has_done(
     assert broken.exit_code == 2
     assert "the first line is not that of an evaluation" in " ".join(broken.output.split())
     assert len(trained) == 3
+    anew = CliRunner().invoke(app, [*command, str(out), "--restart"])
+    assert anew.exit_code == 0, anew.output
+    assert len(trained) == 5
 
 
 def test_what_cannot_be_learned_is_refused_before_anything_is_trained(

@@ -243,18 +243,27 @@ def test_the_command_says_what_it_resumes_and_what_to_do_when_it_is_interrupted(
     told = " ".join(result.output.split())
     assert f"what is finished is kept in {tmp_path}/.out.compress" in told
     assert "--resume continues after the last finished block" in told
+    refused = command(place, tmp_path / "out")
+    assert refused.exit_code == 2
+    assert "--resume continues it, --restart removes it" in " ".join(refused.output.split())
     result = command(place, tmp_path / "out", "--resume")
     assert result.exit_code == 0, result.output
     assert "resuming the compression that" in result.output
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_without_resume_a_killed_run_begins_anew_and_with_it_there_need_be_none(
+def test_a_killed_run_is_refused_unless_it_is_said_what_becomes_of_it_and_there_need_be_none(
     place: Path, whole: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     recipe = recipe_of("sparsegpt", place, tmp_path / "out")
     assert killed_after(2, recipe)
-    pared.run(recipe)
+    before = held(run_folder(tmp_path / "out", "compress"))
+    with pytest.raises(ParedError, match="of these very settings: resume=True continues it, resume=False"):
+        pared.run(recipe)
+    with pytest.raises(ParedError, match=r"with other settings \(sparsity: .* there, 0.7 now"):
+        pared.run(recipe.model_copy(update={"sparsity": 0.7}))
+    assert held(run_folder(tmp_path / "out", "compress")) == before
+    pared.run(recipe, resume=False)
     assert "this one starts over" in caplog.text
     require_same(tmp_path / "out", whole("sparsegpt"))
     pared.run(recipe, overwrite=True, resume=True)

@@ -414,7 +414,14 @@ def test_a_killed_search_goes_on_to_the_very_journal_of_one_that_was_not(
     journal = tmp_path / "cut" / "journal.jsonl"
     kill_when(command, lambda: journal.exists() and journal.read_bytes().count(b"\n") >= 20)
     assert journal.read_bytes().count(b"\n") < (tmp_path / "whole" / "journal.jsonl").read_bytes().count(b"\n")
-    again = CliRunner().invoke(app, command)
+    before = journal.read_bytes()
+    refused = CliRunner().invoke(app, command)
+    assert refused.exit_code == 2
+    assert "unfinished search of these very settings: --resume continues it, --restart removes it" in " ".join(
+        refused.stderr.split()
+    )
+    assert journal.read_bytes() == before
+    again = CliRunner().invoke(app, [*command, "--resume"])
     assert again.exit_code == 0, again.stderr
     assert "resumes from there" in again.stderr
     assert journal.read_bytes() == (tmp_path / "whole" / "journal.jsonl").read_bytes()

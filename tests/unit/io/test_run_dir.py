@@ -17,6 +17,7 @@ from pared import ParedError
 from pared.io.fingerprint import differences
 from pared.io.leftovers import tidy
 from pared.io.run_dir import RunDirectory, entries_of, run_folder
+from pared.names import told_in_flags
 
 FINGERPRINT = {"keep": 0.8, "calibration": {"samples": 64, "seed": 0}, "model": "0123456789abcdef" * 4, "skip": ()}
 
@@ -78,6 +79,41 @@ def test_a_run_that_does_not_resume_begins_anew_and_says_so(tmp_path: Path, capl
     assert list(tmp_path.iterdir()) == []
 
 
+def test_unfinished_work_is_neither_taken_up_nor_removed_unasked(tmp_path: Path) -> None:
+    folder = begun(tmp_path / "out")
+    before = held(folder)
+    expected = {
+        "of these very settings: resume=True continues it, resume=False removes it and starts over": FINGERPRINT,
+        r"with other settings \(keep: 0.8 there, 0.5 now.*start over \(resume=False\)": FINGERPRINT | {"keep": 0.5},
+    }
+    for message, fingerprint in expected.items():
+        with (
+            pytest.raises(ParedError, match=message),
+            RunDirectory.open(tmp_path / "out", "compress", fingerprint, resume=None),
+        ):
+            pass
+        assert held(folder) == before
+    with told_in_flags(), pytest.raises(ParedError, match="--resume continues it, --restart removes it"):
+        RunDirectory.open(tmp_path / "out", "compress", FINGERPRINT, resume=None).__enter__()
+
+
+def test_what_holds_nothing_to_be_resumed_is_in_nobodys_way(tmp_path: Path) -> None:
+    with RunDirectory.open(tmp_path / "out", "compress", FINGERPRINT) as run:
+        left = tmp_path / "left"
+        shutil.copytree(run.folder, left)  # as a kill before the first line leaves it
+    left.rename(run.folder)
+    with RunDirectory.open(tmp_path / "out", "compress", {"keep": 0.5}, resume=None) as run:
+        assert not run.resumed
+    (run_folder(tmp_path / "out", "compress")).mkdir()
+    (run_folder(tmp_path / "out", "compress") / "mine.txt").touch()
+    with (
+        pytest.raises(ParedError, match=r"holds mine\.txt and no settings\.json"),
+        RunDirectory.open(tmp_path / "out", "compress", FINGERPRINT, resume=None),
+    ):
+        pass
+    assert (run_folder(tmp_path / "out", "compress") / "mine.txt").exists()
+
+
 def test_a_run_that_is_done_or_did_nothing_leaves_nothing(tmp_path: Path) -> None:
     with RunDirectory.open(tmp_path / "out", "compress", FINGERPRINT):
         pass
@@ -129,7 +165,7 @@ def test_damaged_settings_are_told(tmp_path: Path, content: bytes) -> None:
     (folder / "settings.json").write_bytes(content)
     before = held(folder)
     with (
-        pytest.raises(ParedError, match=r"settings\.json.*remove .*\.out\.compress to start over"),
+        pytest.raises(ParedError, match=r"settings\.json.*restore that file, or start over \(resume=False\)"),
         RunDirectory.open(tmp_path / "out", "compress", FINGERPRINT),
     ):
         pass

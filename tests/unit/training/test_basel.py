@@ -700,7 +700,7 @@ def test_a_kill_in_any_phase_ends_in_the_same_model(
         ),
     )
     assert not (tmp_path / "killed").exists()
-    result = CliRunner().invoke(app, command)
+    result = CliRunner().invoke(app, [*command, "--resume"])
     assert result.exit_code == 0, result.output
     killed, whole = load(tmp_path / "killed").state_dict(), load(tmp_path / "whole").state_dict()
     assert all(torch.equal(killed[name], whole[name]) for name in whole)

@@ -373,7 +373,10 @@ def test_a_training_killed_at_any_step_goes_on_and_ends_the_same(
     state = tmp_path / ".killed.training" / "state-1"
     kill_when(arguments, lambda: any(state.glob("checkpoint-*/WHOLE")))
     assert not (tmp_path / "killed").exists()
-    result = CliRunner().invoke(app, arguments)
+    refused = CliRunner().invoke(app, arguments)
+    assert refused.exit_code == 2
+    assert "--resume continues it, --restart removes it" in " ".join(refused.output.split())
+    result = CliRunner().invoke(app, [*arguments, "--resume"])
     assert result.exit_code == 0, result.output
     resumed, whole = (Manifest.read(tmp_path / name).training[-1] for name in ("killed", "whole"))
     assert "resuming the training" in result.output
@@ -391,7 +394,7 @@ def test_another_training_of_the_same_output_is_refused_and_nothing_is_lost(
     content, _ = sealed({"seed": 7})
     (work / "settings.json").write_bytes(content)
     with pytest.raises(ParedError, match=r"holds an unfinished run with other settings \(.* and \d+ more\)"):
-        tune(asked(folder("factors"), tmp_path / "out", text_file))
+        tune(asked(folder("factors"), tmp_path / "out", text_file), resume=True)
     assert (work / "settings.json").read_bytes() == content
 
 
@@ -431,7 +434,7 @@ def test_a_crash_after_the_last_step_trains_no_step_more(
         broken.setattr("pared.entrypoints.train.save", _no_space)
         with pytest.raises(ParedError, match="the disk filled up"):
             tune(again)
-    resumed = tune(again)
+    resumed = tune(again, resume=True)
     assert resumed.manifest.training[-1].stages == whole.manifest.training[-1].stages
     mine, theirs = (parameters(load(tmp_path / name)) for name in ("again", "whole"))
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
