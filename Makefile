@@ -1,11 +1,11 @@
-# make install | demo | test | test-slow | test-portable. Only python3 (3.10 or newer) with venv and pip, make and git are needed.
+# make install | demo | test | test-slow | test-portable | test-gpu. Only python3 (3.10 or newer) with venv and pip, make and git are needed.
 PYTHON ?= python3
 # A plain `torch` from PyPI is a CUDA build of several GB on Linux; this release has a CPU wheel on many mirrors
 # (pip install --index-url https://download.pytorch.org/whl/cpu torch==2.13.0).
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: install demo test test-slow test-portable lint clean
+.PHONY: install demo test test-slow test-portable test-gpu lint clean
 
 install: .venv/installed
 
@@ -37,6 +37,10 @@ test-slow: install
 # The unit tier under three instruction sets, with one thread and with two: no result may hang on the processor.
 test-portable: install
 	$(BIN)/python tests/portable.py $(ARGS)
+
+# What needs a CUDA device, against the CPU; TORCH must name a build with CUDA. PARED_GPU_DEVICE=cpu tries the tests without.
+test-gpu: install
+	$(BIN)/pytest tests/gpu -m gpu -rs $(ARGS)
 
 clean:
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .portable

@@ -23,6 +23,10 @@ SHAPES = {
         hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32,
         vocab_size=32000, tie_word_embeddings=False, max_position_embeddings=4096, rms_norm_eps=1e-5,
     ),
+    "tiny": LlamaConfig(  # to try a script with
+        hidden_size=128, intermediate_size=352, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=1000, tie_word_embeddings=False, max_position_embeddings=4096, rms_norm_eps=1e-5,
+    ),
 }  # fmt: skip
 TOKENIZER = "embedded:smollm2-135m"  # any will do whose tokens there are
 
