@@ -26,8 +26,10 @@ def by_sparsegpt(shapes: Shapes, options: "SparseGpt") -> list[Operation]:
     """Of the factor of the inputs' inverse Hessian, once for all that read one tensor, and a sweep over each weight."""
     width, found = shapes[0][1], list[Operation]()
     found += [Operation("cholesky", (width,)), Operation("triangular", (width, width))]
+    found.append(Operation("stream", (12 * width**2,)))  # the Gram is scaled, damped, turned round and looked through
     for out, _ in shapes:
         block = min(options.block, width)
+        found.append(Operation("stream", (2 * width**2,)))
         found.append(Operation("sweep", (out, width, block)))
         found.append(Operation("select", (1, out * block), times=math.ceil(width / block)))
     return found

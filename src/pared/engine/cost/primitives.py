@@ -27,7 +27,7 @@ SLOWEST = 0.3  # seconds of an operation that is not repeated
 LIMITS = {
     "product": 1e10, "attention": 4e9, "attention back": 4e9, "stream": 2**28, "eigh": 7.8e10, "plain eigh": 7.8e10,
     "cholesky": 3e9, "triangular": 4e9, "solve": 8e9, "pivot": 1e10, "gram": 1e10, "cross": 1e10, "energy": 2**27,
-    "fisher": 1e10, "mirror": 2**28, "select": 2**26, "pack": 2**26, "sweep": 1e9, "read": 2**26, "write": 2**26,
+    "fisher": 1e10, "mirror": 2**28, "select": 2**26, "pack": 2**26, "sweep": 1e10, "read": 2**26, "write": 2**26,
 }  # fmt: skip
 RANDOM = 2**22  # different random numbers; more are repeated
 
