@@ -77,6 +77,7 @@ class Allocator(Configured[C]):
         options = self.configured() if config is None else config
         decisions = self.rule(units, budget, evidence, options)
         expected = DECISIONS["low_rank" if budget.sparsity is None else "sparse"]
+        expected = expected if budget.structures != "ranks" else tuple(one for one in expected if one is not Width)
         if not isinstance(decisions, Mapping):
             raise ParedError(f"allocation {self.name} gives {decisions!r}; expected a mapping from the name of every "
                              "unit to its decision")  # fmt: skip

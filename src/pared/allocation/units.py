@@ -177,3 +177,7 @@ class Evidence:
     losses: "Mapping[str, ScoreHistogram]" = field(default_factory=dict)
     alphas: Mapping[str, float] = field(default_factory=dict)
     channels: Mapping[str, Channels] = field(default_factory=dict)
+
+    def groups(self, budget: Budget) -> Mapping[str, Channels]:
+        """Return the channel groups that a budget lets be decided."""
+        return {} if budget.structures == "ranks" else self.channels

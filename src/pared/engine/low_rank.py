@@ -5,24 +5,29 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import version as pared_version
+from pathlib import Path
 from typing import Any, cast
 
 from pared.allocation import Evidence, Unit
 from pared.calibration import BlockStatistics
 from pared.data.windows import Windows, require_fits
 from pared.engine.allocate import make_plan
+from pared.engine.blocks import visit_blocks
 from pared.engine.grouping import candidate_units, told
 from pared.engine.observe import Observer, Order
 from pared.engine.refit import Refit, dense_blocks
 from pared.engine.result import CompressedBlocks
+from pared.engine.solutions import DecompositionStore
 from pared.engine.solve import Solver, without
 from pared.engine.spec import LowRankSpec, PassSpec
+from pared.engine.widths import ChannelSolver, widths_of, with_kept
 from pared.engine.windows import trial_windows
 from pared.errors import ParedError
 from pared.io.digests import model_digest
 from pared.lowrank.registry import mean_gram
 from pared.names import called
 from pared.schema.plan import Decision, Plan
+from pared.structure.channels import ChannelGroup, find_channels
 from pared.structure.store import BlockStore, LazyBlocks, ResidentBlocks
 
 Trial = Callable[[Windows], float]  # measures the model as it is on windows; less is better
@@ -49,12 +54,17 @@ class LowRankWork:
         if spec.method.shares:
             self._units = candidate_units(self._anatomy, spec.group_size, spec.sharing)
         grouped = any(len(unit.members) > 1 for unit in self._units)
+        self._groups = self._find_channels() if spec.structures != "ranks" else ()
+        if spec.structures == "widths":
+            self._units = []  # no rank is decided
         # What the probe's few tokens did not reach the text may not reach either; the others then pay for it.
         open_ended = spec.calibrated and not all(site.seen for site in self._anatomy.sites)
-        late = spec.decided_from_data or grouped or open_ended or spec.refit != "off"
+        ordered = spec.structures != "ranks"  # which channels stay is known once all are ordered
+        late = spec.decided_from_data or grouped or open_ended or ordered or spec.refit != "off"
         self.passes = spec.passes(ranks_known=not late)
         self._stack = ExitStack()
         self._solver: Solver | None = None
+        self._channels: ChannelSolver | None = None
         self._plan: Plan | None = None
         self._influence: dict[int, float] = {}
 
@@ -73,9 +83,7 @@ class LowRankWork:
         if step.action == "allocate":
             self._plan = self._observer.decided(self._allocate, self._fallbacks, self._try)
         elif step.action == "install":
-            kept = self._observer.record(step, self._number(step))
-            with self._observer.watch("solve"):
-                self._solved.install_all(self._observer.store, self._decided, kept)
+            self._install(step)
         elif step.action == "refit":
             self._refit(step)
         elif self._solver is None:
@@ -86,16 +94,22 @@ class LowRankWork:
     def report(self, result: CompressedBlocks) -> Iterator[str]:
         """Fill in the record of what was done, and yield what a user should read of it."""
         solver = self._solved
-        result.plan = without(self._decided, solver.unreached)
+        result.plan = with_kept(without(self._decided, solver.unreached), self._ordered.kept)
         result.damping, result.sharing = solver.damping, tuple(solver.comparisons)
         result.shrinkage = solver.shrinkage
-        result.fallbacks |= solver.fallbacks
+        result.damping |= {name: amount for name, amount in self._ordered.damping.items() if name not in result.damping}
+        result.fallbacks |= solver.fallbacks | self._ordered.fallbacks
         yield from told(result.sharing)
 
     @property
     def _solved(self) -> Solver:
         assert self._solver is not None, "nothing was solved"
         return self._solver
+
+    @property
+    def _ordered(self) -> ChannelSolver:
+        assert self._channels is not None, "nothing was ordered"
+        return self._channels
 
     @property
     def _decided(self) -> Plan:
@@ -116,15 +130,50 @@ class LowRankWork:
         )
         return self._stack.enter_context(solver)
 
+    def _new_channels(self, step: PassSpec) -> ChannelSolver:
+        observer, out = self._observer, self._spec.recipe.out
+        beside, prefix = None if out is None else Path(out), f"pass-{self._number(step)}-channels"
+        return ChannelSolver(
+            self._model,
+            self._spec,
+            self._groups,
+            self._plan,
+            store=self._stack.enter_context(DecompositionStore(beside, observer.state, prefix)),
+            tokens=observer.tokens,
+            processes=observer.processes,
+        )
+
+    def _find_channels(self) -> tuple[ChannelGroup, ...]:
+        """Return the channel groups of the model, each proved.
+
+        Raises:
+            ParedError: there are none, and nothing else is to be decided.
+        """
+        observer = self._observer
+        with observer.watch("probe"), observer.store.running():
+            found = find_channels(self._anatomy.blocks(self._model), self._anatomy, observer.calls)
+        if found.groups:
+            return found.groups
+        name, why = next(reversed(found.reasons.items()))
+        text = f"no channels were found that can be taken out; {name}: {why}"
+        if self._spec.structures == "widths":
+            raise ParedError(f"structures widths: {text}; take ranks")
+        observer.progress.note(f"{text}; ranks alone are decided")
+        return ()
+
     def _number(self, step: PassSpec) -> int:
         return self.passes.index(step) + 1
 
     def _solve(self, step: PassSpec) -> None:
         """Decompose everything; put it in place if the ranks are known."""
         self._solver = solver = self._new_solver(step, self._units)
-        kept = self._observer.record(step, self._number(step), self._tables, solver.written)
+        self._channels = channels = self._new_channels(step)
+        kept = self._observer.record(
+            step, self._number(step), self._tables, lambda: [*solver.written(), *channels.written()]
+        )
         if kept is not None:
             solver.take_up(kept)
+            channels.take_up(kept)
             influence = kept.found().get("influence", {})
             self._influence |= {int(index): value for index, value in influence.items()}
 
@@ -133,24 +182,33 @@ class LowRankWork:
                 self._influence[block.index] = block.influence
             with self._observer.watch("solve"):
                 solver.visit(block)
+                channels.visit(block)
 
         self._observer.run(step, visit, influence=self._spec.influence and step.hand_on == "dense", kept=kept)
         solver.in_order()
 
     def _tables(self) -> dict[str, dict[str, Any]]:
-        return self._solved.tables() | {"influence": {str(index): one for index, one in self._influence.items()}}
+        return (
+            self._solved.tables()
+            | self._ordered.tables()
+            | {"influence": {str(index): one for index, one in self._influence.items()}}
+        )
 
     def _solve_again(self, step: PassSpec) -> None:
         """Decompose behind the compressed prefix, and put it in place; what cannot be is as it was decomposed first."""
         first, second = self._solved, self._new_solver(step, self._solved.units)
-        kept = self._observer.record(step, self._number(step), second.tables)
+        ordered, narrowed = self._ordered, self._new_channels(step)
+        kept = self._observer.record(step, self._number(step), lambda: second.tables() | narrowed.tables())
         if kept is not None:
             second.take_up(kept)
+            narrowed.take_up(kept)
 
         def visit(block: BlockStatistics) -> None:
             with self._observer.watch("solve"):
                 second.visit(block)
                 first.install([(unit, decisions[unit.name]) for unit in second.take_missed()])
+                narrowed.visit(block)
+                narrowed.take_over(ordered, ordered.in_block(block.index, self._decided))
 
         decisions = {unit.name: decision for unit, decision in first.decided(self._decided)}
         self._observer.run(step, visit, kept=kept)
@@ -158,6 +216,8 @@ class LowRankWork:
         first.damping |= second.damping
         first.shrinkage |= second.shrinkage
         first.fallbacks |= second.fallbacks
+        ordered.take_results(narrowed)
+        second.untargeted |= narrowed.untargeted
         if second.missed:
             missed = sorted(unit.name for unit in second.missed)
             self._observer.progress.note(
@@ -172,7 +232,7 @@ class LowRankWork:
 
     @property
     def _fallbacks(self) -> dict[str, str]:
-        return {} if self._solver is None else self._solver.fallbacks
+        return {} if self._solver is None else self._solver.fallbacks | self._ordered.fallbacks
 
     def _allocate(self, order: Order) -> Plan:
         """Decide every site, from what was found if anything was; trials are ordered of all processes."""
@@ -182,8 +242,10 @@ class LowRankWork:
             return make_plan(self._anatomy, spec.allocator, spec.budget, itemsize, config=config)
         anatomy = self._anatomy.with_idle(self._solver.unreached)
         idle = {site.name for site in anatomy.sites if site.idle}
-        units = [Unit(tuple(replace(s, idle=s.name in idle) for s in unit.members)) for unit in self._solver.units]
-        evidence = Evidence(self._solver.spectra, self._influence, notes=self._solver.fallbacks)
+        decided = self._solver.units if spec.structures != "widths" else [Unit((site,)) for site in anatomy.sites]
+        units = [Unit(tuple(replace(s, idle=s.name in idle) for s in unit.members)) for unit in decided]
+        channels = self._ordered.candidates()
+        evidence = Evidence(self._solver.spectra, self._influence, notes=self._solver.fallbacks, channels=channels)
         if spec.tries:
             trials = trial_windows(spec.recipe, self._observer.tokenizer, self._model.config)
             require_fits(self._model.config, trials)
@@ -225,6 +287,22 @@ class LowRankWork:
         digest = model_digest(self._model, None if isinstance(store, ResidentBlocks) else _lazy(store).tensors())
         asked = [spec.method.name, spec.config.model_dump(), spec.budget.pivoted, spec.calibration.model_dump()]
         return json.dumps([digest, trials.digest, calibrated, *asked, pared_version("pared")])
+
+    def _install(self, step: PassSpec) -> None:
+        """Put in place what was decomposed, and make narrower what was ordered."""
+        solver, channels, plan = self._solved, self._ordered, self._decided
+        kept = self._observer.record(step, self._number(step), lambda: {"channels_kept": dict(channels.kept)})
+        if kept is not None:
+            channels.kept.update(kept.found().get("channels_kept", {}))
+        install, widths = solver.installer(plan), widths_of(plan)
+
+        def visit(block: BlockStatistics) -> None:
+            install(block.index)
+            channels.install(channels.in_block(block.index, plan), widths)
+
+        store, group = self._observer.store, self._spec.group_size
+        with self._observer.watch("solve"):
+            visit_blocks(store, visit, changes=True, group=group, kept=kept)
 
     def _refit(self, step: PassSpec) -> None:
         """Fit every ``up`` to the inputs that the compressed model really has."""

@@ -12,7 +12,6 @@ from torch import nn
 
 from pared.allocation import Unit
 from pared.calibration import CROSS, BlockStatistics, StatisticView, cross_of, per_token
-from pared.engine.blocks import visit_blocks
 from pared.engine.grouping import Comparison, compare
 from pared.engine.install import made, put, unchanged
 from pared.engine.moments import Moments, moments
@@ -327,15 +326,15 @@ class Solver:
         new, self._told_missed = self.missed[self._told_missed :], len(self.missed)
         return new
 
-    def install_all(self, store: BlockStore, plan: Plan, kept: Record | None = None) -> None:
-        """Put the factors of everything that was kept in place, block after block, unless a record restores it."""
+    def installer(self, plan: Plan) -> Callable[[int], None]:
+        """Return what puts the factors of all kept units in place whose last block is that of an index."""
         decided = self.decided(plan)
         last = {unit.name: max(site.block for site in unit.members) for unit, _ in decided}
 
-        def visit(block: BlockStatistics) -> None:
-            self.install([(unit, decision) for unit, decision in decided if last[unit.name] == block.index])
+        def install(index: int) -> None:
+            self.install([(unit, decision) for unit, decision in decided if last[unit.name] == index])
 
-        visit_blocks(store, visit, changes=True, group=self._spec.group_size, kept=kept)
+        return install
 
     def decided(self, plan: Plan) -> list[tuple[Unit, LowRank]]:
         """Return the kept units that a plan gives a rank, with it."""

@@ -132,6 +132,11 @@ class Recipe(FromPreset):
     """How the budget is spread over the target modules, by a name that `pared methods` lists."""
     allocation_options: Annotated[OptionValues, Option("--allocation-option")] = Field(default={})
     """Option of the allocation, NAME=VALUE, by the names that `pared methods` lists."""
+    structures: Annotated[Literal["auto", "ranks", "widths", "mixed"], Option(default=OWN)] = "auto"
+    """What is made smaller: the ranks of weights; the widths of MLPs, whose channels are taken out, so that layers stay
+    plain ones; or mixed, each MLP in the way that loses less."""
+    multiple_of: Annotated[Annotated[Whole, Field(ge=1, strict=True)] | None, Option(default="64")] = None
+    """What widths are multiples of, as processors and kernels are fastest with round numbers."""
     storage: Annotated[Literal["auto", "factors", "pivoted"], Option(default=OWN)] = "auto"
     """How a low-rank weight is stored: as two factors, or pivoted, which needs rank² fewer parameters without loss."""
     statistics: Annotated[Literal["auto", "once", "sequential"], Option(default=OWN)] = "auto"

@@ -34,6 +34,10 @@ def require_rankable(spec: LowRankSpec) -> None:
         raise ParedError(
             f"a search spreads a budget of parameters ({called('keep', '0.8')}); rank_fraction fixes every rank"
         )
+    if spec.structures != "ranks":
+        raise ParedError(
+            f"a search finds ranks, got structures {spec.structures}; take {called('structures', 'ranks')}"
+        )
     if spec.group_size != 1:
         raise ParedError(
             f"method {spec.method.name} lets neighbouring blocks share, so that they have no ranks of their own; "

@@ -35,6 +35,7 @@ class Channels:
         costs_N: ``z_j``, what leaving out the channel at place j and all behind it adds; float64.
         C_NN: the Cholesky factor of the input Gram in that order, lower triangular.
         damping: what was added to the Gram's diagonal besides the usual, relative to its mean; 0 if nothing.
+        fallback: what stands in for statistics that say nothing, for the record; empty if they were what was used.
     """
 
     W_ON: torch.Tensor
@@ -42,6 +43,7 @@ class Channels:
     costs_N: torch.Tensor
     C_NN: torch.Tensor
     damping: float = 0.0
+    fallback: str = ""
 
     def loss(self, width: int) -> float:
         """Return what keeping so many channels costs, in nats a token."""

@@ -34,6 +34,8 @@ CASES: dict[str, dict[str, Any]] = {
     "groups, update": {"method": "basis-sharing", "keep": 0.5, "options": GROUPS, "refit": "update"},
     "groups, sequential": {"method": "basis-sharing", "keep": 0.5, "options": GROUPS, "statistics": "sequential"},
     "gradients": {"method": "loss-optimal", "keep": 0.7},
+    "widths": {"method": "loss-optimal", "keep": 0.7, "structures": "widths", "multiple_of": 4},
+    "mixed, sequential": {"method": "loss-optimal", "keep": 0.6, "structures": "mixed", "multiple_of": 4},
     "gradients, sequential": {"method": "loss-optimal", "keep": 0.7, "statistics": "sequential"},
     "refined": {"method": "svd-llm", "keep": 0.7, "statistics": "sequential", "refine": REFINE},
     "groups, refined": {"method": "basis-sharing", "keep": 0.5, "options": GROUPS, "refine": REFINE},

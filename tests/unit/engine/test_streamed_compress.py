@@ -41,6 +41,8 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "loss-optimal": {"method": "loss-optimal", "keep": 0.8},
     "loss-optimal, sequential": {"method": "loss-optimal", "keep": 0.6},
+    "widths": {"method": "loss-optimal", "keep": 0.7, "structures": "widths", "multiple_of": 4},
+    "mixed, sequential": {"method": "loss-optimal", "keep": 0.6, "structures": "mixed", "multiple_of": 4},
     "loss-optimal, full": {"method": "loss-optimal", "keep": 0.8, "options": {"output_weighting": "full"}},
     "loss-optimal, full, sequential": {
         "method": "loss-optimal", "keep": 0.6, "options": {"output_weighting": "full"}
@@ -53,7 +55,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "wanda, alphapruning": {"method": "wanda", "sparsity": 0.5, "allocation": "alphapruning"},
     "magnitude, loss": {"method": "magnitude", "sparsity": 0.5, "allocation": "loss"},
 }  # fmt: skip
-FEW = ["svd-llm, sequential, dense path", "basis-sharing, all, update", "loss-optimal, full", "sparsegpt"]
+FEW = [
+    "svd-llm, sequential, dense path",
+    "basis-sharing, all, update",
+    "loss-optimal, full",
+    "mixed, sequential",
+    "sparsegpt",
+]
 
 
 @pytest.fixture(scope="module")

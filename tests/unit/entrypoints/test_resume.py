@@ -33,6 +33,8 @@ CASES: dict[str, dict[str, Any]] = {
     "basis-sharing": {"method": "basis-sharing", "keep": 0.5, "options": SHARED, "refit": "update"},
     "loss-optimal": {"method": "loss-optimal", "keep": 0.7, "statistics": "once"},
     "loss-optimal sequential": {"method": "loss-optimal", "keep": 0.7, "statistics": "sequential"},
+    "widths": {"method": "loss-optimal", "keep": 0.7, "structures": "widths", "multiple_of": 4, "statistics": "once"},
+    "mixed": {"method": "loss-optimal", "keep": 0.6, "structures": "mixed", "multiple_of": 4},
     "dense path": {"method": "svd-llm", "keep": 0.7, "statistics": "sequential", "dense_path": 0.3},
     "shared bases refitted": {
         "method": "basis-sharing",

@@ -16,6 +16,7 @@ from pared.schema.plan import Decision, Dense
 
 STEPS = 200  # of the bisection; the multiplier is then known to the last bit
 DENSE = Dense(reason="worth more than its parameters elsewhere")
+APART = Dense(reason="in no channel group")
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class _Candidates:
         self.units = {unit.name: _ranks(unit, budget, evidence) for unit in units}
         self._channels = {
             name: one
-            for name, one in evidence.channels.items()
+            for name, one in evidence.groups(budget).items()
             if one.cost is not None and all(site.name in self.units for site in one.group.sites)
         }
         self.groups = {name: _widths(one, budget) for name, one in self._channels.items()}
@@ -126,9 +127,11 @@ class _Candidates:
     def decisions(self, chosen: _Chosen) -> dict[str, Decision]:
         """Return the decision of every unit."""
         made: dict[str, Decision] = {}
+        inside = {site for members in self._members.values() for site in members}
         for name, index in chosen.alone.items():
             size = _size(self.units[name], index)
-            made[name] = DENSE if size is None else self._budget.low_rank(size)
+            apart = DENSE if name in inside or self._budget.structures != "widths" else APART
+            made[name] = apart if size is None else self._budget.low_rank(size)
         for name, index in chosen.together.items():
             size = _size(self.groups[name], index)
             one = self._channels[name]

@@ -28,7 +28,7 @@ def uniform(units: Sequence[Unit], budget: Budget, evidence: Evidence, __: objec
         return {unit.name: Dense(reason="everything is kept") for unit in units}
     open_units, decisions, left = split_fixed(units, budget)
     names = {unit.name for unit in open_units}
-    groups = [one for one in evidence.channels.values() if all(site.name in names for site in one.group.sites)]
+    groups = [one for one in evidence.groups(budget).values() if all(site.name in names for site in one.group.sites)]
     inside = {site.name for one in groups for site in one.group.sites}
     if budget.structures == "widths":
         for unit in open_units:

@@ -1,6 +1,6 @@
 """From a recipe to a spec, once: every name looked up, every ``auto`` resolved, what is impossible refused."""
 
-from pared.allocation import Budget, ProgramOptions, UnitOptions, allocator_of
+from pared.allocation import Budget, ProgramOptions, UnitOptions, allocator_of, allocators_for
 from pared.allocation.dsa.presets import SCORE_TOKENS
 from pared.engine.spec.specs import CompressionSpec, LowRankSpec, SparseSpec
 from pared.errors import ParedError
@@ -12,8 +12,9 @@ from pared.schema.recipe import Recipe
 from pared.sparsity import NM, PruningMethod, parse
 
 # Fields of a recipe that only one family of methods reads.
+MULTIPLE_OF = 64  # of widths: tiles of matrix units and blocks of quantised formats divide it
 ZEROS_ONLY = ("sparsity", "pattern")
-LOW_RANK_ONLY = ("keep", "rank_fraction", "storage", "statistics", "refit", "dense_path")
+LOW_RANK_ONLY = ("keep", "rank_fraction", "structures", "multiple_of", "storage", "statistics", "refit", "dense_path")
 
 
 def resolve(recipe: Recipe) -> CompressionSpec:
@@ -73,6 +74,7 @@ def _resolve_low_rank(recipe: Recipe, method: LowRankMethod) -> LowRankSpec:
     config = method.configured(recipe.options)
     name = "rank-fraction" if recipe.rank_fraction is not None else _allocation_name(recipe, method)
     allocator = allocator_of(name, "low_rank")
+    structures = method.structures(recipe.keep) if recipe.structures == "auto" else recipe.structures
     pivoted = method.pivoted if recipe.storage == "auto" else recipe.storage == "pivoted"
     spec = LowRankSpec(
         recipe=recipe,
@@ -80,17 +82,54 @@ def _resolve_low_rank(recipe: Recipe, method: LowRankMethod) -> LowRankSpec:
         config=config,
         allocator=allocator,
         allocation_config=_with_program(allocator.configured(recipe.allocation_options), 1),
-        budget=Budget(recipe.keep, pivoted, recipe.rank_fraction),
+        budget=Budget(
+            recipe.keep,
+            pivoted,
+            recipe.rank_fraction,
+            structures=structures,  # type: ignore[arg-type]
+            multiple_of=recipe.multiple_of or MULTIPLE_OF,
+        ),
         statistics=statistics,  # type: ignore[arg-type] # a method's own is one of the two
         refit=refit,  # type: ignore[arg-type]
         dense_path=method.dense_path if recipe.dense_path == "auto" else recipe.dense_path,
     )
+    _require_widths(spec)
     if recipe.dense_path not in ("auto", 0) and not spec.has_targets:
         raise ParedError(
             f"dense_path {recipe.dense_path:g} needs targets: a {called('refit')}, or sequential statistics of a "
             f"method that collects any; method {recipe.method} has statistics {statistics} and refit {refit} here"
         )
     return spec
+
+
+def _require_widths(spec: LowRankSpec) -> None:
+    """Refuse what a budget of widths does not go with.
+
+    Raises:
+        ParedError: says what.
+    """
+    recipe, structures = spec.recipe, spec.budget.structures
+    if structures == "ranks":
+        if recipe.multiple_of is not None:
+            raise ParedError(f"multiple_of {recipe.multiple_of} is of widths, and here ranks are decided: "
+                             f"give {called('structures', 'mixed')} too")  # fmt: skip
+        return
+    if spec.method.widths is None:
+        having = [name for name, one in methods_of("low_rank").items() if getattr(one, "widths", None)]
+        raise ParedError(f"method {recipe.method} has ranks alone, got structures {structures}; those with widths: "
+                         f"{', '.join(having)}")  # fmt: skip
+    if not spec.allocator.widths:
+        having = [name for name, one in allocators_for("low_rank").items() if one.widths]
+        raise ParedError(f"allocation {spec.allocator.name} decides ranks alone, got structures {structures}; those "
+                         f"that decide widths: {', '.join(having)}")  # fmt: skip
+    if spec.group_size > 1 and spec.sharing != "none":
+        raise ParedError(f"structures {structures} and bases that blocks share cannot be in one budget; leave out "
+                         f"group_size, or take {called('structures', 'ranks')}")  # fmt: skip
+    if spec.refit != "off":
+        raise ParedError(
+            f"refit {spec.refit} fits factors, got structures {structures}, whose weights are fitted as they are made; "
+            f"take sequential statistics ({called('statistics', 'sequential')}) without a refit"
+        )
 
 
 def _resolve_sparse(recipe: Recipe, method: PruningMethod) -> SparseSpec:

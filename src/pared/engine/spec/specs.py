@@ -110,6 +110,14 @@ class LowRankSpec(_Spec):
         return self.config.sharing if isinstance(self.config, SharingOptions) else "none"
 
     @property
+    def structures(self) -> str:
+        """What is made smaller: ``ranks``, ``widths``, or either (``mixed``)."""
+        return self.budget.structures
+
+    def _widths(self) -> dict[str, object]:
+        return {"structures": self.structures, "multiple_of": self.budget.multiple_of}
+
+    @property
     def shrinkage(self) -> "Mapping[str, Shrinkage]":
         """How far statistics are shrunk, by name."""
         return self.method.shrinkage(self.config)
@@ -176,7 +184,8 @@ class LowRankSpec(_Spec):
         """
         if ranks_known is None:
             grouped = self.group_size > 1 and self.sharing != "none"
-            ranks_known = not (self.decided_from_data or grouped or self.refit != "off")
+            ordered = self.structures != "ranks"  # which channels stay is known once all are ordered
+            ranks_known = not (self.decided_from_data or grouped or ordered or self.refit != "off")
         after = (*(() if self.refit == "off" else (self._refit_pass(),)), *self.refining)
         # Gradients are of the dense model, so that behind compressed blocks only what sites read is collected again.
         behind: Runs = "backward, then forward" if self.gradients and ranks_known else "forward"
@@ -196,6 +205,7 @@ class LowRankSpec(_Spec):
         return {
             "allocation": self.allocator.name,
             **self.allocation_config.model_dump(),
+            **({} if self.structures == "ranks" else self._widths()),
             "storage": "pivoted" if self.budget.pivoted else "factors",
             "statistics": self.statistics,
             "refit": self.refit,

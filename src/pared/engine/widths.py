@@ -1,0 +1,260 @@
+"""Orders the channels of MLPs as statistics come in, and makes them narrower once their widths are known."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pared.allocation.units import Channels as Candidate
+from pared.calibration import CROSS, BlockStatistics, StatisticView, cross_of, per_token
+from pared.engine.install import narrow, put
+from pared.engine.moments import moments
+from pared.engine.pass_record import Record
+from pared.engine.solutions import Copy, DecompositionStore
+from pared.engine.spec import LowRankSpec
+from pared.errors import ParedError
+from pared.lowrank.dense_path import target
+from pared.processes import ALONE, Processes
+from pared.schema.plan import Plan
+from pared.schema.width import Width, ranges_of
+from pared.structure import weight_of
+from pared.structure.channels import ChannelGroup
+from pared.widths import Channels
+
+StatisticsOfSite = Mapping[str, StatisticView]
+
+
+@dataclass
+class _Found:
+    """What came of one group, as it is sent to the other processes.
+
+    Attributes:
+        order: its channels, where widths are not known yet.
+        made: the channels that stay and the weight that reads them, where they are.
+        damping: relative, of its statistics; 0 if nothing was added.
+        fallback: what stood in for statistics that say nothing.
+        untargeted: whether it is sent other tokens than in the dense model, and so has no targets.
+    """
+
+    order: Copy | None = None
+    made: tuple[torch.Tensor, torch.Tensor] | None = None
+    damping: float = 0.0
+    fallback: str = ""
+    untargeted: bool = False
+
+
+@dataclass
+class _Tables:
+    """What was found so far, each by the name of a group, as JSON has it."""
+
+    files: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
+    damping: dict[str, float] = field(default_factory=dict)
+    fallbacks: dict[str, str] = field(default_factory=dict)
+    untargeted: dict[str, bool] = field(default_factory=dict)
+
+
+class ChannelSolver:
+    """The widths of one method at work on one model, beside the ranks of a :class:`pared.engine.solve.Solver`.
+
+    Attributes:
+        damping: groups whose statistics were rank-deficient, with the relative damping used.
+        fallbacks: groups whose statistics say nothing, with what stood in for them.
+        untargeted: groups of a dense path that are sent other tokens than in the dense model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: LowRankSpec,
+        groups: Sequence[ChannelGroup],
+        plan: Plan | None = None,
+        *,
+        store: DecompositionStore,
+        tokens: int = 0,
+        processes: Processes = ALONE,
+    ) -> None:
+        """Start.
+
+        Args:
+            model: changed in place.
+            spec: says how channels are ordered.
+            groups: that may become narrower.
+            plan: the widths; none if they depend on what is found, which is then kept until they are known.
+            store: that keeps it.
+            tokens: of the text, which costs are averaged over.
+            processes: that solve together: each takes some of the groups, and the first keeps what was found.
+        """
+        self._model, self._spec, self._tokens, self._processes = model, spec, tokens, processes
+        self._groups = list(groups)
+        self._widths = None if plan is None else widths_of(plan)
+        self._store, self._told = store, 0
+        self._costs: dict[str, torch.Tensor] = {}
+        self._tables = _Tables()
+
+    @property
+    def damping(self) -> dict[str, float]:
+        """See the class."""
+        return self._tables.damping
+
+    @property
+    def fallbacks(self) -> dict[str, str]:
+        """See the class."""
+        return self._tables.fallbacks
+
+    @property
+    def untargeted(self) -> set[str]:
+        """See the class."""
+        return set(self._tables.untargeted)
+
+    def candidates(self) -> dict[str, Candidate]:
+        """Return the groups of which costs are known, for an allocation."""
+        return {one.name: Candidate(one, self._costs.get(one.name)) for one in self._groups}
+
+    def visit(self, block: BlockStatistics) -> None:
+        """Order the channels of the groups of a block; make them narrower if their widths are known."""
+        ready = [one for one in self._groups if one.consumer.block == block.index and self._is_wanted(one, block)]
+        found = self._processes.each(ready, lambda one: self._take(one, block.statistics[one.name]))
+        for group, one in zip(ready, found, strict=True):
+            self._accept(group, one)
+
+    @property
+    def kept(self) -> dict[str, str]:
+        """The channels that stay, of every group that was made narrower."""
+        return self._tables.kept
+
+    def install(self, groups: Sequence[ChannelGroup], widths: Mapping[str, int]) -> None:
+        """Make kept groups narrower, from what was found of them."""
+        for group in groups:
+
+            def cut(group: ChannelGroup = group) -> tuple[torch.Tensor, torch.Tensor]:
+                tensors = self._store.copy(group.name).tensors
+                W_ON = self._dense(group).double()
+                there = {name: tensors[name].to(W_ON.device) for name in ("order_N", "C_NN", "spectrum")}
+                channels = Channels(W_ON, there["order_N"], there["spectrum"], there["C_NN"])
+                return channels.kept(widths[group.name]), channels.weight(widths[group.name])
+
+            self._put(group, *self._processes.first(cut))
+
+    def take_over(self, first: "ChannelSolver", groups: Sequence[ChannelGroup]) -> None:
+        """Make groups that were not reached behind compressed blocks narrower by what was found of the dense model."""
+        missed = [one for one in groups if one.name not in self.kept]
+        first.install(missed, self._widths or {})
+        self.kept.update({one.name: first.kept[one.name] for one in missed})
+
+    def take_results(self, second: "ChannelSolver") -> None:
+        """Take what was found behind compressed blocks for what was found."""
+        self.kept.update(second.kept)
+        self.damping.update(second.damping)
+        self.fallbacks.update(second.fallbacks)
+
+    def in_block(self, index: int, plan: Plan) -> list[ChannelGroup]:
+        """Return the groups of a block that a plan gives a width."""
+        planned = widths_of(plan)
+        return [one for one in self._groups if one.consumer.block == index and one.name in planned]
+
+    def tables(self) -> dict[str, dict[str, Any]]:
+        """Return what was found so far, as JSON has it, each by the name of a group."""
+        return {f"channels_{name}": dict(table) for name, table in vars(self._tables).items()}
+
+    def written(self) -> list[Path]:
+        """Return the files that were written since this was last asked."""
+        new = list(self._store.files.values())[self._told :]
+        self._told += len(new)
+        return new
+
+    def take_up(self, record: Record) -> None:
+        """Go on behind the blocks that an earlier process finished.
+
+        Raises:
+            ParedError: a file of it is missing or damaged.
+        """
+        found, files = record.found(), record.files()
+        for name, table in vars(self._tables).items():
+            table |= found.get(f"channels_{name}", {})
+        if self._processes.is_first:
+            for name, file in self._tables.files.items():
+                self._store.take_up(name, files[file])
+        self._told = len(self._store.files)
+        self._costs |= self._processes.agreed(dict(self._store.spectra))
+
+    def _is_wanted(self, group: ChannelGroup, block: BlockStatistics) -> bool:
+        """Whether there is something to find of a group: a token reached it, and a plan does not leave it as it is."""
+        own = block.statistics.get(group.name, {})
+        reached = bool(own) and all(one.tokens for name, one in own.items() if name != CROSS)
+        return reached and not group.consumer.idle and (self._widths is None or group.name in self._widths)
+
+    def _take(self, group: ChannelGroup, own: StatisticsOfSite) -> _Found:
+        spec, rule = self._spec, self._spec.method.widths
+        assert rule is not None
+        values = {name: moments(spec, name, one, self._tokens).value for name, one in own.items() if name != CROSS}
+        W_ON, untargeted = self._target(group, own)
+        width = 0 if self._widths is None else self._widths[group.name]
+        try:
+            found: Channels = rule(W_ON.to(next(iter(values.values())).device), values, spec.config, width)
+        except (ValueError, RuntimeError) as error:
+            raise ParedError(f"site {group.name}: {error}") from error
+        told = _Found(damping=found.damping, fallback=found.fallback, untargeted=untargeted)
+        if self._widths is None:
+            tensors = {"spectrum": found.costs_N.cpu(), "order_N": found.order_N, "C_NN": found.C_NN.float()}
+            told.order = Copy(tensors, found.damping)
+        else:
+            told.made = found.kept(width), found.weight(width)
+        return told
+
+    def _target(self, group: ChannelGroup, own: StatisticsOfSite) -> tuple[torch.Tensor, bool]:
+        """Return the weight whose channels are ordered, and whether the dense model's targets are lacking."""
+        gram, W_ON = self._spec.method.input_gram, self._dense(group)
+        cross = cross_of(own, gram)
+        if cross is None:
+            return W_ON, CROSS in own
+        gram_NN = per_token(gram, own[gram])
+        return target(W_ON.to(gram_NN.device), gram_NN, cross.value, self._spec.dense_path), False
+
+    def _accept(self, group: ChannelGroup, found: _Found) -> None:
+        name = group.name
+        if found.damping:
+            self._tables.damping[name] = found.damping
+        if found.fallback:
+            self._tables.fallbacks[name] = found.fallback
+        if found.untargeted:
+            self._tables.untargeted[name] = True
+        if found.order is not None:
+            self._costs[name] = found.order.tensors["spectrum"]
+            if self._processes.is_first:
+                self._store.write(name, found.order)
+                self._tables.files[name] = self._store.files[name].name
+        if found.made is not None:
+            self._put(group, *found.made)
+
+    def _put(self, group: ChannelGroup, kept_K: torch.Tensor, W_OK: torch.Tensor) -> None:
+        device = weight_of(self._model.get_submodule(group.name)).device
+        made = narrow(self._model, group, kept_K.to(device), W_OK.to(device))
+        put(self._model, [name for name, _ in made], [module for _, module in made])
+        self._tables.kept[group.name] = ranges_of(kept_K.tolist())
+
+    def _dense(self, group: ChannelGroup) -> torch.Tensor:
+        return weight_of(self._model.get_submodule(group.name)).detach()
+
+
+def widths_of(plan: Plan) -> dict[str, int]:
+    """Return the widths of a plan by the names of the sites that read the channels."""
+    return {
+        site.name: site.decision.width
+        for site in plan.sites
+        if isinstance(site.decision, Width) and site.decision.side == "in"
+    }
+
+
+def with_kept(plan: Plan, kept: Mapping[str, str]) -> Plan:
+    """Return a plan that names the channels that stay, with the sites that read them."""
+
+    def told(site: Any) -> Any:
+        if site.name not in kept or not isinstance(site.decision, Width):
+            return site
+        return site.model_copy(update={"decision": site.decision.model_copy(update={"kept": kept[site.name]})})
+
+    return plan.model_copy(update={"sites": tuple(told(site) for site in plan.sites)})
