@@ -9,7 +9,10 @@ from pared.memory import Stream
 RECIPE_FILE = "YAML file; options given here win over it."
 # Of a recipe: what is compressed and how, as far as it is known without a text, and how a text is read.
 SHAPES = ("model", "skip", "blocks", "options", "dtype")
-PLANNED = (*SHAPES, "preset", "method", "keep", "rank_fraction", "sparsity", "pattern", "allocation", "storage")
+PLANNED = (
+    *SHAPES, "preset", "method", "keep", "rank_fraction", "sparsity", "pattern", "allocation", "structures",
+    "multiple_of", "storage",
+)  # fmt: skip
 # What else the time, the memory and the disk of a compression depend on.
 COSTED = (
     "statistics", "refit", "dense_path", "refine", "device", "stream", "activation_memory", "calibration", "evaluation",

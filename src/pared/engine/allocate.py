@@ -1,6 +1,7 @@
 """Decisions put together to the plan of a whole model, from shapes alone or from evidence."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel
@@ -48,7 +49,9 @@ def plan_from_shapes(model: PreTrainedModel, spec: CompressionSpec, bytes_per_pa
     if spec.sharing in ("paper", "all"):
         anatomy = probe_shapes(model, anatomy) if model.device.type == "meta" else probe(model, anatomy, read=False)[0]
         grouped = candidate_units(anatomy, spec.group_size, spec.sharing)
-    return make_plan(anatomy, allocator, spec.budget, itemsize, grouped, config=config)
+    # Channels are proved by what the blocks compute, which shapes do not tell.
+    budget = replace(spec.budget, structures="ranks")
+    return make_plan(anatomy, allocator, budget, itemsize, grouped, config=config)
 
 
 def whole_plan(anatomy: Anatomy, keep: float, decisions: Mapping[str, Decision], bytes_per_parameter: int) -> Plan:

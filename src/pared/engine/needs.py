@@ -3,6 +3,7 @@
 Estimates from above, of what is large: tensors that are as large as a block, a Gram or the hidden states of a text.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -159,7 +160,9 @@ def needs_of(
     memory["logits of a window"] = max(with_head, default=0) * vocabulary * (model.dtype.itemsize + 2 * SINGLE)
     memory["libraries"] = SLACK
     if isinstance(spec, LowRankSpec) and any(step.action == "solve" and not step.installs for step in spec.passes()):
-        disk["decompositions"] = sum(_decomposition(site, spec, model.dtype.itemsize) for site in anatomy.sites)
+        ranked = anatomy.sites if spec.structures != "widths" else ()
+        disk["decompositions"] = sum(_decomposition(site, spec, model.dtype.itemsize) for site in ranked)
+        disk["orders of channels"] = _orders(anatomy, spec)
     disk["finished blocks"] = _finished(model, anatomy, spec, streamed, output_bytes)
     disk["the output"] = output_bytes
     return Needs(*({name: size for name, size in parts.items() if size} for parts in (memory, disk)))
@@ -239,7 +242,8 @@ def _solving(site: Site, spec: CompressionSpec) -> int:
         inverse = 3 * width**2 * DOUBLE if spec.walked and "gram" in spec.requires([(out, width)]) else 0
         return inverse + 4 * out * width * SINGLE
     whole = "output_gradient_full" in spec.gradients
-    return DOUBLE * (2 * out * width + 3 * width**2 + 6 * min(out, width) ** 2 + (3 * out**2 if whole else 0))
+    grams = 3 if spec.structures == "ranks" else 6  # its inverse twice, and the factor of the Gram in order
+    return DOUBLE * (2 * out * width + grams * width**2 + 6 * min(out, width) ** 2 + (3 * out**2 if whole else 0))
 
 
 def _runs(model: PreTrainedModel, anatomy: Anatomy) -> int:
@@ -264,6 +268,14 @@ def _decomposition(site: Site, spec: LowRankSpec, itemsize: int) -> int:
     directions = out * out * SINGLE if out <= width else width * width * DOUBLE
     weighting = (out * out if "output_gradient_full" in spec.gradients else out) * DOUBLE if spec.gradients else 0
     return directions + weighting + (out * width * itemsize if spec.refit != "off" else 0)
+
+
+def _orders(anatomy: Anatomy, spec: LowRankSpec) -> int:
+    """Return the bytes that orders of channels take on the disk: of every site that might be one to read them."""
+    if spec.structures == "ranks":
+        return 0
+    readers = Counter(site.reads for site in anatomy.sites)
+    return sum(site.in_features**2 * SINGLE for site in anatomy.sites if readers[site.reads] == 1)
 
 
 def _batch(anatomy: Anatomy, tokens: Tokens, itemsize: int, gradients: bool) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 from pared.engine.allocate import anatomy_of, plan_from_shapes
 from pared.engine.early import require_model, require_possible, require_suited
 from pared.engine.result import stacks
-from pared.engine.spec import CompressionSpec
+from pared.engine.spec import CompressionSpec, LowRankSpec
 from pared.names import called
 from pared.schema.cost import Cost
 from pared.schema.plan import Dense, Plan
@@ -95,6 +95,8 @@ class Planned:
             yield f"passes over the blocks: {passes}"
         if self.spec.decided_from_data:
             yield f"allocation {self.spec.allocator.name} looks at the model or data; this is uniform"
+        if isinstance(self.spec, LowRankSpec) and self.spec.structures != "ranks":
+            yield f"structures {self.spec.structures}: which widths is seen by running the model; these are ranks alone"
         if self.plan.missed:
             yield self.plan.missed
 
