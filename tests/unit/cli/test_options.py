@@ -63,6 +63,8 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "--stream": ("on", "on"),
     "--activation-memory": ("2GiB", "2GiB"),
     "--out": ("there", "there"),
+    "--structures": ("mixed", "mixed"),
+    "--multiple-of": ("32", 32),
 }
 OTHER_BUDGETS = {"--rank-fraction", "--sparsity", "--pattern"}  # one at a time goes with a recipe
 SWITCHES = {"--refine"}  # take no value

@@ -342,7 +342,7 @@ def test_a_model_does_a_task_from_the_command_line(
         ),
         ("svamp", [{"context": "c", "answer": "1"}], {"limit": 0}, "a limit of 0 rows leaves nothing"),
         ("svamp", [{"context": "c", "answer": "1"}], {"shots": 2}, "has no examples to show apart from"),
-        ("humaneval", [HUMANEVAL], {}, "allow it with --allow-code-execution"),
+        ("humaneval", [HUMANEVAL], {}, "allow it with allow_code_execution=True"),
         (
             "humaneval",
             [HUMANEVAL],

@@ -379,7 +379,7 @@ def test_a_killed_run_goes_on_after_the_tasks_it_has_done(
     assert not out.exists()
     other = CliRunner().invoke(app, [*command, str(out), "--limit", "1"])
     assert "(limit: None there, 1 now)" in " ".join(other.output.split())
-    again = CliRunner().invoke(app, [*command, str(out)])
+    again = CliRunner().invoke(app, [*command, str(out), "--resume"])
     assert again.exit_code == 0, again.output
     assert "resuming after rte" in again.output
     assert len(done) == 3  # rte, piqa that was killed, piqa

@@ -75,7 +75,7 @@ for name, case in json.loads(open(sys.argv[1]).read()).items():
         tune(TrainingConfig.of(case))
     except InterruptedError:
         stops = False
-        tune(TrainingConfig.of(case))
+        tune(TrainingConfig.of(case), resume=True)
     except ParedError as error:
         if int(os.environ["RANK"]) == 0:
             open(case["out"] + ".refused", "w").write(str(error))
