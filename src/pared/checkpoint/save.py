@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.checkpoint.format import LOADER_NAME, ParedConfig
 from pared.checkpoint.loader import tie
+from pared.checkpoint.plain import make_plain, plain_sizes, set_sizes
 from pared.checkpoint.portable import has_importable_code, module_map, own_class, with_remote_code
 from pared.errors import ParedError
 from pared.models.architecture import AUTO_CLASSES
@@ -47,9 +48,16 @@ def shared_tensors(model: nn.Module) -> dict[str, str]:
 def mark(model: PreTrainedModel) -> None:
     """Make a model whose modules were replaced describe itself, so that plain ``save_pretrained`` is enough.
 
+    One whose layers only lost channels, as many in every block, is a plain model of smaller sizes: its configuration
+    says so, and nothing of pared is needed to load it.
+
     Raises:
         ParedError: one module stands in two places.
     """
+    if sizes := plain_sizes(model):
+        set_sizes(model.config, sizes)
+        make_plain(model)
+        return
     shared = shared_tensors(model)
     model.config.quantization_config = ParedConfig(modules=module_map(model), shared=shared)
     tie(model, shared)

@@ -9,6 +9,7 @@ from pared.models.architecture import AUTO_CLASSES
 from pared.report.table import comparison, learned_from
 from pared.schema.manifest import Manifest
 from pared.schema.presets import PresetRecord, summary_of
+from pared.schema.width import Width
 
 LOADING = """\
 With the package `pared`:
@@ -29,6 +30,17 @@ model = {auto}.from_pretrained("{folder}", trust_remote_code=True)
 
 With neither, transformers only warns about an unknown quantisation type and fills the compressed layers with random
 numbers. `pared verify {folder}` tells whether a copy answers as the original did.
+
+"""
+PLAIN = """\
+It is a plain model of its architecture with narrower MLPs, which needs nothing but transformers:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+```
 
 """
 LORA = """\
@@ -66,12 +78,13 @@ def model_card(manifest: Manifest, folder: str, config: Mapping[str, Any]) -> st
         config: what its ``config.json`` holds.
     """
     recipe = manifest.recipe
+    narrow = any(isinstance(site.decision, Width) for site in manifest.plan.sites)
     pruned = recipe.sparsity is not None or recipe.pattern is not None
     header = {
         "library_name": "transformers",
         "tags": [
             "pared",
-            "sparse" if pruned else "low-rank",
+            "sparse" if pruned else "pruned" if recipe.structures == "widths" else "low-rank",
             recipe.method,
         ],
         **_base_model(manifest),
@@ -98,7 +111,9 @@ def model_card(manifest: Manifest, folder: str, config: Mapping[str, Any]) -> st
             *_trained(manifest),
             "## Load",
             "",
-            _loading(folder, config),
+            _loading(folder, config)
+            if config.get("quantization_config") or not narrow
+            else PLAIN.format(folder=folder),
             (SPARSE_LORA if pruned else LORA).format(targets=_targets(manifest)),
             "## Recipe",
             "",

@@ -24,6 +24,8 @@ def prepare(context: Context) -> Prepared:
 def train_part(context: Context, loss: Loss, part: str) -> Prepared:
     """Make a model ready of which a part trains: one of ``PARTS``."""
     model = context.model
+    if not compressed_layers(model):
+        part = "all"  # a model of uniform widths, whose layers are plain ones
     model.requires_grad_(part == "all")
     unpack(model)
     for layer in compressed_layers(model).values():

@@ -132,8 +132,10 @@ def adapted_names(model: PreTrainedModel, targets: str, factor: str) -> list[str
 
 def _chosen(model: PreTrainedModel, targets: str) -> dict[str, nn.Module]:
     """Return the layers that targets name."""
-    if targets == ALL:
-        return dict(compressed_layers(model))
+    if targets == ALL and (found := compressed_layers(model)):
+        return dict(found)
+    if targets == ALL:  # a model of uniform widths, whose layers are plain ones
+        return adaptable(model)
     layers = adaptable(model)
     patterns = _default_of_peft(model) if targets == PEFT else patterns_of(targets)
     chosen = match([_as_pattern(one, layers) for one in patterns], layers)

@@ -1,13 +1,15 @@
 """Widths in a compression: sizes, the compensated weight, where statistics come from, and what is refused."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny_models import FAMILIES, TINY_MODELS
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import pared
 from pared import ParedError
@@ -171,3 +173,37 @@ def test_what_does_not_go_with_widths_is_refused(fields: dict[str, Any], message
 def test_a_pruner_takes_no_structures(compressed: Callable[..., Any]):
     with pytest.raises(ParedError, match="method wanda does not take structures"):
         compressed("llama", method="wanda", sparsity=0.5, keep=None, multiple_of=None, statistics="auto")
+
+
+@pytest.mark.parametrize("stream", ["off", "on"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "opt", "qwen2_moe"])
+def test_uniform_widths_are_a_plain_folder_of_the_architecture(
+    family: str, stream: str, tokenizer: PreTrainedTokenizerFast, calibration: pared.Calibration, tmp_path: Path
+):
+    dense = TINY_MODELS[family]()
+    dense.save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    recipe = pared.Recipe(
+        model=str(tmp_path / "dense"), out=str(tmp_path / "small"), keep=0.8, structures="widths", multiple_of=4,
+        allocation="uniform", statistics="once", calibration=calibration, evaluation=None, stream=stream,
+    )  # fmt: skip
+    outcome = pared.run(recipe)
+    config = json.loads((tmp_path / "small" / "config.json").read_text())
+    assert not {"quantization_config", "auto_map"} & config.keys()
+    assert not (tmp_path / "small" / "modeling_pared.py").exists()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert not any(isinstance(module, NarrowLinear | NarrowConv1D) for module in model.modules())
+    assert sum(p.numel() for p in model.parameters()) == outcome.manifest.plan.after.model_parameters
+    assert model(TOKENS).logits.isfinite().all()
+    assert pared.verify(tmp_path / "small") == 0
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert "import pared" not in card
+    model.save_pretrained(tmp_path / "again")
+    assert "quantization_config" not in (tmp_path / "again" / "config.json").read_text()
+
+
+def test_widths_of_their_own_need_the_loader(compressed: Callable[..., Any]):
+    result = compressed("llama", structures="widths")
+    assert len(set(widths(result))) > 1
+    assert result.model.config.quantization_config.modules
+    assert result.model.config.intermediate_size == 48
