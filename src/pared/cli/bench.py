@@ -38,7 +38,7 @@ def bench(
     repeats: Annotated[int, typer.Option(help="Measured runs of every case and model.")] = 5,
     threads: Annotated[int, typer.Option(help="Of a CPU; more than one distorts ratios on shared machines.")] = 1,
     dtype: Annotated[str, typer.Option(help="What the models are loaded in; auto keeps what is stored.")] = "auto",
-    device: Annotated[str, typer.Option(help="Where they run.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Where they run; auto takes the GPU (CUDA) where there is one.")] = "auto",
     json_file: JsonFile = None,
 ) -> None:
     """Measure tokens per second, time to the first token, memory and sizes."""

@@ -3,6 +3,7 @@
 from transformers import PreTrainedModel
 
 from pared.errors import ParedError
+from pared.names import called
 from pared.structure import Anatomy, weight_of
 from pared.structure.finite import is_finite
 
@@ -34,6 +35,8 @@ def require_finite_weights(model: PreTrainedModel, anatomy: Anatomy, streamed: b
         if weight.is_meta and streamed:
             continue
         if weight.is_meta:
-            raise ParedError(f"site {site.name} is on the meta device (offloaded); load the model without offloading")
+            raise ParedError(f"site {site.name} is on the meta device (offloaded by device_map, or without "
+                             "values); give the model by name, which is read block by block where memory does not hold "
+                             f"it ({called('stream', 'on')}), or load it without offloading")  # fmt: skip
         if not is_finite(weight):
             raise ParedError(f"site {site.name} has NaN or infinity in its weight; the checkpoint is damaged")

@@ -27,6 +27,7 @@ from pared.engine.allocate import plan_from_shapes
 from pared.engine.early import require_model as require_named_model
 from pared.engine.early import require_possible, require_suited
 from pared.entrypoints.evaluate import evaluate as measured
+from pared.entrypoints.in_place import where_it_is
 from pared.entrypoints.plan import plan_of
 from pared.entrypoints.search import Found, pools_on
 from pared.entrypoints.search import run as search_by_name
@@ -295,5 +296,5 @@ def collect_statistics(
             text = text_of(data, tokenizer, function)
             fields["data"] = text.name
         with handed_over(text):
-            collect(model, tokenizer, recipe_from(recipe, fields, function), names, place, watcher)
+            collect(model, tokenizer, where_it_is(recipe_from(recipe, fields, function), model), names, place, watcher)
     return place

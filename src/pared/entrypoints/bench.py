@@ -1,6 +1,7 @@
 """How fast models are: names in, a comparison out; nothing of torch is imported before the first is loaded."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pared.environment import device_of, require_device, require_dtype
@@ -52,7 +53,7 @@ def bench(names: Sequence[str], settings: Settings, progress: Progress | None = 
     Raises:
         ParedError: a model cannot be loaded, or a process that times one has died.
     """
-    device_of(settings.device)
+    settings = replace(settings, device=str(device_of(settings.device)))
     from pared.evaluation.speed import bench as measure
 
     steps = len(settings.cases) * settings.repeats * len(names)

@@ -23,7 +23,7 @@ from pared.engine.early import require_job, require_possible, require_suited, re
 from pared.engine.early import require_model as require_named_model
 from pared.engine.run_state import CompressionRun, spent
 from pared.engine.spec import CompressionSpec
-from pared.entrypoints.in_place import Collected, compress_in_place, require_compressible
+from pared.entrypoints.in_place import Collected, compress_in_place, require_compressible, where_it_is
 from pared.entrypoints.measure import PerplexityOn
 from pared.entrypoints.result import Before, Compressed, Outcome, publish
 from pared.entrypoints.resume import Resumable, fingerprint_of, measured_once, published
@@ -300,7 +300,8 @@ def _in_memory(
     name = name_of(model)
     source, watch = _lies_beside(name), Stopwatch()
     name = recipe.model or name or type(model).__name__
-    texts, measure = TextsRead(windows), None
+    texts, measure, asked = TextsRead(windows), None, recipe.device
+    recipe = where_it_is(recipe, model)
     spec = require_compressible(model, tokenizer, recipe, windows)
     if windows is None and (note := note_of(recipe)):
         progress.note(note)
@@ -312,7 +313,9 @@ def _in_memory(
             texts = read_texts(spec, model.config, causal, tokenizer, progress, windows)
         measure = _measure(texts, tokenizer, recipe, watch, progress)
     before = Before(name, "loaded in Python", source, measure)
-    return _compressed(model, tokenizer, spec, progress, texts, collected, before, watch)
+    made = _compressed(model, tokenizer, spec, progress, texts, collected, before, watch)
+    made.recipe = made.recipe.model_copy(update={"device": asked})
+    return made
 
 
 def _lies_beside(name: str) -> ModelSource | None:
@@ -366,7 +369,7 @@ def _compressed(
         model=made.model,
         tokenizer=tokenizer,
         recipe=spec.recipe,
-        settled=spec.describe(),
+        settled={**spec.describe(), "device": str(device_of(spec.recipe.device))},
         plan=made.plan,
         before=before,
         sharing=made.sharing,

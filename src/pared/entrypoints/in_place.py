@@ -63,6 +63,13 @@ def require_compressible(
     return spec
 
 
+def where_it_is(recipe: Recipe, model: PreTrainedModel) -> Recipe:
+    """Return a recipe of a loaded model, which stays where it is unless a device is named."""
+    if recipe.device != "auto" or model.device.type == "meta":
+        return recipe
+    return recipe.model_copy(update={"device": str(model.device)})
+
+
 def compress_in_place(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,

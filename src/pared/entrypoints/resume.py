@@ -12,7 +12,7 @@ from pared.data.windows import Windows
 from pared.engine.run_state import CompressionRun
 from pared.engine.spec import CompressionSpec
 from pared.entrypoints.measure import PerplexityOn
-from pared.environment import versions
+from pared.environment import device_of, versions
 from pared.io.digests import sha256_of
 from pared.io.fingerprint import as_json
 from pared.io.record import MANIFEST
@@ -24,7 +24,7 @@ from pared.progress import Progress
 KIND = COMPRESSION
 STREAMED, PUBLISHED = "block by block", "published"  # names in the state
 # What a compressed model does not depend on: where it goes, what it is measured on, and what its source is called.
-LEFT_OUT = {"out", "evaluation", "model", "stream", "activation_memory"}
+LEFT_OUT = {"out", "evaluation", "model", "stream", "activation_memory", "device"}
 
 
 class Resumable:
@@ -149,6 +149,7 @@ def fingerprint_of(
     return {
         **_asked(spec),
         "model": source.digest(),
+        "device": device_of(spec.recipe.device).type,  # auto may be another on another machine
         "calibration tokens": None if calibration is None else calibration.digest,
         STREAMED: streamed,
         "versions": versions(),

@@ -15,6 +15,7 @@ from pared.allocation.dsa import SCORE_TOKENS, parse
 from pared.data.lengths import Length
 from pared.data.windows import Windows, cut, require_fits
 from pared.engine.spec import CompressionSpec, LowRankSpec, SparseSpec, method_of, resolve
+from pared.entrypoints.in_place import where_it_is
 from pared.environment import device_of
 from pared.errors import ParedError
 from pared.io.apart import require_apart
@@ -148,6 +149,7 @@ def search(
         ParedError: anything that does not work.
     """
     progress = progress or Silent()
+    recipe = where_it_is(recipe, model)
     spec = require_searchable(recipe)
     require_place(out)
     if not is_causal([type(model).__name__]):

@@ -308,7 +308,11 @@ class _Job:
             training = Training(
                 tuning=done,
                 preset=record_of(done),
-                settled={"precision": str(self.precision).removeprefix("torch."), **self.options},
+                settled={
+                    "precision": str(self.precision).removeprefix("torch."),
+                    "device": self.processes.device.type,
+                    **self.options,
+                },
                 parent={"name": self.parent.name, "digest": self.parent.digest},
                 data=[cast("WindowsRead", one) for one in examples.described],
                 stages=[cast("StageRecord", asdict(one)) for one in went],
@@ -349,13 +353,14 @@ class _Job:
 
     def settings(self, examples: Examples) -> dict[str, Any]:
         """Return everything the result depends on."""
-        left_out = {"out", "report_to", "evaluation", "checkpoint_every"}
+        left_out = {"out", "report_to", "evaluation", "checkpoint_every", "device"}
         return {
             **self.tuning.model_dump(mode="json", exclude=left_out),
             "options": self.options,
             "parent": self.parent.digest,
             "multiplied in": str(self.precision),
             "processes": self.processes.count,
+            "device": self.processes.device.type,
             "digests": [entry["digest"] for entry in examples.described],
             "versions": versions(),
         }

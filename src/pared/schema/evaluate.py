@@ -83,8 +83,8 @@ class EvaluationConfig(Config):
     """Run the programs a model writes; limits are no security boundary."""
     dtype: Annotated[str, Option()] = "auto"
     """What the model is loaded in; auto keeps what is stored."""
-    device: Annotated[Device, Option()] = "cpu"
-    """Where it runs."""
+    device: Annotated[Device, Option()] = "auto"
+    """Where it runs; auto takes the GPU (CUDA) where there is one."""
 
     @model_validator(mode="after")
     def _one_measure(self) -> Self:

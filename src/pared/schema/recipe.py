@@ -162,8 +162,8 @@ class Recipe(FromPreset):
     dtype: Annotated[DType, Option()] = "auto"
     """What the model is loaded and saved in; auto keeps what the checkpoint has, and reads a quantised .gguf
     file as bfloat16."""
-    device: Annotated[Device, Option()] = "cpu"
-    """Where the blocks run, as torch names it."""
+    device: Annotated[Device, Option()] = "auto"
+    """Where the blocks run, as torch names it; auto takes the GPU (CUDA) where there is one."""
     stream: Annotated[Stream, Option()] = "auto"
     """Read and write the model block by block; auto does where memory does not hold it as a whole."""
     activation_memory: Annotated[str | None, Option()] = None

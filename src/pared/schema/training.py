@@ -75,8 +75,8 @@ class TrainingConfig(FromPreset):
     """What perplexity is measured on before and after; null measures nothing."""
     seed: Annotated[Whole, Field(ge=0, lt=2**32, strict=True), Option()] = 0
     """Seed of the order of the data, of dropout and of what a method draws."""
-    device: Annotated[Device, Option()] = "cpu"
-    """Where it runs, as torch names it."""
+    device: Annotated[Device, Option()] = "auto"
+    """Where it runs, as torch names it; auto takes the GPU (CUDA) where there is one."""
     out: Annotated[Annotated[Name, Field(min_length=1)] | None, Option(path=True)] = None
     """The folder to make."""
 

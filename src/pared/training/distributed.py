@@ -50,15 +50,16 @@ class Processes:
             if _is_set(name):
                 raise ParedError(f"training does not know what {name} asks for; launch with FSDP that does not offload "
                                  "(accelerate launch --use_fsdp), or data parallel (--multi_gpu)")  # fmt: skip
-        if (number := device_of(device).index) is not None:
+        if ":" in device:
             raise ParedError(
                 f"device {device!r}: a process takes the device of its own number; choose one by "
-                f"CUDA_VISIBLE_DEVICES={number} in the environment, and device cuda"
+                f"CUDA_VISIBLE_DEVICES={device.partition(':')[2]} in the environment, and device cuda"
             )
+        where = device_of(device)
         from accelerate import PartialState
 
         # Others wait while the first measures and writes, which may take long.
-        self._state: Any = PartialState(cpu=device == "cpu", timeout=timedelta(days=1))
+        self._state: Any = PartialState(cpu=where.type == "cpu", timeout=timedelta(days=1))
         self.count: int = self._state.num_processes
         self.is_first: bool = self._state.is_main_process
         self.device: torch.device = torch.device(self._state.device)
@@ -91,6 +92,8 @@ class Processes:
 
     def broadcast_from_main(self, value: float) -> float:
         """Return the first process's value in all."""
+        if self.count == 1:
+            return value
         from accelerate.utils import broadcast
 
         return float(broadcast(torch.tensor(value, dtype=torch.float64, device=self.device)))

@@ -226,11 +226,11 @@ def train(
         logging_nan_inf_filter=False,
         report_to=list(tuning.report_to) or "none",
         seed=tuning.seed,
-        use_cpu=tuning.device == "cpu",
+        use_cpu=processes.device.type == "cpu",
         disable_tqdm=True,
         remove_unused_columns=False,
         ddp_broadcast_buffers=False,  # frozen bases are buffers, and large
-        dataloader_pin_memory=tuning.device != "cpu",
+        dataloader_pin_memory=processes.device.type != "cpu",
     )
     arguments._n_gpu = min(arguments._n_gpu, 1)  # the Trainer would split batches over all GPUs of one process
     trainer = StageTrainer(

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from accelerate import cpu_offload, disk_offload, dispatch_model
 from tiny_models import TINY_MODELS
 from transformers import PreTrainedTokenizerFast
 
@@ -61,6 +62,39 @@ def test_compress_tells_what_it_was_given(
     with pytest.raises(ParedError, match=message):
         pared.compress(*arguments(model, tokenizer))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_an_offloaded_model_is_refused_with_what_reads_it_and_a_dispatched_one_is_compressed_as_any(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    for offloaded in (
+        cpu_offload(TINY_MODELS["llama"](), execution_device=torch.device("cpu")),
+        disk_offload(TINY_MODELS["llama"](), str(tmp_path), execution_device=torch.device("cpu")),
+    ):
+        with pytest.raises(ParedError, match=r"offloaded by device_map.*give the model by name.*stream=on"):
+            pared.compress(offloaded, tokenizer, method="svd", keep=0.6)
+    plain = TINY_MODELS["llama"]()
+    places = {name: "cpu" for name, _ in plain.named_modules() if name.count(".") in (1, 2) or name == "lm_head"}
+    text: dict[str, Any] = {"data": ["w3 w4 w5 w6 w7 " * 40], "samples": 2, "length": 16}
+    text["calibration"] = pared.Calibration(dtype="float32")
+    dispatched = dispatch_model(TINY_MODELS["llama"](), places, main_device="cpu", force_hooks=True)
+    for model in (plain, dispatched):
+        pared.compress(model, tokenizer, method="svd-llm", keep=0.6, **text)
+    one, other = plain.state_dict(), dispatched.state_dict()
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_loaded_model_stays_where_it_is_and_its_manifest_says_where(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a device named a model on one was computed on the CPU, or would be moved to a GPU."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # which auto takes, for a model by name
+    result = pared.compress(TINY_MODELS["llama"](), tokenizer, method="svd", keep=0.6)
+    monkeypatch.undo()
+    assert result.recipe.device == "auto"
+    assert result.model.device == torch.device("cpu")
+    assert result.save(tmp_path / "out").manifest.settled["device"] == "cpu"
 
 
 def test_a_mapping_is_a_recipe_and_a_data_free_method_needs_no_tokenizer() -> None:
