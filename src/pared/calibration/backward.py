@@ -9,14 +9,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from pared.calibration.activations import BlockInputs, drop_padding, replaced_forwards
+from pared.calibration.activations import BlockInputs, drop_padding
 from pared.calibration.forward import cast_block, is_finite_hidden, require_finite_hidden
-from pared.calibration.labels import Labels, logit_gradient
+from pared.calibration.head import through_head
+from pared.calibration.labels import Labels
 from pared.calibration.spool import HiddenStates
 from pared.calibration.statistics import Statistic
 from pared.errors import ParedError
 from pared.structure.model import Anatomy, Site
-from pared.structure.probe import BlockCall, call_model, evaluating, hooks
+from pared.structure.probe import BlockCall, evaluating, hooks
 from pared.structure.state import KeptState
 
 Wants = Mapping[str, Mapping[str, Statistic]]
@@ -105,7 +106,7 @@ def from_head(
     parts = torch.split(tokens, [shape[0] for shape in inputs.hidden.shapes])
     for batch, part in enumerate(parts):
         calls, beside, hidden = inputs.calls[batch], inputs.beside[batch], inputs.hidden[batch]
-        trail.gradients.append(_through_head(model, anatomy, calls, hidden, part, beside, window, labels))
+        trail.gradients.append(through_head(model, anatomy, calls, hidden, part, beside, window, labels))
         window += len(part)
 
 
@@ -143,48 +144,6 @@ def back(
         on_batch()
     if runs:
         del trail.reads[runs[0] :]
-
-
-def _through_head(
-    model: PreTrainedModel,
-    anatomy: Anatomy,
-    calls: list[BlockCall],
-    hidden_BTH: torch.Tensor,
-    tokens_BT: torch.Tensor,
-    beside: Mapping[str, torch.Tensor],
-    window: int,
-    labels: Labels,
-) -> torch.Tensor:
-    """Return the gradient of the loss with respect to the last block's output, one window at a time."""
-    blocks = anatomy.blocks(model)
-    leaf, ran = hidden_BTH[:0], 0
-
-    def stub(index: int) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            nonlocal ran
-            ran += 1
-            own = BlockCall.seen(args, kwargs, anatomy.block_name(index), index).hidden
-            return calls[ran - 1].answer(leaf.to(own) if ran == len(calls) else own)
-
-        return forward
-
-    gradients: list[torch.Tensor] = []
-    with torch.enable_grad(), replaced_forwards(blocks, stub):
-        for offset, tokens_T in enumerate(tokens_BT):
-            leaf, ran = hidden_BTH[offset : offset + 1].detach().requires_grad_(), 0
-            more = {name: tensor[offset : offset + 1] for name, tensor in beside.items()}
-            logits = getattr(call_model(model, tokens_T.unsqueeze(0), more), "logits", None)
-            if logits is None:
-                raise ParedError(
-                    f"{type(model).__name__} outputs no logits, and gradients need a language-model or "
-                    "classification head; take a method that needs none: svd-llm, basis-sharing, wanda"
-                )
-            mask = more.get("attention_mask")
-            gradient = logit_gradient(
-                logits, window + offset, tokens_T, labels, None if mask is None else mask[0].bool()
-            )
-            gradients += torch.autograd.grad(logits, leaf, gradient)
-    return torch.cat(gradients)
 
 
 def _back(

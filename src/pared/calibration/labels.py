@@ -20,8 +20,17 @@ SECTION = 256  # classes whose probabilities are summed at once
 class Labels(Protocol):
     """A source of labels."""
 
-    def __call__(self, window: int, tokens_T: torch.Tensor, p_RC: torch.Tensor) -> torch.Tensor:
-        """Return the labels ``(R,)`` of one window from its number, its tokens and the probabilities predicted."""
+    def __call__(
+        self, window: int, tokens_T: torch.Tensor, p_RC: torch.Tensor, rows: range | None = None
+    ) -> torch.Tensor:
+        """Return the labels ``(R,)`` of one window from its number, its tokens and the probabilities predicted.
+
+        Args:
+            window: its number.
+            tokens_T: all of its tokens.
+            p_RC: predicted probabilities, of all rows or of some.
+            rows: which tokens those are of; all rows that there are if none are given.
+        """
 
 
 @dataclass(frozen=True)
@@ -51,18 +60,20 @@ class Sampled:
             real_T = tokens_T if mask is None else tokens_T.masked_fill(~mask[number].bool(), NONE)
             self._first.setdefault(real_T.cpu().numpy().tobytes(), number)
 
-    def __call__(self, window: int, tokens_T: torch.Tensor, p_RC: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self, window: int, tokens_T: torch.Tensor, p_RC: torch.Tensor, rows: range | None = None
+    ) -> torch.Tensor:
         """Draw one label for every row: the first whose cumulative probability exceeds a uniform number.
 
         ``torch.multinomial`` draws a number for every class, which takes longer than a large part of the model.
         """
         number = self._first.setdefault(tokens_T.cpu().numpy().tobytes(), window)
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + number)
-        uniform_R1 = torch.rand(len(p_RC), 1, generator=generator).to(p_RC.device)
-        drawn_R = _first_above(p_RC, uniform_R1)
+        uniform_R1 = torch.rand(len(p_RC if rows is None else tokens_T), 1, generator=generator)
+        drawn_R = _first_above(p_RC, _of(rows, uniform_R1).to(p_RC.device))
         if self.like is None:
             return drawn_R
-        given_R = Given(self.like)(window, tokens_T, p_RC).to(p_RC.device)
+        given_R = Given(self.like)(window, tokens_T, p_RC, rows).to(p_RC.device)
         if len(given_R) != len(drawn_R):
             raise ParedError(f"labels: window {window} has {len(given_R)}, the head predicts {len(drawn_R)}")
         return drawn_R.masked_fill(given_R == NONE, NONE)
@@ -72,9 +83,15 @@ class Sampled:
 class NextToken:
     """The next token of the text: the loss of a causal language model. The last token has no label."""
 
-    def __call__(self, window: int, tokens_T: torch.Tensor, p_RC: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
+    def __call__(
+        self,
+        window: int,  # noqa: ARG002
+        tokens_T: torch.Tensor,
+        p_RC: torch.Tensor,  # noqa: ARG002
+        rows: range | None = None,
+    ) -> torch.Tensor:
         """Shift the tokens by one."""
-        return torch.cat([tokens_T[1:], tokens_T.new_full((1,), NONE)])
+        return _of(rows, torch.cat([tokens_T[1:], tokens_T.new_full((1,), NONE)]))
 
 
 @dataclass(frozen=True)
@@ -87,11 +104,20 @@ class Given:
 
     labels: torch.Tensor
 
-    def __call__(self, window: int, tokens_T: torch.Tensor, p_RC: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
+    def __call__(
+        self,
+        window: int,
+        tokens_T: torch.Tensor,
+        p_RC: torch.Tensor,  # noqa: ARG002
+        rows: range | None = None,
+    ) -> torch.Tensor:
         """Look the labels up."""
         if window >= len(self.labels):
             raise ParedError(f"labels: window {window} has none; {len(self.labels)} were given")
-        return self.labels[window].reshape(-1)
+        labels_R = self.labels[window].reshape(-1)
+        if rows is not None and len(labels_R) != len(tokens_T):
+            raise ParedError(f"labels: window {window} has {len(labels_R)}, the head predicts {len(tokens_T)}")
+        return _of(rows, labels_R)
 
 
 @dataclass(frozen=True)
@@ -107,7 +133,13 @@ class Scores:
     given: torch.Tensor | None = None
     seed: int = 0
 
-    def __call__(self, window: int, tokens_T: torch.Tensor, p_RC: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
+    def __call__(
+        self,
+        window: int,
+        tokens_T: torch.Tensor,  # noqa: ARG002
+        p_RC: torch.Tensor,
+        rows: range | None = None,  # noqa: ARG002 - a window has one score
+    ) -> torch.Tensor:
         """Return the scores ``(R,)`` of one window from its number and the scores predicted ``(R, 1)``."""
         if self.given is None:
             generator = torch.Generator().manual_seed(1_000_003 * self.seed + window)
@@ -160,7 +192,12 @@ def choose_labels(
 
 
 def logit_gradient(
-    logits: torch.Tensor, window: int, tokens_T: torch.Tensor, labels: Labels, mask_T: torch.Tensor | None = None
+    logits: torch.Tensor,
+    window: int,
+    tokens_T: torch.Tensor,
+    labels: Labels,
+    mask_T: torch.Tensor | None = None,
+    rows: range | None = None,
 ) -> torch.Tensor:
     """Return the gradient of the summed loss, zero where there is no label.
 
@@ -168,11 +205,12 @@ def logit_gradient(
     so that besides the logits there is one float32 tensor of their size.
 
     Args:
-        logits: of one window, ``(1, T, C)`` or ``(1, C)``.
+        logits: of one window, ``(1, T, C)`` or ``(1, C)``, or of some of its tokens.
         window: its number.
         tokens_T: its tokens.
         labels: where the labels come from.
         mask_T: which tokens are no padding; padding has no label and is never a next token.
+        rows: which tokens the logits are of; all if none are given.
 
     Raises:
         ParedError: NaN in the logits, a single class, or labels that do not fit them.
@@ -187,17 +225,17 @@ def logit_gradient(
         raise ParedError("the head outputs NaN or infinity; check its weights, or load the model in float32")
     if mask_T is not None:
         tokens_T = tokens_T.masked_fill(~mask_T, NONE)
-    labels_R = labels(window, tokens_T, p_RC).to(p_RC.device)
+    labels_R = labels(window, tokens_T, p_RC, rows).to(p_RC.device)
     if len(labels_R) != len(p_RC):
         raise ParedError(f"labels: window {window} has {len(labels_R)}, the head predicts {len(p_RC)}")
     has_R = labels_R != NONE
     if mask_T is not None and logits.ndim == 3:  # a row a token, not one for the whole window
-        has_R &= mask_T.to(has_R.device)
+        has_R &= _of(rows, mask_T).to(has_R.device)
     outside = labels_R[has_R & ((labels_R < 0) | (labels_R >= classes))]
     if len(outside):
         raise ParedError(f"labels: window {window} has label {int(outside[0])}, the head has {classes} classes")
-    rows = has_R.nonzero().squeeze(1)
-    p_RC[rows, labels_R[rows]] -= 1
+    labelled = has_R.nonzero().squeeze(1)
+    p_RC[labelled, labels_R[labelled]] -= 1
     p_RC[~has_R] = 0
     return p_RC.reshape(logits.shape).to(logits.dtype)
 
@@ -215,6 +253,11 @@ def _score_gradient(logits: torch.Tensor, window: int, tokens_T: torch.Tensor, s
     if len(y_1) != 1:
         raise ParedError(f"labels: window {window} has {len(y_1)}, the head predicts 1")
     return (2 * (z_11[:, 0] - y_1)).nan_to_num(nan=0.0).reshape(logits.shape).to(logits.dtype)
+
+
+def _of(rows: range | None, values_T: torch.Tensor) -> torch.Tensor:
+    """Return the entries of some tokens; all if none are named."""
+    return values_T if rows is None else values_T[rows.start : rows.stop]
 
 
 def _first_above(p_RC: torch.Tensor, uniform_R1: torch.Tensor) -> torch.Tensor:

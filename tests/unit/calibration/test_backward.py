@@ -643,3 +643,30 @@ def test_a_block_may_change_its_input_in_place() -> None:
         found = collected(model, Sampled(0), ["fisher"], tokens(WINDOWS, CLASSES))
         values.append(torch.cat([statistics["fisher"].value for statistics in found.values()]))
     assert torch.equal(*values)
+
+
+@pytest.mark.parametrize("loss", ["labels", "sampled"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "qwen2_moe"])
+def test_a_large_head_goes_over_parts_of_the_tokens(family: str, loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a window of 512 tokens of a vocabulary of 151,936 took 1.3 GB of logits and their gradient."""
+    model, rows = TINY_MODELS[family](), list[int]()
+    labels = labels_of(model, loss)
+    whole = collected(model, labels, ["output_gradient_full"])
+    monkeypatch.setattr("pared.calibration.head.LOGITS", 5 * VOCAB + 1)
+    model.get_output_embeddings().register_forward_hook(lambda _, __, logits: rows.append(logits.shape[-2]))
+    found = collected(model, labels, ["output_gradient_full"])
+    parts = [5] * (LENGTH // 5) + [LENGTH % 5] * bool(LENGTH % 5)
+    assert rows[-WINDOWS * len(parts) :] == parts * WINDOWS
+    for site, own in whole.items():
+        assert relative(found[site]["output_gradient_full"].value, own["output_gradient_full"].value) < 1e-5
+
+
+def test_labels_of_a_part_of_the_tokens_are_those_of_the_whole_window() -> None:
+    ids, p_RC = tokens()[0], torch.rand(LENGTH, VOCAB, generator=torch.Generator().manual_seed(1))
+    given = torch.arange(WINDOWS * LENGTH).reshape(WINDOWS, LENGTH) % VOCAB
+    sources: list[Labels] = [Sampled(3), Sampled(3, given.masked_fill(given % 3 == 0, -100)), NextToken(), Given(given)]
+    for labels in sources:
+        some = range(2, 7)
+        assert torch.equal(labels(0, ids, p_RC[2:7], some), labels(0, ids, p_RC)[2:7])
+    with pytest.raises(ParedError, match=f"has {LENGTH}, the head predicts {LENGTH + 1}"):
+        Given(given)(0, torch.cat([ids, ids[:1]]), p_RC[:4], range(4))

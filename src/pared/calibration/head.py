@@ -1,0 +1,97 @@
+"""From what the last block outputs through a model's own head and loss, and back: a part of the tokens at a time."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from pared.calibration.activations import replaced_forwards
+from pared.calibration.labels import Labels, logit_gradient
+from pared.errors import ParedError
+from pared.structure.model import Anatomy
+from pared.structure.probe import BlockCall, call_model
+
+LOGITS = 2**23  # that a head computes at once, about: 32 MiB in float32
+
+
+def through_head(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    calls: list[BlockCall],
+    hidden_BTH: torch.Tensor,
+    tokens_BT: torch.Tensor,
+    beside: Mapping[str, torch.Tensor],
+    window: int,
+    labels: Labels,
+) -> torch.Tensor:
+    """Return the gradient of the loss with respect to the last block's output ``(windows, tokens, width)``.
+
+    One window at a time. Of a large vocabulary the logits of a window take more memory than many a model's blocks:
+    those of a part of the tokens are computed at a time, where the model's own code can be told which. The parts depend
+    on shapes alone.
+
+    Args:
+        model: whose head and loss these are.
+        anatomy: of it.
+        calls: of its blocks in this batch.
+        hidden_BTH: what the last of them outputs.
+        tokens_BT: the windows of the batch.
+        beside: what else the model is given, as for :func:`pared.structure.probe.call_model`.
+        window: number of the first window.
+        labels: where the labels come from.
+
+    Raises:
+        ParedError: the model has no head that predicts classes, or the labels do not fit.
+    """
+    blocks = anatomy.blocks(model)
+    leaf, ran = hidden_BTH[:0], 0
+
+    def stub(index: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            nonlocal ran
+            ran += 1
+            own = BlockCall.seen(args, kwargs, anatomy.block_name(index), index).hidden
+            return calls[ran - 1].answer(leaf.to(own) if ran == len(calls) else own)
+
+        return forward
+
+    gradients: list[torch.Tensor] = []
+    with torch.enable_grad(), replaced_forwards(blocks, stub):
+        for offset, tokens_T in enumerate(tokens_BT):
+            more = {name: tensor[offset : offset + 1] for name, tensor in beside.items()}
+            mask = more.get("attention_mask")
+            mask_T = None if mask is None else mask[0].bool()
+            total: torch.Tensor | None = None
+            for rows in _parts(model, len(tokens_T)):
+                leaf, ran = hidden_BTH[offset : offset + 1].detach().requires_grad_(), 0
+                kept = {} if rows is None else {"logits_to_keep": torch.arange(rows.start, rows.stop)}
+                logits = _logits(model, tokens_T.unsqueeze(0), {**more, **kept})
+                gradient = logit_gradient(logits, window + offset, tokens_T, labels, mask_T, rows)
+                (found,) = torch.autograd.grad(logits, leaf, gradient)
+                total = found if total is None else total.add_(found)  # a part leaves the other tokens at zero
+            assert total is not None
+            gradients.append(total)
+    return torch.cat(gradients)
+
+
+def _parts(model: PreTrainedModel, tokens: int) -> list[range] | list[None]:
+    """Return which tokens of a window go through the head together; None for all at once."""
+    vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 1))
+    size = max(1, LOGITS // vocabulary)
+    takes = inspect.signature(model.forward).parameters.get("logits_to_keep")
+    if tokens <= size or takes is None or "Tensor" not in str(takes.annotation):
+        return [None]
+    return [range(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+
+def _logits(model: PreTrainedModel, tokens: torch.Tensor, more: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return what the head outputs."""
+    logits: torch.Tensor | None = getattr(call_model(model, tokens, more), "logits", None)
+    if logits is None:
+        raise ParedError(
+            f"{type(model).__name__} outputs no logits, and gradients need a language-model or classification head; "
+            "take a method that needs none: svd-llm, basis-sharing, wanda"
+        )
+    return logits
