@@ -13,6 +13,8 @@ from pared.io.guarded import parse_json
 from pared.io.run_dir import RunDirectory
 from pared.lowrank import Decomposition
 
+KEPT = ("U_OR", "T_NR", "L_OO", "weighted_ON")  # of a decomposition, where it has them
+
 
 class Copy(NamedTuple):
     """What a store keeps of a unit: a file of tensors and a number."""
@@ -62,6 +64,8 @@ class DecompositionStore:
             tensors["T_NR"] = found.T_NR
         if found.L_OO is not None:
             tensors["L_OO"] = found.L_OO
+        if found.weighted_ON is not None:
+            tensors["weighted_ON"] = found.weighted_ON
         if weight is not None:
             tensors["weight"] = weight
         self.write(name, Copy(tensors, found.damping))
@@ -95,7 +99,7 @@ class DecompositionStore:
             W_ON: its weight, as it was when it was decomposed.
         """
         kept = load_file(self.files[name], device=str(W_ON.device))
-        fields = {key: kept[key].double() for key in ("U_OR", "T_NR", "L_OO") if key in kept}
+        fields = {key: kept[key].double() for key in KEPT if key in kept}
         return Decomposition(W_ON.double(), self.spectra[name].to(W_ON.device), damping=self._damping[name], **fields)
 
     def weight(self, name: str, rows: slice) -> torch.Tensor:

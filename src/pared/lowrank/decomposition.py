@@ -39,6 +39,8 @@ class Decomposition:
         M_NN: with ``T_NR``, ``Wᵀ L Lᵀ W``: makes ``down`` of it without a product as tall as the weight.
         damping: what was added to the Gram's diagonal, relative to its mean; 0 if nothing.
         L_OO: the weighting of outputs: lower triangular ``(out, out)``, a diagonal ``(out,)``, or none.
+        weighted_ON: ``Lᵀ W`` in place of a triangular ``L``, which is larger where in < out, with ``T_NR``: all of
+            ``W' = W T_k T_kᵀ M`` is known without it.
         fallback: what stands in for statistics that say nothing, for the record; empty if they were what was used.
     """
 
@@ -49,6 +51,7 @@ class Decomposition:
     M_NN: torch.Tensor | None = None
     damping: float = 0.0
     L_OO: torch.Tensor | None = None
+    weighted_ON: torch.Tensor | None = None
     fallback: str = ""
 
     def loss(self, rank: int) -> float:
@@ -57,6 +60,9 @@ class Decomposition:
 
     def factors(self, rank: int) -> Factors:
         """Return the factors of one rank, float64; ``up`` has orthonormal columns if outputs are not weighted."""
+        if self.weighted_ON is not None:
+            T_NK, down_KN = self.projection(rank)
+            return Factors(down=down_KN, up=self.W_ON @ T_NK)
         weighted_ON = self.W_ON if self.L_OO is None else weigh_outputs(self.L_OO, self.W_ON)
         if self.T_NR is None:
             assert self.U_OR is not None
@@ -74,6 +80,22 @@ class Decomposition:
         if self.L_OO.ndim == 1:
             return Factors(down=down_KN, up=U_OK / self.L_OO[:, None])
         return Factors(down=down_KN, up=torch.linalg.solve_triangular(self.L_OO.T, U_OK, upper=True))
+
+    def projection(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return ``T (in, rank)`` and ``down (rank, in)`` with ``W' = W T down``, where ``T_NR`` gives the directions.
+
+        Of weak directions only where ``weighted_ON`` is there to make them orthonormal again.
+        """
+        assert self.T_NR is not None
+        T_NK = self.T_NR[:, :rank]
+        if self.weighted_ON is None or not (self.M_NN is None or self.weak(rank)):
+            assert self.M_NN is not None
+            return T_NK, T_NK.T @ self.M_NN
+        U_OK = self.weighted_ON @ T_NK
+        if self.weak(rank):
+            U_OK, R_KK = torch.linalg.qr(U_OK)
+            T_NK = torch.linalg.solve_triangular(R_KK, T_NK, upper=True, left=False)
+        return T_NK, U_OK.T @ self.weighted_ON
 
     def weak(self, rank: int) -> bool:
         """Return whether the weakest direction of a rank is too weak to be orthogonal to the others as it is."""
@@ -109,22 +131,30 @@ def from_output_gram(
 
 
 def from_root(
-    W_ON: torch.Tensor, R_NN: torch.Tensor, damping: float = 0.0, L_OO: torch.Tensor | None = None
+    W_ON: torch.Tensor,
+    R_NN: torch.Tensor,
+    damping: float = 0.0,
+    L_OO: torch.Tensor | None = None,
+    weighted_ON: torch.Tensor | None = None,
 ) -> Decomposition:
     """Decompose by the right singular vectors of ``Lᵀ W R`` with ``R Rᵀ = G``: cheapest when in < out.
 
     ``R`` is a matrix, or a diagonal ``(in,)``. Neither ``W R`` nor ``U`` is multiplied out: both are as tall as the
-    weight, and the eigenproblem is as wide.
+    weight, and the eigenproblem is as wide. Outputs are weighted by a diagonal ``L (out,)``, or by a triangular one of
+    which ``weighted_ON``, ``Lᵀ W``, is all that is needed.
     """
-    weighted_ON = W_ON if L_OO is None else weigh_outputs(L_OO, W_ON)
-    M_NN = weighted_ON.T @ weighted_ON
+    A_ON = weighted_ON
+    if A_ON is None:
+        A_ON = W_ON if L_OO is None else weigh_outputs(L_OO, W_ON)
+    M_NN = A_ON.T @ A_ON
+    del A_ON
     diagonal = R_NN.ndim == 1
     e_N, V_NN = torch.linalg.eigh(R_NN[:, None] * M_NN * R_NN if diagonal else R_NN.T @ M_NN @ R_NN)
     s_N, V_NN = e_N.clamp(min=0).sqrt().flip(0), V_NN.flip(1)
     divisor_N = s_N.clamp(min=1e-12 * s_N[0])
     divisor_N = divisor_N.masked_fill(divisor_N == 0, torch.inf)  # a zero weight has no directions
     T_NN = (R_NN[:, None] * V_NN if diagonal else R_NN @ V_NN) / divisor_N
-    return Decomposition(W_ON, s_N, T_NR=T_NN, M_NN=M_NN, damping=damping, L_OO=L_OO)
+    return Decomposition(W_ON, s_N, T_NR=T_NN, M_NN=M_NN, damping=damping, L_OO=L_OO, weighted_ON=weighted_ON)
 
 
 def from_input_scale(W_ON: torch.Tensor, scale_N: torch.Tensor) -> Decomposition:

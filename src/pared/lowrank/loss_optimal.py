@@ -12,14 +12,18 @@ ranks, dense weights and shared bases (:mod:`pared.allocation.ranks.loss`), with
 two-sided targets behind the compressed prefix.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
 from pared.lowrank.decomposition import Decomposition, at_no_cost, from_output_gram, from_root, weigh_outputs
+from pared.lowrank.in_place import weighted_by_root
 from pared.lowrank.sharing import block_diagonal
-from pared.lowrank.whitening import cholesky_factor
+from pared.lowrank.whitening import LEAST_PIVOT, cholesky_factor
+
+log = logging.getLogger(__name__)
 
 DAMPING = 1e-4  # of the mean diagonal, on both sides
 # A Gram of few directions (the gradients of a classifier's head) is indefinite by the rounding of its float32 products.
@@ -77,22 +81,70 @@ def decompose_group(
     energies = [_mean_energy(gradient) for gradient in gradients]
     nonzero = [energy for energy in energies if energy]
     placeholder = DAMPING * sum(nonzero) / len(nonzero) if nonzero else 1.0
-    found_roots = [
-        root(gradient if energy else gradient.new_full((), placeholder), len(weight), damp_outputs)
-        for gradient, energy, weight in zip(gradients, energies, W_ON, strict=True)
+    weighting = [
+        gradient if energy else gradient.new_full((), placeholder)
+        for gradient, energy in zip(gradients, energies, strict=True)
     ]
-    roots, damping = [one for one, _ in found_roots], max(used for _, used in found_roots)
-    if any(one.ndim == 2 for one in roots):
-        roots = [one if one.ndim == 2 else one.diag() for one in roots]
-    weight_ON = torch.cat(list(W_ON)).double()
-    L_OO = torch.cat(roots) if roots[0].ndim == 1 else _block_diagonal(roots)
-    read = bool(gram_NN.any())
+    weight_ON = torch.cat(list(W_ON)).double() if len(W_ON) > 1 else W_ON[0].double()
+    read = bool(gram_NN.diagonal().any())
     seen_NN = gram_NN if read else torch.eye(len(gram_NN), dtype=gram_NN.dtype, device=gram_NN.device)
-    found = decompose_weighted(weight_ON, seen_NN, L_OO, damp_inputs)
-    found = replace(found, damping=max(found.damping, damping))
+    if weight_ON.shape[0] > weight_ON.shape[1] and any(one.ndim == 2 for one in weighting):
+        rows = [len(weight) for weight in W_ON]
+        found = _decompose_tall(weight_ON, rows, seen_NN, weighting, damp_inputs, damp_outputs)
+    else:
+        roots = [root(one, len(weight), damp_outputs) for one, weight in zip(weighting, W_ON, strict=True)]
+        found = decompose_weighted(weight_ON, seen_NN, _together([one for one, _ in roots]), damp_inputs)
+        found = replace(found, damping=max(found.damping, *(used for _, used in roots)))
     if read and nonzero:
         return found
     return at_no_cost(found, "no gradient of the loss reaches it" if read else "nothing but zeros reach it on the text")
+
+
+def _decompose_tall(
+    W_ON: torch.Tensor,
+    rows: Sequence[int],
+    gram_NN: torch.Tensor,
+    gradients: Sequence[torch.Tensor],
+    damp_inputs: bool,
+    damp_outputs: bool,
+) -> Decomposition:
+    """Decompose weights one above the other, more outputs than inputs, without a root of ``B`` in memory.
+
+    Raises:
+        ValueError: as :func:`decompose`.
+    """
+    weighted_ON, dampings = torch.empty_like(W_ON), [0.0]
+    for own_ON, out_ON, gradient in zip(
+        torch.split(W_ON, list(rows)), torch.split(weighted_ON, list(rows)), gradients, strict=True
+    ):
+        if gradient.ndim == 2:
+            of_own, used = _weighted(gradient.double(), own_ON, damp_outputs)
+        else:
+            L_O, used = root(gradient, len(own_ON), damp_outputs)
+            of_own = weigh_outputs(L_O, own_ON)
+        out_ON.copy_(of_own)
+        dampings.append(used)
+    R_NN, used = _factor(gram_NN.double(), "input Gram", damp_inputs)
+    return from_root(W_ON, R_NN, max(used, *dampings), weighted_ON=weighted_ON)
+
+
+def _weighted(gram_OO: torch.Tensor, W_ON: torch.Tensor, damp: bool) -> tuple[torch.Tensor, float]:
+    """Return ``Lᵀ W`` with the root ``L`` of a damped Gram, and the damping where it is more than the usual, else 0."""
+    _mean(gram_OO.diagonal(), "output gradient Gram")
+    found = weighted_by_root(gram_OO, W_ON, _ladder(damp), LEAST_PIVOT)
+    if found is None:
+        raise ValueError(f"the Gram is not positive semi-definite, even with damping {MORE_DAMPING[-1]}")
+    weighted_ON, damping = found
+    if damping > DAMPING:
+        log.info("Gram of %d features is rank-deficient: relative damping %g", len(gram_OO), damping)
+    return weighted_ON, damping if damping > DAMPING else 0.0
+
+
+def _together(roots: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the roots of weights one above the other as one: a diagonal if all are."""
+    if all(one.ndim == 1 for one in roots):
+        return torch.cat(list(roots))
+    return _block_diagonal([one if one.ndim == 2 else one.diag() for one in roots])
 
 
 def decompose_weighted(
@@ -106,11 +158,15 @@ def decompose_weighted(
     W_ON, gram_NN = W_ON.double(), gram_NN.double()
     if W_ON.shape[0] > W_ON.shape[1]:
         R_NN, damping = _factor(gram_NN, "input Gram", damp)
-        return from_root(W_ON, R_NN, damping, L_OO=L_OO)
-    damped_NN = gram_NN.clone()
-    damped_NN.diagonal().add_((DAMPING if damp else 0.0) * _mean(gram_NN.diagonal(), "input Gram"))
-    weighted_ON = weigh_outputs(L_OO, W_ON)
-    return from_output_gram(W_ON, weighted_ON @ damped_NN @ weighted_ON.T, L_OO=L_OO)
+        if L_OO.ndim == 1:
+            return from_root(W_ON, R_NN, damping, L_OO=L_OO)
+        return from_root(W_ON, R_NN, damping, weighted_ON=weigh_outputs(L_OO, W_ON))
+    weighted_ON, mean = weigh_outputs(L_OO, W_ON), _mean(gram_NN.diagonal(), "input Gram")
+    # Lᵀ W (A + λ I), without a copy of A, which is the largest thing here.
+    seen_ON = weighted_ON @ gram_NN
+    if damp:
+        seen_ON.add_(weighted_ON, alpha=DAMPING * mean)
+    return from_output_gram(W_ON, seen_ON @ weighted_ON.T, L_OO=L_OO)
 
 
 def root(gradient: torch.Tensor, out_features: int, damp: bool = True) -> tuple[torch.Tensor, float]:
@@ -134,10 +190,14 @@ def _block_diagonal(blocks: Sequence[torch.Tensor]) -> torch.Tensor:
     return blocks[0] if len(blocks) == 1 else block_diagonal(blocks)
 
 
+def _ladder(damp: bool) -> tuple[float, ...]:
+    return (DAMPING, *MORE_DAMPING) if damp else (0.0, DAMPING, *MORE_DAMPING)
+
+
 def _factor(gram_NN: torch.Tensor, what: str, damp: bool) -> tuple[torch.Tensor, float]:
     """Return the Cholesky factor of a damped Gram, and its damping where that is more than the usual, else 0."""
     _mean(gram_NN.diagonal(), what)
-    L_NN, _, damping = cholesky_factor(gram_NN, (DAMPING, *MORE_DAMPING) if damp else (0.0, DAMPING, *MORE_DAMPING))
+    L_NN, _, damping = cholesky_factor(gram_NN, _ladder(damp))
     return L_NN, damping if damping > DAMPING else 0.0
 
 

@@ -74,10 +74,11 @@ def errors(
         members: of every weight of the group alone, weighted as the group is.
         grams: ``XᵀX`` of every member's own inputs.
     """
-    if group.T_NR is None or group.M_NN is None or group.weak(rank):
+    weak = group.M_NN is None or group.weak(rank)
+    if group.T_NR is None or (weak and group.weighted_ON is None):
         return _explicit_errors(group, rank, members, grams)
-    T_NK = group.T_NR[:, :rank]
-    left_NN = torch.eye(len(T_NK), dtype=T_NK.dtype, device=T_NK.device) - T_NK @ (T_NK.T @ group.M_NN)
+    T_NK, down_KN = group.projection(rank)
+    left_NN = torch.eye(len(T_NK), dtype=T_NK.dtype, device=T_NK.device) - T_NK @ down_KN
     return tuple(
         float((_outer(own) @ left_NN @ gram.to(left_NN) * left_NN).sum())
         for own, gram in zip(members, grams, strict=True)
@@ -88,7 +89,9 @@ def _outer(own: Decomposition) -> torch.Tensor:
     """Return ``Wᵀ L Lᵀ W`` ``(in, in)``."""
     if own.M_NN is not None:
         return own.M_NN
-    weighted_ON = own.W_ON if own.L_OO is None else weigh_outputs(own.L_OO, own.W_ON)
+    weighted_ON = own.weighted_ON
+    if weighted_ON is None:
+        weighted_ON = own.W_ON if own.L_OO is None else weigh_outputs(own.L_OO, own.W_ON)
     return weighted_ON.T @ weighted_ON
 
 
