@@ -126,6 +126,7 @@ def memory(cases: Sequence[str]) -> None:
             if done["exit"] == 0:
                 manifest = json.loads((out / "pared.json").read_text(encoding="utf-8"))
                 row |= {"seconds_by_stage": manifest["seconds"], "bytes": manifest["bytes_on_disk"]}
+                row |= {"bound": manifest["memory_bound_bytes"], "peak": manifest["peak_memory_bytes"]}
                 check = [sys.executable, "-m", "pared", "verify", str(out), "--stream", "on"]
                 row |= {f"verify_{k}": v for k, v in run_capped(check, cap, ONE_THREAD, log).items()}
             append(LINES, row)
@@ -319,11 +320,13 @@ def render() -> None:
     if rows := of("memory"):
         cells = [
             (f"{one['model']}, {one['method']}", _mib(one["cap"]), one["compress_exit"],
-             _mib(one.get("compress_peak_group")), _mib(one["compress_peak_rss"]), f"{one['compress_seconds']:,.0f}",
+             _mib(one.get("compress_peak_group")), _mib(one["compress_peak_rss"]), _mib(one.get("peak")),
+             _mib(one.get("bound")), f"{one['compress_seconds']:,.0f}",
              one.get("verify_exit", ""), _mib(one.get("verify_peak_rss")), one["compress_enforced"])
             for one in rows
         ]  # fmt: skip
-        header = ("model, method", "cap MiB", "exit", "group MiB", "RSS MiB", "seconds", "verify", "its RSS MiB", "by")
+        header = ("model, method", "cap MiB", "exit", "group MiB", "RSS MiB", "peak MiB", "bound MiB", "seconds",
+                  "verify", "its RSS MiB", "by")  # fmt: skip
         parts += ["## Larger than memory", MEMORY, table(header, cells)]
     if rows := of("stream"):
         cells = [(one["method"], one["tensors"], "yes" if one["equal"] else "NO", spread(one["ratios"]))
@@ -363,10 +366,11 @@ Made by `python benchmarks/scale.py`; raw lines with commit and machine in [scal
 nothing here was run on a GPU."""
 MEMORY = """A random-weight model of the shape of LLaMA-3.2-3B in bfloat16 (6.4 GB on disk) and Qwen2.5-Coder-0.5B,
 compressed with `--stream on` under a hard limit of memory, and verified under the same. *Group* is what the control
-group held at most, page cache included, which cannot exceed the cap; *RSS* is the process's own peak, pages of files
-included. The machine was shared by other work, so seconds say little. Exit -9: killed by the kernel at the cap.
-`loss-optimal` with full weighting holds the Grams of one block's outputs, and the gradient through a head of 151,936
-tokens: it needs more than 1.5 GB, as `pared compress` says beforehand."""
+group held at most, page cache included, which cannot exceed the cap; *RSS* is the process's own peak (`ru_maxrss`),
+pages of mapped files included, which the group need not be charged for; *peak* is the same in the manifest. *Bound* is
+what a streamed compression is to keep to: the process before weights are read, what is outside of the blocks, three
+blocks, the statistics of one, activation memory and 1 GiB. The machine was shared by other work, so seconds say little.
+Exit -9: killed by the kernel at the cap."""
 STREAM = """The embedded model, 16 windows of 512 tokens, float32, one thread: every tensor of the output, and the wall
 time of whole commands, interleaved, three pairs."""
 KILLS = """A small model; every command is killed with SIGKILL at a random moment (30 to 100% of the time a whole run

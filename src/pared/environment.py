@@ -149,6 +149,15 @@ def machine() -> dict[str, str]:
     return {"platform": platform.platform(), "threads": str(torch.get_num_threads()), **gpu}
 
 
+def resident_memory_bytes() -> int:
+    """Return the resident memory of this process now; 0 where the system does not say (without ``/proc``)."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return 0
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS:"))
+    return int(line.split()[1]) * 1024
+
+
 def peak_memory_bytes() -> int:
     """Return the highest resident memory of this process so far; with CUDA, the highest allocated memory."""
     import torch

@@ -40,6 +40,11 @@ class BlockStatistics:
     influence: float | None = None
     source: Mapping[str, Any] = field(default_factory=dict)
 
+    def take(self, site: str) -> Mapping[str, StatisticView]:
+        """Return the statistics of a site, and hold them no longer, so that each goes when it was used."""
+        held = self.statistics
+        return held.pop(site, {}) if isinstance(held, dict) else held.get(site, {})
+
 
 @dataclass(frozen=True)
 class DenseReference:

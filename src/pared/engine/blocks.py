@@ -28,6 +28,7 @@ from pared.calibration import (
 )
 from pared.calibration.spool import HiddenStates
 from pared.engine.pass_record import NoRecord, Record
+from pared.memory import give_back
 from pared.structure import Anatomy
 from pared.structure.store import BlockStore
 
@@ -182,11 +183,13 @@ def run_blocks_backward(
         with frozen(store.model):
             from_head(store.model, anatomy, trail, there, window, labels)
         window += len(there)
+        give_back()  # pieces of logits, which the blocks would have no use for
         for index in reversed(range(len(store))):
             block = store.load(index)
             own = waiting.pop(index, None) or wants(index)
             with frozen(store.model):
                 back(block, index, anatomy, trail, own, on_batch)
+            give_back()
             if start + part < total:
                 waiting[index] = own
                 store.release(index)

@@ -181,8 +181,9 @@ class LowRankWork:
             if block.influence is not None:
                 self._influence[block.index] = block.influence
             with self._observer.watch("solve"):
+                of_channels = channels.of(block)
                 solver.visit(block)
-                channels.visit(block)
+                channels.visit(of_channels)
 
         self._observer.run(step, visit, influence=self._spec.influence and step.hand_on == "dense", kept=kept)
         solver.in_order()
@@ -205,9 +206,10 @@ class LowRankWork:
 
         def visit(block: BlockStatistics) -> None:
             with self._observer.watch("solve"):
+                of_channels = narrowed.of(block)
                 second.visit(block)
                 first.install([(unit, decisions[unit.name]) for unit in second.take_missed()])
-                narrowed.visit(block)
+                narrowed.visit(of_channels)
                 narrowed.take_over(ordered, ordered.in_block(block.index, self._decided))
 
         decisions = {unit.name: decision for unit, decision in first.decided(self._decided)}

@@ -12,10 +12,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from pared.calibration.head import LOGITS
 from pared.calibration.statistics import CROSS, Shapes, accumulators
 from pared.engine.spec import CompressionSpec, LowRankSpec
 from pared.errors import ParedError
 from pared.io.output_dir import RESERVE, free_space
+from pared.lowrank.in_place import PANEL
 from pared.memory import Available, format_size
 from pared.names import called, option_called
 from pared.structure.model import Anatomy, Site
@@ -46,10 +48,13 @@ class Needs:
     Attributes:
         memory: besides what the process holds already.
         disk: beside the output, until it is written.
+        bound: what a streamed compression is to keep to, besides what the process holds already: what is outside of
+            the blocks, three blocks, the statistics of one, activation memory and 1 GiB.
     """
 
     memory: Mapping[str, int]
     disk: Mapping[str, int]
+    bound: int = 0
 
     @property
     def memory_bytes(self) -> int:
@@ -139,25 +144,33 @@ def needs_of(
         evaluated: what perplexity is measured on; none where it is not.
     """
     memory, disk = _weights(model, anatomy, spec, streamed, itemsize if tokens else 0), dict[str, int]()
-    memory["statistics"] = _statistics(anatomy, spec, spooled=streamed and activation_memory is not None)
-    memory["solving"] = max((_solving(site, spec) for site in anatomy.sites), default=0)
+    spooled = streamed and activation_memory is not None
+    memory["statistics"] = statistics = _statistics(anatomy, spec, spooled)
+    solving = max((_solving(site, spec) for site in anatomy.sites), default=0)
+    if spooled and _on_disk(spec):  # one Gram is read at a time
+        disk["statistics"] = statistics
+        solving = max(solving + _largest(anatomy, spec) - statistics, 0)
     width, vocabulary = (int(size) for size in reversed(model.get_input_embeddings().weight.shape))
-    activations = 0
+    activations, batch = 0, 0
     if tokens is not None:
         held = tokens.windows * tokens.length * width
         activations = held * itemsize * _sets(spec, _runs(model, anatomy))
-        memory["a batch in a block"] = _batch(anatomy, tokens, itemsize, bool(spec.gradients))
+        batch = _batch(anatomy, tokens, itemsize, bool(spec.gradients))
         if spec.refine is not None:  # in float32: what blocks read on both paths, and the graph of a batch
-            batch = replace(tokens, batch=spec.refine.batch)
             activations = max(activations, held * SINGLE * 2)
-            memory["a batch in a block"] = max(memory["a batch in a block"], _batch(anatomy, batch, SINGLE, True))
+            batch = max(batch, _batch(anatomy, replace(tokens, batch=spec.refine.batch), SINGLE, True))
     if evaluated is not None and streamed:
         activations = max(activations, evaluated.windows * evaluated.length * width * model.dtype.itemsize)
     if activations:
         memory["hidden states"] = activations if activation_memory is None else min(activations, activation_memory)
         disk["activations"] = activations - memory["hidden states"]
-    with_head = [one.length for one in (evaluated, tokens if spec.gradients else None) if one is not None]
-    memory["logits of a window"] = max(with_head, default=0) * vocabulary * (model.dtype.itemsize + 2 * SINGLE)
+    logits = 0 if evaluated is None else evaluated.length * vocabulary
+    if tokens is not None and spec.gradients:
+        logits = max(logits, min(tokens.length * vocabulary, max(LOGITS, vocabulary)))
+    # Statistics are not there yet, or gone, when there are logits; the three do not come at the same time.
+    logits = max(logits * (model.dtype.itemsize + 3 * SINGLE) - statistics, 0)
+    work = {"solving": solving, "a batch in a block": batch, "logits of a window": logits}
+    memory |= {name: size for name, size in work.items() if size == max(work.values())}
     memory["libraries"] = SLACK
     if isinstance(spec, LowRankSpec) and any(step.action == "solve" and not step.installs for step in spec.passes()):
         ranked = anatomy.sites if spec.structures != "widths" else ()
@@ -165,7 +178,12 @@ def needs_of(
         disk["orders of channels"] = _orders(anatomy, spec)
     disk["finished blocks"] = _finished(model, anatomy, spec, streamed, output_bytes)
     disk["the output"] = output_bytes
-    return Needs(*({name: size for name, size in parts.items() if size} for parts in (memory, disk)))
+    bound = 0
+    if streamed:
+        block = max(_bytes(block) for block in anatomy.blocks(model))
+        bound = memory["outside of the blocks"] + 3 * block + statistics + memory.get("hidden states", 0) + 2**30
+    memory, disk = ({name: size for name, size in parts.items() if size} for parts in (memory, disk))
+    return Needs(memory, disk, bound)
 
 
 def _weights(
@@ -212,27 +230,41 @@ def _finished(
 
 def _statistics(anatomy: Anatomy, spec: CompressionSpec, spooled: bool) -> int:
     """Return what statistics take: of the blocks that are solved together, and what is kept of all until then."""
-    meta = torch.device("meta")
     blocks = sorted({site.block for site in anatomy.sites})
-    crossed = isinstance(spec, LowRankSpec) and spec.reference
-    refit = isinstance(spec, LowRankSpec) and spec.refit != "off"
-
-    def forward(shapes: Shapes) -> frozenset[str]:
-        found = spec.requires(shapes) | ({"mean_gram"} if refit else frozenset())
-        found |= {"energy"} if spec.allocator.requires & {"scores", "losses"} else frozenset()
-        return found | ({CROSS, "gram"} if crossed else frozenset())
-
-    def size(block: int, needs: Callable[[Shapes], frozenset[str]]) -> int:
-        made = accumulators(anatomy.sites_of(block), needs, meta)
-        tensors = {id(t): t for own in made.values() for one in own.values() for t in one.state_dict().values()}
-        return sum(tensor.nbytes for tensor in tensors.values())
-
-    now = max((size(block, lambda shapes: forward(shapes) | spec.gradients) for block in blocks), default=0)
+    now = max((sum(_accumulators(anatomy, spec, block)) for block in blocks), default=0)
     runs = [step.runs for step in spec.passes() if step.action == "solve"]
     # Gradients wait for the forward pass that collects the rest, and for a second one behind compressed blocks.
     kept = not spooled and ("backward, then forward" in runs or (spec.gradients and len(runs) > 1))
-    waiting = sum(size(block, lambda _: spec.gradients) for block in blocks) if kept else 0
+    waiting = sum(sum(_sizes(anatomy, block, lambda _: spec.gradients)) for block in blocks) if kept else 0
     return min(spec.group_size, len(blocks)) * now + waiting
+
+
+def _on_disk(spec: CompressionSpec) -> bool:
+    """Whether the statistics of a block are written before it is solved, if anything waits on the disk."""
+    return isinstance(spec, LowRankSpec) and any(step.runs == "backward" for step in spec.passes())
+
+
+def _largest(anatomy: Anatomy, spec: CompressionSpec) -> int:
+    return max(max(_accumulators(anatomy, spec, block), default=0) for block in {s.block for s in anatomy.sites})
+
+
+def _accumulators(anatomy: Anatomy, spec: CompressionSpec, block: int) -> list[int]:
+    """Return the bytes of everything that is collected of a block at once."""
+    crossed = isinstance(spec, LowRankSpec) and spec.reference
+    refit = isinstance(spec, LowRankSpec) and spec.refit != "off"
+
+    def needs(shapes: Shapes) -> frozenset[str]:
+        found = spec.requires(shapes) | spec.gradients | ({"mean_gram"} if refit else frozenset())
+        found |= {"energy"} if spec.allocator.requires & {"scores", "losses"} else frozenset()
+        return found | ({CROSS, "gram"} if crossed else frozenset())
+
+    return _sizes(anatomy, block, needs)
+
+
+def _sizes(anatomy: Anatomy, block: int, needs: Callable[[Shapes], frozenset[str]]) -> list[int]:
+    made = accumulators(anatomy.sites_of(block), needs, torch.device("meta"))
+    tensors = {id(t): t for own in made.values() for one in own.values() for t in one.state_dict().values()}
+    return [tensor.nbytes for tensor in tensors.values()]
 
 
 def _solving(site: Site, spec: CompressionSpec) -> int:
@@ -241,9 +273,16 @@ def _solving(site: Site, spec: CompressionSpec) -> int:
     if not isinstance(spec, LowRankSpec):
         inverse = 3 * width**2 * DOUBLE if spec.walked and "gram" in spec.requires([(out, width)]) else 0
         return inverse + 4 * out * width * SINGLE
-    whole = "output_gradient_full" in spec.gradients
-    grams = 3 if spec.structures == "ranks" else 6  # its inverse twice, and the factor of the Gram in order
-    return DOUBLE * (2 * out * width + grams * width**2 + 6 * min(out, width) ** 2 + (3 * out**2 if whole else 0))
+    whole, less = "output_gradient_full" in spec.gradients, min(out, width)
+    # Its inverse twice, and the factor of the Gram in order.
+    ordering = 0 if spec.structures == "ranks" else 3 * width**2
+    if spec.method.input_gram == "mean_gram":
+        # The square of one Gram, which is worked in or multiplied with as it is, and what is as narrow as the weight.
+        squares = max(out if whole else 0, width) ** 2 + (8 if whole else 6) * less**2
+        if any(amount != 0 for amount in spec.shrinkage.values()):
+            squares += max(out if whole else 0, width) ** 2
+        return DOUBLE * (ordering + squares + 3 * out * width + max(out, width) * PANEL)
+    return DOUBLE * (ordering + 2 * out * width + 3 * width**2 + 6 * less**2)
 
 
 def _runs(model: PreTrainedModel, anatomy: Anatomy) -> int:
@@ -266,7 +305,8 @@ def _decomposition(site: Site, spec: LowRankSpec, itemsize: int) -> int:
     """Return the bytes that a decomposition takes on the disk until its rank is known."""
     out, width = site.out_features, site.in_features
     directions = out * out * SINGLE if out <= width else width * width * DOUBLE
-    weighting = (out * out if "output_gradient_full" in spec.gradients else out) * DOUBLE if spec.gradients else 0
+    whole = out * min(out, width) if "output_gradient_full" in spec.gradients else out
+    weighting = whole * DOUBLE if spec.gradients else 0
     return directions + weighting + (out * width * itemsize if spec.refit != "off" else 0)
 
 

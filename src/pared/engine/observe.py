@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -42,6 +43,7 @@ from pared.errors import ParedError
 from pared.io.digests import model_digest
 from pared.lowrank import GradientOptions
 from pared.lowrank.registry import nothing
+from pared.memory import give_back
 from pared.methods import METHODS
 from pared.models.architecture import is_causal
 from pared.names import called
@@ -268,8 +270,7 @@ class Observer:
 
         def visit_with_gradients(block: BlockStatistics) -> None:
             sites = [site.name for site in self.anatomy.sites_of(block.index)]
-            seen = block.statistics
-            both = {name: {**self._gradients.get(name, {}), **seen.get(name, {})} for name in sites}
+            both = {name: {**self._gradients.get(name, {}), **block.take(name)} for name in sites}
             visit(replace(block, statistics=both))
 
         self.forward(inputs, needs, visit_with_gradients, step, reference, influence=influence, kept=kept)
@@ -283,7 +284,8 @@ class Observer:
         def keep_and_visit(block: BlockStatistics) -> None:
             self._keep(block)
             if kept is None or not kept.holds(block.index):
-                visit(block)
+                with self._on_disk(block) as found:
+                    visit(found)
 
         self.backward(inputs, names, keep_and_visit, changes=step.installs, kept=kept)
 
@@ -483,7 +485,7 @@ class Observer:
             if there is None:
                 raise ParedError("the collected statistics came to an end; give what can be read more than once")
             self._keep(there)
-            visit(there)
+            visit(replace(there, statistics=dict(there.statistics)))  # a visit uses them up; they may be given again
 
         self.without_data(visit_saved, changes)
 
@@ -496,9 +498,30 @@ class Observer:
     def _spool(self, block: BlockStatistics, names: frozenset[str]) -> None:
         """Keep statistics of a block until they are asked for: on the disk, where memory may not hold those of all."""
         found = replace(block, statistics=_only(block.statistics, names))
-        if not isinstance(self.store, ResidentBlocks) and self.memory.limit is not None and self.saved is None:
+        if self._spools and self.saved is None:
             found = saved_block(save_block(self.memory.folder / "statistics", found))
         self._gradients |= _only(found.statistics, names)
+
+    @property
+    def _spools(self) -> bool:
+        """Whether statistics wait on the disk."""
+        return not isinstance(self.store, ResidentBlocks) and self.memory.limit is not None
+
+    @contextmanager
+    def _on_disk(self, block: BlockStatistics) -> Iterator[BlockStatistics]:
+        """Have the statistics of a block on the disk while it is solved, where those of all do not wait in memory.
+
+        Both Grams of its sites would lie beside the square of one, which solving works in.
+        """
+        if not self._spools:
+            yield block
+            return
+        file = save_block(self.memory.folder / "block", block)
+        for site in [*block.statistics]:
+            block.take(site)
+        give_back()
+        yield saved_block(file)
+        file.unlink(missing_ok=True)
 
     def _with_input_gram(self, needs: Needs) -> Needs:
         """Return the needs with the input Gram in place of that of outputs, as targets are made from both paths."""

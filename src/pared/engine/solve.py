@@ -1,7 +1,7 @@
 """Decomposes weights as statistics come in, and puts factors in place once their ranks are known."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,6 +24,7 @@ from pared.errors import ParedError
 from pared.lowrank import Decomposition
 from pared.lowrank.dense_path import target
 from pared.lowrank.sharing import stacked
+from pared.memory import give_back
 from pared.names import called
 from pared.processes import ALONE, Processes
 from pared.schema.plan import Decision, Dense, LowRank, Plan, Shared
@@ -149,14 +150,16 @@ class Solver:
         return self._store.spectra
 
     def visit(self, block: BlockStatistics) -> None:
-        """Take every unit whose members' statistics are all there with those of this block."""
+        """Take every unit whose members' statistics are all there with those of this block, which are used up."""
         own = {site.name for unit in self._waiting for site in unit.members if site.block == block.index}
-        self._held |= {name: block.statistics.get(name, {}) for name in own}
+        self._held |= {name: block.take(name) for name in own}
         ready = [unit for unit in self._waiting if all(site.name in self._held for site in unit.members)]
         self._waiting = [unit for unit in self._waiting if unit not in ready]
 
         def solve(unit: Unit) -> Found:
-            return self.take(unit, {site.name: self._held.pop(site.name) for site in unit.members})
+            found = self.take(unit, {site.name: self._held.pop(site.name) for site in unit.members})
+            give_back()  # the next one is of other sizes
+            return found
 
         for unit, found in zip(ready, self._processes.each(ready, solve), strict=True):
             self.accept(unit, found)
@@ -240,14 +243,15 @@ class Solver:
         self.shrinkage = {name: self.shrinkage[name] for name in sorted(self.shrinkage, key=place)}
         self.fallbacks = {name: self.fallbacks[name] for name in sorted(self.fallbacks, key=place)}
 
-    def take(self, unit: Unit, statistics: Mapping[str, StatisticsOfSite]) -> Found:
+    def take(self, unit: Unit, statistics: dict[str, StatisticsOfSite]) -> Found:
         """Decompose a unit; make its factors if the plan is known, keep the decomposition if not.
 
         A group whose members lose less apart is taken apart.
 
         Args:
             unit: a site, or a group that may share a basis.
-            statistics: of every member, by site and statistic.
+            statistics: of every member, by site and statistic; taken out of the dictionary one by one, so that no Gram
+                is held twice.
 
         Returns:
             What came of it, for :meth:`accept`.
@@ -261,12 +265,13 @@ class Solver:
         there = {id(one) for own in statistics.values() for one in own.values()}
         self._values = {key: kept for key, kept in self._values.items() if key[0] in there}
         for site in unit.members:
-            own = statistics.get(site.name, {})
+            own = statistics.pop(site.name, {})
             if not site.idle and any(one.tokens == 0 for name, one in own.items() if name != CROSS):
                 told.unreached.add(site.name)
             elif not site.idle and (self._planned is None or unit.name in self._planned):
-                values[site.name] = self._values_of(site, own, told)
+                values[site.name] = self._values_of(site, own, statistics.values(), told)
                 self._aim(site, own, told)
+            del own
         if self._planned is not None and unit.name in self._planned and len(values) < len(unit.members):
             told.missed = True
             return told
@@ -307,19 +312,34 @@ class Solver:
         for names, modules in found.installed:
             self._put(names, modules)
 
-    def _values_of(self, site: Site, own: StatisticsOfSite, told: Found) -> dict[str, torch.Tensor]:
-        """Return the statistics of a site as the method reads them, and note how far they were shrunk."""
-        found = {name: self._moments(name, one) for name, one in own.items() if name != CROSS}
+    def _values_of(
+        self, site: Site, own: StatisticsOfSite, others: Collection[StatisticsOfSite], told: Found
+    ) -> dict[str, torch.Tensor]:
+        """Return the statistics of a site as the method reads them, and note how far they were shrunk.
+
+        Args:
+            site: of the model.
+            own: statistics of it.
+            others: those of the other sites of the unit.
+            told: takes the note.
+        """
+        found = {name: self._moments(name, one, others) for name, one in own.items() if name != CROSS}
         if amounts := {name: one.shrinkage for name, one in found.items() if one.shrinkage}:
             told.shrinkage[site.name] = amounts
         return {name: one.value for name, one in found.items()}
 
-    def _moments(self, name: str, collected: StatisticView) -> Moments:
-        """Return a statistic per token: one tensor for all units in a row that read one input, which factor it once."""
+    def _moments(self, name: str, collected: StatisticView, others: Collection[StatisticsOfSite]) -> Moments:
+        """Return a statistic per token: one tensor for all units in a row that read one input, which factor it once.
+
+        It is kept where others, or units to come, hold the statistic too.
+        """
         key = id(collected), name
-        if key not in self._values:
-            self._values[key] = collected, moments(self._spec, name, collected, self._tokens)
-        return self._values[key][1]
+        if key in self._values:
+            return self._values[key][1]
+        found = moments(self._spec, name, collected, self._tokens)
+        if any(one is collected for held in (*others, *self._held.values()) for one in held.values()):
+            self._values[key] = collected, found
+        return found
 
     def take_missed(self) -> list[Unit]:
         """Return the units of the plan that could not be taken since this was last asked."""
@@ -350,7 +370,9 @@ class Solver:
 
         def make(one: tuple[Unit, LowRank]) -> Installed:
             unit, decision = one
-            return self._made(unit, self._store.get(unit.name, self._weight(unit)), decision)
+            made_of_it = self._made(unit, self._store.get(unit.name, self._weight(unit)), decision)
+            give_back()
+            return made_of_it
 
         for names, modules in self._processes.each(chosen, make, lambda one: self.owner(one[0].name)):
             self._put(names, modules)

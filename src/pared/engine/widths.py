@@ -1,7 +1,7 @@
 """Orders the channels of MLPs as statistics come in, and makes them narrower once their widths are known."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,11 @@ class ChannelSolver:
     def candidates(self) -> dict[str, Candidate]:
         """Return the groups of which costs are known, for an allocation."""
         return {one.name: Candidate(one, self._costs.get(one.name)) for one in self._groups}
+
+    def of(self, block: BlockStatistics) -> BlockStatistics:
+        """Return a block with what is read of it here, before another visit uses that up."""
+        own = [one.name for one in self._groups if one.consumer.block == block.index]
+        return replace(block, statistics={name: block.statistics.get(name, {}) for name in own})
 
     def visit(self, block: BlockStatistics) -> None:
         """Order the channels of the groups of a block; make them narrower if their widths are known."""

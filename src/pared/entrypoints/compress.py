@@ -27,7 +27,7 @@ from pared.entrypoints.in_place import Collected, compress_in_place, require_com
 from pared.entrypoints.measure import PerplexityOn
 from pared.entrypoints.result import Before, Compressed, Outcome, publish
 from pared.entrypoints.resume import Resumable, fingerprint_of, measured_once, published
-from pared.entrypoints.streamed import StreamedModel, activation_limit, is_streamed
+from pared.entrypoints.streamed import StreamedModel, reading_of
 from pared.entrypoints.texts_read import TextsRead, read_texts
 from pared.environment import device_of, versions
 from pared.errors import ParedError
@@ -263,11 +263,12 @@ def _by_name(
         if source.is_dequantised:
             progress.note(f"{source.name} is {source.origin}; sizes are compared with the dequantised weights")
         resumed = processes.agreed(None if resumable is None else resumable.streamed)
-        chosen = processes.agreed(is_streamed(source, spec, texts, progress, out, resumed))
+        reading = reading_of(source, spec, texts, progress, out, resumed)
+        chosen = processes.agreed(reading.streamed)
         if source.is_multimodal and not source.processor_files():
             progress.note(f"{source.name} is a vision-language model without files of its image processor: "
                           "the folder will have none either")  # fmt: skip
-        streamed, memory = None, ActivationMemory(activation_limit(recipe, chosen), out)
+        streamed, memory = None, ActivationMemory(reading.activation_memory, out)
         if chosen:
             streamed = StreamedModel(source, recipe, memory, out)
             model = streamed.store.model
@@ -282,9 +283,11 @@ def _by_name(
     if state is not None and streamed is not None:
         streamed.store.folder = state.folder
     with memory if streamed is None else nullcontext():  # that of a streamed model is needed until it is saved
-        return _compressed(
+        found = _compressed(
             model, tokenizer, spec, progress, texts, collected, before, watch, state, streamed, memory, processes
         )
+    found.memory_bound_bytes = reading.memory_bound
+    return found
 
 
 def _in_memory(

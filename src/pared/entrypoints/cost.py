@@ -13,9 +13,9 @@ from pared.engine.cost.measured import Measured
 from pared.engine.cost.published import MACHINES, Published
 from pared.engine.cost.rates import Rates, total
 from pared.engine.cost.stages import Work, stages_of
-from pared.engine.needs import Tokens, needs_of
+from pared.engine.needs import Needs, Tokens, needs_of
 from pared.engine.spec import CompressionSpec
-from pared.entrypoints.streamed import activation_limit
+from pared.entrypoints.streamed import with_limits
 from pared.entrypoints.texts_read import read_texts
 from pared.environment import device_of
 from pared.errors import ParedError
@@ -134,8 +134,9 @@ def predict(
         notes = (*notes, f"rates: {rates.source}; assumed: {rates.assumptions}")
     available = rates.memory if isinstance(rates, Published) else available_memory()
     recipe = spec.recipe
-    needs = {
-        streamed: needs_of(
+
+    def needed(streamed: bool, activation_memory: int | None) -> Needs:
+        return needs_of(
             skeleton,
             anatomy,
             spec,
@@ -143,11 +144,11 @@ def predict(
             streamed=streamed,
             itemsize=getattr(torch, dtype).itemsize,
             output_bytes=plan.after.bytes_on_disk,
-            activation_memory=activation_limit(recipe, streamed, available),
+            activation_memory=activation_memory,
             evaluated=evaluated,
         )
-        for streamed in (False, True)
-    }
+
+    _, needs = with_limits(recipe, needed, available)
     streamed = recipe.stream == "on" or (recipe.stream == "auto" and bool(needs[False].too_much(available)))
     if streamed and (problem := needs[True].too_much(available)):
         notes = (*notes, f"it does not fit: {problem}")

@@ -86,6 +86,7 @@ class Compressed(Shown):
         seconds: by stage; of all processes, where this one resumed what others began.
         resumed: how many processes were at it before this one.
         earlier_peak_bytes: the highest memory that one of those took.
+        memory_bound_bytes: what a streamed compression is to keep to; 0 for none.
         saved: the folder it was last saved to, with its manifest; none before.
         streamed: the model's blocks, where they are not in memory: it is called with ``streamed.store.running()``.
     """
@@ -107,6 +108,7 @@ class Compressed(Shown):
     streamed: StreamedModel | None = None
     resumed: int = 0
     earlier_peak_bytes: int = 0
+    memory_bound_bytes: int = 0
 
     def save(self, folder: str | Path, overwrite: bool = False, progress: Progress | bool | None = None) -> Outcome:
         """Write the folder that the command line writes: reloaded, compared, measured, with its manifest and card.
@@ -215,6 +217,7 @@ def _manifest(result: Compressed, reread: Reread, asked: Recipe, watch: Stopwatc
         perplexity_after=reread.perplexity,
         seconds={**result.seconds, **watch.seconds},
         peak_memory_bytes=max(peak_memory_bytes(), result.earlier_peak_bytes),
+        memory_bound_bytes=result.memory_bound_bytes,
         resumed=result.resumed,
         bytes_before=result.plan.before.bytes_on_disk,
         versions=versions(),

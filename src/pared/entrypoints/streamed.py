@@ -1,9 +1,10 @@
 """A compression whose model is read and written block by block, as memory does not hold it as a whole."""
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,7 +19,7 @@ from pared.engine.needs import Needs, Tokens, needs_of
 from pared.engine.spec import CompressionSpec
 from pared.entrypoints.resume import KIND
 from pared.entrypoints.texts_read import TextsRead
-from pared.environment import dtype_of
+from pared.environment import dtype_of, resident_memory_bytes
 from pared.errors import ParedError
 from pared.io.leftovers import scratch
 from pared.io.run_dir import run_folder
@@ -29,32 +30,66 @@ from pared.schema.manifest import Fingerprint
 from pared.schema.recipe import Recipe
 from pared.structure.probe import probe_shapes
 
+LEAST = 64 * 2**20  # bytes for hidden states, however much else is needed
 DEFAULT_SHARE = 4  # of the memory that is left, this part is for hidden states unless a recipe says otherwise
 
 
-def activation_limit(recipe: Recipe, streamed: bool, available: Available | None = None) -> int | None:
+class Reading(NamedTuple):
+    """How a model is read.
+
+    Attributes:
+        streamed: block by block.
+        activation_memory: bytes that hidden states may take in memory; None for no limit.
+        memory_bound: bytes that the process is to keep to if it is read block by block; 0 for none.
+    """
+
+    streamed: bool
+    activation_memory: int | None
+    memory_bound: int = 0
+
+
+def activation_limit(recipe: Recipe, streamed: bool, available: Available | None = None, beside: int = 0) -> int | None:
     """Return the bytes that hidden states may take in memory; None for no limit.
 
     Args:
         recipe: that may say so.
         streamed: whether the model is read block by block.
         available: memory of the machine, by default what this one leaves.
+        beside: bytes that all else needs, which go first.
     """
     if recipe.activation_memory is not None:
         return parse_size(recipe.activation_memory, "activation_memory")
     available = (available or available_memory()) if streamed else None
-    return None if available is None else available.bytes // DEFAULT_SHARE
+    if available is None:
+        return None
+    share = available.bytes // DEFAULT_SHARE
+    return max(min(share, available.bytes - beside), min(LEAST, share))
 
 
-def is_streamed(
+def with_limits(
+    recipe: Recipe, needs: Callable[[bool, int | None], Needs], available: Available | None
+) -> tuple[tuple[int | None, int | None], tuple[Needs, Needs]]:
+    """Return what hidden states may take in memory, and what is needed then: of a model in memory, and of a streamed one.
+
+    Args:
+        recipe: of the compression.
+        needs: of it, from whether it is streamed and what hidden states may take.
+        available: memory of the machine.
+    """
+    streamed = activation_limit(recipe, True, available, needs(True, 0).memory_bytes)
+    limits = activation_limit(recipe, False), streamed
+    return limits, (needs(False, limits[0]), needs(True, limits[1]))
+
+
+def reading_of(
     source: ModelSource,
     spec: CompressionSpec,
     texts: TextsRead,
     progress: Progress,
     out: Path | None,
     before: bool | None = None,
-) -> bool:
-    """Whether a model is to be read block by block: if it is asked for, or needed, which is computed from shapes.
+) -> Reading:
+    """Return whether a model is to be read block by block: if it is asked for, or needed, as computed from shapes.
 
     Args:
         source: of the model; no weight of it is read before it is known that it fits.
@@ -75,7 +110,7 @@ def is_streamed(
     calibrated = _tokens(texts.calibration, recipe.calibration.batch) if spec.calibrated else None
     compute = skeleton.dtype if recipe.calibration.dtype == "auto" else dtype_of(recipe.calibration.dtype)
 
-    def needs(streamed: bool) -> Needs:
+    def needs(streamed: bool, activation_memory: int | None) -> Needs:
         return needs_of(
             skeleton,
             anatomy,
@@ -84,11 +119,11 @@ def is_streamed(
             streamed=streamed,
             itemsize=(compute or skeleton.dtype).itemsize,
             output_bytes=plan.after.bytes_on_disk,
-            activation_memory=activation_limit(recipe, streamed),
+            activation_memory=activation_memory,
             evaluated=_tokens(texts.evaluation, 1),
         )
 
-    whole, streamed = needs(False), needs(True)
+    limits, (whole, streamed) = with_limits(recipe, needs, available)
     automatic = recipe.stream == "auto" and before is None
     chosen = recipe.stream == "on" or (recipe.stream == "auto" and bool(before))
     if automatic:
@@ -104,7 +139,8 @@ def is_streamed(
         progress.note(f"this may not fit in memory: {problem}")
     if chosen and automatic:
         progress.note(f"the model is read block by block: {whole.too_much(available).partition(';')[0]}")
-    return chosen
+    bound = found.bound + resident_memory_bytes() if chosen else 0
+    return Reading(chosen, limits[chosen], bound)
 
 
 def _tokens(windows: Windows | None, batch: int) -> Tokens | None:

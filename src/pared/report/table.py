@@ -26,5 +26,7 @@ def comparison(manifest: "Manifest") -> list[Row]:
         what = f"perplexity ({share:.0%} on calibration text)" if share else "perplexity"
         rows.append(Row(what, f"{before:,.2f}", f"{after:,.2f}", f"x{after / before:.3g}"))
     rows.append(Row("seconds", "", f"{sum(manifest.seconds.values()):,.1f}", ""))
-    rows.append(Row("peak memory", "", f"{manifest.peak_memory_bytes / 2**20:,.0f} MiB", ""))
+    bound = manifest.memory_bound_bytes
+    most = f"of {bound / 2**20:,.0f}" if bound else ""
+    rows.append(Row("peak memory", "", f"{manifest.peak_memory_bytes / 2**20:,.0f} MiB", most))
     return [Row("method", "dense", manifest.recipe.method, manifest.recipe.budget), *rows]

@@ -162,6 +162,8 @@ class Manifest(Strict):
         perplexity_after: of the compressed model, reloaded from disk.
         seconds: by stage.
         peak_memory_bytes: the process's highest resident memory (CUDA: highest allocated memory).
+        memory_bound_bytes: of a streamed compression, what it is to keep to: the process before weights were read, what
+            is outside of the blocks, three blocks, the statistics of one, activation memory and 1 GiB; 0 for none.
         resumed: how many processes had begun it and were ended before the one that wrote the folder; seconds are summed
             over all of them, until the last line of each, and the peak of memory is the highest of them.
         bytes_before: of the dense weights in the saved dtype.
@@ -195,6 +197,7 @@ class Manifest(Strict):
     perplexity_after: float | None = None
     seconds: dict[str, float] = Field(default={})
     peak_memory_bytes: int = 0
+    memory_bound_bytes: int = 0
     resumed: int = 0
     bytes_before: int = 0
     bytes_on_disk: int = 0

@@ -54,6 +54,8 @@ class OutputGradient:
     @property
     def value(self) -> torch.Tensor:
         """The Gram, its diagonal or the mean of that, per token; float64; zero before the first token."""
+        if isinstance(self._sum, Gram):
+            return self._sum.value.div_(max(self.tokens, 1))  # which is made anew every time
         per_token = self._sum.value / max(self.tokens, 1)
         return per_token.mean() if self.form == "scalar" else per_token
 

@@ -105,8 +105,11 @@ def per_token(name: str, collected: StatisticView, tokens: int = 0) -> torch.Ten
     tokens = max(tokens or collected.tokens, 1)
     normalised = statistic_kind(name).normalised
     if normalised == "sum":
-        return collected.value / tokens
-    return collected.value * (collected.tokens / tokens) if normalised == "mean" else collected.value
+        # A Gram makes its square anew every time; another kind may give what it goes on with.
+        return collected.value.div_(tokens) if isinstance(collected, Gram) else collected.value / tokens
+    if normalised == "mean" and collected.tokens != tokens:
+        return collected.value * (collected.tokens / tokens)
+    return collected.value
 
 
 def backward_data_fraction(names: Collection[str]) -> float:
