@@ -69,7 +69,7 @@ def activation_limit(recipe: Recipe, streamed: bool, available: Available | None
 def with_limits(
     recipe: Recipe, needs: Callable[[bool, int | None], Needs], available: Available | None
 ) -> tuple[tuple[int | None, int | None], tuple[Needs, Needs]]:
-    """Return what hidden states may take in memory, and what is needed then: of a model in memory, and of a streamed one.
+    """Return what hidden states may take in memory, and what is needed then: by a model in memory, by a streamed one.
 
     Args:
         recipe: of the compression.

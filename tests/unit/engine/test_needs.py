@@ -68,6 +68,32 @@ def test_statistics_are_of_one_block_unless_gradients_wait(model: transformers.P
     assert needs(model, method="wanda", sparsity=0.5).memory["statistics"] < diagonal < full
 
 
+def test_one_gram_at_a_time_is_solved_where_those_of_a_block_are_on_the_disk(
+    model: transformers.PreTrainedModel,
+) -> None:
+    """The bound of a streamed compression does not ask for more than a block's statistics, however it is solved."""
+    full = {"method": "loss-optimal", "options": {"output_weighting": "full"}, "keep": 0.8}
+    few = Tokens(windows=32, length=8, batch=1)
+    found, whole = needs(model, few, limit=1000, **full), needs(model, few, streamed=False, **full)
+    assert found.memory.get("solving", 0) < whole.memory["solving"]
+    assert found.disk["statistics"] == found.memory["statistics"] == whole.memory["statistics"]
+    outside = (2 * VOCABULARY * WIDTH + WIDTH) * 2
+    assert found.bound == outside + 3 * BLOCK + found.memory["statistics"] + 1000 + 2**30
+    assert whole.bound == 0
+
+
+def test_a_head_takes_the_logits_of_a_part_of_the_tokens(
+    model: transformers.PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long, scalar = (
+        Tokens(windows=4, length=4000, batch=1),
+        {"method": "loss-optimal", "options": {"output_weighting": "scalar"}},
+    )
+    whole = needs(model, long, **scalar).memory["logits of a window"]
+    monkeypatch.setattr("pared.engine.needs.LOGITS", 1000 * VOCABULARY)
+    assert needs(model, long, **scalar).memory.get("logits of a window", 0) < whole / 3
+
+
 def test_decompositions_wait_on_the_disk_where_ranks_depend_on_them(model: transformers.PreTrainedModel) -> None:
     assert "decompositions" not in needs(model).disk
     assert needs(model, method="loss-optimal").disk["decompositions"] > 0
