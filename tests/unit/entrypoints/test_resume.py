@@ -47,7 +47,7 @@ CASES: dict[str, dict[str, Any]] = {
     "sparsegpt": {"method": "sparsegpt", "sparsity": 0.5},
 }
 # Of a manifest, what no two runs share.
-OF_THE_RUN = {"seconds", "peak_memory_bytes", "resumed", "files", "checksum"}
+OF_THE_RUN = {"seconds", "peak_memory_bytes", "memory_bound_bytes", "resumed", "files", "checksum"}
 
 
 @pytest.fixture(scope="module")
