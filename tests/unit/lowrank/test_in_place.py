@@ -1,7 +1,5 @@
 """The root of a Gram weights outputs without being held, and what was made with it is what the root itself gives."""
 
-import logging
-
 import pytest
 import torch
 
@@ -76,13 +74,10 @@ def test_a_tall_weight_is_that_of_the_best_directions_of_the_weighted_one(rank: 
     assert float((L_OO.T @ (up @ down - expected_ON) @ R_NN).norm()) < 1e-6 * float((L_OO.T @ W_ON @ R_NN).norm())
 
 
-def test_damping_beyond_the_usual_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_damping_beyond_the_usual_is_told() -> None:
     B_OO = gram(30, tokens=3)
     B_OO -= 5e-4 * B_OO.diagonal().mean() * torch.eye(30, dtype=torch.float64)
-    with caplog.at_level(logging.INFO):
-        found = loss_optimal.decompose(weight(30), gram(10), B_OO)
-    assert found.damping == 1e-3
-    assert "relative damping 0.001" in caplog.text
+    assert loss_optimal.decompose(weight(30), gram(10), B_OO).damping == 1e-3
     B_OO -= 10 * B_OO.diagonal().mean() * torch.eye(30, dtype=torch.float64)
     with pytest.raises(ValueError, match="expected a positive number"):
         loss_optimal.decompose(weight(30), gram(10), B_OO)
