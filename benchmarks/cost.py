@@ -194,7 +194,7 @@ def render() -> None:
                               format_seconds(whole), format_seconds(seconds.get("walk", 0)),
                               format_seconds(seconds.get("backward", 0)), format_seconds(solve),
                               format_size(sum(line["memory"].values())), disk,
-                              "block by block" if line["streamed"] else "in memory"))  # fmt: skip
+                              _held(line)))  # fmt: skip
         windows = SHAPES[shape][1]
         machine = next((line["machine"] for (_, on), line in found.items() if on == "this"), "")
         parts += [f"## {shape}, {windows} x 2,048 tokens", f"This machine: {machine}.",
@@ -202,6 +202,12 @@ def render() -> None:
     notes = sorted({note for line in lines if line.get("computed") for note in line["notes"] if "rates" in note})
     parts += [f"H100: {note}." for note in notes]
     PAGE.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _held(line: Mapping[str, Any]) -> str:
+    """Return where the model is, and whether the machine's memory holds that."""
+    misfit = ", does not fit" if any("does not fit" in note for note in line["notes"]) else ""
+    return ("block by block" if line["streamed"] else "in memory") + misfit
 
 
 HEAD = """# What a compression costs, predicted
