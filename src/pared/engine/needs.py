@@ -174,7 +174,7 @@ def needs_of(
     memory["libraries"] = SLACK
     if isinstance(spec, LowRankSpec) and any(step.action == "solve" and not step.installs for step in spec.passes()):
         ranked = anatomy.sites if spec.structures != "widths" else ()
-        disk["decompositions"] = sum(_decomposition(site, spec, model.dtype.itemsize) for site in ranked)
+        disk["decompositions"] = sum(decomposition_bytes(site, spec, model.dtype.itemsize) for site in ranked)
         disk["orders of channels"] = _orders(anatomy, spec)
     disk["finished blocks"] = _finished(model, anatomy, spec, streamed, output_bytes)
     disk["the output"] = output_bytes
@@ -301,7 +301,7 @@ def _sets(spec: CompressionSpec, runs: int) -> int:
     return max(forward, backward)
 
 
-def _decomposition(site: Site, spec: LowRankSpec, itemsize: int) -> int:
+def decomposition_bytes(site: Site, spec: LowRankSpec, itemsize: int) -> int:
     """Return the bytes that a decomposition takes on the disk until its rank is known."""
     out, width = site.out_features, site.in_features
     directions = out * out * SINGLE if out <= width else width * width * DOUBLE

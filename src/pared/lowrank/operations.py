@@ -42,7 +42,9 @@ def both_sides(shapes: Shapes, options: "LossOptimal") -> list[Operation]:
 
 def factors(shape: tuple[int, int], rank: int, options: object) -> list[Operation]:
     """Of cutting the factors of one rank from a decomposition."""
-    (out, width), full = shape, getattr(options, "output_weighting", "") == "full"
+    out, width = shape
+    # Where directions are told by inputs the weighted weight is kept, and nothing is weighted again.
+    full = getattr(options, "output_weighting", "") == "full" and out <= width
     found = [product(out, out, width)] if full else []
     if out > width:
         found.append(product(out, width, rank))

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pared.calibration.statistics import statistic_kind
 from pared.engine.cost.passes import Shapes, Work, update_kind
 from pared.engine.grouping import candidate_units
+from pared.engine.needs import decomposition_bytes
 from pared.engine.spec import CompressionSpec, LowRankSpec, PassSpec
 from pared.lowrank.operations import factors
 from pared.operations import Operation, product
@@ -35,12 +36,13 @@ def realize(work: Work, from_disk: bool = False) -> list[Operation]:
         from_disk: whether decompositions have waited there.
     """
     found, sites = list[Operation](), {site.name: site for site in work.anatomy.sites}
+    itemsize = work.model.dtype.itemsize
     for site in work.plan.sites:
         if (rank := _rank(site)) is None:
             continue
         out, width = site.out_features, site.in_features
-        if from_disk:
-            size = _kept(sites[site.name], work.spec)
+        if from_disk and isinstance(work.spec, LowRankSpec):
+            size = decomposition_bytes(sites[site.name], work.spec, itemsize)
             found += [Operation("read", (size,), "bytes"), Operation("stream", (size // 2,), "float64")]
         found += factors((out, width), rank, work.spec.config)
         if getattr(site.decision, "pivoted", False):
@@ -100,7 +102,8 @@ def _decompose(work: Work, spec: LowRankSpec, step: PassSpec) -> list[Operation]
             found += _together(work, [closing[site.name] for site in last], last)
     if step.installs:
         return found + realize(work)
-    kept = sum(_kept(site, spec) for site in work.anatomy.sites)
+    itemsize = work.model.dtype.itemsize
+    kept = sum(decomposition_bytes(site, spec, itemsize) for site in work.anatomy.sites)
     return [*found, Operation("write", (kept,), "bytes")]
 
 
@@ -142,11 +145,3 @@ def _aimed(out: int, width: int) -> list[Operation]:
 
 def _rank(site: SitePlan) -> int | None:
     return None if isinstance(site.decision, Dense) else getattr(site.decision, "rank", None)
-
-
-def _kept(site: Site, spec: CompressionSpec) -> int:
-    """Return the bytes of a decomposition that waits on the disk."""
-    out, width = site.out_features, site.in_features
-    size = out * out * 4 if out <= width else width * width * 8
-    weighted = (out * out if "output_gradient_full" in spec.gradients else out) * 8 if spec.gradients else 0
-    return size + weighted
