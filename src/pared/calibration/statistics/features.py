@@ -2,7 +2,7 @@
 
 import torch
 
-from pared.calibration.statistics.base import SUM_ROWS, Moments, Of, Summed
+from pared.calibration.statistics.base import SUM_ROWS, Moments, Of, Summed, norm
 
 
 class Energy(Moments):
@@ -29,7 +29,7 @@ class Energy(Moments):
                 squares_TN = rows_TN.double().square()
                 energy_N = squares_TN.sum(dim=0)
             self._sum += energy_N
-            self.fourth += torch.linalg.vector_norm(squares_TN, dtype=torch.float64).square()
+            self.fourth += norm(squares_TN).square()
 
     def _sum_of_squares(self) -> torch.Tensor:
         return self._sum.square().sum()
