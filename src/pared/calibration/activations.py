@@ -1,6 +1,6 @@
 """What the first block reads and what every block is called with, without running a single block."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -166,6 +166,37 @@ def replaced_forwards(blocks: list[nn.Module], stub: Callable[[int], Callable[..
             del block.forward
             if forward is not None:
                 block.forward = forward
+
+
+@contextmanager
+def replaced_output(
+    blocks: list[nn.Module],
+    calls: Sequence[BlockCall],
+    output: Callable[[torch.Tensor], torch.Tensor],
+    name: Callable[[int], str] = str,
+) -> Iterator[None]:
+    """Let a model run without its blocks: each hands on what it is given, and the last one that runs makes an output.
+
+    Args:
+        blocks: of the model.
+        calls: of them in one pass, in order; the model may be called any number of times.
+        output: from what the last block is given to what it is to output.
+        name: of a block by its index, for the error.
+    """
+    ran = 0
+
+    def stub(index: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            nonlocal ran
+            ran += 1
+            call = calls[(ran - 1) % len(calls)]
+            own = BlockCall.seen(args, kwargs, name(index), index).hidden
+            return call.answer(output(own) if ran % len(calls) == 0 else own)
+
+        return forward
+
+    with replaced_forwards(blocks, stub):
+        yield
 
 
 def _require_same_arguments(anatomy: Anatomy, probed: list[BlockCall], stubbed: list[BlockCall]) -> None:

@@ -1,13 +1,12 @@
 """From what the last block outputs through a model's own head and loss, and back: a part of the tokens at a time."""
 
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from transformers import PreTrainedModel
 
-from pared.calibration.activations import replaced_forwards
+from pared.calibration.activations import replaced_output
 from pared.calibration.labels import Labels, logit_gradient
 from pared.errors import ParedError
 from pared.structure.model import Anatomy
@@ -45,27 +44,19 @@ def through_head(
     Raises:
         ParedError: the model has no head that predicts classes, or the labels do not fit.
     """
-    blocks = anatomy.blocks(model)
-    leaf, ran = hidden_BTH[:0], 0
-
-    def stub(index: int) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            nonlocal ran
-            ran += 1
-            own = BlockCall.seen(args, kwargs, anatomy.block_name(index), index).hidden
-            return calls[ran - 1].answer(leaf.to(own) if ran == len(calls) else own)
-
-        return forward
-
+    blocks, leaf = anatomy.blocks(model), hidden_BTH[:0]
     gradients: list[torch.Tensor] = []
-    with torch.enable_grad(), replaced_forwards(blocks, stub):
+    with (
+        torch.enable_grad(),
+        replaced_output(blocks, calls, lambda own: leaf.to(own), anatomy.block_name),
+    ):
         for offset, tokens_T in enumerate(tokens_BT):
             more = {name: tensor[offset : offset + 1] for name, tensor in beside.items()}
             mask = more.get("attention_mask")
             mask_T = None if mask is None else mask[0].bool()
             total: torch.Tensor | None = None
             for rows in _parts(model, len(tokens_T)):
-                leaf, ran = hidden_BTH[offset : offset + 1].detach().requires_grad_(), 0
+                leaf = hidden_BTH[offset : offset + 1].detach().requires_grad_()
                 kept = {} if rows is None else {"logits_to_keep": torch.arange(rows.start, rows.stop)}
                 logits = _logits(model, tokens_T.unsqueeze(0), {**more, **kept})
                 gradient = logit_gradient(logits, window + offset, tokens_T, labels, mask_T, rows)

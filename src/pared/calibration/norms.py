@@ -3,16 +3,15 @@
 An error of a hidden state is seen by the next block through its norm: what that multiplies by a large number matters.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from pared.calibration.activations import BlockInputs, replaced_forwards
+from pared.calibration.activations import BlockInputs, replaced_output
 from pared.calibration.forward import cast_block
-from pared.structure.calls import BlockCall
 from pared.structure.model import Anatomy
 from pared.structure.probe import hooks, run_model
 from pared.structure.state import KeptState
@@ -51,22 +50,12 @@ def gains_of_next(
 
 def _behind_the_last(model: PreTrainedModel, anatomy: Anatomy, inputs: BlockInputs) -> torch.Tensor:
     """Return what the model's own code behind the last block weights features with."""
-    calls, ran = inputs.calls[0], 0
+    calls, blocks = inputs.calls[0], anatomy.blocks(model)
     embedded = model.get_input_embeddings().weight
     hidden = torch.ones(1, PROBE_TOKENS, inputs.hidden.shapes[0][-1], dtype=model.dtype, device=embedded.device)
     found = _Norms(hidden)
-
-    def stub(index: int) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            nonlocal ran
-            ran += 1
-            own = BlockCall.seen(args, kwargs, anatomy.block_name(index), index).hidden
-            return calls[ran - 1].answer(hidden if ran == len(calls) else own)
-
-        return forward
-
     tokens = torch.arange(PROBE_TOKENS).remainder(embedded.shape[0]).unsqueeze(0)
-    with replaced_forwards(anatomy.blocks(model), stub), hooks(found.hooked(model)):
+    with replaced_output(blocks, calls, lambda _: hidden, anatomy.block_name), hooks(found.hooked(model)):
         run_model(model, tokens)
     return found.gain().to(inputs.device)
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from pared.calibration.activations import replaced_forwards
+from pared.calibration.activations import replaced_forwards, replaced_output
 from pared.calibration.spool import ActivationMemory, HiddenStates
 from pared.errors import ParedError
 from pared.structure.calls import BlockCall
@@ -188,20 +188,7 @@ def _recorded(store: Blocks, given: Input, watched: _Watched) -> list[BlockCall]
 
 def _head(store: Blocks, given: Input, calls: list[BlockCall], hidden: torch.Tensor) -> Any:
     """Return what the model makes of the last block's output."""
-    ran = 0
-
-    def stub(index: int) -> Callable[..., Any]:  # noqa: ARG001 - the order is known by now
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            nonlocal ran
-            ran += 1
-            call = calls[ran - 1]
-            if ran == len(calls):
-                return call.answer(hidden)
-            return call.answer(BlockCall.seen(args, kwargs, str(call.block), call.block).hidden)
-
-        return forward
-
-    with replaced_forwards(store.blocks, stub):
+    with replaced_output(store.blocks, calls, lambda _: hidden):
         return store.model(**given)
 
 
