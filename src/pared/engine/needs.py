@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from pared.calibration.head import LOGITS
 from pared.calibration.statistics import CROSS, Shapes, accumulators
+from pared.data.windows import Windows
 from pared.engine.spec import CompressionSpec, LowRankSpec
 from pared.errors import ParedError
 from pared.io.output_dir import RESERVE, free_space
@@ -39,6 +40,11 @@ class Tokens:
     windows: int
     length: int
     batch: int
+
+    @classmethod
+    def of(cls, windows: Windows | None, batch: int) -> "Tokens | None":
+        """Count those of a text that was read; None where there is none."""
+        return None if windows is None else cls(len(windows.tokens), windows.tokens.shape[1], batch)
 
 
 @dataclass(frozen=True)

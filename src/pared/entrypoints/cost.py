@@ -7,13 +7,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from pared.data.windows import Windows
 from pared.engine.allocate import anatomy_of
 from pared.engine.cost.measured import Measured
 from pared.engine.cost.published import MACHINES, Published
 from pared.engine.cost.rates import Rates, total
 from pared.engine.cost.stages import Work, stages_of
-from pared.engine.needs import Needs, Tokens, needs_of
+from pared.engine.needs import Tokens
 from pared.engine.spec import CompressionSpec
 from pared.entrypoints.streamed import with_limits
 from pared.entrypoints.texts_read import read_texts
@@ -60,8 +59,8 @@ def cost_of_source(source: ModelSource, spec: CompressionSpec, plan: Plan, rates
     except ParedError as error:
         notes = (*notes, f"texts are taken to be as long as asked for ({error})")
     else:
-        calibrated = _tokens(texts.calibration, spec.recipe.calibration.batch)
-        evaluated = _tokens(texts.evaluation, 1)
+        calibrated = Tokens.of(texts.calibration, spec.recipe.calibration.batch)
+        evaluated = Tokens.of(texts.evaluation, 1)
     return predict(skeleton, spec, plan, rates, calibrated, evaluated, notes)
 
 
@@ -133,22 +132,8 @@ def predict(
     if isinstance(rates, Published):
         notes = (*notes, f"rates: {rates.source}; assumed: {rates.assumptions}")
     available = rates.memory if isinstance(rates, Published) else available_memory()
+    _, needs = with_limits(skeleton, anatomy, spec, plan, calibrated, evaluated, getattr(torch, dtype), available)
     recipe = spec.recipe
-
-    def needed(streamed: bool, activation_memory: int | None) -> Needs:
-        return needs_of(
-            skeleton,
-            anatomy,
-            spec,
-            calibrated,
-            streamed=streamed,
-            itemsize=getattr(torch, dtype).itemsize,
-            output_bytes=plan.after.bytes_on_disk,
-            activation_memory=activation_memory,
-            evaluated=evaluated,
-        )
-
-    _, needs = with_limits(recipe, needed, available)
     streamed = recipe.stream == "on" or (recipe.stream == "auto" and bool(needs[False].too_much(available)))
     if streamed and (problem := needs[True].too_much(available)):
         notes = (*notes, f"it does not fit: {problem}")
@@ -162,7 +147,3 @@ def predict(
         unpredicted=tuple(unknown),
         notes=notes,
     )
-
-
-def _tokens(windows: Windows | None, batch: int) -> Tokens | None:
-    return None if windows is None else Tokens(len(windows.tokens), windows.tokens.shape[1], batch)

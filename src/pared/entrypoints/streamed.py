@@ -1,11 +1,12 @@
 """A compression whose model is read and written block by block, as memory does not hold it as a whole."""
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.calibration.spool import ActivationMemory
@@ -13,7 +14,6 @@ from pared.checkpoint.self_check import reopened
 from pared.checkpoint.shards import save_streamed
 from pared.checkpoint.streamed import StreamedBlocks, open_streamed
 from pared.checkpoint.verify import take_fingerprint
-from pared.data.windows import Windows
 from pared.engine.allocate import anatomy_of, plan_from_shapes
 from pared.engine.needs import Needs, Tokens, needs_of
 from pared.engine.spec import CompressionSpec
@@ -27,7 +27,9 @@ from pared.memory import Available, available_memory, parse_size
 from pared.models.source import ModelSource
 from pared.progress import Progress
 from pared.schema.manifest import Fingerprint
+from pared.schema.plan import Plan
 from pared.schema.recipe import Recipe
+from pared.structure import Anatomy
 from pared.structure.probe import probe_shapes
 
 LEAST = 64 * 2**20  # bytes for hidden states, however much else is needed
@@ -67,17 +69,43 @@ def activation_limit(recipe: Recipe, streamed: bool, available: Available | None
 
 
 def with_limits(
-    recipe: Recipe, needs: Callable[[bool, int | None], Needs], available: Available | None
+    skeleton: PreTrainedModel,
+    anatomy: Anatomy,
+    spec: CompressionSpec,
+    plan: Plan,
+    calibrated: Tokens | None,
+    evaluated: Tokens | None,
+    compute: torch.dtype,
+    available: Available | None,
 ) -> tuple[tuple[int | None, int | None], tuple[Needs, Needs]]:
     """Return what hidden states may take in memory, and what is needed then: by a model in memory, by a streamed one.
 
     Args:
-        recipe: of the compression.
-        needs: of it, from whether it is streamed and what hidden states may take.
+        skeleton: the model on the meta device, in the dtype it is loaded in.
+        anatomy: of it, with what its sites read.
+        spec: of the compression.
+        plan: made from shapes.
+        calibrated: what is calibrated on; none where nothing is.
+        evaluated: what perplexity is measured on; none where it is not.
+        compute: what blocks compute in.
         available: memory of the machine.
     """
-    streamed = activation_limit(recipe, True, available, needs(True, 0).memory_bytes)
-    limits = activation_limit(recipe, False), streamed
+
+    def needs(streamed: bool, activation_memory: int | None) -> Needs:
+        return needs_of(
+            skeleton,
+            anatomy,
+            spec,
+            calibrated,
+            streamed=streamed,
+            itemsize=compute.itemsize,
+            output_bytes=plan.after.bytes_on_disk,
+            activation_memory=activation_memory,
+            evaluated=evaluated,
+        )
+
+    recipe = spec.recipe
+    limits = activation_limit(recipe, False), activation_limit(recipe, True, available, needs(True, 0).memory_bytes)
     return limits, (needs(False, limits[0]), needs(True, limits[1]))
 
 
@@ -107,23 +135,12 @@ def reading_of(
     skeleton = source.skeleton().to(source.declared_dtype(recipe.dtype))
     anatomy = probe_shapes(skeleton, anatomy_of(skeleton, recipe))
     plan = plan_from_shapes(skeleton, spec, source.weight_bytes(recipe.dtype))
-    calibrated = _tokens(texts.calibration, recipe.calibration.batch) if spec.calibrated else None
+    calibrated = Tokens.of(texts.calibration, recipe.calibration.batch) if spec.calibrated else None
+    evaluated = Tokens.of(texts.evaluation, 1)
     compute = skeleton.dtype if recipe.calibration.dtype == "auto" else dtype_of(recipe.calibration.dtype)
-
-    def needs(streamed: bool, activation_memory: int | None) -> Needs:
-        return needs_of(
-            skeleton,
-            anatomy,
-            spec,
-            calibrated,
-            streamed=streamed,
-            itemsize=(compute or skeleton.dtype).itemsize,
-            output_bytes=plan.after.bytes_on_disk,
-            activation_memory=activation_memory,
-            evaluated=_tokens(texts.evaluation, 1),
-        )
-
-    limits, (whole, streamed) = with_limits(recipe, needs, available)
+    limits, (whole, streamed) = with_limits(
+        skeleton, anatomy, spec, plan, calibrated, evaluated, compute or skeleton.dtype, available
+    )
     automatic = recipe.stream == "auto" and before is None
     chosen = recipe.stream == "on" or (recipe.stream == "auto" and bool(before))
     if automatic:
@@ -141,10 +158,6 @@ def reading_of(
         progress.note(f"the model is read block by block: {whole.too_much(available).partition(';')[0]}")
     bound = found.bound + resident_memory_bytes() if chosen else 0
     return Reading(chosen, limits[chosen], bound)
-
-
-def _tokens(windows: Windows | None, batch: int) -> Tokens | None:
-    return None if windows is None else Tokens(len(windows.tokens), windows.tokens.shape[1], batch)
 
 
 class StreamedModel:
