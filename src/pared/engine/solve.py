@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from pared.allocation import Unit
-from pared.calibration import CROSS, BlockStatistics, StatisticView, cross_of, per_token
+from pared.calibration import CROSS, BlockStatistics, StatisticView
 from pared.engine.grouping import Comparison, compare
 from pared.engine.install import made, put, unchanged
-from pared.engine.moments import Moments, moments
+from pared.engine.moments import Moments, StatisticsOfSite, dense_target, moments
 from pared.engine.observe import Observer
 from pared.engine.pass_record import Record
 from pared.engine.run_state import CompressionRun
@@ -22,7 +22,6 @@ from pared.engine.solutions import DecompositionStore
 from pared.engine.spec import LowRankSpec, PassSpec, Runs
 from pared.errors import ParedError
 from pared.lowrank import Decomposition
-from pared.lowrank.dense_path import target
 from pared.lowrank.sharing import stacked
 from pared.memory import give_back
 from pared.names import called
@@ -31,7 +30,6 @@ from pared.schema.plan import Decision, Dense, LowRank, Plan, Shared
 from pared.structure import Site, weight_of
 from pared.structure.store import BlockStore, LazyBlocks, ResidentBlocks
 
-StatisticsOfSite = Mapping[str, StatisticView]
 Installed = tuple[list[str], list[nn.Module]]  # names of layers, and what is put in their places
 
 
@@ -429,15 +427,11 @@ class Solver:
 
     def _aim(self, site: Site, own: StatisticsOfSite, told: Found) -> None:
         """Set what is decomposed in place of the dense weight, if the dense model ran alongside."""
-        cross = cross_of(own, self._method.input_gram)
-        if cross is None:
-            if CROSS in own:  # it is sent other tokens behind the compressed prefix: the dense model has no targets
-                told.untargeted.add(site.name)
-            return
-        name = self._method.input_gram
-        gram_NN = per_token(name, own[name])  # of the tokens that reached it, as the cross Gram is
-        W_ON = self._dense(site).to(gram_NN.device)
-        self._targets[site.name] = target(W_ON, gram_NN, cross.value, self._spec.dense_path)
+        found = dense_target(self._spec, self._dense(site), own)
+        if found.lacking:
+            told.untargeted.add(site.name)
+        if found.W_ON is not None:
+            self._targets[site.name] = found.W_ON
 
     def _dense(self, site: Site) -> torch.Tensor:
         return weight_of(self._model.get_submodule(site.name)).detach()

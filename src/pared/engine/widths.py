@@ -9,22 +9,19 @@ import torch
 from torch import nn
 
 from pared.allocation.units import Channels as Candidate
-from pared.calibration import CROSS, BlockStatistics, StatisticView, cross_of, per_token
+from pared.calibration import CROSS, BlockStatistics
 from pared.engine.install import narrow, put
-from pared.engine.moments import moments
+from pared.engine.moments import StatisticsOfSite, dense_target, moments
 from pared.engine.pass_record import Record
 from pared.engine.solutions import Copy, DecompositionStore
 from pared.engine.spec import LowRankSpec
 from pared.errors import ParedError
-from pared.lowrank.dense_path import target
 from pared.processes import ALONE, Processes
 from pared.schema.plan import Plan
 from pared.schema.width import Width, ranges_of
 from pared.structure import weight_of
 from pared.structure.channels import ChannelGroup
 from pared.widths import Channels
-
-StatisticsOfSite = Mapping[str, StatisticView]
 
 
 @dataclass
@@ -196,28 +193,20 @@ class ChannelSolver:
         spec, rule = self._spec, self._spec.method.widths
         assert rule is not None
         values = {name: moments(spec, name, one, self._tokens).value for name, one in own.items() if name != CROSS}
-        W_ON, untargeted = self._target(group, own)
+        aim = dense_target(spec, self._dense(group), own)
+        W_ON = self._dense(group) if aim.W_ON is None else aim.W_ON
         width = 0 if self._widths is None else self._widths[group.name]
         try:
             found: Channels = rule(W_ON.to(next(iter(values.values())).device), values, spec.config, width)
         except (ValueError, RuntimeError) as error:
             raise ParedError(f"site {group.name}: {error}") from error
-        told = _Found(damping=found.damping, fallback=found.fallback, untargeted=untargeted)
+        told = _Found(damping=found.damping, fallback=found.fallback, untargeted=aim.lacking)
         if self._widths is None:
             tensors = {"spectrum": found.costs_N.cpu(), "order_N": found.order_N, "C_NN": found.C_NN.float()}
             told.order = Copy(tensors, found.damping)
         else:
             told.made = found.kept(width), found.weight(width)
         return told
-
-    def _target(self, group: ChannelGroup, own: StatisticsOfSite) -> tuple[torch.Tensor, bool]:
-        """Return the weight whose channels are ordered, and whether the dense model's targets are lacking."""
-        gram, W_ON = self._spec.method.input_gram, self._dense(group)
-        cross = cross_of(own, gram)
-        if cross is None:
-            return W_ON, CROSS in own
-        gram_NN = per_token(gram, own[gram])
-        return target(W_ON.to(gram_NN.device), gram_NN, cross.value, self._spec.dense_path), False
 
     def _accept(self, group: ChannelGroup, found: _Found) -> None:
         name = group.name

@@ -131,7 +131,7 @@ def _decompose_tall(
 def _weighted(gram_OO: torch.Tensor, W_ON: torch.Tensor, damp: bool) -> tuple[torch.Tensor, float]:
     """Return ``Lᵀ W`` with the root ``L`` of a damped Gram, and the damping where it is more than the usual, else 0."""
     _mean(gram_OO.diagonal(), "output gradient Gram")
-    found = weighted_by_root(gram_OO, W_ON, _ladder(damp), LEAST_PIVOT)
+    found = weighted_by_root(gram_OO, W_ON, ladder(damp), LEAST_PIVOT)
     if found is None:
         raise ValueError(f"the Gram is not positive semi-definite, even with damping {MORE_DAMPING[-1]}")
     weighted_ON, damping = found
@@ -190,14 +190,15 @@ def _block_diagonal(blocks: Sequence[torch.Tensor]) -> torch.Tensor:
     return blocks[0] if len(blocks) == 1 else block_diagonal(blocks)
 
 
-def _ladder(damp: bool) -> tuple[float, ...]:
+def ladder(damp: bool) -> tuple[float, ...]:
+    """Return the dampings of a Gram that are tried, relative to its mean diagonal, rising."""
     return (DAMPING, *MORE_DAMPING) if damp else (0.0, DAMPING, *MORE_DAMPING)
 
 
 def _factor(gram_NN: torch.Tensor, what: str, damp: bool) -> tuple[torch.Tensor, float]:
     """Return the Cholesky factor of a damped Gram, and its damping where that is more than the usual, else 0."""
     _mean(gram_NN.diagonal(), what)
-    L_NN, _, damping = cholesky_factor(gram_NN, _ladder(damp))
+    L_NN, _, damping = cholesky_factor(gram_NN, ladder(damp))
     return L_NN, damping if damping > DAMPING else 0.0
 
 

@@ -9,8 +9,6 @@ from pared.lowrank.registry import LossOptimal, Statistics, output_gradient
 from pared.lowrank.whitening import cholesky_factor
 from pared.widths.removal import Channels, remove_channels
 
-LADDER = (loss_optimal.DAMPING, *loss_optimal.MORE_DAMPING)
-
 
 def both_sides(W_ON: torch.Tensor, statistics: Statistics, options: LossOptimal, least: int = 0) -> Channels:
     """Weight inputs and outputs, damped as :mod:`pared.lowrank.loss_optimal` damps them.
@@ -33,7 +31,7 @@ def both_sides(W_ON: torch.Tensor, statistics: Statistics, options: LossOptimal,
     damped = loss_optimal.root(
         gradient if reached else gradient.new_ones(()), len(W_ON), reached and options.output_shrinkage == 0
     )
-    ladder = LADDER if options.input_shrinkage == 0 else (0.0, *LADDER)
+    ladder = loss_optimal.ladder(options.input_shrinkage == 0)
     gram_NN = gram_NN if read else torch.eye(len(gram_NN), dtype=gram_NN.dtype, device=gram_NN.device)
     _, gram_NN, damping = cholesky_factor(gram_NN, ladder)
     found = remove_channels(W_ON, gram_NN, damped[0], least=least)
