@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from pared.calibration.spool import ActivationMemory, HiddenStates
 from pared.errors import ParedError
 from pared.structure.model import Anatomy
-from pared.structure.probe import BlockCall, StopForwardError, run_model
+from pared.structure.probe import BlockCall, StopForwardError, replaced_forwards, run_model
 
 
 @dataclass
@@ -151,21 +151,6 @@ def _stubbed(model: PreTrainedModel, anatomy: Anatomy, probed: list[BlockCall]) 
 
     with replaced_forwards(blocks, stub):
         yield recorded
-
-
-@contextmanager
-def replaced_forwards(blocks: list[nn.Module], stub: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
-    """Let every block run ``stub(its index)`` for the length of a ``with`` block."""
-    own = [block.__dict__.get("forward") for block in blocks]  # accelerate's hooks put one there
-    try:
-        for index, block in enumerate(blocks):
-            block.forward = stub(index)
-        yield
-    finally:
-        for block, forward in zip(blocks, own, strict=True):
-            del block.forward
-            if forward is not None:
-                block.forward = forward
 
 
 @contextmanager

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from pared.calibration.activations import replaced_forwards, replaced_output
+from pared.calibration.activations import replaced_output
 from pared.calibration.spool import ActivationMemory, HiddenStates
 from pared.errors import ParedError
 from pared.structure.calls import BlockCall
+from pared.structure.probe import replaced_forwards
 from pared.structure.state import KeptState, tensors_in
 
 log = logging.getLogger(__name__)

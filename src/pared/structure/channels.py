@@ -7,7 +7,7 @@ replaced by numbers of our choice, and what reaches the consumer is looked at.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from torch.nn import functional
 from pared.structure.calls import BlockCall
 from pared.structure.linear import bias_of, weight_of
 from pared.structure.model import Anatomy, Site
+from pared.structure.probe import hooks, replaced_forwards
 from pared.structure.proof import TOLERANCE
 from pared.structure.state import KeptState
 
@@ -148,13 +149,24 @@ class _Prover:
         self._ran: list[str] = []
         self._generator = torch.Generator().manual_seed(0)
 
-        def note(name: str) -> Callable[..., None]:
+        self._outputs: Outputs = {}  # of each layer where it first ran
+
+        with hooks(self._watched()):
+            self._run()
+
+    def _watched(self) -> Iterator[Any]:
+        def enter(name: str) -> Callable[..., None]:
             return lambda *_: self._ran.append(name)
 
-        with ExitStack() as stack:
-            for name, module in self._modules.items():
-                stack.callback(module.register_forward_pre_hook(note(name)).remove)
-            self._run()
+        def leave(name: str) -> Callable[..., None]:
+            def note(_: nn.Module, __: Any, output: torch.Tensor) -> None:
+                self._outputs.setdefault(name, output)
+
+            return note
+
+        for name, module in self._modules.items():
+            yield module.register_forward_pre_hook(enter(name))
+            yield module.register_forward_hook(leave(name))
 
     def _run(self) -> torch.Tensor:
         return self._call.run(self._block, self._call.hidden.clone())
@@ -206,17 +218,11 @@ class _Prover:
 
     def _numbers(self, site: Site, signed: bool = False) -> torch.Tensor:
         """Return what a layer is made to output, ``(rows, out)``: where activations rise, and are not cut off."""
-        output = self._output(site)
+        output = self._outputs[site.name]
         drawn = torch.rand(output.shape, generator=self._generator) * 0.3 + 0.1
         if signed:
             drawn *= torch.where(torch.rand(output.shape, generator=self._generator) < 0.5, -1.0, 1.0)
         return drawn.to(output)
-
-    def _output(self, site: Site) -> torch.Tensor:
-        seen: list[torch.Tensor] = []
-        with _hooked(self._modules[site.name].register_forward_hook(lambda *args: seen.append(args[2]))):
-            self._run()
-        return seen[0]
 
     def _changed(self, base: Outputs, site: Site, mask: torch.Tensor | bool = True) -> Outputs:
         """Return outputs of which those of one layer are others, where a mask says so."""
@@ -226,19 +232,15 @@ class _Prover:
         """Return what a layer reads, ``(rows, in)``, where others output this."""
         seen: list[torch.Tensor] = []
         with (
-            self._replaced(outputs),
-            _hooked(self._modules[consumer.name].register_forward_pre_hook(lambda *args: seen.append(args[1][0]))),
+            hooks(self._replaced(outputs)),
+            hooks([self._modules[consumer.name].register_forward_pre_hook(lambda *args: seen.append(args[1][0]))]),
         ):
             self._run()
         return seen[0].reshape(-1, consumer.in_features)
 
-    @contextmanager
-    def _replaced(self, outputs: Outputs) -> Iterator[None]:
-        with ExitStack() as stack:
-            for name, output in outputs.items():
-                handle = self._modules[name].register_forward_hook(lambda *_, output=output: output.clone())
-                stack.callback(handle.remove)
-            yield
+    def _replaced(self, outputs: Outputs) -> Iterator[Any]:
+        for name, output in outputs.items():
+            yield self._modules[name].register_forward_hook(lambda *_, output=output: output.clone())
 
     def _laid_out(self, consumer: Site, moved: Sequence[Site]) -> tuple[Producer, ...]:
         """Return producers in a layout in which every input follows its own channel alone.
@@ -293,7 +295,8 @@ class _Prover:
             def hold(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
                 return (held.view_as(args[0]).clone(),)
 
-            with self._replaced(outputs), _hooked(self._modules[consumer.name].register_forward_pre_hook(hold)):
+            reads = [self._modules[consumer.name].register_forward_pre_hook(hold)]
+            with hooks(reads), hooks(self._replaced(outputs)):
                 return self._run()
 
         if not torch.equal(output(base), output(other)):
@@ -314,7 +317,7 @@ class _Prover:
         def ignore(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             return (args[0].masked_fill(~mask_N.to(args[0].device), 0),)
 
-        with _hooked(module.register_forward_pre_hook(ignore)):
+        with hooks([module.register_forward_pre_hook(ignore)]):
             expected = self._run()
         with ExitStack() as stack:
             for one in producers:
@@ -335,10 +338,9 @@ class _Prover:
             raise _RefusedError("its block computes something else with fewer channels")
 
 
-@contextmanager
 def _reading(
     module: nn.Module, rows: torch.Tensor | None = None, columns: torch.Tensor | None = None
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Have a linear layer compute with some of its rows or columns for the length of a ``with`` block."""
 
     def forward(x: torch.Tensor) -> torch.Tensor:
@@ -349,20 +351,4 @@ def _reading(
             weight = weight[:, columns.to(weight.device)]
         return functional.linear(x, weight, bias)
 
-    own = vars(module).get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
-
-
-@contextmanager
-def _hooked(handle: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()
+    return replaced_forwards([module], lambda _: forward)

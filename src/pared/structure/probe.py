@@ -1,7 +1,7 @@
 """One pass of a few tokens through the real model: which sites read what, what is linear, whether blocks chain."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -71,12 +71,27 @@ def call_model(model: PreTrainedModel, tokens: torch.Tensor, beside: Mapping[str
 
 
 @contextmanager
-def hooks(handles: Iterator[Any]) -> Iterator[None]:
+def hooks(handles: Iterable[Any]) -> Iterator[None]:
     """Keep hooks for the length of a ``with`` block, whatever happens inside."""
     with ExitStack() as stack:
         for handle in handles:
             stack.callback(handle.remove)
         yield
+
+
+@contextmanager
+def replaced_forwards(modules: Sequence[nn.Module], stub: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
+    """Let every module run ``stub(its index)`` for the length of a ``with`` block."""
+    own = [vars(module).get("forward") for module in modules]  # accelerate's hooks put one there
+    try:
+        for index, module in enumerate(modules):
+            module.forward = stub(index)
+        yield
+    finally:
+        for module, forward in zip(modules, own, strict=True):
+            del module.forward
+            if forward is not None:
+                module.forward = forward
 
 
 def probe(model: PreTrainedModel, anatomy: Anatomy, read: bool = True) -> tuple[Anatomy, list[BlockCall]]:
