@@ -59,9 +59,7 @@ class LowRankWork:
             self._units = []  # no rank is decided
         # What the probe's few tokens did not reach the text may not reach either; the others then pay for it.
         open_ended = spec.calibrated and not all(site.seen for site in self._anatomy.sites)
-        ordered = spec.structures != "ranks"  # which channels stay is known once all are ordered
-        late = spec.decided_from_data or grouped or open_ended or ordered or spec.refit != "off"
-        self.passes = spec.passes(ranks_known=not late)
+        self.passes = spec.passes(ranks_known=not (spec.solves_first or grouped or open_ended))
         self._stack = ExitStack()
         self._solver: Solver | None = None
         self._channels: ChannelSolver | None = None

@@ -114,6 +114,12 @@ class LowRankSpec(_Spec):
         """What is made smaller: ``ranks``, ``widths``, or either (``mixed``)."""
         return self.budget.structures
 
+    @property
+    def solves_first(self) -> bool:
+        """Whether all is solved before anything is put in place, whatever the model turns out to be."""
+        ordered = self.structures != "ranks"  # which channels stay is known once all are ordered
+        return self.decided_from_data or ordered or self.refit != "off"
+
     def _widths(self) -> dict[str, object]:
         return {"structures": self.structures, "multiple_of": self.budget.multiple_of}
 
@@ -184,8 +190,7 @@ class LowRankSpec(_Spec):
         """
         if ranks_known is None:
             grouped = self.group_size > 1 and self.sharing != "none"
-            ordered = self.structures != "ranks"  # which channels stay is known once all are ordered
-            ranks_known = not (self.decided_from_data or grouped or ordered or self.refit != "off")
+            ranks_known = not (self.solves_first or grouped)
         after = (*(() if self.refit == "off" else (self._refit_pass(),)), *self.refining)
         # Gradients are of the dense model, so that behind compressed blocks only what sites read is collected again.
         behind: Runs = "backward, then forward" if self.gradients and ranks_known else "forward"
