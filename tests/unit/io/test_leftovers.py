@@ -228,8 +228,8 @@ def test_whole_jobs_killed_at_random_leave_the_old_folder_or_the_new(
     draws, killed = random.Random(0), 0
     for number in range(40):
         asked = recipe.model_copy(update={"keep": (0.6, 0.8)[number % 2]})
-        killed += killed_at(draws.randrange(1, 200), lambda asked=asked: pared.run(asked, overwrite=True), TOUCHES)
+        killed += killed_at(draws.randrange(1, 200), lambda asked=asked: pared.run(asked, overwrite=True, resume=False), TOUCHES)
         assert pared.verify(tmp_path / "jobs" / "out") == 0.0
     assert killed > 15
-    pared.run(recipe, overwrite=True)
+    pared.run(recipe, overwrite=True, resume=False)
     assert hidden(tmp_path / "jobs") == []
