@@ -295,6 +295,34 @@ class StreamedBlocks:
             yield
 
     @contextmanager
+    def without_embeddings(self) -> Iterator[None]:
+        """Give up the embeddings of tokens and the head for the length of a ``with`` block; they are read again then.
+
+        Of a large vocabulary they take more than many blocks. Their parameters stay what they are, of the same shape
+        and tied as before; what reads one inside all the same reads NaN.
+
+        Raises:
+            DamagedError: they cannot be read again.
+        """
+        given_up = [(parameter, self._where[name]) for name, parameter in self._embeddings()]
+        with torch.no_grad():
+            for parameter, _ in given_up:
+                parameter.data = parameter.new_full((), torch.nan).expand(parameter.shape)
+        give_back()
+        yield
+        for parameter, stored in given_up:
+            parameter.data = self._names.read(stored).to(parameter.dtype)
+
+    def _embeddings(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the embeddings and the head, where they can be read again as they are, by a name they are stored by."""
+        ends = [self.model.get_input_embeddings(), self.model.get_output_embeddings()]
+        own = {id(module.weight) for module in ends if isinstance(getattr(module, "weight", None), nn.Parameter)}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            if id(parameter) in own and name in self._where and self._index_of(name) is None:
+                own.remove(id(parameter))  # of tied ones one is enough
+                yield name, parameter
+
+    @contextmanager
     def patched(self, change: Callable[[int], None]) -> Iterator[None]:
         """Have every block changed when it is loaded, for the length of a ``with`` block; nothing of it is kept.
 

@@ -84,42 +84,43 @@ def run_blocks(
     """
     read: dict[int, HiddenStates] = {}  # what the blocks of the open group read
     last, compressed, kept = len(store) - 1, hand_on == "compressed", kept or NoRecord()
-    for index in range(len(store)):
-        if kept.holds(index):
-            _hand_on(store, index, anatomy, inputs, kept, hand_on, reference)
-            for _ in inputs.calls:
-                on_batch()
-            continue
-        block = store.load(index)
-        if compressed:
-            read[index] = inputs.hidden if needs is None else inputs.hidden.clone()
-        if needs is None:
-            statistics = _unobserved(index, inputs, reference)
-        else:
-            statistics = observe(
-                observed(index) if observed else block,
-                index,
-                anatomy,
-                inputs,
-                needs,
-                reference=reference,
-                influence=influence,
-                early_exit=compressed,
-                on_batch=on_batch,
-            )
-        visit(statistics)
-        del statistics
-        closes = (index + 1) % group == 0 or index == last
-        first = index - index % group if closes else index
-        if compressed:
-            inputs.hidden.take(read[first].clone() if first < index else read[index])
-            if not closes:
-                read[index] = inputs.hidden.clone()
-            for again in range(first, index + 1):
-                propagate(store.load(again), again, anatomy, inputs)
-        if closes:
-            read.clear()
-            _let_go(store, range(first, index + 1), changes, kept)
+    with store.without_embeddings():
+        for index in range(len(store)):
+            if kept.holds(index):
+                _hand_on(store, index, anatomy, inputs, kept, hand_on, reference)
+                for _ in inputs.calls:
+                    on_batch()
+                continue
+            block = store.load(index)
+            if compressed:
+                read[index] = inputs.hidden if needs is None else inputs.hidden.clone()
+            if needs is None:
+                statistics = _unobserved(index, inputs, reference)
+            else:
+                statistics = observe(
+                    observed(index) if observed else block,
+                    index,
+                    anatomy,
+                    inputs,
+                    needs,
+                    reference=reference,
+                    influence=influence,
+                    early_exit=compressed,
+                    on_batch=on_batch,
+                )
+            visit(statistics)
+            del statistics
+            closes = (index + 1) % group == 0 or index == last
+            first = index - index % group if closes else index
+            if compressed:
+                inputs.hidden.take(read[first].clone() if first < index else read[index])
+                if not closes:
+                    read[index] = inputs.hidden.clone()
+                for again in range(first, index + 1):
+                    propagate(store.load(again), again, anatomy, inputs)
+            if closes:
+                read.clear()
+                _let_go(store, range(first, index + 1), changes, kept)
 
 
 def run_blocks_backward(
@@ -145,8 +146,8 @@ def run_blocks_backward(
     that runs several times in a pass is gone back through as often; its statistics are over all runs together, and the
     gradient of an example is the sum over them, as that of a shared weight is.
 
-    Memory: what every block reads of ``batches`` batches, the graph of one block, the logits of one window, and the
-    statistics of one block; of all blocks, where the batches are taken in more than one part.
+    Memory: what every block reads of ``batches`` batches; with it the embeddings and the logits of a part of a window,
+    or the graph of one block and the statistics of one, of all where the batches are taken in more than one part.
 
     Args:
         store: hands out the blocks.
@@ -174,30 +175,32 @@ def run_blocks_backward(
     window = first_window
     for start in range(0, max(total, 1), max(part, 1)):  # visited once, too, where other processes have all batches
         trail = Trail(inputs.part(start, start + part))
-        for index in range(len(store)):
-            block = store.load(index)
-            with frozen(store.model):
-                record(block, index, anatomy, trail)
-            store.release(index)
+        with store.without_embeddings():
+            for index in range(len(store)):
+                block = store.load(index)
+                with frozen(store.model):
+                    record(block, index, anatomy, trail)
+                store.release(index)
         there = tokens[window - first_window :][: sum(shape[0] for shape in trail.inputs.hidden.shapes)]
         with frozen(store.model):
             from_head(store.model, anatomy, trail, there, window, labels)
         window += len(there)
         give_back()  # pieces of logits, which the blocks would have no use for
-        for index in reversed(range(len(store))):
-            block = store.load(index)
-            own = waiting.pop(index, None) or wants(index)
-            with frozen(store.model):
-                back(block, index, anatomy, trail, own, on_batch)
-            give_back()
-            if start + part < total:
-                waiting[index] = own
-                store.release(index)
-                continue
-            visit(BlockStatistics(index, own))
-            del own
-            if index % group == 0:
-                _let_go(store, range(index, min(index + group, last + 1)), changes, kept)
+        with store.without_embeddings():
+            for index in reversed(range(len(store))):
+                block = store.load(index)
+                own = waiting.pop(index, None) or wants(index)
+                with frozen(store.model):
+                    back(block, index, anatomy, trail, own, on_batch)
+                give_back()
+                if start + part < total:
+                    waiting[index] = own
+                    store.release(index)
+                    continue
+                visit(BlockStatistics(index, own))
+                del own
+                if index % group == 0:
+                    _let_go(store, range(index, min(index + group, last + 1)), changes, kept)
 
 
 def visit_blocks(
@@ -220,16 +223,17 @@ def visit_blocks(
         on_block: called after every block.
     """
     kept = kept or NoRecord()
-    for index in range(len(store)):
-        if kept.holds(index):
-            kept.restore(index)
+    with store.without_embeddings():
+        for index in range(len(store)):
+            if kept.holds(index):
+                kept.restore(index)
+                on_block()
+                continue
+            store.load(index)
+            visit(BlockStatistics(index, {}))
             on_block()
-            continue
-        store.load(index)
-        visit(BlockStatistics(index, {}))
-        on_block()
-        if (index + 1) % group == 0 or index == len(store) - 1:
-            _let_go(store, range(index - index % group, index + 1), changes, kept)
+            if (index + 1) % group == 0 or index == len(store) - 1:
+                _let_go(store, range(index - index % group, index + 1), changes, kept)
 
 
 def _unobserved(index: int, inputs: BlockInputs, reference: DenseReference | None) -> BlockStatistics:

@@ -173,10 +173,12 @@ def needs_of(
     logits = 0 if evaluated is None else evaluated.length * vocabulary
     if tokens is not None and spec.gradients:
         logits = max(logits, min(tokens.length * vocabulary, max(LOGITS, vocabulary)))
-    # Statistics are not there yet, or gone, when there are logits; the three do not come at the same time.
+    # Statistics are not there yet, or gone, when there are logits; what is listed does not come at the same time.
     logits = max(logits * (model.dtype.itemsize + 3 * SINGLE) - statistics, 0)
-    work = {"solving": solving, "a batch in a block": batch, "logits of a window": logits}
-    memory |= {name: size for name, size in work.items() if size == max(work.values())}
+    embeddings = _embeddings(model) if streamed else 0
+    around = {"embeddings and head": embeddings, "logits of a window": logits}
+    works: list[dict[str, int]] = [{"solving": solving}, {"a batch in a block": batch}, around]
+    memory |= max(works, key=lambda work: sum(work.values()))
     memory["libraries"] = SLACK
     if isinstance(spec, LowRankSpec) and any(step.action == "solve" and not step.installs for step in spec.passes()):
         ranked = anatomy.sites if spec.structures != "widths" else ()
@@ -187,7 +189,8 @@ def needs_of(
     bound = 0
     if streamed:
         block = max(_bytes(block) for block in anatomy.blocks(model))
-        bound = memory["outside of the blocks"] + 3 * block + statistics + memory.get("hidden states", 0) + 2**30
+        outside = memory["outside of the blocks"] + embeddings
+        bound = outside + 3 * block + statistics + memory.get("hidden states", 0) + 2**30
     memory, disk = ({name: size for name, size in parts.items() if size} for parts in (memory, disk))
     return Needs(memory, disk, bound)
 
@@ -201,7 +204,7 @@ def _weights(
     whole = {"the model": _bytes(model)}
     if streamed:
         held = min(spec.group_size, len(blocks)) * max(sizes)
-        whole = {"outside of the blocks": _bytes(model) - sum(sizes), "blocks": held}
+        whole = {"outside of the blocks": _bytes(model) - sum(sizes) - _embeddings(model), "blocks": held}
     copied = max(sizes) // model.dtype.itemsize * itemsize
     return whole | {
         "a block to compute with": copied if itemsize != model.dtype.itemsize else 0,
@@ -328,6 +331,13 @@ def _batch(anatomy: Anatomy, tokens: Tokens, itemsize: int, gradients: bool) -> 
     """Return what a block makes of one batch on its way: outputs of its widest layers; with gradients, of all."""
     widths = [site.out_features + site.in_features for site in anatomy.sites_of(anatomy.sites[0].block)]
     return tokens.batch * tokens.length * itemsize * 3 * (sum(widths) if gradients else max(widths))
+
+
+def _embeddings(model: PreTrainedModel) -> int:
+    """Return the bytes of what a streamed model gives up while its blocks run."""
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    own = {id(weight): weight for module in ends if (weight := getattr(module, "weight", None)) is not None}
+    return sum(weight.numel() * weight.dtype.itemsize for weight in own.values())
 
 
 def _bytes(module: nn.Module) -> int:

@@ -26,7 +26,7 @@ class BlockStore(Protocol):
     """Hands out the blocks of one model, in the model's own module tree.
 
     A block's parameters are in memory between :meth:`load` and :meth:`release` or :meth:`commit`; they are not used at
-    any other time. Everything outside of the blocks is always there.
+    any other time. Everything outside of the blocks is there all the time, but for :meth:`without_embeddings`.
 
     Attributes:
         model: the one module tree.
@@ -60,6 +60,10 @@ class BlockStore(Protocol):
     @contextmanager
     def running(self) -> Iterator[None]:
         """Let the whole model be called for the length of a ``with`` block: every block is there when it runs."""
+
+    @contextmanager
+    def without_embeddings(self) -> Iterator[None]:
+        """Need no embeddings of tokens, nor the head, for the length of a ``with`` block: only blocks run inside."""
 
     def dense(self) -> DenseBlocks:
         """Return what hands out the blocks in the form they have now, before any is changed."""
@@ -111,6 +115,11 @@ class ResidentBlocks:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Change nothing: the model can always be called."""
+        yield
+
+    @contextmanager
+    def without_embeddings(self) -> Iterator[None]:
+        """Change nothing: they stay."""
         yield
 
     def dense(self) -> DenseBlocks:

@@ -139,6 +139,29 @@ def test_a_streamed_model_answers_as_the_whole_one(family: str, tmp_path: Path) 
     assert all(parameter.is_meta for parameter in store.model.get_submodule(store.path).parameters())
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_are_given_up_and_read_again_as_they_were(tied: bool, tmp_path: Path) -> None:
+    with torch.random.fork_rng():
+        model = TINY_MODELS["llama"]()
+        model.config.tie_word_embeddings = tied
+        model = type(model)(model.config).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")
+    store = open_streamed(find_model(str(tmp_path / "model")))
+    ends = [store.model.get_input_embeddings(), store.model.get_output_embeddings()]
+    before = [(module.weight, module.weight.detach().clone()) for module in ends]
+    with store.without_embeddings():
+        for module, (weight, values) in zip(ends, before, strict=True):
+            assert module.weight is weight
+            assert weight.shape == values.shape
+            assert weight.isnan().all(), "what reads them all the same must not go unseen"
+            assert weight.untyped_storage().nbytes() == 2
+    for module, (weight, values) in zip(ends, before, strict=True):
+        assert module.weight is weight
+        assert torch.equal(weight, values)
+    assert (ends[0].weight is ends[1].weight) == tied
+    assert torch.equal(store.model.model.norm.weight, model.model.norm.weight)
+
+
 def test_one_block_is_in_memory_while_the_model_runs(llama: Path) -> None:
     store = open_streamed(find_model(str(llama)))
     seen: list[list[bool]] = []

@@ -44,7 +44,7 @@ def needs(model: transformers.PreTrainedModel, tokens: Tokens = TOKENS, streamed
 
 def test_weights_are_those_outside_and_one_block_or_a_group(model: transformers.PreTrainedModel) -> None:
     outside = (2 * VOCABULARY * WIDTH + WIDTH) * 2
-    assert needs(model).memory["outside of the blocks"] == outside
+    assert needs(model).memory["outside of the blocks"] == 2 * WIDTH  # a norm
     assert needs(model).memory["blocks"] == BLOCK
     assert needs(model, method="basis-sharing", options={"group_size": 3}).memory["blocks"] == 3 * BLOCK
     assert needs(model, streamed=False).memory["the model"] == outside + BLOCKS * BLOCK
@@ -92,6 +92,14 @@ def test_a_head_takes_the_logits_of_a_part_of_the_tokens(
     whole = needs(model, long, **scalar).memory["logits of a window"]
     monkeypatch.setattr("pared.engine.needs.LOGITS", 1000 * VOCABULARY)
     assert needs(model, long, **scalar).memory.get("logits of a window", 0) < whole / 3
+
+
+def test_embeddings_are_there_when_blocks_are_not(model: transformers.PreTrainedModel) -> None:
+    tokens = Tokens(windows=1, length=4, batch=1)
+    found = needs(model, tokens, method="magnitude", sparsity=0.5).memory
+    assert found["embeddings and head"] == 2 * VOCABULARY * WIDTH * 2
+    assert "solving" not in found
+    assert "embeddings and head" not in needs(model, tokens, method="svd-llm").memory  # solving takes more, later
 
 
 def test_decompositions_wait_on_the_disk_where_ranks_depend_on_them(model: transformers.PreTrainedModel) -> None:

@@ -8,6 +8,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -228,7 +229,8 @@ def test_whole_jobs_killed_at_random_leave_the_old_folder_or_the_new(
     draws, killed = random.Random(0), 0
     for number in range(40):
         asked = recipe.model_copy(update={"keep": (0.6, 0.8)[number % 2]})
-        killed += killed_at(draws.randrange(1, 200), lambda asked=asked: pared.run(asked, overwrite=True, resume=False), TOUCHES)
+        starting_over = partial(pared.run, asked, overwrite=True, resume=False)
+        killed += killed_at(draws.randrange(1, 200), starting_over, TOUCHES)
         assert pared.verify(tmp_path / "jobs" / "out") == 0.0
     assert killed > 15
     pared.run(recipe, overwrite=True, resume=False)
