@@ -178,7 +178,8 @@ def needs_of(
     embeddings = _embeddings(model) if streamed else 0
     around = {"embeddings and head": embeddings, "logits of a window": logits}
     works: list[dict[str, int]] = [{"solving": solving}, {"a batch in a block": batch}, around]
-    memory |= max(works, key=lambda work: sum(work.values()))
+    at_once = max(works, key=lambda work: sum(work.values()))
+    memory |= at_once
     memory["libraries"] = SLACK
     if isinstance(spec, LowRankSpec) and any(step.action == "solve" and not step.installs for step in spec.passes()):
         ranked = anatomy.sites if spec.structures != "widths" else ()
