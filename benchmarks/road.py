@@ -34,10 +34,10 @@ LINES = RESULTS / "road.jsonl"
 PAGE = RESULTS / "road.md"
 # What is asked for, and how many bare forward passes it may take at most.
 CASES: dict[str, tuple[dict[str, Any], float]] = {
-    "svd-llm": ({"method": "svd-llm"}, 2.0),
-    "basis-sharing": ({"method": "basis-sharing", "options": {"group_size": 2}}, 1.8),
-    "loss-optimal": ({"method": "loss-optimal", "options": {"output_weighting": "diagonal"}}, 4.5),
-    "wanda": ({"method": "wanda", "sparsity": 0.5}, 2.4),
+    "svd-llm": ({"method": "svd-llm"}, 1.5),
+    "basis-sharing": ({"method": "basis-sharing", "options": {"group_size": 2}}, 1.5),
+    "loss-optimal": ({"method": "loss-optimal", "options": {"output_weighting": "diagonal"}}, 4.0),
+    "wanda": ({"method": "wanda", "sparsity": 0.5}, 2.1),
 }
 
 

@@ -39,6 +39,9 @@ class Blocks(Protocol):
     def load(self, index: int) -> nn.Module:
         """Return a block in memory."""
 
+    def expect(self, index: int) -> None:
+        """Be told which is loaded next."""
+
     def release(self, index: int) -> None:
         """Release it."""
 
@@ -145,6 +148,7 @@ def _through_blocks(store: Blocks, hidden: HiddenStates, calls: list[list[BlockC
     """Send every input through all blocks, one stage after the other; overwrites the hidden states."""
     for index, places in groupby(range(len(watched.order)), key=watched.order.__getitem__):
         runs, block = list(places), store.load(index)
+        store.expect(index + 1)
         try:
             state = KeptState([block])
             for number in range(len(hidden)):

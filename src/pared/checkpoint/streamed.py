@@ -27,7 +27,15 @@ from pared.errors import DamagedError, ParedError
 from pared.memory import give_back
 from pared.models.architecture import architecture, first_line, raised_in
 from pared.models.source import ModelSource
-from pared.models.stored import LINE, StoredTensor, first_floating, metadata_of, stored_tensors, weight_files
+from pared.models.stored import (
+    LINE,
+    StoredTensor,
+    first_floating,
+    metadata_of,
+    read_ahead,
+    stored_tensors,
+    weight_files,
+)
 from pared.models.trust import trusted
 from pared.models.weights import Placed, WeightNames, require_none_missing, warn_of_unused
 from pared.modules.shared import DOWN, BasisHolder
@@ -209,6 +217,11 @@ class StreamedBlocks:
         if self._change is not None:
             self._change(index)
         return block
+
+    def expect(self, index: int) -> None:
+        """Have the system read a block ahead; behind the last one and before the first there is none."""
+        if 0 <= index < len(self) and index not in self._loaded:
+            read_ahead(self._stored[index].values())
 
     def release(self, index: int) -> None:
         """Give a block's tensors up; modules and values that were changed since it was loaded are as before."""

@@ -92,6 +92,7 @@ def run_blocks(
                     on_batch()
                 continue
             block = store.load(index)
+            store.expect(index + 1)
             if compressed:
                 read[index] = inputs.hidden if needs is None else inputs.hidden.clone()
             if needs is None:
@@ -178,6 +179,7 @@ def run_blocks_backward(
         with store.without_embeddings():
             for index in range(len(store)):
                 block = store.load(index)
+                store.expect(index + 1)
                 with frozen(store.model):
                     record(block, index, anatomy, trail)
                 store.release(index)
@@ -189,6 +191,7 @@ def run_blocks_backward(
         with store.without_embeddings():
             for index in reversed(range(len(store))):
                 block = store.load(index)
+                store.expect(index - 1)
                 own = waiting.pop(index, None) or wants(index)
                 with frozen(store.model):
                     back(block, index, anatomy, trail, own, on_batch)

@@ -5,9 +5,11 @@ a tensor lies where it would in a mapped one, up to multiples of a cache line: p
 bits by where those begin, and a model read here is to compute what one that ``from_pretrained`` maps does.
 """
 
+import itertools
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -234,6 +236,16 @@ def read_at(raw: FileIO, stored: StoredTensor) -> torch.Tensor:
             raise EOFError(f"{stored.key} ends too early")
         left = left[count:]
     return bytes_.view(dtype).view(stored.shape)
+
+
+def read_ahead(tensors: Iterable[StoredTensor]) -> None:
+    """Have the system read tensors into its cache while this process computes, where it can; nothing is waited for."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for file, own in itertools.groupby(sorted(tensors, key=lambda one: (one.file, one.start)), lambda one: one.file):
+        with suppress(OSError), file.open("rb", buffering=0) as raw:  # what is wrong with it is told when it is read
+            for one in own:
+                os.posix_fadvise(raw.fileno(), one.start, one.nbytes, os.POSIX_FADV_WILLNEED)
 
 
 def first_floating(tensors: Iterable[StoredTensor]) -> torch.dtype:

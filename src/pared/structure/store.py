@@ -44,6 +44,9 @@ class BlockStore(Protocol):
     def load(self, index: int) -> nn.Module:
         """Return a block with its parameters in memory, in the form it was committed in last."""
 
+    def expect(self, index: int) -> None:
+        """Be told which block will be loaded next, so that reading it and running the one before overlap."""
+
     def release(self, index: int) -> None:
         """Release a block that was loaded; what was changed in it since then may be lost."""
 
@@ -101,6 +104,9 @@ class ResidentBlocks:
     def load(self, index: int) -> nn.Module:
         """Return a block."""
         return self._blocks[index]
+
+    def expect(self, index: int) -> None:
+        """Do nothing: it is there."""
 
     def release(self, index: int) -> None:
         """Do nothing: it stays."""

@@ -139,6 +139,19 @@ def test_a_streamed_model_answers_as_the_whole_one(family: str, tmp_path: Path) 
     assert all(parameter.is_meta for parameter in store.model.get_submodule(store.path).parameters())
 
 
+def test_a_block_that_is_expected_is_read_ahead(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr("os.posix_fadvise", lambda _, start, count, __: asked.append((start, count)), raising=False)
+    monkeypatch.setattr("os.POSIX_FADV_WILLNEED", 3, raising=False)
+    store = open_streamed(find_model(str(llama)))
+    store.load(0)
+    for index in (-1, 0, len(store)):  # none, there already, none
+        store.expect(index)
+    assert asked == []
+    store.expect(1)
+    assert sorted(asked) == sorted((one.start, one.nbytes) for one in store.stored(1).values())
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_embeddings_are_given_up_and_read_again_as_they_were(tied: bool, tmp_path: Path) -> None:
     with torch.random.fork_rng():
