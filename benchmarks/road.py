@@ -5,7 +5,7 @@
     python benchmarks/road.py --render                   # renders only
 
 Single-threaded and interleaved (bare, whole, bare, whole ...) in one process; the ratio is taken within a pair. One
-JSON line a pair; pairs of the same settings are not measured again (delete lines to repeat them).
+JSON line a pair; pairs of the same settings, commit and processor are not measured again.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from pared.models.source import find_model
 from pared.schema.recipe import Recipe
 from pared.structure import find_anatomy, probe
 from pared.structure.store import ResidentBlocks
-from record import RESULTS, append, read, spread, table
+from record import RESULTS, append, provenance, read, spread, table
 
 LINES = RESULTS / "road.jsonl"
 PAGE = RESULTS / "road.md"
@@ -184,7 +184,8 @@ def main() -> None:
         about = {"case": case, "model": asked.model, "method": recipe.method, "options": recipe.options,
                  "keep": recipe.keep, "sparsity": recipe.sparsity, "text": asked.text, "samples": asked.samples,
                  "length": asked.length, "dtype": str(dtype)}  # fmt: skip
-        there = [line for line in read(LINES) if about.items() <= line.items()]
+        same = about | {name: provenance()[name] for name in ("commit", "cpu")}
+        there = [line for line in read(LINES) if same.items() <= line.items()]
         for number in range(len(_pairs(there)), asked.pairs):
             bare = bare_seconds(recipe)
             whole, seconds = whole_seconds(recipe)
