@@ -12,10 +12,14 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+
+from tqdm import auto, std
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
@@ -48,6 +52,27 @@ def kill_when(words: Sequence[str], seen: Callable[[], bool]) -> None:
     process.kill()
     process.join()
     assert process.exitcode == -9, f"it ended by itself, with {process.exitcode}, before it could be killed"
+
+
+def forked(work: Callable[[], object]) -> int:
+    """Do something in a fork of this process; return its exit code, negative for the signal that killed it.
+
+    Bars of tqdm share a lock with every fork of the process, and one that is killed while it holds it would leave it
+    locked for good: a fork takes a lock of its own.
+    """
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            for kind in (std.tqdm, auto.tqdm):
+                kind.set_lock(threading.RLock())
+            work()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def _run(words: list[str], told: str, environment: dict[str, str]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import forked
 from safetensors.torch import load_file
 
 from pared import ParedError
@@ -133,16 +134,14 @@ class Killer:
 
 def killed_at(point: int, out: Path) -> bool:
     """Run a compression in a process of its own that is killed at a point; whether it was still at work."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            Killer(point).watch(pytest.MonkeyPatch())
-            with opened(out) as run:
-                for step in steps(run):
-                    step()
-        finally:
-            os._exit(0)
-    return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+
+    def work() -> None:
+        Killer(point).watch(pytest.MonkeyPatch())
+        with opened(out) as run:
+            for step in steps(run):
+                step()
+
+    return forked(work) == -signal.SIGKILL
 
 
 def kills(out: Path, states: list[list[Any]], every: int) -> int:

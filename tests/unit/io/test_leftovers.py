@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import forked
 from tiny_models import TINY_MODELS
 from transformers import PreTrainedTokenizerFast
 
@@ -35,8 +36,8 @@ TOUCHES = ("os.", "shutil.", "open", "ctypes.", "tempfile.", "fcntl.")  # of wha
 
 def killed_at(point: int | None, work: Callable[[], object], events: tuple[str, ...] = CHANGES) -> bool:
     """Do something in a process of its own that is killed at a point; whether it was still at work."""
-    pid = os.fork()
-    if pid == 0:
+
+    def counted() -> None:
         passed = 0
 
         def count(event: str, _: object) -> None:
@@ -47,11 +48,9 @@ def killed_at(point: int | None, work: Callable[[], object], events: tuple[str, 
                     os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(count)
-        try:
-            work()
-        finally:
-            os._exit(0)
-    return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+        work()
+
+    return forked(counted) == -signal.SIGKILL
 
 
 def make(out: Path, content: str) -> None:
