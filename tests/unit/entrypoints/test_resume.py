@@ -409,6 +409,23 @@ def test_the_command_resumes_what_was_killed_before_it_removed_its_state_and_say
     assert content(tmp_path / "out") == made
 
 
+def test_what_was_killed_while_it_removed_its_state_leaves_nothing_when_it_is_resumed(
+    place: Path, tmp_path: Path
+) -> None:
+    """Regression: half of a state stayed beside a finished output, as that was refused before anything was tidied."""
+    recipe = recipe_of("wanda", place, tmp_path / "out")
+
+    def work() -> None:
+        shutil.rmtree = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+        pared.run(recipe)
+
+    assert in_a_process(work)
+    assert len(list(tmp_path.iterdir())) == 2
+    with pytest.raises(ParedError, match="is finished, and there is nothing to resume"):
+        pared.run(recipe, resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 @pytest.mark.parametrize("before", ["off", "on"])
 def test_memory_that_is_free_now_does_not_decide_how_a_run_is_resumed(
     before: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
