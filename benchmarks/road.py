@@ -22,7 +22,7 @@ from pared.data.texts import find_text
 from pared.data.windows import cut
 from pared.engine.blocks import run_blocks
 from pared.entrypoints.compress import run
-from pared.environment import choose_dtype
+from pared.environment import choose_dtype, device_of
 from pared.lowrank.registry import nothing
 from pared.models.source import find_model
 from pared.schema.recipe import Recipe
@@ -45,7 +45,7 @@ def bare_seconds(recipe: Recipe) -> float:
     """Time the blocks alone on the calibration tokens, in the dtype the compression uses; nothing is collected."""
     source = find_model(str(recipe.model))
     model, tokenizer, asked = source.load(), source.tokenizer(), recipe.calibration
-    device = torch.device(recipe.device)
+    device = device_of(recipe.device)
     dtype = choose_dtype(asked.dtype, model.dtype, device)
     windows = cut(find_text(asked.text), tokenizer, asked.length, asked.samples, asked.sampling, asked.seed)
     anatomy, calls = probe(model, find_anatomy(model))
