@@ -241,7 +241,7 @@ def _of_blocks(blocks: int) -> str:
 
 
 def _stages(model: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the seconds of the passes over the blocks: what is collected, and what is solved; the least of three."""
+    """Return the seconds of the passes over the text, and of solving, the same for any text; the least of three."""
     found: dict[str, list[float]] = {}
     for _ in range(3):
         out = PLACE / "linear"
@@ -250,7 +250,10 @@ def _stages(model: str, fields: dict[str, Any]) -> dict[str, Any]:
             raise SystemExit(f"failed; see {PLACE / 'linear.log'}")
         for stage, seconds in json.loads((out / "pared.json").read_text(encoding="utf-8"))["seconds"].items():
             found.setdefault(stage, []).append(seconds)
-    return {"passes": sum(min(found.get(stage, [0.0])) for stage in ("walk", "backward", "solve"))}
+    passes, solve = (
+        sum(min(found.get(stage, [0.0])) for stage in stages) for stages in (("walk", "backward"), ("solve",))
+    )
+    return {"passes": passes, "solve": solve}
 
 
 def ranks(count: int = 2, rounds: int = 3, model: str = EMBEDDED, calibration: dict[str, Any] = PLAIN) -> None:
@@ -297,9 +300,9 @@ def _by(processes: int, command: list[str]) -> dict[str, Any]:
     return manifest
 
 
-def exponent(lines: Sequence[dict[str, Any]], by: str) -> float:
+def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
     """Return the exponent of the power law that fits the seconds best."""
-    x, y = ([math.log(line[name]) for line in lines] for name in (by, "passes"))
+    x, y = ([math.log(one) for one in values] for values in (sizes, seconds))
     mean_x, mean_y = statistics.mean(x), statistics.mean(y)
     return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
 
@@ -343,9 +346,13 @@ def render() -> None:
             cells = []
             for method in dict.fromkeys(one["method"] for one in rows):
                 own = [one for one in rows if one["method"] == method]
-                seconds = ", ".join(f"{one['passes']:.2f}" for one in own)
-                cells.append((method, ", ".join(str(one[by]) for one in own), seconds, f"{exponent(own, by):.2f}"))
-            parts += [f"## Time against {title}", table(("method", by, "seconds of the passes", "exponent"), cells)]
+                sizes, passes = [one[by] for one in own], [one["passes"] for one in own]
+                told = (", ".join(f"{one[stage]:.2f}" for one in own) for stage in ("passes", "solve"))
+                fitted = [passes] if what == "tokens" else [passes, [one["solve"] for one in own]]
+                powers = (f"{exponent(sizes, seconds):.2f}" for seconds in fitted)
+                cells.append((method, ", ".join(map(str, sizes)), *told, " and ".join(powers)))
+            header = ("method", by, "passes over the text s", "solve s", "exponent")
+            parts += [f"## Time against {title}", LINEAR, table(header, cells)]
     if rows := of("ranks"):
         cells = [
             (one["method"], one["ranks"], *(spread([taken[stage] for taken in one["seconds"][processes]], 1)
@@ -376,6 +383,9 @@ time of whole commands, interleaved, three pairs."""
 KILLS = """A small model; every command is killed with SIGKILL at a random moment (30 to 100% of the time a whole run
 takes) and started again with `--resume`, {total} kills altogether; then every file that tells no time is compared with
 those of a run that was let alone."""
+LINEAR = """Small models of random weights, windows of 512 tokens, one thread, the least of three runs. The exponent is
+that of the power law through the seconds of the passes over the text; of blocks, the second is that of solving, which
+takes as long for any text."""
 RANKS = """The embedded model, 16 windows of 512 tokens, float32: two gloo processes on two cores against one process,
 one thread each, interleaved. *Calibration* is what the first process takes to run the blocks forward and, for
 `loss-optimal`, backward, the exchange of statistics and waiting for the others included; *solve* is all that is made
