@@ -40,10 +40,10 @@ from pared.schema.recipe import Evaluation
 from pared.schema.training import TrainingConfig
 from pared.tables import Shown, Table
 from pared.training.dataset import Examples, find_rows
-from pared.training.distributed import Processes
+from pared.training.distributed import TrainingProcesses
 from pared.training.early import require_possible, require_trackers
 from pared.training.method import Context, Prepared, Stage, TuningMethod
-from pared.training.precision import PRECISIONS, training_precision
+from pared.training.precision import training_precision
 from pared.training.registry import method_of, settled
 from pared.training.run_dir import TrainingRun
 from pared.training.trainable import unpack
@@ -112,7 +112,7 @@ def tune(
 
 class _Job:
     def __init__(self, tuning: TrainingConfig, overwrite: bool, progress: Progress, resume: bool | None = None) -> None:
-        self.processes = Processes(tuning.device)
+        self.processes = TrainingProcesses(tuning.device)
         self.tuning, self.overwrite, self.resume = tuning, overwrite, resume
         self.progress = progress if self.processes.is_first else Silent()
         self.watch = Stopwatch()
@@ -137,7 +137,7 @@ class _Job:
         self.causal = is_causal(self.config.architectures or [])
         measured = training_precision(tuning.precision, _stored_dtype(self.config), self.processes.device)
         # Each process measures by itself, but all must multiply alike.
-        self.precision = PRECISIONS[int(self.processes.broadcast_from_main(PRECISIONS.index(measured)))]
+        self.precision = self.processes.agreed(measured)
 
     def run(self) -> Tuned:
         """Do everything."""

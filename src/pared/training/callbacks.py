@@ -14,10 +14,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from pared.data.windows import NO_LABEL
 from pared.io.files import write_whole
+from pared.processes import Processes
 from pared.progress import Advance, Progress
 from pared.schema.training import TrainingConfig
 from pared.training.dataset import Row, collate
-from pared.training.distributed import Processes
 from pared.training.method import own_loss
 from pared.training.precision import mixed_precision
 from pared.training.run_dir import CHECKPOINT, mark_whole
@@ -126,9 +126,9 @@ class Validation(TrainerCallback):
         state: Callable[[], dict[str, torch.Tensor]],
         folder: Path,
         patient: bool,
-        broadcast_from_main: Callable[[float], float],
+        agreed: Callable[[float], float],
     ) -> None:
-        self.broadcast = broadcast_from_main
+        self.agreed = agreed
         self.rows, self.tuning, self.precision, self.state, self.folder = rows, tuning, precision, state, folder
         self.patience = tuning.patience if patient else None
         self.history: list[tuple[int, float]] = []
@@ -166,7 +166,7 @@ class Validation(TrainerCallback):
         due = every is not None and state.global_step % every == 0
         if not self.rows or not (due or state.global_step == state.max_steps):
             return
-        loss = self.broadcast(mean_loss(kwargs["model"], self.rows, self.tuning.batch, args.device, self.precision))
+        loss = self.agreed(mean_loss(kwargs["model"], self.rows, self.tuning.batch, args.device, self.precision))
         earlier = min((value for _, value in self.history), default=float("inf"))
         self.history.append((state.global_step, loss))
         self.log({"validation_loss": loss})

@@ -9,10 +9,9 @@ knows of shards.
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import timedelta
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import distributed, nn
@@ -22,21 +21,17 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pared.environment import device_of
 from pared.errors import ParedError
+from pared.processes import PATIENCE, Processes
 
-Result = TypeVar("Result")
 
-
-class Processes:
-    """This process among those that train together.
+class TrainingProcesses(Processes):
+    """This process among those that train together, as Accelerate knows them.
 
     Args:
         device: where it trains.
 
     Attributes:
-        count: of them.
-        is_first: whether this one writes and reports.
         sharded: whether each holds only its part of what trains (FSDP), as ``accelerate launch --use_fsdp`` asks for.
-        device: where this one trains.
 
     Raises:
         ParedError: Accelerate is missing, the device is not here or is one by number, or the launcher asks for
@@ -58,45 +53,9 @@ class Processes:
         where = device_of(device)
         from accelerate import PartialState
 
-        # Others wait while the first measures and writes, which may take long.
-        self._state: Any = PartialState(cpu=where.type == "cpu", timeout=timedelta(days=1))
-        self.count: int = self._state.num_processes
-        self.is_first: bool = self._state.is_main_process
-        self.device: torch.device = torch.device(self._state.device)
+        state: Any = PartialState(cpu=where.type == "cpu", timeout=PATIENCE)
+        super().__init__(state.process_index, state.num_processes, torch.device(state.device))
         self.sharded: bool = _asks_for_shards() and self.count > 1
-
-    def wait(self) -> None:
-        """Go on when all are here."""
-        self._state.wait_for_everyone()
-
-    def first(self, act: Callable[[], Result]) -> Result | None:
-        """Let the first act while the others wait; None for them.
-
-        Raises:
-            ParedError: in the others, that the first has failed, and how.
-        """
-        from accelerate.utils import broadcast_object_list
-
-        result, failure = None, None
-        if self.is_first:
-            try:
-                result = act()
-            except Exception as error:
-                failure = error
-        (told,) = broadcast_object_list([None if failure is None else str(failure)])
-        if failure is not None:
-            raise failure
-        if told is not None:
-            raise ParedError(f"the first process failed: {told}")
-        return result
-
-    def broadcast_from_main(self, value: float) -> float:
-        """Return the first process's value in all."""
-        if self.count == 1:
-            return value
-        from accelerate.utils import broadcast
-
-        return float(broadcast(torch.tensor(value, dtype=torch.float64, device=self.device)))
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from typing import Any
 
 from pared.io.files import sync
 from pared.io.run_dir import RunDirectory, entries_of, run_folder
-from pared.training.distributed import Processes
+from pared.processes import Processes
 
 KIND, WHOLE = "training", "WHOLE"
 CHECKPOINT = "checkpoint-"
@@ -44,8 +44,9 @@ class TrainingRun:
         """
         with ExitStack() as stack:
             opened = RunDirectory.open(out, KIND, settings, resume, _holds_anything)
-            directory = processes.first(lambda: stack.enter_context(opened))
-            yield cls(run_folder(out, KIND), directory)
+            ours: list[RunDirectory] = []
+            processes.first(lambda: ours.append(stack.enter_context(opened)))
+            yield cls(run_folder(out, KIND), ours[0] if ours else None)
 
     def stage(self, number: int) -> Path:
         """Return where a finished stage lies as an ordinary folder."""

@@ -18,7 +18,7 @@ from pared.schema.training import TrainingConfig
 from pared.structure import find_blocks
 from pared.training.callbacks import Validation, Watch, WholeCheckpoints
 from pared.training.dataset import Examples, Row, collate
-from pared.training.distributed import Processes, collected, fill, full_optimizer_state, shard
+from pared.training.distributed import TrainingProcesses, collected, fill, full_optimizer_state, shard
 from pared.training.method import Prepared, Stage
 from pared.training.precision import mixed_precision
 from pared.training.run_dir import CHECKPOINT
@@ -169,7 +169,7 @@ def train(
     folder: Path,
     checkpoint: Path | None,
     precision: torch.dtype,
-    processes: Processes,
+    processes: TrainingProcesses,
     progress: Progress,
 ) -> tuple[StageResult, dict[str, torch.Tensor] | None]:
     """Train a stage to its end, from a checkpoint if there is one.
@@ -206,7 +206,7 @@ def train(
         lambda: state_of(prepared),
         folder,
         stage.patient,
-        processes.broadcast_from_main,
+        processes.agreed,
     )
     arguments = TrainingArguments(
         output_dir=str(folder),

@@ -19,7 +19,7 @@ from pared.checkpoint import load, verify
 from pared.schema.manifest import Manifest
 from pared.schema.training import TrainingConfig
 from pared.training.callbacks import Watch
-from pared.training.distributed import Processes, units
+from pared.training.distributed import TrainingProcesses, units
 
 KINDS: dict[str, dict[str, Any]] = {
     "factors": {"method": "svd-llm", "storage": "factors", "keep": 0.6},
@@ -180,4 +180,4 @@ def test_blocks_that_share_a_parameter_are_gathered_together_with_those_between(
 def test_what_a_launcher_asks_for_and_is_not_known_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "true")
     with pytest.raises(ParedError, match=f"does not know what {name} asks for"):
-        Processes("cpu")
+        TrainingProcesses("cpu")

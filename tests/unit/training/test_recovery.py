@@ -30,7 +30,7 @@ from pared.schema.training import TrainingConfig
 from pared.training import METHODS
 from pared.training.dataset import collate
 from pared.training.distill import distillation_loss, divergence, share_frozen
-from pared.training.distributed import Processes
+from pared.training.distributed import TrainingProcesses
 from pared.training.run_dir import TrainingRun
 from pared.training.trainable import compressed_layers
 
@@ -399,7 +399,7 @@ def test_another_training_of_the_same_output_is_refused_and_nothing_is_lost(
 
 
 def test_a_checkpoint_that_was_not_written_to_its_end_is_not_gone_on_from(tmp_path: Path) -> None:
-    with TrainingRun.beside(tmp_path / "out", {}, Processes("cpu")) as run:
+    with TrainingRun.beside(tmp_path / "out", {}, TrainingProcesses("cpu")) as run:
         for step, whole in ((5, True), (10, True), (15, False)):
             (run.state(1) / f"checkpoint-{step}").mkdir(parents=True)
             if whole:
@@ -409,9 +409,9 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_not_gone_on_from(tmp_pa
 
 def test_two_trainings_of_one_output_at_a_time_are_refused(tmp_path: Path) -> None:
     with (
-        TrainingRun.beside(tmp_path / "out", {}, Processes("cpu")),
+        TrainingRun.beside(tmp_path / "out", {}, TrainingProcesses("cpu")),
         pytest.raises(ParedError, match="another process is at work on this output"),
-        TrainingRun.beside(tmp_path / "out", {}, Processes("cpu")),
+        TrainingRun.beside(tmp_path / "out", {}, TrainingProcesses("cpu")),
     ):
         pass
 
