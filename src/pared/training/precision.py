@@ -9,8 +9,6 @@ from torch import nn
 from pared.environment import choose_dtype
 from pared.errors import ParedError
 
-PRECISIONS = (torch.float32, torch.bfloat16)
-
 
 def training_precision(asked: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
     """Return what products are made in: as while calibrating, but never float16, in which small gradients are 0.
