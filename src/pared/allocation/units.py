@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
 
     from pared.allocation.dsa import ScoreHistogram
-    from pared.structure.channels import ChannelGroup
+    from pared.structure.groups import ChannelGroup
     from pared.structure.model import Site
 
 Structures = Literal["ranks", "widths", "mixed"]

@@ -13,7 +13,7 @@ from pared.modules import LowRankLinear, PivotedLinear, inherit_requires_grad, r
 from pared.modules.narrow import narrowed
 from pared.modules.shared import DOWN
 from pared.structure import bias_of, weight_of
-from pared.structure.channels import ChannelGroup
+from pared.structure.groups import ChannelGroup
 
 
 def install(model: nn.Module, name: str, factors: Factors, pivoted: bool = False) -> None:

@@ -27,7 +27,8 @@ from pared.io.digests import model_digest
 from pared.lowrank.registry import mean_gram
 from pared.names import called
 from pared.schema.plan import Decision, Plan
-from pared.structure.channels import ChannelGroup, find_channels
+from pared.structure.channels import find_channels
+from pared.structure.groups import ChannelGroup
 from pared.structure.store import BlockStore, LazyBlocks, ResidentBlocks
 
 Trial = Callable[[Windows], float]  # measures the model as it is on windows; less is better

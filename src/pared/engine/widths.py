@@ -20,7 +20,7 @@ from pared.processes import ALONE, Processes
 from pared.schema.plan import Plan
 from pared.schema.width import Width, ranges_of
 from pared.structure import weight_of
-from pared.structure.channels import ChannelGroup
+from pared.structure.groups import ChannelGroup
 from pared.widths import Channels
 
 
@@ -135,8 +135,8 @@ class ChannelSolver:
             def cut(group: ChannelGroup = group) -> tuple[torch.Tensor, torch.Tensor]:
                 tensors = self._store.copy(group.name).tensors
                 W_ON = self._dense(group).double()
-                there = {name: tensors[name].to(W_ON.device) for name in ("order_N", "C_NN", "spectrum")}
-                channels = Channels(W_ON, there["order_N"], there["spectrum"], there["C_NN"])
+                there = {name: tensors[name].to(W_ON.device) for name in ("order_G", "C_NN", "spectrum")}
+                channels = Channels(W_ON, there["order_G"], there["spectrum"], there["C_NN"], inputs=group.inputs)
                 return channels.kept(widths[group.name]), channels.weight(widths[group.name])
 
             self._put(group, *self._processes.first(cut))
@@ -197,12 +197,14 @@ class ChannelSolver:
         W_ON = self._dense(group) if aim.W_ON is None else aim.W_ON
         width = 0 if self._widths is None else self._widths[group.name]
         try:
-            found: Channels = rule(W_ON.to(next(iter(values.values())).device), values, spec.config, width)
+            found: Channels = rule(
+                W_ON.to(next(iter(values.values())).device), values, spec.config, width, group.inputs
+            )
         except (ValueError, RuntimeError) as error:
             raise ParedError(f"site {group.name}: {error}") from error
         told = _Found(damping=found.damping, fallback=found.fallback, untargeted=aim.lacking)
         if self._widths is None:
-            tensors = {"spectrum": found.costs_N.cpu(), "order_N": found.order_N, "C_NN": found.C_NN.float()}
+            tensors = {"spectrum": found.costs_G.cpu(), "order_G": found.order_G, "C_NN": found.C_NN.float()}
             told.order = Copy(tensors, found.damping)
         else:
             told.made = found.kept(width), found.weight(width)

@@ -73,8 +73,9 @@ class LowRankMethod(Configured[C]):
         refit: which refit stage follows at a budget ``keep``, unless a recipe says otherwise.
         dense_path: share of the dense model's outputs in the targets of both, unless a recipe says otherwise.
         input_gram: name of the statistic that is the input Gram, with which sharing is compared.
-        widths: from a weight that reads channels, its statistics, the options and the smallest width of interest to
-            the order of its channels, whose losses are in the unit of ``solve``'s; none where there is no such thing.
+        widths: from a weight that reads channels, its statistics, the options, the smallest width of interest and how
+            many inputs a channel has to the order of its channels, whose losses are in the unit of ``solve``'s; none
+            where there is no such thing.
         structures: what is made smaller at a budget ``keep``, unless a recipe says otherwise.
         operations: what ``solve`` takes of the weights that read one tensor, from their shapes ``(out, in)`` and the
             options, by which ``pared plan --cost`` predicts its time; none where that is not known.
@@ -94,7 +95,9 @@ class LowRankMethod(Configured[C]):
     refit: Callable[[float], str] = lambda _: "off"
     dense_path: float = 0.0
     input_gram: str = "gram"
-    widths: "Callable[[torch.Tensor, Statistics, C, int], Any] | None" = None  # a pared.widths.Channels, from above
+    widths: "Callable[[torch.Tensor, Statistics, C, int, int], Any] | None" = (
+        None  # a pared.widths.Channels, from above
+    )
     structures: Callable[[float], str] = lambda _: "ranks"
     kind: ClassVar[Kind] = "method"
     operations: Callable[[Shapes, C], Sequence[Operation]] | None = None

@@ -1,4 +1,4 @@
-"""Taking channels out of an MLP, with a least-squares change of the weight that reads the others.
+"""Taking channels out of a layer's inputs, with a least-squares change of the weight that reads the others.
 
 The hidden vector ``h`` of an MLP has one entry a channel, made by a row of ``gate`` and of ``up`` (or of ``fc1``) and
 read by a column of ``down``. With the channels R gone and K kept, the weight of ``down`` that comes closest on the
@@ -27,65 +27,120 @@ POOL = 4  # times as many, the cheapest, are what a chunk is chosen from
 
 @dataclass(frozen=True)
 class Channels:
-    """A weight and its inputs in the order in which they stay, the last to go first. It answers every width.
+    """A weight and its channels in the order in which they stay, the last to go first. It answers every width.
 
     Attributes:
-        W_ON: the weight ``(out, channels)``, float64.
-        order_N: the channels, int64.
-        costs_N: ``z_j``, what leaving out the channel at place j and all behind it adds; float64.
+        W_ON: the weight ``(out, in)``, float64.
+        order_G: the channels, int64.
+        costs_G: ``z_j``, what leaving out the channel at place j and all behind it adds; float64.
         C_NN: the Cholesky factor of the input Gram in that order, lower triangular.
         damping: what was added to the Gram's diagonal besides the usual, relative to its mean; 0 if nothing.
         fallback: what stands in for statistics that say nothing, for the record; empty if they were what was used.
+        inputs: of the weight that one channel has, side by side.
     """
 
     W_ON: torch.Tensor
-    order_N: torch.Tensor
-    costs_N: torch.Tensor
+    order_G: torch.Tensor
+    costs_G: torch.Tensor
     C_NN: torch.Tensor
     damping: float = 0.0
     fallback: str = ""
+    inputs: int = 1
 
     def loss(self, width: int) -> float:
         """Return what keeping so many channels costs, in nats a token."""
-        return 0.5 * float(self.costs_N[width:].square().sum())
+        return 0.5 * float(self.costs_G[width:].square().sum())
 
     def kept(self, width: int) -> torch.Tensor:
         """Return the channels that stay, rising, int64 ``(width,)``."""
-        return self.order_N[:width].sort().values
+        return self.order_G[:width].sort().values
 
     def weight(self, width: int) -> torch.Tensor:
-        """Return the weight that reads the channels that stay ``(out, width)``, float64, in the order of ``kept``."""
-        W_OK, W_OR = self.W_ON[:, self.order_N[:width]], self.W_ON[:, self.order_N[width:]]
-        C_KK, C_RK = self.C_NN[:width, :width].to(W_OK), self.C_NN[width:, :width].to(W_OK)
+        """Return the weight that reads what stays ``(out, width · inputs)``, float64, in the order of ``kept``."""
+        kept_K, gone_R = (inputs_of(one, self.inputs) for one in (self.order_G[:width], self.order_G[width:]))
+        W_OK, W_OR, K = self.W_ON[:, kept_K], self.W_ON[:, gone_R], len(kept_K)
+        C_KK, C_RK = self.C_NN[:K, :K].to(W_OK), self.C_NN[K:, :K].to(W_OK)
         # A_RK A_KK⁻¹ = C_RK C_KK⁻¹
         W_OK = W_OK + torch.linalg.solve_triangular(C_KK, W_OR @ C_RK, upper=False, left=False)
-        return W_OK[:, self.order_N[:width].argsort()]
+        return W_OK[:, kept_K.argsort()]
+
+
+def inputs_of(channels_G: torch.Tensor, inputs: int) -> torch.Tensor:
+    """Return the inputs of some channels, in their order, where each has so many side by side; int64."""
+    return (channels_G[:, None] * inputs + torch.arange(inputs, device=channels_G.device)).flatten()
 
 
 def remove_channels(
-    W_ON: torch.Tensor, A_NN: torch.Tensor, L_OO: torch.Tensor, *, chunk: int = CHUNK, pool: int = POOL, least: int = 0
+    W_ON: torch.Tensor,
+    A_NN: torch.Tensor,
+    L_OO: torch.Tensor,
+    *,
+    chunk: int = CHUNK,
+    pool: int = POOL,
+    least: int = 0,
+    inputs: int = 1,
 ) -> Channels:
-    """Order the inputs of a weight by what they are worth.
+    """Order the channels that a weight reads by what they are worth.
 
     Args:
-        W_ON: the weight ``(out, channels)`` that reads the channels; computed in float64.
-        A_NN: the Gram of the channels per token ``(channels, channels)``, positive definite.
+        W_ON: the weight ``(out, in)`` that reads the channels; computed in float64.
+        A_NN: the Gram of its inputs per token ``(in, in)``, positive definite.
         L_OO: root of the Gram of the output gradients, ``B = L Lᵀ``: lower triangular ``(out, out)`` or a diagonal
             ``(out,)``.
         chunk: how many channels go between two updates of the whole inverse. They go one by one, by scores that are
-            exact among the pool; 1 is greedy elimination to the letter.
+            exact among the pool; 1 is greedy elimination to the letter, and what channels of several inputs get.
         pool: how many times as many channels, the cheapest, a chunk is chosen from.
         least: width at which to stop; below it the order is that of the scores there.
+        inputs: of the weight that one channel has, side by side.
 
     Raises:
         ValueError: the Gram is not positive definite.
     """
     W_ON, A_NN = W_ON.double(), A_NN.double()
     weighted_ON = L_OO[:, None] * W_ON if L_OO.ndim == 1 else L_OO.T @ W_ON
-    order_N = _order(weighted_ON.clone(), _inverse(A_NN), chunk, pool, least)
+    if inputs == 1:
+        order_G = _order(weighted_ON.clone(), _inverse(A_NN), chunk, pool, least)
+    else:
+        order_G = _order_of_blocks(weighted_ON, _inverse(A_NN), inputs, least)
+    order_N = inputs_of(order_G, inputs)
     C_NN = _cholesky(A_NN[order_N][:, order_N])
     costs_N = (weighted_ON[:, order_N] @ C_NN).norm(dim=0)
-    return Channels(W_ON, order_N, costs_N, C_NN)
+    return Channels(W_ON, order_G, costs_N.view(-1, inputs).norm(dim=1), C_NN, inputs=inputs)
+
+
+def _order_of_blocks(G_ON: torch.Tensor, H_NN: torch.Tensor, inputs: int, least: int) -> torch.Tensor:
+    """Return the channels, those first that go last, where each has several inputs.
+
+    Args:
+        G_ON: ``Lᵀ W``.
+        H_NN: the inverse of the Gram.
+        inputs: of a channel.
+        least: as of :func:`remove_channels`.
+    """
+    left_G = torch.arange(len(H_NN) // inputs, device=H_NN.device)
+    gone: list[torch.Tensor] = []
+    while len(left_G) > max(least, 1):
+        at = int(_scores_of_blocks(G_ON, H_NN, inputs).argmin())
+        stays_N = torch.ones(len(H_NN), dtype=torch.bool, device=H_NN.device)
+        stays_N[at * inputs : (at + 1) * inputs] = False
+        H_SK = H_NN[~stays_N][:, stays_N]
+        X_SK = torch.linalg.solve(H_NN[~stays_N][:, ~stays_N], H_SK)
+        G_ON = G_ON[:, stays_N] - G_ON[:, ~stays_N] @ X_SK
+        H_NN = H_NN[stays_N][:, stays_N] - H_SK.T @ X_SK
+        gone.append(left_G[at : at + 1])
+        left_G = torch.cat([left_G[:at], left_G[at + 1 :]])
+    last_G = left_G[_scores_of_blocks(G_ON, H_NN, inputs).argsort(descending=True, stable=True)]
+    return torch.cat([last_G, *reversed(gone)])
+
+
+def _scores_of_blocks(G_ON: torch.Tensor, H_NN: torch.Tensor, inputs: int) -> torch.Tensor:
+    """Return twice what taking out each of the channels alone costs: ``tr(G_S H_SS⁻¹ G_Sᵀ)``, S its inputs."""
+    scores = []
+    for start in range(0, len(H_NN), inputs):
+        S = slice(start, start + inputs)
+        C_SS = _cholesky(H_NN[S, S])
+        scores.append(torch.linalg.solve_triangular(C_SS.T, G_ON[:, S], upper=True, left=False).square().sum())
+    return torch.stack(scores)
 
 
 def _order(G_ON: torch.Tensor, H_NN: torch.Tensor, chunk: int, pool: int, least: int) -> torch.Tensor:

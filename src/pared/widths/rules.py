@@ -10,14 +10,17 @@ from pared.lowrank.whitening import cholesky_factor
 from pared.widths.removal import Channels, remove_channels
 
 
-def both_sides(W_ON: torch.Tensor, statistics: Statistics, options: LossOptimal, least: int = 0) -> Channels:
+def both_sides(
+    W_ON: torch.Tensor, statistics: Statistics, options: LossOptimal, least: int = 0, inputs: int = 1
+) -> Channels:
     """Weight inputs and outputs, damped as :mod:`pared.lowrank.loss_optimal` damps them.
 
     Args:
-        W_ON: the weight that reads the channels ``(out, channels)``.
+        W_ON: the weight that reads the channels ``(out, in)``.
         statistics: of its site, by name.
         options: of the method.
         least: the smallest width that is of interest.
+        inputs: of the weight that one channel has, side by side.
 
     Raises:
         ValueError: a statistic is not finite, or negative.
@@ -34,10 +37,10 @@ def both_sides(W_ON: torch.Tensor, statistics: Statistics, options: LossOptimal,
     ladder = loss_optimal.ladder(options.input_shrinkage == 0)
     gram_NN = gram_NN if read else torch.eye(len(gram_NN), dtype=gram_NN.dtype, device=gram_NN.device)
     _, gram_NN, damping = cholesky_factor(gram_NN, ladder)
-    found = remove_channels(W_ON, gram_NN, damped[0], least=least)
+    found = remove_channels(W_ON, gram_NN, damped[0], least=least, inputs=inputs)
     found = replace(found, damping=max(damping if damping > loss_optimal.DAMPING else 0.0, damped[1]))
     if read and reached:
         return found
     why = "no gradient of the loss reaches it" if read else "nothing but zeros reach it on the text"
     fallback = f"{why}: its channels are ordered without that, at no cost"
-    return replace(found, costs_N=torch.zeros_like(found.costs_N), fallback=fallback)
+    return replace(found, costs_G=torch.zeros_like(found.costs_G), fallback=fallback)

@@ -17,7 +17,8 @@ from pared.engine.install import narrow, put
 from pared.entrypoints.export import make_dense
 from pared.modules import NarrowConv1D, NarrowLinear
 from pared.structure import find_anatomy, probe, weight_of
-from pared.structure.channels import ChannelGroup, find_channels
+from pared.structure.channels import find_channels
+from pared.structure.groups import ChannelGroup
 from unit.checkpoint.test_checkpoint import LOAD, logits, run_python
 
 Saved = Callable[[str], tuple[Path, torch.Tensor]]

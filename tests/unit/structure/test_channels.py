@@ -7,7 +7,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pared.structure import Anatomy, find_anatomy, probe
-from pared.structure.channels import Found, Producer, find_channels
+from pared.structure.channels import find_channels
+from pared.structure.groups import Found, Producer
 
 # family -> consumer, producers with rows per channel, channels; of block 0
 EXPECTED = {
@@ -44,7 +45,7 @@ def test_the_mlp_of_every_block_is_found(family: str):
     first = there.groups[0]
     assert anatomy.path_in_block(first.consumer) == consumer
     assert {anatomy.path_in_block(one.site): one.rows for one in first.producers} == producers
-    assert {one.layout for one in first.producers} == {"apart"}
+    assert all(one.parts == one.rows for one in first.producers)
     assert first.channels == width
     assert {site.name for site in anatomy.sites} == {*there.reasons, *(group.name for group in there.groups)}
 
@@ -134,7 +135,7 @@ def test_rows_that_take_turns_are_found():
         layer.mlp = Interleaved(layer.mlp)
     group = found(model)[0].groups[0]
     (producer,) = group.producers
-    assert (producer.rows, producer.layout, producer.parts) == (2, "interleaved", 1)
+    assert (producer.rows, producer.parts) == (2, 1)
     assert producer.outputs(torch.tensor([0, 3])).tolist() == [0, 1, 6, 7]
     assert group.parameters_each == 32 + 2 * 32
 
@@ -142,7 +143,7 @@ def test_rows_that_take_turns_are_found():
 def test_rows_apart_are_named_part_by_part():
     group = found(TINY_MODELS["phi3"]())[0].groups[0]
     (producer,) = group.producers
-    assert producer == Producer(producer.site, 2, "apart")
+    assert producer == Producer(producer.site, 2, 2)
     assert producer.outputs(torch.tensor([0, 3])).tolist() == [0, 3, 48, 51]
     assert producer.parts == 2
 

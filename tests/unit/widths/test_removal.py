@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pared.widths import Channels, remove_channels
+from pared.widths.removal import _order_of_blocks
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -71,7 +72,7 @@ def test_a_channel_that_nothing_reads_costs_nothing_and_changes_nothing():
     W_ON, A_NN, L_OO = problem()
     W_ON[:, 5] = 0
     found = remove_channels(W_ON, A_NN, L_OO)
-    assert found.order_N[-1] == 5
+    assert found.order_G[-1] == 5
     assert found.loss(11) == 0
     assert torch.equal(found.weight(11), W_ON[:, found.kept(11)])
 
@@ -84,7 +85,7 @@ def test_of_two_equal_channels_one_goes_free():
     A_NN.diagonal().add_(1e-9)  # what makes it positive definite
     for chunk in (1, 4):
         found = remove_channels(W_ON, A_NN, L_OO, chunk=chunk)
-        gone, width = int(found.order_N[-1]), 11
+        gone, width = int(found.order_G[-1]), 11
         assert gone in (2, 8)
         assert found.loss(width) < 1e-7 < found.loss(width - 1)
         other = int(found.kept(width).tolist().index(10 - gone))
@@ -129,9 +130,9 @@ def by_the_book(W_ON: torch.Tensor, A_NN: torch.Tensor, L_OO: torch.Tensor) -> l
 def test_one_channel_at_a_time_is_greedy_elimination_by_what_each_adds():
     W_ON, A_NN, L_OO = problem()
     expected = by_the_book(W_ON, A_NN, L_OO)
-    assert remove_channels(W_ON, A_NN, L_OO, chunk=1).order_N.flip(0)[:-1].tolist() == expected
+    assert remove_channels(W_ON, A_NN, L_OO, chunk=1).order_G.flip(0)[:-1].tolist() == expected
     whole = remove_channels(W_ON, A_NN, L_OO, chunk=3, pool=4)  # the pool is everything there is
-    assert whole.order_N.flip(0)[:-1].tolist() == expected
+    assert whole.order_G.flip(0)[:-1].tolist() == expected
 
 
 def test_chunks_cost_little_more_than_one_channel_at_a_time():
@@ -146,7 +147,7 @@ def test_it_may_stop_at_a_width():
     whole, stopped = remove_channels(W_ON, A_NN, L_OO), remove_channels(W_ON, A_NN, L_OO, least=6)
     assert torch.equal(whole.kept(6), stopped.kept(6))
     assert stopped.loss(6) == pytest.approx(whole.loss(6))
-    assert sorted(stopped.order_N.tolist()) == list(range(12))
+    assert sorted(stopped.order_G.tolist()) == list(range(12))
 
 
 def test_scaling_the_channels_changes_nothing():
@@ -154,7 +155,7 @@ def test_scaling_the_channels_changes_nothing():
     scale_N = torch.linspace(0.1, 10, 12, dtype=torch.float64)
     plain = remove_channels(W_ON, A_NN, L_OO)
     scaled = remove_channels(W_ON / scale_N, scale_N[:, None] * A_NN * scale_N, L_OO)
-    assert torch.equal(plain.order_N, scaled.order_N)
+    assert torch.equal(plain.order_G, scaled.order_G)
     assert scaled.loss(5) == pytest.approx(plain.loss(5))
     assert torch.allclose(scaled.weight(5) * scale_N[scaled.kept(5)], plain.weight(5))
 
@@ -170,4 +171,63 @@ def test_a_weight_in_half_precision_is_computed_in_float64():
     W_ON, A_NN, L_OO = problem()
     found = remove_channels(W_ON.bfloat16(), A_NN.float(), L_OO)
     assert isinstance(found, Channels)
-    assert found.weight(4).dtype == found.costs_N.dtype == torch.float64
+    assert found.weight(4).dtype == found.costs_G.dtype == torch.float64
+
+
+def expanded(channels: list[int], inputs: int) -> list[int]:
+    return [channel * inputs + number for channel in channels for number in range(inputs)]
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_with_several_inputs_a_channel_the_predicted_loss_is_that_of_the_weight(diagonal: bool):
+    W_ON, A_NN, L_OO = problem()
+    L_OO = L_OO.diagonal().clone() if diagonal else L_OO
+    found = remove_channels(W_ON, A_NN, L_OO, inputs=3)
+    assert sorted(found.order_G.tolist()) == [0, 1, 2, 3]
+    for width in range(5):
+        kept, W_OK = expanded(found.kept(width).tolist(), 3), found.weight(width)
+        assert W_OK.shape == (5, 3 * width)
+        assert found.loss(width) == pytest.approx(loss(W_ON, A_NN, L_OO, torch.tensor(kept, dtype=torch.long), W_OK))
+        assert torch.allclose(W_OK, compensated(W_ON, A_NN, kept), rtol=1e-9, atol=1e-10)
+    assert torch.equal(found.weight(4), W_ON)
+
+
+def test_channels_of_several_inputs_go_by_what_each_adds():
+    W_ON, A_NN, L_OO = draw(5, 24), gram(24), torch.linalg.cholesky(gram(5, seed=3))
+    found = remove_channels(W_ON, A_NN, L_OO, inputs=4)
+    kept, gone = list(range(6)), []
+    while len(kept) > 1:
+
+        def left(j: int) -> float:
+            rest = expanded([k for k in kept if k != j], 4)
+            return loss(W_ON, A_NN, L_OO, torch.tensor(rest), compensated(W_ON, A_NN, rest))
+
+        j = min(kept, key=left)
+        assert found.loss(len(kept) - 1) == pytest.approx(left(j))
+        kept.remove(j)
+        gone.append(j)
+    assert found.order_G.flip(0)[:-1].tolist() == gone
+    assert found.order_G[0] == kept[0]
+
+
+def test_a_channel_whose_inputs_nothing_reads_costs_nothing():
+    W_ON, A_NN, L_OO = problem()
+    W_ON[:, 3:6] = 0
+    found = remove_channels(W_ON, A_NN, L_OO, inputs=3)
+    assert found.order_G[-1] == 1
+    assert found.loss(3) == 0
+    assert torch.equal(found.weight(3), W_ON[:, expanded([0, 2, 3], 3)])
+
+
+def test_one_input_as_a_block_is_a_channel():
+    W_ON, A_NN, L_OO = problem()
+    order_G = _order_of_blocks(torch.linalg.cholesky(L_OO @ L_OO.T).T @ W_ON, torch.linalg.inv(A_NN), 1, 0)
+    assert torch.equal(order_G, remove_channels(W_ON, A_NN, L_OO, chunk=1).order_G)
+
+
+def test_blocks_may_stop_at_a_width():
+    W_ON, A_NN, L_OO = problem()
+    whole, stopped = (remove_channels(W_ON, A_NN, L_OO, inputs=2, least=least) for least in (0, 4))
+    assert torch.equal(whole.kept(4), stopped.kept(4))
+    assert stopped.loss(4) == pytest.approx(whole.loss(4))
+    assert sorted(stopped.order_G.tolist()) == list(range(6))

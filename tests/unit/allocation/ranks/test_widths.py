@@ -11,7 +11,7 @@ from pared.allocation import Budget, Evidence, Unit, allocator_of
 from pared.allocation.units import Channels
 from pared.schema.plan import Dense, LowRank, SitePlan
 from pared.schema.width import Width, channels_of, ranges_of
-from pared.structure.channels import ChannelGroup, Producer
+from pared.structure.groups import ChannelGroup, Producer
 from pared.structure.model import Site
 
 HIDDEN, WIDE, BLOCKS = 8, 12, 3
