@@ -4,11 +4,13 @@
     python benchmarks/road.py --methods basis-sharing    # one of the cases
     python benchmarks/road.py --render                   # renders only
 
-Single-threaded and interleaved (bare, whole, bare, whole ...) in one process; the ratio is taken within a pair. One
+Single-threaded and interleaved (bare, whole, bare, whole ...) in one process; the ratio is taken within a pair, of
+seconds on the clock and of the process's own (user and system), which other work on the machine does not lengthen. One
 JSON line a pair; pairs of the same settings, commit and processor are not measured again.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -41,7 +43,23 @@ CASES: dict[str, tuple[dict[str, Any], float]] = {
 }
 
 
-def bare_seconds(recipe: Recipe) -> float:
+class Clock:
+    """Seconds since it was made: on the clock, and of this process and what it starts."""
+
+    def __init__(self) -> None:
+        self._start = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float]:
+        return time.perf_counter(), sum(os.times()[:4])
+
+    def read(self) -> tuple[float, float]:
+        """Return both."""
+        wall, own = (now - then for now, then in zip(self._now(), self._start, strict=True))
+        return wall, own
+
+
+def bare_seconds(recipe: Recipe) -> tuple[float, float]:
     """Time the blocks alone on the calibration tokens, in the dtype the compression uses; nothing is collected."""
     source = find_model(str(recipe.model))
     model, tokenizer, asked = source.load(), source.tokenizer(), recipe.calibration
@@ -56,17 +74,17 @@ def bare_seconds(recipe: Recipe) -> float:
     def visit(_: BlockStatistics) -> None:
         """Nothing is done to a block."""
 
-    start = time.perf_counter()
+    clock = Clock()
     run_blocks(ResidentBlocks(model, anatomy), anatomy, inputs, nothing, visit)
-    return time.perf_counter() - start
+    return clock.read()
 
 
-def whole_seconds(recipe: Recipe) -> tuple[float, dict[str, float]]:
+def whole_seconds(recipe: Recipe) -> tuple[tuple[float, float], dict[str, float]]:
     """Time the whole job, from the model's name to the checked folder, without measuring perplexity."""
     with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
+        clock = Clock()
         outcome = run(recipe.model_copy(update={"out": f"{folder}/out", "evaluation": None}))
-        return time.perf_counter() - start, outcome.manifest.seconds
+        return clock.read(), outcome.manifest.seconds
 
 
 def peak_memory(recipe: Recipe) -> dict[str, float]:
@@ -103,10 +121,11 @@ def render(lines: list[dict[str, Any]]) -> str:
         f"`{last['model']}` calibrated on {last['samples']} x {last['length']} tokens of {last['text']}, keep 0.8 "
         "unless a sparsity is given, from the model's name to the folder reloaded and checked, no perplexity. "
         "One thread, bare forward pass of the blocks and whole job in turns, in the dtype that is faster on the "
-        "machine; median (least to most); ratios within a pair.",
+        "machine; median (least to most); ratios within a pair, of seconds on the clock and of the process's own. "
+        "Where the two differ, other work ran on the machine.",
         "",
         table(
-            ("method", "options", "machine", "commit", "pairs", "whole / bare", "bar", MEMORY),
+            ("method", "options", "machine", "commit", "pairs", "whole / bare, clock", "own", "bar", MEMORY),
             [_summary(*key, own) for key, own in groups.items()],
         ),
         "",
@@ -135,6 +154,7 @@ def _summary(name: str, cpu: str, dtype: str, commit: str, lines: list[dict[str,
     options = ", ".join(f"{option} {value}" for option, value in told.items())
     over = [(line["peak"] - line["imported"]) / line["model_bytes"] for line in lines if line["what"] == "memory"]
     ratios = [line["whole"] / line["bare"] for line in _pairs(lines)]
+    own = [line["whole_own"] / line["bare_own"] for line in _pairs(lines) if "bare_own" in line]
     memory = f"{over[-1]:.2f} x" if over else "-"
     return (
         name,
@@ -142,7 +162,8 @@ def _summary(name: str, cpu: str, dtype: str, commit: str, lines: list[dict[str,
         _machine(cpu, dtype),
         commit,
         str(len(ratios)),
-        f"**{spread(ratios)}**",
+        spread(ratios),
+        f"**{spread(own)}**" if own else "-",
         f"{bar}",
         memory,
     )
@@ -187,10 +208,12 @@ def main() -> None:
         same = about | {name: provenance()[name] for name in ("commit", "cpu")}
         there = [line for line in read(LINES) if same.items() <= line.items()]
         for number in range(len(_pairs(there)), asked.pairs):
-            bare = bare_seconds(recipe)
-            whole, seconds = whole_seconds(recipe)
-            append(LINES, {"what": "pair", **about, "bare": bare, "whole": whole, "seconds": seconds})
-            print(f"{case} {number + 1}/{asked.pairs}: bare {bare:.1f} s, whole {whole:.1f} s, {whole / bare:.2f} x")
+            bare, bare_own = bare_seconds(recipe)
+            (whole, whole_own), seconds = whole_seconds(recipe)
+            own = {"bare_own": bare_own, "whole_own": whole_own}
+            append(LINES, {"what": "pair", **about, "bare": bare, "whole": whole, **own, "seconds": seconds})
+            told = f"bare {bare:.1f} s, whole {whole:.1f} s, {whole / bare:.2f} x, own {whole_own / bare_own:.2f} x"
+            print(f"{case} {number + 1}/{asked.pairs}: {told}", flush=True)
         if all(line["what"] != "memory" for line in there):
             append(LINES, {"what": "memory", **about, **peak_memory(recipe)})
     if not (lines := read(LINES)):
