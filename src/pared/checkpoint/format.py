@@ -40,6 +40,9 @@ MODULE_TYPES: dict[str, tuple[type[nn.Module], frozenset[str]]] = {
 MODULE_GROUP = "pared.modules"
 ADDED_KIND = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}:[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
+MOST_COUNTS = 8  # numbers by which one module counts its heads
+ATTRIBUTE = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,99}")
+
 Entry = dict[str, Any]
 # key -> the least and the most it may be, given the rest of its entry; checked in this order
 RANGES: dict[str, tuple[int, Callable[[Entry], int]]] = {
@@ -60,6 +63,7 @@ class ParedConfig(QuantizationConfigMixin):
         format_version: of the folder's layout.
         modules: for every changed module, by full name, its kind, shape and exact rank.
         shared: for every tensor that is not stored, as it is that of another module, the name of the one that is.
+        heads: for every module that counts heads by numbers of its own and lost some, these numbers by their names.
         quant_method: always ``pared``.
 
     Raises:
@@ -71,6 +75,7 @@ class ParedConfig(QuantizationConfigMixin):
         format_version: int = FORMAT_VERSION,
         modules: dict[str, Entry] | None = None,
         shared: dict[str, str] | None = None,
+        heads: dict[str, dict[str, int]] | None = None,
         quant_method: str = QUANT_METHOD,
         **unknown: object,
     ) -> None:
@@ -86,11 +91,12 @@ class ParedConfig(QuantizationConfigMixin):
         self.format_version = format_version
         self.modules = _checked({} if modules is None else modules)
         self.shared = _checked_shared({} if shared is None else shared, self.modules)
+        self.heads = _checked_heads({} if heads is None else heads)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as they are stored, without a list of shared tensors where there are none."""
+        """Return the fields as they are stored, without lists of shared tensors or of heads where there are none."""
         fields: dict[str, Any] = super().to_dict()
-        return fields if self.shared else {key: value for key, value in fields.items() if key != "shared"}
+        return {key: value for key, value in fields.items() if value or key not in ("shared", "heads")}
 
 
 def added_kinds() -> dict[str, EntryPoint]:
@@ -218,3 +224,20 @@ def _checked_shared(shared: Any, modules: dict[str, Entry]) -> dict[str, str]:
                 f"shared tensor {alias}: {shapes[alias]} in the map, but its owner {owner} is {shapes[owner]}"
             )
     return shared
+
+
+def _checked_heads(heads: Any) -> dict[str, dict[str, int]]:
+    """Return the numbers of heads if each is a number in range of an attribute with a name."""
+    if not isinstance(heads, dict) or len(heads) > MOST_MODULES:
+        raise ValueError(f"the numbers of heads are {type(heads).__name__}, expected numbers by name by module name")
+    for module, counts in heads.items():
+        if not isinstance(module, str) or not 0 < len(module) <= LONGEST_NAME:
+            raise ValueError(f"heads of {brief(module)}: expected a name of 1 to {LONGEST_NAME} characters")
+        if not isinstance(counts, dict) or not 0 < len(counts) <= MOST_COUNTS:
+            raise ValueError(f"heads of {module}: got {brief(counts)}, expected 1 to {MOST_COUNTS} numbers by name")
+        for name, count in counts.items():
+            if not isinstance(name, str) or not ATTRIBUTE.fullmatch(name):
+                raise ValueError(f"heads of {module}: {brief(name)} is not the name of an attribute")
+            if type(count) is not int or not 0 < count <= LARGEST_SIDE:
+                raise ValueError(f"heads of {module}: {name} is {brief(count)}, expected 1 to {LARGEST_SIDE}")
+    return heads

@@ -16,7 +16,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from pared.checkpoint.format import QUANT_METHOD, ParedConfig, module_type
 from pared.checkpoint.portable import IS_COPY, with_remote_code
 from pared.modules.adapters import teach_peft
-from pared.modules.narrow import NarrowConv1D, NarrowLinear
+from pared.modules.narrow import NarrowConv1D, NarrowLinear, set_counts
 from pared.modules.replace import replace_module
 from pared.modules.shared import DOWN, BasisHolder, share
 from pared.modules.sparse import SparseLinear
@@ -32,7 +32,8 @@ class ParedQuantizer(HfQuantizer):
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: "PreTrainedModel", **_: object) -> None:
-        install_empty(model, self.quantization_config.modules, self.quantization_config.shared)
+        told = self.quantization_config
+        install_empty(model, told.modules, told.shared, told.heads)
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: object) -> None:
         for module in model.modules():
@@ -62,29 +63,50 @@ class ParedQuantizer(HfQuantizer):
         return True
 
 
-def install_empty(model: nn.Module, entries: dict[str, dict[str, Any]], shared: dict[str, str] | None = None) -> None:
+def install_empty(
+    model: nn.Module,
+    entries: dict[str, dict[str, Any]],
+    shared: dict[str, str] | None = None,
+    heads: dict[str, dict[str, int]] | None = None,
+) -> None:
     """Replace modules by the empty ones of the map, in place.
 
     Args:
         model: the model, or its base without head: names are looked up with and without the base's prefix.
         entries: the ``modules`` of the map.
         shared: the shared tensors of the map.
+        heads: the numbers of heads of the map.
 
     Raises:
-        ValueError: a name is not in the model, or a shape does not fit.
+        ValueError: a name is not in the model, or a shape or number does not fit.
     """
     paths: dict[str, str] = {}
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
     for name, entry in entries.items():
-        for path in (name, name.removeprefix(prefix), prefix + name):
-            if (old := _submodule(model, path)) is not None:
-                break
-        else:
-            raise ValueError(f"map entry {name}: {type(model).__name__} has no such module")
+        path, old = _place(model, name)
         _require_fit(name, old, entry)
         replace_module(model, path, empty_module(entry, device=old.weight.device, dtype=old.weight.dtype))
         paths[name + DOWN] = path + DOWN
     tie(model, {paths[alias]: paths[owner] for alias, owner in (shared or {}).items()})
+    for name, counts in (heads or {}).items():
+        _, module = _place(model, name)
+        for attribute, count in counts.items():
+            dense = vars(module).get(attribute)
+            if type(dense) is not int or not 0 < count <= dense:
+                raise ValueError(f"heads of {name}: {attribute} is {count} in the map, {dense!r} in the model")
+        set_counts(module, counts)
+
+
+def _place(model: nn.Module, name: str) -> tuple[str, Any]:
+    """Return where a module of the map is, and the module; names are looked up with and without the base's prefix.
+
+    Raises:
+        ValueError: it is not in the model.
+    """
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    for path in (name, name.removeprefix(prefix), prefix + name):
+        if (found := _submodule(model, path)) is not None:
+            return path, found
+    raise ValueError(f"map entry {name}: {type(model).__name__} has no such module")
 
 
 def _require_fit(name: str, old: Any, entry: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pared.checkpoint.portable import module_map, own_class
 from pared.modules import replace_module
+from pared.modules.narrow import forget_counts
 
 NARROW = ("narrow", "narrow_conv1d")
 
@@ -87,3 +88,4 @@ def make_plain(model: PreTrainedModel) -> None:
         new: nn.Module = base.__new__(base)
         vars(new).update({key: value for key, value in vars(old).items() if key != "parts"})
         replace_module(model, name, new)
+    forget_counts(model)

@@ -121,7 +121,7 @@ def _describe_anew(model: "PreTrainedModel") -> None:
         return
     modules, shared = _modules_now(model, recorded.modules), still_shared(model, recorded.shared)
     if (modules, shared) != (recorded.modules, recorded.shared):
-        model.config.quantization_config = ParedConfig(modules=modules, shared=shared)
+        model.config.quantization_config = ParedConfig(modules=modules, shared=shared, heads=recorded.heads)
         PortableMixin.tie_weights(model)
 
 

@@ -16,6 +16,7 @@ from pared.errors import ParedError
 from pared.models.architecture import AUTO_CLASSES
 from pared.models.source import ModelSource
 from pared.modules import BasisHolder
+from pared.modules.narrow import counts_of
 from pared.modules.shared import DOWN
 
 SHARD_SIZE = "5GB"
@@ -59,7 +60,8 @@ def mark(model: PreTrainedModel) -> None:
         make_plain(model)
         return
     shared = shared_tensors(model)
-    model.config.quantization_config = ParedConfig(modules=module_map(model), shared=shared)
+    heads = counts_of(model)
+    model.config.quantization_config = ParedConfig(modules=module_map(model), shared=shared, heads=heads)
     tie(model, shared)
     model.config.auto_map = _auto_map(model)
     with_remote_code(model)

@@ -38,6 +38,7 @@ from pared.models.stored import (
 )
 from pared.models.trust import trusted
 from pared.models.weights import Placed, WeightNames, require_none_missing, warn_of_unused
+from pared.modules.narrow import counts_of
 from pared.modules.shared import DOWN, BasisHolder
 from pared.modules.sparse import SparseLinear
 from pared.names import called
@@ -246,6 +247,7 @@ class StreamedBlocks:
         state = self._state(block, index)
         places = _places(block, state)
         notes = {"modules": self._map(block, index), "shared": self._shared(block, index), "places": places}
+        notes["heads"] = counts_of(block, self.block_name(index))
         write_block(file, {key: own_memory(tensor) for key, tensor in state.items()}, notes)
         del self._loaded[index]
         self._empty_out(block)
@@ -270,7 +272,7 @@ class StreamedBlocks:
         self.release(index)  # what is put in its place now would be taken for what was read
         try:
             self._to_share |= shared_tensors(self.model) | told["shared"]
-            install_empty(self.model, told["modules"])
+            install_empty(self.model, told["modules"], heads=told.get("heads"))
             tie(self.model, {alias: owner for alias, owner in self._to_share.items() if self._holds_basis(owner)})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedError(

@@ -10,7 +10,7 @@ from torch import nn
 from pared.lowrank import Factors
 from pared.lowrank.pivot import pivot, unpivot
 from pared.modules import LowRankLinear, PivotedLinear, inherit_requires_grad, replace_module, share
-from pared.modules.narrow import narrowed
+from pared.modules.narrow import narrowed, set_counts
 from pared.modules.shared import DOWN
 from pared.structure import bias_of, weight_of
 from pared.structure.groups import ChannelGroup
@@ -80,7 +80,7 @@ def narrow(
         model: the whole model.
         group: whose channels these are.
         kept_K: those that stay, rising.
-        W_OK: the weight that reads them ``(out, kept)``.
+        W_OK: the weight that reads them ``(out, kept inputs)``.
     """
     new: nn.Module
     made: list[tuple[str, nn.Module]] = []
@@ -95,6 +95,12 @@ def narrow(
         inherit_requires_grad(new, old)
         made.append((site.name, new))
     return made
+
+
+def count(model: nn.Module, group: ChannelGroup, width: int) -> None:
+    """Have the modules that count a group's channels count so many."""
+    for one in group.counts:
+        set_counts(model.get_submodule(one.module), {one.attribute: one.each * width})
 
 
 def put(model: nn.Module, names: Sequence[str], news: Sequence[nn.Module]) -> None:

@@ -22,6 +22,7 @@ from pared.modules import (
     replace_parameter,
     share,
 )
+from pared.modules.narrow import counts_of, set_counts
 from pared.modules.shared import DOWN
 from pared.structure import Anatomy, weight_of
 from pared.structure.store import DenseBlocks, ResidentBlocks, block_file
@@ -69,7 +70,8 @@ class KeptBlocks(ResidentBlocks):
             tensors |= {name: one for name, one in state.items() if not (shares and name == site.name + DOWN)}
         rest = {f"{self._anatomy.block_name(index)}.{name}": one for name, one in self._replaced(index, layers)}
         tensors |= {name: one.detach() for name, one in rest.items()}
-        notes = {"layers": layers, "rest": list(rest)}
+        heads = counts_of(self.load(index), self._anatomy.block_name(index))
+        notes = {"layers": layers, "rest": list(rest), "heads": heads}
         self.files[index] = self._run.write(block_file(self.passed, index), tensors, notes)
 
     def _replaced(self, index: int, layers: Mapping[str, Any]) -> Iterator[tuple[str, nn.Parameter]]:
@@ -102,6 +104,8 @@ class KeptBlocks(ResidentBlocks):
                 self._put(name, told, own)
             for name in notes.get("rest", ()):
                 replace_parameter(self.model, name, tensors[name])
+            for name, counts in notes.get("heads", {}).items():
+                set_counts(self.model.get_submodule(name), counts)
         except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise ParedError(
                 f"{file} does not hold block {index} of this model ({error}); remove {self._run.folder} to start over"

@@ -10,7 +10,7 @@ from torch import nn
 
 from pared.allocation.units import Channels as Candidate
 from pared.calibration import CROSS, BlockStatistics
-from pared.engine.install import narrow, put
+from pared.engine.install import count, narrow, put
 from pared.engine.moments import StatisticsOfSite, dense_target, moments
 from pared.engine.pass_record import Record
 from pared.engine.solutions import Copy, DecompositionStore
@@ -230,6 +230,7 @@ class ChannelSolver:
         device = weight_of(self._model.get_submodule(group.name)).device
         made = narrow(self._model, group, kept_K.to(device), W_OK.to(device))
         put(self._model, [name for name, _ in made], [module for _, module in made])
+        count(self._model, group, len(kept_K))
         self._tables.kept[group.name] = ranges_of(kept_K.tolist())
 
     def _dense(self, group: ChannelGroup) -> torch.Tensor:

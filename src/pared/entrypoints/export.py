@@ -19,7 +19,7 @@ from pared.io.record import MANIFEST
 from pared.models.source import find_model
 from pared.models.trust import trusting
 from pared.modules import NarrowConv1D, NarrowLinear, SparseLinear, replace_module
-from pared.modules.narrow import widen_
+from pared.modules.narrow import counts_of, forget_counts, set_counts, widen_
 from pared.structure import bias_of, weight_of
 
 
@@ -85,6 +85,7 @@ def export(
 def make_dense(model: PreTrainedModel) -> PreTrainedModel:
     """Make every compressed module the linear layer it stands for, in place: multiplied out, or with its zeros."""
     compressed = {name: model.get_submodule(name) for name in module_map(model)}
+    counts = counts_of(model)
     _forget_compression(model)
     tie(model, {})
     with torch.device("meta"):
@@ -102,6 +103,9 @@ def make_dense(model: PreTrainedModel) -> PreTrainedModel:
         if bias is not None and (place := bias_of(dense)) is not None:
             place.copy_(bias)
         replace_module(model, name, dense)
+    for name, numbers in counts.items():
+        set_counts(model.get_submodule(name), {key: vars(skeleton.get_submodule(name))[key] for key in numbers})
+    forget_counts(model)
     return model
 
 

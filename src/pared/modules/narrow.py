@@ -1,5 +1,10 @@
-"""Linear layers that lost channels: as the architecture has them, with fewer inputs or outputs."""
+"""Linear layers that lost channels: as the architecture has them, with fewer inputs or outputs.
 
+Some attentions count their heads by numbers of their own (OPT's ``num_heads``, GPT-2's ``split_size``), others by the
+shapes of what their layers output. The numbers of the former are set, and written in the map.
+"""
+
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -66,6 +71,32 @@ class NarrowConv1D(Conv1D):
     def entry(self) -> dict[str, int | bool]:
         """Return what a checkpoint's map says of this module: the arguments that make it again."""
         return _entry(self.nx, self.nf, self)
+
+
+COUNTS = "pared_counts"  # attribute of a module whose numbers are no longer the configuration's: these numbers, by name
+
+
+def set_counts(module: nn.Module, counts: Mapping[str, int]) -> None:
+    """Give a module other numbers of heads, in place, so that :func:`counts_of` tells.
+
+    Args:
+        module: an attention.
+        counts: by the name of the attribute.
+    """
+    own = vars(module)
+    own.update({**counts, COUNTS: {**own.get(COUNTS, {}), **counts}})
+
+
+def counts_of(root: nn.Module, prefix: str = "") -> dict[str, dict[str, int]]:
+    """Return the numbers of heads that were set, by the name of the module and the attribute; names with a prefix."""
+    modules = root.named_modules(prefix=prefix)
+    return {name: dict(vars(module)[COUNTS]) for name, module in modules if COUNTS in vars(module)}
+
+
+def forget_counts(root: nn.Module) -> None:
+    """Keep the numbers of heads, but no longer tell that they were set."""
+    for module in root.modules():
+        vars(module).pop(COUNTS, None)
 
 
 Narrow = NarrowLinear | NarrowConv1D
