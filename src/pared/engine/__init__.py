@@ -6,8 +6,9 @@ from pared.lazy import lazy_package
 
 if TYPE_CHECKING:
     from pared.engine.allocate import plan_from_shapes
+    from pared.engine.collect import collect
     from pared.engine.compress import collect_evidence, compress_blocks
-    from pared.engine.observe import Observer, collect
+    from pared.engine.observe import Observer
     from pared.engine.result import CompressedBlocks
     from pared.engine.spec import CompressionSpec, LowRankSpec, PassSpec, SparseSpec, resolve
     from pared.progress import Progress, Silent
@@ -41,7 +42,8 @@ lazy_package(
         ],
         "pared.engine.result": ["CompressedBlocks"],
         "pared.engine.compress": ["collect_evidence", "compress_blocks"],
-        "pared.engine.observe": ["Observer", "collect"],
+        "pared.engine.collect": ["collect"],
+        "pared.engine.observe": ["Observer"],
         "pared.progress": ["Progress", "Silent"],
     },
 )

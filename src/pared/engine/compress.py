@@ -14,7 +14,8 @@ from pared.engine.allocate import anatomy_of
 from pared.engine.checks import require_finite_weights
 from pared.engine.kept_blocks import KeptBlocks
 from pared.engine.low_rank import LowRankWork, Trial
-from pared.engine.observe import Observer, Saved
+from pared.engine.method_statistics import Saved
+from pared.engine.observe import Observer
 from pared.engine.pruning import SparseWork
 from pared.engine.refine import refine
 from pared.engine.result import CompressedBlocks, remarks, stacks
@@ -89,10 +90,9 @@ def compress_blocks(
         store = store or _in_memory(model, anatomy, state)
         observer = _observe(store, anatomy, tokenizer, spec, windows, progress, processes)
         observer.memory = memory or observer.memory
-        observer.use(saved)
         observer.resume(state)
         result = CompressedBlocks(model, spec)
-        with _work(observer, spec, evidence, trial) as work:
+        with _work(observer, spec, evidence, trial, saved) as work:
             dense = store.dense() if spec.refine is not None else None  # before any block is changed
             for number, step in enumerate(work.passes, 1):
                 store.passed = number
@@ -164,8 +164,14 @@ def _observe(
     return observer
 
 
-def _work(observer: Observer, spec: CompressionSpec, evidence: Evidence | None, trial: Trial | None) -> Work:
+def _work(
+    observer: Observer,
+    spec: CompressionSpec,
+    evidence: Evidence | None,
+    trial: Trial | None,
+    saved: Saved | None,
+) -> Work:
     """Return the work that a spec describes: its type decides."""
     if isinstance(spec, LowRankSpec):
-        return LowRankWork(observer, spec, trial)
+        return LowRankWork(observer, spec, trial, saved)
     return SparseWork(observer, spec, evidence)

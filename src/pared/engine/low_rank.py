@@ -14,7 +14,9 @@ from pared.data.windows import Windows, require_fits
 from pared.engine.allocate import make_plan
 from pared.engine.blocks import visit_blocks
 from pared.engine.grouping import candidate_units, told
-from pared.engine.observe import Observer, Order
+from pared.engine.method_statistics import MethodStatistics, Saved
+from pared.engine.observe import Observer
+from pared.engine.records import Order, is_done
 from pared.engine.refit import Refit, dense_blocks
 from pared.engine.result import CompressedBlocks
 from pared.engine.solutions import DecompositionStore
@@ -41,16 +43,23 @@ class LowRankWork:
         passes: what :meth:`run` is to be given, in order.
     """
 
-    def __init__(self, observer: Observer, spec: LowRankSpec, trial: Trial | None) -> None:
+    def __init__(
+        self, observer: Observer, spec: LowRankSpec, trial: Trial | None = None, saved: Saved | None = None
+    ) -> None:
         """Start.
 
         Args:
             observer: that has probed the model, and read the tokens if there are any.
             spec: the resolved compression.
             trial: for an allocation that tries what it proposes.
+            saved: statistics that were saved, in place of the first pass over the dense model.
+
+        Raises:
+            ParedError: those are of another model or other tokens, or no channels can be taken out.
         """
         self._observer, self._spec, self._trial = observer, spec, trial
         self._model, self._anatomy = observer.model, observer.anatomy
+        self._statistics = MethodStatistics(observer, spec, saved)
         self._units = [Unit((site,)) for site in self._anatomy.sites]
         if spec.method.shares:
             self._units = candidate_units(self._anatomy, spec.group_size, spec.sharing)
@@ -80,7 +89,7 @@ class LowRankWork:
             ParedError: a weight or its statistics do not allow it, or the budget buys too little.
         """
         if step.action == "allocate":
-            self._plan = self._observer.decided(self._allocate, self._fallbacks, self._try)
+            self._plan = self._observer.records.plan(self._allocate, self._fallbacks, self._try)
         elif step.action == "install":
             self._install(step)
         elif step.action == "refit":
@@ -167,7 +176,7 @@ class LowRankWork:
         """Decompose everything; put it in place if the ranks are known."""
         self._solver = solver = self._new_solver(step, self._units)
         self._channels = channels = self._new_channels(step)
-        kept = self._observer.record(
+        kept = self._observer.records.of_pass(
             step, self._number(step), self._tables, lambda: [*solver.written(), *channels.written()]
         )
         if kept is not None:
@@ -184,7 +193,7 @@ class LowRankWork:
                 solver.visit(block)
                 channels.visit(of_channels)
 
-        self._observer.run(step, visit, influence=self._spec.influence and step.hand_on == "dense", kept=kept)
+        self._statistics.run(step, visit, influence=self._spec.influence and step.hand_on == "dense", kept=kept)
         solver.in_order()
 
     def _tables(self) -> dict[str, dict[str, Any]]:
@@ -198,7 +207,7 @@ class LowRankWork:
         """Decompose behind the compressed prefix, and put it in place; what cannot be is as it was decomposed first."""
         first, second = self._solved, self._new_solver(step, self._solved.units)
         ordered, narrowed = self._ordered, self._new_channels(step)
-        kept = self._observer.record(step, self._number(step), lambda: second.tables() | narrowed.tables())
+        kept = self._observer.records.of_pass(step, self._number(step), lambda: second.tables() | narrowed.tables())
         if kept is not None:
             second.take_up(kept)
             narrowed.take_up(kept)
@@ -212,7 +221,7 @@ class LowRankWork:
                 narrowed.take_over(ordered, ordered.in_block(block.index, self._decided))
 
         decisions = {unit.name: decision for unit, decision in first.decided(self._decided)}
-        self._observer.run(step, visit, kept=kept)
+        self._statistics.run(step, visit, kept=kept)
         second.in_order()
         first.damping |= second.damping
         first.shrinkage |= second.shrinkage
@@ -292,7 +301,7 @@ class LowRankWork:
     def _install(self, step: PassSpec) -> None:
         """Put in place what was decomposed, and make narrower what was ordered."""
         solver, channels, plan = self._solved, self._ordered, self._decided
-        kept = self._observer.record(step, self._number(step), lambda: {"channels_kept": dict(channels.kept)})
+        kept = self._observer.records.of_pass(step, self._number(step), lambda: {"channels_kept": dict(channels.kept)})
         if kept is not None:
             channels.kept.update(kept.found().get("channels_kept", {}))
         install, widths = solver.installer(plan), widths_of(plan)
@@ -310,10 +319,10 @@ class LowRankWork:
         observer, solver, plan = self._observer, self._solved, self._decided
         processes = observer.processes
         refit = Refit(self._model, solver, plan, together=self._spec.refit == "update", processes=processes)
-        kept = observer.record(step, self._number(step))
+        kept = observer.records.of_pass(step, self._number(step))
         if kept is not None:
             refit.take_up(kept)
-        if observer.is_done(kept):
+        if is_done(kept):
             return
         inputs = observer.capture()
         dense_block = dense_blocks(self._model, self._anatomy, solver, plan, processes)

@@ -67,6 +67,11 @@ class Held:
         self._store, self._held = store, held
 
     @property
+    def blocks(self) -> range:
+        """The indices of all blocks."""
+        return range(len(self._store))
+
+    @property
     def complete(self) -> bool:
         """Whether an earlier process has finished the whole pass."""
         return len(self._held) == len(self._store)

@@ -15,6 +15,7 @@ from pared.calibration import BlockStatistics, StatisticView, backward_data_frac
 from pared.engine.allocate import plan_zeros
 from pared.engine.blocks import Visit, visit_blocks
 from pared.engine.observe import Observer
+from pared.engine.records import is_done
 from pared.engine.result import CompressedBlocks
 from pared.engine.spec import PassSpec, SparseSpec
 from pared.errors import ParedError
@@ -71,10 +72,10 @@ class SparseWork:
             ParedError: no token reached any site, or a weight or its statistics do not allow what is asked.
         """
         if step.action == "evidence":
-            if not self._observer.is_decided:
+            if not self._observer.records.has_plan:
                 self.collect(step)
         elif step.action == "allocate":
-            self._plan = self._observer.decided(lambda _: self._allocate(), self._fallbacks)
+            self._plan = self._observer.records.plan(lambda _: self._allocate(), self._fallbacks)
         else:
             self._prune(step)
 
@@ -179,7 +180,7 @@ class SparseWork:
     def _prune(self, step: PassSpec) -> None:
         """Prune block by block, each behind the blocks that are pruned already if the method reads anything."""
         assert self._plan is not None
-        kept = self._observer.record(step, self.passes.index(step) + 1, self._tables)
+        kept = self._observer.records.of_pass(step, self.passes.index(step) + 1, self._tables)
         if kept is not None:
             found = kept.found()
             self._pruned |= {name: SitePlan.model_validate(one) for name, one in found.get("pruned", {}).items()}
@@ -202,7 +203,7 @@ class SparseWork:
 
         if step.runs == "nothing":
             self._observer.without_data(visit, changes=True, kept=kept)
-        elif not self._observer.is_done(kept):
+        elif not is_done(kept):
             inputs = self._observer.capture()
             self._observer.forward(inputs, self._spec.requires, visit, step, name="collect and prune", kept=kept)
 

@@ -15,7 +15,9 @@ from pared.calibration import BlockInputs, BlockStatistics, DenseReference
 from pared.calibration.norms import gains_of_next
 from pared.calibration.spool import HiddenStates
 from pared.engine.blocks import run_blocks
-from pared.engine.observe import Kept, Observer
+from pared.engine.observe import Observer
+from pared.engine.pass_record import Tables
+from pared.engine.records import Kept, is_done
 from pared.engine.spec import PassSpec
 from pared.errors import ParedError
 from pared.modules import SparseLinear, replace_parameter
@@ -54,11 +56,15 @@ def refine(observer: Observer, step: PassSpec, number: int, dense: DenseBlocks) 
     config = observer.spec.refine
     assert config is not None
     found: dict[int, Refined] = {}
-    kept = observer.record(step, number, lambda: {"refined": {str(k): one.model_dump() for k, one in found.items()}})
+
+    def tables() -> Tables:
+        return {"refined": {str(index): one.model_dump() for index, one in found.items()}}
+
+    kept = observer.records.of_pass(step, number, tables)
     if kept is not None:
         before = kept.found().get("refined", {})
         found |= {int(index): Refined.model_validate(one) for index, one in before.items()}
-    if observer.is_done(kept):
+    if is_done(kept):
         return _in_order(found)
     with observer.watch("refine"), observer.progress.stage("refine", len(observer.store), "block") as advance:
         _run(observer, step, config, dense, kept, found, advance)

@@ -14,6 +14,7 @@ from pared.allocation import Unit
 from pared.calibration import CROSS, BlockStatistics, StatisticView
 from pared.engine.grouping import Comparison, compare
 from pared.engine.install import made, put, unchanged
+from pared.engine.method_statistics import MethodStatistics
 from pared.engine.moments import Moments, StatisticsOfSite, dense_target, moments
 from pared.engine.observe import Observer
 from pared.engine.pass_record import Record
@@ -529,7 +530,7 @@ def decompose_sites(observer: Observer, runs: Runs, take: Callable[[str, Decompo
                 weight = weight_of(observer.model.get_submodule(site.name)).detach()
                 take(site.name, _decompose(spec, site.name, [weight], [values]))
 
-    observer.run(PassSpec("solve", runs), visit)
+    MethodStatistics(observer, spec).run(PassSpec("solve", runs), visit)
 
 
 def _decompose(

@@ -6,16 +6,52 @@ from typing import TYPE_CHECKING
 
 from pared.data.lengths import Length
 from pared.data.texts import find_text, from_learned_part, held_out
+from pared.errors import ParedError
+from pared.names import called
 from pared.schema.recipe import Recipe
 
 if TYPE_CHECKING:  # what a recipe evaluates on is reported without torch
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from pared.data.windows import Windows
+    from pared.engine.spec import CompressionSpec
 
 log = logging.getLogger(__name__)
 
 TRIAL_WINDOWS = 8  # windows kept apart for allocators that try what they propose
+LEAST_TO_TRAIN = 2  # windows: one to train on, one to hold out
+
+
+def windows_to_read(
+    spec: "CompressionSpec",
+    tokenizer: "PreTrainedTokenizerBase",
+    model: "PreTrainedModel",
+    windows: "Windows | None" = None,
+) -> "Windows":
+    """Return these windows, or those of a spec's recipe, once they are known to suit the model and the spec.
+
+    Args:
+        spec: of the compression.
+        tokenizer: of the model.
+        model: that is to read them.
+        windows: cut already; None to cut those of the recipe.
+
+    Raises:
+        ParedError: the text is unknown or too short, a window is longer than the model can read, or a refinement
+            has nothing to train on beside what is held out.
+    """
+    from pared.data.windows import require_fits
+    from pared.models.architecture import is_causal
+
+    causal = is_causal([type(model).__name__])
+    found = windows or calibration_windows(spec.recipe, tokenizer, model.config, causal)
+    require_fits(model.config, found)
+    if spec.refine is not None and (count := len(found.tokens)) < LEAST_TO_TRAIN:
+        raise ParedError(
+            f"{called('refine', 'True')} trains on some windows and is checked on others, and the calibration text "
+            f"gives {count}: raise {called('samples')}, lower {called('length')}, or name a longer text"
+        )
+    return found
 
 
 def calibration_windows(

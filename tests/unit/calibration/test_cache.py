@@ -16,6 +16,7 @@ import pared
 from pared import ParedError, compress
 from pared.calibration import BlockStatistics, Statistic, save_block, saved_blocks, statistic_kind
 from pared.engine import LowRankSpec, PassSpec, collect, resolve
+from pared.engine.method_statistics import MethodStatistics
 from pared.engine.observe import Observer
 from pared.io.digests import model_digest
 from pared.progress import Silent
@@ -64,7 +65,7 @@ def test_a_diagonal_is_felt_on_a_quarter_of_the_windows_and_all_are_read(
     observer = Observer(ResidentBlocks(model, anatomy), tokenizer, spec)
     observer.probe(anatomy)
     observer.read()
-    observer.run(PassSpec("solve", spec.solving), blocks.append)
+    MethodStatistics(observer, spec).run(PassSpec("solve", spec.solving), blocks.append)
     assert len(blocks) == 3
     for own in (own for block in blocks for own in block.statistics.values()):
         assert own["mean_gram"].tokens == 8 * asked.length

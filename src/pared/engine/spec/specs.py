@@ -86,6 +86,10 @@ class _Spec:
         """How many neighbouring blocks are compressed together."""
         return self.config.group_size if isinstance(self.config, SharingOptions) else 1
 
+    def group_of(self, step: PassSpec) -> int:
+        """Return how many neighbouring blocks a pass changes together: one where each is fitted behind the others."""
+        return 1 if step.replaces else self.group_size
+
 
 @dataclass(frozen=True)
 class LowRankSpec(_Spec):
