@@ -2,8 +2,9 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -36,6 +37,12 @@ class Comparison:
     shared: tuple[float, ...]
     apart: tuple[float, ...]
     always: bool = False
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> "Comparison":
+        """Return the comparison of these fields, as they are or as they were in JSON."""
+        own: dict[str, Any] = {**fields, "shared": tuple(fields["shared"]), "apart": tuple(fields["apart"])}
+        return cls(**own)
 
     @property
     def ratio(self) -> float:

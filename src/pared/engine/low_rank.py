@@ -1,7 +1,7 @@
 """The low-rank family at work: decompose, decide the ranks, install factors, refit them."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import version as pared_version
@@ -101,12 +101,14 @@ class LowRankWork:
 
     def report(self, result: CompressedBlocks) -> Iterator[str]:
         """Fill in the record of what was done, and yield what a user should read of it."""
-        solver = self._solved
-        result.plan = with_kept(without(self._decided, solver.unreached), self._ordered.kept)
-        result.damping, result.sharing = solver.damping, tuple(solver.comparisons)
-        result.shrinkage = solver.shrinkage
-        result.damping |= {name: amount for name, amount in self._ordered.damping.items() if name not in result.damping}
-        result.fallbacks |= solver.fallbacks | self._ordered.fallbacks
+        solver, ordered = self._solved, self._ordered.found
+        result.plan = with_kept(without(self._decided, solver.found.unreached), ordered.kept)
+        result.damping = solver.found.damping | {
+            name: amount for name, amount in ordered.damping.items() if name not in solver.found.damping
+        }
+        result.sharing = solver.comparisons
+        result.shrinkage = solver.found.shrinkage
+        result.fallbacks |= solver.found.fallbacks | ordered.fallbacks
         yield from told(result.sharing)
 
     @property
@@ -177,11 +179,11 @@ class LowRankWork:
         self._solver = solver = self._new_solver(step, self._units)
         self._channels = channels = self._new_channels(step)
         kept = self._observer.records.of_pass(
-            step, self._number(step), self._tables, lambda: [*solver.written(), *channels.written()]
+            step, self._number(step), self._tables, lambda: [*solver.ledger.written(), *channels.ledger.written()]
         )
         if kept is not None:
             solver.take_up(kept)
-            channels.take_up(kept)
+            channels.ledger.take_up(kept)
             influence = kept.found().get("influence", {})
             self._influence |= {int(index): value for index, value in influence.items()}
 
@@ -198,51 +200,54 @@ class LowRankWork:
 
     def _tables(self) -> dict[str, dict[str, Any]]:
         return (
-            self._solved.tables()
-            | self._ordered.tables()
+            self._solved.ledger.tables()
+            | self._ordered.ledger.tables()
             | {"influence": {str(index): one for index, one in self._influence.items()}}
         )
 
     def _solve_again(self, step: PassSpec) -> None:
         """Decompose behind the compressed prefix, and put it in place; what cannot be is as it was decomposed first."""
-        first, second = self._solved, self._new_solver(step, self._solved.units)
+        first, second = self._solved, self._new_solver(step, list(self._solved.kept))
         ordered, narrowed = self._ordered, self._new_channels(step)
-        kept = self._observer.records.of_pass(step, self._number(step), lambda: second.tables() | narrowed.tables())
+        kept = self._observer.records.of_pass(
+            step, self._number(step), lambda: second.ledger.tables() | narrowed.ledger.tables()
+        )
         if kept is not None:
             second.take_up(kept)
-            narrowed.take_up(kept)
+            narrowed.ledger.take_up(kept)
 
         def visit(block: BlockStatistics) -> None:
             with self._observer.watch("solve"):
                 of_channels = narrowed.of(block)
                 second.visit(block)
-                first.install([(unit, decisions[unit.name]) for unit in second.take_missed()])
+                first.kept.install([(unit, decisions[unit.name]) for unit in second.take_missed()])
                 narrowed.visit(of_channels)
                 narrowed.take_over(ordered, ordered.in_block(block.index, self._decided))
 
-        decisions = {unit.name: decision for unit, decision in first.decided(self._decided)}
+        decisions = {unit.name: decision for unit, decision in first.kept.decided(self._decided)}
         self._statistics.run(step, visit, kept=kept)
         second.in_order()
-        first.damping |= second.damping
-        first.shrinkage |= second.shrinkage
-        first.fallbacks |= second.fallbacks
-        ordered.take_results(narrowed)
-        second.untargeted |= narrowed.untargeted
-        if second.missed:
-            missed = sorted(unit.name for unit in second.missed)
-            self._observer.progress.note(
+        first.found.take_results(second.found)
+        ordered.found.take_results(narrowed.found)
+        self._tell(second.found.missed, second.found.untargeted | narrowed.found.untargeted)
+
+    def _tell(self, missed: Collection[str], untargeted: Collection[str]) -> None:
+        """Tell which units, and which sites, were not decomposed behind the compressed blocks as was asked."""
+        note = self._observer.progress.note
+        if missed:
+            note(
                 f"{len(missed)} units are not reached behind the compressed blocks and are decomposed by the dense "
-                f"model's statistics, the first is {missed[0]}"
+                f"model's statistics, the first is {min(missed)}"
             )
-        if second.untargeted:
-            self._observer.progress.note(
-                f"{len(second.untargeted)} sites read other tokens than in the dense model and are given no targets of "
-                f"its path, the first is {sorted(second.untargeted)[0]}"
+        if untargeted:
+            note(
+                f"{len(untargeted)} sites read other tokens than in the dense model and are given no targets of "
+                f"its path, the first is {min(untargeted)}"
             )
 
     @property
     def _fallbacks(self) -> dict[str, str]:
-        return {} if self._solver is None else self._solver.fallbacks | self._ordered.fallbacks
+        return {} if self._solver is None else self._solver.found.fallbacks | self._ordered.found.fallbacks
 
     def _allocate(self, order: Order) -> Plan:
         """Decide every site, from what was found if anything was; trials are ordered of all processes."""
@@ -250,12 +255,13 @@ class LowRankWork:
         config = spec.allocation_config
         if self._solver is None:
             return make_plan(self._anatomy, spec.allocator, spec.budget, itemsize, config=config)
-        anatomy = self._anatomy.with_idle(self._solver.unreached)
+        solved = self._solver.found
+        anatomy = self._anatomy.with_idle(set(solved.unreached))
         idle = {site.name for site in anatomy.sites if site.idle}
-        decided = self._solver.units if spec.structures != "widths" else [Unit((site,)) for site in anatomy.sites]
+        decided = list(self._solver.kept) if spec.structures != "widths" else [Unit((site,)) for site in anatomy.sites]
         units = [Unit(tuple(replace(s, idle=s.name in idle) for s in unit.members)) for unit in decided]
         channels = self._ordered.candidates()
-        evidence = Evidence(self._solver.spectra, self._influence, notes=self._solver.fallbacks, channels=channels)
+        evidence = Evidence(self._solver.kept.spectra, self._influence, notes=solved.fallbacks, channels=channels)
         if spec.tries:
             trials = trial_windows(spec.recipe, self._observer.tokenizer, self._model.config)
             require_fits(self._model.config, trials)
@@ -265,12 +271,12 @@ class LowRankWork:
 
     def _try(self, decisions: Mapping[str, Decision]) -> None:
         """Take part in a trial of the first process, which measures."""
-        with self._solved.installed(decisions):
+        with self._solved.kept.installed(decisions):
             pass
 
     def _trial_on(self, windows: Windows, order: Order) -> Callable[[Mapping[str, Decision]], float]:
         """Return what measures decisions, on tokens that are not calibrated on."""
-        solver, trial, store = self._solved, self._trial, self._observer.store
+        units, trial, store = self._solved.kept, self._trial, self._observer.store
         if trial is None:
             raise ParedError(
                 f"allocation {self._spec.allocator.name} tries what it proposes; give what measures a model"
@@ -284,7 +290,7 @@ class LowRankWork:
 
         def measure(decisions: Mapping[str, Decision]) -> float:
             order(decisions)
-            with solver.installed(decisions, store):
+            with units.installed(decisions, store):
                 return trial(windows)
 
         return measure
@@ -300,11 +306,11 @@ class LowRankWork:
 
     def _install(self, step: PassSpec) -> None:
         """Put in place what was decomposed, and make narrower what was ordered."""
-        solver, channels, plan = self._solved, self._ordered, self._decided
-        kept = self._observer.records.of_pass(step, self._number(step), lambda: {"channels_kept": dict(channels.kept)})
+        channels, narrowed, plan = self._ordered, self._ordered.found.kept, self._decided
+        kept = self._observer.records.of_pass(step, self._number(step), lambda: {"channels_kept": dict(narrowed)})
         if kept is not None:
-            channels.kept.update(kept.found().get("channels_kept", {}))
-        install, widths = solver.installer(plan), widths_of(plan)
+            narrowed.update(kept.found().get("channels_kept", {}))
+        install, widths = self._solved.kept.installer(plan), widths_of(plan)
 
         def visit(block: BlockStatistics) -> None:
             install(block.index)
@@ -316,16 +322,17 @@ class LowRankWork:
 
     def _refit(self, step: PassSpec) -> None:
         """Fit every ``up`` to the inputs that the compressed model really has."""
-        observer, solver, plan = self._observer, self._solved, self._decided
+        observer, units, plan = self._observer, self._solved.kept, self._decided
         processes = observer.processes
-        refit = Refit(self._model, solver, plan, together=self._spec.refit == "update", processes=processes)
+        together = self._spec.refit == "update"
+        refit = Refit(self._model, units, plan, together, self._spec.dense_path, processes)
         kept = observer.records.of_pass(step, self._number(step))
         if kept is not None:
             refit.take_up(kept)
         if is_done(kept):
             return
         inputs = observer.capture()
-        dense_block = dense_blocks(self._model, self._anatomy, solver, plan, processes)
+        dense_block = dense_blocks(self._model, self._anatomy, units, plan, processes)
 
         def visit(block: BlockStatistics) -> None:
             with observer.watch("refit"):

@@ -106,7 +106,7 @@ class MethodStatistics:
         def keep_and_visit(block: BlockStatistics) -> None:
             self._keep(block)
             if kept is None or not kept.holds(block.index):
-                with self._gradients.taking_turns(block) as found:
+                with self._gradients.set_aside(block) as found:
                     visit(found)
 
         share = self._spec.gradient_share

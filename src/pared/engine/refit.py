@@ -8,8 +8,8 @@ from torch import nn
 from pared.allocation import Unit
 from pared.calibration import BlockStatistics, cross_of
 from pared.engine.install import dense_linear, factors_of
+from pared.engine.kept_units import KeptUnits
 from pared.engine.pass_record import Record
-from pared.engine.solve import Solver
 from pared.lowrank import Factors
 from pared.lowrank.dense_path import mixed_cross
 from pared.lowrank.sharing import refit
@@ -26,7 +26,13 @@ class Refit:
     """Refits every ``up`` of a compressed model, block by block."""
 
     def __init__(
-        self, model: nn.Module, solver: Solver, plan: Plan, together: bool, processes: Processes = ALONE
+        self,
+        model: nn.Module,
+        units: KeptUnits,
+        plan: Plan,
+        together: bool,
+        dense_path: float = 0.0,
+        processes: Processes = ALONE,
     ) -> None:
         """Start.
 
@@ -38,17 +44,18 @@ class Refit:
 
         Args:
             model: compressed; its ``up`` weights are changed in place.
-            solver: that compressed it and still holds the dense weights.
+            units: that it was compressed from, with their dense weights.
             plan: that it was compressed by.
             together: fit the members of a group at once.
+            dense_path: share of the dense model's outputs in targets.
             processes: that fit together: each those whose dense weights it keeps.
         """
         self._processes = processes
-        self._model, self._solver = model, solver
-        decided = [unit for unit, _ in solver.decided(plan)]
+        self._model, self._units = model, units
+        decided = [unit for unit, _ in units.decided(plan)]
         self._waiting = decided if together else [Unit((site,)) for unit in decided for site in unit.members]
         self._grams: dict[str, Grams] = {}
-        self._share = solver.dense_path
+        self._share = dense_path
 
     def take_up(self, record: Record) -> None:
         """Go on behind the blocks that an earlier process finished."""
@@ -60,7 +67,7 @@ class Refit:
         self._grams |= {name: found for name, found in _grams(block, self._share).items() if name in open_sites}
         ready = [unit for unit in self._waiting if all(site.name in self._grams for site in unit.members)]
         self._waiting = [unit for unit in self._waiting if unit not in ready]
-        of_units = self._processes.each(ready, self._fit, lambda unit: self._solver.owner_of_site(unit.name))
+        of_units = self._processes.each(ready, self._fit, lambda unit: self._units.owner_of(unit.name))
         for unit, ups in zip(ready, of_units, strict=True):
             for site, up_OK in zip(unit.members, ups, strict=True):
                 self._grams.pop(site.name, None)  # of what another process has fitted
@@ -73,24 +80,24 @@ class Refit:
             of_members[0] if len(of_members) == 1 else torch.stack(of_members).sum(dim=0)
             for of_members in zip(*(self._grams.pop(site.name) for site in unit.members), strict=True)
         )
-        dense = self._solver.dense_weight
+        dense = self._units.dense_weight
         return [fitted(self._model, site.name, dense(site.name), gram_NN, cross_NN) for site in unit.members]
 
 
 def dense_blocks(
-    model: nn.Module, anatomy: Anatomy, solver: Solver, plan: Plan, processes: Processes = ALONE
+    model: nn.Module, anatomy: Anatomy, units: KeptUnits, plan: Plan, processes: Processes = ALONE
 ) -> Callable[[int], nn.Module]:
     """Return what makes the dense block of an index out of the compressed one and the dense weights that were kept.
 
     All processes ask for the same blocks in the same order.
     """
-    decided = {site.name for unit, _ in solver.decided(plan) for site in unit.members}
+    decided = {site.name for unit, _ in units.decided(plan) for site in unit.members}
 
     def dense_block(index: int) -> nn.Module:
         block = copy_block(anatomy.blocks(model)[index], anatomy.block_name(index))
         sites = [site for site in anatomy.sites_of(index) if site.name in decided]
         weights = processes.each(
-            sites, lambda site: solver.dense_weight(site.name), lambda site: solver.owner_of_site(site.name)
+            sites, lambda site: units.dense_weight(site.name), lambda site: units.owner_of(site.name)
         )
         for site, W_ON in zip(sites, weights, strict=True):
             dense = dense_linear(model.get_submodule(site.name), W_ON)

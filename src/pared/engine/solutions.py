@@ -47,6 +47,7 @@ class DecompositionStore:
         self._damping: dict[str, float] = {}
         self.spectra: dict[str, torch.Tensor] = {}
         self.files: dict[str, Path] = {}
+        self._new: list[str] = []  # units whose files `new` has not told of
 
     def __enter__(self) -> "DecompositionStore":
         return self
@@ -75,6 +76,12 @@ class DecompositionStore:
         self._damping[name], self.spectra[name] = kept.damping, kept.tensors["spectrum"]
         file = f"{self._prefix}-unit-{len(self.files):05}.safetensors"
         self.files[name] = self._run.write(file, kept.tensors, {"damping": kept.damping})
+        self._new.append(name)
+
+    def new(self) -> list[str]:
+        """Return the names of the units whose files were written here since this was last asked."""
+        new, self._new = self._new, []
+        return new
 
     def copy(self, name: str) -> "Copy":
         """Return what was kept of a unit, for another process."""

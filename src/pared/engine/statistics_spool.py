@@ -47,7 +47,7 @@ class StatisticsSpool:
         self._kept = _only(self._kept, names) if names else {}
 
     @contextmanager
-    def taking_turns(self, block: BlockStatistics) -> Iterator[BlockStatistics]:
+    def set_aside(self, block: BlockStatistics) -> Iterator[BlockStatistics]:
         """Have the statistics of a block on the disk while it is solved, where those of all do not wait in memory.
 
         Both Grams of its sites would lie beside the square of one, which solving works in.

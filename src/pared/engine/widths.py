@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +10,8 @@ from torch import nn
 from pared.allocation.units import Channels as Candidate
 from pared.calibration import CROSS, BlockStatistics
 from pared.engine.install import count, narrow, put
+from pared.engine.ledger import Findings, Ledger
 from pared.engine.moments import StatisticsOfSite, dense_target, moments
-from pared.engine.pass_record import Record
 from pared.engine.solutions import Copy, DecompositionStore
 from pared.engine.spec import LowRankSpec
 from pared.errors import ParedError
@@ -31,36 +30,19 @@ class _Found:
     Attributes:
         order: its channels, where widths are not known yet.
         made: the channels that stay and the weight that reads them, where they are.
-        damping: relative, of its statistics; 0 if nothing was added.
-        fallback: what stood in for statistics that say nothing.
-        untargeted: whether it is sent other tokens than in the dense model, and so has no targets.
+        findings: of it.
     """
 
     order: Copy | None = None
     made: tuple[torch.Tensor, torch.Tensor] | None = None
-    damping: float = 0.0
-    fallback: str = ""
-    untargeted: bool = False
-
-
-@dataclass
-class _Tables:
-    """What was found so far, each by the name of a group, as JSON has it."""
-
-    files: dict[str, str] = field(default_factory=dict)
-    kept: dict[str, str] = field(default_factory=dict)
-    damping: dict[str, float] = field(default_factory=dict)
-    fallbacks: dict[str, str] = field(default_factory=dict)
-    untargeted: dict[str, bool] = field(default_factory=dict)
+    findings: Findings = field(default_factory=Findings)
 
 
 class ChannelSolver:
     """The widths of one method at work on one model, beside the ranks of a :class:`pared.engine.solve.Solver`.
 
     Attributes:
-        damping: groups whose statistics were rank-deficient, with the relative damping used.
-        fallbacks: groups whose statistics say nothing, with what stood in for them.
-        untargeted: groups of a dense path that are sent other tokens than in the dense model.
+        ledger: what was found, for the record of a pass.
     """
 
     def __init__(
@@ -88,28 +70,17 @@ class ChannelSolver:
         self._model, self._spec, self._tokens, self._processes = model, spec, tokens, processes
         self._groups = list(groups)
         self._widths = None if plan is None else widths_of(plan)
-        self._store, self._told = store, 0
-        self._costs: dict[str, torch.Tensor] = {}
-        self._tables = _Tables()
+        self.ledger = Ledger(store, processes, "channels_")
 
     @property
-    def damping(self) -> dict[str, float]:
-        """See the class."""
-        return self._tables.damping
-
-    @property
-    def fallbacks(self) -> dict[str, str]:
-        """See the class."""
-        return self._tables.fallbacks
-
-    @property
-    def untargeted(self) -> set[str]:
-        """See the class."""
-        return set(self._tables.untargeted)
+    def found(self) -> Findings:
+        """What was found so far."""
+        return self.ledger.found
 
     def candidates(self) -> dict[str, Candidate]:
         """Return the groups of which costs are known, for an allocation."""
-        return {one.name: Candidate(one, self._costs.get(one.name)) for one in self._groups}
+        costs = self.ledger.store.spectra
+        return {one.name: Candidate(one, costs.get(one.name)) for one in self._groups}
 
     def of(self, block: BlockStatistics) -> BlockStatistics:
         """Return a block with what is read of it here, before another visit uses that up."""
@@ -123,17 +94,12 @@ class ChannelSolver:
         for group, one in zip(ready, found, strict=True):
             self._accept(group, one)
 
-    @property
-    def kept(self) -> dict[str, str]:
-        """The channels that stay, of every group that was made narrower."""
-        return self._tables.kept
-
     def install(self, groups: Sequence[ChannelGroup], widths: Mapping[str, int]) -> None:
         """Make kept groups narrower, from what was found of them."""
         for group in groups:
 
             def cut(group: ChannelGroup = group) -> tuple[torch.Tensor, torch.Tensor]:
-                tensors = self._store.copy(group.name).tensors
+                tensors = self.ledger.store.copy(group.name).tensors
                 W_ON = self._dense(group).double()
                 there = {name: tensors[name].to(W_ON.device) for name in ("order_G", "C_NN", "spectrum")}
                 channels = Channels(W_ON, there["order_G"], there["spectrum"], there["C_NN"], inputs=group.inputs)
@@ -143,45 +109,14 @@ class ChannelSolver:
 
     def take_over(self, first: "ChannelSolver", groups: Sequence[ChannelGroup]) -> None:
         """Make groups that were not reached behind compressed blocks narrower by what was found of the dense model."""
-        missed = [one for one in groups if one.name not in self.kept]
+        missed = [one for one in groups if one.name not in self.found.kept]
         first.install(missed, self._widths or {})
-        self.kept.update({one.name: first.kept[one.name] for one in missed})
-
-    def take_results(self, second: "ChannelSolver") -> None:
-        """Take what was found behind compressed blocks for what was found."""
-        self.kept.update(second.kept)
-        self.damping.update(second.damping)
-        self.fallbacks.update(second.fallbacks)
+        self.found.kept.update({one.name: first.found.kept[one.name] for one in missed})
 
     def in_block(self, index: int, plan: Plan) -> list[ChannelGroup]:
         """Return the groups of a block that a plan gives a width."""
         planned = widths_of(plan)
         return [one for one in self._groups if one.consumer.block == index and one.name in planned]
-
-    def tables(self) -> dict[str, dict[str, Any]]:
-        """Return what was found so far, as JSON has it, each by the name of a group."""
-        return {f"channels_{name}": dict(table) for name, table in vars(self._tables).items()}
-
-    def written(self) -> list[Path]:
-        """Return the files that were written since this was last asked."""
-        new = list(self._store.files.values())[self._told :]
-        self._told += len(new)
-        return new
-
-    def take_up(self, record: Record) -> None:
-        """Go on behind the blocks that an earlier process finished.
-
-        Raises:
-            ParedError: a file of it is missing or damaged.
-        """
-        found, files = record.found(), record.files()
-        for name, table in vars(self._tables).items():
-            table |= found.get(f"channels_{name}", {})
-        if self._processes.is_first:
-            for name, file in self._tables.files.items():
-                self._store.take_up(name, files[file])
-        self._told = len(self._store.files)
-        self._costs |= self._processes.agreed(dict(self._store.spectra))
 
     def _is_wanted(self, group: ChannelGroup, block: BlockStatistics) -> bool:
         """Whether there is something to find of a group: a token reached it, and a plan does not leave it as it is."""
@@ -202,7 +137,13 @@ class ChannelSolver:
             )
         except (ValueError, RuntimeError) as error:
             raise ParedError(f"site {group.name}: {error}") from error
-        told = _Found(damping=found.damping, fallback=found.fallback, untargeted=aim.lacking)
+        told = _Found()
+        if found.damping:
+            told.findings.damping[group.name] = found.damping
+        if found.fallback:
+            told.findings.fallbacks[group.name] = found.fallback
+        if aim.lacking:
+            told.findings.untargeted[group.name] = True
         if self._widths is None:
             tensors = {"spectrum": found.costs_G.cpu(), "order_G": found.order_G, "C_NN": found.C_NN.float()}
             told.order = Copy(tensors, found.damping)
@@ -211,18 +152,11 @@ class ChannelSolver:
         return told
 
     def _accept(self, group: ChannelGroup, found: _Found) -> None:
-        name = group.name
-        if found.damping:
-            self._tables.damping[name] = found.damping
-        if found.fallback:
-            self._tables.fallbacks[name] = found.fallback
-        if found.untargeted:
-            self._tables.untargeted[name] = True
+        self.found.add(found.findings.tables())
         if found.order is not None:
-            self._costs[name] = found.order.tensors["spectrum"]
+            self.ledger.store.note(group.name, found.order.tensors["spectrum"])
             if self._processes.is_first:
-                self._store.write(name, found.order)
-                self._tables.files[name] = self._store.files[name].name
+                self.ledger.store.write(group.name, found.order)
         if found.made is not None:
             self._put(group, *found.made)
 
@@ -231,7 +165,7 @@ class ChannelSolver:
         made = narrow(self._model, group, kept_K.to(device), W_OK.to(device))
         put(self._model, [name for name, _ in made], [module for _, module in made])
         count(self._model, group, len(kept_K))
-        self._tables.kept[group.name] = ranges_of(kept_K.tolist())
+        self.found.kept[group.name] = ranges_of(kept_K.tolist())
 
     def _dense(self, group: ChannelGroup) -> torch.Tensor:
         return weight_of(self._model.get_submodule(group.name)).detach()

@@ -20,10 +20,10 @@ from pared.data.texts import held_out
 from pared.data.windows import NO_LABEL, Windows, require_fits
 from pared.engine.allocate import anatomy_of
 from pared.engine.checks import require_finite_weights
+from pared.engine.decompose import decompose_sites
 from pared.engine.install import patched
 from pared.engine.observe import Observer
 from pared.engine.solutions import DecompositionStore
-from pared.engine.solve import decompose_sites
 from pared.engine.spec import resolve_low_rank
 from pared.environment import device_of
 from pared.errors import ParedError

@@ -56,12 +56,12 @@ def test_a_member_of_a_group_reads_no_more_of_the_disk_than_its_own_dense_weight
     unit = Unit(sites)
     with Solver(model, resolve_low_rank(recipe), [unit], keep_dense=True) as solver:
         solver._keep(unit, METHODS["svd"].decompose(torch.cat(weights), {}), found := Found())
-        solver.accept(unit, found)
+        solver.accept(found)
         read = []
-        kept = solver._store.weight
-        solver._store.weight = lambda name, rows: read.append(rows) or kept(name, rows)  # type: ignore[method-assign]
+        kept = solver.ledger.store.weight
+        solver.ledger.store.weight = lambda name, rows: read.append(rows) or kept(name, rows)  # type: ignore[method-assign]
         for site, weight in zip(sites, weights, strict=True):
-            assert torch.equal(solver.dense_weight(site.name), weight)
+            assert torch.equal(solver.kept.dense_weight(site.name), weight)
     assert [rows.stop - rows.start for rows in read] == [6, 2, 4]
 
 
@@ -162,7 +162,7 @@ def test_a_pivoted_decision_is_installed_pivoted() -> None:
     units = [Unit((site,)) for site in anatomy.sites]
     with Solver(model, resolve_low_rank(Recipe(method="svd", keep=0.6)), units, plan) as solver:
         for unit in units:
-            solver.accept(unit, solver.take(unit, {}))
+            solver.accept(solver.take(unit, {}))
     assert all(isinstance(model.get_submodule(site.name), PivotedLinear) for site in plan.sites)
     assert sum(p.numel() for p in model.parameters()) == plan.after.model_parameters
 

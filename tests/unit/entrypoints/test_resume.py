@@ -22,8 +22,8 @@ import pared
 from pared import Calibration, ParedError, Recipe
 from pared.cli.commands import app
 from pared.engine import run_state
+from pared.engine.kept_units import KeptUnits
 from pared.engine.needs import Needs
-from pared.engine.solve import Solver
 from pared.io.run_dir import RunDirectory, entries_of, run_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
@@ -460,8 +460,8 @@ def test_the_manifest_counts_the_time_of_every_process(place: Path, tmp_path: Pa
 def test_installed_blocks_are_not_made_again(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = recipe_of("loss-optimal", place, tmp_path / "out")
     assert killed_after(5, recipe)  # three that were solved, two that were put in place
-    made, install = [], Solver.install
-    monkeypatch.setattr(Solver, "install", lambda self, chosen: (made.append(len(chosen)), install(self, chosen)))
+    made, install = [], KeptUnits.install
+    monkeypatch.setattr(KeptUnits, "install", lambda self, chosen: (made.append(len(chosen)), install(self, chosen)))
     pared.run(recipe, resume=True)
     assert len(made) == 1
 

@@ -105,13 +105,13 @@ def test_the_grams_of_a_block_are_not_in_memory_while_one_is_solved(
     recipe: pared.Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As those of a block of a model of 0.5 billion parameters took 0.3 GB beside the square that solving works in."""
-    held, decompose = list[int](), solve._decompose
+    held, decompose = list[int](), solve.decompose
 
     def looking(*arguments: Any) -> Any:
         held.append(sum(type(one) in (Gram, MeanGram) for one in gc.get_objects()))
         return decompose(*arguments)
 
-    monkeypatch.setattr(solve, "_decompose", looking)
+    monkeypatch.setattr(solve, "decompose", looking)
     asked = {"method": "loss-optimal", "options": {"output_weighting": "full"}, "statistics": "once", "keep": 0.8}
     before = sum(type(one) in (Gram, MeanGram) for one in gc.get_objects())
     pared.run(recipe.model_copy(update={**asked, "activation_memory": "1MB"}))
