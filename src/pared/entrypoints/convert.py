@@ -90,11 +90,15 @@ def _convert(folder: Path, out: Path, pivoted: bool, overwrite: bool) -> Manifes
 
 def _nothing(model: nn.Module, pivoted: bool) -> str:
     """Say why no module can be stored the other way, and what can be done."""
-    sparse = [name for name in module_map(model) if isinstance(model.get_submodule(name), SparseLinear)]
-    if sparse:
+    changed = {name: model.get_submodule(name) for name in module_map(model)}
+    if not changed:
+        return "its weights are plain already"
+    if not any(isinstance(layer, (LowRankLinear, PivotedLinear)) for layer in changed.values()):
+        sparse = any(isinstance(layer, SparseLinear) for layer in changed.values())
         return (
-            f"its {len(sparse)} changed layers are sparse, the first is {sparse[0]}, and have no factors or pivots; "
-            f"for plain weights: {'--dense' if is_told_in_flags() else 'pared.export'}"
+            f"its {len(changed)} changed layers are {'sparse' if sparse else 'narrow'}, the first is "
+            f"{next(iter(changed))}, and have no factors or pivots; for plain weights of the dense model's sizes: "
+            f"{'--dense' if is_told_in_flags() else 'pared.export'}"
         )
     form, other = ("pivoted", "two factors") if pivoted else ("two factors", "pivoted")
     return f"no module is stored as {other}, all there is is {form}"

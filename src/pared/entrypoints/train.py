@@ -12,7 +12,7 @@ import torch
 from transformers.integrations import get_available_reporting_integrations
 
 from pared.arguments import asked_from, config_from
-from pared.checkpoint import load, mark, save
+from pared.checkpoint import is_compressed, load, mark, module_map, save
 from pared.data.evaluated import evaluation_windows
 from pared.data.lengths import Length
 from pared.data.overlap import overlap
@@ -199,7 +199,8 @@ class _Job:
                 self.progress.note(note)
             with self.watch("save"), staged(folder, True, self.parent.bytes_needed, ours=True) as staging:
                 trained.to(dtype=stored)
-                mark(trained)
+                if module_map(trained) or is_compressed(self.config):  # one of uniform widths stays a plain model
+                    mark(trained)
                 save(trained, self.tokenizer, staging)
             run.record("stage", number, asdict(went))
             run.forget(number)

@@ -36,9 +36,9 @@ PLAIN = """\
 It is a plain model of its architecture with narrower MLPs, which needs nothing but transformers:
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{folder}")
+model = {auto}.from_pretrained("{folder}")
 tokenizer = AutoTokenizer.from_pretrained("{folder}")
 ```
 
@@ -113,7 +113,7 @@ def model_card(manifest: Manifest, folder: str, config: Mapping[str, Any]) -> st
             "",
             _loading(folder, config)
             if config.get("quantization_config") or not narrow
-            else PLAIN.format(folder=folder),
+            else PLAIN.format(folder=folder, auto=_auto_of(config)),
             (SPARSE_LORA if pruned else LORA).format(targets=_targets(manifest)),
             "## Recipe",
             "",
@@ -135,6 +135,15 @@ def _loading(folder: str, config: Mapping[str, Any]) -> str:
     named = [auto for auto in AUTO_CLASSES if refs.get(auto, "").rpartition(".")[2] in config.get("architectures", ())]
     own = ", trust_remote_code=True" if "AutoConfig" in refs else ""  # transformers cannot read its configuration
     return LOADING.format(folder=folder, auto=named[-1] if named else "AutoModelForCausalLM", trust=own)
+
+
+def _auto_of(config: Mapping[str, Any]) -> str:
+    """Return the Auto class of a plain model, by how transformers calls classes with a head."""
+    for own in config.get("architectures") or ():
+        for auto in AUTO_CLASSES[1:]:
+            if own.endswith(auto.removeprefix("AutoModel")):
+                return auto
+    return "AutoModelForCausalLM"
 
 
 def _targets(manifest: Manifest) -> str:

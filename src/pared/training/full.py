@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 from pared.training.masks import KeepZeros, pruned_layers
 from pared.training.method import Context, Loss, Prepared, Stage, own_loss
 from pared.training.precision import cast_trainable_to_float32
-from pared.training.trainable import compressed_layers, norms, unpack
+from pared.training.trainable import changed_layers, norms, unpack
 
 
 def stages(_: Mapping[str, Any]) -> tuple[Stage, ...]:
@@ -24,11 +24,12 @@ def prepare(context: Context) -> Prepared:
 def train_part(context: Context, loss: Loss, part: str) -> Prepared:
     """Make a model ready of which a part trains: one of ``PARTS``."""
     model = context.model
-    if not compressed_layers(model):
-        part = "all"  # a model of uniform widths, whose layers are plain ones
+    layers = changed_layers(model, context.manifest)
+    if not layers:
+        part = "all"
     model.requires_grad_(part == "all")
     unpack(model)
-    for layer in compressed_layers(model).values():
+    for layer in layers.values():
         layer.requires_grad_(True)
     if part == "factors+norms":
         for norm in norms(model):

@@ -17,12 +17,13 @@ from transformers import PreTrainedModel
 from pared.errors import ParedError
 from pared.modules import LowRankLinear, PivotedLinear
 from pared.names import match, option_called
+from pared.schema.manifest import Manifest
 from pared.structure import find_blocks
 from pared.structure.linear import LINEAR_TYPES
 from pared.training.masks import merge_lora_keeping_zeros, pruned_layers
 from pared.training.method import Context, Loss, Prepared, Stage, own_loss
 from pared.training.options import ALL, PEFT, patterns_of
-from pared.training.trainable import COMPRESSED, compressed_layers, unpack
+from pared.training.trainable import COMPRESSED, changed_layers, compressed_layers, unpack
 
 
 def stages(options: Mapping[str, Any]) -> tuple[Stage, ...]:
@@ -73,7 +74,7 @@ def adapt(
     model = context.model
     model.requires_grad_(False)
     unpack(model)
-    names, notes = _require_some(context, targets, factor), _left_out(model, targets, factor)
+    names, notes = _require_some(context, targets, factor), _left_out(context, targets, factor)
     exactly = "|".join(map(re.escape, names))  # PEFT takes the names of a list for ends of names
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=exactly, bias="none")
     with warnings.catch_warnings():
@@ -88,17 +89,18 @@ def adapt(
     return Prepared(adapted, finish, loss, notes=notes)
 
 
-def _left_out(model: PreTrainedModel, targets: str, factor: str) -> list[str]:
+def _left_out(context: Context, targets: str, factor: str) -> list[str]:
     """Say which bases take no adapter though ``down`` is asked for."""
     if factor == "up":
         return []
-    shared = [name for name, layer in _chosen(model, targets).items() if getattr(layer, "shares", None)]
+    chosen = _chosen(context.model, targets, context.manifest)
+    shared = [name for name, layer in chosen.items() if getattr(layer, "shares", None)]
     return [f"the bases of {len(shared)} layers are shared and take no adapter, as every layer's change would land in "
             f"the one tensor; the first is {shared[0]}"] if shared else []  # fmt: skip
 
 
 def _require_some(context: Context, targets: str, factor: str) -> list[str]:
-    names = adapted_names(context.model, targets, factor)
+    names = adapted_names(context.model, targets, factor, context.manifest)
     if not names:
         raise ParedError(
             f"{context.tuning.model} has no {factor!r} factor to adapt in the layers {targets}"
@@ -107,19 +109,22 @@ def _require_some(context: Context, targets: str, factor: str) -> list[str]:
     return names
 
 
-def adapted_names(model: PreTrainedModel, targets: str, factor: str) -> list[str]:
-    """Return the full names of the linear layers that get an adapter; a sparse or dense layer is adapted itself.
+def adapted_names(model: PreTrainedModel, targets: str, factor: str, manifest: Manifest | None = None) -> list[str]:
+    """Return the full names of the linear layers that get an adapter.
+
+    A layer that is not factorised, be it sparse, narrow or dense, is adapted itself.
 
     Args:
         model: that pared compressed.
         targets: as of :func:`adapt`.
         factor: as of :func:`adapt`.
+        manifest: of the folder the model is of; without it one of plain layers alone was changed nowhere.
 
     Raises:
         ParedError: a pattern matches no layer, or PEFT has no default for the architecture.
     """
     names: list[str] = []
-    for name, layer in _chosen(model, targets).items():
+    for name, layer in _chosen(model, targets, manifest).items():
         if not isinstance(layer, (LowRankLinear, PivotedLinear)):
             names.append(name)
             continue
@@ -130,12 +135,10 @@ def adapted_names(model: PreTrainedModel, targets: str, factor: str) -> list[str
     return names
 
 
-def _chosen(model: PreTrainedModel, targets: str) -> dict[str, nn.Module]:
+def _chosen(model: PreTrainedModel, targets: str, manifest: Manifest | None) -> dict[str, nn.Module]:
     """Return the layers that targets name."""
-    if targets == ALL and (found := compressed_layers(model)):
-        return dict(found)
-    if targets == ALL:  # a model of uniform widths, whose layers are plain ones
-        return adaptable(model)
+    if targets == ALL:
+        return changed_layers(model, manifest) or adaptable(model)
     layers = adaptable(model)
     patterns = _default_of_peft(model) if targets == PEFT else patterns_of(targets)
     chosen = match([_as_pattern(one, layers) for one in patterns], layers)

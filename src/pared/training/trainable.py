@@ -6,6 +6,8 @@ from typing import get_args
 from torch import nn
 
 from pared.modules import Changed, SparseLinear
+from pared.schema.manifest import Manifest
+from pared.schema.width import Width
 
 COMPRESSED = get_args(Changed)
 
@@ -13,6 +15,20 @@ COMPRESSED = get_args(Changed)
 def compressed_layers(model: nn.Module) -> dict[str, Changed]:
     """Return the modules that stand where linear layers stood, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, COMPRESSED)}
+
+
+def changed_layers(model: nn.Module, manifest: Manifest | None) -> dict[str, nn.Module]:
+    """Return the layers that are not what they were in the dense model, by name.
+
+    Args:
+        model: of a folder that pared made.
+        manifest: of that folder; a model of uniform widths has plain layers, and it says which of them are narrower.
+    """
+    found: dict[str, nn.Module] = dict(compressed_layers(model))
+    if found or manifest is None:
+        return found
+    narrower = [site.name for site in manifest.plan.sites if isinstance(site.decision, Width)]
+    return {name: model.get_submodule(name) for name in narrower}
 
 
 def norms(model: nn.Module) -> Iterator[nn.Module]:
