@@ -1,18 +1,24 @@
 """A block of a model in a file of its own, and what the block is without its tensors."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from pared.checkpoint.loader import empty_module
+from pared.checkpoint.portable import module_map
 from pared.errors import ParedError
 from pared.io.files import appearing
 from pared.models.stored import LINE
+from pared.modules.narrow import counts_of
+from pared.modules.shared import DOWN, BasisHolder
 from pared.modules.sparse import SparseLinear
 
 T = TypeVar("T")
@@ -63,23 +69,37 @@ def pack_empty(module: SparseLinear) -> None:
     module._buffers["bits"] = empty.bits
 
 
-def own_memory(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor with memory of its own, as a file of tensors needs it."""
-    tensor = tensor.contiguous().cpu()
-    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes + LINE else tensor
+def shared_members(block: nn.Module, name: str) -> Iterator[tuple[str, str, nn.Linear]]:
+    """Yield for every basis in a block that another module owns its tensor's name, that of the owner's, and the layer.
+
+    Args:
+        block: whose modules these are.
+        name: of it in the model.
+    """
+    for path, module in block.named_modules(prefix=name):
+        if isinstance(module, BasisHolder) and module.shares not in (None, path + DOWN):
+            yield path + DOWN, str(module.shares), module.down
 
 
-def write_block(file: Path, tensors: dict[str, torch.Tensor], notes: dict[str, Any]) -> None:
-    """Write a file of tensors so that it is there as a whole, on the disk, or not at all.
+def write_block(file: Path, model: PreTrainedModel, block: nn.Module, name: str) -> None:
+    """Write what ``save_pretrained`` would write of a block, and a map of its changed modules.
+
+    The file is there as a whole, on the disk, or not at all. A basis that blocks share is written by its owner.
 
     Args:
         file: to be.
-        tensors: each with memory of its own.
-        notes: plain data that is kept in its header.
+        model: that the block is of.
+        block: in memory.
+        name: of it in the model.
 
     Raises:
         ParedError: it cannot be written, as where the disk is full.
     """
+    shared = {tensor: owner for tensor, owner, _ in shared_members(block, name)}
+    state = _state(model, block, name, {*shared, *(model._keys_to_ignore_on_save or ())})
+    modules = {f"{name}.{path}".rstrip("."): entry for path, entry in module_map(block).items()}
+    notes = {"modules": modules, "shared": shared, "heads": counts_of(block, name), "places": _places(block, state)}
+    tensors = {key: _own_memory(tensor) for key, tensor in state.items()}
     try:
         with appearing(file) as partial:
             save_file(tensors, partial, metadata={"format": "pt", "pared": json.dumps(notes, sort_keys=True)})
@@ -87,6 +107,28 @@ def write_block(file: Path, tensors: dict[str, torch.Tensor], notes: dict[str, A
     except Exception as error:
         message = " ".join(str(error).split()) or type(error).__name__
         raise ParedError(f"{file} cannot be written ({message}); blocks before it are as they were") from error
+
+
+def _state(model: PreTrainedModel, block: nn.Module, name: str, left_out: set[str]) -> dict[str, torch.Tensor]:
+    """Return the tensors of a block by the names that ``save_pretrained`` writes them by."""
+    state: dict[str, torch.Tensor] = block.state_dict(prefix=f"{name}.")
+    kept = {key: tensor.detach() for key, tensor in state.items() if key not in left_out}
+    reverted: dict[str, torch.Tensor] = revert_weight_conversion(model, kept)
+    return reverted
+
+
+def _places(block: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, int]:
+    """Return where in a cache line the parameters of a block lie that are in its state, but for those at its start."""
+    live = {parameter.data_ptr() for parameter in block.parameters()}
+    return {
+        key: one.data_ptr() % LINE for key, one in state.items() if one.data_ptr() in live and one.data_ptr() % LINE
+    }
+
+
+def _own_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor with memory of its own, as a file of tensors needs it."""
+    tensor = tensor.contiguous().cpu()
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes + LINE else tensor
 
 
 def _sort_metadata(file: Path) -> None:

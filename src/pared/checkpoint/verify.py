@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 from pared.arguments import name_from
 from pared.checkpoint.load import load, read_config, read_map, read_shared, require_recorded
 from pared.checkpoint.loader import empty_module
+from pared.checkpoint.open_streamed import open_streamed
 from pared.checkpoint.portable import module_map
-from pared.checkpoint.streamed import StreamedBlocks, open_streamed
+from pared.checkpoint.streamed import StreamedBlocks
 from pared.errors import DamagedError, ParedError
 from pared.io.guarded import require_regular_files
 from pared.memory import Stream, streams

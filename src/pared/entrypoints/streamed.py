@@ -10,9 +10,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.calibration.spool import ActivationMemory
+from pared.checkpoint.open_streamed import open_streamed
 from pared.checkpoint.self_check import reopened
 from pared.checkpoint.shards import save_streamed
-from pared.checkpoint.streamed import StreamedBlocks, open_streamed
+from pared.checkpoint.streamed import StreamedBlocks
 from pared.checkpoint.verify import take_fingerprint
 from pared.engine.allocate import anatomy_of, plan_from_shapes
 from pared.engine.needs import Needs, Tokens, needs_of

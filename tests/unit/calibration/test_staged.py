@@ -11,7 +11,8 @@ from torch import nn
 
 from pared.calibration.spool import ActivationMemory
 from pared.calibration.staged import run_staged
-from pared.checkpoint.streamed import StreamedBlocks, open_streamed
+from pared.checkpoint.open_streamed import open_streamed
+from pared.checkpoint.streamed import StreamedBlocks
 from pared.models.source import find_model
 
 
@@ -26,13 +27,13 @@ def _inputs(*lengths: int) -> list[dict[str, torch.Tensor]]:
 
 def _counted(store: StreamedBlocks, monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
     reads: Counter[int] = Counter()
-    fill = store._names.fill
+    fill = store._places._names.fill
 
     def counting(tensors: Any, placed: Any) -> None:
         reads[len(reads) and int(tensors[0].key.split("layers.")[1].split(".")[0])] += 1
         fill(tensors, placed)
 
-    monkeypatch.setattr(store._names, "fill", counting)
+    monkeypatch.setattr(store._places._names, "fill", counting)
     return reads
 
 

@@ -12,9 +12,10 @@ from tiny_models import TINY_MODELS
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import pared
+from pared.checkpoint.open_streamed import open_streamed
 from pared.checkpoint.save import mark, save
 from pared.checkpoint.shards import save_streamed
-from pared.checkpoint.streamed import StreamedBlocks, open_streamed
+from pared.checkpoint.streamed import StreamedBlocks
 from pared.checkpoint.verify import require_tensors
 from pared.errors import ParedError
 from pared.models.source import find_model

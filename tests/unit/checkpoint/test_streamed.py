@@ -16,8 +16,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import pared
+from pared.checkpoint.open_streamed import open_streamed
 from pared.checkpoint.save import mark, save, shared_tensors
-from pared.checkpoint.streamed import StreamedBlocks, open_streamed
+from pared.checkpoint.streamed import StreamedBlocks
 from pared.engine.install import install, install_group
 from pared.errors import DamagedError, ParedError
 from pared.lowrank import Factors
@@ -572,7 +573,7 @@ def test_a_file_of_something_else_is_not_adopted(llama: Path, tmp_path: Path) ->
 MEASURE = """
 import sys
 from pathlib import Path
-from pared.checkpoint.streamed import open_streamed
+from pared.checkpoint.open_streamed import open_streamed
 from pared.models.source import find_model
 import torch
 

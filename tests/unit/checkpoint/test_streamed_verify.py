@@ -9,8 +9,8 @@ from tiny_models import TINY_MODELS
 from transformers import PreTrainedTokenizerFast
 
 import pared
+from pared.checkpoint.open_streamed import open_streamed
 from pared.checkpoint.self_check import reopened
-from pared.checkpoint.streamed import open_streamed
 from pared.checkpoint.verify import compare, open_whole, take_fingerprint
 from pared.errors import DamagedError, ParedError
 from pared.models.source import find_model

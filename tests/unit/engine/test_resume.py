@@ -11,7 +11,7 @@ from tiny_models import TINY_MODELS
 from transformers import PreTrainedTokenizerFast
 
 from pared import Calibration, ParedError, Recipe
-from pared.checkpoint.streamed import open_streamed
+from pared.checkpoint.open_streamed import open_streamed
 from pared.engine.compress import compress_blocks
 from pared.engine.result import CompressedBlocks
 from pared.engine.run_state import CompressionRun

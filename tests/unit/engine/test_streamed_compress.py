@@ -10,9 +10,9 @@ from tiny_models import REPEATED, TINY_MODELS
 from transformers import PreTrainedTokenizerFast
 
 from pared.calibration.spool import ActivationMemory
+from pared.checkpoint.open_streamed import open_streamed
 from pared.checkpoint.save import mark, save
 from pared.checkpoint.shards import save_streamed
-from pared.checkpoint.streamed import open_streamed
 from pared.data.windows import Windows
 from pared.engine.compress import compress_blocks
 from pared.engine.spec import resolve

@@ -9,7 +9,7 @@ from tiny_models import TINY_MODELS
 from transformers import PreTrainedTokenizerFast
 
 from pared.calibration.spool import ActivationMemory
-from pared.checkpoint.streamed import open_streamed
+from pared.checkpoint.open_streamed import open_streamed
 from pared.data.texts import find_text
 from pared.data.windows import Windows, cut
 from pared.errors import ParedError

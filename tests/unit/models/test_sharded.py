@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 import pared
 import pared.models.twin
 from pared import ParedError
-from pared.checkpoint.streamed import open_streamed
+from pared.checkpoint.open_streamed import open_streamed
 from pared.models.source import find_model
 from unit.cli.test_commands import pared as command
 
