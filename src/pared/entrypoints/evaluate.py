@@ -27,9 +27,10 @@ from pared.evaluation import Perplexity, Result, Sampling, classify, evaluate_ta
 from pared.evaluation import perplexity as measure
 from pared.evaluation.classification import BATCH, batches
 from pared.evaluation.generation import require_possible
+from pared.evaluation.judging import require_permission
 from pared.evaluation.multiple_choice import CHOICES, evaluate_choices, prepare
 from pared.evaluation.protocols import cut_by, protocol_of
-from pared.evaluation.tasks import examples_of, require_permission, rows_of
+from pared.evaluation.task import examples_of, rows_of
 from pared.evaluation.vqa import BATCH as BATCH_OF_IMAGES
 from pared.evaluation.vqa import answer_questions, processor_of, questions_of
 from pared.io.files import path_of

@@ -7,8 +7,10 @@ from pared.lazy import lazy_package
 if TYPE_CHECKING:
     from pared.evaluation.classification import Score, classify
     from pared.evaluation.generation import Sampling, complete, greedy
+    from pared.evaluation.judging import Result, evaluate_task
     from pared.evaluation.perplexity import Perplexity, perplexity
-    from pared.evaluation.tasks import TASKS, Result, Task, evaluate_task, task_of
+    from pared.evaluation.task import Task
+    from pared.evaluation.tasks import TASKS, task_of
 
 __all__ = [
     "TASKS",
@@ -31,6 +33,8 @@ lazy_package(
         "pared.evaluation.classification": ["Score", "classify"],
         "pared.evaluation.generation": ["Sampling", "complete", "greedy"],
         "pared.evaluation.perplexity": ["Perplexity", "perplexity"],
-        "pared.evaluation.tasks": ["TASKS", "Result", "Task", "evaluate_task", "task_of"],
+        "pared.evaluation.judging": ["Result", "evaluate_task"],
+        "pared.evaluation.task": ["Task"],
+        "pared.evaluation.tasks": ["TASKS", "task_of"],
     },
 )

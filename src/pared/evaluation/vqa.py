@@ -17,7 +17,7 @@ from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
 from pared.data.files import read_rows
 from pared.errors import ParedError
 from pared.evaluation.generation import GREEDY, padding_left
-from pared.evaluation.tasks import Result, standard_error
+from pared.evaluation.judging import Result, standard_error
 from pared.models.architecture import first_line
 from pared.models.source import find_model
 from pared.models.trust import trusted

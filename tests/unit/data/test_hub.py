@@ -18,7 +18,8 @@ from pared.data.files import data_file
 from pared.data.instructions import SETS, find_instructions
 from pared.data.texts import CORPORA, find_text
 from pared.evaluation.multiple_choice import CHOICES, evaluate_choices, prepare, scoring
-from pared.evaluation.tasks import TASKS, examples_of, rows_of, task_of
+from pared.evaluation.task import examples_of, rows_of
+from pared.evaluation.tasks import TASKS, task_of
 from pared.progress import Silent
 from unit.evaluation.test_multiple_choice import SAME, SUBJECTS, harness_task, write
 

@@ -21,7 +21,7 @@ from pared.evaluation import Sampling, complete, evaluate_task, task_of
 from pared.evaluation.answers import boxed, last_number, marked_number, normalised, same_expression, same_number
 from pared.evaluation.generation import cut_at
 from pared.evaluation.pass_at_k import mean_pass_at_k, pass_at_k
-from pared.evaluation.tasks import rows_of
+from pared.evaluation.task import rows_of
 from pared.modules import LowRankLinear, PivotedLinear, SparseLinear
 
 PROMPTS = ["w3 w4 w5", "w6", "w7 w8 w9 w10 w11 w12", "w3 w4"]

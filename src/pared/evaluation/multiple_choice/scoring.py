@@ -21,7 +21,7 @@ from unittest.mock import patch
 from pared.data.files import data_folder
 from pared.data.hub import unreadable
 from pared.errors import ParedError
-from pared.evaluation.tasks import Result
+from pared.evaluation.judging import Result
 
 if TYPE_CHECKING:  # which tasks there are is reported without them
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
