@@ -59,6 +59,11 @@ def _none(*_: int) -> float:
     return 0.0
 
 
+def _removed(out: int, channels: int) -> float:
+    """Return the operations of taking out every channel, one by one: on the inverse, the weight, and for scores."""
+    return 2 / 3 * channels**3 + 1.0 * out * channels**2 + 512.0 * out * channels
+
+
 def _identity(count: int) -> float:
     return float(count)
 
@@ -79,6 +84,11 @@ KINDS: dict[str, Kind] = {
     "eigh": Kind(lambda n: 9.0 * n**3, lambda n: 3 * n**2, "width; as pared.lowrank.eigen does it"),
     "plain eigh": Kind(lambda n: 9.0 * n**3, lambda n: 3 * n**2, "width; torch.linalg.eigh"),
     "cholesky": Kind(lambda n: n**3 / 3, lambda n: 2 * n**2, "width"),
+    "channels": Kind(
+        lambda o, n, k: 4 / 3 * n**3 + 2.0 * o * n**2 + _removed(o, n) - _removed(o, min(k, n)),
+        lambda o, n, k: 8 * n**2 + 3 * o * n + (_removed(o, n) - _removed(o, min(k, n))) / 5,
+        "outputs, channels, those that are known to stay; as pared.widths puts them in order",
+    ),
     "triangular": Kind(lambda n, m: float(n) ** 2 * m, lambda n, m: n**2 + 2 * n * m, "width, right-hand sides"),
     "solve": Kind(lambda n, m: 2 / 3 * n**3 + 2.0 * n**2 * m, lambda n, m: 2 * n**2 + 2 * n * m, "width, sides"),
     "pivot": Kind(

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pared.engine.allocate import anatomy_of
+from pared.engine.cost.channels import groups_by_shape, with_widths
 from pared.engine.cost.measured import Measured
 from pared.engine.cost.published import MACHINES, Published
 from pared.engine.cost.rates import Rates, total
@@ -124,6 +125,12 @@ def predict(
     anatomy = probe_shapes(skeleton, anatomy_of(skeleton, spec.recipe))
     model_dtype = str(skeleton.dtype).removeprefix("torch.")
     dtype = rates.compute_dtype(spec.recipe.calibration.dtype, model_dtype)
+    if groups := groups_by_shape(anatomy, spec):
+        plan = with_widths(plan, anatomy, spec, groups)
+        notes = (
+            *notes,
+            f"widths are taken to be uniform, of {len(groups)} channel groups that are told by their shapes",
+        )
     work = Work(skeleton, anatomy, spec, plan, calibrated, evaluated, dtype)
     found, unknown = stages_of(work)
     seconds = {stage: total(rates, operations) for stage, operations in found.items()}

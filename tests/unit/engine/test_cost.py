@@ -15,7 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pared.engine.allocate import anatomy_of, plan_from_shapes
 from pared.engine.cost import measured
+from pared.engine.cost.channels import groups_by_shape, with_widths
 from pared.engine.cost.measured import WEEK, Measured
+from pared.engine.cost.passes import compressed
 from pared.engine.cost.primitives import LIMITS, prepared
 from pared.engine.cost.published import H100
 from pared.engine.cost.stages import Stages, Work, stages_of
@@ -28,7 +30,10 @@ from pared.methods import METHODS, Method
 from pared.operations import KINDS, Operation, product
 from pared.schema.recipe import Recipe
 from pared.sparsity.pattern import Unstructured
-from pared.structure.probe import probe_shapes
+from pared.structure.channels import find_channels
+from pared.structure.probe import probe, probe_shapes
+from pared.widths import Channels
+from pared.widths.operations import ordered, weight_that_reads
 
 BLOCKS, WIDTH, INNER, KEY_VALUE, TOKENS = 4, 64, 160, 32, Tokens(windows=32, length=64, batch=4)
 SITES = 2 * WIDTH**2 + 2 * WIDTH * KEY_VALUE + 3 * WIDTH * INNER  # weights of a block
@@ -49,7 +54,7 @@ def model() -> transformers.PreTrainedModel:
 def stages(model: transformers.PreTrainedModel, tokens: Tokens = TOKENS, **fields: Any) -> tuple[Stages, list[str]]:
     recipe = Recipe(**fields)
     spec, anatomy = resolve(recipe), probe_shapes(model, anatomy_of(model, recipe))
-    plan = plan_from_shapes(model, spec)
+    plan = with_widths(plan_from_shapes(model, spec), anatomy, spec, groups_by_shape(anatomy, spec))
     calibrated = tokens if spec.calibrated else None
     return stages_of(Work(model, anatomy, spec, plan, calibrated, None, "bfloat16"))
 
@@ -165,6 +170,75 @@ def test_every_family_is_traced_or_refused_by_name(family: str) -> None:
     assert all(flops(block.forward, "product") > 0 for block in found.blocks)
 
 
+@pytest.mark.parametrize("weighting", ["full", "diagonal"])
+def test_channels_are_put_in_order_by_what_is_declared(weighting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    method: Any = METHODS["loss-optimal"]
+    config, out, width = method.configured({"output_weighting": weighting}), 24, 40
+    (given,) = statistics_of(method, config, [(out, width)])
+    weight = torch.randn(out, width)
+    found = method.widths(weight, given, config, 0)
+    asked: list[torch.Tensor] = []
+
+    def weighted(W_ON: torch.Tensor, _: torch.Tensor, L_OO: torch.Tensor, **__: Any) -> Channels:
+        asked.append(L_OO[:, None] * W_ON if L_OO.ndim == 1 else L_OO.T @ W_ON.double())
+        return found
+
+    monkeypatch.setattr("pared.widths.rules.remove_channels", weighted)
+    others = {name: value.clone() for name, value in given.items()}  # of which no factor is remembered
+    with _Heavy() as seen:
+        method.widths(weight, others, config, 0)
+    declared = ordered((out, width), config, 16)
+    assert len(asked) == 1
+    assert seen.flops == flops(declared, "product")
+    assert seen.widths == Counter((one.kind, one.sizes[0]) for one in declared if one.kind == "cholesky")
+    assert [one.sizes for one in declared if one.kind == "channels"] == [(out, width, 16)]
+    with _Heavy() as cut:
+        found.weight(16)
+    assert cut.flops == flops(weight_that_reads((out, width), 16), "product")
+
+
+@pytest.mark.parametrize("family", TINY_MODELS)
+def test_channel_groups_by_shape_are_those_that_are_proved(family: str) -> None:
+    made = TINY_MODELS[family]()
+    anatomy, calls = probe(made, anatomy_of(made, Recipe()))
+    proved = find_channels(anatomy.blocks(made), anatomy, calls).groups
+    by_shape = groups_by_shape(anatomy, resolve(Recipe(method="loss-optimal", structures="mixed")))
+    assert [group.name for group in by_shape] == [group.name for group in proved]
+    assert [group.parameters_each for group in by_shape] == [group.parameters_each for group in proved]
+    assert groups_by_shape(anatomy, resolve(Recipe(method="loss-optimal", structures="ranks"))) == ()
+
+
+def test_widths_are_put_in_order_once_for_every_mlp_and_run_narrower(model: transformers.PreTrainedModel) -> None:
+    found, unknown = stages(model, method="loss-optimal", keep=0.8, structures="mixed", multiple_of=16)
+    assert not unknown
+    assert [one.sizes for one in found["solve"] if one.kind == "channels"] == [(WIDTH, INNER, 0)] * BLOCKS
+    alone, _ = stages(model, method="loss-optimal", keep=0.9, structures="widths", multiple_of=16)
+    assert not [one for one in alone["solve"] if one.kind in ("eigh", "plain eigh")]
+    ranks, _ = stages(model, method="loss-optimal", keep=0.8)
+    assert _all(found["solve"]) > _all(ranks["solve"])
+
+
+def test_behind_compressed_blocks_channels_are_ordered_down_to_the_width(model: transformers.PreTrainedModel) -> None:
+    found, _ = stages(
+        model, method="loss-optimal", keep=0.8, structures="mixed", multiple_of=16, statistics="sequential"
+    )
+    least = [one.sizes[2] for one in found["solve"] if one.kind == "channels"]
+    assert least == [0] * BLOCKS + [128] * BLOCKS
+    known, unknown = (Operation("channels", (WIDTH, INNER, width)) for width in (128, 0))
+    assert known.flops < unknown.flops
+
+
+def test_a_block_of_narrower_layers_computes_what_its_parameters_do(model: transformers.PreTrainedModel) -> None:
+    recipe = Recipe(method="loss-optimal", keep=0.9, structures="widths", multiple_of=16)
+    spec, anatomy = resolve(recipe), probe_shapes(model, anatomy_of(model, recipe))
+    plan = with_widths(plan_from_shapes(model, spec), anatomy, spec, groups_by_shape(anatomy, spec))
+    forward = trace(model, anatomy, 4, 64, torch.bfloat16).blocks[0].forward
+    found = compressed(Work(model, anatomy, spec, plan, TOKENS, None, "bfloat16"), 0, forward)
+    left = sum(site.after for site in plan.sites if site.block == 0)
+    assert left < SITES
+    assert flops(found, "product") == 2 * 4 * 64 * left
+
+
 def test_time_grows_with_tokens_as_passes_do_and_solving_does_not(model: transformers.PreTrainedModel) -> None:
     twice = Tokens(2 * TOKENS.windows, TOKENS.length, TOKENS.batch)
     once, _ = stages(model, method="loss-optimal", keep=0.8)
@@ -213,8 +287,8 @@ def _all(operations: list[Operation]) -> float:
 
 
 SIZES = {"product": (8, 8, 8), "attention": (1, 2, 8, 4), "attention back": (1, 2, 8, 4), "triangular": (8, 3),
-         "solve": (8, 3), "pivot": (4, 8, 8), "gram": (16, 8), "cross": (16, 8), "energy": (16, 8),
-         "fisher": (2, 4, 8, 8), "select": (4, 8), "pack": (8, 8), "sweep": (8, 8, 4)}  # fmt: skip
+         "solve": (8, 3), "channels": (8, 24, 6), "pivot": (4, 8, 8), "gram": (16, 8), "cross": (16, 8),
+         "energy": (16, 8), "fisher": (2, 4, 8, 8), "select": (4, 8), "pack": (8, 8), "sweep": (8, 8, 4)}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", sorted(set(KINDS) - {"call"}))

@@ -1,5 +1,6 @@
 """What runs in the passes of a compression: blocks forward and back, and the statistics that are collected."""
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -9,12 +10,15 @@ import torch
 from transformers import PreTrainedModel
 
 from pared.calibration.statistics import CROSS, backward_data_fraction, statistic_kind
+from pared.engine.cost.channels import groups_by_shape, narrow
 from pared.engine.cost.traced import ModelTrace, Trace, trace
 from pared.engine.needs import Tokens
 from pared.engine.spec import CompressionSpec, LowRankSpec, PassSpec
 from pared.operations import Operation, product
 from pared.schema.plan import LowRank, Plan, Shared
+from pared.schema.width import Width
 from pared.structure import Anatomy, Site
+from pared.structure.groups import ChannelGroup
 
 Shapes = Sequence[tuple[int, int]]
 Names = Callable[[Shapes], Collection[str]]
@@ -51,6 +55,11 @@ class Work:
     def vocabulary(self) -> int:
         """How many logits a token has."""
         return int(self.model.get_input_embeddings().weight.shape[0])
+
+    @functools.cached_property
+    def channels(self) -> tuple[ChannelGroup, ...]:
+        """The channel groups, by shape, where widths are decided."""
+        return groups_by_shape(self.anatomy, self.spec)
 
     def readers(self, index: int) -> list[list[Site]]:
         """Return the sites of a block by what they read."""
@@ -173,10 +182,14 @@ def compressed(work: Work, index: int, forward: Sequence[Operation]) -> list[Ope
     there = {one.sizes: one for one in forward if one.kind == "product"}
     for site in work.anatomy.sites_of(index):
         decision, sizes = planned[site.name], (rows, site.in_features, site.out_features)
-        if not isinstance(decision, (LowRank, Shared)) or sizes not in there:
+        if not isinstance(decision, (LowRank, Shared, Width)) or sizes not in there:
             continue
         gone[sizes] += 1
-        dtype, rank = there[sizes].dtype, decision.rank
+        dtype = there[sizes].dtype
+        if isinstance(decision, Width):
+            more.append(narrow(sizes, decision, dtype))
+            continue
+        rank = decision.rank
         read = site.in_features - (rank if decision.pivoted else 0)
         more += [product(rows, read, rank, dtype), product(rows, rank, site.out_features, dtype)]
         if decision.pivoted:  # inputs are put in order

@@ -21,13 +21,15 @@ from pared.operations import Operation
 from pared.sparsity import masks
 from pared.sparsity.pattern import Unstructured
 from pared.sparsity.sparsegpt import FactorisedHessian
+from pared.widths import remove_channels
 
 SLOWEST = 0.3  # seconds of an operation that is not repeated
 # Largest operations that are measured as they are, in flops, or in bytes where there is no arithmetic.
 LIMITS = {
     "product": 1e10, "attention": 4e9, "attention back": 4e9, "stream": 2**28, "eigh": 7.8e10, "plain eigh": 7.8e10,
-    "cholesky": 3e9, "triangular": 4e9, "solve": 8e9, "pivot": 1e10, "gram": 1e10, "cross": 1e10, "energy": 2**27,
-    "fisher": 1e10, "mirror": 2**28, "select": 2**26, "pack": 2**26, "sweep": 1e10, "read": 2**26, "write": 2**26,
+    "cholesky": 3e9, "channels": 1e10, "triangular": 4e9, "solve": 8e9, "pivot": 1e10, "gram": 1e10, "cross": 1e10,
+    "energy": 2**27, "fisher": 1e10, "mirror": 2**28, "select": 2**26, "pack": 2**26, "sweep": 1e10, "read": 2**26,
+    "write": 2**26,
 }  # fmt: skip
 RANDOM = 2**22  # different random numbers; more are repeated
 
@@ -123,6 +125,13 @@ def _eigh(operation: Operation, device: torch.device) -> Callable[[], Any]:
 def _cholesky(operation: Operation, device: torch.device) -> Callable[[], Any]:
     gram = _square(operation.sizes[0], device)
     return lambda: torch.linalg.cholesky_ex(gram)
+
+
+def _channels(operation: Operation, device: torch.device) -> Callable[[], Any]:
+    out, width, least = operation.sizes
+    weight, gram = _random(out, width, device=device), _square(width, device)
+    energies = torch.ones(out, dtype=torch.float64, device=device)
+    return lambda: remove_channels(weight, gram, energies, least=min(least, width - 1))
 
 
 def _triangular(operation: Operation, device: torch.device) -> Callable[[], Any]:
@@ -229,6 +238,7 @@ _PREPARE: dict[str, Callable[[Operation, torch.device], Callable[[], Any]]] = {
     "eigh": _eigh,
     "plain eigh": _eigh,
     "cholesky": _cholesky,
+    "channels": _channels,
     "triangular": _triangular,
     "solve": _solve,
     "pivot": _pivot,

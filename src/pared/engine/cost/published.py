@@ -76,7 +76,8 @@ H100 = Published(
     disk=2e9,
     source="NVIDIA H100 Tensor Core GPU data sheet (SXM: 989 TFLOP/s bfloat16 dense, 67 TFLOP/s float64 tensor core, "
     "67 TFLOP/s float32, 3.35 TB/s)",
-    # A symmetric eigenproblem is half matrix-vector products and a divide and conquer on the host.
-    reached={"eigh": 0.015, "plain eigh": 0.015, "cholesky": 0.2, "qr": 0.05, "pivot": 0.05},
+    # A symmetric eigenproblem is half matrix-vector products and a divide and conquer on the host; of channels one goes
+    # after the other.
+    reached={"eigh": 0.015, "plain eigh": 0.015, "cholesky": 0.2, "qr": 0.05, "pivot": 0.05, "channels": 0.02},
 )
 MACHINES = {"h100": H100}

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from pared.calibration.statistics import statistic_kind
+from pared.engine.cost.channels import cut, order
 from pared.engine.cost.passes import Shapes, Work, update_kind
 from pared.engine.grouping import candidate_units
 from pared.engine.needs import decomposition_bytes
@@ -47,7 +48,7 @@ def realize(work: Work, from_disk: bool = False) -> list[Operation]:
         found += factors((out, width), rank, work.spec.config)
         if getattr(site.decision, "pivoted", False):
             found.append(Operation("pivot", (rank, width, out)))
-    return found
+    return [*found, *(one for group in work.channels if from_disk for one in cut(group, work.plan))]
 
 
 def refit(work: Work) -> list[Operation]:
@@ -93,7 +94,12 @@ def _decompose(work: Work, spec: LowRankSpec, step: PassSpec) -> list[Operation]
     units = candidate_units(work.anatomy, spec.group_size, spec.sharing) if shares else []
     closing = {unit.members[-1].name: len(unit.members) for unit in units if len(unit.members) > 1}
     found: list[Operation] = []
-    for together, shapes in _by_input(work):
+    for group in work.channels:
+        found += order(group, spec, work.plan, step)
+        if step.reference:
+            found += _aimed(group.consumer.out_features, group.channels)
+    ranked = spec.structures != "widths"
+    for together, shapes in _by_input(work) if ranked else ():
         found += _solved(work, shapes)
         if step.reference:
             found += [one for out, width in shapes for one in _aimed(out, width)]
@@ -103,7 +109,7 @@ def _decompose(work: Work, spec: LowRankSpec, step: PassSpec) -> list[Operation]
     if step.installs:
         return found + realize(work)
     itemsize = work.model.dtype.itemsize
-    kept = sum(decomposition_bytes(site, spec, itemsize) for site in work.anatomy.sites)
+    kept = sum(decomposition_bytes(site, spec, itemsize) for site in work.anatomy.sites if ranked)
     return [*found, Operation("write", (kept,), "bytes")]
 
 
