@@ -114,11 +114,7 @@ def run_blocks(
             closes = (index + 1) % group == 0 or index == last
             first = index - index % group if closes else index
             if compressed:
-                inputs.hidden.take(read[first].clone() if first < index else read[index])
-                if not closes:
-                    read[index] = inputs.hidden.clone()
-                for again in range(first, index + 1):
-                    propagate(store.load(again), again, anatomy, inputs)
+                _run_again(store, anatomy, inputs, range(first, index + 1), read, read_again=not closes)
             if closes:
                 read.clear()
                 _let_go(store, range(first, index + 1), changes, kept)
@@ -176,13 +172,7 @@ def run_blocks_backward(
     window = first_window
     for start in range(0, max(total, 1), max(part, 1)):  # visited once, too, where other processes have all batches
         trail = Trail(inputs.part(start, start + part))
-        with store.without_embeddings():
-            for index in range(len(store)):
-                block = store.load(index)
-                store.expect(index + 1)
-                with frozen(store.model):
-                    record(block, index, anatomy, trail)
-                store.release(index)
+        _record(store, anatomy, trail)
         there = tokens[window - first_window :][: sum(shape[0] for shape in trail.inputs.hidden.shapes)]
         with frozen(store.model):
             from_head(store.model, anatomy, trail, there, window, labels)
@@ -204,6 +194,17 @@ def run_blocks_backward(
                 del own
                 if index % group == 0:
                     _let_go(store, range(index, min(index + group, last + 1)), changes, kept)
+
+
+def _record(store: BlockStore, anatomy: Anatomy, trail: Trail) -> None:
+    """Let all blocks run forward, and keep what each of them reads."""
+    with store.without_embeddings():
+        for index in range(len(store)):
+            block = store.load(index)
+            store.expect(index + 1)
+            with frozen(store.model):
+                record(block, index, anatomy, trail)
+            store.release(index)
 
 
 def visit_blocks(
@@ -244,6 +245,32 @@ def _unobserved(index: int, inputs: BlockInputs, reference: DenseReference | Non
     if reference is not None:
         propagate_reference(index, inputs, reference)
     return BlockStatistics(index, {})
+
+
+def _run_again(
+    store: BlockStore,
+    anatomy: Anatomy,
+    inputs: BlockInputs,
+    members: range,
+    read: dict[int, HiddenStates],
+    read_again: bool,
+) -> None:
+    """Let blocks run as they are now, on what the first of them read.
+
+    Args:
+        store: hands out the blocks.
+        anatomy: of the model.
+        inputs: become what the last of them outputs.
+        members: the blocks, of which the last was visited just now.
+        read: what blocks of the open group read.
+        read_again: whether what the last of them read is needed once more.
+    """
+    first, last = members[0], members[-1]
+    inputs.hidden.take(read[first].clone() if first < last else read[last])
+    if read_again:
+        read[last] = inputs.hidden.clone()
+    for index in members:
+        propagate(store.load(index), index, anatomy, inputs)
 
 
 def _hand_on(

@@ -197,7 +197,6 @@ def train(
     if not count:
         raise ParedError(f"stage {stage.name!r} of method {tuning.method} has nothing to train in {tuning.model}")
     folder.mkdir(parents=True, exist_ok=True)
-    schedule, more = SCHEDULES[stage.schedule if tuning.schedule == "auto" else tuning.schedule]
     watch = Watch(stage.name, progress, examples.tokens_per_row, folder)
     validation = Validation(
         examples.validation,
@@ -208,31 +207,7 @@ def train(
         stage.patient,
         processes.agreed,
     )
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=tuning.batch,
-        gradient_accumulation_steps=tuning.accumulation,
-        learning_rate=learning_rate,
-        lr_scheduler_type=schedule,
-        lr_scheduler_kwargs=more,
-        warmup_steps=warmup_steps(stage.warmup if tuning.warmup is None else tuning.warmup, steps),
-        weight_decay=tuning.weight_decay,
-        max_grad_norm=tuning.clip,
-        save_strategy="steps",
-        save_steps=tuning.checkpoint_every,
-        save_total_limit=2,
-        logging_steps=10,
-        logging_nan_inf_filter=False,
-        report_to=list(tuning.report_to) or "none",
-        seed=tuning.seed,
-        use_cpu=processes.device.type == "cpu",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        ddp_broadcast_buffers=False,  # frozen bases are buffers, and large
-        dataloader_pin_memory=processes.device.type != "cpu",
-    )
-    arguments._n_gpu = min(arguments._n_gpu, 1)  # the Trainer would split batches over all GPUs of one process
+    arguments = _arguments(stage, tuning, learning_rate, steps, folder, processes)
     trainer = StageTrainer(
         prepared,
         precision,
@@ -258,14 +233,54 @@ def train(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         done = trainer.state.global_step
     processes.wait()
-    state = None if validation.best is None else load_file(validation.best)
-    if processes.sharded:
-        state = state or state_of(prepared)
-    elif state is not None:
-        put_back(prepared, state, str(validation.best))
-        state = None
+    state = _best_state(prepared, validation, processes)
     prepared.model.eval()
     return StageResult(stage.name, done, watch.tokens, count, watch.losses(), validation.history), state
+
+
+def _arguments(
+    stage: Stage, tuning: TrainingConfig, learning_rate: float, steps: int, folder: Path, processes: TrainingProcesses
+) -> TrainingArguments:
+    """Return what the Trainer is told of a stage; the arguments are those of :func:`train`."""
+    schedule, more = SCHEDULES[stage.schedule if tuning.schedule == "auto" else tuning.schedule]
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=tuning.batch,
+        gradient_accumulation_steps=tuning.accumulation,
+        learning_rate=learning_rate,
+        lr_scheduler_type=schedule,
+        lr_scheduler_kwargs=more,
+        warmup_steps=warmup_steps(stage.warmup if tuning.warmup is None else tuning.warmup, steps),
+        weight_decay=tuning.weight_decay,
+        max_grad_norm=tuning.clip,
+        save_strategy="steps",
+        save_steps=tuning.checkpoint_every,
+        save_total_limit=2,
+        logging_steps=10,
+        logging_nan_inf_filter=False,
+        report_to=list(tuning.report_to) or "none",
+        seed=tuning.seed,
+        use_cpu=processes.device.type == "cpu",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        ddp_broadcast_buffers=False,  # frozen bases are buffers, and large
+        dataloader_pin_memory=processes.device.type != "cpu",
+    )
+    arguments._n_gpu = min(arguments._n_gpu, 1)  # the Trainer would split batches over all GPUs of one process
+    return arguments
+
+
+def _best_state(
+    prepared: Prepared, validation: Validation, processes: TrainingProcesses
+) -> dict[str, torch.Tensor] | None:
+    """Have the model in the best state that was measured, the last where none was; return that of a model in shards."""
+    state = None if validation.best is None else load_file(validation.best)
+    if processes.sharded:
+        return state or state_of(prepared)
+    if state is not None:
+        put_back(prepared, state, str(validation.best))
+    return None
 
 
 def _compute_again(model: Any) -> None:
