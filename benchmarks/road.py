@@ -23,7 +23,7 @@ from pared.calibration import BlockStatistics, capture
 from pared.data.texts import find_text
 from pared.data.windows import cut
 from pared.engine.blocks import run_blocks
-from pared.entrypoints.compress import run
+from pared.entrypoints.run import run
 from pared.environment import choose_dtype, device_of
 from pared.lowrank.registry import nothing
 from pared.models.source import find_model

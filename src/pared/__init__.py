@@ -14,11 +14,12 @@ from pared.lazy import lazy_package
 if TYPE_CHECKING:
     from pared.checkpoint import load, load_tokenizer, verify
     from pared.entrypoints.api import collect_statistics, evaluate, plan, search
-    from pared.entrypoints.compress import compress, run
+    from pared.entrypoints.compress import compress
     from pared.entrypoints.convert import convert
     from pared.entrypoints.evaluate import perplexity
     from pared.entrypoints.export import export
     from pared.entrypoints.result import Compressed
+    from pared.entrypoints.run import run
     from pared.entrypoints.train import tune
     from pared.environment import __version__
     from pared.errors import ParedError
@@ -61,11 +62,12 @@ lazy_package(
     {
         "pared.checkpoint": ["load", "load_tokenizer", "verify"],
         "pared.entrypoints.api": ["collect_statistics", "evaluate", "plan", "search"],
-        "pared.entrypoints.compress": ["compress", "run"],
+        "pared.entrypoints.compress": ["compress"],
         "pared.entrypoints.convert": ["convert"],
         "pared.entrypoints.evaluate": ["perplexity"],
         "pared.entrypoints.export": ["export"],
         "pared.entrypoints.result": ["Compressed"],
+        "pared.entrypoints.run": ["run"],
         "pared.entrypoints.train": ["tune"],
         "pared.environment": ["__version__"],
         "pared.errors": ["ParedError"],

@@ -25,7 +25,7 @@ def compress(
         quiet_libraries()
         recipe = given.merged()
         require_compression(recipe, overwrite, resume)
-        from pared.entrypoints.compress import run
+        from pared.entrypoints.run import run
 
         outcome = run(recipe, overwrite, ConsoleProgress(), resume=resume)
         if not outcome.is_first:

@@ -31,7 +31,7 @@ def demo(
             f"pared compress {recipe.model} --method {recipe.method} --keep {recipe.keep:g} --data {given.text} "
             f"--samples {given.samples} --length {given.length} --out {place}"
         )
-        from pared.entrypoints.compress import reusable, run
+        from pared.entrypoints.run import reusable, run
 
         outcome = reusable(recipe)
         if outcome is None:

@@ -16,7 +16,7 @@ from pared.schema.recipe import Recipe
 from pared.schema.search import SearchConfig
 
 if TYPE_CHECKING:
-    from pared.entrypoints.search import Found
+    from pared.entrypoints.search_found import Found
 
 SEARCHED = (*SHAPES, "method", "keep", "sparsity", "storage", "device", "calibration.text", "calibration.samples",
             "calibration.dtype")  # fmt: skip
@@ -61,7 +61,8 @@ def search(
             require_plotting()
         recipe, settings = given.merged(), config.merged()
         require_search(recipe)
-        from pared.entrypoints.search import TRACE, pools_on, run
+        from pared.entrypoints.search import pools_on, run
+        from pared.entrypoints.search_found import TRACE
 
         found = run(recipe, settings, folder, ConsoleProgress(), pools_on(ray), resume)
         print_found(found)

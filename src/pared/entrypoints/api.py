@@ -29,9 +29,10 @@ from pared.engine.early import require_possible, require_suited
 from pared.entrypoints.evaluate import evaluate as measured
 from pared.entrypoints.in_place import where_it_is
 from pared.entrypoints.plan import plan_of
-from pared.entrypoints.search import Found, pools_on
+from pared.entrypoints.search import pools_on
 from pared.entrypoints.search import run as search_by_name
 from pared.entrypoints.search import search as search_loaded
+from pared.entrypoints.search_found import Found
 from pared.errors import ParedError
 from pared.models.loaded import LoadedModel
 from pared.models.trust import trusting

@@ -1,52 +1,36 @@
-"""A compression: a model by name or from memory, compressed block by block, and the folder that is made of it."""
+"""A compression in Python: a model by name or from memory, and what it is calibrated on."""
 
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, suppress
-from dataclasses import replace
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pared.arguments import asked_from, kind_of, name_from, recipe_from, require_model, require_tokenizer
+from pared.arguments import kind_of, name_from, recipe_from, require_model, require_tokenizer
 from pared.calibration import saved_blocks
-from pared.calibration.spool import ActivationMemory
-from pared.checkpoint import verify
-from pared.checkpoint.seal import published_recipe
 from pared.data.handed import text_of
 from pared.data.texts import Text, handed_over
 from pared.data.windows import Windows
-from pared.engine.checks import require_finite_weights
-from pared.engine.early import require_job, require_possible, require_suited, require_texts
 from pared.engine.early import require_model as require_named_model
-from pared.engine.run_state import CompressionRun, spent
-from pared.engine.spec import CompressionSpec
-from pared.entrypoints.in_place import Collected, compress_in_place, require_compressible, where_it_is
-from pared.entrypoints.measure import PerplexityOn
-from pared.entrypoints.result import Before, Compressed, Outcome, publish
-from pared.entrypoints.resume import Resumable, fingerprint_of, measured_once, published
-from pared.entrypoints.streamed import StreamedModel, reading_of
+from pared.engine.early import require_possible, require_texts
+from pared.entrypoints.compressing import compress_by_name, compressed, measure_of
+from pared.entrypoints.in_place import Collected, require_compressible, where_it_is
+from pared.entrypoints.result import Before, Compressed
 from pared.entrypoints.texts_read import TextsRead, read_texts
-from pared.environment import device_of, versions
 from pared.errors import ParedError
-from pared.io.apart import require_apart
 from pared.io.files import path_of
-from pared.memory import format_size
 from pared.models.architecture import is_causal
 from pared.models.loaded import name_of
 from pared.models.source import ModelSource, find_model
 from pared.models.trust import trusting
 from pared.notebook import watcher_of
-from pared.processes import ALONE, Processes, launched
-from pared.progress import Progress, Silent, Stopwatch
-from pared.schema.manifest import Manifest
+from pared.progress import Progress, Stopwatch
 from pared.schema.options import Options
 from pared.schema.presets import note_of
 from pared.schema.recipe import Recipe
-from pared.structure import find_anatomy
-from pared.structure.finite import require_finite
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -135,77 +119,9 @@ def compress(
             source = require_named_model(spec)
             if tokenizer is not None:
                 require_tokenizer(tokenizer, function)
-            return _by_name(source, spec, watcher, tokenizer=tokenizer, windows=windows, collected=collected)
+            return compress_by_name(source, spec, watcher, tokenizer=tokenizer, windows=windows, collected=collected)
         measured = "evaluation" in fields or (asked_for.preset is None and "evaluation" in asked_for.model_fields_set)
         return _in_memory(model, tokenizer, asked_for, measured, watcher, windows, collected)
-
-
-def run(
-    recipe: Recipe,
-    overwrite: bool = False,
-    progress: Progress | bool | None = None,
-    trust_remote_code: bool = False,
-    resume: bool | None = None,
-) -> Outcome:
-    """Carry out a recipe from model name to folder.
-
-    What can be refused is refused before the first weight is read. The folder is made beside its place, reloaded,
-    compared with the model in memory, evaluated, and only then renamed. Every block is kept in a hidden folder beside
-    the output as it is finished, which goes when the output is there.
-
-    Where ``torchrun`` or ``accelerate launch`` has started several processes, each calls this with the same arguments:
-    they share the windows and the sites, and the first writes and measures. A run that was killed resumes with any
-    number of them.
-
-    Args:
-        recipe: with ``model`` and ``out``.
-        overwrite: whether an output folder that is there may be replaced.
-        progress: what reports progress, or whether bars are shown; by default in a notebook only.
-        trust_remote_code: whether code that lies beside the model's weights may run.
-        resume: True resumes from the last block that a killed run of the very same recipe, model, data and versions
-            finished, to the same bytes; False removes what it finished, and starts over. None, the default, is refused
-            where there is any.
-
-    Raises:
-        ParedError: anything wrong; nothing was written or overwritten, and what is finished is kept.
-    """
-    with trusting(trust_remote_code):
-        asked, watcher = asked_from(Recipe, recipe, "pared.run"), watcher_of(progress, "pared.run")
-        with launched(asked.device) as processes:
-            watcher = watcher if processes.is_first else Silent()
-            if resume is not False and (there := processes.first(lambda: _published(asked))) is not None:
-                return replace(there, is_first=processes.is_first)
-            spec, source, out = require_job(asked, overwrite, bool(resume))
-            state = Resumable.beside(out, resume, watcher) if processes.is_first else nullcontext()
-            with state as resumable:
-                result = _by_name(source, spec, watcher, out, resumable=resumable, processes=processes)
-                saver, streamed, result.streamed = result.saver(last=True), result.streamed, None
-                del result.model  # there may be room for only one of it and what is reloaded
-                with nullcontext() if streamed is None else streamed.handed_over():
-                    sealed = None if resumable is None else resumable.publishing
-                    outcome = processes.first(lambda: publish(result, saver, out, overwrite, watcher, sealed))
-            return replace(outcome, is_first=processes.is_first)
-
-
-def _published(recipe: Recipe) -> Outcome | None:
-    """Return the outcome of a run that was killed after its output took its place; its state is removed."""
-    out, spec = path_of(recipe.out or ""), require_possible(recipe)
-    if recipe.out is None or not published(spec, lambda: require_named_model(spec), out):
-        return None
-    return Outcome(out, Manifest.read(out))
-
-
-def reusable(recipe: Recipe) -> Outcome | None:
-    """Return the outcome in a recipe's output folder if this very recipe and these versions made it and it is whole."""
-    folder = path_of(recipe.out or "")
-    try:
-        manifest = Manifest.read(folder)
-        if manifest.recipe != published_recipe(recipe) or manifest.versions != versions():
-            return None
-        verify(folder)
-    except ParedError:
-        return None
-    return Outcome(folder, manifest)
 
 
 def _calibrated_on(
@@ -222,72 +138,6 @@ def _calibrated_on(
         tokenizer = None
     text = text_of(data, tokenizer, function)
     return None, text, {**fields, "data": text.name}
-
-
-def _by_name(
-    source: ModelSource,
-    spec: CompressionSpec,
-    progress: Progress,
-    out: Path | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    windows: Windows | None = None,
-    collected: Collected | None = None,
-    resumable: Resumable | None = None,
-    processes: Processes = ALONE,
-) -> Compressed:
-    """Load a model, measure it and compress it; what can be refused is refused before weights are read.
-
-    Args:
-        source: of the model.
-        spec: of the recipe.
-        progress: what reports progress.
-        out: where it will be written, if that is known.
-        tokenizer: in place of the model's own.
-        windows: in place of the recipe's text.
-        collected: as for :func:`compress`.
-        resumable: opens the state that outlives a killed process.
-        processes: that compress together; the first alone writes and measures.
-    """
-    recipe = spec.recipe
-    device_of(recipe.device)
-    config = source.config()
-    require_suited(config, spec, source.name)
-    if out is not None:
-        require_apart(out, [Path(source.location)])  # of an embedded model or a .gguf file in the cache
-    watch, causal = Stopwatch(), is_causal(config.architectures or [])
-    if note := note_of(recipe):
-        progress.note(note)
-    with watch("load"):
-        tokenizer = tokenizer or source.tokenizer()
-        texts = read_texts(spec, config, causal, tokenizer, progress, windows)
-        if source.is_dequantised:
-            progress.note(f"{source.name} is {source.origin}; sizes are compared with the dequantised weights")
-        resumed = processes.agreed(None if resumable is None else resumable.streamed)
-        reading = reading_of(source, spec, texts, progress, out, resumed)
-        chosen = processes.agreed(reading.streamed)
-        if source.is_multimodal and not source.processor_files():
-            progress.note(f"{source.name} is a vision-language model without files of its image processor: "
-                          "the folder will have none either")  # fmt: skip
-        streamed, memory = None, ActivationMemory(reading.activation_memory, out)
-        if chosen:
-            streamed = StreamedModel(source, recipe, memory, out)
-            model = streamed.store.model
-        else:
-            model = source.load(recipe.dtype).to(device_of(recipe.device))
-            # Before perplexity, which could only say "nan".
-            require_finite_weights(model, find_anatomy(model, recipe.blocks))
-            require_finite(model, source.name)
-    measure = _measure(texts, tokenizer, recipe, watch, progress, memory)
-    before = Before(source.name, source.origin, source, measure)
-    state = None if resumable is None else resumable.open(fingerprint_of(spec, source, texts.calibration, chosen))
-    if state is not None and streamed is not None:
-        streamed.store.folder = state.folder
-    with memory if streamed is None else nullcontext():  # that of a streamed model is needed until it is saved
-        found = _compressed(
-            model, tokenizer, spec, progress, texts, collected, before, watch, state, streamed, memory, processes
-        )
-    found.memory_bound_bytes = reading.memory_bound
-    return found
 
 
 def _in_memory(
@@ -314,9 +164,9 @@ def _in_memory(
         causal = is_causal([type(model).__name__])
         with watch("load"):
             texts = read_texts(spec, model.config, causal, tokenizer, progress, windows)
-        measure = _measure(texts, tokenizer, recipe, watch, progress)
+        measure = measure_of(texts, tokenizer, recipe, watch, progress)
     before = Before(name, "loaded in Python", source, measure)
-    made = _compressed(model, tokenizer, spec, progress, texts, collected, before, watch)
+    made = compressed(model, tokenizer, spec, progress, texts, collected, before, watch)
     made.recipe = made.recipe.model_copy(update={"device": asked})
     return made
 
@@ -328,77 +178,3 @@ def _lies_beside(name: str) -> ModelSource | None:
         if source is not None and os.path.exists(source.place):
             return source
     return None
-
-
-def _compressed(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    spec: CompressionSpec,
-    progress: Progress,
-    texts: TextsRead,
-    collected: Collected | None,
-    before: Before,
-    watch: Stopwatch,
-    state: CompressionRun | None = None,
-    streamed: StreamedModel | None = None,
-    memory: ActivationMemory | None = None,
-    processes: Processes = ALONE,
-) -> Compressed:
-    """Measure the dense model where that is asked for, and compress it."""
-    store = None if streamed is None else streamed.store
-    if state is not None:
-        state.time_by(watch)
-    if before.measure is not None:
-        measure = before.measure
-        value = processes.first(lambda: measured_once(measure, model, state, store))
-        before = replace(before, perplexity=value, learned_from=texts.learned_from)
-    made = compress_in_place(
-        model,
-        tokenizer,
-        spec,
-        progress,
-        texts.calibration,
-        collected,
-        state=state,
-        store=store,
-        memory=memory,
-        processes=processes,
-    )
-    if memory is not None and memory.spilled:
-        progress.note(f"up to {format_size(memory.spilled)} of hidden states lay on the disk")
-    earlier = () if state is None else state.earlier
-    seconds, peak = spent(earlier, {**watch.seconds, **made.seconds})
-    return Compressed(
-        model=made.model,
-        tokenizer=tokenizer,
-        recipe=spec.recipe,
-        settled={**spec.describe(), "device": str(device_of(spec.recipe.device))},
-        plan=made.plan,
-        before=before,
-        sharing=made.sharing,
-        damping=made.damping,
-        shrinkage=made.shrinkage,
-        fallbacks=made.fallbacks,
-        refined=made.refined,
-        calibration=made.calibration,
-        seconds=seconds,
-        resumed=len(earlier),
-        earlier_peak_bytes=peak,
-        streamed=streamed,
-    )
-
-
-def _measure(
-    texts: TextsRead,
-    tokenizer: PreTrainedTokenizerBase,
-    recipe: Recipe,
-    watch: Stopwatch,
-    progress: Progress,
-    memory: ActivationMemory | None = None,
-) -> PerplexityOn | None:
-    """Return what perplexity is measured by, none for nothing."""
-    if texts.evaluation is None or recipe.evaluation is None:
-        return None
-    return PerplexityOn(
-        texts.evaluation, tokenizer, recipe.evaluation.bos, device_of(recipe.device), watch, progress, memory
-    )

@@ -1,37 +1,35 @@
 """A whole search: a model by name, its scores once, candidates one after the other, the best of them in a file."""
 
-import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pared.allocation.dsa import SCORE_TOKENS, parse
+from pared.allocation.dsa import SCORE_TOKENS
 from pared.data.lengths import Length
 from pared.data.windows import Windows, cut, require_fits
 from pared.engine.spec import CompressionSpec, LowRankSpec, SparseSpec, method_of, resolve
 from pared.entrypoints.in_place import where_it_is
+from pared.entrypoints.search_found import FOUND, JOURNAL, TRACE, Found, write_found
 from pared.environment import device_of
 from pared.errors import ParedError
 from pared.io.apart import require_apart
 from pared.io.digests import model_digest
-from pared.io.files import write_whole
 from pared.io.inputs import inputs_of, told_apart, without_places
 from pared.io.output_dir import require_short
 from pared.models.architecture import is_causal
 from pared.models.source import find_model, require_dense
-from pared.names import called, option_called, ways_on
+from pared.names import called, ways_on
 from pared.progress import Progress, Silent
 from pared.schema.recipe import Recipe
 from pared.schema.search import SearchConfig
 from pared.search.data_split import search_texts
 from pared.search.evidence import FILE as EVIDENCE
-from pared.search.evolution import Candidate, Measured, Result, best_so_far, evolve
+from pared.search.evolution import Candidate, Measured, Result, evolve
 from pared.search.journal import SearchJournal
 from pared.search.objective import Measure, Trial, first, successive_halving_splits
 from pared.search.pool import InProcess, Processes
@@ -40,10 +38,7 @@ from pared.search.ranks import require_rankable
 from pared.search.zeros import require_pruner
 from pared.sparsity import PruningMethod
 from pared.sparsity.registry import Wanda
-from pared.tables import Shown, Table
 
-JOURNAL, FOUND, TRACE = "journal.jsonl", "FOUND.json", "trace.png"
-FORMAT = 1
 LENGTH = 1024  # tokens of a window by default
 # What a journal holds of a search's own settings, in this order: the same settings write the same bytes.
 SETTINGS = ("iterations", "population", "sample_ratio", "top", "seed", "strategy", "workers", "rungs", "windows",
@@ -61,41 +56,6 @@ class Pool(Protocol):
 
 
 Pools = Callable[[Measure, int], AbstractContextManager[Pool]]
-
-
-@dataclass(frozen=True, repr=False)
-class Found(Shown):
-    """What a search found; shown as a table of perplexities, with the program.
-
-    Attributes:
-        folder: journal, evidence and ``FOUND.json``.
-        told: the content of ``FOUND.json``.
-    """
-
-    folder: Path
-    told: Mapping[str, Any]
-
-    @property
-    def program(self) -> str:
-        """The best program."""
-        return str(self.told["program"])
-
-    def table(self) -> Table:
-        """Return the perplexities of the dense model, the uniform allocation and the best program."""
-        rows = [
-            (name, *(_number(self.told[key][split]) for split in ("search", "full")))
-            for name, key in (("dense", "dense"), ("uniform", "uniform"), ("best", "perplexity"))
-        ]
-        lines = [f"best program: {self.program}", *self.remarks()]
-        return Table("search", ("perplexity", "windows of the search", "full split"), rows, lines)
-
-    def remarks(self) -> list[str]:
-        """Return what is to be said of the best program: whether it is better at all, and how it is used."""
-        uniform, best = self.told["uniform"]["full"], self.told["perplexity"]["full"]
-        no_worse = "on the full split the uniform allocation is no worse: search longer or on more windows"
-        program = option_called("program", str(self.folder / FOUND), "allocation_options")
-        use = f"use it: {called('allocation', 'dsa')} {program}"
-        return [*([no_worse] if uniform is not None and uniform <= best else []), use]
 
 
 def run(
@@ -183,7 +143,7 @@ def search(
                               "final windows this is shorter")  # fmt: skip
             finals = _finals(results, config, pool, journal, progress)
         references |= _references(measure, trial, journal, " final", progress)
-        return _write(out, trial, settings, results, finals, references)
+        return write_found(out, trial, settings, results, finals, references)
 
 
 def require_searchable(recipe: Recipe) -> CompressionSpec:
@@ -342,40 +302,3 @@ def _finals(
             written += 1
     return [(one, measured.values[-1] if measured and measured.values else math.inf)
             for one, measured in zip(best, found, strict=True)]  # fmt: skip
-
-
-def _write(
-    out: Path,
-    trial: Trial,
-    settings: Mapping[str, Any],
-    results: list[Result],
-    finals: list[tuple[Result, float]],
-    references: Mapping[str, float],
-) -> Found:
-    """Write ``FOUND.json``: whole or not at all."""
-    if not finals or not math.isfinite(min(value for _, value in finals)):
-        raise ParedError(f"no candidate has a finite perplexity (see {out / JOURNAL}); ask for fewer zeros")
-    best, value = min(finals, key=lambda one: one[1])
-    program = str(best.candidate.program)
-    told = {
-        "pared_program": FORMAT,
-        "program": program,
-        "score_tokens": settings["score_tokens"],
-        "method": settings["method"],
-        **{name: settings[name] for name in ("sparsity", "keep") if name in settings},
-        "perplexity": {"search": best.fitness, "full": value},
-        "uniform": {"search": references["uniform"], "full": references["uniform final"]},
-        "dense": {"search": references["dense"], "full": references["dense final"]},
-        "candidate": best.candidate.number,
-        "blocks": trial.shares(parse(program)),
-        "best": [{"program": str(one.candidate.program), "search": one.fitness, "full": full} for one, full in finals],
-        "settings": dict(settings),
-        "trace": best_so_far(results),
-    }
-    told = json.loads(json.dumps(told), parse_constant=lambda _: None)  # JSON has no infinity
-    write_whole(out / FOUND, json.dumps(told, indent=2, allow_nan=False) + "\n")
-    return Found(out, told)
-
-
-def _number(value: float | None) -> str:
-    return "infinite" if value is None else f"{value:.4f}"

@@ -13,16 +13,12 @@ from transformers.integrations import get_available_reporting_integrations
 
 from pared.arguments import asked_from, config_from
 from pared.checkpoint import is_compressed, load, mark, module_map, save
-from pared.data.evaluated import evaluation_windows
 from pared.data.lengths import Length
-from pared.data.overlap import overlap
-from pared.data.texts import learned_part
-from pared.data.windows import Windows
-from pared.entrypoints.measure import PerplexityOn
 from pared.entrypoints.parent import parent_of
 from pared.entrypoints.publish import Publication, Reread, ResidentSaver
+from pared.entrypoints.training_perplexity import TrainingPerplexity, asked_evaluation
 from pared.environment import machine, peak_memory_bytes, versions
-from pared.errors import ParedError, TextTooShortError
+from pared.errors import ParedError
 from pared.io.files import path_of
 from pared.io.inputs import inputs_of
 from pared.io.output_dir import require_free, require_space, staged
@@ -33,10 +29,8 @@ from pared.names import called
 from pared.notebook import watcher_of
 from pared.progress import Progress, Silent, Stopwatch
 from pared.report.results import trained_table
-from pared.report.table import WORTH_SAYING
 from pared.schema.manifest import Fingerprint, Manifest, StageRecord, Training, WindowsRead
 from pared.schema.presets import note_of, record_of, require_user_fields
-from pared.schema.recipe import Evaluation
 from pared.schema.training import TrainingConfig
 from pared.tables import Shown, Table
 from pared.training.dataset import Examples, find_rows
@@ -145,19 +139,21 @@ class _Job:
         if note := note_of(tuning):
             self.progress.note(note)
         with self.watch("load"):
-            asked = self.asked_evaluation() if self.causal else None
+            asked = asked_evaluation(tuning, self.parent) if self.causal else None
             evaluated = None if asked is None else asked.text
             examples = find_rows(tuning, self.tokenizer, self.config, self.causal, evaluated)
-            measure = self.measure(self.evaluation_windows(examples))
+            perplexity = TrainingPerplexity(
+                tuning, asked, self.parent, self.tokenizer, examples, self.processes, self.watch, self.progress
+            )
         stages = self.method.stages(self.options)
         with TrainingRun.beside(self.out, self.settings(examples), self.processes, self.resume) as run:
             if run.resumed:
                 self.progress.note(f"resuming the training that {run.folder} holds")
             elif self.resume:
                 self.progress.note(f"nothing to resume: no state of a training lies beside {self.out}")
-            before = self.measured(run, measure)
+            before = perplexity.before(run)
             went = [self.trained(run, number, stages, examples) for number in range(1, len(stages) + 1)]
-            self.processes.first(lambda: self.write(run, went, examples, measure, before))
+            self.processes.first(lambda: self.write(run, went, examples, perplexity, before))
             self.processes.first(run.close)
         return Tuned(self.out, Manifest.read(self.out), self.processes.is_first)
 
@@ -243,63 +239,12 @@ class _Job:
         share = stage.share / sum(one.share for one in stages)
         return max(1, math.ceil(tuning.tokens * share / (rows * examples.tokens_per_row)))
 
-    def evaluation_windows(self, examples: Examples) -> Windows | None:
-        """Return what perplexity is measured on, None for nothing: a part too short to be kept apart is not."""
-        asked, chosen = self.asked_evaluation(), self.tuning.evaluation
-        if asked is None or chosen is None or not self.causal:
-            return None
-        learned = {str(row["text"]) for row in examples.described}
-        why = ""
-        if all(name not in learned or learned_part(name, asked.text) == name for name in self.tuning.data):
-            try:
-                return evaluation_windows(asked, self.tokenizer, self.config)
-            except TextTooShortError as error:
-                if chosen.text != "auto" or "length" in chosen.model_fields_set:
-                    raise
-                why = str(error)
-        elif chosen.text != "auto":
-            return evaluation_windows(asked, self.tokenizer, self.config)
-        why = why or f"all of {asked.text!r} is trained on"
-        self.progress.note(f"no perplexity: {why}; name a text to measure it on ({called('evaluation.text')})")
-        return None
-
-    def asked_evaluation(self) -> Evaluation | None:
-        """Return what to measure on, the parent's where it is left to us."""
-        asked = self.tuning.evaluation
-        if asked is None or asked.text != "auto":
-            return asked
-        there = self.parent.evaluation()
-        own = asked.model_dump(include=asked.model_fields_set - {"text"})
-        return None if there is None else there.model_copy(update=own)
-
-    def measure(self, windows: Windows | None) -> PerplexityOn | None:
-        """Return what perplexity is measured by, None for nothing."""
-        asked = self.asked_evaluation()
-        if windows is None or asked is None:
-            return None
-        return PerplexityOn(windows, self.tokenizer, asked.bos, self.processes.device, self.watch, self.progress)
-
-    def measured(self, run: TrainingRun, measure: PerplexityOn | None) -> float | None:
-        """Return the perplexity of the folder before it is trained, once for all tries."""
-        if measure is None:
-            return None
-        digest = measure.windows.digest
-        if (known := self.parent.perplexity_on(digest)) is not None:
-            return known
-
-        def record() -> None:
-            if run.recorded("perplexity before", digest) is None:
-                run.record("perplexity before", digest, measure.before(self.parent.load()))
-
-        self.processes.first(record)
-        return float(run.recorded("perplexity before", digest))
-
     def write(
         self,
         run: TrainingRun,
         went: list[StageResult],
         examples: Examples,
-        measure: PerplexityOn | None,
+        perplexity: TrainingPerplexity,
         before: float | None,
     ) -> None:
         """Write the folder of the last stage where it belongs, checked by reloading and measured."""
@@ -317,7 +262,7 @@ class _Job:
                 parent={"name": self.parent.name, "digest": self.parent.digest},
                 data=[cast("WindowsRead", one) for one in examples.described],
                 stages=[cast("StageRecord", asdict(one)) for one in went],
-                evaluation=None if measure is None else measure.record(self.learned_from(measure.windows, examples)),
+                evaluation=perplexity.record(),
                 perplexity_before=before,
                 perplexity_after=reread.perplexity,
                 seconds=self.watch.seconds,
@@ -332,20 +277,10 @@ class _Job:
             return ResidentSaver(model, self.tokenizer, find_model(str(self.tuning.model)))(folder)
 
         self.progress.note("trained; the folder is written, reloaded and compared"
-                           f"{'' if measure is None else ', then measured'}")  # fmt: skip
+                           f"{'' if perplexity.on is None else ', then measured'}")  # fmt: skip
         Publication(
             self.out, self.parent.name, self.overwrite, self.parent.bytes_needed, inputs=self.read, watch=self.watch
-        ).publish(save_last_stage, manifest, None if measure is None else measure.after)
-
-    def learned_from(self, windows: Windows, examples: Examples) -> float:
-        """Return the share of what is measured on that is trained on, or was calibrated on."""
-        parent = self.parent.manifest
-        calibrated = [] if parent is None or parent.calibration is None else [parent.calibration]
-        share = overlap(windows, [*calibrated, *examples.described], [row["input_ids"] for row in examples.train])
-        if share >= WORTH_SAYING:
-            self.progress.note(f"{share:.0%} of what perplexity is measured on ({windows.text!r}) was trained or "
-                               "calibrated on: it says nothing about text the model has not seen")  # fmt: skip
-        return share
+        ).publish(save_last_stage, manifest, None if perplexity.on is None else perplexity.on.after)
 
     def with_length(self) -> TrainingConfig:
         """Return what is asked for with the length that a default came to on this model, for the record."""

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from pared.cli import console
 from pared.cli.commands import app
 from pared.cli.compress import print_manifest
-from pared.entrypoints.compress import run
+from pared.entrypoints.run import run
 from pared.errors import ParedError
 from pared.schema.evaluate import EvaluationConfig
 from pared.schema.manifest import Manifest

@@ -20,7 +20,7 @@ from pared.data.overlap import overlap
 from pared.data.texts import Text, find_text, held_out, learned_part
 from pared.data.windows import Windows, cut
 from pared.engine.windows import calibration_windows
-from pared.entrypoints.compress import Outcome
+from pared.entrypoints.result import Outcome
 from pared.report import comparison
 
 TOKENIZER = tiny_tokenizer(64)
