@@ -78,6 +78,21 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A folder with a dense model, ``llama``, and a text, ``words.txt``; no output may tell the folder's own name.
+
+    A module that needs more has a ``place`` of its own, which adds to this one.
+    """
+    from tiny_models import TINY_MODELS
+
+    folder = tmp_path_factory.mktemp("secret-user")
+    TINY_MODELS["llama"]().save_pretrained(folder / "llama")
+    tokenizer.save_pretrained(folder / "llama")
+    (folder / "words.txt").write_text(" ".join(f"w{number % 61 + 3}" for number in range(2000)))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def calibration(text_file: Path) -> pared.Calibration:
     """Few, short float32 windows of that text, in batches of uneven size."""

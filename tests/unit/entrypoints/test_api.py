@@ -20,13 +20,10 @@ API = {
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
-    folder = tmp_path_factory.mktemp("place")
-    TINY_MODELS["llama"]().save_pretrained(folder / "llama")
-    tokenizer.save_pretrained(folder / "llama")
-    (folder / "words.txt").write_text(WORDS)
-    pared.compress(folder / "llama", method="svd", keep=0.5, evaluation=None).save(folder / "small")
-    return folder
+def place(place: Path) -> Path:
+    (place / "words.txt").write_text(WORDS)
+    pared.compress(place / "llama", method="svd", keep=0.5, evaluation=None).save(place / "small")
+    return place
 
 
 @pytest.fixture(scope="module")

@@ -25,18 +25,15 @@ CLOCKS = ("seconds", "peak_memory_bytes", "memory_bound_bytes", "checksum")
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
-    folder = tmp_path_factory.mktemp("place")
-    TINY_MODELS["llama"]().save_pretrained(folder / "llama")
-    tokenizer.save_pretrained(folder / "llama")
-    (folder / "words.txt").write_text(WORDS)
+def place(place: Path) -> Path:
+    (place / "words.txt").write_text(WORDS)
     asked = [
-        str(folder / "llama"), "--method", "svd-llm", "--keep", "0.6", "--data", f"file:{folder}/words.txt",
-        "--samples", "4", "--length", "32", "--eval-length", "32", "--out", str(folder / "made"),
+        str(place / "llama"), "--method", "svd-llm", "--keep", "0.6", "--data", f"file:{place}/words.txt",
+        "--samples", "4", "--length", "32", "--eval-length", "32", "--out", str(place / "made"),
     ]  # fmt: skip
     done = CliRunner().invoke(app, ["compress", *asked])
     assert done.exit_code == 0, done.output
-    return folder
+    return place
 
 
 @pytest.fixture

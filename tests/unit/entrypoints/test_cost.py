@@ -6,24 +6,13 @@ from typing import Any
 
 import pytest
 from tiny_models import TINY_MODELS
-from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import pared
 from pared.cli.commands import app
 from pared.engine.cost import measured
 
-WORDS = " ".join(f"w{(7 * place * place + 3 * place) % 64}" for place in range(1200))
 ASKED: dict[str, Any] = {"method": "svd-llm", "keep": 0.5, "samples": 4, "length": 32}
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
-    folder = tmp_path_factory.mktemp("place")
-    TINY_MODELS["llama"]().save_pretrained(folder / "llama")
-    tokenizer.save_pretrained(folder / "llama")
-    (folder / "words.txt").write_text(WORDS)
-    return folder
 
 
 def costed(*args: Any, **fields: Any) -> Any:

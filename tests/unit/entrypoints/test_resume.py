@@ -51,19 +51,9 @@ CASES: dict[str, dict[str, Any]] = {
 OF_THE_RUN = {"seconds", "peak_memory_bytes", "memory_bound_bytes", "resumed", "files", "checksum"}
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
-    """A folder with a dense model and a text."""
-    folder = tmp_path_factory.mktemp("resume")
-    TINY_MODELS["llama"]().save_pretrained(folder / "dense")
-    tokenizer.save_pretrained(folder / "dense")
-    (folder / "words.txt").write_text(" ".join(f"w{number % 61 + 3}" for number in range(2000)))
-    return folder
-
-
 def recipe_of(case: str, place: Path, out: Path, **more: Any) -> Recipe:
     calibration = Calibration(text=f"file:{place}/words.txt", samples=6, length=16, batch=2, dtype="float32")
-    fixed = {"model": str(place / "dense"), "out": str(out), "evaluation": None, "calibration": calibration}
+    fixed = {"model": str(place / "llama"), "out": str(out), "evaluation": None, "calibration": calibration}
     return Recipe(**{**fixed, **CASES[case], **more})
 
 
@@ -221,7 +211,7 @@ def test_fifty_kills_at_random_moments_lead_to_the_very_same_bytes(
 
 def command(place: Path, out: Path, *more: str) -> Any:
     return CliRunner().invoke(app, [
-        "compress", str(place / "dense"), "--method", "sparsegpt", "--sparsity", "0.5", "--out", str(out),
+        "compress", str(place / "llama"), "--method", "sparsegpt", "--sparsity", "0.5", "--out", str(out),
         "--data", f"file:{place}/words.txt", "--samples", "6", "--length", "16", *more,
     ])  # fmt: skip
 
@@ -301,7 +291,7 @@ def test_the_state_of_another_compression_is_refused_with_what_differs(
         with pytest.raises(ParedError, match=r"versions\.torch: '.*' there, '1\.0' now"):
             pared.run(recipe, resume=True)
     (place / "other").mkdir(exist_ok=True)
-    for path in (place / "dense").iterdir():
+    for path in (place / "llama").iterdir():
         (place / "other" / path.name).write_bytes(path.read_bytes())
     weights = bytearray((place / "other" / "model.safetensors").read_bytes())
     weights[-2] ^= 1
@@ -309,7 +299,7 @@ def test_the_state_of_another_compression_is_refused_with_what_differs(
     with pytest.raises(ParedError, match=r"model: '[0-9a-f]{12}…' there"):
         pared.run(recipe.model_copy(update={"model": str(place / "other")}), resume=True)
     assert held(state) == before
-    pared.run(recipe.model_copy(update={"model": str(place / "dense" / ".." / "dense")}), resume=True)
+    pared.run(recipe.model_copy(update={"model": str(place / "llama" / ".." / "llama")}), resume=True)
 
 
 @pytest.mark.parametrize("damage", ["journal", "emptied", "file", "missing", "settings", "a digit"])

@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 from processes import launch
 from safetensors.torch import load_file
-from tiny_models import TINY_MODELS
-from transformers import PreTrainedTokenizerFast
 
 import pared
 from pared.calibration import BlockStatistics
@@ -16,19 +14,10 @@ from pared.engine.solve import Solver
 from pared.schema.manifest import Manifest
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
-    folder = tmp_path_factory.mktemp("several")
-    TINY_MODELS["llama"]().save_pretrained(folder / "dense")
-    tokenizer.save_pretrained(folder / "dense")
-    (folder / "words.txt").write_text(" ".join(f"w{number % 61 + 3}" for number in range(2000)))
-    return folder
-
-
 def words_of(place: Path, out: Path, *more: str) -> list[str]:
     text = ["--data", f"file:{place}/words.txt", "--samples", "8", "--length", "16", "--calibration-dtype", "float32"]
     asked = ["--method", "loss-optimal", "--keep", "0.7", "--statistics", "once", "--eval-length", "16"]
-    return ["compress", str(place / "dense"), *asked, "--eval-windows", "2", *text, "--out", str(out), *more]
+    return ["compress", str(place / "llama"), *asked, "--eval-windows", "2", *text, "--out", str(out), *more]
 
 
 def die_at_the_second_block(rank: int) -> None:

@@ -13,8 +13,6 @@ from typing import Any
 
 import pytest
 import safetensors.torch
-from tiny_models import TINY_MODELS
-from transformers import PreTrainedTokenizerFast
 
 import pared
 from pared import Calibration, ParedError, Recipe
@@ -30,12 +28,8 @@ from unit.cli.test_commands import pared as command
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+def place(place: Path) -> Path:
     """A dense model, a text, and what was made of them."""
-    place = tmp_path_factory.mktemp("secret-user")
-    TINY_MODELS["llama"]().save_pretrained(place / "llama")
-    tokenizer.save_pretrained(place / "llama")
-    (place / "words.txt").write_text(" ".join(f"w{number % 61 + 3}" for number in range(2000)))
     recipe = Recipe(
         model=str(place / "llama"), method="svd-llm", keep=0.6, out=str(place / "made"),
         calibration=Calibration(text=f"file:{place}/words.txt", samples=4, length=16, dtype="float32"),

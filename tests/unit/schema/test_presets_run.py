@@ -24,20 +24,18 @@ TUNINGS = [name for name in preset_names() if load_preset(name).command == "tune
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast, text_file: Path) -> Path:
+def place(place: Path, tokenizer: PreTrainedTokenizerFast, text_file: Path) -> Path:
     """A folder with dense models, data of every kind, and the compressed folders that are trained."""
-    folder = tmp_path_factory.mktemp("protocols")
-    for family in ("llama", "bert"):
-        TINY_MODELS[family]().save_pretrained(folder / family)
-        tokenizer.save_pretrained(folder / family)
+    TINY_MODELS["bert"]().save_pretrained(place / "bert")
+    tokenizer.save_pretrained(place / "bert")
     asked = [{"instruction": f"w{i % 50}", "input": "", "output": f"w{(i + 1) % 50}"} for i in range(80)]
-    (folder / "asked.jsonl").write_text("\n".join(map(json.dumps, asked)), encoding="utf-8")
+    (place / "asked.jsonl").write_text("\n".join(map(json.dumps, asked)), encoding="utf-8")
     labelled = [{"text": f"w{i % 50} w{i % 7}", "label": i % 3} for i in range(48)]
-    (folder / "labelled.jsonl").write_text("\n".join(map(json.dumps, labelled)), encoding="utf-8")
-    (folder / "words.txt").write_text(text_file.read_text(encoding="utf-8"), encoding="utf-8")
+    (place / "labelled.jsonl").write_text("\n".join(map(json.dumps, labelled)), encoding="utf-8")
+    (place / "words.txt").write_text(text_file.read_text(encoding="utf-8"), encoding="utf-8")
     for name in ("basis-sharing-paper", "svd-llm-paper", "fwsvd-paper"):
-        compressed(folder, name)
-    return folder
+        compressed(place, name)
+    return place
 
 
 def compressed(place: Path, name: str) -> Path:
