@@ -1,4 +1,4 @@
-"""Two-phase compression: decompositions kept until the plan is known, and the options of a method."""
+"""Two-phase compression, and the options of a method."""
 
 import importlib
 from dataclasses import replace
@@ -12,57 +12,13 @@ import pared
 from pared import ParedError, Recipe
 from pared.allocation import ALLOCATORS, Budget, Unit, allocator_of, allocators_for
 from pared.engine.allocate import make_plan
-from pared.engine.solutions import DecompositionStore
-from pared.engine.solve import Found, Solver
+from pared.engine.solve import Solver
 from pared.engine.spec import resolve_low_rank
-from pared.lowrank import METHODS, loss_optimal
 from pared.modules import LowRankLinear
 from pared.schema.options import Options
 from pared.schema.plan import LowRank
-from pared.structure.model import Site
 
 TOKENS = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(1))
-
-
-def draw(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.mark.parametrize("form", ["none", "diagonal", "full"])
-def test_a_stored_decomposition_gives_the_same_factors(form: str) -> None:
-    W_ON, A_NN, B_OO = draw(6, 9), draw(9, 9).square() + 9 * torch.eye(9), draw(6, 6).square() + 6 * torch.eye(6)
-    A_NN, B_OO = A_NN @ A_NN.T, B_OO @ B_OO.T
-    if form == "none":
-        found = METHODS["svd-llm"].decompose(W_ON, {"gram": A_NN})
-    else:
-        found = loss_optimal.decompose(W_ON, A_NN, B_OO if form == "full" else B_OO.diagonal())
-    with DecompositionStore() as store:
-        store.put("a", found)
-        again = store.get("a", W_ON)
-        assert torch.equal(store.spectra["a"], found.singular_values_R)
-    ours, theirs = again.factors(3), found.factors(3)
-    assert torch.allclose(ours.up @ ours.down, theirs.up @ theirs.down, atol=1e-5)
-
-
-def test_a_member_of_a_group_reads_no_more_of_the_disk_than_its_own_dense_weight() -> None:
-    """Regression: a sequential refit read the weights of a whole group once for every member."""
-    weights = [draw(rows, 9).float() for rows in (6, 2, 4)]
-    model = torch.nn.Module()
-    model.a, model.b, model.c = (torch.nn.Linear(9, len(weight), bias=False) for weight in weights)
-    for layer, weight in zip((model.a, model.b, model.c), weights, strict=True):
-        layer.weight.data = weight
-    sites = tuple(Site(name, 0, "", len(weight), 9, False, "a") for name, weight in zip("abc", weights, strict=True))
-    recipe = Recipe(method="basis-sharing", keep=0.5)
-    unit = Unit(sites)
-    with Solver(model, resolve_low_rank(recipe), [unit], keep_dense=True) as solver:
-        solver._keep(unit, METHODS["svd"].decompose(torch.cat(weights), {}), found := Found())
-        solver.accept(found)
-        read = []
-        kept = solver.ledger.store.weight
-        solver.ledger.store.weight = lambda name, rows: read.append(rows) or kept(name, rows)  # type: ignore[method-assign]
-        for site, weight in zip(sites, weights, strict=True):
-            assert torch.equal(solver.kept.dense_weight(site.name), weight)
-    assert [rows.stop - rows.start for rows in read] == [6, 2, 4]
 
 
 @pytest.mark.parametrize(
@@ -142,7 +98,6 @@ def test_options_reach_the_method_and_unknown_ones_are_refused(
 
 def test_a_pivoted_decision_is_installed_pivoted() -> None:
     """Regression: the plan counted pivoted parameters and the engine installed two factors."""
-    from pared.engine.solve import Solver
     from pared.modules import PivotedLinear
     from pared.structure import find_anatomy
 
