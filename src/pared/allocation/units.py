@@ -87,7 +87,7 @@ class Budget:
         rank_fraction: a budget of ranks in place of parameters, for the allocation of that name.
         sparsity: a budget of zeros: the fraction of the covered parameters that becomes zero.
         structures: what may be decided: ranks of weights, widths of channel groups, or either.
-        multiple_of: what widths are multiples of.
+        multiple_of: what widths of MLPs are multiples of.
     """
 
     keep: float
@@ -135,16 +135,17 @@ class Channels:
     cost: "torch.Tensor | None" = None
 
     def widths(self, multiple_of: int) -> range:
-        """Return the widths that there may be, below that of the dense model."""
-        return range(multiple_of, self.group.channels, multiple_of)
+        """Return the widths that there may be, below that of the dense model; of heads every number from 1."""
+        step = 1 if self.group.unit == "head" else multiple_of
+        return range(step, self.group.channels, step)
 
     def decisions(self, width: int) -> dict[str, Width]:
         """Return the decision of every site of the group at a width."""
         group = self.group
-        shared = {"group": group.name, "width": width, "channels": group.channels}
+        shared = {"group": group.name, "width": width, "channels": group.channels, "unit": group.unit}
         made = {one.site.name: Width(side="out", rows=one.rows, has_bias=one.site.has_bias, **shared)
                 for one in group.producers}  # fmt: skip
-        return {group.name: Width(side="in", **shared), **made}
+        return {group.name: Width(side="in", rows=group.inputs, **shared), **made}
 
 
 @dataclass(frozen=True)

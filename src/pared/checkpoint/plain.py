@@ -1,6 +1,8 @@
-"""Models of uniform widths as plain ones of their own architecture: which sizes their configuration has to say."""
+"""Models of uniform widths and numbers of heads as plain ones: what their configurations have to say."""
 
 import copy
+from collections.abc import Iterator, Mapping
+from itertools import product
 from typing import Any
 
 import torch
@@ -13,58 +15,109 @@ from pared.modules import replace_module
 from pared.modules.narrow import forget_counts
 
 NARROW = ("narrow", "narrow_conv1d")
+HEAD_DIM = (
+    "head_dim"  # what a configuration calls the width of a head where it is not that of the model by their number
+)
+
+Sizes = dict[str, int]  # of a configuration, by field
+Pairs = set[tuple[int, int]]  # widths before and now
 
 
-def plain_sizes(model: PreTrainedModel) -> dict[str, int]:
+def plain_sizes(model: PreTrainedModel) -> Sizes:
     """Return the fields of a configuration that make the architecture have exactly the shapes of a narrow model.
 
-    A field is tried, not known by its name: one that holds the dense width, or nothing (GPT-2's ``n_inner``), gets the
-    width that is left, and the architecture is built without weights.
+    Fields are tried, not known by their names: one that holds the dense width, or nothing (GPT-2's ``n_inner``), gets
+    the width that is left; those whose values may be numbers of heads get the numbers that are left, and the width of a
+    head is said. The architecture is built without weights each time.
 
     Args:
-        model: some of whose layers lost channels; its blocks may be on the meta device.
+        model: some of whose layers lost channels or heads; its blocks may be on the meta device.
 
     Returns:
         Values by field of the text configuration; empty where anything else was changed, where widths differ, or where
-        no field does it.
+        no fields do it.
     """
     entries = module_map(model)
     if not entries or any(entry["kind"] not in NARROW for entry in entries.values()):
         return {}
-    dense = _skeleton(model, model.config)
     # Code of the model's own comes along with the loader alone.
-    if dense is None or not own_class(type(model)).__module__.startswith("transformers."):
+    if not own_class(type(model)).__module__.startswith("transformers."):
         return {}
-    changed = {pair for name, entry in entries.items() for pair in _changed(dense, name, entry)}
-    if len(changed) != 1:
+    dense = built = _skeleton(model, {})
+    if dense is None:
         return {}
-    ((before, now),) = changed
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    for field, value in model.config.get_text_config().to_dict().items():
-        if value is None or (type(value) is int and value == before):
-            narrow = _skeleton(model, with_sizes(model.config, {field: now}))
-            if narrow is not None and {n: tuple(p.shape) for n, p in narrow.named_parameters()} == shapes:
-                return {field: now}
-    return {}
+    pairs = {pair for name, entry in entries.items() for pair in _changed(dense, name, entry)}
+    sizes, left = Sizes(), _unlike(model, dense)
+    while left:
+        for tried in _candidates(model.config.get_text_config().to_dict(), pairs):
+            new = _skeleton(model, {**sizes, **tried})
+            if new is not None and (rest := _unlike(model, new)) < left:
+                built, sizes, left = new, {**sizes, **tried}, rest
+                break
+        else:
+            return {}
+    assert built is not None
+    fields = model.config.get_text_config().to_dict()
+    pairs |= {(fields[field], now) for field, now in sizes.items() if fields.get(field)}
+    return sizes if _count_alike(model, built, entries, pairs) else {}
 
 
-def with_sizes(config: PretrainedConfig, sizes: dict[str, int]) -> PretrainedConfig:
-    """Return a copy of a configuration with other sizes of the text model."""
-    config = copy.deepcopy(config)
-    set_sizes(config, sizes)
-    return config
+def _candidates(fields: Mapping[str, Any], pairs: Pairs) -> Iterator[Sizes]:
+    """Yield values of fields that may give some layers their widths, the likeliest first."""
+    numbers = {field: value for field, value in fields.items() if type(value) is int and value > 0}
+    yield from ({field: now} for field, value in numbers.items() for before, now in pairs if value == before)
+    yield from _heads({field: value for field, value in numbers.items() if field != HEAD_DIM}, pairs)
+    yield from ({field: now} for field, value in fields.items() for _, now in pairs if value is None)
 
 
-def set_sizes(config: PretrainedConfig, sizes: dict[str, int]) -> None:
+def _heads(numbers: Sizes, pairs: Pairs) -> Iterator[Sizes]:
+    """Yield numbers of query and of key/value heads that are left, with the width of a head, which is as before."""
+    counts = [
+        (field, value * now // before, before // value, (now, before))
+        for field, value in numbers.items()
+        for before, now in pairs
+        if before % value == 0 and value * now % before == 0
+    ]
+    for (one, queries, width, (now, before)), (other, keys, as_wide, (less, than)) in product(counts, counts):
+        if one != other and width == as_wide and now * than == less * before and queries >= keys:
+            yield {one: queries, other: keys, HEAD_DIM: width}
+    yield from ({field: now, HEAD_DIM: width} for field, now, width, _ in counts)
+
+
+def _unlike(model: nn.Module, built: nn.Module) -> set[str]:
+    """Return the names of parameters and buffers that two models do not both have in one shape."""
+    one, other = ({(n, tuple(t.shape)) for n, t in (*m.named_parameters(), *m.named_buffers())} for m in (model, built))
+    return {name for name, _ in one ^ other}
+
+
+def _count_alike(model: nn.Module, built: nn.Module, entries: Mapping[str, Any], pairs: Pairs) -> bool:
+    """Whether the modules that lost something differ in no number but those of what they lost.
+
+    Shapes alone do not say it: as many heads of half the width have the same.
+    """
+    for name in {entry.rpartition(".")[0] for entry in entries}:
+        own, new = vars(model.get_submodule(name)), vars(built.get_submodule(name))
+        numbers = {key: value for key, value in new.items() if type(value) in (int, float)}
+        if any(own.get(key) != value and (own.get(key), value) not in pairs for key, value in numbers.items()):
+            return False
+    return True
+
+
+def set_sizes(config: PretrainedConfig, sizes: Sizes) -> None:
     """Give a configuration other sizes of the text model, in place."""
     text = config.get_text_config()
     for field, value in sizes.items():
         setattr(text, field, value)
 
 
-def _skeleton(model: PreTrainedModel, config: PretrainedConfig) -> nn.Module | None:
-    """Return the architecture of a configuration on the meta device, None where that makes none."""
+def _skeleton(model: PreTrainedModel, sizes: Sizes) -> nn.Module | None:
+    """Return the architecture on the meta device with other sizes of the text model, None where that makes none."""
+    config = copy.deepcopy(model.config)
     try:
+        set_sizes(config, sizes)
+        text = config.get_text_config()
+        if hasattr(text, "validate"):  # what a folder with this configuration is read by
+            text.validate()
         with torch.device("meta"):
             built: nn.Module = own_class(type(model))._from_config(config, dtype=model.dtype)  # type: ignore[attr-defined]
     except Exception:  # whatever a size that means something else leads to
@@ -72,7 +125,7 @@ def _skeleton(model: PreTrainedModel, config: PretrainedConfig) -> nn.Module | N
     return built
 
 
-def _changed(dense: nn.Module, name: str, entry: dict[str, Any]) -> set[tuple[int, int]]:
+def _changed(dense: nn.Module, name: str, entry: dict[str, Any]) -> Pairs:
     """Return the widths of a layer before and now, of the side that lost channels."""
     weight: Any = dense.get_submodule(name).weight
     out, width = weight.shape if entry["kind"] == "narrow" else weight.shape[::-1]

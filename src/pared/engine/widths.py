@@ -1,4 +1,4 @@
-"""Orders the channels of MLPs as statistics come in, and makes them narrower once their widths are known."""
+"""Orders channels and heads as statistics come in, and makes layers narrower once it is known how many stay."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace

@@ -33,7 +33,7 @@ numbers. `pared verify {folder}` tells whether a copy answers as the original di
 
 """
 PLAIN = """\
-It is a plain model of its architecture with narrower MLPs, which needs nothing but transformers:
+It is a plain model of its architecture with smaller layers, which needs nothing but transformers:
 
 ```python
 from transformers import {auto}, AutoTokenizer

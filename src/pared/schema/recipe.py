@@ -135,8 +135,10 @@ class Recipe(FromPreset):
     structures: Annotated[Literal["auto", "ranks", "widths", "mixed"], Option(default=OWN)] = "auto"
     """What is made smaller: the ranks of weights; the widths of MLPs, whose channels are taken out, so that layers stay
     plain ones; or mixed, each MLP in the way that loses less."""
+    heads: Annotated[bool, Option()] = False
+    """With widths or mixed: whether key/value heads can be taken out too, each with the query heads that read it."""
     multiple_of: Annotated[Annotated[Whole, Field(ge=1, strict=True)] | None, Option(default="64")] = None
-    """What widths are multiples of, as processors and kernels are fastest with round numbers."""
+    """What widths of MLPs are multiples of, as processors and kernels are fastest with round numbers."""
     storage: Annotated[Literal["auto", "factors", "pivoted"], Option(default=OWN)] = "auto"
     """How a low-rank weight is stored: as two factors, or pivoted, which needs rank² fewer parameters without loss."""
     statistics: Annotated[Literal["auto", "once", "sequential"], Option(default=OWN)] = "auto"

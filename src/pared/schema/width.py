@@ -38,16 +38,17 @@ def _are_ranges(text: str | None) -> str | None:
 
 
 class Width(Strict):
-    """Some channels of an MLP stay: a layer that reads them has fewer inputs, those that make them fewer outputs.
+    """Some channels stay: a layer that reads them has fewer inputs, those that make them fewer outputs.
 
     Attributes:
         group: name of the site that reads the channels.
         side: whether these are this site's inputs (``in``) or its outputs (``out``).
         width: channels that stay.
         channels: of the dense model.
-        rows: outputs of this site that make one channel: 2 of a fused gate and up.
+        rows: outputs of this site that make one channel, or inputs that it has: 2 outputs of a fused gate and up.
         has_bias: whether this site's bias has a value for each of its outputs, which go too.
         kept: which channels stay, with the site that reads them: ``0-3,7``; none before they are chosen.
+        unit: what a channel is: one of an MLP, or a key/value head with its query heads.
     """
 
     kind: Literal["width"] = "width"
@@ -58,10 +59,11 @@ class Width(Strict):
     rows: Annotated[int, Field(ge=1)] = 1
     has_bias: bool = False
     kept: Annotated[str | None, AfterValidator(_are_ranges)] = None
+    unit: Literal["channel", "head"] = "channel"
 
     def parameters(self, out_features: int, in_features: int) -> int:
         """Stored weight parameters of a site of this shape."""
-        return self.width * (out_features if self.side == "in" else self.rows * in_features)
+        return self.width * self.rows * (out_features if self.side == "in" else in_features)
 
     def index_bytes(self, out_features: int, in_features: int) -> int:  # noqa: ARG002 - as every decision
         """Bytes stored besides the parameters: none, as what is left is a plain layer."""
@@ -75,7 +77,8 @@ class Width(Strict):
     def fits(self, out_features: int, in_features: int) -> bool:
         """Whether a site of this shape can have this decision."""
         whole = in_features if self.side == "in" else out_features
-        return self.width <= self.channels and whole == self.channels * (1 if self.side == "in" else self.rows)
+        return self.width <= self.channels and whole == self.channels * self.rows
 
     def __str__(self) -> str:
-        return f"width {self.width} of {self.channels}"
+        counted = f"{self.width} of {self.channels}"
+        return f"{counted} heads" if self.unit == "head" else f"width {counted}"

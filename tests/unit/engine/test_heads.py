@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import FAMILIES, TINY_MODELS
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from pared import ParedError
 from pared.checkpoint import load, mark, module_map, require_tensors
@@ -38,11 +38,13 @@ def kept_of(group: ChannelGroup) -> torch.Tensor:
 
 
 @torch.no_grad()
-def narrowed(family: str) -> tuple[PreTrainedModel, torch.Tensor]:
+def narrowed(
+    family: str, kept: Callable[[ChannelGroup], torch.Tensor] = kept_of
+) -> tuple[PreTrainedModel, torch.Tensor]:
     """Return a model that lost heads, and what it answers where their output layers ignore them."""
     model, dense = TINY_MODELS[family](), TINY_MODELS[family]()
     for group in heads_of(model):
-        kept_K = kept_of(group)
+        kept_K = kept(group)
         gone = torch.ones(group.consumer.in_features, dtype=torch.bool)
         gone[group.read(kept_K)] = False
         weight_of(dense.get_submodule(group.name))[:, gone] = 0
@@ -136,6 +138,38 @@ def test_as_plain_weights_it_has_its_size_again_and_answers_the_same(family: str
     plain = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     assert torch.allclose(logits(plain), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma3", "qwen2_moe"])
+def test_one_number_of_heads_is_a_plain_folder_of_the_architecture(family: str, tmp_path: Path):
+    model, expected = narrowed(family, lambda group: torch.tensor([group.consumer.block % 2]))
+    config = model.config.to_dict()
+    assert not {"quantization_config", "auto_map"} & config.keys()
+    assert (config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]) == (2, 1, 8)
+    model.save_pretrained(tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(plain.get_submodule("model.layers.0.self_attn.q_proj")) is torch.nn.Linear
+    assert torch.allclose(logits(plain), expected, atol=1e-5)
+    assert torch.equal(logits(plain), logits(model))
+    assert greedy(plain, use_cache=True) == greedy(plain, use_cache=False)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox"])
+def test_an_architecture_that_divides_its_width_by_the_heads_needs_the_loader(family: str):
+    model, _ = narrowed(family, lambda _: torch.tensor([0, 2]))
+    assert model.config.quantization_config.modules
+    assert model.config.num_attention_heads == 4
+
+
+def test_a_number_that_the_configuration_refuses_needs_the_loader():
+    """Llama's says that the number of heads divides the width of the model, whatever that of a head is."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 8}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=4)).eval()
+    (group,) = heads_of(model)
+    made = narrow(model, group, torch.arange(3), weight_of(model.get_submodule(group.name))[:, :24])
+    put(model, [name for name, _ in made], [module for _, module in made])
+    mark(model)
+    assert model.config.quantization_config.modules
 
 
 NAME = "model.decoder.layers.0.self_attn"

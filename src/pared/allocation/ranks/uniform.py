@@ -8,13 +8,16 @@ from pared.allocation.units import Budget, Channels, Evidence, Unit
 from pared.errors import ParedError
 from pared.schema.plan import Decision, Dense
 
+ALL_HEADS = Dense(reason="a whole number of heads is nearest to its share")
+
 
 def uniform(units: Sequence[Unit], budget: Budget, evidence: Evidence, __: object = None) -> dict[str, Decision]:
     """Give every unit the largest rank whose storage fits the fraction that is kept, or channel groups a width.
 
     A unit that cannot be factorised into fewer parameters stays dense, and the others give up what it costs; if they
     cannot, the plan's ``shortfall`` tells. Where widths may be decided every channel group keeps one fraction of its
-    channels, rounded down; where only they may, all that is in no group stays dense.
+    channels, rounded down; where only they may, all that is in no group stays dense. Of heads there are few: they are
+    rounded to the nearest number first, and the others keep one fraction of what that leaves.
 
     Args:
         units: what can be decided.
@@ -36,12 +39,21 @@ def uniform(units: Sequence[Unit], budget: Budget, evidence: Evidence, __: objec
                 decisions[unit.name] = Dense(reason="in no channel group")
                 left -= unit.parameters
         open_units = [unit for unit in open_units if unit.name in inside]
-        least = sum(one.group.parameters_each * budget.multiple_of for one in groups)
+        least = sum(one.group.parameters_each * one.widths(budget.multiple_of).start for one in groups)
         require_affordable_widths(left, least, len(groups), budget, units)
     total = sum(unit.parameters for unit in open_units)
     share = left / total if decisions and open_units else budget.keep
+    heads = [one for one in groups if one.group.unit == "head"]
+    for one in heads:
+        count = max(1, math.floor(share * one.group.channels + 0.5))
+        whole = dict.fromkeys((site.name for site in one.group.sites), ALL_HEADS)
+        decisions |= one.decisions(count) if count < one.group.channels else whole
+        left -= count * one.group.parameters_each
+        total -= one.group.channels * one.group.parameters_each
+    share = left / total if heads and total else share
     for one in groups:
-        decisions |= one.decisions(_width(one, budget, share))
+        if one.group.unit != "head":
+            decisions |= one.decisions(_width(one, budget, share))
     for unit in open_units:
         if unit.name not in inside:
             decisions[unit.name] = budget.low_rank(_rank(unit, budget, share, open_units))

@@ -14,7 +14,8 @@ from pared.sparsity import NM, PruningMethod, parse
 # Fields of a recipe that only one family of methods reads.
 MULTIPLE_OF = 64  # of widths: tiles of matrix units and blocks of quantised formats divide it
 ZEROS_ONLY = ("sparsity", "pattern")
-LOW_RANK_ONLY = ("keep", "rank_fraction", "structures", "multiple_of", "storage", "statistics", "refit", "dense_path")
+LOW_RANK_ONLY = ("keep", "rank_fraction", "structures", "heads", "multiple_of", "storage", "statistics", "refit",
+                 "dense_path")  # fmt: skip
 
 
 def resolve(recipe: Recipe) -> CompressionSpec:
@@ -113,6 +114,9 @@ def _require_widths(spec: LowRankSpec) -> None:
         if recipe.multiple_of is not None:
             raise ParedError(f"multiple_of {recipe.multiple_of} is of widths, and here ranks are decided: "
                              f"give {called('structures', 'mixed')} too")  # fmt: skip
+        if recipe.heads:
+            raise ParedError(f"heads are taken out with widths, and here ranks are decided: give "
+                             f"{called('structures', 'mixed')} too")  # fmt: skip
         return
     if spec.method.widths is None:
         having = [name for name, one in methods_of("low_rank").items() if getattr(one, "widths", None)]

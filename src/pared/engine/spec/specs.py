@@ -125,7 +125,7 @@ class LowRankSpec(_Spec):
         return self.decided_from_data or ordered or self.refit != "off"
 
     def _widths(self) -> dict[str, object]:
-        return {"structures": self.structures, "multiple_of": self.budget.multiple_of}
+        return {"structures": self.structures, "heads": self.recipe.heads, "multiple_of": self.budget.multiple_of}
 
     @property
     def shrinkage(self) -> "Mapping[str, Shrinkage]":
