@@ -31,9 +31,9 @@ def heads_of(model: PreTrainedModel) -> list[ChannelGroup]:
 
 
 def kept_of(group: ChannelGroup) -> torch.Tensor:
-    """Return other heads in every block, and of four of them another number."""
+    """Return another number of heads in every block; where there are two the first block keeps both."""
     if group.channels == 2:
-        return torch.tensor([(group.consumer.block + 1) % 2])
+        return torch.tensor([[0, 1], [1], [0]][group.consumer.block])
     return torch.tensor([1, 3] if group.consumer.block else [0, 2, 3])
 
 
