@@ -18,6 +18,10 @@ log = logging.getLogger(__name__)
 NO_LABEL = -100  # transformers' own
 
 
+CONTEXT = 4  # tokens by which one is told from another: itself and those before it
+MIX = 0x5851F42D4C957F2D  # an odd factor, of a linear congruential generator
+
+
 @dataclass(frozen=True)
 class Windows:
     """Windows of a text, or labelled examples, one a window.
@@ -59,6 +63,20 @@ class Windows:
     def real_tokens(self) -> int:
         """How many tokens there are, padding aside."""
         return self.tokens.numel() if self.mask is None else int(self.mask.sum())
+
+    @property
+    def distinct_tokens(self) -> int:
+        """How many tokens there are that differ, or that one of the three before them tells apart, padding aside.
+
+        What is read twice teaches nothing the second time: of a text that is repeated this counts one copy.
+        """
+        keys = self.tokens.new_zeros(self.tokens.shape)
+        for back in range(CONTEXT):
+            before = torch.full_like(self.tokens, -1)
+            before[:, back:] = self.tokens[:, : self.tokens.shape[1] - back]
+            keys = (keys * MIX) ^ (before + 1)  # int64 wraps around
+            keys ^= keys >> 29
+        return len(torch.unique(keys if self.mask is None else keys[self.mask.bool()]))
 
     def first(self, windows: int) -> "Windows":
         """Return the first windows, under the digest of all."""

@@ -12,6 +12,7 @@ from pared.calibration.spool import ActivationMemory
 from pared.data.windows import Windows
 from pared.engine.allocate import anatomy_of
 from pared.engine.checks import require_finite_weights
+from pared.engine.enough import too_few
 from pared.engine.kept_blocks import KeptBlocks
 from pared.engine.low_rank import LowRankWork, Trial
 from pared.engine.method_statistics import Saved
@@ -23,6 +24,7 @@ from pared.engine.run_state import CompressionRun
 from pared.engine.spec import CompressionSpec, LowRankSpec, PassSpec, resolve_sparse
 from pared.processes import ALONE, Processes
 from pared.progress import Progress, Silent
+from pared.report.results import too_few_line
 from pared.schema.recipe import Recipe
 from pared.structure import Anatomy
 from pared.structure.probe import evaluating
@@ -92,6 +94,9 @@ def compress_blocks(
         observer.memory = memory or observer.memory
         observer.resume(state)
         result = CompressedBlocks(model, spec)
+        if observer.windows is not None and (few := too_few(observer.windows, observer.anatomy, spec)):
+            result.too_few = few
+            observer.progress.note(too_few_line(few))  # before anything that takes long
         with _work(observer, spec, evidence, trial, saved) as work:
             dense = store.dense() if spec.refine is not None else None  # before any block is changed
             for number, step in enumerate(work.passes, 1):

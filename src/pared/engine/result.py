@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from pared.engine.grouping import Comparison
 from pared.engine.spec import CompressionSpec
 from pared.names import called
-from pared.schema.manifest import Refined
+from pared.schema.manifest import Refined, TooFew
 from pared.schema.plan import Dense, Plan
 from pared.schema.recipe import Recipe
 from pared.structure import Anatomy
@@ -28,6 +28,7 @@ class CompressedBlocks:
         fallbacks: sites whose weight or statistics say nothing (zero inputs, no gradient), with the rule that decided.
         refined: what training every block came to, in order; empty where none was trained.
         calibration: what was calibrated on; none for a method that needs no data.
+        too_few: what is lacking of that text, where it has fewer tokens than its Grams take.
         seconds: by stage.
     """
 
@@ -40,6 +41,7 @@ class CompressedBlocks:
     fallbacks: dict[str, str] = field(default_factory=dict)
     refined: tuple[Refined, ...] = ()
     calibration: dict[str, object] | None = None
+    too_few: TooFew | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property

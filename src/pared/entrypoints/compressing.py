@@ -152,6 +152,7 @@ def compressed(
         fallbacks=made.fallbacks,
         refined=made.refined,
         calibration=made.calibration,
+        too_few=made.too_few,
         seconds=seconds,
         resumed=len(earlier),
         earlier_peak_bytes=peak,

@@ -18,7 +18,7 @@ from pared.models.source import ModelSource
 from pared.notebook import watcher_of
 from pared.progress import Progress, Stopwatch
 from pared.report.results import compressed_table
-from pared.schema.manifest import Manifest, Refined, WindowsRead
+from pared.schema.manifest import Manifest, Refined, TooFew, WindowsRead
 from pared.schema.plan import Plan
 from pared.schema.presets import record_of
 from pared.schema.recipe import Recipe
@@ -83,6 +83,7 @@ class Compressed(Shown):
         fallbacks: sites whose weight or statistics say nothing (zero inputs, no gradient), with the rule that decided.
         refined: what training every block came to, in order; empty where none was trained.
         calibration: what was calibrated on; none for a method that needs no data.
+        too_few: what is lacking of that text, where it has fewer tokens than its Grams take.
         seconds: by stage; of all processes, where this one resumed what others began.
         resumed: how many processes were at it before this one.
         earlier_peak_bytes: the highest memory that one of those took.
@@ -103,6 +104,7 @@ class Compressed(Shown):
     fallbacks: dict[str, str] = field(default_factory=dict)
     refined: tuple[Refined, ...] = ()
     calibration: dict[str, object] | None = None
+    too_few: TooFew | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     saved: Outcome | None = None
     streamed: StreamedModel | None = None
@@ -212,6 +214,7 @@ def _manifest(result: Compressed, reread: Reread, asked: Recipe, watch: Stopwatc
         sharing=[asdict(one) for one in result.sharing],
         refined=result.refined,
         calibration=cast("WindowsRead | None", result.calibration),
+        too_few=result.too_few,
         evaluation=None if before.measure is None else before.measure.record(before.learned_from),
         perplexity_before=before.perplexity,
         perplexity_after=reread.perplexity,

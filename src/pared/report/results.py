@@ -9,7 +9,7 @@ from pared.schema.presets import summary_of
 from pared.tables import Row, Table
 
 if TYPE_CHECKING:
-    from pared.schema.manifest import Manifest, Refined, Training
+    from pared.schema.manifest import Manifest, Refined, TooFew, Training
 
 RUINED = 100  # times the perplexity of the dense model
 
@@ -101,7 +101,9 @@ def _remarks(manifest: "Manifest") -> Iterator[str]:
         yield manifest.plan.missed
     if manifest.refined:
         yield refined_line(manifest.refined)
-    if manifest.damping:
+    if manifest.too_few:
+        yield too_few_line(manifest.too_few)
+    elif manifest.damping:
         read = manifest.calibration
         tokens = read["windows"] * read["length"] if read is not None else 0
         yield (
@@ -109,6 +111,16 @@ def _remarks(manifest: "Manifest") -> Iterator[str]:
             f"calibration text): raise {called('samples')} or {called('length')}"
         )
     yield f"self-check: reloaded, largest relative difference {manifest.self_check:.2g}"
+
+
+def too_few_line(few: "TooFew") -> str:
+    """Return in a line that a calibration text is too short for what is made of it."""
+    each = few["wanted"] // few["features"]
+    return (
+        f"too few calibration tokens: {few['tokens']:,} distinct ones, where {few['layers']:,} layers are solved by "
+        f"Grams of up to {few['features']:,} features, which take {each} tokens a feature, {few['wanted']:,}; raise "
+        f"{called('samples')} or {called('length')}"
+    )
 
 
 def refined_line(refined: "Sequence[Refined]") -> str:

@@ -50,6 +50,22 @@ class Fingerprint(Strict):
         return self
 
 
+class TooFew(TypedDict):
+    """A calibration text of fewer distinct tokens than its Grams take.
+
+    Keys:
+        tokens: distinct ones of the text.
+        wanted: by the widest Gram.
+        features: of that Gram.
+        layers: that are solved by Grams for which the tokens are too few.
+    """
+
+    tokens: int
+    wanted: int
+    features: int
+    layers: int
+
+
 class Origin(TypedDict):
     """What was compressed: the last part of its name, where it came from, and its class."""
 
@@ -117,6 +133,7 @@ class Training(Strict):
         parent: the name of what was trained, and the digest of all of its files.
         data: what was trained on, with the digest of the tokens.
         stages: name, steps, tokens, trained parameters, loss and validation losses of each.
+        too_few: what is lacking of the calibration text, where it has fewer tokens than its Grams take.
         evaluation: what perplexity was measured on; none if it was not.
         perplexity_before: of the parent.
         perplexity_after: of the trained model, reloaded from disk.
@@ -192,6 +209,7 @@ class Manifest(Strict):
     sharing: list[dict[str, Any]] = Field(default=[])
     refined: tuple[Refined, ...] = ()
     calibration: WindowsRead | None = None
+    too_few: TooFew | None = None
     evaluation: Measured | None = None
     perplexity_before: float | None = None
     perplexity_after: float | None = None
