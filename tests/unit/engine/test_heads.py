@@ -11,8 +11,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from pared import ParedError
 from pared.checkpoint import load, mark, module_map, require_tensors
+from pared.checkpoint.open_streamed import open_streamed
 from pared.engine.install import count, narrow, put
+from pared.engine.kept_blocks import KeptBlocks
+from pared.engine.run_state import CompressionRun
 from pared.entrypoints.export import make_dense
+from pared.io.run_dir import RunDirectory
+from pared.models.source import find_model
 from pared.modules.narrow import counts_of
 from pared.structure import find_anatomy, probe, weight_of
 from pared.structure.channels import find_channels
@@ -170,6 +175,39 @@ def test_a_number_that_the_configuration_refuses_needs_the_loader():
     put(model, [name for name, _ in made], [module for _, module in made])
     mark(model)
     assert model.config.quantization_config.modules
+
+
+@torch.no_grad()
+def narrow_first(model: PreTrainedModel, group: ChannelGroup) -> None:
+    made = narrow(model, group, torch.arange(3), weight_of(model.get_submodule(group.name))[:, :24])
+    put(model, [name for name, _ in made], [module for _, module in made])
+    count(model, group, 3)
+
+
+TOLD = {"model.decoder.layers.0.self_attn": {"num_heads": 3}}
+
+
+def test_the_file_of_a_block_that_is_streamed_tells_its_heads(tmp_path: Path):
+    TINY_MODELS["opt"]().save_pretrained(tmp_path / "dense")
+    group = heads_of(TINY_MODELS["opt"]())[0]
+    store, other = (open_streamed(find_model(str(tmp_path / "dense")), folder=tmp_path) for _ in range(2))
+    store.load(0)
+    narrow_first(store.model, group)
+    store.commit(0)
+    other.adopt(0, store.file_of(0))
+    assert counts_of(other.model) == TOLD
+    assert other.model.get_submodule(group.name.rpartition(".")[0]).num_heads == 3
+
+
+def test_the_file_of_a_block_that_is_kept_tells_its_heads(tmp_path: Path):
+    model, other = TINY_MODELS["opt"](), TINY_MODELS["opt"]()
+    narrow_first(model, heads_of(model)[0])
+    with RunDirectory.open(tmp_path / "out", "compress", {"seed": 0}) as directory:
+        store, again = (KeptBlocks(one, find_anatomy(other), CompressionRun(directory)) for one in (model, other))
+        store.commit(0)
+        again.adopt(0, store.files[0])
+    assert counts_of(other) == TOLD
+    assert torch.equal(logits(other), logits(model))
 
 
 NAME = "model.decoder.layers.0.self_attn"

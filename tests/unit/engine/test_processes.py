@@ -41,6 +41,11 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "refit behind a dense block": ("gpt2", 8, {"method": "svd-llm", "keep": 0.6, "refit": "sequential-dense-block"}),
     "loss-optimal": ("llama", 8, {"method": "loss-optimal", "keep": 0.7, "statistics": "once"}),
     "widths": ("gpt2", 8, {"method": "loss-optimal", "keep": 0.7, "structures": "widths", "multiple_of": 4}),
+    "heads": (
+        "opt",
+        8,
+        {"method": "loss-optimal", "keep": 0.6, "structures": "widths", "multiple_of": 4, "heads": True},
+    ),
     "mixed in sequence": ("llama", 8, {"method": "loss-optimal", "keep": 0.6, "structures": "mixed", "multiple_of": 4}),
     "loss-optimal in sequence": ("llama", 8, {"method": "loss-optimal", "keep": 0.7, **SEQUENTIAL, "dense_path": 0.3}),
     "examples in groups": (
