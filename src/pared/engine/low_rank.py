@@ -160,10 +160,10 @@ class LowRankWork:
             ParedError: there are none, and nothing else is to be decided.
         """
         observer = self._observer
-        blocks, heads = self._anatomy.blocks(self._model), self._spec.recipe.heads
+        blocks, heads = self._anatomy.blocks(self._model), self._spec.heads
         with observer.watch("probe"), observer.store.running():
             found = find_channels(blocks, self._anatomy, observer.calls, heads)
-        if heads and not any(one.unit == "head" for one in found.groups):
+        if self._spec.recipe.heads == "on" and not any(one.unit == "head" for one in found.groups):
             told = next((f"; {name}: {why}" for name, why in found.reasons.items() if "heads" in why), "")
             observer.progress.note(f"no heads were found that can be taken out{told}")
         if found.groups:

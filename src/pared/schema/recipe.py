@@ -135,7 +135,9 @@ class Recipe(FromPreset):
     structures: Annotated[Literal["auto", "ranks", "widths", "mixed"], Option(default=OWN)] = "auto"
     """What is made smaller: the ranks of weights; the widths of MLPs, whose channels are taken out, so that layers stay
     plain ones; or mixed, each MLP in the way that loses less."""
-    heads: Annotated[bool, Option()] = False
+    heads: Annotated[
+        Literal["auto", "on", "off"], Option(default="on with widths whose allocation looks at the text")
+    ] = "auto"
     """With widths or mixed: whether key/value heads can be taken out too, each with the query heads that read it."""
     multiple_of: Annotated[Annotated[Whole, Field(ge=1, strict=True)] | None, Option(default="64")] = None
     """What widths of MLPs are multiples of, as processors and kernels are fastest with round numbers."""
@@ -214,6 +216,12 @@ class Recipe(FromPreset):
     @classmethod
     def _on_or_off(cls, value: object) -> object:
         return ({} if value else None) if isinstance(value, bool) else value
+
+    @field_validator("heads", mode="before")
+    @classmethod
+    def _switch(cls, value: object) -> object:
+        """Take what YAML makes of ``on`` and ``off``."""
+        return ("on" if value else "off") if isinstance(value, bool) else value
 
     @field_validator("dense_path", mode="before")
     @classmethod

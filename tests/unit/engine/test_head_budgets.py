@@ -26,7 +26,7 @@ WINDOWS = Windows(TOKENS, digest_of(TOKENS), "words", "a test", stand_in=True)
 def compressed(tokenizer: PreTrainedTokenizerFast, calibration: pared.Calibration) -> Callable[..., Any]:
     def compress(model: str | PreTrainedModel, **fields: Any) -> Any:
         model = TINY_MODELS[model]() if isinstance(model, str) else model
-        asked = {"keep": 0.6, "structures": "widths", "heads": True, "multiple_of": 4, "statistics": "once"}
+        asked = {"keep": 0.6, "structures": "widths", "heads": "on", "multiple_of": 4, "statistics": "once"}
         return pared.compress(model, tokenizer, calibration=calibration, evaluation=None, **{**asked, **fields})
 
     return compress
@@ -132,7 +132,14 @@ def test_sequential_statistics_choose_heads_anew(compressed: Callable[..., Any])
 
 
 def test_without_the_option_heads_stay(compressed: Callable[..., Any]):
-    assert not heads(compressed("llama", heads=False, keep=0.8))
+    assert not heads(compressed("llama", heads="off", keep=0.8))
+
+
+def test_by_default_heads_go_where_widths_alone_are_spread_by_loss(compressed: Callable[..., Any]):
+    assert heads(compressed("llama", heads="auto"))
+    assert pared.Recipe(heads=True, structures="widths").heads == "on"
+    assert not heads(compressed("llama", heads="auto", structures="mixed", keep=0.8))
+    assert not heads(compressed("llama", heads="auto", allocation="uniform", keep=0.8))
 
 
 def test_heads_with_ranks_alone_are_refused(compressed: Callable[..., Any]):
@@ -164,7 +171,7 @@ def test_a_folder_answers_as_the_model(
     TINY_MODELS[family]().save_pretrained(tmp_path / "dense")
     tokenizer.save_pretrained(tmp_path / "dense")
     recipe = pared.Recipe(
-        model=str(tmp_path / "dense"), out=str(tmp_path / "small"), keep=0.6, structures="mixed", heads=True,
+        model=str(tmp_path / "dense"), out=str(tmp_path / "small"), keep=0.6, structures="mixed", heads="on",
         multiple_of=4, statistics="once", calibration=calibration, evaluation=None, stream=stream,
     )  # fmt: skip
     outcome = pared.run(recipe)

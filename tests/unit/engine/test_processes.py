@@ -44,7 +44,7 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "heads": (
         "opt",
         8,
-        {"method": "loss-optimal", "keep": 0.6, "structures": "widths", "multiple_of": 4, "heads": True},
+        {"method": "loss-optimal", "keep": 0.6, "structures": "widths", "multiple_of": 4, "heads": "on"},
     ),
     "mixed in sequence": ("llama", 8, {"method": "loss-optimal", "keep": 0.6, "structures": "mixed", "multiple_of": 4}),
     "loss-optimal in sequence": ("llama", 8, {"method": "loss-optimal", "keep": 0.7, **SEQUENTIAL, "dense_path": 0.3}),

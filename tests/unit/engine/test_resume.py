@@ -35,7 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
     "groups, sequential": {"method": "basis-sharing", "keep": 0.5, "options": GROUPS, "statistics": "sequential"},
     "gradients": {"method": "loss-optimal", "keep": 0.7},
     "widths": {"method": "loss-optimal", "keep": 0.7, "structures": "widths", "multiple_of": 4},
-    "heads": {"method": "loss-optimal", "keep": 0.6, "structures": "widths", "multiple_of": 4, "heads": True},
+    "heads": {"method": "loss-optimal", "keep": 0.6, "structures": "widths", "multiple_of": 4, "heads": "on"},
     "mixed, sequential": {"method": "loss-optimal", "keep": 0.6, "structures": "mixed", "multiple_of": 4},
     "gradients, sequential": {"method": "loss-optimal", "keep": 0.7, "statistics": "sequential"},
     "refined": {"method": "svd-llm", "keep": 0.7, "statistics": "sequential", "refine": REFINE},

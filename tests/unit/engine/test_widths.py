@@ -27,6 +27,7 @@ def compressed(tokenizer: PreTrainedTokenizerFast, calibration: pared.Calibratio
     def compress(model: str | PreTrainedModel, **fields: Any) -> Any:
         model = TINY_MODELS[model]() if isinstance(model, str) else model
         asked = {"keep": 0.75, "structures": "mixed", "multiple_of": 4, "statistics": "once", "evaluation": None}
+        asked["heads"] = "off"
         return pared.compress(model, tokenizer, calibration=calibration, **{**asked, **fields})
 
     return compress

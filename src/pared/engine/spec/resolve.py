@@ -114,7 +114,7 @@ def _require_widths(spec: LowRankSpec) -> None:
         if recipe.multiple_of is not None:
             raise ParedError(f"multiple_of {recipe.multiple_of} is of widths, and here ranks are decided: "
                              f"give {called('structures', 'mixed')} too")  # fmt: skip
-        if recipe.heads:
+        if recipe.heads == "on":
             raise ParedError(f"heads are taken out with widths, and here ranks are decided: give "
                              f"{called('structures', 'mixed')} too")  # fmt: skip
         return

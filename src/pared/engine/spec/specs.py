@@ -119,13 +119,24 @@ class LowRankSpec(_Spec):
         return self.budget.structures
 
     @property
+    def heads(self) -> bool:
+        """Whether heads of attentions can be taken out too."""
+        asked = self.recipe.heads
+        # In one budget with ranks none was worth taking out; uniform widths are to be those of a plain model.
+        return self.structures == "widths" and self.decided_from_data if asked == "auto" else asked == "on"
+
+    @property
     def solves_first(self) -> bool:
         """Whether all is solved before anything is put in place, whatever the model turns out to be."""
         ordered = self.structures != "ranks"  # which channels stay is known once all are ordered
         return self.decided_from_data or ordered or self.refit != "off"
 
     def _widths(self) -> dict[str, object]:
-        return {"structures": self.structures, "heads": self.recipe.heads, "multiple_of": self.budget.multiple_of}
+        return {
+            "structures": self.structures,
+            "heads": "on" if self.heads else "off",
+            "multiple_of": self.budget.multiple_of,
+        }
 
     @property
     def shrinkage(self) -> "Mapping[str, Shrinkage]":
