@@ -27,12 +27,15 @@ SHRINKAGE = {"input_shrinkage": 0.03, "output_shrinkage": 0.1}
 TEXT = "wikitext2:train"
 
 
-def recipe_of(structures: str, keep: float, when: str, allocation: str, shrunk: bool) -> pared.Recipe:
+def recipe_of(
+    structures: str, keep: float, when: str, allocation: str, shrunk: bool, heads: str = "auto"
+) -> pared.Recipe:
     """Return the recipe of a cell."""
     return pared.Recipe(
         method="loss-optimal",
         keep=keep,
         structures=structures,
+        heads=heads,
         statistics=when,
         allocation=allocation,
         options=SHRINKAGE if shrunk else {},
@@ -54,11 +57,18 @@ def measure(model_name: str, recipe: pared.Recipe | None) -> dict[str, Any]:
         start = time.perf_counter(), time.process_time()
         result = pared.compress(model, tokenizer, recipe, collected=collected)
         row |= {"structures": recipe.structures, "keep": recipe.keep, "statistics": recipe.statistics}
-        row |= {"allocation": recipe.allocation, "options": recipe.options, "settled": dict(result.settled)}
+        row |= {
+            "heads": recipe.heads,
+            "allocation": recipe.allocation,
+            "options": recipe.options,
+            "settled": dict(result.settled),
+        }
         row |= {"compress_seconds": time.perf_counter() - start[0], "cpu_seconds": time.process_time() - start[1]}
         row |= {"calibration": result.calibration, "achieved_keep": result.plan.achieved_keep}
         decided = [site.decision for site in result.plan.sites]
-        row |= {"widths": [one.width for one in decided if isinstance(one, Width) and one.side == "in"]}
+        readers = [one for one in decided if isinstance(one, Width) and one.side == "in"]
+        row |= {"widths": [one.width for one in readers if one.unit == "channel"]}
+        row |= {"kept_heads": [one.width for one in readers if one.unit == "head"]}
         row |= {"low_rank": sum(one.kind == "low_rank" for one in decided)}
         row |= {"dense": sum(one.kind == "dense" for one in decided)}
     row |= {"model_parameters": sum(parameter.numel() for parameter in model.parameters())}
@@ -70,12 +80,15 @@ def key_of(line: dict[str, Any]) -> tuple[object, ...]:
     if line["structures"] == "dense":
         return line["model"], "dense"
     named = tuple(line[name] for name in ("model", "structures", "keep", "statistics", "allocation"))
-    return (*named, *sorted(line["options"].items()))
+    heads = line.get("heads", "auto")
+    return (*named, *sorted(line["options"].items()), *([] if heads == "auto" else [f"heads {heads}"]))
 
 
 def asked(model: str, recipe: pared.Recipe) -> tuple[object, ...]:
     """Return the key that the cell of a recipe will have."""
-    fields = {name: getattr(recipe, name) for name in ("structures", "keep", "statistics", "allocation", "options")}
+    fields = {
+        name: getattr(recipe, name) for name in ("structures", "keep", "statistics", "allocation", "options", "heads")
+    }
     return key_of({"model": model, **fields})
 
 
@@ -92,7 +105,8 @@ def render(lines: list[dict[str, Any]]) -> str:
             spread = f"{len(widths)}: {min(widths):,} to {max(widths):,}" if widths else "none"
             shrunk = "yes" if line["options"] else "no"
             return (
-                f"{line['structures']}{'' if line['allocation'] == 'auto' else ', ' + line['allocation']}",
+                f"{line['structures']}{'' if line['allocation'] == 'auto' else ', ' + line['allocation']}"
+                f"{'' if line.get('heads', 'auto') == 'auto' else ', heads ' + line['heads']}",
                 f"{line['keep']:g}",
                 f"{line['achieved_keep']:.3f}",
                 line["statistics"],
@@ -127,13 +141,14 @@ def main() -> None:
     parser.add_argument("--keep", nargs="+", type=float, default=[0.8, 0.6])
     parser.add_argument("--statistics", nargs="+", default=["once", "sequential"], choices=("once", "sequential"))
     parser.add_argument("--allocation", nargs="+", default=["auto"])
+    parser.add_argument("--heads", default="auto", choices=("auto", "on", "off"))
     parser.add_argument("--plain", action="store_true", help="moments as they are, not shrunk")
     parser.add_argument("--render", action="store_true", help="only render the page")
     given = parser.parse_args()
     if not given.render:
         require_disjoint(TEXT)
         recipes = [
-            recipe_of(structures, keep, when, allocation, not given.plain)
+            recipe_of(structures, keep, when, allocation, not given.plain, given.heads)
             for when, keep, allocation, structures in product(
                 given.statistics, given.keep, given.allocation, given.structures
             )
