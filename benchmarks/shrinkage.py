@@ -1,13 +1,14 @@
 """How far input Grams are to be shrunk, and how many tokens they take: layer by layer, on text not calibrated on.
 
     PARED_DATA=/path/to/data python benchmarks/shrinkage.py            # one JSON line a layer and form
-    PARED_DATA=/path/to/data python benchmarks/shrinkage.py --show     # the tables only
+    python benchmarks/shrinkage.py --show                              # the tables only
 
 A layer's weight is given a low rank, or loses channels, by the Gram of a few windows of WikiText-2, shrunk by one of
 ``AMOUNTS``; what is measured is the error of its outputs on other windows of WikiText-2 and on C4, as a share of their
-energy. Rules are told the same windows: ``tokens`` is Ledoit and Wolf's with tokens as observations, ``windows`` with
-windows, ``correlations`` with windows in units of every input's own energy, ``halves`` takes the amount that is best
-where one half of the windows decides and the other half prices. Outputs are not weighted.
+energy. Rules are told the same windows: ``auto`` is the product's, ``tokens`` Ledoit and Wolf's with tokens as
+observations, ``windows`` with windows, ``correlations`` with windows in units of every input's energy in all of them,
+and ``halves`` takes the amount that is best where one half of the windows decides and the other half prices. Outputs
+are not weighted.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from record import RESULTS, append, read, table
 LINES = RESULTS / "shrinkage.jsonl"
 TEXT, ELSEWHERE = "wikitext2:train", {"WikiText-2": "wikitext2:test", "C4": "c4:validation"}
 AMOUNTS = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+RULES = ("auto", "tokens", "windows", "correlations", "halves")
 COUNTS = (2, 4, 8, 16)  # windows, of which so many tell how an error grows with few
 KEEP, LENGTH, HELD_OUT = 0.8, 512, 8
 SITES = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
@@ -37,21 +39,22 @@ Grams = list[torch.Tensor]  # a window each, float32, per token
 Weights = Callable[[torch.Tensor], torch.Tensor]  # from a Gram to what takes the place of the weight
 
 
-def collected(model: Any, tokenizer: Any, source: str, count: int, blocks: list[int]) -> dict[str, Grams]:
-    """Return the Gram of what the layers of some blocks read, for each of some windows; note what tokens say."""
+def collected(
+    model: Any, tokenizer: Any, source: str, count: int, blocks: list[int]
+) -> tuple[dict[str, Grams], dict[str, Gram]]:
+    """Return the Gram of what the layers of some blocks read: of each of some windows, and the product's of all."""
     tokens = cut(find_text(source), tokenizer, LENGTH, count).tokens
-    found: dict[str, Grams] = {}
+    by_window: dict[str, Grams] = {}
+    together: dict[str, Gram] = {}
 
     def watch(name: str) -> Callable[..., None]:
         def note(_: Any, args: tuple[torch.Tensor, ...]) -> None:
             x_TN = args[0].reshape(-1, args[0].shape[-1]).float()
-            found.setdefault(name, []).append(x_TN.T @ x_TN / len(x_TN))
-            gram = by_tokens.setdefault(name, Gram(x_TN.shape[1], x_TN.device))
-            gram.update(x_TN)
+            by_window.setdefault(name, []).append(x_TN.T @ x_TN / len(x_TN))
+            together.setdefault(name, Gram(x_TN.shape[1], x_TN.device)).update(x_TN)
 
         return note
 
-    by_tokens: dict[str, Gram] = {}
     names = [f"model.layers.{block}.{site}" for block in blocks for site in SITES]
     handles = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
     with torch.no_grad():
@@ -59,11 +62,7 @@ def collected(model: Any, tokenizer: Any, source: str, count: int, blocks: list[
             model.model(row[None])
     for handle in handles:
         handle.remove()
-    rules.update({name: gram.shrinkage for name, gram in by_tokens.items()})
-    return found
-
-
-rules: dict[str, float] = {}  # of the text collected last
+    return by_window, together
 
 
 def least_error(observations: Grams) -> float:
@@ -139,8 +138,8 @@ def run(model_name: str, blocks: list[int]) -> None:
     """Measure the layers of some blocks."""
     model, tokenizer = pared.load(model_name, "float32"), pared.load_tokenizer(model_name)
     model.model.layers = model.model.layers[: max(blocks) + 1]
-    others = {text: collected(model, tokenizer, source, HELD_OUT, blocks) for text, source in ELSEWHERE.items()}
-    own = collected(model, tokenizer, TEXT, max(COUNTS), blocks)
+    others = {text: collected(model, tokenizer, source, HELD_OUT, blocks)[0] for text, source in ELSEWHERE.items()}
+    own, together = collected(model, tokenizer, TEXT, max(COUNTS), blocks)
     for block, site in itertools.product(blocks, SITES):
         name = f"model.layers.{block}.{site}"
         weight = model.get_submodule(name).weight.detach().double()
@@ -148,7 +147,7 @@ def run(model_name: str, blocks: list[int]) -> None:
         for form, make in forms(weight, site):
             row = {"model": model_name, "layer": name, "form": form, "inputs": weight.shape[1], "amounts": AMOUNTS}
             found = measure(weight, make, own[name], elsewhere)
-            found["rules"]["tokens"] = rules[name]
+            found["rules"] |= {"auto": together[name].shrinkage, "tokens": super(Gram, together[name]).shrinkage}
             append(LINES, row | found)
             print(name, form, {rule: round(amount, 4) for rule, amount in found["rules"].items()}, flush=True)
 
@@ -167,7 +166,8 @@ def show(lines: list[dict[str, Any]]) -> str:
     rows = []
     for form in ("rank", "width"):
         own = [line for line in lines if line["form"] == form]
-        for rule in (*map(str, AMOUNTS[1:]), "tokens", "windows", "correlations", "halves"):
+        known = [rule for rule in RULES if all(rule in line["rules"] for line in own)]
+        for rule in (*map(str, AMOUNTS[1:]), *known):
             told = [float(rule) if rule[0].isdigit() else line["rules"][rule] for line in own]
             cells = [sum(gain(line, text, one) for line, one in zip(own, told, strict=True)) / len(own)
                      for text in ELSEWHERE]  # fmt: skip

@@ -17,7 +17,8 @@ from pared.errors import ParedError
 from pared.io.files import appearing
 from pared.io.fingerprint import require_same
 
-VERSION = 4  # 1 held values, which nothing can be added to; 2 not what they were collected of; 3 no fourth moments
+# 1 held values, which nothing can be added to; 2 not what they were collected of; 3 no fourth moments; 4 no parts
+VERSION = 5
 FILES = "block-*.safetensors"
 
 

@@ -1,5 +1,7 @@
 """Second moments drawn towards equal energies: identities, the rule, and what a decomposition makes of them."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -46,19 +48,79 @@ def test_the_mean_energy_stays_and_differences_of_energies_shrink(amount: float)
     assert torch.equal(S_NN, before)
 
 
-def test_the_rule_is_that_of_ledoit_and_wolf() -> None:
+def gradients(x_TN: torch.Tensor, form: Any = "full") -> OutputGradient:
+    found = OutputGradient(x_TN.shape[-1], CPU, form)
+    found.update(x_TN, x_TN)
+    return found
+
+
+def test_the_rule_of_gradients_is_that_of_ledoit_and_wolf() -> None:
     """Written out from the paper, token by token."""
     x_TN = correlated(40, 7).double()
     S_NN, width = x_TN.T @ x_TN / 40, 7
     apart = S_NN - S_NN.trace() / width * torch.eye(width)
     variance = sum(float((torch.outer(x_N, x_N) - S_NN).square().sum()) for x_N in x_TN) / 40**2
     expected = min(1.0, variance / float(apart.square().sum()))
-    assert seen(x_TN.float()).shrinkage == pytest.approx(expected, rel=1e-5)
+    assert gradients(x_TN.float()).shrinkage == pytest.approx(expected, rel=1e-5)
     energy = Energy(width, CPU)
     energy.update(x_TN.float())
     s_N = S_NN.diagonal()
     variance = sum(float((x_N.square() - s_N).square().sum()) for x_N in x_TN) / 40**2
     assert energy.shrinkage == pytest.approx(variance / float((s_N - s_N.mean()).square().sum()), rel=1e-5)
+
+
+def parts(x_TN: torch.Tensor, count: int) -> MeanGram:
+    return seen(*x_TN.chunk(count))
+
+
+def correlations(x_TN: torch.Tensor) -> torch.Tensor:
+    unit_TN = x_TN.double() / x_TN.double().norm(dim=0)
+    return unit_TN.T @ unit_TN
+
+
+def test_the_rule_of_inputs_is_how_far_correlations_differ_between_parts() -> None:
+    """Written out, part by part; of parts of one size the mean is that of the whole but for their energies."""
+    x_TN = correlated(48, 7)
+    whole_NN, of_parts = correlations(x_TN), [correlations(part) for part in x_TN.chunk(4)]
+    squares = sum(float(one.square().sum()) for one in of_parts) / 4
+    variance = (squares - float(whole_NN.square().sum())) / 3  # of a mean of four
+    distance = float((whole_NN - torch.eye(7)).square().sum())
+    assert parts(x_TN, 4).shrinkage == pytest.approx(variance / distance, rel=1e-5)
+
+
+@pytest.mark.parametrize("features", [7, 250])  # within a panel of columns, and beyond one
+def test_parts_of_the_text_are_counted_by_their_tokens_in_every_panel(features: int) -> None:
+    chunks = [correlated(tokens, features, seed) for seed, tokens in enumerate((30, 5))]
+    expected = sum(len(one) ** 2 * float(correlations(one).square().sum()) for one in chunks)
+    assert float(seen(*chunks).observed[0]) == pytest.approx(expected, rel=1e-5)
+    assert float(seen(*chunks).observed[1]) == 30**2 + 5**2
+    assert seen(*chunks)._correlations()[0] == pytest.approx(float(correlations(torch.cat(chunks)).square().sum()))
+
+
+def test_parts_that_are_alike_leave_inputs_as_they_are_and_others_do_not() -> None:
+    x_TN = correlated(200, 6)
+    alike, apart = seen(x_TN, x_TN), seen(x_TN, correlated(200, 6, seed=1).flip(1))
+    assert alike.shrinkage < 1e-5
+    assert apart.shrinkage > 0.1
+    assert parts(x_TN, 8).shrinkage > parts(correlated(20_000, 6), 8).shrinkage
+
+
+def test_inputs_of_large_energy_do_not_decide_alone() -> None:
+    """Regression: where a few channels are a thousand times as large, the rule saw nothing but them."""
+    x_TN = correlated(64, 8)
+    massive_TN = x_TN.clone()
+    massive_TN[:, 0] *= 1000
+    assert parts(massive_TN, 4).shrinkage == pytest.approx(parts(x_TN, 4).shrinkage, rel=1e-4)
+    assert gradients(massive_TN).shrinkage < 0.5 * gradients(x_TN).shrinkage
+
+
+def test_inputs_that_are_always_zero_and_a_single_part_say_nothing() -> None:
+    x_TN = correlated(64, 8)
+    with_zeros = torch.cat((x_TN, torch.zeros(64, 3)), 1)
+    assert parts(with_zeros, 4).shrinkage == pytest.approx(parts(x_TN, 4).shrinkage, rel=1e-6)
+    assert (
+        seen(x_TN).shrinkage == MeanGram(8, CPU).shrinkage == seen(torch.zeros(4, 8), torch.zeros(4, 8)).shrinkage == 0
+    )
 
 
 def test_the_rule_comes_closest_to_the_moments_that_were_sampled() -> None:
@@ -68,23 +130,23 @@ def test_the_rule_comes_closest_to_the_moments_that_were_sampled() -> None:
         return sum(float((shrunk(seen(x).value, amount) - true_NN).square().sum()) for x in samples)
 
     samples = [correlated(24, 6, seed) for seed in range(1, 30)]
-    by_rule = sum(seen(x).shrinkage for x in samples) / len(samples)
+    by_rule = sum(gradients(x).shrinkage for x in samples) / len(samples)
     assert distance(by_rule) < min(distance(0.0), distance(by_rule / 3), distance(min(1.0, 3 * by_rule)))
 
 
 def test_the_rule_tends_to_nothing_as_tokens_become_many() -> None:
-    found = [seen(correlated(tokens, 8)).shrinkage for tokens in (4, 40, 400, 4000)]
+    found = [gradients(correlated(tokens, 8)).shrinkage for tokens in (4, 40, 400, 4000)]
     assert found == sorted(found, reverse=True)
     assert found[0] > 0.2
     assert found[-1] < 0.005
-    assert seen(correlated(1, 8)).shrinkage == 1.0, "one token tells no direction from another"
-    assert MeanGram(8, CPU).shrinkage == 0.0
+    assert gradients(correlated(1, 8)).shrinkage == 1.0, "one token tells no direction from another"
+    assert OutputGradient(8, CPU, "full").shrinkage == 0.0
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e4])
 def test_the_rule_does_not_depend_on_the_unit(scale: float) -> None:
     x_TN = correlated(30, 5)
-    assert seen(scale * x_TN).shrinkage == pytest.approx(seen(x_TN).shrinkage, rel=1e-5)
+    assert parts(scale * x_TN, 3).shrinkage == pytest.approx(parts(x_TN, 3).shrinkage, rel=1e-5)
     found, scaled = OutputGradient(5, CPU, "diagonal"), OutputGradient(5, CPU, "diagonal")
     found.update(x_TN, x_TN)
     scaled.update(x_TN, scale * x_TN)
@@ -93,15 +155,16 @@ def test_the_rule_does_not_depend_on_the_unit(scale: float) -> None:
 
 def test_the_rule_is_known_from_parts() -> None:
     x_TN = correlated(60, 5)
-    whole, parts = seen(x_TN), seen(x_TN[:17])
-    parts.merge(seen(x_TN[17:40], x_TN[40:]))
-    assert parts.shrinkage == pytest.approx(whole.shrinkage, rel=1e-6)
+    whole, merged = seen(x_TN[:17], x_TN[17:40], x_TN[40:]), seen(x_TN[:17])
+    merged.merge(seen(x_TN[17:40], x_TN[40:]))
+    assert merged.shrinkage == pytest.approx(whole.shrinkage, rel=1e-6)
     restored = MeanGram(5, CPU)
-    restored.load_state_dict(parts.state_dict())
-    assert restored.shrinkage == parts.shrinkage
-    state = {name: value for name, value in parts.state_dict().items() if name != "fourth"}
-    with pytest.raises(ParedError, match="without fourth moments"):
-        restored.load_state_dict(state)
+    restored.load_state_dict(merged.state_dict())
+    assert restored.shrinkage == merged.shrinkage
+    for lacking, message in (("fourth", "without fourth moments"), ("observed", "without parts of the text")):
+        state = {name: value for name, value in merged.state_dict().items() if name != lacking}
+        with pytest.raises(ParedError, match=message):
+            restored.load_state_dict(state)
 
 
 def test_an_amount_is_what_was_chosen_or_the_rules_and_none_is_none() -> None:

@@ -3,9 +3,22 @@
 from collections.abc import Iterator, Mapping
 
 import torch
+from torch import distributed
 
 from pared.calibration.precision import exact_products
-from pared.calibration.statistics.base import PRODUCT_ROWS, Moments, Of, StatisticView, Summed, norm
+from pared.calibration.statistics.base import (
+    PRODUCT_ROWS,
+    Moments,
+    Of,
+    State,
+    Statistic,
+    StatisticView,
+    Summed,
+    norm,
+    same_kind,
+)
+from pared.calibration.statistics.sums import sum_over_ranks
+from pared.errors import ParedError
 
 # Columns of one panel of a product, of which only panels on and above the diagonal are computed. Measured on one thread
 # without matrix units at 576 to 3,072 features: 128 and 192 are fastest, a single panel takes 1.3 to 1.9 times as long.
@@ -18,19 +31,68 @@ class Gram(Moments):
 
     One batch is multiplied in float32 (exactly, for half-precision inputs, with float32 accumulation) and added to a
     float64 total. Only the upper panels are computed, and only strips of 64 rows from the diagonal to the right are
-    held, one after the other in one tensor; ``value`` mirrors them. Beside it is one number, the fourth moment.
+    held, one after the other in one tensor; ``value`` mirrors them. Beside it is one number, the fourth moment, and of
+    inputs two more, which say how far their correlations differ from one part of the text to another.
 
     Attributes:
         of: ``input``, ``output`` or ``output_grad``: which tensor it is the Gram of.
         features: of that tensor.
         tokens: how many tokens were seen.
         dtype: what the last batch came in; none before the first.
+        observed: of parts of the text, T neighbouring tokens each, the sum of ``T² ‖R‖²`` with R their correlations,
+            and that of ``T²``; ``(2,)``, float64. Of inputs alone.
     """
 
     def __init__(self, features: int, device: torch.device, of: Of = "input") -> None:
         self.dtype: torch.dtype | None = None
         held = sum(min(STRIP, features - start) * (features - start) for start in range(0, features, STRIP))
         super().__init__(features, (held,), device, of)
+        self.observed = torch.zeros(2, dtype=torch.float64, device=device)
+
+    @property
+    def shrinkage(self) -> float:
+        """How far the sum is to be drawn towards equal energies, 0 to 1.
+
+        Of inputs by :func:`correlation_shrinkage`, as tokens of a text depend on each other and energies of inputs
+        differ by orders of magnitude; of gradients of drawn labels by :func:`~.base.least_error_shrinkage`.
+        """
+        if self.of != "input":
+            return super().shrinkage
+        return correlation_shrinkage(*self._correlations(), self.observed, self.tokens)
+
+    def _correlations(self) -> tuple[float, int]:
+        """Return the squared Frobenius norm of the correlations, and how many inputs are not always zero."""
+        scale_N = _inverse_roots(torch.cat([strip.diagonal() for _, strip in self._strips()]))
+        total = 0.0
+        for start, strip in self._strips():
+            scaled = strip * scale_N[start : start + len(strip), None] * scale_N[start:]
+            total += float(2 * scaled.triu(1).square().sum() + scaled.diagonal().square().sum())
+        return total, int(scale_N.count_nonzero())
+
+    def merge(self, other: Statistic) -> None:
+        """Add what another of the same kind has seen."""
+        super().merge(other)
+        self.observed += same_kind(self, other).observed.to(self.observed.device)
+
+    def all_reduce(self, group: distributed.ProcessGroup | None = None) -> None:
+        """Add up what the ranks of a group have seen; each then holds all of it."""
+        super().all_reduce(group)
+        sum_over_ranks(self.observed, self.tokens, group)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return the sums, float64, and the tokens."""
+        return {**super().state_dict(), "observed": self.observed}
+
+    def load_state_dict(self, state: State) -> None:
+        """Hold a copy of such a state.
+
+        Raises:
+            ParedError: it is of another kind or width.
+        """
+        super().load_state_dict(state)
+        if "observed" not in state:
+            raise ParedError(f"{self.signature}: got a state without parts of the text; collect the statistics again")
+        self.observed = state["observed"].to(self.observed, copy=True)
 
     def update(self, x: torch.Tensor, grad: torch.Tensor | None = None) -> None:  # noqa: ARG002 - the protocol's
         """Add one batch ``(..., features)``."""
@@ -44,7 +106,9 @@ class Gram(Moments):
                 self.fourth += norm(rows_TN, dim=-1).pow(4).sum()
 
     def _add(self, x_TN: torch.Tensor) -> None:
-        strips = self._strips()
+        strips, scale_N = self._strips(), None
+        if self.of == "input":
+            scale_N, squares = _inverse_roots(norm(x_TN, dim=0).square()).float(), self.observed.new_zeros(())
         for start in range(0, self.features, PANEL):
             x_TP, rest_TN = x_TN[:, start : start + PANEL], x_TN[:, start:]
             product_PN = x_TP.T @ rest_TN
@@ -53,6 +117,12 @@ class Gram(Moments):
             for offset in range(0, x_TP.shape[1], STRIP):
                 _, strip = next(strips)
                 strip += product_PN[offset : offset + STRIP, offset:]
+            if scale_N is not None:
+                product_PN *= scale_N[start : start + PANEL, None] * scale_N[start:]
+                inside, beside = product_PN[:, : x_TP.shape[1]], product_PN[:, x_TP.shape[1] :]
+                squares += norm(inside).square() + 2 * norm(beside).square()
+        if scale_N is not None:
+            self.observed += len(x_TN) ** 2 * torch.stack((squares, torch.ones_like(squares)))
 
     def _strips(self) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield the first row of every strip and the strip, ``(rows, features from the diagonal to the right)``."""
@@ -86,6 +156,31 @@ class Gram(Moments):
         """Whether everything seen so far was a finite number: a sum of squares keeps every NaN and infinity."""
         squares = [strip.diagonal() for _, strip in self._strips()]
         return not squares or bool(torch.cat(squares).isfinite().all())
+
+
+def _inverse_roots(energy_N: torch.Tensor) -> torch.Tensor:
+    """Return ``1/√e``, and 0 for what has no energy."""
+    return torch.where(energy_N > 0, energy_N, torch.inf).rsqrt()
+
+
+def correlation_shrinkage(square: float, inputs: int, observed: torch.Tensor, tokens: int) -> float:
+    """Return how far correlations are to be drawn towards none, 0 to 1: by how they differ between parts of a text.
+
+    Ledoit and Wolf's least error, as Schäfer and Strimmer have it for correlations (Statistical Applications in
+    Genetics and Molecular Biology 4, 2005): their summed variance over their squares. A part of the text is one
+    observation, since its tokens depend on each other. Of fewer than two parts nothing is known or shrunk.
+
+    Args:
+        square: squared Frobenius norm of the correlations R of the whole text, diagonal included.
+        inputs: that are not always zero.
+        observed: as of :class:`Gram`.
+        tokens: of all parts.
+    """
+    squares, weights = (float(one) / max(tokens, 1) ** 2 for one in observed)  # Σ w² ‖R_b‖² and Σ w², w = T_b / T
+    variance, distance = squares - weights * square, square - inputs
+    if not (0 < weights < 1 and variance > 0 and distance > 0):
+        return 0.0
+    return min(1.0, variance / (1 - weights) / distance)
 
 
 class MeanGram(Gram):
