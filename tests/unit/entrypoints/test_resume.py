@@ -47,6 +47,7 @@ CASES: dict[str, dict[str, Any]] = {
     "wanda": {"method": "wanda", "sparsity": 0.5, "allocation": "owl"},
     "sparsegpt": {"method": "sparsegpt", "sparsity": 0.5},
 }
+STREAMED = ["basis-sharing", "loss-optimal sequential", "mixed", "shared bases refitted", "sparsegpt"]  # others: slow
 # Of a manifest, what no two runs share.
 OF_THE_RUN = {"seconds", "peak_memory_bytes", "memory_bound_bytes", "resumed", "files", "checksum"}
 
@@ -163,7 +164,9 @@ def test_blocks_whose_shared_basis_was_refitted_with_its_owner_are_gone_on_from(
     require_same(tmp_path / "o", tmp_path / "w")
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [case if case in STREAMED else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
 def test_a_killed_compression_that_is_streamed_goes_on_to_the_very_same_bytes(
     case: str, place: Path, tmp_path: Path
 ) -> None:
