@@ -3,7 +3,6 @@
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -30,9 +29,6 @@ from pared.schema.presets import note_of
 from pared.schema.recipe import Recipe
 from pared.structure import find_anatomy
 from pared.structure.finite import require_finite
-
-if TYPE_CHECKING:
-    pass
 
 
 def compress_by_name(

@@ -2,7 +2,6 @@
 
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from pared.arguments import asked_from
 from pared.checkpoint import verify
@@ -21,9 +20,6 @@ from pared.processes import launched
 from pared.progress import Progress, Silent
 from pared.schema.manifest import Manifest
 from pared.schema.recipe import Recipe
-
-if TYPE_CHECKING:
-    pass
 
 
 def run(
