@@ -1,7 +1,7 @@
 """What a statistic is: a small accumulator with ``update`` and ``merge``, for one process or many."""
 
 from collections.abc import Mapping
-from typing import Literal, Protocol, TypeVar
+from typing import ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from torch import distributed
@@ -112,12 +112,14 @@ class Summed:
     """A statistic that is made of one float64 sum over tokens; what is added is each kind's own.
 
     Attributes:
+        beside: tensors that add up as the sum does, by the names of attributes, with what messages call them.
         of: what it watches.
         by_example: False.
         features: that it was made for.
         tokens: how many tokens were seen.
     """
 
+    beside: ClassVar[Mapping[str, str]] = {}
     by_example = False
 
     def __init__(self, features: int, shape: tuple[int, ...], device: torch.device, of: Of) -> None:
@@ -143,14 +145,20 @@ class Summed:
         other = same_kind(self, other)
         self._sum += other._sum.to(self._sum.device)
         self.tokens += other.tokens
+        for name in self.beside:
+            mine: torch.Tensor = getattr(self, name)
+            mine += getattr(other, name).to(mine.device)
 
     def all_reduce(self, group: distributed.ProcessGroup | None = None) -> None:
         """Add up what the ranks of a group have seen; each then holds all of it."""
         self.tokens = sum_over_ranks(self._sum, self.tokens, group)
+        for name in self.beside:
+            sum_over_ranks(getattr(self, name), self.tokens, group)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return the sum, float64, and the tokens."""
-        return {"sum": self._sum, "tokens": torch.tensor(self.tokens)}
+        """Return the sums, float64, and the tokens."""
+        beside = {name: getattr(self, name) for name in self.beside}
+        return {"sum": self._sum, "tokens": torch.tensor(self.tokens), **beside}
 
     def load_state_dict(self, state: State) -> None:
         """Hold a copy of such a state.
@@ -164,8 +172,13 @@ class Summed:
                 f"{self.signature}: expected a saved sum of shape {tuple(self._sum.shape)}, got {found}; "
                 "load what the same statistic has saved"
             )
+        for name, what in self.beside.items():
+            if name not in state:
+                raise ParedError(f"{self.signature}: got a state without {what}; collect the statistics again")
         self._sum = state["sum"].to(self._sum, copy=True)
         self.tokens = int(state["tokens"])
+        for name in self.beside:
+            setattr(self, name, state[name].to(getattr(self, name), copy=True))
 
     def finite(self) -> bool:
         """Whether everything seen so far was a finite number."""
@@ -178,6 +191,8 @@ class Moments(Summed):
     Attributes:
         fourth: the sum over tokens of the squared Frobenius norm of what each adds, 0-d, float64.
     """
+
+    beside: ClassVar[Mapping[str, str]] = {"fourth": "fourth moments"}
 
     def __init__(self, features: int, shape: tuple[int, ...], device: torch.device, of: Of) -> None:
         super().__init__(features, shape, device, of)
@@ -195,31 +210,6 @@ class Moments(Summed):
     def _trace(self) -> torch.Tensor:
         """Return the summed energy of all features."""
         raise NotImplementedError
-
-    def merge(self, other: Statistic) -> None:
-        """Add what another of the same kind has seen."""
-        super().merge(other)
-        self.fourth += same_kind(self, other).fourth.to(self.fourth.device)
-
-    def all_reduce(self, group: distributed.ProcessGroup | None = None) -> None:
-        """Add up what the ranks of a group have seen; each then holds all of it."""
-        super().all_reduce(group)
-        sum_over_ranks(self.fourth, self.tokens, group)
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return the sums, float64, and the tokens."""
-        return {**super().state_dict(), "fourth": self.fourth}
-
-    def load_state_dict(self, state: State) -> None:
-        """Hold a copy of such a state.
-
-        Raises:
-            ParedError: it is of another kind or width.
-        """
-        super().load_state_dict(state)
-        if "fourth" not in state:
-            raise ParedError(f"{self.signature}: got a state without fourth moments; collect the statistics again")
-        self.fourth = state["fourth"].to(self.fourth, copy=True)
 
 
 def norm(x: torch.Tensor, dim: int | None = None) -> torch.Tensor:

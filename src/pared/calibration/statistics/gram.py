@@ -1,24 +1,12 @@
 """Grams: sums of products of every pair of features, of one tensor or of what a site reads on two paths."""
 
 from collections.abc import Iterator, Mapping
+from typing import ClassVar
 
 import torch
-from torch import distributed
 
 from pared.calibration.precision import exact_products
-from pared.calibration.statistics.base import (
-    PRODUCT_ROWS,
-    Moments,
-    Of,
-    State,
-    Statistic,
-    StatisticView,
-    Summed,
-    norm,
-    same_kind,
-)
-from pared.calibration.statistics.sums import sum_over_ranks
-from pared.errors import ParedError
+from pared.calibration.statistics.base import PRODUCT_ROWS, Moments, Of, StatisticView, Summed, norm
 
 # Columns of one panel of a product, of which only panels on and above the diagonal are computed. Measured on one thread
 # without matrix units at 576 to 3,072 features: 128 and 192 are fastest, a single panel takes 1.3 to 1.9 times as long.
@@ -42,6 +30,8 @@ class Gram(Moments):
         observed: of parts of the text, T neighbouring tokens each, the sum of ``T² ‖R‖²`` with R their correlations,
             and that of ``T²``; ``(2,)``, float64. Of inputs alone.
     """
+
+    beside: ClassVar[Mapping[str, str]] = {**Moments.beside, "observed": "parts of the text"}
 
     def __init__(self, features: int, device: torch.device, of: Of = "input") -> None:
         self.dtype: torch.dtype | None = None
@@ -68,31 +58,6 @@ class Gram(Moments):
             scaled = strip * scale_N[start : start + len(strip), None] * scale_N[start:]
             total += float(2 * scaled.triu(1).square().sum() + scaled.diagonal().square().sum())
         return total, int(scale_N.count_nonzero())
-
-    def merge(self, other: Statistic) -> None:
-        """Add what another of the same kind has seen."""
-        super().merge(other)
-        self.observed += same_kind(self, other).observed.to(self.observed.device)
-
-    def all_reduce(self, group: distributed.ProcessGroup | None = None) -> None:
-        """Add up what the ranks of a group have seen; each then holds all of it."""
-        super().all_reduce(group)
-        sum_over_ranks(self.observed, self.tokens, group)
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return the sums, float64, and the tokens."""
-        return {**super().state_dict(), "observed": self.observed}
-
-    def load_state_dict(self, state: State) -> None:
-        """Hold a copy of such a state.
-
-        Raises:
-            ParedError: it is of another kind or width.
-        """
-        super().load_state_dict(state)
-        if "observed" not in state:
-            raise ParedError(f"{self.signature}: got a state without parts of the text; collect the statistics again")
-        self.observed = state["observed"].to(self.observed, copy=True)
 
     def update(self, x: torch.Tensor, grad: torch.Tensor | None = None) -> None:  # noqa: ARG002 - the protocol's
         """Add one batch ``(..., features)``."""
