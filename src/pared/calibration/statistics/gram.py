@@ -19,8 +19,8 @@ class Gram(Moments):
 
     One batch is multiplied in float32 (exactly, for half-precision inputs, with float32 accumulation) and added to a
     float64 total. Only the upper panels are computed, and only strips of 64 rows from the diagonal to the right are
-    held, one after the other in one tensor; ``value`` mirrors them. Beside it is one number, the fourth moment, and of
-    inputs two more, which say how far their correlations differ from one part of the text to another.
+    held, one after the other in one tensor; ``value`` mirrors them. Beside it is one number, the fourth moment, or of
+    inputs two, which say how far their correlations differ from one part of the text to another.
 
     Attributes:
         of: ``input``, ``output`` or ``output_grad``: which tensor it is the Gram of.
@@ -68,7 +68,8 @@ class Gram(Moments):
             for rows_TN in torch.split(x_TN, PRODUCT_ROWS):
                 rows_TN = rows_TN.float()
                 self._add(rows_TN)
-                self.fourth += norm(rows_TN, dim=-1).pow(4).sum()
+                if self.of != "input":  # those are shrunk by their correlations
+                    self.fourth += norm(rows_TN, dim=-1).pow(4).sum()
 
     def _add(self, x_TN: torch.Tensor) -> None:
         strips, scale_N = self._strips(), None
