@@ -212,6 +212,16 @@ class Moments(Summed):
         raise NotImplementedError
 
 
+def squares(x_TN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the square of every number, and their sums over rows; float32, float64 where a sum leaves that."""
+    squares_TN = x_TN.float().square()
+    energy_N = squares_TN.sum(dim=0)
+    if not bool(energy_N.isfinite().all()):
+        squares_TN = x_TN.double().square()
+        energy_N = squares_TN.sum(dim=0)
+    return squares_TN, energy_N
+
+
 def norm(x: torch.Tensor, dim: int | None = None) -> torch.Tensor:
     """Return the Euclidean norm over one axis or all, float64; added up in float32 unless its squares leave that.
 

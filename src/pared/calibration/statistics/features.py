@@ -2,7 +2,7 @@
 
 import torch
 
-from pared.calibration.statistics.base import SUM_ROWS, Moments, Of, Summed, norm
+from pared.calibration.statistics.base import SUM_ROWS, Moments, Of, Summed, norm, squares
 
 
 class Energy(Moments):
@@ -22,12 +22,7 @@ class Energy(Moments):
         x_TN = x.reshape(-1, x.shape[-1])
         self.tokens += x_TN.shape[0]
         for rows_TN in torch.split(x_TN, SUM_ROWS):
-            squares_TN = rows_TN.float().square()
-            energy_N = squares_TN.sum(dim=0)
-            # Squares of finite numbers may leave float32.
-            if not bool(energy_N.isfinite().all()):
-                squares_TN = rows_TN.double().square()
-                energy_N = squares_TN.sum(dim=0)
+            squares_TN, energy_N = squares(rows_TN)
             self._sum += energy_N
             self.fourth += norm(squares_TN).square()
 

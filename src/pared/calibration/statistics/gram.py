@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 
 from pared.calibration.precision import exact_products
-from pared.calibration.statistics.base import PRODUCT_ROWS, Moments, Of, StatisticView, Summed, norm
+from pared.calibration.statistics.base import PRODUCT_ROWS, SUM_ROWS, Moments, Of, StatisticView, Summed, norm, squares
 
 # Columns of one panel of a product, of which only panels on and above the diagonal are computed. Measured on one thread
 # without matrix units at 576 to 3,072 features: 128 and 192 are fastest, a single panel takes 1.3 to 1.9 times as long.
@@ -74,7 +74,8 @@ class Gram(Moments):
     def _add(self, x_TN: torch.Tensor) -> None:
         strips, scale_N = self._strips(), None
         if self.of == "input":
-            scale_N, squares = _inverse_roots(norm(x_TN, dim=0).square()).float(), self.observed.new_zeros(())
+            energy_N = torch.stack([squares(rows_RN)[1].double() for rows_RN in torch.split(x_TN, SUM_ROWS)]).sum(dim=0)
+            scale_N, total = _inverse_roots(energy_N).float(), self.observed.new_zeros(())
         for start in range(0, self.features, PANEL):
             x_TP, rest_TN = x_TN[:, start : start + PANEL], x_TN[:, start:]
             product_PN = x_TP.T @ rest_TN
@@ -86,9 +87,9 @@ class Gram(Moments):
             if scale_N is not None:
                 product_PN *= scale_N[start : start + PANEL, None] * scale_N[start:]
                 inside, beside = product_PN[:, : x_TP.shape[1]], product_PN[:, x_TP.shape[1] :]
-                squares += norm(inside).square() + 2 * norm(beside).square()
+                total += norm(inside).square() + 2 * norm(beside).square()
         if scale_N is not None:
-            self.observed += len(x_TN) ** 2 * torch.stack((squares, torch.ones_like(squares)))
+            self.observed += len(x_TN) ** 2 * torch.stack((total, torch.ones_like(total)))
 
     def _strips(self) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield the first row of every strip and the strip, ``(rows, features from the diagonal to the right)``."""
