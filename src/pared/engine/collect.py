@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -82,7 +82,7 @@ def source_of(observer: Observer, gradients: bool) -> dict[str, Any]:
         "architecture": type(model).__name__,
         "blocks": len(store),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "model": model_digest(model, None if isinstance(store, ResidentBlocks) else cast(Any, store).tensors()),
+        "model": model_digest(model, store.tensors()),
         "tokens": observer.windows.digest,
     }
     if gradients and isinstance(spec, LowRankSpec):

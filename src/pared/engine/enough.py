@@ -30,8 +30,7 @@ def too_few(windows: Windows, anatomy: Anatomy, spec: CompressionSpec) -> TooFew
     """
     features = _features(anatomy, spec)
     wanted = PER_FEATURE * max(features.values(), default=0)
-    if windows.real_tokens < wanted or windows.distinct_tokens < wanted:
-        tokens = windows.distinct_tokens
+    if wanted and (tokens := windows.distinct_tokens) < wanted:
         short = sum(PER_FEATURE * one > tokens for one in features.values())
         return TooFew(tokens=tokens, wanted=wanted, features=max(features.values()), layers=short)
     return None

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import version as pared_version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from pared.allocation import Evidence, Unit
 from pared.calibration import BlockStatistics
@@ -31,7 +31,7 @@ from pared.names import called
 from pared.schema.plan import Decision, Plan
 from pared.structure.channels import find_channels
 from pared.structure.groups import ChannelGroup
-from pared.structure.store import BlockStore, LazyBlocks, ResidentBlocks
+from pared.structure.store import ResidentBlocks
 
 Trial = Callable[[Windows], float]  # measures the model as it is on windows; less is better
 
@@ -303,8 +303,7 @@ class LowRankWork:
         """Return what a trial's result depends on, but for the decisions tried."""
         spec, windows = self._spec, self._observer.windows
         calibrated = None if windows is None else windows.digest
-        store = self._observer.store
-        digest = model_digest(self._model, None if isinstance(store, ResidentBlocks) else _lazy(store).tensors())
+        digest = model_digest(self._model, self._observer.store.tensors())
         asked = [spec.method.name, spec.config.model_dump(), spec.budget.pivoted, spec.calibration.model_dump()]
         return json.dumps([digest, trials.digest, calibrated, *asked, pared_version("pared")])
 
@@ -345,7 +344,3 @@ class LowRankWork:
         reference = observer.reference(inputs, dense_block) if step.reference else None
         observed = dense_block if self._spec.refit == "sequential-dense-block" else None
         observer.forward(inputs, mean_gram, visit, step, reference, name="refit", observed=observed, kept=kept)
-
-
-def _lazy(store: BlockStore) -> LazyBlocks:
-    return cast("LazyBlocks", store)

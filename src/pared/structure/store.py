@@ -68,6 +68,9 @@ class BlockStore(Protocol):
     def without_embeddings(self) -> Iterator[None]:
         """Need no embeddings of tokens, nor the head, for the length of a ``with`` block: only blocks run inside."""
 
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield every tensor of the model's state by name, in the order of the names."""
+
     def dense(self) -> DenseBlocks:
         """Return what hands out the blocks in the form they have now, before any is changed."""
 
@@ -78,9 +81,6 @@ class LazyBlocks(BlockStore, Protocol):
     @contextmanager
     def patched(self, change: Callable[[int], None]) -> Iterator[None]:
         """Have every block changed when it is loaded, for the length of a ``with`` block; nothing of it is kept."""
-
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield every tensor of the model's state by name, in the order of the names."""
 
 
 class ResidentBlocks:
@@ -127,6 +127,10 @@ class ResidentBlocks:
     def without_embeddings(self) -> Iterator[None]:
         """Change nothing: they stay."""
         yield
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield every tensor of the model's state by name, in the order of the names."""
+        yield from sorted(self.model.state_dict().items())
 
     def dense(self) -> DenseBlocks:
         """Return what hands out the blocks as they are now; they keep their weights when others come in their place.
