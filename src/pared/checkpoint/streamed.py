@@ -29,7 +29,7 @@ from pared.models.stored import (
 from pared.modules.shared import DOWN, BasisHolder
 from pared.modules.sparse import SparseLinear
 from pared.structure.finite import require_finite
-from pared.structure.store import block_file
+from pared.structure.store import block_file, embeddings_and_head
 
 
 class StreamedBlocks:
@@ -221,8 +221,7 @@ class StreamedBlocks:
 
     def _embeddings(self) -> Iterator[tuple[nn.Parameter, StoredTensor]]:
         """Yield the embeddings and the head, where they can be read again as they are, with what they are read from."""
-        ends = [self.model.get_input_embeddings(), self.model.get_output_embeddings()]
-        own = {id(module.weight) for module in ends if isinstance(getattr(module, "weight", None), nn.Parameter)}
+        own = set(map(id, embeddings_and_head(self.model)))
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             stored = self._places.where(name)
             if id(parameter) in own and stored is not None and self._places.index_of(name) is None:

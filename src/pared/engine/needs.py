@@ -22,6 +22,7 @@ from pared.lowrank.in_place import PANEL
 from pared.memory import Available, format_size
 from pared.names import called, option_called
 from pared.structure.model import Anatomy, Site
+from pared.structure.store import embeddings_and_head
 
 SLACK = 256 * 2**20  # bytes: what libraries take for themselves as they work
 SINGLE, DOUBLE = 4, 8  # bytes of a number
@@ -336,9 +337,7 @@ def _batch(anatomy: Anatomy, tokens: Tokens, itemsize: int, gradients: bool) -> 
 
 def _embeddings(model: PreTrainedModel) -> int:
     """Return the bytes of what a streamed model gives up while its blocks run."""
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    own = {id(weight): weight for module in ends if (weight := getattr(module, "weight", None)) is not None}
-    return sum(weight.numel() * weight.dtype.itemsize for weight in own.values())
+    return sum(weight.numel() * weight.dtype.itemsize for weight in embeddings_and_head(model))
 
 
 def _bytes(module: nn.Module) -> int:

@@ -22,6 +22,13 @@ def block_file(passed: int, index: int) -> str:
     return f"pass-{passed}-block-{index:05}.safetensors"
 
 
+def embeddings_and_head(model: PreTrainedModel) -> list[nn.Parameter]:
+    """Return the matrices that embed tokens and make logits, tied ones once: what no block runs with."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    weights = [getattr(module, "weight", None) for module in ends]
+    return list({id(weight): weight for weight in weights if isinstance(weight, nn.Parameter)}.values())
+
+
 class BlockStore(Protocol):
     """Hands out the blocks of one model, in the model's own module tree.
 
