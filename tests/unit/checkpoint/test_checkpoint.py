@@ -15,6 +15,7 @@ import torch
 import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from saved_models import Saved, saved_once
 from tiny_models import FAMILIES, TINY_MODELS, VOCAB
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
@@ -41,23 +42,15 @@ def auto_class(family: str) -> Any:
 
 
 @pytest.fixture(scope="session")
-def saved(
-    tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast
-) -> Callable[[str], tuple[Path, torch.Tensor]]:
+def saved(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Saved:
     """A family's compressed folder, and what the model in memory answered; made once."""
-    made: dict[str, tuple[Path, torch.Tensor]] = {}
 
-    def folder_of(family: str) -> tuple[Path, torch.Tensor]:
-        if family not in made:
-            model = TINY_MODELS[family]()
-            pared.compress(model, tokenizer, Recipe(method="svd", keep=0.6))
-            folder = tmp_path_factory.mktemp(family)
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-            made[family] = folder, logits(model)
-        return made[family]
+    def make(family: str) -> PreTrainedModel:
+        model = TINY_MODELS[family]()
+        pared.compress(model, tokenizer, Recipe(method="svd", keep=0.6))
+        return model
 
-    return folder_of
+    return saved_once(make, logits, tmp_path_factory, tokenizer)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import FAMILIES, TINY_MODELS
-from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import pared
@@ -17,6 +16,7 @@ from pared.data.windows import Windows, digest_of
 from pared.progress import Silent
 from pared.schema.width import Width, channels_of
 from pared.structure import weight_of
+from unit.engine.test_widths import inputs_of
 
 TOKENS = torch.randint(1, 64, (8, 24), generator=torch.Generator().manual_seed(3))
 WINDOWS = Windows(TOKENS, digest_of(TOKENS), "words", "a test", stand_in=True)
@@ -57,23 +57,12 @@ def test_the_plan_counts_what_there_is(family: str, structures: str, compressed:
     assert result.model(TOKENS).logits.isfinite().all()
 
 
-def inputs_of(model: nn.Module, name: str) -> torch.Tensor:
-    """Return the Gram per token of what a layer reads."""
-    seen: list[torch.Tensor] = []
-    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
-    with torch.no_grad():
-        model(TOKENS)
-    handle.remove()
-    x_TN = seen[0].flatten(0, 1).double()
-    return x_TN.T @ x_TN / len(x_TN)
-
-
 def test_the_output_layer_is_the_least_squares_weight(compressed: Callable[..., Any]):
     dense = TINY_MODELS["llama"]()
     result = compressed("llama", windows=WINDOWS)
     assert heads(result)
     for name, decision in heads(result).items():
-        A_NN = inputs_of(dense, name)
+        A_NN = inputs_of(dense, name, TOKENS)
         A_NN.diagonal().add_(1e-4 * A_NN.diagonal().mean())
         (head,) = channels_of(decision.kept or "")
         kept, gone = list(range(16 * head, 16 * head + 16)), list(range(16 - 16 * head, 32 - 16 * head))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from saved_models import Saved, saved_once
 from tiny_models import FAMILIES, TINY_MODELS
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -24,7 +25,6 @@ from pared.structure.channels import find_channels
 from pared.structure.groups import ChannelGroup
 from unit.checkpoint.test_checkpoint import LOAD, logits, run_python
 
-Saved = Callable[[str], tuple[Path, torch.Tensor]]
 HAVING = [family for family in FAMILIES if family != "phi3"]
 SOME = ["llama", "gpt2", "opt", "gpt_neox"]  # grouped; fused side by side, or by head; counted by an attribute
 
@@ -63,18 +63,7 @@ def narrowed(
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Saved:
     """A family's folder, and what the model in memory answered; made once."""
-    made: dict[str, tuple[Path, torch.Tensor]] = {}
-
-    def folder_of(family: str) -> tuple[Path, torch.Tensor]:
-        if family not in made:
-            model, _ = narrowed(family)
-            folder = tmp_path_factory.mktemp(family)
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-            made[family] = folder, logits(model)
-        return made[family]
-
-    return folder_of
+    return saved_once(lambda family: narrowed(family)[0], logits, tmp_path_factory, tokenizer)
 
 
 @pytest.mark.parametrize("family", HAVING)

@@ -1,12 +1,12 @@
 """Narrow layers in the place of a group's: what they compute, how they are saved and loaded, and as plain weights."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from saved_models import Saved, saved_once
 from tiny_models import FAMILIES, TINY_MODELS
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -20,8 +20,6 @@ from pared.structure import find_anatomy, probe, weight_of
 from pared.structure.channels import find_channels
 from pared.structure.groups import ChannelGroup
 from unit.checkpoint.test_checkpoint import LOAD, logits, run_python
-
-Saved = Callable[[str], tuple[Path, torch.Tensor]]
 
 
 def groups_of(model: PreTrainedModel) -> tuple[ChannelGroup, ...]:
@@ -54,18 +52,7 @@ def narrowed(family: str) -> tuple[PreTrainedModel, torch.Tensor]:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Saved:
     """A family's folder, and what the model in memory answered; made once."""
-    made: dict[str, tuple[Path, torch.Tensor]] = {}
-
-    def folder_of(family: str) -> tuple[Path, torch.Tensor]:
-        if family not in made:
-            model, _ = narrowed(family)
-            folder = tmp_path_factory.mktemp(family)
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-            made[family] = folder, logits(model)
-        return made[family]
-
-    return folder_of
+    return saved_once(lambda family: narrowed(family)[0], logits, tmp_path_factory, tokenizer)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
