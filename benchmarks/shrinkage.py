@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import pared
-from pared.calibration.statistics.gram import Gram
+from pared.calibration.statistics.gram import GradientGram, MeanGram
 from pared.data import find_text
 from pared.data.windows import cut
 from pared.lowrank import loss_optimal
@@ -41,17 +41,20 @@ Weights = Callable[[torch.Tensor], torch.Tensor]  # from a Gram to what takes th
 
 def collected(
     model: Any, tokenizer: Any, source: str, count: int, blocks: list[int]
-) -> tuple[dict[str, Grams], dict[str, Gram]]:
+) -> tuple[dict[str, Grams], dict[str, tuple[MeanGram, GradientGram]]]:
     """Return the Gram of what the layers of some blocks read: of each of some windows, and the product's of all."""
     tokens = cut(find_text(source), tokenizer, LENGTH, count).tokens
     by_window: dict[str, Grams] = {}
-    together: dict[str, Gram] = {}
+    together: dict[str, tuple[MeanGram, GradientGram]] = {}
 
     def watch(name: str) -> Callable[..., None]:
         def note(_: Any, args: tuple[torch.Tensor, ...]) -> None:
             x_TN = args[0].reshape(-1, args[0].shape[-1]).float()
             by_window.setdefault(name, []).append(x_TN.T @ x_TN / len(x_TN))
-            together.setdefault(name, Gram(x_TN.shape[1], x_TN.device)).update(x_TN)
+            if name not in together:  # the second knows the rule by tokens
+                together[name] = MeanGram(x_TN.shape[1], x_TN.device), GradientGram(x_TN.shape[1], x_TN.device)
+            for gram in together[name]:
+                gram.update(x_TN)
 
         return note
 
@@ -147,7 +150,8 @@ def run(model_name: str, blocks: list[int]) -> None:
         for form, make in forms(weight, site):
             row = {"model": model_name, "layer": name, "form": form, "inputs": weight.shape[1], "amounts": AMOUNTS}
             found = measure(weight, make, own[name], elsewhere)
-            found["rules"] |= {"auto": together[name].shrinkage, "tokens": super(Gram, together[name]).shrinkage}
+            by_parts, by_tokens = together[name]
+            found["rules"] |= {"auto": by_parts.shrinkage, "tokens": by_tokens.shrinkage}
             append(LINES, row | found)
             print(name, form, {rule: round(amount, 4) for rule, amount in found["rules"].items()}, flush=True)
 

@@ -7,6 +7,7 @@ import torch
 
 from pared.calibration.statistics import MeanGram, OutputGradient
 from pared.calibration.statistics.features import Energy
+from pared.calibration.statistics.gram import GradientGram
 from pared.errors import ParedError
 from pared.lowrank import METHODS, loss_optimal
 from pared.lowrank.shrinkage import LEAST, chosen, shrunk
@@ -161,10 +162,13 @@ def test_the_rule_is_known_from_parts() -> None:
     restored = MeanGram(5, CPU)
     restored.load_state_dict(merged.state_dict())
     assert restored.shrinkage == merged.shrinkage
-    for lacking, message in (("fourth", "without fourth moments"), ("observed", "without parts of the text")):
-        state = {name: value for name, value in merged.state_dict().items() if name != lacking}
+    for statistic, lacking, message in (
+        (GradientGram(5, CPU), "fourth", "without fourth moments"),
+        (restored, "observed", "without parts of the text"),
+    ):
+        state = {name: value for name, value in statistic.state_dict().items() if name != lacking}
         with pytest.raises(ParedError, match=message):
-            restored.load_state_dict(state)
+            statistic.load_state_dict(state)
 
 
 def test_an_amount_is_what_was_chosen_or_the_rules_and_none_is_none() -> None:

@@ -12,7 +12,7 @@ from torch import distributed
 from pared.calibration.precision import exact_products
 from pared.calibration.statistics.base import Of, State, Statistic, Summed, same_kind
 from pared.calibration.statistics.features import Energy
-from pared.calibration.statistics.gram import Gram
+from pared.calibration.statistics.gram import GradientGram
 from pared.errors import ParedError
 
 Form = Literal["scalar", "diagonal", "full"]
@@ -39,7 +39,8 @@ class OutputGradient:
     def __init__(self, features: int, device: torch.device, form: Form) -> None:
         self.form = form
         self.features = features
-        self._sum: Gram | Energy = (Gram if form == "full" else Energy)(features, device, self.of)
+        full = form == "full"
+        self._sum = GradientGram(features, device) if full else Energy(features, device, self.of)
 
     @property
     def signature(self) -> str:
@@ -54,7 +55,7 @@ class OutputGradient:
     @property
     def value(self) -> torch.Tensor:
         """The Gram, its diagonal or the mean of that, per token; float64; zero before the first token."""
-        if isinstance(self._sum, Gram):
+        if isinstance(self._sum, GradientGram):
             return self._sum.value.div_(max(self.tokens, 1))  # which is made anew every time
         per_token = self._sum.value / max(self.tokens, 1)
         return per_token.mean() if self.form == "scalar" else per_token

@@ -14,50 +14,24 @@ PANEL = 192
 STRIP = 64  # rows of what is held: from the diagonal to the right, so that about half of a square is
 
 
-class Gram(Moments):
+class Gram(Summed):
     """The Gram ``G = Σ xᵀx`` over tokens, ``(features, features)``, not normalised.
 
     One batch is multiplied in float32 (exactly, for half-precision inputs, with float32 accumulation) and added to a
     float64 total. Only the upper panels are computed, and only strips of 64 rows from the diagonal to the right are
-    held, one after the other in one tensor; ``value`` mirrors them. Beside it is one number, the fourth moment, or of
-    inputs two, which say how far their correlations differ from one part of the text to another.
+    held, one after the other in one tensor; ``value`` mirrors them.
 
     Attributes:
         of: ``input``, ``output`` or ``output_grad``: which tensor it is the Gram of.
         features: of that tensor.
         tokens: how many tokens were seen.
         dtype: what the last batch came in; none before the first.
-        observed: of parts of the text, T neighbouring tokens each, the sum of ``T² ‖R‖²`` with R their correlations,
-            and that of ``T²``; ``(2,)``, float64. Of inputs alone.
     """
-
-    beside: ClassVar[Mapping[str, str]] = {**Moments.beside, "observed": "parts of the text"}
 
     def __init__(self, features: int, device: torch.device, of: Of = "input") -> None:
         self.dtype: torch.dtype | None = None
         held = sum(min(STRIP, features - start) * (features - start) for start in range(0, features, STRIP))
         super().__init__(features, (held,), device, of)
-        self.observed = torch.zeros(2, dtype=torch.float64, device=device)
-
-    @property
-    def shrinkage(self) -> float:
-        """How far the sum is to be drawn towards equal energies, 0 to 1.
-
-        Of inputs by :func:`correlation_shrinkage`, as tokens of a text depend on each other and energies of inputs
-        differ by orders of magnitude; of gradients of drawn labels by :func:`~.base.least_error_shrinkage`.
-        """
-        if self.of != "input":
-            return super().shrinkage
-        return correlation_shrinkage(*self._correlations(), self.observed, self.tokens)
-
-    def _correlations(self) -> tuple[float, int]:
-        """Return the squared Frobenius norm of the correlations, and how many inputs are not always zero."""
-        scale_N = _inverse_roots(torch.cat([strip.diagonal() for _, strip in self._strips()]))
-        total = 0.0
-        for start, strip in self._strips():
-            scaled = strip * scale_N[start : start + len(strip), None] * scale_N[start:]
-            total += float(2 * scaled.triu(1).square().sum() + scaled.diagonal().square().sum())
-        return total, int(scale_N.count_nonzero())
 
     def update(self, x: torch.Tensor, grad: torch.Tensor | None = None) -> None:  # noqa: ARG002 - the protocol's
         """Add one batch ``(..., features)``."""
@@ -66,30 +40,13 @@ class Gram(Moments):
         self.dtype = x.dtype
         with exact_products(x.dtype):
             for rows_TN in torch.split(x_TN, PRODUCT_ROWS):
-                rows_TN = rows_TN.float()
-                self._add(rows_TN)
-                if self.of != "input":  # those are shrunk by their correlations
-                    self.fourth += norm(rows_TN, dim=-1).pow(4).sum()
+                self._add(rows_TN.float())
 
     def _add(self, x_TN: torch.Tensor) -> None:
-        strips, scale_N = self._strips(), None
-        if self.of == "input":
-            energy_N = torch.stack([squares(rows_RN)[1].double() for rows_RN in torch.split(x_TN, SUM_ROWS)]).sum(dim=0)
-            scale_N, total = _inverse_roots(energy_N).float(), self.observed.new_zeros(())
-        for start in range(0, self.features, PANEL):
-            x_TP, rest_TN = x_TN[:, start : start + PANEL], x_TN[:, start:]
-            product_PN = x_TP.T @ rest_TN
-            if not bool(product_PN.diagonal().isfinite().all()):  # squares of finite numbers may leave float32
-                product_PN = x_TP.double().T @ rest_TN.double()
-            for offset in range(0, x_TP.shape[1], STRIP):
-                _, strip = next(strips)
-                strip += product_PN[offset : offset + STRIP, offset:]
-            if scale_N is not None:
-                product_PN *= scale_N[start : start + PANEL, None] * scale_N[start:]
-                inside, beside = product_PN[:, : x_TP.shape[1]], product_PN[:, x_TP.shape[1] :]
-                total += norm(inside).square() + 2 * norm(beside).square()
-        if scale_N is not None:
-            self.observed += len(x_TN) ** 2 * torch.stack((total, torch.ones_like(total)))
+        """Add some rows, float32."""
+        strips = self._strips()
+        for _, product_PN in _panels(x_TN):
+            _add_panel(strips, product_PN)
 
     def _strips(self) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield the first row of every strip and the strip, ``(rows, features from the diagonal to the right)``."""
@@ -112,17 +69,27 @@ class Gram(Moments):
             value_NN[start:stop, start:stop] = corner.triu() + corner.triu(1).T
         return value_NN
 
-    def _sum_of_squares(self) -> torch.Tensor:
-        upper = [2 * strip.triu(1).square().sum() + strip.diagonal().square().sum() for _, strip in self._strips()]
-        return torch.stack(upper).sum()
-
-    def _trace(self) -> torch.Tensor:
-        return torch.cat([strip.diagonal() for _, strip in self._strips()]).sum()
-
     def finite(self) -> bool:
         """Whether everything seen so far was a finite number: a sum of squares keeps every NaN and infinity."""
         squares = [strip.diagonal() for _, strip in self._strips()]
         return not squares or bool(torch.cat(squares).isfinite().all())
+
+
+def _panels(x_TN: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield the first row of every panel of ``xᵀx`` and the panel, from the diagonal to the right."""
+    for start in range(0, x_TN.shape[1], PANEL):
+        x_TP, rest_TN = x_TN[:, start : start + PANEL], x_TN[:, start:]
+        product_PN = x_TP.T @ rest_TN
+        if not bool(product_PN.diagonal().isfinite().all()):  # squares of finite numbers may leave float32
+            product_PN = x_TP.double().T @ rest_TN.double()
+        yield start, product_PN
+
+
+def _add_panel(strips: Iterator[tuple[int, torch.Tensor]], product_PN: torch.Tensor) -> None:
+    """Add a panel to the next of the strips, which are as many as it is made of."""
+    for offset in range(0, len(product_PN), STRIP):
+        _, strip = next(strips)
+        strip += product_PN[offset : offset + STRIP, offset:]
 
 
 def _inverse_roots(energy_N: torch.Tensor) -> torch.Tensor:
@@ -140,7 +107,7 @@ def correlation_shrinkage(square: float, inputs: int, observed: torch.Tensor, to
     Args:
         square: squared Frobenius norm of the correlations R of the whole text, diagonal included.
         inputs: that are not always zero.
-        observed: as of :class:`Gram`.
+        observed: as of :class:`MeanGram`.
         tokens: of all parts.
     """
     squares, weights = (float(one) / max(tokens, 1) ** 2 for one in observed)  # Σ w² ‖R_b‖² and Σ w², w = T_b / T
@@ -151,12 +118,73 @@ def correlation_shrinkage(square: float, inputs: int, observed: torch.Tensor, to
 
 
 class MeanGram(Gram):
-    """The Gram per token, ``E[xᵀx]``: losses weighted by it do not depend on how much text there was."""
+    """The Gram of inputs per token, ``E[xᵀx]``: losses weighted by it do not depend on how much text there was.
+
+    Beside it are two numbers, which say how far correlations differ from one part of the text to another.
+
+    Attributes:
+        observed: of parts of the text, T neighbouring tokens each, the sum of ``T² ‖R‖²`` with R their correlations,
+            and that of ``T²``; ``(2,)``, float64.
+    """
+
+    beside: ClassVar[Mapping[str, str]] = {"observed": "parts of the text"}
+
+    def __init__(self, features: int, device: torch.device) -> None:
+        super().__init__(features, device)
+        self.observed = torch.zeros(2, dtype=torch.float64, device=device)
+
+    @property
+    def shrinkage(self) -> float:
+        """How far it is to be drawn towards equal energies, 0 to 1, by :func:`correlation_shrinkage`.
+
+        Tokens of a text depend on each other, and energies of inputs differ by orders of magnitude.
+        """
+        return correlation_shrinkage(*self._correlations(), self.observed, self.tokens)
+
+    def _correlations(self) -> tuple[float, int]:
+        """Return the squared Frobenius norm of the correlations, and how many inputs are not always zero."""
+        scale_N = _inverse_roots(torch.cat([strip.diagonal() for _, strip in self._strips()]))
+        total = 0.0
+        for start, strip in self._strips():
+            scaled = strip * scale_N[start : start + len(strip), None] * scale_N[start:]
+            total += float(2 * scaled.triu(1).square().sum() + scaled.diagonal().square().sum())
+        return total, int(scale_N.count_nonzero())
+
+    def _add(self, x_TN: torch.Tensor) -> None:
+        energy_N = torch.stack([squares(rows_RN)[1].double() for rows_RN in torch.split(x_TN, SUM_ROWS)]).sum(dim=0)
+        scale_N, total = _inverse_roots(energy_N).float(), self.observed.new_zeros(())
+        strips = self._strips()
+        for start, product_PN in _panels(x_TN):
+            _add_panel(strips, product_PN)
+            product_PN *= scale_N[start : start + PANEL, None] * scale_N[start:]
+            inside, beside = product_PN[:, : len(product_PN)], product_PN[:, len(product_PN) :]
+            total += norm(inside).square() + 2 * norm(beside).square()
+        self.observed += len(x_TN) ** 2 * torch.stack((total, torch.ones_like(total)))
 
     @property
     def value(self) -> torch.Tensor:
         """The Gram over the number of tokens ``(features, features)``."""
         return super().value.div_(max(self.tokens, 1))
+
+
+class GradientGram(Gram, Moments):
+    """The Gram of output gradients, and the fourth moment that says how well it is known."""
+
+    beside: ClassVar[Mapping[str, str]] = Moments.beside
+
+    def __init__(self, features: int, device: torch.device) -> None:
+        super().__init__(features, device, "output_grad")
+
+    def _add(self, x_TN: torch.Tensor) -> None:
+        super()._add(x_TN)
+        self.fourth += norm(x_TN, dim=-1).pow(4).sum()
+
+    def _sum_of_squares(self) -> torch.Tensor:
+        upper = [2 * strip.triu(1).square().sum() + strip.diagonal().square().sum() for _, strip in self._strips()]
+        return torch.stack(upper).sum()
+
+    def _trace(self) -> torch.Tensor:
+        return torch.cat([strip.diagonal() for _, strip in self._strips()]).sum()
 
 
 CROSS = "cross"  # the name of the statistic below, which a pass over two paths adds to those that are asked for
