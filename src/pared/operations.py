@@ -83,6 +83,7 @@ KINDS: dict[str, Kind] = {
     "stream": Kind(_none, _identity, "numbers read and written"),
     "eigh": Kind(lambda n: 9.0 * n**3, lambda n: 3 * n**2, "width; as pared.lowrank.eigen does it"),
     "plain eigh": Kind(lambda n: 9.0 * n**3, lambda n: 3 * n**2, "width; torch.linalg.eigh"),
+    "eigenvalues": Kind(lambda n: 4 / 3 * n**3, lambda n: 2 * n**2, "width; torch.linalg.eigvalsh"),
     "cholesky": Kind(lambda n: n**3 / 3, lambda n: 2 * n**2, "width"),
     "channels": Kind(
         lambda o, n, k: 4 / 3 * n**3 + 2.0 * o * n**2 + _removed(o, n) - _removed(o, min(k, n)),

@@ -15,7 +15,12 @@ from pared.structure import weight_of
 
 
 def decompose(
-    spec: LowRankSpec, name: str, weights: Sequence[torch.Tensor], values: Sequence[Mapping[str, torch.Tensor]]
+    spec: LowRankSpec,
+    name: str,
+    weights: Sequence[torch.Tensor],
+    values: Sequence[Mapping[str, torch.Tensor]],
+    *,
+    losses_only: bool = False,
 ) -> Decomposition:
     """Decompose one weight, or several as one.
 
@@ -24,14 +29,16 @@ def decompose(
         name: of the site, or of the first of several, for an error.
         weights: each ``(out, in)``, all of one width.
         values: the statistics of each, by name.
+        losses_only: directions are not asked for, and not found where that takes less.
 
     Raises:
         ParedError: these do not allow it.
     """
     method = spec.method
     weights = [weight.to(next(iter(own.values()), weight).device) for weight, own in zip(weights, values, strict=True)]
+    solve = method.losses if losses_only and method.losses else method.solve
     try:
-        found = method.solve(weights, values, spec.config)
+        found = solve(weights, values, spec.config)
     except KeyError as missing:  # of statistics that were saved for another method
         raise ParedError(
             f"site {name}: method {method.name} needs the statistic {missing}; those given hold "

@@ -81,7 +81,7 @@ class Solver:
         self._processes = processes
         self._model, self._tokens = model, tokens
         self._spec, self._method, self._budget = spec, spec.method, spec.budget
-        self._targets: dict[str, torch.Tensor] = {}
+        self._weights: dict[str, torch.Tensor] = {}  # of the unit that is taken
         self._planned = None if plan is None else ranks_of(plan)
         self._stack = ExitStack()
         out = spec.recipe.out
@@ -122,6 +122,7 @@ class Solver:
 
         def solve(unit: Unit) -> Found:
             found = self.take(unit, {site.name: self._held.pop(site.name) for site in unit.members})
+            self._weights.clear()
             give_back()  # the next one is of other sizes
             return found
 
@@ -166,7 +167,6 @@ class Solver:
         """
         told = Found(self._processes.rank)
         values: dict[str, dict[str, torch.Tensor]] = {}
-        self._targets.clear()
         there = {id(one) for own in statistics.values() for one in own.values()}
         self._values = {key: kept for key, kept in self._values.items() if key[0] in there}
         for site in unit.members:
@@ -184,17 +184,11 @@ class Solver:
         if together and self._planned is not None:
             self._keep(unit, self._decompose(unit, values, told), told)
             return told
-        members = [Unit((site,)) for site in unit.members]
-        found = {one.name: self._decompose(one, values, told) for one in members if one.name in values}
-        shared = self._group(unit, found, values, told) if together else None
+        shared, apart = self._group(unit, values, told) if together else (None, {})
         if shared is not None:
             self._keep(unit, shared, told)
-            return told
-        for one in members:
-            if one.name in found:
-                self._keep(one, found[one.name], told)
-            elif self._planned is None:
-                told.findings.units[one.name] = [one.name]
+        else:
+            self._keep_apart(unit, apart, values, told)
         return told
 
     def accept(self, found: Found) -> None:
@@ -247,45 +241,77 @@ class Solver:
         if found.lacking:
             told.findings.untargeted[site.name] = True
         if found.W_ON is not None:
-            self._targets[site.name] = found.W_ON
+            self._weights[site.name] = found.W_ON.double()
 
     def _dense(self, site: Site) -> torch.Tensor:
         return weight_of(self._model.get_submodule(site.name)).detach()
 
-    def _decompose(self, unit: Unit, values: Mapping[str, Mapping[str, torch.Tensor]], told: Found) -> Decomposition:
+    def _decompose(
+        self,
+        unit: Unit,
+        values: Mapping[str, Mapping[str, torch.Tensor]],
+        told: Found,
+        *,
+        losses_only: bool = False,
+    ) -> Decomposition:
         """Decompose one site, or a group as one."""
         own = [values[site.name] for site in unit.members]
-        weights = [self._targets.get(site.name, self._dense(site)) for site in unit.members]
-        found = decompose(self._spec, unit.name, weights, own)
+        weights = [self._weight(site) for site in unit.members]
+        found = decompose(self._spec, unit.name, weights, own, losses_only=losses_only)
         if found.damping:
             told.findings.damping[unit.name] = found.damping
         if found.fallback or not bool(found.singular_values_R.any()):
             told.findings.fallbacks[unit.name] = found.fallback or "its weight is zero: every rank is exact, at no cost"
         return found
 
+    def _weight(self, site: Site) -> torch.Tensor:
+        """Return what is decomposed of a site, float64: one tensor for it alone and as one of its group."""
+        if site.name not in self._weights:
+            self._weights[site.name] = self._dense(site).double()
+        return self._weights[site.name]
+
     def _group(
         self,
         unit: Unit,
-        found: Mapping[str, Decomposition],
         values: Mapping[str, Mapping[str, torch.Tensor]],
         told: Found,
-    ) -> Decomposition | None:
-        """Return the decomposition of a group as one if sharing a basis pays."""
+    ) -> tuple[Decomposition | None, dict[str, Decomposition]]:
+        """Return the decomposition of a group as one if sharing a basis pays, and what its members lose alone.
+
+        Those of the members may be without directions.
+        """
         name = self._method.input_gram
         if any(name not in value for value in values.values()):
-            return None  # where the Gram of the outputs is cheaper, that of the input is not there to compare with
+            return None, {}  # where the Gram of the outputs is cheaper, that of the input is not there to compare with
+        alone = (Unit((site,)) for site in unit.members)
+        apart = {one.name: self._decompose(one, values, told, losses_only=True) for one in alone}
         group = self._decompose(unit, values, told)
         compared = compare(
             unit,
             group,
-            [found[site.name] for site in unit.members],
+            list(apart.values()),
             [values[site.name][name] for site in unit.members],
             self._budget,
             always=self._spec.sharing != "measured",
         )
         if compared is not None:
             told.findings.comparisons[unit.name] = asdict(compared)
-        return group if compared is not None and compared.pays else None
+        return (group if compared is not None and compared.pays else None), apart
+
+    def _keep_apart(
+        self,
+        unit: Unit,
+        found: Mapping[str, Decomposition],
+        values: Mapping[str, Mapping[str, torch.Tensor]],
+        told: Found,
+    ) -> None:
+        """Take every member of a unit alone, decomposed again where what was found of it has no directions."""
+        for one in (Unit((site,)) for site in unit.members):
+            if one.name in values:
+                own = found.get(one.name)
+                self._keep(one, own if own and own.directed else self._decompose(one, values, told), told)
+            elif self._planned is None:
+                told.findings.units[one.name] = [one.name]
 
     def _keep(self, unit: Unit, found: Decomposition, told: Found) -> None:
         if self._planned is None:

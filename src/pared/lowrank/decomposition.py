@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from pared.lowrank.eigen import eigh
+from pared.remembered import once_per_tensor
 
 # Directions this much weaker than the strongest lose orthogonality when they come out of a Gram matrix.
 WEAK = 1e-5
@@ -33,7 +34,7 @@ class Decomposition:
     Attributes:
         W_ON: the weight ``(out, in)``, float64.
         singular_values_R: what leaving out direction j costs, falling.
-        U_OR: the directions, columns, float64; none if ``T_NR`` gives them.
+        U_OR: the directions, columns, float64; none if ``T_NR`` gives them, or if only losses were asked for.
         T_NR: what makes the directions of the weight, ``U = Lᵀ W T``, float64: smaller where in < out, and only the
             columns that are kept are multiplied out.
         M_NN: with ``T_NR``, ``Wᵀ L Lᵀ W``: makes ``down`` of it without a product as tall as the weight.
@@ -53,6 +54,11 @@ class Decomposition:
     L_OO: torch.Tensor | None = None
     weighted_ON: torch.Tensor | None = None
     fallback: str = ""
+
+    @property
+    def directed(self) -> bool:
+        """Whether directions were found, and not losses alone."""
+        return self.U_OR is not None or self.T_NR is not None
 
     def loss(self, rank: int) -> float:
         """Return ``sqrt(Σ_{j>rank} s_j²)``, the (weighted) error ``||X (W - W')ᵀ L||_F`` the rank leaves."""
@@ -121,10 +127,27 @@ def weigh_outputs(L_OO: torch.Tensor, W_ON: torch.Tensor) -> torch.Tensor:
     return L_OO[:, None] * W_ON if L_OO.ndim == 1 else L_OO.T @ W_ON
 
 
+@once_per_tensor
+def squared(W_ON: torch.Tensor) -> torch.Tensor:
+    """Return ``Wᵀ W`` ``(in, in)``: once for a weight that is decomposed alone and as one of a group."""
+    return W_ON.T @ W_ON
+
+
 def from_output_gram(
-    W_ON: torch.Tensor, C_OO: torch.Tensor, damping: float = 0.0, L_OO: torch.Tensor | None = None
+    W_ON: torch.Tensor,
+    C_OO: torch.Tensor,
+    damping: float = 0.0,
+    L_OO: torch.Tensor | None = None,
+    *,
+    losses_only: bool = False,
 ) -> Decomposition:
-    """Decompose by the eigenvectors of the Gram of the (weighted) outputs, ``Lᵀ W G Wᵀ L``: cheapest when out ≤ in."""
+    """Decompose by the eigenvectors of the Gram of the (weighted) outputs, ``Lᵀ W G Wᵀ L``: cheapest when out ≤ in.
+
+    With ``losses_only`` by its eigenvalues alone: what is found has no directions, in half the time.
+    """
+    if losses_only:
+        s_O = torch.linalg.eigvalsh(C_OO).clamp(min=0).sqrt()
+        return Decomposition(W_ON, s_O.flip(0), damping=damping, L_OO=L_OO)
     e_O, U_OO = eigh(C_OO)
     s_O = e_O.clamp(min=0).sqrt()
     return Decomposition(W_ON, s_O.flip(0), U_OR=U_OO.flip(1), damping=damping, L_OO=L_OO)
@@ -136,20 +159,29 @@ def from_root(
     damping: float = 0.0,
     L_OO: torch.Tensor | None = None,
     weighted_ON: torch.Tensor | None = None,
+    M_NN: torch.Tensor | None = None,
+    *,
+    losses_only: bool = False,
 ) -> Decomposition:
     """Decompose by the right singular vectors of ``Lᵀ W R`` with ``R Rᵀ = G``: cheapest when in < out.
 
     ``R`` is a matrix, or a diagonal ``(in,)``. Neither ``W R`` nor ``U`` is multiplied out: both are as tall as the
     weight, and the eigenproblem is as wide. Outputs are weighted by a diagonal ``L (out,)``, or by a triangular one of
-    which ``weighted_ON``, ``Lᵀ W``, is all that is needed.
+    which ``weighted_ON``, ``Lᵀ W``, is all that is needed. ``M_NN`` is ``Wᵀ L Lᵀ W`` where that is known already. With
+    ``losses_only`` what is found has no directions, in half the time.
     """
-    A_ON = weighted_ON
-    if A_ON is None:
-        A_ON = W_ON if L_OO is None else weigh_outputs(L_OO, W_ON)
-    M_NN = A_ON.T @ A_ON
-    del A_ON
+    if M_NN is None:
+        A_ON = weighted_ON
+        if A_ON is None:
+            A_ON = W_ON if L_OO is None else weigh_outputs(L_OO, W_ON)
+        M_NN = A_ON.T @ A_ON
+        del A_ON
     diagonal = R_NN.ndim == 1
-    e_N, V_NN = torch.linalg.eigh(R_NN[:, None] * M_NN * R_NN if diagonal else R_NN.T @ M_NN @ R_NN)
+    C_NN = R_NN[:, None] * M_NN * R_NN if diagonal else R_NN.T @ M_NN @ R_NN
+    if losses_only:
+        s_N = torch.linalg.eigvalsh(C_NN).clamp(min=0).sqrt().flip(0)
+        return Decomposition(W_ON, s_N, M_NN=M_NN, damping=damping, L_OO=L_OO, weighted_ON=weighted_ON)
+    e_N, V_NN = torch.linalg.eigh(C_NN)
     s_N, V_NN = e_N.clamp(min=0).sqrt().flip(0), V_NN.flip(1)
     divisor_N = s_N.clamp(min=1e-12 * s_N[0])
     divisor_N = divisor_N.masked_fill(divisor_N == 0, torch.inf)  # a zero weight has no directions

@@ -63,6 +63,8 @@ class LowRankMethod(Configured[C]):
             read one tensor and the options.
         solve: from weights ``(out, in)``, the statistics of each by name and the options to a decomposition, which
             answers every rank: of one weight, or of several that get one basis, stacked.
+        losses: as ``solve``, for one weight of which only the losses are asked, where that takes less; what it gives
+            has no directions.
         gradients: names of the statistics it reads of a backward pass, from its options.
         shrinkage: how far statistics are drawn towards equal energies before the method or anything else reads them
             (:mod:`pared.lowrank.shrinkage`), by name, from its options; one that is not named is not.
@@ -86,6 +88,7 @@ class LowRankMethod(Configured[C]):
     summary: str
     config: type[C]
     solve: "Callable[[Sequence[torch.Tensor], Sequence[Statistics], C], Decomposition]"
+    losses: "Callable[[Sequence[torch.Tensor], Sequence[Statistics], C], Decomposition] | None" = None
     requires: Callable[[Shapes, C], frozenset[str]] = nothing
     gradients: Callable[[C], frozenset[str]] = lambda _: frozenset()
     shrinkage: "Callable[[C], Mapping[str, Shrinkage]]" = lambda _: {}
@@ -284,6 +287,7 @@ METHODS: dict[str, LowRankMethod] = {
             summary="svd-llm with one basis for the same weight of neighbouring blocks, where that loses less",
             config=BasisSharing,
             solve=deferred("pared.lowrank.rules:whitened"),
+            losses=deferred("pared.lowrank.rules:whitened_losses"),
             operations=operations.whitened,
             requires=either_gram,
             refit=lambda keep: "update" if keep <= UPDATE else "off",

@@ -1,6 +1,7 @@
 """From weights, their statistics and a method's options to a decomposition: what ``registry`` declares."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -30,14 +31,17 @@ def scaled(W_ON: Weights, statistics: Sequence[Statistics], options: Asvd) -> De
     return asvd.decompose(weight_ON, own["magnitude"], options.alpha)
 
 
-def whitened(W_ON: Weights, statistics: Sequence[Statistics], _: Options) -> Decomposition:
+def whitened(
+    W_ON: Weights, statistics: Sequence[Statistics], _: Options, *, losses_only: bool = False
+) -> Decomposition:
     """Whiten the inputs, by their Gram or, of one weight, by that of the outputs."""
-    if len(W_ON) > 1:
-        return whitening.decompose(sharing.stacked(W_ON), sharing.pooled(statistics, "gram"))
-    (weight_ON,), (own,) = W_ON, statistics
-    if "gram" in own:
-        return whitening.decompose(weight_ON, own["gram"])
-    return whitening.decompose_by_outputs(weight_ON, own["output_gram"])
+    if len(W_ON) == 1 and "gram" not in statistics[0]:
+        return whitening.decompose_by_outputs(W_ON[0], statistics[0]["output_gram"], losses_only=losses_only)
+    gram_NN = statistics[0]["gram"] if len(W_ON) == 1 else sharing.pooled(statistics, "gram")
+    return whitening.decompose_group(W_ON, gram_NN, losses_only=losses_only)
+
+
+whitened_losses = partial(whitened, losses_only=True)
 
 
 def both_sides(W_ON: Weights, statistics: Sequence[Statistics], options: LossOptimal) -> Decomposition:

@@ -12,21 +12,21 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from pared.lowrank.decomposition import Decomposition, Factors, weigh_outputs
+from pared.lowrank.decomposition import Decomposition, Factors, squared, weigh_outputs
 from pared.remembered import once_per_tensor
 
 REFIT_DAMPING = 1e-6  # of the mean diagonal
 
 
 def stacked(W_ON: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the weights of a group as one, ``(Σ out, in)``.
+    """Return the weights of a group as one, ``(Σ out, in)``; one as it is.
 
     Raises:
         ValueError: they do not read inputs of one width.
     """
     if len({weight.shape[1] for weight in W_ON}) != 1:
         raise ValueError(f"weights of widths {[weight.shape[1] for weight in W_ON]} cannot share a basis")
-    return torch.cat(list(W_ON))
+    return torch.cat(list(W_ON)) if len(W_ON) > 1 else W_ON[0]
 
 
 def pooled(statistics: Sequence[Mapping[str, torch.Tensor]], name: str) -> torch.Tensor:
@@ -71,7 +71,7 @@ def errors(
     Args:
         group: of the stacked weights.
         rank: of the shared basis.
-        members: of every weight of the group alone, weighted as the group is.
+        members: of every weight of the group alone, weighted as the group is; without directions is enough.
         grams: ``XᵀX`` of every member's own inputs.
     """
     weak = group.M_NN is None or group.weak(rank)
@@ -92,7 +92,7 @@ def _outer(own: Decomposition) -> torch.Tensor:
     weighted_ON = own.weighted_ON
     if weighted_ON is None:
         weighted_ON = own.W_ON if own.L_OO is None else weigh_outputs(own.L_OO, own.W_ON)
-    return weighted_ON.T @ weighted_ON
+    return squared(weighted_ON)
 
 
 def _explicit_errors(

@@ -7,12 +7,14 @@ formed, and only ``U`` is needed, from whichever of two symmetric eigenproblems 
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
 from pared.lowrank import svd
-from pared.lowrank.decomposition import Decomposition, at_no_cost, from_output_gram, from_root
+from pared.lowrank.decomposition import Decomposition, at_no_cost, from_output_gram, from_root, squared
+from pared.lowrank.sharing import stacked
 from pared.remembered import once_per_tensor
 
 log = logging.getLogger(__name__)
@@ -32,17 +34,38 @@ def decompose(W_ON: torch.Tensor, gram_NN: torch.Tensor) -> Decomposition:
     Raises:
         ValueError: the Gram is not finite, or not positive semi-definite.
     """
-    W_ON = W_ON.double()
+    return decompose_group([W_ON], gram_NN)
+
+
+def decompose_group(W_ON: Sequence[torch.Tensor], gram_NN: torch.Tensor, *, losses_only: bool = False) -> Decomposition:
+    """Decompose weights that get one basis, stacked, as in :func:`decompose`; or one.
+
+    Args:
+        W_ON: the weights ``(out, in)``.
+        gram_NN: as for :func:`decompose`, of the inputs of all.
+        losses_only: find no directions, in half the time.
+
+    Raises:
+        ValueError: as :func:`decompose`.
+    """
+    members = [weight.double() for weight in W_ON]
+    weight_ON = stacked(members)
     if not bool(gram_NN.diagonal().any()):
-        return _unseen(W_ON)
+        return _unseen(weight_ON)
     L_NN, gram_NN, damping = cholesky_factor(gram_NN.double())
-    out_features, in_features = W_ON.shape
+    out_features, in_features = weight_ON.shape
     if out_features <= in_features:
-        return from_output_gram(W_ON, W_ON @ gram_NN @ W_ON.T, damping)
-    return from_root(W_ON, L_NN, damping)
+        C_OO = weight_ON @ gram_NN @ weight_ON.T
+        return from_output_gram(weight_ON, C_OO, damping, losses_only=losses_only)
+    M_NN = squared(members[0])
+    for member_ON in members[1:]:
+        M_NN = M_NN + squared(member_ON)
+    return from_root(weight_ON, L_NN, damping, M_NN=M_NN, losses_only=losses_only)
 
 
-def decompose_by_outputs(W_ON: torch.Tensor, output_gram_OO: torch.Tensor) -> Decomposition:
+def decompose_by_outputs(
+    W_ON: torch.Tensor, output_gram_OO: torch.Tensor, *, losses_only: bool = False
+) -> Decomposition:
     """Decompose a weight from the Gram of its outputs, ``C = Σ yᵀy = W G Wᵀ`` (Swift-SVD's statistic).
 
     The same decomposition as :func:`decompose`, and cheaper to collect where out is smaller than in. A rank-deficient
@@ -51,6 +74,7 @@ def decompose_by_outputs(W_ON: torch.Tensor, output_gram_OO: torch.Tensor) -> De
     Args:
         W_ON: the weight ``(out, in)``, any floating dtype; computed in float64.
         output_gram_OO: of the outputs without bias ``(out, out)``, any scale; may be rank-deficient.
+        losses_only: find no directions, in half the time.
 
     Raises:
         ValueError: the Gram is not finite.
@@ -60,10 +84,11 @@ def decompose_by_outputs(W_ON: torch.Tensor, output_gram_OO: torch.Tensor) -> De
         return _unseen(W_ON)
     mean = _mean_diagonal(C_OO)
     if _cholesky(C_OO) is not None:
-        return from_output_gram(W_ON, C_OO)
+        return from_output_gram(W_ON, C_OO, losses_only=losses_only)
     damping, free_OO = OUTPUT_DAMPING, W_ON @ W_ON.T
     log.info("output Gram of %d features is rank-deficient: relative damping %g", C_OO.shape[0], damping)
-    return from_output_gram(W_ON, C_OO + damping * mean / _mean_diagonal(free_OO) * free_OO, damping)
+    damped_OO = C_OO + damping * mean / _mean_diagonal(free_OO) * free_OO
+    return from_output_gram(W_ON, damped_OO, damping, losses_only=losses_only)
 
 
 def cholesky_factor(

@@ -12,12 +12,13 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 import pared
+import pared.methods
 from pared import ParedError
 from pared.allocation import Budget, Evidence, Unit
 from pared.allocation.ranks.uniform import uniform
 from pared.engine.grouping import Comparison, candidate_units, compare
 from pared.lowrank import METHODS
-from pared.lowrank.decomposition import Factors
+from pared.lowrank.decomposition import Decomposition, Factors
 from pared.lowrank.loss_optimal import decompose_weighted
 from pared.lowrank.sharing import block_diagonal, error, errors, pooled, refit, split, stacked
 from pared.lowrank.whitening import decompose
@@ -334,6 +335,30 @@ def test_every_compared_group_is_recorded_with_both_errors(compress: Compress):
         assert one.pays == (sum(a / b for a, b in zip(one.shared, one.apart, strict=True)) < one.members)
         decision = next(site.decision for site in result.plan.sites if site.name == one.name)
         assert isinstance(decision, Shared) == one.pays
+
+
+@pytest.mark.parametrize("group_size", [2, 3])
+def test_members_that_are_compared_by_their_losses_alone_end_as_if_they_were_decomposed(
+    compress: Compress, group_size: int, monkeypatch: pytest.MonkeyPatch
+):
+    asked = {"keep": 0.7, "options": {"group_size": group_size}}
+    ours = compress("llama", **asked)
+    assert {one.pays for one in ours.sharing} == {True, False}, "both ways are taken"
+    method, asked_of = METHODS["basis-sharing"], list[int]()
+
+    def decomposed(*given: object) -> Decomposition:
+        asked_of.append(len(given))
+        return method.solve(*given)
+
+    monkeypatch.setitem(pared.methods.METHODS._builtin, method.name, replace(method, losses=decomposed))
+    theirs = compress("llama", **asked)
+    assert len(asked_of) == sum(one.members for one in ours.sharing)
+    assert ours.plan == theirs.plan
+    for one, other in zip(ours.sharing, theirs.sharing, strict=True):
+        assert one.apart == pytest.approx(other.apart)
+        assert one.shared == pytest.approx(other.shared)
+    for one, other in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_the_update_is_made_at_small_budgets_and_lowers_the_error_it_is_for(compress: Compress):

@@ -127,6 +127,21 @@ def test_both_code_paths_give_the_same_decomposition(shape: tuple[int, int]):
 
 
 @SHAPES
+def test_losses_alone_are_those_of_the_decomposition(shape: tuple[int, int]):
+    W_ON, X_TN, G_NN = example(shape)
+    for whole, losses in (
+        (whitening.decompose(W_ON, G_NN), whitening.decompose_group([W_ON], G_NN, losses_only=True)),
+        (
+            whitening.decompose_by_outputs(W_ON, outputs_of(X_TN, W_ON)),
+            whitening.decompose_by_outputs(W_ON, outputs_of(X_TN, W_ON), losses_only=True),
+        ),
+    ):
+        assert whole.directed
+        assert not losses.directed
+        assert [losses.loss(rank) for rank in range(20)] == pytest.approx([whole.loss(rank) for rank in range(20)])
+
+
+@SHAPES
 def test_output_error_is_the_tail_of_the_singular_values(shape: tuple[int, int]):
     W_ON, X_TN, G_NN = example(shape)
     decomposition = whitening.decompose(W_ON, G_NN)

@@ -78,6 +78,14 @@ H100 = Published(
     "67 TFLOP/s float32, 3.35 TB/s)",
     # A symmetric eigenproblem is half matrix-vector products and a divide and conquer on the host; of channels one goes
     # after the other.
-    reached={"eigh": 0.015, "plain eigh": 0.015, "cholesky": 0.2, "qr": 0.05, "pivot": 0.05, "channels": 0.02},
+    reached={
+        "eigh": 0.015,
+        "plain eigh": 0.015,
+        "eigenvalues": 0.006,
+        "cholesky": 0.2,
+        "qr": 0.05,
+        "pivot": 0.05,
+        "channels": 0.02,
+    },
 )
 MACHINES = {"h100": H100}

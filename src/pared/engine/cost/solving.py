@@ -1,6 +1,7 @@
 """What is made of statistics: decompositions, factors, targets, refits and zeros."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from pared.calibration.statistics import statistic_kind
 from pared.engine.cost.channels import cut, order
@@ -93,6 +94,7 @@ def _decompose(work: Work, spec: LowRankSpec, step: PassSpec) -> list[Operation]
     shares = spec.method.shares and spec.sharing != "none" and spec.group_size > 1
     units = candidate_units(work.anatomy, spec.group_size, spec.sharing) if shares else []
     closing = {unit.members[-1].name: len(unit.members) for unit in units if len(unit.members) > 1}
+    grouped = {site.name for unit in units if len(unit.members) > 1 for site in unit.members}
     found: list[Operation] = []
     for group in work.channels:
         found += order(group, spec, work.plan, step)
@@ -100,7 +102,9 @@ def _decompose(work: Work, spec: LowRankSpec, step: PassSpec) -> list[Operation]
             found += _aimed(group.consumer.out_features, group.channels)
     ranked = spec.structures != "widths"
     for together, shapes in _by_input(work) if ranked else ():
-        found += _solved(work, shapes)
+        alone = _solved(work, shapes)
+        compared = all(site.name in grouped for site in together) and spec.method.losses is not None
+        found += [replace(one, kind="eigenvalues") if compared and "eigh" in one.kind else one for one in alone]
         if step.reference:
             found += [one for out, width in shapes for one in _aimed(out, width)]
         last = [site for site in together if site.name in closing]
