@@ -14,7 +14,6 @@ from pared.errors import ParedError
 from pared.io.apart import require_apart
 from pared.io.files import path_of
 from pared.io.inputs import inputs_of
-from pared.io.leftovers import tidy
 from pared.io.output_dir import require_free
 from pared.io.record import MANIFEST
 from pared.io.run_dir import COMPRESSION, run_folder
@@ -115,9 +114,8 @@ def require_job(recipe: Recipe, overwrite: bool, resume: bool = False) -> tuple[
     out = path_of(recipe.out)
     left = run_folder(out, COMPRESSION).is_dir()
     if resume and not overwrite and not left and (out / MANIFEST).is_file():
-        tidy(out)  # it may have been killed while it removed its state
-        raise ParedError(f"output folder {out} is finished, and there is nothing to resume; name another or pass "
-                         f"{called('overwrite', 'True')}")  # fmt: skip
+        raise ParedError(f"output folder {out} is finished, by another recipe or other versions, and there is nothing "
+                         f"to resume; name another or pass {called('overwrite', 'True')}")  # fmt: skip
     require_free(out, overwrite, inputs_of(recipe.model_dump()))
     source = require_model(spec)
     require_apart(out, [Path(source.place)])

@@ -68,8 +68,8 @@ def require_compression(recipe: "Recipe", overwrite: bool, resume: bool | None =
     Args:
         recipe: with ``model`` and ``out``.
         overwrite: whether an output folder that is there may be replaced.
-        resume: whether a killed run is resumed or removed; one that was killed behind its end has output and state,
-            which the run itself looks at.
+        resume: whether a killed run is resumed or removed; an output that is there may be that of a run which has
+            ended, or was killed behind its end, which the run itself looks at.
 
     Raises:
         ParedError: says what is wrong.
@@ -78,7 +78,8 @@ def require_compression(recipe: "Recipe", overwrite: bool, resume: bool | None =
     from pared.io.files import path_of
     from pared.io.run_dir import COMPRESSION, run_folder
 
-    ended = resume is not False and recipe.out is not None and run_folder(path_of(recipe.out), COMPRESSION).is_dir()
+    out = None if recipe.out is None else path_of(recipe.out)
+    ended = resume is not False and out is not None and (bool(resume) or run_folder(out, COMPRESSION).is_dir())
     require_job(recipe, overwrite or ended, bool(resume))
 
 

@@ -14,6 +14,8 @@ from pared.entrypoints.resume import Resumable, published
 from pared.environment import versions
 from pared.errors import ParedError
 from pared.io.files import path_of
+from pared.io.leftovers import tidy
+from pared.io.run_dir import COMPRESSION, run_folder
 from pared.models.trust import trusting
 from pared.notebook import watcher_of
 from pared.processes import launched
@@ -55,7 +57,8 @@ def run(
         asked, watcher = asked_from(Recipe, recipe, "pared.run"), watcher_of(progress, "pared.run")
         with launched(asked.device) as processes:
             watcher = watcher if processes.is_first else Silent()
-            if resume is not False and (there := processes.first(lambda: _published(asked))) is not None:
+            again = bool(resume) and not overwrite
+            if resume is not False and (there := processes.first(lambda: _there(asked, again, watcher))) is not None:
                 return replace(there, is_first=processes.is_first)
             spec, source, out = require_job(asked, overwrite, bool(resume))
             state = Resumable.beside(out, resume, watcher) if processes.is_first else nullcontext()
@@ -69,12 +72,26 @@ def run(
             return replace(outcome, is_first=processes.is_first)
 
 
-def _published(recipe: Recipe) -> Outcome | None:
-    """Return the outcome of a run that was killed after its output took its place; its state is removed."""
+def _there(recipe: Recipe, again: bool, progress: Progress) -> Outcome | None:
+    """Return the outcome of a run that was killed after its output took its place; its state is removed.
+
+    Args:
+        recipe: of the run.
+        again: return that of a run which has ended, too, as of a job that starts itself again until it is done.
+        progress: is told so.
+    """
     out, spec = path_of(recipe.out or ""), require_possible(recipe)
-    if recipe.out is None or not published(spec, lambda: require_named_model(spec), out):
+    if recipe.out is None:
         return None
-    return Outcome(out, Manifest.read(out))
+    if published(spec, lambda: require_named_model(spec), out):
+        return Outcome(out, Manifest.read(out))
+    if not again or run_folder(out, COMPRESSION).is_dir():
+        return None
+    tidy(out)  # it may have been killed while it removed its state
+    found = reusable(recipe)
+    if found is not None:
+        progress.note(f"{out} is finished, by this very recipe: nothing was left to do")
+    return found
 
 
 def reusable(recipe: Recipe) -> Outcome | None:
