@@ -40,6 +40,7 @@ CASES: dict[str, tuple[dict[str, Any], float]] = {
     "basis-sharing": ({"method": "basis-sharing", "options": {"group_size": 2}}, 1.5),
     "loss-optimal": ({"method": "loss-optimal", "options": {"output_weighting": "diagonal"}}, 4.0),
     "wanda": ({"method": "wanda", "sparsity": 0.5}, 2.1),
+    "mixed": ({"method": "loss-optimal", "structures": "mixed", "options": {"output_weighting": "diagonal"}}, 4.5),
 }
 
 
