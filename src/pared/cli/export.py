@@ -1,4 +1,4 @@
-"""``pared export``: any model that has a name, as a folder that needs nothing of pared."""
+"""``pared export``: any model that has a name, in a form that needs nothing of pared."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,20 +15,36 @@ if TYPE_CHECKING:
 
 def export(
     model: Annotated[str, typer.Argument(help="A folder that pared made, or any named model.")],
-    out_folder: Annotated[Path, typer.Option("--out", help="The folder to make.")],
-    to: Annotated[str, typer.Option(help="dense: plain weights, factors multiplied out, zeros written out.")] = "dense",
+    made: Annotated[Path, typer.Option("--out", help="The folder to make, or the .gguf file.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="dense: a folder of plain weights, factors multiplied out, zeros written out. "
+            "gguf: one file for llama.cpp, with tokenizer and chat template."
+        ),
+    ] = "dense",
     dtype: Annotated[
-        str, typer.Option(help="What to store; auto keeps what is stored, bfloat16 for a quantised .gguf file.")
+        str, typer.Option(help="What a folder stores; auto keeps what is stored, bfloat16 for a quantised .gguf file.")
+    ] = "auto",
+    quantize: Annotated[
+        str, typer.Option(help="What a .gguf file stores: f32, f16, bf16, q8_0; auto the dtype of the model.")
     ] = "auto",
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a model as a plain folder."""
+    """Write a model as a plain folder, or as a GGUF file."""
     with errors():
         quiet_libraries()
-        require_export(model, to)
+        require_export(model, made, to, dtype, quantize)
+        if to == "gguf":
+            from pared.entrypoints.export_gguf import export_gguf
+
+            written = export_gguf(model, made, quantize, overwrite)
+            out.print(f"read back: every number compared, largest relative difference {written.self_check:.2g}")
+            out.print(f"file: {made}  ({written.bytes_on_disk:,} bytes)")
+            return
         from pared.entrypoints.export import export_dense
 
-        print_exported(export_dense(model, out_folder, dtype, overwrite), out_folder)
+        print_exported(export_dense(model, made, dtype, overwrite), made)
 
 
 def print_exported(exported: "Written", folder: Path) -> None:

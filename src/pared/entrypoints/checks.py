@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING
 from pared.names import require_known
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from pared.schema.evaluate import EvaluationConfig
     from pared.schema.recipe import Recipe
     from pared.schema.training import TrainingConfig
 
-FORMS = ("dense",)  # that models are exported in
+FORMS = ("dense", "gguf")  # that models are exported in
+TYPES = ("auto", "f32", "f16", "bf16", "q8_0")  # that a .gguf file is written in
 
 
 def task_names() -> list[str]:
@@ -134,16 +137,54 @@ def require_training(config: "TrainingConfig", overwrite: bool) -> None:
     require_possible(config, overwrite)
 
 
-def require_export(model: str, form: str) -> None:
+def require_export(model: str, out: "Path", form: str, dtype: str = "auto", quantize: str = "auto") -> None:
     """Refuse a form that no model is exported in, and a model that is not there.
 
+    Args:
+        model: by name.
+        out: the folder or file to make.
+        form: one of :data:`FORMS`.
+        dtype: of a dense folder.
+        quantize: of a GGUF file.
+
     Raises:
-        ParedError: offers the nearest name.
+        ParedError: offers the nearest name, or says what to run instead.
     """
+    from pared.errors import ParedError
     from pared.models.source import find_model
+    from pared.names import called
 
     require_known("form", form, FORMS)
+    if form == "gguf":
+        if dtype != "auto":
+            raise ParedError(f"{called('dtype')} says what a dense folder stores; a .gguf file: {called('quantize')}")
+        _require_gguf(out, quantize)
+    elif quantize != "auto":
+        raise ParedError(f"{called('quantize')} says what a .gguf file stores; expected {called('to', 'gguf')} with it")
     find_model(model)
+
+
+def _require_gguf(out: "Path", quantize: str) -> None:
+    """Refuse a type that no GGUF file is written in, and a file of another name.
+
+    Raises:
+        ParedError: says which types there are, or what makes the type that was asked for.
+    """
+    import importlib.util
+
+    from pared.errors import ParedError
+    from pared.names import called
+
+    if quantize.lower().startswith(("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq")):
+        raise ParedError(
+            f"{called('quantize', quantize)}: the gguf package makes no {quantize}; write {called('quantize', 'f16')} "
+            f"and run llama.cpp's own: llama-quantize {out} SMALLER.gguf {quantize.upper()}"
+        )
+    require_known("type of a .gguf file", quantize, TYPES)
+    if out.suffix != ".gguf":
+        raise ParedError(f"output {out}: expected the name of a file that ends with .gguf")
+    if importlib.util.find_spec("gguf") is None:
+        raise ParedError("writing a .gguf file needs the package gguf; install it with: pip install gguf")
 
 
 def trusting_everywhere() -> AbstractContextManager[None]:

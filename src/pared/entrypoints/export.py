@@ -1,4 +1,4 @@
-"""From any model to a plain dense folder that needs nothing of pared."""
+"""From any model to what needs nothing of pared: a plain dense folder, or a GGUF file."""
 
 from pathlib import Path
 from typing import cast
@@ -11,6 +11,7 @@ from pared.checkpoint.load import load, require_recorded
 from pared.checkpoint.loader import tie
 from pared.checkpoint.portable import DYNAMIC, is_portable, module_map, own_class, own_code
 from pared.checkpoint.verify import take_fingerprint
+from pared.entrypoints.checks import require_export
 from pared.entrypoints.publish import Publication, ResidentSaver, Written
 from pared.io.apart import require_apart
 from pared.io.inputs import inputs_of
@@ -55,30 +56,45 @@ def export_dense(name: str, out: Path, dtype: str = "auto", overwrite: bool = Fa
 
 
 def export(
-    model: str | Path, out: str | Path, dtype: str = "auto", overwrite: bool = False, trust_remote_code: bool = False
+    model: str | Path,
+    out: str | Path,
+    dtype: str = "auto",
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    to: str = "dense",
+    quantize: str = "auto",
 ) -> Written:
-    """Write any model that has a name as a plain dense folder that needs nothing of pared.
+    """Write any model that has a name as a plain dense folder, or as a GGUF file; neither needs anything of pared.
 
-    Factors are multiplied out and zeros written out. The folder is loaded again and must answer as the model it was
-    made of.
+    Factors are multiplied out and zeros written out. What is written is read again: a folder must answer as the model
+    it was made of, and a file hold its numbers.
 
     Args:
         model: by name, dense or compressed.
-        out: the folder to make.
-        dtype: to store; ``auto`` keeps what is stored, and makes bfloat16 of a quantised ``.gguf`` file.
-        overwrite: whether a folder there that pared wrote may be replaced.
+        out: the folder to make, or the ``.gguf`` file.
+        dtype: that a folder stores; ``auto`` keeps what is stored, and makes bfloat16 of a quantised ``.gguf`` file.
+        overwrite: whether a folder there that pared wrote, or a GGUF file, may be replaced.
         trust_remote_code: whether code that lies beside the model may run.
+        to: ``dense`` or ``gguf``.
+        quantize: what a GGUF file stores: ``f32``, ``f16``, ``bf16`` or ``q8_0``; ``auto`` the dtype of the model.
 
     Raises:
-        ParedError: not a model, the output is taken or is the model itself, the disk is full, or the new folder does
-            not answer as the model; nothing was written.
+        ParedError: not a model, the output is taken or is the model itself, the disk is full, the new folder does not
+            answer as the model, or llama.cpp has no architecture for the model; nothing was written.
 
     Example:
         >>> pared.export("smaller", "plain").bytes_on_disk  # doctest: +SKIP
+        >>> pared.export("smaller", "smaller.gguf", to="gguf", quantize="q8_0").bytes_on_disk  # doctest: +SKIP
     """
     function = "pared.export"
+    name, out = name_from(model, function), folder_from(out, function)
     with trusting(trust_remote_code):
-        return export_dense(name_from(model, function), folder_from(out, function), dtype, overwrite)
+        require_export(name, out, to, dtype, quantize)
+        if to == "dense":
+            return export_dense(name, out, dtype, overwrite)
+        from pared.entrypoints.export_gguf import export_gguf  # needs the gguf package
+
+        return export_gguf(name, out, quantize, overwrite)
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ PARTIAL = ".partial"  # what the name of a file ends with until it is whole
 LONGEST_NAME = 255  # bytes, with what stands beside it for a while
 LINKS = 40  # as many as systems follow
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of errors: no space, a quota, a limit on the size of files
+NUMPY_FULL = re.compile(r"\d+ requested and \d+ written")
 _MASK = threading.Lock()
 
 
@@ -107,7 +108,8 @@ def is_full(error: Exception) -> bool:
     """Whether a disk, a quota or a limit on the size of files is what stopped writing."""
     if isinstance(error, OSError) and error.errno in FULL:
         return True
-    return any(os.strerror(number) in str(error) for number in FULL)  # safetensors has its own error
+    told = str(error)  # safetensors and numpy have errors of their own
+    return any(os.strerror(number) in told for number in FULL) or NUMPY_FULL.fullmatch(told) is not None
 
 
 def files_under(folder: Path, enters: Callable[[Path], bool] = lambda _: True) -> Iterator[str]:

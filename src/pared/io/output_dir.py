@@ -136,7 +136,7 @@ def staged(
     inputs = list(inputs)
     require_free(out, overwrite, inputs, ours)
     require_space(out, needed)
-    try:
+    with telling_of(out, "folder"):
         out.parent.mkdir(parents=True, exist_ok=True)
         with held(out, STAGING) as staging:
             try:
@@ -148,10 +148,25 @@ def staged(
             finally:
                 if staging.exists():
                     remove(staging)
+
+
+@contextmanager
+def telling_of(out: Path, kind: str) -> Iterator[None]:
+    """Report what stops the writing of an output, of which the part that was written is removed.
+
+    Args:
+        out: the output.
+        kind: ``folder`` or ``file``.
+
+    Raises:
+        ParedError: it cannot be written, or the disk is full.
+    """
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         if is_full(error):
-            raise ParedError(f"the disk filled up while writing {out}; the partial folder was removed") from None
-        raise ParedError(f"writing {out} failed ({error}); the partial folder was removed") from error
+            raise ParedError(f"the disk filled up while writing {out}; the partial {kind} was removed") from None
+        raise ParedError(f"writing {out} failed ({error}); the partial {kind} was removed") from error
 
 
 def _finish(folder: Path) -> None:

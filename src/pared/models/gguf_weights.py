@@ -86,7 +86,7 @@ def _processed(
             if len(group) == 1 and len(packed.shape) > 1 and (place := _unchanged(process, packed, names)) is not None:
                 made[place] = _in_panels(gguf, packed, model.dtype)
                 continue
-            result = process(_values(gguf, packed))
+            result = process(dequantised_tensor(gguf, packed))
             if result.name in names:
                 made[names[result.name]] = torch.from_numpy(np.ascontiguousarray(result.weights)).to(model.dtype)
             del result
@@ -106,7 +106,7 @@ def _in_panels(gguf: Path, packed: PackedTensor, dtype: torch.dtype) -> torch.Te
     rows = max(1, PANEL // max(1, math.prod(packed.shape[1:])))
     for first in range(0, packed.shape[0], rows):
         panel = slice(first, first + rows)
-        values[panel] = torch.from_numpy(_values(gguf, packed, panel))
+        values[panel] = torch.from_numpy(dequantised_tensor(gguf, packed, panel))
     return values
 
 
@@ -126,7 +126,7 @@ class _Names:
         return [(name, _Names(child)) for name, child in self._children]
 
 
-def _values(gguf: Path, packed: PackedTensor, rows: slice = slice(None)) -> Any:
+def dequantised_tensor(gguf: Path, packed: PackedTensor, rows: slice = slice(None)) -> Any:
     """Return the values of a tensor, or of some of its rows, as an array of float32."""
     kind = GGMLQuantizationType(packed.kind)
     count, *inner = quant_shape_to_byte_shape(packed.shape, kind)

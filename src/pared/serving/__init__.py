@@ -1,0 +1,1 @@
+"""What maintained engines read: exports of models in their own forms."""

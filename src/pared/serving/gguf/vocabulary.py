@@ -1,0 +1,171 @@
+"""The tokenizer of a model in the fields of a GGUF file.
+
+A file holds the tokens, the merges and the name of one of the ways of cutting text that llama.cpp has in its code
+(``src/llama-vocab.cpp``). The way is found by comparing the steps of the tokenizer, not by its name or its tokens.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gguf import GGUFWriter, TokenType
+from transformers import PreTrainedTokenizerBase
+
+from pared.errors import ParedError
+
+# What both regular expressions have before and behind the numbers.
+_HEAD, _TAIL = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|",
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
+Steps = tuple[tuple[str, object], ...]
+# llama.cpp's name -> the steps of the tokenizer, and whether a whole token is looked for before merges
+PRE_TOKENIZERS: dict[str, tuple[Steps, bool]] = {
+    "gpt-2": ((("ByteLevel", True),), False),
+    "smollm": ((("Digits", True), ("ByteLevel", True)), False),
+    "qwen2": ((("Split", _HEAD + r"\p{N}" + _TAIL), ("ByteLevel", False)), False),
+    "llama-bpe": ((("Split", _HEAD + r"\p{N}{1,3}" + _TAIL), ("ByteLevel", False)), True),
+}
+SPECIAL = ("bos", "eos", "unk", "sep", "pad", "mask")
+PADDING = "[PAD{}]"  # of rows of the embeddings that are no token
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A byte-level BPE tokenizer.
+
+    Attributes:
+        pre: llama.cpp's name of the way text is cut before merges.
+        tokens: by number; bytes are written as the tokenizer does, added tokens as they are in a text.
+        types: of each, numbers of ``gguf.TokenType``.
+        merges: in order, two tokens with a blank between.
+        special: numbers of special tokens, by what they are for.
+        adds_bos: whether texts begin with a token of their own.
+        adds_eos: whether they end with one.
+        chat_template: Jinja, one or several by name; none for a model without dialogues.
+    """
+
+    pre: str
+    tokens: list[str]
+    types: list[int]
+    merges: list[str]
+    special: dict[str, int]
+    adds_bos: bool
+    adds_eos: bool
+    chat_template: Any
+
+    def add_to(self, writer: GGUFWriter) -> None:
+        """Give a file its fields."""
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(self.pre)
+        writer.add_token_list(self.tokens)
+        writer.add_token_types(self.types)
+        writer.add_token_merges(self.merges)
+        for kind, number in self.special.items():
+            getattr(writer, f"add_{kind}_token_id")(number)
+        writer.add_add_bos_token(self.adds_bos)
+        writer.add_add_eos_token(self.adds_eos)
+        if isinstance(self.chat_template, Mapping):
+            writer.add_chat_template([{"name": n, "template": text} for n, text in self.chat_template.items()])
+        elif self.chat_template:
+            writer.add_chat_template(self.chat_template)
+
+
+def vocabulary_of(tokenizer: PreTrainedTokenizerBase, rows: int, name: str) -> Vocabulary:
+    """Return a tokenizer as the fields of a GGUF file.
+
+    Args:
+        tokenizer: of the tokenizers library: byte-level BPE, cut in one of the ways that :data:`PRE_TOKENIZERS` lists.
+        rows: of the embeddings; those behind the last token become unused tokens, as llama.cpp has as many of both.
+        name: of the model, for messages.
+
+    Raises:
+        ParedError: it is of another kind, which llama.cpp would read otherwise.
+    """
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    if core is None:
+        raise ParedError(f"model {name!r}: its tokenizer {type(tokenizer).__name__} has no tokenizer.json, which a "
+                         ".gguf file is made from; load it with transformers and save it as a fast one")  # fmt: skip
+    told = json.loads(core.to_str())
+    pre, model = _pre_tokenizer(told, name), told["model"]
+    tokens, added = dict(model["vocab"]), {one["content"]: one for one in told["added_tokens"]}
+    tokens.update({content: one["id"] for content, one in added.items()})
+    if (last := max(tokens.values())) >= rows:
+        raise ParedError(f"model {name!r}: its tokenizer has a token of the number {last}, its embeddings {rows} rows; "
+                         "resize them with model.resize_token_embeddings")  # fmt: skip
+    listed = [PADDING.format(number) for number in range(rows)]
+    types = [int(TokenType.UNUSED)] * rows
+    for content, number in tokens.items():
+        listed[number] = content
+        types[number] = int(_type(added.get(content)))
+    special = {kind: getattr(tokenizer, f"{kind}_token_id", None) for kind in SPECIAL}
+    bos, eos = _added(tokenizer)
+    return Vocabulary(
+        pre=pre,
+        tokens=listed,
+        types=types,
+        merges=[pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]],
+        special={kind: int(number) for kind, number in special.items() if number is not None},
+        adds_bos=bos,
+        adds_eos=eos,
+        chat_template=getattr(tokenizer, "chat_template", None),
+    )
+
+
+def _type(added: Mapping[str, Any] | None) -> TokenType:
+    if added is None:
+        return TokenType.NORMAL
+    return TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
+
+
+def _pre_tokenizer(told: Mapping[str, Any], name: str) -> str:
+    """Return llama.cpp's name of the way a tokenizer cuts text.
+
+    Raises:
+        ParedError: it has none; says what the tokenizer does.
+    """
+    model = told["model"]
+    bare = model["type"] == "BPE" and not any(
+        model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+    )
+    normalizer = (told["normalizer"] or {}).get("type")
+    steps = tuple(_steps(told["pre_tokenizer"]))
+    if bare and normalizer in (None, "NFC"):
+        for pre, (known, whole_first) in PRE_TOKENIZERS.items():
+            if (steps, bool(model.get("ignore_merges"))) == (known, whole_first):
+                return pre
+    fallback = " with bytes for what it does not know" if model.get("byte_fallback") else ""
+    found = f"{model['type']}{fallback}, cut by {' and '.join(f'{kind} {value}' for kind, value in steps) or 'nothing'}"
+    raise ParedError(f"model {name!r}: a .gguf file is written of byte-level BPE tokenizers that cut text as "
+                     f"{', '.join(PRE_TOKENIZERS)} do; its tokenizer is {found}")  # fmt: skip
+
+
+def _steps(told: Mapping[str, Any] | None) -> Iterator[tuple[str, object]]:
+    """Yield the steps of a pre-tokenizer as :data:`PRE_TOKENIZERS` has them; what differs is told whole."""
+    if told is None:
+        return
+    kind = told["type"]
+    if kind == "Sequence":
+        for one in told["pretokenizers"]:
+            yield from _steps(one)
+    elif kind == "ByteLevel" and not told["add_prefix_space"]:
+        yield kind, told.get("use_regex", True)
+    elif kind == "Digits":
+        yield kind, told["individual_digits"]
+    elif kind == "Split" and told["behavior"] in ("Isolated", "Removed") and "Regex" in told["pattern"]:
+        kept = told["behavior"] == "Isolated" and not told["invert"]
+        removed = told["behavior"] == "Removed" and told["invert"]  # the same cuts
+        yield kind, told["pattern"]["Regex"] if kept or removed else told
+    else:
+        yield kind, {key: value for key, value in told.items() if key != "type"}
+
+
+def _added(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
+    """Return whether a tokenizer puts a token before and behind a text."""
+    text = "a"
+    bare, whole = (tokenizer(text, add_special_tokens=added)["input_ids"] for added in (False, True))
+    bos, eos = getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "eos_token_id", None)
+    begins = bos is not None and whole[:1] == [bos] and bare[:1] != [bos]
+    ends = eos is not None and whole[-1:] == [eos] and bare[-1:] != [eos]
+    return begins, ends

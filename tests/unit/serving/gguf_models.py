@@ -1,0 +1,119 @@
+"""Tiny models of the families that GGUF files are written of, with a byte-level BPE tokenizer."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from pared.checkpoint.save import mark
+from pared.modules import LowRankLinear, SparseLinear, replace_module
+from pared.modules.narrow import narrowed
+from pared.serving.gguf.vocabulary import PRE_TOKENIZERS
+
+MERGES = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("a", "n")]
+TEMPLATE = "{% for message in messages %}<s>{{ message['content'] }}</s>{% endfor %}"
+ROWS = 272  # of the embeddings; a few are no token
+_SIZES: dict[str, Any] = {
+    "vocab_size": ROWS, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 260, "eos_token_id": 261,
+    "initializer_range": 0.2,
+}  # fmt: skip
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {"tie_word_embeddings": True}),
+    "mistral": ("MistralConfig", {"sliding_window": None, "head_dim": 8}),
+    "qwen2": ("Qwen2Config", {}),
+    # the width of a head that transformers takes, whatever a file says
+    "qwen3": ("Qwen3Config", {"head_dim": 128, "num_attention_heads": 2, "num_key_value_heads": 1}),
+}
+
+
+def tokenizer_of(pre: str = "smollm", begins: bool = False) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of bytes and a few merges that cuts text in one of the ways of llama.cpp."""
+    vocabulary = {piece: number for number, piece in enumerate(bytes_to_unicode().values())}
+    for pair in MERGES:
+        vocabulary["".join(pair)] = len(vocabulary)
+    steps, whole_first = PRE_TOKENIZERS[pre]
+    core = Tokenizer(models.BPE(vocabulary, MERGES, ignore_merges=whole_first))
+    cuts: list[Any] = []
+    for kind, value in steps:
+        if kind == "Split":
+            cuts.append(pre_tokenizers.Split(Regex(str(value)), "isolated"))
+        elif kind == "Digits":
+            cuts.append(pre_tokenizers.Digits(individual_digits=bool(value)))
+        else:
+            cuts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=bool(value)))
+    core.pre_tokenizer = pre_tokenizers.Sequence(cuts)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
+    core.add_tokens([AddedToken("<tool>", normalized=False)])
+    if begins:
+        core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 260)])
+    made = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    made.chat_template = TEMPLATE
+    return made
+
+
+def model_of(family: str, **fields: Any) -> PreTrainedModel:
+    """Return a random model, its biases and norms too."""
+    config_class, own = CONFIGS[family]
+    config = getattr(transformers, config_class)(**{**_SIZES, **own, **fields})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                torch.nn.init.normal_(parameter, float("norm" in name), 0.2)
+    return model
+
+
+def saved(folder: Path, model: PreTrainedModel | str, **fields: Any) -> Path:
+    """Save a model, or that of a family, with its tokenizer."""
+    (model_of(model, **fields) if isinstance(model, str) else model).save_pretrained(folder)
+    tokenizer_of().save_pretrained(folder)
+    return folder
+
+
+def narrowed_model(family: str, widths: list[int], heads: list[int] | None = None) -> PreTrainedModel:
+    """Return a model whose layers keep so many channels of the MLP and so many key/value heads with their queries."""
+    model = model_of(family)
+    config = model.config
+    head, queries = getattr(config, "head_dim", None) or 8, config.num_attention_heads // config.num_key_value_heads
+    for number, layer in enumerate(model.model.layers):
+        keys = head * (heads[number] if heads else config.num_key_value_heads)
+        mlp, attention = layer.mlp, layer.self_attn
+        cut(mlp, ("gate_proj", "up_proj"), "down_proj", widths[number])
+        cut(attention, ("k_proj", "v_proj"), None, keys)
+        cut(attention, ("q_proj",), "o_proj", keys * queries)
+    mark(model)
+    return model
+
+
+def cut(parent: Any, makers: tuple[str, ...], reader: str | None, width: int) -> None:
+    """Keep the first outputs of some layers, and the first inputs of the one that reads them."""
+    for name in makers:
+        old = getattr(parent, name)
+        if width < old.out_features:
+            setattr(parent, name, narrowed(old, old.weight[:width], None if old.bias is None else old.bias[:width]))
+    if reader is not None and width < getattr(parent, reader).in_features:
+        old = getattr(parent, reader)
+        setattr(parent, reader, narrowed(old, old.weight[:, :width], old.bias))
+
+
+def changed_model(kind: str, rank: int = 8) -> PreTrainedModel:
+    """Return a Llama all of whose matrices have a low rank, or half of whose weights are zeros."""
+    model = model_of("llama")
+    for name, old in [*model.named_modules()]:
+        if not isinstance(old, torch.nn.Linear) or name == "lm_head":
+            continue
+        if kind == "sparse":
+            mask = torch.rand(old.weight.shape) < 0.5
+            new: Any = SparseLinear.of(old.weight.detach() * mask, mask, None)
+        else:
+            new = LowRankLinear(old.in_features, old.out_features, rank, bias=False)
+        replace_module(model, name, new)
+    mark(model)
+    return model

@@ -1,0 +1,349 @@
+"""``pared export --to gguf``: one file that llama.cpp reads, which holds the numbers of the model."""
+
+import errno
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFReader, TokenType
+from transformers import AutoTokenizer, PreTrainedModel
+
+import pared
+import pared.entrypoints.export_gguf
+import pared.serving.gguf.file
+from pared import ParedError
+from pared.models.gguf import header_of
+from pared.models.gguf_weights import dequantised_tensor
+from pared.modules import SparseLinear
+from pared.serving.gguf.description import described
+from pared.serving.gguf.vocabulary import PRE_TOKENIZERS, vocabulary_of
+from unit.cli.test_commands import left_over, refused
+from unit.cli.test_commands import pared as command
+from unit.serving.gguf_models import (
+    MERGES,
+    ROWS,
+    TEMPLATE,
+    changed_model,
+    model_of,
+    narrowed_model,
+    saved,
+    tokenizer_of,
+)
+
+TEXTS = ["the than 1234 an\n\n  the", "It's <s>caf\u00e9</s><tool> 12345!", " the\tan", ""]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PARED_CACHE", str(tmp_path / "cache"))
+
+
+def numbers(file: Path, name: str) -> torch.Tensor:
+    return torch.from_numpy(dequantised_tensor(file, header_of(file).tensors[name]))
+
+
+def halves(rows: torch.Tensor, head: int = 8) -> torch.Tensor:
+    """Put neighbouring rows of queries or keys back into halves, as transformers has them."""
+    return rows.reshape(-1, head // 2, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
+# A file holds the model.
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_our_reader_reads_every_tensor_that_was_written(tmp_path: Path, family: str) -> None:
+    folder = saved(tmp_path / "dense", family)
+    written = pared.export(folder, tmp_path / "made.gguf", to="gguf")
+    assert written.self_check == 0
+    assert written.bytes_on_disk == (tmp_path / "made.gguf").stat().st_size
+    model, again = pared.load(folder), pared.load(tmp_path / "made.gguf")
+    found = again.state_dict()
+    assert found.keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(found[name], tensor), name
+    assert_answers_alike(model, tmp_path / "made.gguf")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_what_is_stored_is_kept_unless_another_type_is_asked_for(tmp_path: Path, dtype: str) -> None:
+    model_of("llama").to(getattr(torch, dtype)).save_pretrained(tmp_path / "dense")
+    tokenizer_of().save_pretrained(tmp_path / "dense")
+    assert pared.export(tmp_path / "dense", tmp_path / "made.gguf", to="gguf").self_check == 0
+    assert header_of(tmp_path / "made.gguf").dtype == dtype
+    assert pared.load(tmp_path / "made.gguf").dtype == getattr(torch, dtype)
+
+
+@pytest.mark.parametrize(("kind", "most"), [("f32", 0), ("f16", 2**-11), ("bf16", 2**-8), ("q8_0", 0.5 / 127 + 1e-3)])
+def test_types_round_as_little_as_they_can(tmp_path: Path, kind: str, most: float) -> None:
+    folder = saved(tmp_path / "dense", "llama", intermediate_size=64)
+    written = pared.export(folder, tmp_path / "made.gguf", to="gguf", quantize=kind)
+    assert written.self_check <= most
+    state = pared.load(folder).state_dict()
+    gate = state["model.layers.1.mlp.gate_proj.weight"]
+    off = (numbers(tmp_path / "made.gguf", "blk.1.ffn_gate.weight") - gate).abs().max()
+    assert off <= most * gate.abs().max()
+    assert (off > 0) == (most > 0)
+    assert torch.equal(numbers(tmp_path / "made.gguf", "output_norm.weight"), state["model.norm.weight"])
+
+
+def test_rows_that_q8_0_cannot_divide_are_float16_and_that_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "pared"):
+        pared.export(saved(tmp_path / "dense", "llama"), tmp_path / "made.gguf", to="gguf", quantize="q8_0")
+    assert "3 matrices are stored as f16" in caplog.text
+    assert "blk.0.ffn_down.weight: 48" in caplog.text
+    kinds = {name: tensor.kind for name, tensor in header_of(tmp_path / "made.gguf").tensors.items()}
+    assert (kinds["blk.0.ffn_down.weight"], kinds["blk.0.ffn_up.weight"], kinds["output_norm.weight"]) == (1, 8, 0)
+
+
+def test_scaled_positions_become_factors(tmp_path: Path) -> None:
+    scaled = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+              "high_freq_factor": 4.0, "original_max_position_embeddings": 32}  # fmt: skip
+    model = model_of("llama", rope_parameters=scaled)
+    (factors,) = (one for one in described(model, "tiny").tensors if one.name == "rope_freqs.weight")
+    plain = 10000.0 ** -(torch.arange(0, 8, 2) / 8)
+    torch.testing.assert_close(plain / factors.values(), model.model.rotary_emb.inv_freq)
+    assert len(set(factors.values().tolist())) > 1
+    qwen = described(model_of("qwen2", rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}), "q")
+    assert qwen.architecture == "deci"  # as llama.cpp's qwen2 takes no factors
+    with pytest.raises(ParedError, match=r"qwen3 takes no scaled positions"):
+        described(model_of("qwen3", rope_parameters=scaled), "tiny")
+    with pytest.raises(ParedError, match=r"rope_type 'yarn'"):
+        described(model_of("llama", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}), "tiny")
+
+
+# Layers that lost channels or heads.
+
+
+WIDTHS, HEADS = [48, 16, 40], [1, 2, 2]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_widths_by_layer_are_deci_with_numbers_for_every_layer(tmp_path: Path, family: str) -> None:
+    small, file = saved(tmp_path / "small", narrowed_model(family, WIDTHS, HEADS)), tmp_path / "small.gguf"
+    assert pared.export(small, file, to="gguf").self_check == 0
+    fields = header_of(file).fields
+    assert fields["general.architecture"] == "deci"
+    assert fields["deci.feed_forward_length"] == WIDTHS
+    assert fields["deci.attention.head_count_kv"] == HEADS
+    assert fields["deci.attention.head_count"] == [2 * heads for heads in HEADS]
+    assert fields["deci.attention.key_length"] == fields["deci.attention.value_length"] == 8
+    assert fields["deci.rope.dimension_count"] == 8
+    for number, layer in enumerate(pared.load(small).model.layers):
+        for short, name in (
+            ("attn_v", "self_attn.v_proj"),
+            ("attn_output", "self_attn.o_proj"),
+            ("ffn_down", "mlp.down_proj"),
+        ):
+            assert torch.equal(numbers(file, f"blk.{number}.{short}.weight"), layer.get_submodule(name).weight), name
+        for short in "qk":
+            own = layer.get_submodule(f"self_attn.{short}_proj")
+            assert torch.equal(halves(numbers(file, f"blk.{number}.attn_{short}.weight")), own.weight)
+            if own.bias is not None:
+                assert torch.equal(halves(numbers(file, f"blk.{number}.attn_{short}.bias")), own.bias)
+
+
+def test_one_width_everywhere_stays_the_architecture_it_is(tmp_path: Path) -> None:
+    small, file = saved(tmp_path / "small", narrowed_model("llama", [24] * 3)), tmp_path / "small.gguf"
+    pared.export(small, file, to="gguf")
+    fields = header_of(file).fields
+    assert (fields["general.architecture"], fields["llama.feed_forward_length"]) == ("llama", 24)
+    assert pared.load(file).config.intermediate_size == pared.load(small).config.intermediate_size == 24
+
+
+def test_fewer_heads_everywhere_are_deci_where_the_family_wants_all_of_them() -> None:
+    few = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    told = {family: described(model_of(family, **few), "tiny") for family in ("llama", "qwen2")}
+    assert {family: one.architecture for family, one in told.items()} == {"llama": "llama", "qwen2": "deci"}
+    assert told["llama"].fields["attention.key_length"] == 8
+
+
+@pytest.mark.parametrize("kind", ["low_rank", "sparse"])
+def test_what_has_no_form_is_written_dense_and_the_size_not_gained_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    small, file = saved(tmp_path / "small", changed_model(kind)), tmp_path / "small.gguf"
+    with caplog.at_level(logging.WARNING, "pared"):
+        pared.export(small, file, to="gguf")
+    model, dense = pared.load(small), model_of("llama").num_parameters()
+    stored = sum(parameter.numel() for parameter in model.parameters())
+    stored -= sum(int((~one.mask).sum()) for one in model.modules() if isinstance(one, SparseLinear))
+    (told,) = (one.getMessage() for one in caplog.records if "no form" in one.getMessage())
+    assert f"no form for 21 {kind} layers: they are written dense" in told
+    assert told.endswith(f"the file holds {dense:,} numbers in place of {stored:,}")
+    assert stored < dense
+    assert_answers_alike(model, file)
+
+
+def test_widths_by_layer_of_a_family_that_has_one_width_are_widened_and_that_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    small, file = saved(tmp_path / "small", narrowed_model("qwen3", WIDTHS)), tmp_path / "small.gguf"
+    with caplog.at_level(logging.WARNING, "pared"):
+        pared.export(small, file, to="gguf")
+    assert "no form for 6 narrow layers: they are written dense" in caplog.text
+    assert header_of(file).fields["qwen3.feed_forward_length"] == 48
+    assert_answers_alike(pared.load(small), file)
+
+
+def assert_answers_alike(model: PreTrainedModel, file: Path) -> None:
+    tokens = torch.randint(0, 260, (2, 12), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(pared.load(file)(tokens).logits, model(tokens).logits, atol=1e-4, rtol=1e-4)
+
+
+# The tokenizer.
+
+
+@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
+def test_the_way_of_cutting_text_is_known_by_what_it_does(pre: str) -> None:
+    assert vocabulary_of(tokenizer_of(pre), ROWS, "tiny").pre == pre
+
+
+def test_tokens_merges_special_tokens_and_chat_template_are_in_the_file(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "dense", "llama")
+    tokenizer_of(begins=True).save_pretrained(folder)
+    pared.export(folder, tmp_path / "made.gguf", to="gguf")
+    reader = GGUFReader(tmp_path / "made.gguf")
+    read = {name.removeprefix("tokenizer."): field.contents() for name, field in reader.fields.items()}
+    own, types = tokenizer_of().get_vocab(), read["ggml.token_type"]
+    assert all(read["ggml.tokens"][number] == token for token, number in own.items())
+    assert read["ggml.tokens"][len(own) :] == [f"[PAD{number}]" for number in range(len(own), ROWS)]
+    assert types[260:262] == [TokenType.CONTROL] * 2
+    assert (types[262], types[0], types[-1]) == (TokenType.USER_DEFINED, TokenType.NORMAL, TokenType.UNUSED)
+    assert read["ggml.merges"] == [" ".join(pair) for pair in MERGES]
+    assert (read["ggml.bos_token_id"], read["ggml.eos_token_id"], read["ggml.padding_token_id"]) == (260, 261, 261)
+    assert (read["ggml.add_bos_token"], read["ggml.add_eos_token"]) == (True, False)
+    assert read["chat_template"] == TEMPLATE
+    assert read["ggml.pre"] == "smollm"
+
+
+def test_the_tokenizer_read_back_gives_the_same_numbers(tmp_path: Path) -> None:
+    pared.export(saved(tmp_path / "dense", "llama"), tmp_path / "made.gguf", to="gguf")
+    again, own = pared.load_tokenizer(tmp_path / "made.gguf"), AutoTokenizer.from_pretrained(tmp_path / "dense")
+    for text in TEXTS:
+        assert again(text)["input_ids"] == own(text)["input_ids"], text
+    assert again.chat_template == own.chat_template
+
+
+def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(tmp_path: Path) -> None:
+    from tiny_tokenizer import tiny_tokenizer
+    from tokenizers import normalizers
+
+    with pytest.raises(ParedError, match=r"byte-level BPE.*smollm.*its tokenizer is WordLevel"):
+        vocabulary_of(tiny_tokenizer(), ROWS, "tiny")
+    lower = tokenizer_of()
+    lower.backend_tokenizer.normalizer = normalizers.Lowercase()
+    with pytest.raises(ParedError, match="byte-level BPE"):
+        vocabulary_of(lower, ROWS, "tiny")
+    with pytest.raises(ParedError, match=r"number 262, its embeddings 200 rows; resize"):
+        vocabulary_of(tokenizer_of(), 200, "tiny")
+
+
+# What is refused, and what is left then.
+
+
+def test_what_llama_cpp_computes_otherwise_is_refused_by_the_field(tmp_path: Path) -> None:
+    with pytest.raises(ParedError, match=r"sees 16 tokens \(sliding_window\)"):
+        described(model_of("mistral", sliding_window=16), "tiny")
+    with pytest.raises(ParedError, match=r"hidden_act is 'gelu'"):
+        described(model_of("llama", hidden_act="gelu"), "tiny")
+    with pytest.raises(ParedError, match=r"qwen3 reads no blk\.0\.attn_output\.bias"):
+        described(model_of("qwen3", attention_bias=True), "tiny")
+    assert described(model_of("llama", attention_bias=True, mlp_bias=True), "tiny").architecture == "llama"
+
+
+def test_a_family_that_is_not_covered_is_refused_before_a_weight_is_read(tmp_path: Path) -> None:
+    from tiny_models import TINY_MODELS
+
+    TINY_MODELS["gpt2"]().save_pretrained(tmp_path / "dense")
+    (tmp_path / "dense" / "model.safetensors").write_bytes(b"")
+    out = tmp_path / "made.gguf"
+    refused(command("export", tmp_path / "dense", "--to", "gguf", "--out", out),
+            "GPT2LMHeadModel", *CLASSES, "convert_hf_to_gguf.py")  # fmt: skip
+    assert not out.exists()
+
+
+CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+
+def test_options_that_make_no_file_are_refused_by_what_to_do(tmp_path: Path) -> None:
+    folder, out = saved(tmp_path / "dense", "llama"), tmp_path / "made.gguf"
+    gguf = ("export", folder, "--to", "gguf", "--out")
+    refused(command(*gguf, out, "--quantize", "q4_k_m"), "llama-quantize", "made.gguf", "Q4_K_M", "--quantize f16")
+    refused(command(*gguf, out, "--quantize", "q9"), "q9", "q8_0")
+    refused(command(*gguf, out, "--dtype", "float32"), "--dtype", "--quantize")
+    refused(command(*gguf, tmp_path / "made"), "ends with .gguf")
+    refused(command("export", folder, "--out", tmp_path / "new", "--quantize", "f16"), "--quantize", "--to gguf")
+    with pytest.raises(ParedError, match="unknown form 'ggml'; did you mean 'gguf'"):
+        pared.export(folder, out, to="ggml")
+    assert left_over(tmp_path) == ["dense"]
+
+
+def test_a_file_that_is_there_stays_unless_it_may_be_replaced_and_is_one(tmp_path: Path) -> None:
+    folder, out = saved(tmp_path / "dense", "llama"), tmp_path / "made.gguf"
+    out.write_bytes(b"a diary")
+    refused(command("export", folder, "--to", "gguf", "--out", out), "is there already", "--overwrite")
+    refused(command("export", folder, "--to", "gguf", "--out", out, "--overwrite"), "is no .gguf file")
+    assert out.read_bytes() == b"a diary"
+    out.unlink()
+    code, told, err = command("export", folder, "--to", "gguf", "--out", out)
+    assert code == 0, err
+    assert "every number compared" in told
+    assert str(out) in told
+    before = out.stat().st_ino
+    assert command("export", folder, "--to", "gguf", "--out", out, "--overwrite")[0] == 0
+    assert out.stat().st_ino != before
+    refused(command("export", out, "--to", "gguf", "--out", out, "--overwrite"), "which is read")
+    refused(command("export", folder, "--to", "gguf", "--out", folder / "a.gguf"), "lies inside")
+
+
+def test_nothing_is_left_where_the_disk_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, out = saved(tmp_path / "dense", "llama"), tmp_path / "made.gguf"
+    pared.export(folder, out, to="gguf")
+    before = out.read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(pared.serving.gguf.file.GGUFWriter, "write_tensor_data", full)
+    with pytest.raises(ParedError, match="the disk filled up"):
+        pared.export(folder, out, to="gguf", quantize="f16", overwrite=True)
+    with pytest.raises(ParedError, match="the disk filled up"):
+        pared.export(folder, tmp_path / "new.gguf", to="gguf")
+    assert out.read_bytes() == before
+    assert left_over(tmp_path) == ["dense", "made.gguf"]
+
+
+def test_a_file_that_does_not_hold_the_model_is_told_of_and_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved(tmp_path / "dense", "llama")
+    stored = pared.serving.gguf.file._stored
+
+    def spoilt(tensor: Any, kind: Any) -> Any:
+        made = stored(tensor, kind)
+        if tensor.name == "blk.1.attn_v.weight":
+            made = np.array(made)
+            made.flat[0] ^= 1
+        return made
+
+    monkeypatch.setattr(pared.serving.gguf.file, "_stored", spoilt)
+    for kind in ("f32", "bf16"):
+        with pytest.raises(ParedError, match=r"other numbers in blk\.1\.attn_v\.weight"):
+            pared.export(folder, tmp_path / "made.gguf", to="gguf", quantize=kind)
+    assert left_over(tmp_path) == ["dense"]
+
+
+def test_a_weight_that_is_too_large_for_float16_is_refused(tmp_path: Path) -> None:
+    model = model_of("llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = 1e5
+    model.save_pretrained(tmp_path / "dense")
+    tokenizer_of().save_pretrained(tmp_path / "dense")
+    with pytest.raises(ParedError, match=r"blk\.0\.ffn_up\.weight: a weight of 1e\+05 is too large for float16"):
+        pared.export(tmp_path / "dense", tmp_path / "made.gguf", to="gguf", quantize="f16")
