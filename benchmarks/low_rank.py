@@ -36,8 +36,18 @@ PASSES = {
     "forward": ("svd-llm", {"gram", "magnitude"}),
     "sampled": ("loss-optimal", {"mean_gram", "output_gradient_full"}),
     "labels": ("fwsvd", {"fisher"}),
+    "channels": ("flap", {"mean", "variance", "energy"}),
+    "weights": ("llm-pruner", {"weight_gradient"}),
 }
-PASS_OF = {"fwsvd": "labels", "loss-optimal": "sampled"}  # the other methods read what the forward pass collects
+# The other methods read what the forward pass collects.
+PASS_OF = {
+    "fwsvd": "labels",
+    "loss-optimal": "sampled",
+    "modegpt": "sampled",
+    "flap": "channels",
+    "wanda-sp": "channels",
+    "llm-pruner": "weights",
+}
 
 
 def statistics(model_name: str, method: str, calibration: pared.Calibration) -> Path:

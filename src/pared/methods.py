@@ -17,6 +17,7 @@ from pared.plugins import Registry
 from pared.schema.options import Options
 from pared.sparsity.registry import METHODS as PRUNING
 from pared.sparsity.registry import PruningMethod
+from pared.widths.registry import METHODS as WIDTHS
 
 if TYPE_CHECKING:
     import torch
@@ -78,8 +79,8 @@ class Method(Protocol):
         ...
 
     @property
-    def solve(self) -> "Callable[[Sequence[torch.Tensor], Sequence[Any], Any], Decomposition | PruningSolution]":
-        """From weights ``(out, in)``, the statistics of each and the options to what answers every budget."""
+    def solve(self) -> "Callable[[Sequence[torch.Tensor], Sequence[Any], Any], Decomposition | PruningSolution] | None":
+        """From weights ``(out, in)``, statistics of each and options to what answers every budget, if it does that."""
         ...
 
 
@@ -96,7 +97,7 @@ def _read(name: str, found: object) -> Method:
     return found
 
 
-BUILTIN: dict[str, Method] = {**LOW_RANK, **PRUNING}
+BUILTIN: dict[str, Method] = {**LOW_RANK, **WIDTHS, **PRUNING}
 METHODS: Registry[Method] = Registry("method", GROUP, BUILTIN, _read)
 
 

@@ -51,6 +51,10 @@ class LossRanks(Options):
     """Options of ``loss`` for ranks."""
 
 
+class GlobalWidths(Options):
+    """Options of ``global`` for widths."""
+
+
 class EffectiveRank(Options):
     """Options of ``effective-rank``."""
 

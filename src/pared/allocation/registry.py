@@ -49,6 +49,7 @@ class Allocator(Configured[C]):
             ``influence`` and ``trial`` for ranks, ``scores``, ``losses`` and ``alphas`` for zeros.
         widths: whether it also decides widths of the channel groups of the evidence, where the budget asks for that:
             all sites of a group get a ``Width``, or none does.
+        ranks: whether it decides ranks, where the budget asks for those.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Allocator(Configured[C]):
     rule: Rule[C]
     requires: frozenset[str] = NOTHING
     widths: bool = False
+    ranks: bool = True
     kind: ClassVar[Kind] = "allocation"
 
     def allocate(
@@ -129,6 +131,16 @@ BUILTIN: tuple[Allocator, ...] = (
         _in("loss"),
         COST,
         widths=True,
+    ),
+    Allocator(
+        "global",
+        "FLAP: one threshold over the standardised scores of all channels and heads",
+        frozenset({"low_rank"}),
+        of.GlobalWidths,
+        deferred("pared.allocation.ranks.threshold:threshold"),
+        COST,
+        widths=True,
+        ranks=False,
     ),
     _of_ranks(
         "effective-rank",

@@ -127,12 +127,15 @@ class Channels:
 
     Attributes:
         group: the sites, and how their inputs and outputs belong together.
-        cost: what the channel that stays last, and every one behind it, costs to leave out, in the order in which they
-            stay: keeping k costs the sum of the squares from k on, as of a spectrum; none before it is measured.
+        cost: what every input of the site that reads the channels costs to leave out, those of a channel side by side,
+            in the order in which the channels stay: keeping k costs the sum of the squares behind them, as of a
+            spectrum; none before it is measured.
+        shifts: whether a bias of the site that reads the channels makes up for those that go.
     """
 
     group: "ChannelGroup"
     cost: "torch.Tensor | None" = None
+    shifts: bool = False
 
     def widths(self, multiple_of: int) -> range:
         """Return the widths that there may be, below that of the dense model; of heads every number from 1."""
@@ -145,7 +148,8 @@ class Channels:
         shared = {"group": group.name, "width": width, "channels": group.channels, "unit": group.unit}
         made = {one.site.name: Width(side="out", rows=one.rows, has_bias=one.site.has_bias, **shared)
                 for one in group.producers}  # fmt: skip
-        return {group.name: Width(side="in", rows=group.inputs, **shared), **made}
+        adds = self.shifts and not group.consumer.has_bias
+        return {group.name: Width(side="in", rows=group.inputs, adds_bias=adds, **shared), **made}
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ def decompose(
         ParedError: these do not allow it.
     """
     method = spec.method
+    assert method.solve is not None, "no rank is decided where a method has widths alone"
     weights = [weight.to(next(iter(own.values()), weight).device) for weight, own in zip(weights, values, strict=True)]
     solve = method.losses if losses_only and method.losses else method.solve
     try:

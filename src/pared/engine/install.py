@@ -70,7 +70,11 @@ def made(
 
 @torch.no_grad()
 def narrow(
-    model: nn.Module, group: ChannelGroup, kept_K: torch.Tensor, W_OK: torch.Tensor
+    model: nn.Module,
+    group: ChannelGroup,
+    kept_K: torch.Tensor,
+    W_OK: torch.Tensor,
+    shift_O: torch.Tensor | None = None,
 ) -> list[tuple[str, nn.Module]]:
     """Return what takes the places of a group's layers where only some of its channels stay; the model is as it was.
 
@@ -81,13 +85,14 @@ def narrow(
         group: whose channels these are.
         kept_K: those that stay, rising.
         W_OK: the weight that reads them ``(out, kept inputs)``.
+        shift_O: what is added to the bias of the layer that reads them, which gets one if it has none.
     """
     new: nn.Module
     made: list[tuple[str, nn.Module]] = []
     for site in group.sites:
         old = model.get_submodule(site.name)
         if site == group.consumer:
-            new = narrowed(old, W_OK, bias_of(old))
+            new = narrowed(old, W_OK, _shifted(bias_of(old), shift_O))
         else:
             (producer,) = (one for one in group.producers if one.site == site)
             rows, bias = producer.outputs(kept_K.to(weight_of(old).device)), bias_of(old)
@@ -95,6 +100,10 @@ def narrow(
         inherit_requires_grad(new, old)
         made.append((site.name, new))
     return made
+
+
+def _shifted(bias_O: torch.Tensor | None, shift_O: torch.Tensor | None) -> torch.Tensor | None:
+    return bias_O if shift_O is None else shift_O if bias_O is None else bias_O + shift_O
 
 
 def count(model: nn.Module, group: ChannelGroup, width: int) -> None:

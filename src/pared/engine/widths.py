@@ -18,9 +18,12 @@ from pared.errors import ParedError
 from pared.processes import ALONE, Processes
 from pared.schema.plan import Plan
 from pared.schema.width import Width, ranges_of
-from pared.structure import weight_of
-from pared.structure.groups import ChannelGroup
-from pared.widths import Channels
+from pared.structure import Site, weight_of
+from pared.structure.groups import ChannelGroup, Producer
+from pared.widths import Channels, GroupLayers, Maker
+
+_Made = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+PARTS = ("C_NN", "mean_N")  # of how channels are ordered, kept where they are there
 
 
 @dataclass
@@ -29,12 +32,12 @@ class _Found:
 
     Attributes:
         order: its channels, where widths are not known yet.
-        made: the channels that stay and the weight that reads them, where they are.
+        made: the channels that stay, the weight that reads them and what is added to its bias, where they are known.
         findings: of it.
     """
 
     order: Copy | None = None
-    made: tuple[torch.Tensor, torch.Tensor] | None = None
+    made: "_Made | None" = None
     findings: Findings = field(default_factory=Findings)
 
 
@@ -79,18 +82,18 @@ class ChannelSolver:
 
     def candidates(self) -> dict[str, Candidate]:
         """Return the groups of which costs are known, for an allocation."""
-        costs = self.ledger.store.spectra
-        return {one.name: Candidate(one, costs.get(one.name)) for one in self._groups}
+        costs, shifts = self.ledger.store.spectra, self._spec.method.shifts
+        return {one.name: Candidate(one, costs.get(one.name), shifts) for one in self._groups}
 
     def of(self, block: BlockStatistics) -> BlockStatistics:
         """Return a block with what is read of it here, before another visit uses that up."""
-        own = [one.name for one in self._groups if one.consumer.block == block.index]
+        own = [site.name for one in self._groups if one.consumer.block == block.index for site in one.sites]
         return replace(block, statistics={name: block.statistics.get(name, {}) for name in own})
 
     def visit(self, block: BlockStatistics) -> None:
         """Order the channels of the groups of a block; make them narrower if their widths are known."""
         ready = [one for one in self._groups if one.consumer.block == block.index and self._is_wanted(one, block)]
-        found = self._processes.each(ready, lambda one: self._take(one, block.statistics[one.name]))
+        found = self._processes.each(ready, lambda one: self._take(one, block))
         for group, one in zip(ready, found, strict=True):
             self._accept(group, one)
 
@@ -98,12 +101,12 @@ class ChannelSolver:
         """Make kept groups narrower, from what was found of them."""
         for group in groups:
 
-            def cut(group: ChannelGroup = group) -> tuple[torch.Tensor, torch.Tensor]:
-                tensors = self.ledger.store.copy(group.name).tensors
-                W_ON = self._dense(group).double()
-                there = {name: tensors[name].to(W_ON.device) for name in ("order_G", "C_NN", "spectrum")}
-                channels = Channels(W_ON, there["order_G"], there["spectrum"], there["C_NN"], inputs=group.inputs)
-                return channels.kept(widths[group.name]), channels.weight(widths[group.name])
+            def cut(group: ChannelGroup = group) -> _Made:
+                W_ON = self._dense(group.consumer).double()
+                there = {name: one.to(W_ON.device) for name, one in self.ledger.store.copy(group.name).tensors.items()}
+                found = Channels(W_ON, there["order_G"], there["spectrum"], there.get("C_NN"), inputs=group.inputs,
+                                 mean_N=there.get("mean_N"))  # fmt: skip
+                return _made(found, widths[group.name])
 
             self._put(group, *self._processes.first(cut))
 
@@ -124,17 +127,20 @@ class ChannelSolver:
         reached = bool(own) and all(one.tokens for name, one in own.items() if name != CROSS)
         return reached and not group.consumer.idle and (self._widths is None or group.name in self._widths)
 
-    def _take(self, group: ChannelGroup, own: StatisticsOfSite) -> _Found:
-        spec, rule = self._spec, self._spec.method.widths
+    def _take(self, group: ChannelGroup, block: BlockStatistics) -> _Found:
+        spec, rule, own = self._spec, self._spec.method.widths, block.statistics[group.name]
         assert rule is not None
-        values = {name: moments(spec, name, one, self._tokens).value for name, one in own.items() if name != CROSS}
-        aim = dense_target(spec, self._dense(group), own)
-        W_ON = self._dense(group) if aim.W_ON is None else aim.W_ON
+        values = self._values(own)
+        aim = dense_target(spec, self._dense(group.consumer), own)
+        W_ON = self._dense(group.consumer) if aim.W_ON is None else aim.W_ON
         width = 0 if self._widths is None else self._widths[group.name]
+        W_ON = W_ON.to(next(iter(values.values())).device)
         try:
-            found: Channels = rule(
-                W_ON.to(next(iter(values.values())).device), values, spec.config, width, group.inputs
-            )
+            makers = lambda: [self._maker(one, group, block) for one in group.producers]  # noqa: E731
+            found: Channels = rule(GroupLayers(W_ON, values, group.inputs, width, makers), spec.config)
+        except KeyError as missing:  # of statistics that were saved for another method
+            raise ParedError(f"site {group.name}: method {spec.method.name} needs the statistic {missing}; those given "
+                             f"hold {', '.join(sorted(values)) or 'none'}") from missing  # fmt: skip
         except (ValueError, RuntimeError) as error:
             raise ParedError(f"site {group.name}: {error}") from error
         told = _Found()
@@ -145,11 +151,21 @@ class ChannelSolver:
         if aim.lacking:
             told.findings.untargeted[group.name] = True
         if self._widths is None:
-            tensors = {"spectrum": found.costs_G.cpu(), "order_G": found.order_G, "C_NN": found.C_NN.float()}
-            told.order = Copy(tensors, found.damping)
+            parts = {name: one.float() for name in PARTS if (one := getattr(found, name)) is not None}
+            told.order = Copy({"spectrum": found.costs_N.cpu(), "order_G": found.order_G, **parts}, found.damping)
         else:
-            told.made = found.kept(width), found.weight(width)
+            told.made = _made(found, width)
         return told
+
+    def _values(self, own: StatisticsOfSite) -> dict[str, torch.Tensor]:
+        """Return the statistics of a site as the method reads them."""
+        return {name: moments(self._spec, name, one, self._tokens).value for name, one in own.items() if name != CROSS}
+
+    def _maker(self, one: Producer, group: ChannelGroup, block: BlockStatistics) -> Maker:
+        rows_PGR = one.outputs(torch.arange(group.channels)).view(one.parts, group.channels, -1)
+        values = self._values(block.statistics.get(one.site.name, {}))
+        device = next(iter(values.values()), rows_PGR).device
+        return Maker(self._dense(one.site).to(device), values, rows_PGR.transpose(0, 1).flatten(1).to(device))
 
     def _accept(self, group: ChannelGroup, found: _Found) -> None:
         self.found.add(found.findings.tables())
@@ -160,15 +176,20 @@ class ChannelSolver:
         if found.made is not None:
             self._put(group, *found.made)
 
-    def _put(self, group: ChannelGroup, kept_K: torch.Tensor, W_OK: torch.Tensor) -> None:
+    def _put(self, group: ChannelGroup, kept_K: torch.Tensor, W_OK: torch.Tensor, shift_O: torch.Tensor | None) -> None:
         device = weight_of(self._model.get_submodule(group.name)).device
-        made = narrow(self._model, group, kept_K.to(device), W_OK.to(device))
+        shift_O = None if shift_O is None else shift_O.to(device)
+        made = narrow(self._model, group, kept_K.to(device), W_OK.to(device), shift_O)
         put(self._model, [name for name, _ in made], [module for _, module in made])
         count(self._model, group, len(kept_K))
         self.found.kept[group.name] = ranges_of(kept_K.tolist())
 
-    def _dense(self, group: ChannelGroup) -> torch.Tensor:
-        return weight_of(self._model.get_submodule(group.name)).detach()
+    def _dense(self, site: Site) -> torch.Tensor:
+        return weight_of(self._model.get_submodule(site.name)).detach()
+
+
+def _made(found: Channels, width: int) -> _Made:
+    return found.kept(width), found.weight(width), found.shift(width)
 
 
 def widths_of(plan: Plan) -> dict[str, int]:

@@ -13,6 +13,7 @@ from pared.checkpoint.portable import DYNAMIC, is_portable, module_map, own_clas
 from pared.checkpoint.verify import take_fingerprint
 from pared.entrypoints.checks import require_export
 from pared.entrypoints.publish import Publication, ResidentSaver, Written
+from pared.errors import ParedError
 from pared.io.apart import require_apart
 from pared.io.inputs import inputs_of
 from pared.io.output_dir import require_free
@@ -99,7 +100,11 @@ def export(
 
 @torch.no_grad()
 def make_dense(model: PreTrainedModel) -> PreTrainedModel:
-    """Make every compressed module the linear layer it stands for, in place: multiplied out, or with its zeros."""
+    """Make every compressed module the linear layer it stands for, in place: multiplied out, or with its zeros.
+
+    Raises:
+        ParedError: a layer has a bias that the architecture has no place for.
+    """
     compressed = {name: model.get_submodule(name) for name in module_map(model)}
     counts = counts_of(model)
     _forget_compression(model)
@@ -112,6 +117,9 @@ def make_dense(model: PreTrainedModel) -> PreTrainedModel:
         weight, bias = cast("torch.Tensor", module.weight), cast("torch.Tensor | None", module.bias)
         dense = skeleton.get_submodule(name).to_empty(device=weight.device).to(weight.dtype)
         if isinstance(module, (NarrowLinear, NarrowConv1D)):
+            if bias is not None and bias_of(dense) is None:
+                raise ParedError(f"{name} has a bias, which {type(model).__name__} has no place for, and cannot be "
+                                 "written as a plain layer; keep the folder as it is")  # fmt: skip
             widen_(dense, module)
             replace_module(model, name, dense)
             continue

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 from typing_extensions import TypeVar
 
+from pared.errors import ParedError
 from pared.lazy import deferred
 from pared.lowrank import operations
 from pared.operations import Operation
@@ -62,7 +63,8 @@ class LowRankMethod(Configured[C]):
         requires: names of the statistics of the forward pass it reads, from the shapes ``(out, in)`` of the sites that
             read one tensor and the options.
         solve: from weights ``(out, in)``, the statistics of each by name and the options to a decomposition, which
-            answers every rank: of one weight, or of several that get one basis, stacked.
+            answers every rank: of one weight, or of several that get one basis, stacked; none where there are widths
+            alone.
         losses: as ``solve``, for one weight of which only the losses are asked, where that takes less; what it gives
             has no directions.
         gradients: names of the statistics it reads of a backward pass, from its options.
@@ -75,9 +77,11 @@ class LowRankMethod(Configured[C]):
         refit: which refit stage follows at a budget ``keep``, unless a recipe says otherwise.
         dense_path: share of the dense model's outputs in the targets of both, unless a recipe says otherwise.
         input_gram: name of the statistic that is the input Gram, with which sharing is compared.
-        widths: from a weight that reads channels, its statistics, the options, the smallest width of interest and how
-            many inputs a channel has to the order of its channels, whose losses are in the unit of ``solve``'s; none
-            where there is no such thing.
+        widths: from the layers of a channel group and the options to the order of its channels, whose losses are in the
+            unit of ``solve``'s; none where there is no such thing.
+        shifts: whether its widths add a bias to what reads the channels.
+        heads: whether heads are taken out too with widths alone, unless a recipe says otherwise; none: where the
+            allocation looks at the text.
         structures: what is made smaller at a budget ``keep``, unless a recipe says otherwise.
         operations: what ``solve`` takes of the weights that read one tensor, from their shapes ``(out, in)`` and the
             options, by which ``pared plan --cost`` predicts its time; none where that is not known.
@@ -87,7 +91,7 @@ class LowRankMethod(Configured[C]):
     paper: str
     summary: str
     config: type[C]
-    solve: "Callable[[Sequence[torch.Tensor], Sequence[Statistics], C], Decomposition]"
+    solve: "Callable[[Sequence[torch.Tensor], Sequence[Statistics], C], Decomposition] | None"
     losses: "Callable[[Sequence[torch.Tensor], Sequence[Statistics], C], Decomposition] | None" = None
     requires: Callable[[Shapes, C], frozenset[str]] = nothing
     gradients: Callable[[C], frozenset[str]] = lambda _: frozenset()
@@ -98,9 +102,9 @@ class LowRankMethod(Configured[C]):
     refit: Callable[[float], str] = lambda _: "off"
     dense_path: float = 0.0
     input_gram: str = "gram"
-    widths: "Callable[[torch.Tensor, Statistics, C, int, int], Any] | None" = (
-        None  # a pared.widths.Channels, from above
-    )
+    widths: Callable[[Any, C], Any] | None = None  # of a pared.widths.GroupLayers a pared.widths.Channels, from above
+    shifts: bool = False
+    heads: bool | None = None
     structures: Callable[[float], str] = lambda _: "ranks"
     kind: ClassVar[Kind] = "method"
     operations: Callable[[Shapes, C], Sequence[Operation]] | None = None
@@ -109,7 +113,13 @@ class LowRankMethod(Configured[C]):
     def decompose(
         self, W_ON: "torch.Tensor", statistics: Statistics, options: Mapping[str, object] | Options | None = None
     ) -> "Decomposition":
-        """Decompose one weight ``(out, in)``, with the default of every option that is not given."""
+        """Decompose one weight ``(out, in)``, with the default of every option that is not given.
+
+        Raises:
+            ParedError: the method lowers no rank.
+        """
+        if self.solve is None:
+            raise ParedError(f"method {self.name} takes channels out and lowers no rank; take a method of ranks")
         return self.solve([W_ON], [statistics], self.configured(options))
 
     @property

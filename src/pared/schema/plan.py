@@ -207,8 +207,10 @@ class SitePlan(Strict):
 
     @property
     def biases_removed(self) -> int:
-        """Numbers that the site's bias loses, which count as none of its weight parameters."""
-        return self.decision.biases_removed if isinstance(self.decision, Width) else 0
+        """Numbers that the site's bias loses, which count as none of its weight parameters; of a new bias negative."""
+        if not isinstance(self.decision, Width):
+            return 0
+        return self.decision.biases_removed - (self.out_features if self.decision.adds_bias else 0)
 
     @property
     def index_bytes(self) -> int:

@@ -49,6 +49,7 @@ class Width(Strict):
         has_bias: whether this site's bias has a value for each of its outputs, which go too.
         kept: which channels stay, with the site that reads them: ``0-3,7``; none before they are chosen.
         unit: what a channel is: one of an MLP, or a key/value head with its query heads.
+        adds_bias: whether the site that reads the channels gets a bias, which it did not have.
     """
 
     kind: Literal["width"] = "width"
@@ -60,6 +61,7 @@ class Width(Strict):
     has_bias: bool = False
     kept: Annotated[str | None, AfterValidator(_are_ranges)] = None
     unit: Literal["channel", "head"] = "channel"
+    adds_bias: bool = False
 
     def parameters(self, out_features: int, in_features: int) -> int:
         """Stored weight parameters of a site of this shape."""

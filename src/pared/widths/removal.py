@@ -29,27 +29,33 @@ POOL = 4  # times as many, the cheapest, are what a chunk is chosen from
 class Channels:
     """A weight and its channels in the order in which they stay, the last to go first. It answers every width.
 
+    What goes is made up for in one of three ways: by the least squares on the calibration inputs, which changes the
+    weight of what stays (``C_NN``); by its mean, which changes the bias (``mean_N``); or not at all.
+
     Attributes:
         W_ON: the weight ``(out, in)``, float64.
         order_G: the channels, int64.
-        costs_G: ``z_j``, what leaving out the channel at place j and all behind it adds; float64.
+        costs_N: ``z_j``, what leaving out the input at place j and all behind it adds, those of a channel side by side
+            and the channels in that order; float64.
         C_NN: the Cholesky factor of the input Gram in that order, lower triangular.
         damping: what was added to the Gram's diagonal besides the usual, relative to its mean; 0 if nothing.
         fallback: what stands in for statistics that say nothing, for the record; empty if they were what was used.
         inputs: of the weight that one channel has, side by side.
+        mean_N: the mean of every input ``(in,)``, in the order of the weight.
     """
 
     W_ON: torch.Tensor
     order_G: torch.Tensor
-    costs_G: torch.Tensor
-    C_NN: torch.Tensor
+    costs_N: torch.Tensor
+    C_NN: torch.Tensor | None = None
     damping: float = 0.0
     fallback: str = ""
     inputs: int = 1
+    mean_N: torch.Tensor | None = None
 
     def loss(self, width: int) -> float:
-        """Return what keeping so many channels costs, in nats a token."""
-        return 0.5 * float(self.costs_G[width:].square().sum())
+        """Return what keeping so many channels costs, in the unit of the method: of ours, nats a token."""
+        return 0.5 * float(self.costs_N[width * self.inputs :].square().sum())
 
     def kept(self, width: int) -> torch.Tensor:
         """Return the channels that stay, rising, int64 ``(width,)``."""
@@ -57,12 +63,21 @@ class Channels:
 
     def weight(self, width: int) -> torch.Tensor:
         """Return the weight that reads what stays ``(out, width · inputs)``, float64, in the order of ``kept``."""
+        if self.C_NN is None:
+            return self.W_ON[:, inputs_of(self.kept(width), self.inputs)]
         kept_K, gone_R = (inputs_of(one, self.inputs) for one in (self.order_G[:width], self.order_G[width:]))
         W_OK, W_OR, K = self.W_ON[:, kept_K], self.W_ON[:, gone_R], len(kept_K)
         C_KK, C_RK = self.C_NN[:K, :K].to(W_OK), self.C_NN[K:, :K].to(W_OK)
         # A_RK A_KK⁻¹ = C_RK C_KK⁻¹
         W_OK = W_OK + torch.linalg.solve_triangular(C_KK, W_OR @ C_RK, upper=False, left=False)
         return W_OK[:, kept_K.argsort()]
+
+    def shift(self, width: int) -> torch.Tensor | None:
+        """Return what is added to the bias ``(out,)``, float64: the mean output of what goes; None for nothing."""
+        if self.mean_N is None:
+            return None
+        gone_R = inputs_of(self.order_G[width:], self.inputs)
+        return self.W_ON[:, gone_R] @ self.mean_N[gone_R].to(self.W_ON)
 
 
 def inputs_of(channels_G: torch.Tensor, inputs: int) -> torch.Tensor:
@@ -102,10 +117,45 @@ def remove_channels(
         order_G = _order(weighted_ON.clone(), _inverse(A_NN), chunk, pool, least)
     else:
         order_G = _order_of_blocks(weighted_ON, _inverse(A_NN), inputs, least)
+    return least_squares(W_ON, A_NN, order_G, inputs, weighted_ON)
+
+
+def least_squares(
+    W_ON: torch.Tensor,
+    A_NN: torch.Tensor,
+    order_G: torch.Tensor,
+    inputs: int = 1,
+    weighted_ON: torch.Tensor | None = None,
+) -> Channels:
+    """Return channels in a given order, with what their least squares costs.
+
+    Args:
+        W_ON: the weight ``(out, in)`` that reads the channels, float64.
+        A_NN: the Gram of its inputs per token ``(in, in)``, positive definite, float64.
+        order_G: the channels, those first that go last, int64.
+        inputs: of the weight that one channel has, side by side.
+        weighted_ON: ``Lᵀ W``, by which costs are weighted; W itself if it is not given.
+
+    Raises:
+        ValueError: the Gram is not positive definite.
+    """
     order_N = inputs_of(order_G, inputs)
     C_NN = _cholesky(A_NN[order_N][:, order_N])
-    costs_N = (weighted_ON[:, order_N] @ C_NN).norm(dim=0)
-    return Channels(W_ON, order_G, costs_N.view(-1, inputs).norm(dim=1), C_NN, inputs=inputs)
+    costs_N = ((W_ON if weighted_ON is None else weighted_ON)[:, order_N] @ C_NN).norm(dim=0)
+    return Channels(W_ON, order_G, costs_N, C_NN, inputs=inputs)
+
+
+def in_order_of(scores_N: torch.Tensor, W_ON: torch.Tensor, inputs: int = 1) -> Channels:
+    """Order the channels that a weight reads by given scores, those first that have most; nothing makes up for any.
+
+    Args:
+        scores_N: of every input ``(in,)``, not negative; a channel has the sum of those of its inputs.
+        W_ON: the weight ``(out, in)``.
+        inputs: of the weight that one channel has, side by side.
+    """
+    scores_N = scores_N.double()
+    order_G = scores_N.view(-1, inputs).sum(dim=1).argsort(descending=True, stable=True)
+    return Channels(W_ON.double(), order_G, scores_N[inputs_of(order_G, inputs)].sqrt(), inputs=inputs)
 
 
 def _order_of_blocks(G_ON: torch.Tensor, H_NN: torch.Tensor, inputs: int, least: int) -> torch.Tensor:

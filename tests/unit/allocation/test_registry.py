@@ -16,7 +16,7 @@ from pared.errors import ParedError
 from pared.schema.plan import Dense, LowRank, Plan
 from pared.structure.model import Anatomy, Site
 
-BY_SPECTRUM = sorted(name for name, one in allocators_for("low_rank").items() if one.requires == {"cost"})
+BY_SPECTRUM = sorted(name for name, one in allocators_for("low_rank").items() if one.requires == {"cost"} and one.ranks)
 
 
 def site(name: str, out_features: int, in_features: int, kind: str = "fc", block: int = 0, idle: bool = False) -> Site:

@@ -32,7 +32,7 @@ from pared.schema.recipe import Recipe
 from pared.sparsity.pattern import Unstructured
 from pared.structure.channels import find_channels
 from pared.structure.probe import probe, probe_shapes
-from pared.widths import Channels
+from pared.widths import Channels, GroupLayers
 from pared.widths.operations import ordered, weight_that_reads
 
 BLOCKS, WIDTH, INNER, KEY_VALUE, TOKENS = 4, 64, 160, 32, Tokens(windows=32, length=64, batch=4)
@@ -176,7 +176,7 @@ def test_channels_are_put_in_order_by_what_is_declared(weighting: str, monkeypat
     config, out, width = method.configured({"output_weighting": weighting}), 24, 40
     (given,) = statistics_of(method, config, [(out, width)])
     weight = torch.randn(out, width)
-    found = method.widths(weight, given, config, 0)
+    found = method.widths(GroupLayers(weight, given), config)
     asked: list[torch.Tensor] = []
 
     def weighted(W_ON: torch.Tensor, _: torch.Tensor, L_OO: torch.Tensor, **__: Any) -> Channels:
@@ -186,7 +186,7 @@ def test_channels_are_put_in_order_by_what_is_declared(weighting: str, monkeypat
     monkeypatch.setattr("pared.widths.rules.remove_channels", weighted)
     others = {name: value.clone() for name, value in given.items()}  # of which no factor is remembered
     with _Heavy() as seen:
-        method.widths(weight, others, config, 0)
+        method.widths(GroupLayers(weight, others), config)
     declared = ordered((out, width), config, 16)
     assert len(asked) == 1
     assert seen.flops == flops(declared, "product")

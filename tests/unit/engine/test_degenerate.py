@@ -115,9 +115,10 @@ def quick_first(quick: list[tuple[str, str, str]], every: list[tuple[str, str, s
 
 SOME = ("zero_value", "zero_gradient", "rank_one", "everything")  # what each family of methods stumbled over
 
+OF_RANKS = [name for name, one in allocators_for("low_rank").items() if one.ranks]
 LOW_RANK = [
     *((method, "auto", case) for method in METHODS for case in CASES),
-    *((method, allocation, "everything") for method in METHODS for allocation in allocators_for("low_rank")
+    *((method, allocation, "everything") for method in METHODS for allocation in OF_RANKS
       if allocation != "sensitivity"),
 ]  # fmt: skip
 
@@ -127,11 +128,7 @@ LOW_RANK = [
     quick_first(
         [(method, "auto", case) for method in ("fwsvd", "svd-llm", "loss-optimal") for case in SOME]
         + [(method, "auto", "everything") for method in METHODS]
-        + [
-            ("svd-llm", name, "everything")
-            for name in allocators_for("low_rank")
-            if name not in ("sensitivity", "swift")
-        ],
+        + [("svd-llm", name, "everything") for name in OF_RANKS if name not in ("sensitivity", "swift")],
         LOW_RANK,
     ),
 )

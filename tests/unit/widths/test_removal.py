@@ -171,7 +171,7 @@ def test_a_weight_in_half_precision_is_computed_in_float64():
     W_ON, A_NN, L_OO = problem()
     found = remove_channels(W_ON.bfloat16(), A_NN.float(), L_OO)
     assert isinstance(found, Channels)
-    assert found.weight(4).dtype == found.costs_G.dtype == torch.float64
+    assert found.weight(4).dtype == found.costs_N.dtype == torch.float64
 
 
 def expanded(channels: list[int], inputs: int) -> list[int]:

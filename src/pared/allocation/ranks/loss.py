@@ -158,7 +158,7 @@ def _widths(one: Channels, budget: Budget) -> _Table:
     assert one.cost is not None
     widths, group = one.widths(budget.multiple_of), one.group
     costs = torch.tensor([*widths, group.channels], dtype=torch.float64) * group.parameters_each
-    tails = tail_energy(one.cost).cpu()[torch.tensor(list(widths), dtype=torch.long)]
+    tails = tail_energy(one.cost).cpu()[torch.tensor(list(widths), dtype=torch.long) * group.inputs]
     return _Table(costs, torch.cat([tails, costs.new_zeros(1)]), widths)
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from pared.allocation.rank_budget import require_affordable_widths, split_fixed
+from pared.allocation.rank_budget import split_apart, split_fixed
 from pared.allocation.units import Budget, Channels, Evidence, Unit
 from pared.errors import ParedError
 from pared.schema.plan import Decision, Dense
@@ -30,17 +30,10 @@ def uniform(units: Sequence[Unit], budget: Budget, evidence: Evidence, __: objec
     if budget.keep == 1:
         return {unit.name: Dense(reason="everything is kept") for unit in units}
     open_units, decisions, left = split_fixed(units, budget)
-    names = {unit.name for unit in open_units}
-    groups = [one for one in evidence.groups(budget).values() if all(site.name in names for site in one.group.sites)]
+    groups, apart, left = split_apart(open_units, left, budget, evidence, units)
+    decisions |= apart
+    open_units = [unit for unit in open_units if unit.name not in apart]
     inside = {site.name for one in groups for site in one.group.sites}
-    if budget.structures == "widths":
-        for unit in open_units:
-            if unit.name not in inside:
-                decisions[unit.name] = Dense(reason="in no channel group")
-                left -= unit.parameters
-        open_units = [unit for unit in open_units if unit.name in inside]
-        least = sum(one.group.parameters_each * one.widths(budget.multiple_of).start for one in groups)
-        require_affordable_widths(left, least, len(groups), budget, units)
     total = sum(unit.parameters for unit in open_units)
     share = left / total if decisions and open_units else budget.keep
     heads = [one for one in groups if one.group.unit == "head"]

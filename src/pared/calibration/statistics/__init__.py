@@ -3,8 +3,8 @@
 from pared.calibration.statistics.accumulators import Shapes, accumulators, gradient_accumulators
 from pared.calibration.statistics.base import Of, Statistic, StatisticView
 from pared.calibration.statistics.distributed import all_reduce
-from pared.calibration.statistics.features import Energy, Magnitude
-from pared.calibration.statistics.gradients import Fisher, OutputGradient
+from pared.calibration.statistics.features import Energy, Magnitude, Mean, Variance
+from pared.calibration.statistics.gradients import Fisher, OutputGradient, WeightGradient
 from pared.calibration.statistics.gram import CROSS, Cross, Gram, MeanGram, cross_of
 from pared.calibration.statistics.registry import (
     STATISTICS,
@@ -23,6 +23,7 @@ __all__ = [
     "Fisher",
     "Gram",
     "Magnitude",
+    "Mean",
     "MeanGram",
     "Of",
     "OutputGradient",
@@ -30,6 +31,8 @@ __all__ = [
     "Statistic",
     "StatisticKind",
     "StatisticView",
+    "Variance",
+    "WeightGradient",
     "accumulators",
     "all_reduce",
     "backward_data_fraction",

@@ -10,7 +10,7 @@ import torch
 from torch import distributed
 
 from pared.calibration.precision import exact_products
-from pared.calibration.statistics.base import Of, State, Statistic, Summed, same_kind
+from pared.calibration.statistics.base import PRODUCT_ROWS, Of, State, Statistic, Summed, same_kind
 from pared.calibration.statistics.features import Energy
 from pared.calibration.statistics.gram import GradientGram
 from pared.errors import ParedError
@@ -182,3 +182,28 @@ class Fisher(Summed):
         super().load_state_dict(state)
         self._open_ON = state["open"].to(self._sum.device, copy=True) if "open" in state else None
         self._in_open = int(state["in_open"]) if "open" in state else 0
+
+
+class WeightGradient(Summed):
+    """The gradient of the summed loss through every weight, ``Σ gᵀx``, ``(O · N,)``, float64, row by row of the weight.
+
+    What first-order Taylor scores of pruning are made of (LLM-Pruner). Memory: as many numbers as the weight has, and
+    the float32 product of one batch.
+
+    Attributes:
+        of: ``weight_grad``.
+        features: how many weights there are.
+        tokens: how many tokens were seen.
+    """
+
+    def __init__(self, features: int, device: torch.device) -> None:
+        super().__init__(features, (features,), device, "weight_grad")
+
+    def update(self, x_BTN: torch.Tensor, g_BTO: torch.Tensor | None = None) -> None:
+        """Add one batch; products of half-precision values are exact and summed in float32."""
+        assert g_BTO is not None
+        x_TN, g_TO = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (x_BTN, g_BTO))
+        self.tokens += len(x_TN)
+        with exact_products(torch.promote_types(x_BTN.dtype, g_BTO.dtype)):
+            for x_RN, g_RO in zip(torch.split(x_TN, PRODUCT_ROWS), torch.split(g_TO, PRODUCT_ROWS), strict=True):
+                self._sum += (g_RO.float().T @ x_RN.float()).flatten()

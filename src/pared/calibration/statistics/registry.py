@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 
 from pared.calibration.statistics.base import Of, Statistic, StatisticView
-from pared.calibration.statistics.features import Energy, Magnitude
-from pared.calibration.statistics.gradients import Fisher, OutputGradient
+from pared.calibration.statistics.features import Energy, Magnitude, Mean, Variance
+from pared.calibration.statistics.gradients import Fisher, OutputGradient, WeightGradient
 from pared.calibration.statistics.gram import CROSS, Cross, Gram, MeanGram
 from pared.errors import ParedError
 from pared.names import did_you_mean
@@ -26,6 +26,7 @@ class StatisticKind:
             reached the site, and is weighed by how many those are; ``none`` is taken as it is.
         data_fraction: share of the windows that it needs, at least, to be known well.
         together: so many neighbouring windows are one observation, which no process sees a part of.
+        whole: whether it has a number for every weight, in place of one or more for every feature.
     """
 
     accumulator: Callable[[int, torch.device], Statistic]
@@ -33,6 +34,7 @@ class StatisticKind:
     normalised: Literal["sum", "mean", "none"] = "none"
     data_fraction: float = 1.0
     together: int = 1
+    whole: bool = False
 
     @property
     def backward(self) -> bool:
@@ -41,6 +43,8 @@ class StatisticKind:
 
     def features(self, out_features: int, in_features: int) -> int:
         """Return how many features the statistic of a weight ``(out, in)`` has."""
+        if self.whole:
+            return out_features * in_features
         return out_features if self.of in ("output", "output_grad") else in_features
 
 
@@ -54,8 +58,11 @@ STATISTICS = {
     "mean_gram": StatisticKind(MeanGram, "input", "mean"),
     "magnitude": StatisticKind(Magnitude, "input"),
     "energy": StatisticKind(Energy, "input", "sum"),
+    "mean": StatisticKind(Mean, "input"),
+    "variance": StatisticKind(Variance, "input", "mean"),
     "output_gram": StatisticKind(partial(Gram, of="output"), "output", "sum"),
     "fisher": StatisticKind(Fisher, "weight_grad", "sum"),  # `fisher:N` squares N examples together
+    "weight_gradient": StatisticKind(WeightGradient, "weight_grad", "sum", whole=True),
     "output_gradient_scalar": _output_gradient("scalar", 0.25),
     "output_gradient_diagonal": _output_gradient("diagonal", 0.25),
     "output_gradient_full": _output_gradient("full", 1.0),

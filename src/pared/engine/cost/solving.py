@@ -91,6 +91,8 @@ def _solved(work: Work, shapes: Shapes) -> list[Operation]:
 
 def _decompose(work: Work, spec: LowRankSpec, step: PassSpec) -> list[Operation]:
     """Return decompositions, alone and together, and what is kept or put in place of them."""
+    if spec.method.operations is None:  # what puts channels in order is then not known either
+        raise NotDeclaredError(spec.method.name)
     shares = spec.method.shares and spec.sharing != "none" and spec.group_size > 1
     units = candidate_units(work.anatomy, spec.group_size, spec.sharing) if shares else []
     closing = {unit.members[-1].name: len(unit.members) for unit in units if len(unit.members) > 1}

@@ -110,6 +110,13 @@ def _require_widths(spec: LowRankSpec) -> None:
         ParedError: says what.
     """
     recipe, structures = spec.recipe, spec.budget.structures
+    if spec.method.solve is None and structures != "widths":
+        having = [name for name, one in methods_of("low_rank").items() if one.solve is not None]
+        raise ParedError(f"method {recipe.method} takes channels out and lowers no rank, got structures {structures}; "
+                         f"those of ranks: {', '.join(having)}")  # fmt: skip
+    if not spec.allocator.ranks and structures != "widths":
+        raise ParedError(f"allocation {spec.allocator.name} decides widths alone, got structures {structures}: give "
+                         f"{called('structures', 'widths')} too")  # fmt: skip
     if structures == "ranks":
         if recipe.multiple_of is not None:
             raise ParedError(f"multiple_of {recipe.multiple_of} is of widths, and here ranks are decided: "
@@ -119,7 +126,8 @@ def _require_widths(spec: LowRankSpec) -> None:
                              f"{called('structures', 'mixed')} too")  # fmt: skip
         return
     if spec.method.widths is None:
-        having = [name for name, one in methods_of("low_rank").items() if getattr(one, "widths", None)]
+        having = [name for name, one in methods_of("low_rank").items()
+                  if getattr(one, "widths", None) and (structures == "widths" or one.solve is not None)]  # fmt: skip
         raise ParedError(f"method {recipe.method} has ranks alone, got structures {structures}; those with widths: "
                          f"{', '.join(having)}")  # fmt: skip
     if not spec.allocator.widths:

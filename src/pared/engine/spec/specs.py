@@ -121,7 +121,9 @@ class LowRankSpec(_Spec):
     @property
     def heads(self) -> bool:
         """Whether heads of attentions can be taken out too."""
-        asked = self.recipe.heads
+        asked, own = self.recipe.heads, self.method.heads
+        if asked == "auto" and own is not None:
+            return own and self.structures == "widths"
         # In one budget with ranks none was worth taking out; uniform widths are to be those of a plain model.
         return self.structures == "widths" and self.decided_from_data if asked == "auto" else asked == "on"
 

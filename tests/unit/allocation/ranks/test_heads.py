@@ -28,7 +28,8 @@ def problem(head_costs: tuple[float, ...] = (8, 4, 2, 1), rank_cost: float = 10.
             units.append(Unit((one,)))
             costs[one.name] = torch.full((min(one.out_features, one.in_features),), rank_cost, dtype=torch.float64)
         heads = ChannelGroup(o, (Producer(q, 4), Producer(k, 2), Producer(v, 2)), 4, "head")
-        channels[o.name] = Channels(heads, torch.tensor(head_costs, dtype=torch.float64) * (1 + block))
+        each = torch.tensor(head_costs, dtype=torch.float64).repeat_interleave(4) / 2  # of the four inputs of a head
+        channels[o.name] = Channels(heads, each * (1 + block))
         mlp = ChannelGroup(down, (Producer(up),))
         channels[down.name] = Channels(mlp, torch.full((12,), rank_cost, dtype=torch.float64))
     return units, Evidence(costs, channels=channels)

@@ -1,0 +1,202 @@
+"""Methods that take out channels and heads by scores of their own: FLAP, LLM-Pruner and Wanda-sp in a compression."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import TINY_MODELS
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+import pared
+from pared import ParedError
+from pared.data.windows import Windows, digest_of
+from pared.schema.plan import Dense
+from pared.schema.width import Width, channels_of
+from pared.structure import bias_of, weight_of
+from pared.widths.registry import METHODS
+
+TOKENS = torch.randint(1, 64, (8, 24), generator=torch.Generator().manual_seed(3))
+WINDOWS = Windows(TOKENS, digest_of(TOKENS), "words", "a test", stand_in=True)
+
+
+SLOW = pytest.mark.slow
+
+
+def compressed(model: str | PreTrainedModel, method: str, **fields: Any) -> Any:
+    model = TINY_MODELS[model]() if isinstance(model, str) else model
+    asked = {"keep": 0.7, "multiple_of": 4, "windows": WINDOWS, "evaluation": None}
+    return pared.compress(model, None, method=method, **{**asked, **fields})
+
+
+def readers(result: Any) -> dict[str, Width]:
+    """Return the decisions of the layers that read channels or heads, of which some are gone."""
+    decided = {site.name: site.decision for site in result.plan.sites}
+    return {name: one for name, one in decided.items() if isinstance(one, Width) and one.side == "in"}
+
+
+@torch.no_grad()
+def seen_by(model: PreTrainedModel, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what a layer reads and what it outputs."""
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    handle = model.get_submodule(name).register_forward_hook(
+        lambda _, args, out: seen.append((args[0].flatten(0, -2).double(), out.flatten(0, -2).double()))
+    )
+    model(TOKENS)
+    handle.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", ["llama", *(pytest.param(one, marks=SLOW) for one in ("gpt2", "opt", "phi3"))])
+def test_the_plan_counts_what_there_is(family: str, method: str):
+    before = sum(parameter.numel() for parameter in TINY_MODELS[family]().parameters())
+    result = compressed(family, method)
+    assert result.plan.before.model_parameters == before
+    assert result.plan.after.model_parameters == sum(one.numel() for one in result.model.parameters())
+    assert result.plan.achieved_keep <= 0.7
+    assert all(isinstance(site.decision, Width | Dense) for site in result.plan.sites)
+    if method != "flap":  # whose threshold may find none to take out
+        found = any(one.unit == "head" for one in readers(result).values())
+        assert found == (family != "phi3" and METHODS[method].heads)
+    assert result.model(TOKENS).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_flap_leaves_the_mean_output_of_the_first_layer_as_it_was(family: str):
+    """Of the first layer that reads channels, whose inputs are those of the dense model; with a bias and without."""
+    dense = TINY_MODELS[family]()
+    result = compressed(family, "flap", heads="off")
+    name, decision = next(iter(readers(result).items()))
+    assert decision.adds_bias == (bias_of(dense.get_submodule(name)) is None)
+    x_TN, y_TO = seen_by(dense, name)
+    kept, layer = channels_of(decision.kept or ""), result.model.get_submodule(name)
+    bias_O = bias_of(layer)
+    assert bias_O is not None
+    assert torch.equal(weight_of(layer), weight_of(dense.get_submodule(name))[:, kept])
+    narrow_TO = x_TN[:, kept] @ weight_of(layer).detach().double().T + bias_O.detach().double()
+    assert not torch.allclose(narrow_TO, y_TO, atol=1e-3)
+    assert torch.allclose(narrow_TO.mean(dim=0), y_TO.mean(dim=0), atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+def test_llm_pruner_keeps_what_a_direct_computation_does(family: str):
+    """The gradient of the text's loss through every weight of a channel, by autograd over the whole model."""
+    model = TINY_MODELS[family]()
+    model.requires_grad_(True)
+    model(TOKENS, labels=TOKENS).loss.backward()
+    salience = {
+        name: (one.weight * one.weight.grad).abs().detach().double()
+        for name, one in model.named_modules()
+        if getattr(getattr(one, "weight", None), "grad", None) is not None and one.weight.ndim == 2
+    }
+    result = compressed(family, "llm-pruner", heads="off")
+    assert readers(result)
+    for name, decision in readers(result).items():
+        group = [site for site in result.plan.sites if isinstance(site.decision, Width) and site.decision.group == name]
+        scores_G = torch.zeros(decision.channels, dtype=torch.float64)
+        for site in group:
+            values = salience[site.name].T if family == "gpt2" else salience[site.name]
+            own = values.sum(dim=0) if site.name == name else values.sum(dim=1).view(-1, decision.channels).sum(dim=0)
+            scores_G += own
+        best = scores_G.argsort(descending=True)[: decision.width].sort().values
+        assert channels_of(decision.kept or "") == best.tolist()
+
+
+def test_wanda_sp_scores_behind_the_blocks_that_are_pruned():
+    sequential, once = (compressed("llama", "wanda-sp", statistics=when) for when in ("auto", "once"))
+    last = list(readers(sequential))[-1]
+    x_TN, _ = seen_by(TINY_MODELS["llama"](), last)
+    scores_G = weight_of(TINY_MODELS["llama"]().get_submodule(last)).detach().double().abs().mean(0) * x_TN.norm(dim=0)
+    kept = scores_G.argsort(descending=True)[: readers(once)[last].width].sort().values.tolist()
+    assert channels_of(readers(once)[last].kept or "") == kept
+    assert not torch.equal(sequential.model(TOKENS).logits, once.model(TOKENS).logits)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_channels_that_nothing_reads_or_makes_go_and_change_nothing(method: str):
+    model = TINY_MODELS["llama"]()
+    for layer in model.model.layers:
+        layer.mlp.down_proj.weight.data[:, ::2] = 0
+        layer.mlp.gate_proj.weight.data[::2] = layer.mlp.up_proj.weight.data[::2] = 0
+    dense = model(TOKENS).logits.detach()
+    keep = 1 - 3 * 24 * 32 / (3 * 48 * 32 + 2 * 32 * 32 + 2 * 16 * 32)
+    result = compressed(model, method, keep=keep + 1e-9, heads="off", allocation="uniform")
+    assert [one.width for one in readers(result).values()] == [24, 24, 24]
+    assert torch.allclose(result.model(TOKENS).logits, dense, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "stream"),
+    [("llama", "flap", "on"), pytest.param("llama", "flap", "off", marks=SLOW),
+     *(pytest.param(family, method, stream, marks=SLOW) for stream in ("off", "on")
+       for family, method in (("gpt2", "flap"), ("opt", "llm-pruner"), ("llama", "wanda-sp")))],
+)  # fmt: skip
+def test_a_folder_loads_and_answers_as_the_model_did(
+    family: str,
+    method: str,
+    stream: str,
+    tokenizer: PreTrainedTokenizerFast,
+    calibration: pared.Calibration,
+    tmp_path: Path,
+):
+    TINY_MODELS[family]().save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    recipe = pared.Recipe(model=str(tmp_path / "dense"), out=str(tmp_path / "small"), method=method, keep=0.7,
+                          multiple_of=4, calibration=calibration, evaluation=None, stream=stream)  # fmt: skip
+    outcome = pared.run(recipe)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert sum(one.numel() for one in loaded.parameters()) == outcome.manifest.plan.after.model_parameters
+    assert pared.verify(tmp_path / "small") == 0
+    again = pared.compress(TINY_MODELS[family](), tokenizer, recipe.model_copy(update={"out": None, "model": None}))
+    assert torch.equal(loaded(TOKENS).logits, again.model(TOKENS).logits)
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "again")(TOKENS).logits, loaded(TOKENS).logits)
+    entries = json.loads((tmp_path / "small" / "config.json").read_text()).get("quantization_config", {"modules": {}})
+    added = [name for name, one in entries["modules"].items() if one["bias"] and "down_proj" in name]
+    assert bool(added) == (method == "flap" and family == "llama")
+
+
+@pytest.mark.parametrize("method", ["llm-pruner", "wanda-sp"])
+def test_uniform_widths_are_a_plain_folder_of_the_architecture(
+    method: str, tokenizer: PreTrainedTokenizerFast, calibration: pared.Calibration, tmp_path: Path
+):
+    result = pared.compress(TINY_MODELS["llama"](), tokenizer, method=method, keep=0.7, multiple_of=4,
+                            calibration=calibration, evaluation=None)  # fmt: skip
+    result.save(tmp_path / "small")
+    config = json.loads((tmp_path / "small" / "config.json").read_text())
+    assert not {"quantization_config", "auto_map"} & config.keys()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert torch.allclose(loaded(TOKENS).logits, result.model(TOKENS).logits, atol=1e-5)
+
+
+def test_a_bias_that_the_architecture_does_not_have_is_told_where_plain_weights_are_asked_for(
+    tokenizer: PreTrainedTokenizerFast, calibration: pared.Calibration, tmp_path: Path
+):
+    result = pared.compress(TINY_MODELS["llama"](), tokenizer, method="flap", keep=0.7, multiple_of=4,
+                            calibration=calibration, evaluation=None)  # fmt: skip
+    result.save(tmp_path / "small")
+    with pytest.raises(ParedError, match=r"mlp\.down_proj has a bias, which LlamaForCausalLM has no place for"):
+        pared.export(tmp_path / "small", tmp_path / "plain")
+    assert not (tmp_path / "plain").exists()
+
+
+@pytest.mark.parametrize("structures", ["ranks", "mixed"])
+@pytest.mark.parametrize("method", METHODS)
+def test_what_lowers_no_rank_is_refused_where_ranks_are_asked_for(method: str, structures: str):
+    with pytest.raises(ParedError, match=f"method {method} takes channels out and lowers no rank, got structures "):
+        compressed("llama", method, structures=structures)
+    with pytest.raises(ParedError, match=f"method {method} takes channels out and lowers no rank"):
+        METHODS[method].decompose(torch.ones(3, 4), {})
+
+
+def test_an_allocation_of_widths_alone_is_refused_for_ranks():
+    with pytest.raises(ParedError, match="allocation global decides widths alone, got structures ranks"):
+        compressed("llama", "loss-optimal", allocation="global", multiple_of=None)
+
+
+def test_any_widths_can_be_spread_by_one_threshold():
+    result = compressed("llama", "loss-optimal", structures="widths", allocation="global", statistics="once")
+    assert 0.6 < result.plan.achieved_keep <= 0.7
+    assert result.model(TOKENS).logits.isfinite().all()
