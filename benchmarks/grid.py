@@ -27,12 +27,15 @@ def require_disjoint(calibration: str) -> None:
             raise SystemExit(f"{name} shares documents with {calibration}")
 
 
-def measured(model: Any, tokenizer: Any) -> dict[str, Any]:
-    """Return the perplexity of a model on every text, and how long that took."""
+def measured(
+    model: Any, tokenizer: Any, texts: Sequence[str] = (), length: int = LENGTH, windows: int = WINDOWS
+) -> dict[str, Any]:
+    """Return the perplexity of a model on texts by name (all if none is named), and how long that took."""
     start = time.perf_counter()
     found = {
-        name: pared.perplexity(model, tokenizer, source, LENGTH, WINDOWS).value
+        name: pared.perplexity(model, tokenizer, source, length, windows).value
         for name, source in evaluation_texts().items()
+        if name in texts or not texts
     }
     return {"perplexity": found, "evaluate_seconds": time.perf_counter() - start}
 

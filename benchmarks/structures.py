@@ -1,10 +1,7 @@
 """Perplexity of ranks, widths and both in one budget, on text that was calibrated on and text that was not.
 
-Beside them methods of others that take out channels and heads, at equal parameters.
-
     PARED_DATA=/path/to/data python benchmarks/structures.py                     # the grid, resuming where it stopped
     PARED_DATA=/path/to/data python benchmarks/structures.py --keep 0.8 --structures mixed --statistics once
-    PARED_DATA=/path/to/data python benchmarks/structures.py --baselines         # methods of others
     python benchmarks/structures.py --render                                     # renders the page only
 
 One JSON line a cell; a cell that is there is not measured again (delete its line to repeat it). Statistics of the dense
@@ -25,21 +22,9 @@ from pared.schema.width import Width
 from record import RESULTS, append, read, table
 
 LINES, PAGE = RESULTS / "structures.jsonl", RESULTS / "structures.md"
-OURS = "loss-optimal"
 STRUCTURES = ("ranks", "widths", "mixed")
 SHRINKAGE = {"input_shrinkage": 0.03, "output_shrinkage": 0.1}
 TEXT = "wikitext2:train"
-# Of methods of others, beside what `auto` gives each: MLPs alone, as attentions here have three key/value heads.
-BASELINES: tuple[dict[str, Any], ...] = (
-    {"method": "flap"},
-    {"method": "modegpt"},
-    {"method": "wanda-sp"},
-    {"method": "llm-pruner"},
-    {"method": "flap", "heads": "off"},
-    {"method": "wanda-sp", "heads": "off"},
-    {"method": "llm-pruner", "heads": "off"},
-)
-CALIBRATION = pared.Calibration(text=TEXT, samples=SAMPLES, length=LENGTH)
 
 
 def recipe_of(
@@ -47,21 +32,16 @@ def recipe_of(
 ) -> pared.Recipe:
     """Return the recipe of a cell."""
     return pared.Recipe(
-        method=OURS,
+        method="loss-optimal",
         keep=keep,
         structures=structures,
         heads=heads,
         statistics=when,
         allocation=allocation,
         options=SHRINKAGE if shrunk else {},
-        calibration=CALIBRATION,
+        calibration=pared.Calibration(text=TEXT, samples=SAMPLES, length=LENGTH),
         evaluation=None,
     )
-
-
-def baseline_of(fields: dict[str, Any], keep: float) -> pared.Recipe:
-    """Return the recipe of a cell of another method."""
-    return pared.Recipe(keep=keep, structures="widths", calibration=CALIBRATION, evaluation=None, **fields)
 
 
 def measure(model_name: str, recipe: pared.Recipe | None) -> dict[str, Any]:
@@ -76,12 +56,7 @@ def measure(model_name: str, recipe: pared.Recipe | None) -> dict[str, Any]:
         collected()  # before the clock starts
         start = time.perf_counter(), time.process_time()
         result = pared.compress(model, tokenizer, recipe, collected=collected)
-        row |= {
-            "method": recipe.method,
-            "structures": recipe.structures,
-            "keep": recipe.keep,
-            "statistics": recipe.statistics,
-        }
+        row |= {"structures": recipe.structures, "keep": recipe.keep, "statistics": recipe.statistics}
         row |= {
             "heads": recipe.heads,
             "allocation": recipe.allocation,
@@ -105,24 +80,16 @@ def key_of(line: dict[str, Any]) -> tuple[object, ...]:
     if line["structures"] == "dense":
         return line["model"], "dense"
     named = tuple(line[name] for name in ("model", "structures", "keep", "statistics", "allocation"))
-    heads, method = line.get("heads", "auto"), line.get("method", OURS)
-    more = [*([] if heads == "auto" else [f"heads {heads}"]), *([] if method == OURS else [method])]
-    return (*named, *sorted(line["options"].items()), *more)
+    heads = line.get("heads", "auto")
+    return (*named, *sorted(line["options"].items()), *([] if heads == "auto" else [f"heads {heads}"]))
 
 
 def asked(model: str, recipe: pared.Recipe) -> tuple[object, ...]:
     """Return the key that the cell of a recipe will have."""
-    names = ("method", "structures", "keep", "statistics", "allocation", "options", "heads")
-    fields = {name: getattr(recipe, name) for name in names}
+    fields = {
+        name: getattr(recipe, name) for name in ("structures", "keep", "statistics", "allocation", "options", "heads")
+    }
     return key_of({"model": model, **fields})
-
-
-def _words(line: dict[str, Any]) -> str:
-    """Return in words what a cell asks for."""
-    method, heads = line.get("method", OURS), line.get("heads", "auto")
-    words = [line["structures"] if method == OURS else f"`{method}`"]
-    words += [] if line["allocation"] == "auto" else [line["allocation"]]
-    return ", ".join(words if heads == "auto" else [*words, f"heads {heads}"])
 
 
 def render(lines: list[dict[str, Any]]) -> str:
@@ -138,10 +105,11 @@ def render(lines: list[dict[str, Any]]) -> str:
             spread = f"{len(widths)}: {min(widths):,} to {max(widths):,}" if widths else "none"
             shrunk = "yes" if line["options"] else "no"
             return (
-                _words(line),
+                f"{line['structures']}{'' if line['allocation'] == 'auto' else ', ' + line['allocation']}"
+                f"{'' if line.get('heads', 'auto') == 'auto' else ', heads ' + line['heads']}",
                 f"{line['keep']:g}",
                 f"{line['achieved_keep']:.3f}",
-                line["settled"]["statistics"],
+                line["statistics"],
                 shrunk,
                 spread,
                 str(line["low_rank"]),
@@ -156,8 +124,7 @@ def render(lines: list[dict[str, Any]]) -> str:
     return "\n".join([
         "# Ranks, widths, and both in one budget\n",
         f"Perplexity, and its multiple of the dense model's, on {WINDOWS} windows of {LENGTH} tokens of each text. All "
-        f"rows are calibrated on {SAMPLES} windows of {LENGTH} tokens of {TEXT}, without training, and are "
-        "`loss-optimal` unless another method is named: those take out channels and heads by scores of their own. "
+        f"rows are `loss-optimal`, calibrated on {SAMPLES} windows of {LENGTH} tokens of {TEXT}, without training. "
         "`once`: statistics of the dense model; `sequential`: collected again behind the compressed prefix, with a "
         "quarter of the dense model's outputs in the targets. Shrunk: the input Gram by "
         f"{SHRINKAGE['input_shrinkage']:g}, that of output gradients by {SHRINKAGE['output_shrinkage']:g}. CPU seconds "
@@ -175,7 +142,6 @@ def main() -> None:
     parser.add_argument("--statistics", nargs="+", default=["once", "sequential"], choices=("once", "sequential"))
     parser.add_argument("--allocation", nargs="+", default=["auto"])
     parser.add_argument("--heads", default="auto", choices=("auto", "on", "off"))
-    parser.add_argument("--baselines", action="store_true", help="methods of others in place of structures")
     parser.add_argument("--plain", action="store_true", help="moments as they are, not shrunk")
     parser.add_argument("--render", action="store_true", help="only render the page")
     given = parser.parse_args()
@@ -187,8 +153,6 @@ def main() -> None:
                 given.statistics, given.keep, given.allocation, given.structures
             )
         ]
-        if given.baselines:
-            recipes = [baseline_of(fields, keep) for fields, keep in product(BASELINES, given.keep)]
         there = {key_of(line) for line in read(LINES)}
         if (given.model, "dense") not in there:
             append(LINES, measure(given.model, None))
