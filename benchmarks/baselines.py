@@ -27,11 +27,11 @@ OURS = "loss-optimal"
 SHRINKAGE = {"input_shrinkage": 0.03, "output_shrinkage": 0.1}
 # What is asked of each; all else is what `auto` gives the method. Attentions of SmolLM2 have three key/value heads.
 CELLS: dict[str, dict[str, Any]] = {
-    "ours": {"method": OURS, "statistics": "once", "options": SHRINKAGE},
     "flap": {"method": "flap"},
     "modegpt": {"method": "modegpt"},
     "wanda-sp": {"method": "wanda-sp"},
     "llm-pruner": {"method": "llm-pruner"},
+    "ours": {"method": OURS, "statistics": "once", "options": SHRINKAGE},
     "ours, uniform": {"method": OURS, "statistics": "once", "options": SHRINKAGE, "allocation": "uniform"},
     "flap, heads off": {"method": "flap", "heads": "off"},
     "wanda-sp, heads off": {"method": "wanda-sp", "heads": "off"},

@@ -36,14 +36,14 @@ PASSES = {
     "forward": ("svd-llm", {"gram", "magnitude"}),
     "sampled": ("loss-optimal", {"mean_gram", "output_gradient_full"}),
     "labels": ("fwsvd", {"fisher"}),
-    "channels": ("flap", {"mean", "variance", "energy"}),
+    "channels": ("flap", {"mean", "variance", "energy", "mean_gram"}),
     "weights": ("llm-pruner", {"weight_gradient"}),
 }
 # The other methods read what the forward pass collects.
 PASS_OF = {
     "fwsvd": "labels",
     "loss-optimal": "sampled",
-    "modegpt": "sampled",
+    "modegpt": "channels",
     "flap": "channels",
     "wanda-sp": "channels",
     "llm-pruner": "weights",

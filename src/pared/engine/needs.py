@@ -285,15 +285,15 @@ def _solving(site: Site, spec: CompressionSpec) -> int:
         inverse = 3 * width**2 * DOUBLE if spec.walked and "gram" in spec.requires([(out, width)]) else 0
         return inverse + 4 * out * width * SINGLE
     whole, less = "output_gradient_full" in spec.gradients, min(out, width)
-    # Its inverse twice, and the factor of the Gram in order.
-    ordering = 0 if spec.structures == "ranks" else 3 * width**2
+    ordering = 3 * width**2 if spec.ordered_by_gram else 0  # its inverse twice, and the factor of the Gram in order
     if spec.method.input_gram == "mean_gram":
         # The square of one Gram, which is worked in or multiplied with as it is, and what is as narrow as the weight.
         squares = max(out if whole else 0, width) ** 2 + (8 if whole else 6) * less**2
         if any(amount != 0 for amount in spec.shrinkage.values()):
             squares += max(out if whole else 0, width) ** 2
         return DOUBLE * (ordering + squares + 3 * out * width + max(out, width) * PANEL)
-    return DOUBLE * (ordering + 2 * out * width + 3 * width**2 + 6 * less**2)
+    squares = out * width if spec.method.solve is None else 3 * width**2 + 6 * less**2
+    return DOUBLE * (ordering + 2 * out * width + squares)
 
 
 def _runs(model: PreTrainedModel, anatomy: Anatomy) -> int:
@@ -323,7 +323,7 @@ def decomposition_bytes(site: Site, spec: LowRankSpec, itemsize: int) -> int:
 
 def _orders(anatomy: Anatomy, spec: LowRankSpec) -> int:
     """Return the bytes that orders of channels take on the disk: of every site that might be one to read them."""
-    if spec.structures == "ranks":
+    if not spec.ordered_by_gram:
         return 0
     readers = Counter(site.reads for site in anatomy.sites)
     return sum(site.in_features**2 * SINGLE for site in anatomy.sites if readers[site.reads] == 1)

@@ -108,6 +108,15 @@ def test_decompositions_wait_on_the_disk_where_ranks_depend_on_them(model: trans
     assert needs(model).disk["the output"] == 1000
 
 
+def test_what_orders_channels_by_a_score_needs_no_square(model: transformers.PreTrainedModel) -> None:
+    ours, flap, leverage = (
+        needs(model, method=name, structures="widths") for name in ("loss-optimal", "flap", "modegpt")
+    )
+    assert flap.memory_bytes < leverage.memory_bytes < ours.memory_bytes
+    assert "orders of channels" not in flap.disk
+    assert leverage.disk["orders of channels"] == ours.disk["orders of channels"] > 0
+
+
 def test_finished_blocks_lie_beside_the_output(model: transformers.PreTrainedModel) -> None:
     outside = (2 * VOCABULARY * WIDTH + WIDTH) * 2
     output = outside + 5000

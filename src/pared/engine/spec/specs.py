@@ -128,6 +128,11 @@ class LowRankSpec(_Spec):
         return self.structures == "widths" and self.decided_from_data if asked == "auto" else asked == "on"
 
     @property
+    def ordered_by_gram(self) -> bool:
+        """Whether channels are ordered by a Gram, whose factor waits on the disk until widths are known."""
+        return self.structures != "ranks" and any("gram" in name for name in self.requires([(1, 1)]))
+
+    @property
     def solves_first(self) -> bool:
         """Whether all is solved before anything is put in place, whatever the model turns out to be."""
         ordered = self.structures != "ranks"  # which channels stay is known once all are ordered
