@@ -124,17 +124,18 @@ class ChannelSolver:
     def _is_wanted(self, group: ChannelGroup, block: BlockStatistics) -> bool:
         """Whether there is something to find of a group: a token reached it, and a plan does not leave it as it is."""
         own = block.statistics.get(group.name, {})
-        reached = bool(own) and all(one.tokens for name, one in own.items() if name != CROSS)
+        known = bool(own) or not self._spec.method_calibrated
+        reached = known and all(one.tokens for name, one in own.items() if name != CROSS)
         return reached and not group.consumer.idle and (self._widths is None or group.name in self._widths)
 
     def _take(self, group: ChannelGroup, block: BlockStatistics) -> _Found:
-        spec, rule, own = self._spec, self._spec.method.widths, block.statistics[group.name]
+        spec, rule, own = self._spec, self._spec.method.widths, block.statistics.get(group.name, {})
         assert rule is not None
         values = self._values(own)
         aim = dense_target(spec, self._dense(group.consumer), own)
         W_ON = self._dense(group.consumer) if aim.W_ON is None else aim.W_ON
         width = 0 if self._widths is None else self._widths[group.name]
-        W_ON = W_ON.to(next(iter(values.values())).device)
+        W_ON = W_ON.to(next(iter(values.values()), W_ON).device)
         try:
             makers = lambda: [self._maker(one, group, block) for one in group.producers]  # noqa: E731
             found: Channels = rule(GroupLayers(W_ON, values, group.inputs, width, makers), spec.config)

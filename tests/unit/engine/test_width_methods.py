@@ -12,9 +12,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 import pared
 from pared import ParedError
 from pared.data.windows import Windows, digest_of
+from pared.lowrank import LowRankMethod
+from pared.methods import METHODS as REGISTRY
+from pared.schema.options import Options
 from pared.schema.plan import Dense
 from pared.schema.width import Width, channels_of
 from pared.structure import bias_of, weight_of
+from pared.widths import in_order_of
 from pared.widths.registry import METHODS
 
 TOKENS = torch.randint(1, 64, (8, 24), generator=torch.Generator().manual_seed(3))
@@ -180,6 +184,29 @@ def test_a_bias_that_the_architecture_does_not_have_is_told_where_plain_weights_
     with pytest.raises(ParedError, match=r"mlp\.down_proj has a bias, which LlamaForCausalLM has no place for"):
         pared.export(tmp_path / "small", tmp_path / "plain")
     assert not (tmp_path / "plain").exists()
+
+
+class _ByNumber(Options):
+    """Options of by-number."""
+
+
+def test_a_method_of_another_package_that_needs_no_text_takes_out_channels():
+    """It keeps the channels of the highest numbers."""
+    method = LowRankMethod(
+        name="by-number", paper="a test", summary="low numbers go", config=_ByNumber, solve=None, heads=True,
+        widths=lambda layers, _: in_order_of(torch.arange(layers.W_ON.shape[1]), layers.W_ON, layers.inputs),
+        structures=lambda _: "widths",
+    )  # fmt: skip
+    REGISTRY.register("by-number", method)
+    try:
+        result = pared.compress(TINY_MODELS["llama"](), None, method="by-number", keep=0.7, multiple_of=4,
+                                evaluation=None)  # fmt: skip
+    finally:
+        REGISTRY.unregister("by-number")
+    assert result.calibration is None
+    assert {one.unit for one in readers(result).values()} == {"channel", "head"}
+    for one in readers(result).values():
+        assert channels_of(one.kept or "") == list(range(one.channels - one.width, one.channels))
 
 
 @pytest.mark.parametrize("structures", ["ranks", "mixed"])
