@@ -1,11 +1,11 @@
-# make install | demo | test | test-slow | test-portable | test-gpu. Only python3 (3.10 or newer) with venv and pip, make and git are needed.
+# make install | demo | test | test-slow | test-portable | test-gpu | serve-test. Only python3 (3.10 or newer) with venv and pip, make and git are needed.
 PYTHON ?= python3
 # A plain `torch` from PyPI is a CUDA build of several GB on Linux; this release has a CPU wheel on many mirrors
 # (pip install --index-url https://download.pytorch.org/whl/cpu torch==2.13.0).
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: install demo test test-slow test-portable test-gpu lint clean
+.PHONY: install demo test test-slow test-portable test-gpu serve-test lint clean
 
 install: .venv/installed
 
@@ -42,5 +42,10 @@ test-portable: install
 test-gpu: install
 	$(BIN)/pytest tests/gpu -m gpu -rs $(ARGS)
 
+# What engines read, by the engines themselves: llama.cpp, by node-llama-cpp (node and npm are needed).
+serve-test: install
+	npm install --prefix .serve --ignore-scripts --no-audit --no-fund node-llama-cpp@3.22.1
+	$(BIN)/pytest tests/serve -m serve -rs $(ARGS)
+
 clean:
-	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .portable
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .portable .serve

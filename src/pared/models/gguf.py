@@ -15,6 +15,7 @@ from pared.errors import ParedError
 from pared.io.digests import file_digest
 from pared.models.architecture import architecture, first_line
 from pared.models.gguf_header import Header, read_header
+from pared.models.pre_tokenizers import cut_as
 from pared.models.twin import made_once, twin_folder, write_safetensors
 
 if TYPE_CHECKING:
@@ -117,6 +118,9 @@ def _tokenizer(gguf: Path, config: "PretrainedConfig") -> "PreTrainedTokenizerBa
     if kind.__name__ == "MistralCommonBackend":  # reads another form of file only
         kind = PreTrainedTokenizerFast
     tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    fields = header_of(gguf).fields
+    if fields.get("tokenizer.ggml.model") == "gpt2" and (core := getattr(tokenizer, "backend_tokenizer", None)):
+        cut_as(core, str(fields.get("tokenizer.ggml.pre")))  # which transformers passes over
     return tokenizer
 
 

@@ -5,21 +5,25 @@ from typing import Any
 
 import torch
 import transformers
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from pared.checkpoint.save import mark
+from pared.models.pre_tokenizers import cut_as
 from pared.modules import LowRankLinear, SparseLinear, replace_module
 from pared.modules.narrow import narrowed
-from pared.serving.gguf.vocabulary import PRE_TOKENIZERS
 
-MERGES = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("a", "n")]
+MERGES = [
+    ("t", "h"), ("th", "e"), ("Ġ", "the"), ("a", "n"), ("1", "2"), ("3", "4"), ("12", "3"), ("Ġ", "1"), ("Ċ", "Ċ"),
+    ("'", "s"), ("'", "S"), ("Ġ", "Ġ"),
+]  # fmt: skip
+BEGIN = 256 + len(MERGES)  # the first of the special tokens
 TEMPLATE = "{% for message in messages %}<s>{{ message['content'] }}</s>{% endfor %}"
-ROWS = 272  # of the embeddings; a few are no token
+ROWS = 280  # of the embeddings; a few are no token
 _SIZES: dict[str, Any] = {
     "vocab_size": ROWS, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 260, "eos_token_id": 261,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": BEGIN, "eos_token_id": BEGIN + 1,
     "initializer_range": 0.2,
 }  # fmt: skip
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -36,22 +40,13 @@ def tokenizer_of(pre: str = "smollm", begins: bool = False) -> PreTrainedTokeniz
     vocabulary = {piece: number for number, piece in enumerate(bytes_to_unicode().values())}
     for pair in MERGES:
         vocabulary["".join(pair)] = len(vocabulary)
-    steps, whole_first = PRE_TOKENIZERS[pre]
-    core = Tokenizer(models.BPE(vocabulary, MERGES, ignore_merges=whole_first))
-    cuts: list[Any] = []
-    for kind, value in steps:
-        if kind == "Split":
-            cuts.append(pre_tokenizers.Split(Regex(str(value)), "isolated"))
-        elif kind == "Digits":
-            cuts.append(pre_tokenizers.Digits(individual_digits=bool(value)))
-        else:
-            cuts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=bool(value)))
-    core.pre_tokenizer = pre_tokenizers.Sequence(cuts)
+    core = Tokenizer(models.BPE(vocabulary, MERGES))
+    cut_as(core, pre)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
     core.add_tokens([AddedToken("<tool>", normalized=False)])
     if begins:
-        core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 260)])
+        core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BEGIN)])
     made = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="</s>")
     made.chat_template = TEMPLATE
     return made
@@ -78,10 +73,17 @@ def saved(folder: Path, model: PreTrainedModel | str, **fields: Any) -> Path:
 
 
 def narrowed_model(family: str, widths: list[int], heads: list[int] | None = None) -> PreTrainedModel:
-    """Return a model whose layers keep so many channels of the MLP and so many key/value heads with their queries."""
+    """Return a model of a family that was narrowed; see :func:`narrow_`."""
     model = model_of(family)
+    narrow_(model, widths, heads)
+    return model
+
+
+def narrow_(model: PreTrainedModel, widths: list[int], heads: list[int] | None = None) -> None:
+    """Keep so many channels of the MLP of each layer, and so many key/value heads with their queries."""
     config = model.config
-    head, queries = getattr(config, "head_dim", None) or 8, config.num_attention_heads // config.num_key_value_heads
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    queries = config.num_attention_heads // config.num_key_value_heads
     for number, layer in enumerate(model.model.layers):
         keys = head * (heads[number] if heads else config.num_key_value_heads)
         mlp, attention = layer.mlp, layer.self_attn
@@ -89,7 +91,6 @@ def narrowed_model(family: str, widths: list[int], heads: list[int] | None = Non
         cut(attention, ("k_proj", "v_proj"), None, keys)
         cut(attention, ("q_proj",), "o_proj", keys * queries)
     mark(model)
-    return model
 
 
 def cut(parent: Any, makers: tuple[str, ...], reader: str | None, width: int) -> None:

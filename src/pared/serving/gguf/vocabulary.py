@@ -5,7 +5,7 @@ A file holds the tokens, the merges and the name of one of the ways of cutting t
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,20 +13,8 @@ from gguf import GGUFWriter, TokenType
 from transformers import PreTrainedTokenizerBase
 
 from pared.errors import ParedError
+from pared.models.pre_tokenizers import PRE_TOKENIZERS, steps_of
 
-# What both regular expressions have before and behind the numbers.
-_HEAD, _TAIL = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|",
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-)
-Steps = tuple[tuple[str, object], ...]
-# llama.cpp's name -> the steps of the tokenizer, and whether a whole token is looked for before merges
-PRE_TOKENIZERS: dict[str, tuple[Steps, bool]] = {
-    "gpt-2": ((("ByteLevel", True),), False),
-    "smollm": ((("Digits", True), ("ByteLevel", True)), False),
-    "qwen2": ((("Split", _HEAD + r"\p{N}" + _TAIL), ("ByteLevel", False)), False),
-    "llama-bpe": ((("Split", _HEAD + r"\p{N}{1,3}" + _TAIL), ("ByteLevel", False)), True),
-}
 SPECIAL = ("bos", "eos", "unk", "sep", "pad", "mask")
 PADDING = "[PAD{}]"  # of rows of the embeddings that are no token
 
@@ -130,7 +118,7 @@ def _pre_tokenizer(told: Mapping[str, Any], name: str) -> str:
         model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
     )
     normalizer = (told["normalizer"] or {}).get("type")
-    steps = tuple(_steps(told["pre_tokenizer"]))
+    steps = tuple(steps_of(told["pre_tokenizer"]))
     if bare and normalizer in (None, "NFC"):
         for pre, (known, whole_first) in PRE_TOKENIZERS.items():
             if (steps, bool(model.get("ignore_merges"))) == (known, whole_first):
@@ -139,26 +127,6 @@ def _pre_tokenizer(told: Mapping[str, Any], name: str) -> str:
     found = f"{model['type']}{fallback}, cut by {' and '.join(f'{kind} {value}' for kind, value in steps) or 'nothing'}"
     raise ParedError(f"model {name!r}: a .gguf file is written of byte-level BPE tokenizers that cut text as "
                      f"{', '.join(PRE_TOKENIZERS)} do; its tokenizer is {found}")  # fmt: skip
-
-
-def _steps(told: Mapping[str, Any] | None) -> Iterator[tuple[str, object]]:
-    """Yield the steps of a pre-tokenizer as :data:`PRE_TOKENIZERS` has them; what differs is told whole."""
-    if told is None:
-        return
-    kind = told["type"]
-    if kind == "Sequence":
-        for one in told["pretokenizers"]:
-            yield from _steps(one)
-    elif kind == "ByteLevel" and not told["add_prefix_space"]:
-        yield kind, told.get("use_regex", True)
-    elif kind == "Digits":
-        yield kind, told["individual_digits"]
-    elif kind == "Split" and told["behavior"] in ("Isolated", "Removed") and "Regex" in told["pattern"]:
-        kept = told["behavior"] == "Isolated" and not told["invert"]
-        removed = told["behavior"] == "Removed" and told["invert"]  # the same cuts
-        yield kind, told["pattern"]["Regex"] if kept or removed else told
-    else:
-        yield kind, {key: value for key, value in told.items() if key != "type"}
 
 
 def _added(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
