@@ -111,9 +111,12 @@ def render(lines: list[dict[str, Any]]) -> str:
     """Return the page."""
     last = lines[-1]
     order = list(CASES)
+    newest = {(line["case"], line["cpu"], line["dtype"]): line["commit"] for line in lines}  # the last of each machine
     groups: dict[tuple[str, str, str, str], list[dict[str, Any]]] = {}
     for line in sorted(lines, key=lambda line: order.index(line["case"])):
-        groups.setdefault((line["case"], line["cpu"], line["dtype"], line["commit"]), []).append(line)
+        where = (line["case"], line["cpu"], line["dtype"])
+        if line["commit"] == newest[where]:
+            groups.setdefault((*where, line["commit"]), []).append(line)
     text = [
         "# What a compression costs",
         "",
@@ -123,7 +126,7 @@ def render(lines: list[dict[str, Any]]) -> str:
         "unless a sparsity is given, from the model's name to the folder reloaded and checked, no perplexity. "
         "One thread, bare forward pass of the blocks and whole job in turns, in the dtype that is faster on the "
         "machine; median (least to most); ratios within a pair, of seconds on the clock and of the process's own. "
-        "Where the two differ, other work ran on the machine.",
+        "Where the two differ, other work ran on the machine. The last commit that was measured on each machine.",
         "",
         table(
             ("method", "options", "machine", "commit", "pairs", "whole / bare, clock", "own", "bar", MEMORY),
