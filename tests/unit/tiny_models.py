@@ -73,9 +73,33 @@ _REPEATED: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
 }
 
+_ROUTED = {**_GROUPED, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+
+# Mixtures of 6 experts, of which a token is given to 2: weights of the picked ones normalised, or not (OLMoE); with a
+# bias of the router (gpt-oss), or one of its choice alone and a dense first block (DeepSeek).
+_MIXTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "mixtral": (
+        "MixtralForCausalLM", "MixtralConfig", {**_GROUPED, "num_local_experts": 6, "num_experts_per_tok": 2}
+    ),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**_ROUTED, "head_dim": 8, "norm_topk_prob": True}),
+    "olmoe": ("OlmoeForCausalLM", "OlmoeConfig", {**_GROUPED, "num_experts": 6, "num_experts_per_tok": 2}),
+    "deepseek_v3": (
+        "DeepseekV3ForCausalLM",
+        "DeepseekV3Config",
+        {**_SMALL, "num_key_value_heads": 4, "n_routed_experts": 6, "num_experts_per_tok": 2, "n_group": 1,
+         "topk_group": 1, "moe_intermediate_size": 24, "n_shared_experts": 1, "first_k_dense_replace": 1,
+         "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8},
+    ),
+    "gpt_oss": (
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        {**_GROUPED, "num_local_experts": 6, "num_experts_per_tok": 2, "head_dim": 8},
+    ),
+}  # fmt: skip
+
 
 def _builder(family: str) -> Callable[[], PreTrainedModel]:
-    model_class, config_class, fields = (_FAMILIES | _REPEATED)[family]
+    model_class, config_class, fields = (_FAMILIES | _REPEATED | _MIXTURES)[family]
 
     def build() -> PreTrainedModel:
         config = getattr(transformers, config_class)(**fields)
@@ -94,3 +118,4 @@ def _builder(family: str) -> Callable[[], PreTrainedModel]:
 TINY_MODELS: dict[str, Callable[[], PreTrainedModel]] = {family: _builder(family) for family in _FAMILIES}
 FAMILIES = sorted(TINY_MODELS)
 REPEATED: dict[str, Callable[[], PreTrainedModel]] = {family: _builder(family) for family in _REPEATED}
+MIXTURES: dict[str, Callable[[], PreTrainedModel]] = {family: _builder(family) for family in _MIXTURES}

@@ -10,12 +10,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pared.calibration.activations import BlockInputs, drop_padding
+from pared.calibration.experts import ExpertTap
 from pared.calibration.forward import cast_block, is_finite_hidden, require_finite_hidden
 from pared.calibration.head import through_head
 from pared.calibration.labels import Labels
 from pared.calibration.spool import HiddenStates
 from pared.calibration.statistics import Statistic
+from pared.calibration.statistics.experts import EXPERTS, ExpertLoss
 from pared.errors import ParedError
+from pared.structure.mixture import Placed
 from pared.structure.model import Anatomy, Site
 from pared.structure.probe import BlockCall, evaluating, hooks
 from pared.structure.state import KeptState
@@ -125,8 +128,8 @@ def back(
         index: of the block.
         anatomy: after the probe pass.
         trail: its last run is the last of this block; its gradients become those of what the block reads.
-        wants: accumulators by site name and statistic name, updated in place. One that no token of a batch reached
-            (an expert) keeps its count.
+        wants: accumulators by the name of a site, or of a mixture of experts, and statistic name, updated in place. One
+            that no token of a batch reached (an expert) keeps its count.
         on_batch: called after every batch.
 
     Raises:
@@ -164,20 +167,31 @@ def _back(
     taps = [
         _GradientHook(site, wants[site.name], shape, mask) for site in anatomy.sites_of(index) if site.name in wants
     ]
+    experts = [
+        ExpertTap(Placed(one, worker, anatomy.block_name(index)), statistic, mask)
+        for one in anatomy.mixtures_of(index)
+        if isinstance(statistic := wants.get(one.name, {}).get(EXPERTS), ExpertLoss)
+    ]
     for call, hidden in runs:
         leaf = hidden.detach().requires_grad_()
-        with torch.enable_grad(), hooks(_hooked(worker, anatomy, taps)):
+        with torch.enable_grad(), hooks(_hooked(worker, anatomy, taps, experts)):
             output = call.run(worker, leaf.clone())  # a leaf must not be changed in place
             (gradient,) = torch.autograd.grad(output, leaf, gradient)
         state.restore()
     for tap in reversed(taps):  # the one nearest to the loss is where it began
         tap.finish()
+    for mixture in experts:
+        mixture.finish()
     return gradient
 
 
-def _hooked(worker: nn.Module, anatomy: Anatomy, taps: list["_GradientHook"]) -> Iterator[Any]:
+def _hooked(
+    worker: nn.Module, anatomy: Anatomy, taps: list["_GradientHook"], experts: list[ExpertTap]
+) -> Iterator[Any]:
     for tap in taps:
         yield worker.get_submodule(anatomy.path_in_block(tap.site)).register_forward_hook(tap.read)
+    for mixture in experts:
+        yield from mixture.hooked()
 
 
 class _GradientHook:

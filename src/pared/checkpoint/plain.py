@@ -1,16 +1,15 @@
 """Models of uniform widths and numbers of heads as plain ones: what their configurations have to say."""
 
-import copy
 from collections.abc import Iterator, Mapping
 from itertools import product
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from pared.checkpoint.portable import module_map, own_class
+from pared.models.resized import Sizes, resized
 from pared.modules import replace_module
 from pared.modules.narrow import forget_counts
 
@@ -19,7 +18,6 @@ HEAD_DIM = (
     "head_dim"  # what a configuration calls the width of a head where it is not that of the model by their number
 )
 
-Sizes = dict[str, int]  # of a configuration, by field
 Pairs = set[tuple[int, int]]  # widths before and now
 
 
@@ -103,26 +101,9 @@ def _count_alike(model: nn.Module, built: nn.Module, entries: Mapping[str, Any],
     return True
 
 
-def set_sizes(config: PretrainedConfig, sizes: Sizes) -> None:
-    """Give a configuration other sizes of the text model, in place."""
-    text = config.get_text_config()
-    for field, value in sizes.items():
-        setattr(text, field, value)
-
-
 def _skeleton(model: PreTrainedModel, sizes: Sizes) -> nn.Module | None:
     """Return the architecture on the meta device with other sizes of the text model, None where that makes none."""
-    config = copy.deepcopy(model.config)
-    try:
-        set_sizes(config, sizes)
-        text = config.get_text_config()
-        if hasattr(text, "validate"):  # what a folder with this configuration is read by
-            text.validate()
-        with torch.device("meta"):
-            built: nn.Module = own_class(type(model))._from_config(config, dtype=model.dtype)  # type: ignore[attr-defined]
-    except Exception:  # whatever a size that means something else leads to
-        return None
-    return built
+    return resized(model, sizes, own_class(type(model)))
 
 
 def _changed(dense: nn.Module, name: str, entry: dict[str, Any]) -> Pairs:

@@ -10,10 +10,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.checkpoint.format import LOADER_NAME, ParedConfig
 from pared.checkpoint.loader import tie
-from pared.checkpoint.plain import make_plain, plain_sizes, set_sizes
+from pared.checkpoint.plain import make_plain, plain_sizes
 from pared.checkpoint.portable import has_importable_code, module_map, own_class, with_remote_code
 from pared.errors import ParedError
 from pared.models.architecture import AUTO_CLASSES
+from pared.models.resized import set_sizes
 from pared.models.source import ModelSource
 from pared.modules import BasisHolder
 from pared.modules.narrow import counts_of

@@ -10,12 +10,13 @@ if TYPE_CHECKING:
     from pared.engine.compress import collect_evidence, compress_blocks
     from pared.engine.observe import Observer
     from pared.engine.result import CompressedBlocks
-    from pared.engine.spec import CompressionSpec, LowRankSpec, PassSpec, SparseSpec, resolve
+    from pared.engine.spec import CompressionSpec, ExpertSpec, LowRankSpec, PassSpec, SparseSpec, resolve
     from pared.progress import Progress, Silent
 
 __all__ = [
     "CompressedBlocks",
     "CompressionSpec",
+    "ExpertSpec",
     "LowRankSpec",
     "Observer",
     "PassSpec",
@@ -35,6 +36,7 @@ lazy_package(
         "pared.engine.allocate": ["plan_from_shapes"],
         "pared.engine.spec": [
             "CompressionSpec",
+            "ExpertSpec",
             "LowRankSpec",
             "PassSpec",
             "SparseSpec",

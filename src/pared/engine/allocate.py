@@ -8,8 +8,9 @@ from transformers import PreTrainedModel
 
 from pared.allocation import Allocator, Budget, Evidence, Unit, allocator_of
 from pared.allocation.sparsity import mixture
+from pared.engine.expert_plan import plan_of_shapes
 from pared.engine.grouping import candidate_units
-from pared.engine.spec import CompressionSpec, SparseSpec
+from pared.engine.spec import CompressionSpec, ExpertSpec, SparseSpec
 from pared.errors import ParedError
 from pared.schema.options import Options
 from pared.schema.plan import NM, Decision, Dense, LowRank, Plan, Shared, SitePlan, Sparse
@@ -36,6 +37,8 @@ def plan_from_shapes(model: PreTrainedModel, spec: CompressionSpec, bytes_per_pa
         ParedError: nothing to compress, or a budget too small.
     """
     anatomy, itemsize = anatomy_of(model, spec.recipe), bytes_per_parameter or model.dtype.itemsize
+    if isinstance(spec, ExpertSpec):
+        return plan_of_shapes(model, anatomy, spec.recipe.keep, itemsize)
     if isinstance(spec, SparseSpec):
         sites = [Unit((site,)) for site in anatomy.sites]
         uniform = {unit.name: Sparse(sparsity=spec.sparsity) for unit in sites}

@@ -13,6 +13,7 @@ from pared.data.windows import Windows
 from pared.engine.allocate import anatomy_of
 from pared.engine.checks import require_finite_weights
 from pared.engine.enough import too_few
+from pared.engine.experts import ExpertWork
 from pared.engine.kept_blocks import KeptBlocks
 from pared.engine.low_rank import LowRankWork, Trial
 from pared.engine.method_statistics import Saved
@@ -21,7 +22,7 @@ from pared.engine.pruning import SparseWork
 from pared.engine.refine import refine
 from pared.engine.result import CompressedBlocks, remarks, stacks
 from pared.engine.run_state import CompressionRun
-from pared.engine.spec import CompressionSpec, LowRankSpec, PassSpec, resolve_sparse
+from pared.engine.spec import CompressionSpec, ExpertSpec, LowRankSpec, PassSpec, resolve_sparse
 from pared.processes import ALONE, Processes
 from pared.progress import Progress, Silent
 from pared.report.results import too_few_line
@@ -179,4 +180,6 @@ def _work(
     """Return the work that a spec describes: its type decides."""
     if isinstance(spec, LowRankSpec):
         return LowRankWork(observer, spec, trial, saved)
+    if isinstance(spec, ExpertSpec):
+        return ExpertWork(observer, spec, saved)
     return SparseWork(observer, spec, evidence)

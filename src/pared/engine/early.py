@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pared.data.labelled import SETS as LABELLED
 from pared.data.texts import require_text
-from pared.engine.spec import CompressionSpec, LowRankSpec, SparseSpec, method_of, resolve
+from pared.engine.spec import CompressionSpec, ExpertSpec, LowRankSpec, SparseSpec, method_of, resolve
 from pared.engine.windows import evaluated_text
 from pared.environment import require_device
 from pared.errors import ParedError
@@ -35,7 +35,7 @@ def require_possible(recipe: Recipe) -> CompressionSpec:
     spec = resolve(recipe)
     if isinstance(spec, SparseSpec) and recipe.sparsity == 0:
         raise ParedError("sparsity 0 makes nothing zero; 0.5 makes half of the weights zero")
-    if isinstance(spec, LowRankSpec) and recipe.keep == 1 and recipe.rank_fraction is None:
+    if isinstance(spec, (LowRankSpec, ExpertSpec)) and recipe.keep == 1 and recipe.rank_fraction is None:
         raise ParedError("keep 1 keeps everything, and the model as it is; keep 0.8 removes 20%")
     return spec
 

@@ -14,6 +14,7 @@ from pared.modules.narrow import narrowed, set_counts
 from pared.modules.shared import DOWN
 from pared.structure import bias_of, weight_of
 from pared.structure.groups import ChannelGroup
+from pared.structure.mixture import Mixture
 
 
 def install(model: nn.Module, name: str, factors: Factors, pivoted: bool = False) -> None:
@@ -110,6 +111,23 @@ def count(model: nn.Module, group: ChannelGroup, width: int) -> None:
     """Have the modules that count a group's channels count so many."""
     for one in group.counts:
         set_counts(model.get_submodule(one.module), {one.attribute: one.each * width})
+
+
+@torch.no_grad()
+def keep_experts(model: nn.Module, mixture: Mixture, kept_K: torch.Tensor) -> None:
+    """Leave some experts of a mixture alone, in place; numbers that count them are as before.
+
+    Args:
+        model: the whole model; it gets new tensors, and those it had stay as they are.
+        mixture: of it.
+        kept_K: numbers of the experts that stay, rising.
+    """
+    for stack in mixture.stacks:
+        module = model.get_submodule(stack.module)
+        space: Any = module._parameters if stack.parameter else module._buffers
+        old = space[stack.leaf]
+        some = old.detach()[kept_K.to(old.device)]
+        space[stack.leaf] = nn.Parameter(some, old.requires_grad) if stack.parameter else some
 
 
 def put(model: nn.Module, names: Sequence[str], news: Sequence[nn.Module]) -> None:

@@ -162,7 +162,7 @@ def needs_of(
     if tokens is not None:
         held = tokens.windows * tokens.length * width
         activations = held * itemsize * _sets(spec, _runs(model, anatomy))
-        batch = _batch(anatomy, tokens, itemsize, bool(spec.gradients))
+        batch = _batch(anatomy, tokens, itemsize, spec.backward)
         if spec.refine is not None:  # in float32: what blocks read on both paths, and the graph of a batch
             activations = max(activations, held * SINGLE * 2)
             batch = max(batch, _batch(anatomy, replace(tokens, batch=spec.refine.batch), SINGLE, True))
@@ -172,7 +172,7 @@ def needs_of(
         memory["hidden states"] = activations if activation_memory is None else min(activations, activation_memory)
         disk["activations"] = activations - memory["hidden states"]
     logits = 0 if evaluated is None else evaluated.length * vocabulary
-    if tokens is not None and spec.gradients:
+    if tokens is not None and spec.backward:
         logits = max(logits, min(tokens.length * vocabulary, max(LOGITS, vocabulary)))
     # Statistics are not there yet, or gone, when there are logits; what is listed does not come at the same time.
     logits = max(logits * (model.dtype.itemsize + 3 * SINGLE) - statistics, 0)
@@ -308,7 +308,7 @@ def _sets(spec: CompressionSpec, runs: int) -> int:
     if any(step.hand_on == "compressed" for step in spec.passes()):
         forward += max(spec.group_size, 1)
     forward += _has_reference(spec)
-    backward = runs + 2 if spec.gradients or "losses" in spec.allocator.requires else 0  # what every block reads
+    backward = runs + 2 if spec.backward or "losses" in spec.allocator.requires else 0  # what every block reads
     return max(forward, backward)
 
 

@@ -17,6 +17,7 @@ from pared.calibration import (
     all_reduce,
     capture,
     choose_labels,
+    expert_accumulators,
     gradient_accumulators,
     statistic_kind,
 )
@@ -225,7 +226,7 @@ class Observer:
 
         Args:
             inputs: of the first block; not changed.
-            names: of statistics.
+            names: of statistics of sites; those of mixtures of experts that can be taken out are collected too.
             visit: is given every block.
             share: of the batches, from the first on, at least one.
             changes: whether visits change blocks.
@@ -246,7 +247,8 @@ class Observer:
         visit = self._of_all(visit, inputs)
 
         def wants(index: int) -> Wants:
-            return gradient_accumulators(self.anatomy.sites_of(index), names, inputs.device)
+            of_sites = gradient_accumulators(self.anatomy.sites_of(index), names, inputs.device) if names else {}
+            return of_sites | expert_accumulators(self.anatomy.mixtures_of(index), inputs.device)
 
         with self._stage(f"gradients ({inputs.dtype})", inputs) as advance, self.watch("backward"):
             run_blocks_backward(

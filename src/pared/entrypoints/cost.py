@@ -14,7 +14,7 @@ from pared.engine.cost.published import MACHINES, Published
 from pared.engine.cost.rates import Rates, total
 from pared.engine.cost.stages import Work, stages_of
 from pared.engine.needs import Tokens
-from pared.engine.spec import CompressionSpec
+from pared.engine.spec import CompressionSpec, ExpertSpec
 from pared.entrypoints.streamed import with_limits
 from pared.entrypoints.texts_read import read_texts
 from pared.environment import device_of
@@ -120,8 +120,10 @@ def predict(
         notes: what is to be said of it.
 
     Raises:
-        ParedError: the model does not run on shapes alone.
+        ParedError: the model does not run on shapes alone, or experts are to be taken out of it.
     """
+    if isinstance(spec, ExpertSpec):
+        raise ParedError("what structures experts takes is not predicted; leave the cost out")
     anatomy = probe_shapes(skeleton, anatomy_of(skeleton, spec.recipe))
     model_dtype = str(skeleton.dtype).removeprefix("torch.")
     dtype = rates.compute_dtype(spec.recipe.calibration.dtype, model_dtype)

@@ -8,7 +8,7 @@ from typing import Any
 from pared.engine.allocate import anatomy_of, plan_from_shapes
 from pared.engine.early import require_model, require_possible, require_suited
 from pared.engine.result import stacks
-from pared.engine.spec import CompressionSpec, LowRankSpec
+from pared.engine.spec import CompressionSpec, ExpertSpec, LowRankSpec
 from pared.names import called
 from pared.schema.cost import Cost
 from pared.schema.plan import Dense, Plan
@@ -97,6 +97,8 @@ class Planned:
             yield f"allocation {self.spec.allocator.name} looks at the model or data; this is uniform"
         if isinstance(self.spec, LowRankSpec) and self.spec.structures != "ranks":
             yield f"structures {self.spec.structures}: which widths is seen by running the model; these are ranks alone"
+        if isinstance(self.spec, ExpertSpec):
+            yield "which experts stay, and whether they can be taken out, is seen by running the model"
         if self.plan.missed:
             yield self.plan.missed
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pared.allocation.dsa import SCORE_TOKENS
 from pared.data.lengths import Length
 from pared.data.windows import Windows, cut, require_fits
-from pared.engine.spec import CompressionSpec, LowRankSpec, SparseSpec, method_of, resolve
+from pared.engine.spec import CompressionSpec, ExpertSpec, LowRankSpec, SparseSpec, method_of, resolve
 from pared.entrypoints.in_place import where_it_is
 from pared.entrypoints.search_found import FOUND, JOURNAL, TRACE, Found, write_found
 from pared.environment import device_of
@@ -160,6 +160,8 @@ def require_searchable(recipe: Recipe) -> CompressionSpec:
             raise ParedError(f"a search needs a sparsity ({called('sparsity', '0.7')}); pattern {recipe.pattern} "
                              "leaves no zeros to spread")  # fmt: skip
     spec = resolve(recipe)
+    if isinstance(spec, ExpertSpec):
+        raise ParedError(f"a search finds ranks or zeros, got structures experts; take {called('structures', 'ranks')}")
     if isinstance(spec, LowRankSpec):
         require_rankable(spec)
     if isinstance(spec.config, Wanda) and spec.config.variant:

@@ -84,7 +84,7 @@ def model_card(manifest: Manifest, folder: str, config: Mapping[str, Any]) -> st
         "library_name": "transformers",
         "tags": [
             "pared",
-            "sparse" if pruned else "pruned" if recipe.structures == "widths" else "low-rank",
+            "sparse" if pruned else "pruned" if recipe.structures in ("widths", "experts") else "low-rank",
             recipe.method,
         ],
         **_base_model(manifest),
@@ -148,7 +148,10 @@ def _auto_of(config: Mapping[str, Any]) -> str:
 
 def _targets(manifest: Manifest) -> str:
     """Return two names for adapters as they are written in Python: queries and values, or the first that there are."""
-    leaves = list(dict.fromkeys(site.name.rpartition(".")[2] for site in manifest.plan.sites))
+    plan = manifest.plan
+    experts = any(isinstance(site.decision, Width) and site.decision.unit == "expert" for site in plan.sites)
+    layers = plan.uncovered if experts else plan.sites  # experts are no linear layers, and these were left alone
+    leaves = list(dict.fromkeys(layer.name.rpartition(".")[2] for layer in layers))
     usual = [name for name in ("q_proj", "v_proj") if name in leaves]
     names = usual if len(usual) == 2 else leaves[:2]
     return "[" + ", ".join(f'"{name}"' for name in names) + "]"

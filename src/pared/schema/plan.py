@@ -241,7 +241,7 @@ ROUNDED: dict[type, str] = {
     NM: "every group keeps a whole number of weights",
     LowRank: "a rank is a whole number, and at least 1",
     Shared: "a rank is a whole number, and at least 1",
-    Width: "a width is a whole number of channels or heads, and at least 1",
+    Width: "a width is a whole number of channels, heads or experts, and at least 1",
 }
 
 

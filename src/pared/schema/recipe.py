@@ -132,9 +132,10 @@ class Recipe(FromPreset):
     """How the budget is spread over the target modules, by a name that `pared methods` lists."""
     allocation_options: Annotated[OptionValues, Option("--allocation-option")] = Field(default={})
     """Option of the allocation, NAME=VALUE, by the names that `pared methods` lists."""
-    structures: Annotated[Literal["auto", "ranks", "widths", "mixed"], Option(default=OWN)] = "auto"
+    structures: Annotated[Literal["auto", "ranks", "widths", "mixed", "experts"], Option(default=OWN)] = "auto"
     """What is made smaller: the ranks of weights; the widths of MLPs, whose channels are taken out, so that layers stay
-    plain ones; or mixed, each MLP in the way that loses less."""
+    plain ones; mixed, each MLP in the way that loses less; or mixtures of experts, which lose whole experts, as many in
+    every layer."""
     heads: Annotated[
         Literal["auto", "on", "off"], Option(default="on with widths whose allocation looks at the text")
     ] = "auto"

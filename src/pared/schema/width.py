@@ -48,7 +48,8 @@ class Width(Strict):
         rows: outputs of this site that make one channel, or inputs that it has: 2 outputs of a fused gate and up.
         has_bias: whether this site's bias has a value for each of its outputs, which go too.
         kept: which channels stay, with the site that reads them: ``0-3,7``; none before they are chosen.
-        unit: what a channel is: one of an MLP, or a key/value head with its query heads.
+        unit: what a channel is: one of an MLP, a key/value head with its query heads, or an expert of a mixture, whose
+            tensors are seen as one tall weight.
         adds_bias: whether the site that reads the channels gets a bias, which it did not have.
     """
 
@@ -60,7 +61,7 @@ class Width(Strict):
     rows: Annotated[int, Field(ge=1)] = 1
     has_bias: bool = False
     kept: Annotated[str | None, AfterValidator(_are_ranges)] = None
-    unit: Literal["channel", "head"] = "channel"
+    unit: Literal["channel", "head", "expert"] = "channel"
     adds_bias: bool = False
 
     def parameters(self, out_features: int, in_features: int) -> int:
@@ -83,4 +84,4 @@ class Width(Strict):
 
     def __str__(self) -> str:
         counted = f"{self.width} of {self.channels}"
-        return f"{counted} heads" if self.unit == "head" else f"width {counted}"
+        return f"width {counted}" if self.unit == "channel" else f"{counted} {self.unit}s"

@@ -8,7 +8,7 @@ from pared.data.windows import Windows
 from pared.engine.allocate import anatomy_of
 from pared.engine.checks import require_finite_weights
 from pared.engine.observe import Observer
-from pared.engine.spec import CompressionSpec, LowRankSpec
+from pared.engine.spec import CompressionSpec, LowRankSpec, SparseSpec
 from pared.errors import ParedError
 from pared.progress import Progress
 from pared.search.evidence import energies, kept
@@ -50,4 +50,5 @@ def prepare(
         raise ParedError("nothing is known about the inputs of any site; use more calibration text")
     if isinstance(spec, LowRankSpec):
         return RanksTrial(model, observer.anatomy, found, spec.budget)
+    assert isinstance(spec, SparseSpec), "experts are refused"
     return ZerosTrial(model, observer.anatomy, found, spec.method, spec.config, spec.sparsity)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -12,6 +12,9 @@ from pared.names import did_you_mean, match
 from pared.schema.plan import Uncovered
 from pared.structure.linear import LINEAR_TYPES, bias_of, weight_of
 from pared.structure.proof import fault_of_class, require_plain_weight
+
+if TYPE_CHECKING:
+    from pared.structure.mixture import Mixture
 
 # For the report only, decides nothing: what a layer is usually called, from what its module is called.
 KINDS = {
@@ -77,6 +80,7 @@ class Anatomy:
         model_parameters: of the whole model, tied ones counted once.
         layers: all linear layers of the blocks, in the model's order: the sites, and those left alone or refused. What
             a layer is to its module and to the other blocks goes by all of them.
+        mixtures: of experts that can be taken out, where that was looked for.
     """
 
     blocks_path: str
@@ -85,6 +89,7 @@ class Anatomy:
     other_stacks: tuple[str, ...]
     model_parameters: int
     layers: tuple[Site, ...] = ()
+    mixtures: "tuple[Mixture, ...]" = ()
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -103,6 +108,10 @@ class Anatomy:
     def sites_of(self, block: int) -> list[Site]:
         """Return the sites of one block."""
         return [site for site in self.sites if site.block == block]
+
+    def mixtures_of(self, block: int) -> "list[Mixture]":
+        """Return the mixtures of experts of one block."""
+        return [mixture for mixture in self.mixtures if mixture.block == block]
 
     def path_in_block(self, site: Site) -> str:
         """Return a site's name relative to its block."""

@@ -23,11 +23,13 @@ def changed_layers(model: nn.Module, manifest: Manifest | None) -> dict[str, nn.
     Args:
         model: of a folder that pared made.
         manifest: of that folder; a model of uniform widths has plain layers, and it says which of them are narrower.
+            One that lost experts has none that is not what it was.
     """
     found: dict[str, nn.Module] = dict(compressed_layers(model))
     if found or manifest is None:
         return found
-    narrower = [site.name for site in manifest.plan.sites if isinstance(site.decision, Width)]
+    decided = {site.name: site.decision for site in manifest.plan.sites}
+    narrower = [name for name, one in decided.items() if isinstance(one, Width) and one.unit != "expert"]
     return {name: model.get_submodule(name) for name in narrower}
 
 

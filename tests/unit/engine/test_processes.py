@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from processes import run_ranks
-from tiny_models import TINY_MODELS, VOCAB
+from tiny_models import MIXTURES, TINY_MODELS, VOCAB
 from torch import distributed
 
 import pared
@@ -54,6 +54,7 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
         {"method": "fwsvd", "keep": 0.7, "options": {"fisher_batch": 3, "loss": "sampled"}},
     ),
     "experts": ("qwen2_moe", 8, {"method": "svd-llm", "keep": 0.7, **SEQUENTIAL}),
+    "experts taken out": ("mixtral", 8, {"structures": "experts", "keep": 0.7}),
     "influence": ("llama", 8, {"method": "swift-svd", "keep": 0.7}),
     "trials": ("llama", 8, {"method": "svd", "keep": 0.7, "allocation": "sensitivity"}),
     "owl": ("llama", 8, {"method": "wanda", "sparsity": 0.5, "allocation": "owl"}),
@@ -82,7 +83,7 @@ def trial(model: torch.nn.Module) -> Callable[[Windows], float]:
 def compressed(name: str, processes: Processes, state: CompressionRun | None = None) -> dict[str, Any]:
     family, count, fields = CASES[name]
     torch.manual_seed(0)
-    model = TINY_MODELS[family]()
+    model = (TINY_MODELS | MIXTURES)[family]()
     calibration = {"samples": count, "length": 12, "batch": 2, "dtype": "float32"}
     recipe = pared.Recipe.model_validate({"calibration": calibration, "evaluation": None, **fields})
     on = trial(model)
@@ -97,7 +98,9 @@ def compressed(name: str, processes: Processes, state: CompressionRun | None = N
             processes=processes,
             state=state,
         )
-    sites = {site.name: model.get_submodule(site.name).weight.detach().clone() for site in result.plan.sites}
+    own = dict(model.named_parameters())  # of experts a site is a parameter
+    found = {s.name: own[s.name] if s.name in own else model.get_submodule(s.name).weight for s in result.plan.sites}
+    sites = {name: weight.detach().clone() for name, weight in found.items()}
     plan = result.plan.model_dump(mode="json")
     told = [result.damping, result.fallbacks, [one.name for one in result.sharing], result.calibration]
     return {"weights": sites, "state": digest(model), "plan": plan, "told": told}

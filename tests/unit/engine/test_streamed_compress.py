@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import REPEATED, TINY_MODELS
+from tiny_models import MIXTURES, REPEATED, TINY_MODELS
 from transformers import PreTrainedTokenizerFast
 
 from pared.calibration.spool import ActivationMemory
@@ -68,7 +68,7 @@ FEW = [
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelSource]:
     found = {}
-    for family, build in (TINY_MODELS | REPEATED).items():
+    for family, build in (TINY_MODELS | REPEATED | MIXTURES).items():
         folder = tmp_path_factory.mktemp(family)
         build().save_pretrained(folder)
         found[family] = find_model(str(folder))
@@ -152,6 +152,18 @@ def test_other_architectures_give_the_same_bits_in_another_dtype(
 ) -> None:
     calibration = calibration.model_copy(update={"dtype": "bfloat16"})
     _require_equal_bits(sources[family], METHODS[method], calibration, tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", pytest.param("gpt_oss", marks=pytest.mark.slow)])
+def test_mixtures_lose_the_same_experts(
+    family: str,
+    sources: dict[str, ModelSource],
+    calibration: Calibration,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    fields = {"structures": "experts", "keep": 0.7}
+    _require_equal_bits(sources[family], fields, calibration, tokenizer, tmp_path, limit=7000)
 
 
 def test_a_block_that_holds_no_numbers_is_told_when_it_is_read(

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from processes import forked
-from tiny_models import TINY_MODELS
+from tiny_models import MIXTURES, TINY_MODELS
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
@@ -44,6 +44,7 @@ CASES: dict[str, dict[str, Any]] = {
         "statistics": "sequential",
         "refit": "sequential",
     },
+    "experts": {"model": "mixtral", "structures": "experts", "keep": 0.7},
     "wanda": {"method": "wanda", "sparsity": 0.5, "allocation": "owl"},
     "sparsegpt": {"method": "sparsegpt", "sparsity": 0.5},
 }
@@ -54,8 +55,16 @@ OF_THE_RUN = {"seconds", "peak_memory_bytes", "memory_bound_bytes", "resumed", "
 
 def recipe_of(case: str, place: Path, out: Path, **more: Any) -> Recipe:
     calibration = Calibration(text=f"file:{place}/words.txt", samples=6, length=16, batch=2, dtype="float32")
-    fixed = {"model": str(place / "llama"), "out": str(out), "evaluation": None, "calibration": calibration}
-    return Recipe(**{**fixed, **CASES[case], **more})
+    fixed = {"out": str(out), "evaluation": None, "calibration": calibration}
+    return Recipe(**{**fixed, **CASES[case], "model": str(place / CASES[case].get("model", "llama")), **more})
+
+
+@pytest.fixture(scope="module")
+def place(place: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """The folder of every module, with a mixture of experts."""
+    MIXTURES["mixtral"]().save_pretrained(place / "mixtral")
+    tokenizer.save_pretrained(place / "mixtral")
+    return place
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,11 @@
 """Statistics of what happens at a site, forward and backward: one protocol, one registry."""
 
-from pared.calibration.statistics.accumulators import Shapes, accumulators, gradient_accumulators
+from pared.calibration.statistics.accumulators import (
+    Shapes,
+    accumulators,
+    expert_accumulators,
+    gradient_accumulators,
+)
 from pared.calibration.statistics.base import Of, Statistic, StatisticView
 from pared.calibration.statistics.distributed import all_reduce
 from pared.calibration.statistics.features import Energy, Magnitude, Mean, Variance
@@ -37,6 +42,7 @@ __all__ = [
     "all_reduce",
     "backward_data_fraction",
     "cross_of",
+    "expert_accumulators",
     "gradient_accumulators",
     "per_token",
     "require_statistics",

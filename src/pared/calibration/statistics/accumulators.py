@@ -5,7 +5,9 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 import torch
 
 from pared.calibration.statistics.base import Statistic
+from pared.calibration.statistics.experts import EXPERTS, ExpertLoss
 from pared.calibration.statistics.registry import statistic_kind
+from pared.structure.mixture import Mixture
 from pared.structure.model import Site
 
 Shapes = Sequence[tuple[int, int]]
@@ -57,3 +59,13 @@ def gradient_accumulators(
     """
     made = accumulators(sites, lambda _: names, device)
     return {site.name: made[site.name] for site in sites if site.name in made}
+
+
+def expert_accumulators(mixtures: Sequence[Mixture], device: torch.device) -> dict[str, dict[str, Statistic]]:
+    """Make empty accumulators of what taking experts out does, by mixture and name of the statistic.
+
+    Args:
+        mixtures: of a block.
+        device: where they add up.
+    """
+    return {one.name: {EXPERTS: ExpertLoss(one.experts, device)} for one in mixtures}

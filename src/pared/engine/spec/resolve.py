@@ -2,7 +2,7 @@
 
 from pared.allocation import Budget, ProgramOptions, UnitOptions, allocator_of, allocators_for
 from pared.allocation.dsa.presets import SCORE_TOKENS
-from pared.engine.spec.specs import CompressionSpec, LowRankSpec, SparseSpec
+from pared.engine.spec.specs import CompressionSpec, ExpertSpec, LowRankSpec, SparseSpec
 from pared.errors import ParedError
 from pared.lowrank import LowRankMethod
 from pared.methods import METHODS, Method, methods_of
@@ -14,6 +14,9 @@ from pared.sparsity import NM, PruningMethod, parse
 # Fields of a recipe that only one family of methods reads.
 MULTIPLE_OF = 64  # of widths: tiles of matrix units and blocks of quantised formats divide it
 ZEROS_ONLY = ("sparsity", "pattern")
+NOT_OF_EXPERTS = ("rank_fraction", "sparsity", "pattern", "skip", "heads", "multiple_of", "storage", "statistics",
+                  "refit", "dense_path", "refine")  # fmt: skip
+OF_EXPERTS = ("loss", "expert_score")  # options of a method
 LOW_RANK_ONLY = ("keep", "rank_fraction", "structures", "heads", "multiple_of", "storage", "statistics", "refit",
                  "dense_path")  # fmt: skip
 
@@ -27,7 +30,7 @@ def resolve(recipe: Recipe) -> CompressionSpec:
     """
     method = method_of(recipe)
     if isinstance(method, LowRankMethod):
-        return _resolve_low_rank(recipe, method)
+        return _resolve_experts(recipe, method) if recipe.structures == "experts" else _resolve_low_rank(recipe, method)
     assert isinstance(method, PruningMethod), method.family
     return _resolve_sparse(recipe, method)
 
@@ -42,6 +45,9 @@ def resolve_low_rank(recipe: Recipe) -> LowRankSpec:
     if not isinstance(method, LowRankMethod):
         raise ParedError(f"method {method.name} prunes; a low-rank method is needed here: "
                          f"{', '.join(methods_of('low_rank'))}")  # fmt: skip
+    if recipe.structures == "experts":
+        raise ParedError("structures experts takes whole experts out, and layers are to be decided here; "
+                         f"take {called('structures', 'ranks')}")  # fmt: skip
     return _resolve_low_rank(recipe, method)
 
 
@@ -101,6 +107,33 @@ def _resolve_low_rank(recipe: Recipe, method: LowRankMethod) -> LowRankSpec:
             f"method that collects any; method {recipe.method} has statistics {statistics} and refit {refit} here"
         )
     return spec
+
+
+def _resolve_experts(recipe: Recipe, method: LowRankMethod) -> ExpertSpec:
+    """Resolve a recipe whose mixtures are to lose experts.
+
+    Raises:
+        ParedError: its method has no score of experts, or it sets what only layers have.
+    """
+    if method.experts is None:
+        having = [name for name, one in methods_of("low_rank").items() if getattr(one, "experts", None)]
+        raise ParedError(f"method {recipe.method} has no score of experts, got structures experts; those with one: "
+                         f"{', '.join(having)}")  # fmt: skip
+    name = "uniform" if recipe.allocation == "auto" else recipe.allocation
+    if name != "uniform":
+        raise ParedError(f"allocation {name} decides layers one by one, got structures experts: every layer keeps as "
+                         "many, so that the architecture stays a plain one; take uniform")  # fmt: skip
+    for field in NOT_OF_EXPERTS:
+        if (value := getattr(recipe, field)) != Recipe.model_fields[field].default:
+            raise ParedError(f"structures experts does not take {field} (got {value!r}): it is of layers that are made "
+                             "smaller or trained, and experts go whole; leave it out")  # fmt: skip
+    config, default = method.configured(recipe.options), method.config()
+    for option in type(config).model_fields:
+        if option not in OF_EXPERTS and getattr(config, option) != getattr(default, option):
+            raise ParedError(f"option {option} of method {recipe.method} is of layers, got structures experts, whose "
+                             f"options are {' and '.join(OF_EXPERTS)}; leave it out")  # fmt: skip
+    allocator = allocator_of(name, "low_rank")
+    return ExpertSpec(recipe, method, config, allocator, allocator.configured(recipe.allocation_options))
 
 
 def _require_widths(spec: LowRankSpec) -> None:

@@ -52,6 +52,11 @@ class _Spec:
         return self.method.gradients(self.config)
 
     @property
+    def backward(self) -> bool:
+        """Whether the method needs a backward pass."""
+        return bool(self.gradients)
+
+    @property
     def loss(self) -> Literal["sampled", "labels"]:
         """How the labels of a backward pass are chosen."""
         return self.config.loss if isinstance(self.config, GradientOptions) else "sampled"
@@ -283,4 +288,32 @@ class SparseSpec(_Spec):
         return {"allocation": self.allocator.name, **self.allocation_config.model_dump()}
 
 
-CompressionSpec = LowRankSpec | SparseSpec
+@dataclass(frozen=True)
+class ExpertSpec(_Spec):
+    """A compression that takes whole experts out of mixtures, as many of every layer."""
+
+    method: LowRankMethod
+
+    tries = False  # how many stay is known from shapes
+    method_calibrated = calibrated = backward = True
+    gradients: frozenset[str] = frozenset()  # those of experts are no statistic of a layer
+
+    def requires(self, shapes: Sequence[tuple[int, int]]) -> frozenset[str]:  # noqa: ARG002 - as every spec
+        """Return no statistic of a layer."""
+        return frozenset()
+
+    @property
+    def budget(self) -> Budget:
+        """How much of the experts may stay."""
+        return Budget(self.recipe.keep)
+
+    def passes(self) -> tuple[PassSpec, ...]:
+        """Return the steps, in order."""
+        return (PassSpec("solve", "backward"), PassSpec("allocate"), PassSpec("install"))
+
+    def describe(self) -> dict[str, object]:
+        """Return what the recipe's ``auto`` stands for, for the record."""
+        return {"allocation": self.allocator.name, "structures": "experts"}
+
+
+CompressionSpec = LowRankSpec | SparseSpec | ExpertSpec

@@ -1,0 +1,122 @@
+"""What taking an expert out does to a token: what the router picks in its place, and what the loss makes of that.
+
+Legend of the shape suffixes: T tokens, N features, E experts, P those that a token is given to.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from pared.calibration.activations import drop_padding
+from pared.calibration.statistics.experts import ExpertLoss
+from pared.errors import ParedError
+from pared.structure.mixture import Placed, Routed
+
+PAIRS = 4096  # tokens, each with one expert, that run at once
+
+
+class ExpertTap:
+    """Watches one mixture in the runs of a block in one batch, and updates its statistic when gradients are there.
+
+    Args:
+        placed: the mixture in the block that runs.
+        statistic: that is updated.
+        mask_BT: which tokens of the batch are no padding; none if all are.
+    """
+
+    def __init__(self, placed: Placed, statistic: ExpertLoss, mask_BT: torch.Tensor | None) -> None:
+        self._placed, self._statistic, self._mask_BT = placed, statistic, mask_BT
+        self._root: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        self._calls: list[tuple[tuple[tuple[Any, ...], dict[str, Any]], Routed, torch.Tensor]] = []
+
+    def hooked(self) -> Iterator[Any]:
+        """Hook the modules for one run."""
+        yield self._placed.root.register_forward_pre_hook(self._enter, with_kwargs=True)
+        yield self._placed.experts.register_forward_hook(self._leave, with_kwargs=True)
+
+    def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._root = (_detached(args), _detached(kwargs))
+
+    def _leave(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
+        root, routed = self._root, Routed.seen(_detached(args), _detached(kwargs))
+
+        def receive(g_TN: torch.Tensor) -> None:
+            self._calls.append((root, routed, g_TN.detach().reshape(len(routed.picks[0]), -1)))
+
+        if output.requires_grad:
+            output.register_hook(receive)  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Update the statistic with what was seen.
+
+        Raises:
+            ParedError: it is NaN or infinite, or the router picks something else than when it was proved.
+        """
+        name = self._placed.mixture.name
+        for root, routed, g_TN in self._calls:
+            u_TE, norm_TE = _changes(self._placed, root, routed, g_TN)
+            both = (drop_padding(one, self._mask_BT, name) for one in (u_TE, norm_TE))
+            self._statistic.update(*(one.reshape(-1, one.shape[-1]) for one in both))
+        self._calls.clear()
+        if not self._statistic.finite():
+            raise ParedError(
+                f"experts {name}: what they output or its gradient is NaN or infinite; check the weights around them, "
+                "or calibrate in float32"
+            )
+
+
+def _changes(
+    placed: Placed, root: tuple[tuple[Any, ...], dict[str, Any]], routed: Routed, g_TN: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what taking out every expert changes the loss by, to first order, and norms as :class:`ExpertLoss` has it.
+
+    What an expert makes of a token is computed once, whichever is gone: the outputs differ in which are summed up, and
+    with which weights.
+    """
+    mixture, (index_TP, weights_TP) = placed.mixture, routed.picks
+    index_TP, experts, device = index_TP.long(), mixture.experts, index_TP.device
+    picked_TE = torch.zeros(len(index_TP), experts, dtype=torch.bool, device=device).scatter_(1, index_TP, True)
+    wanted_TE, without = picked_TE.clone(), dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]()
+    for j in range(experts):
+        rows_R = (torch.ones_like(picked_TE[:, j]) if mixture.rescales else picked_TE[:, j]).nonzero()[:, 0]
+        if len(rows_R):
+            kept_K = torch.tensor([one for one in range(experts) if one != j])
+            other_TP, others_TP = placed.rerouted(kept_K, *root)
+            without[j] = rows_R, other_TP[rows_R], others_TP[rows_R].double()
+            wanted_TE[rows_R] |= torch.zeros_like(wanted_TE[rows_R]).scatter_(1, other_TP[rows_R], True)
+    slope_TE, norm_TE = _made(placed, routed, g_TN, wanted_TE)
+    before_T = (weights_TP.double() * slope_TE.gather(1, index_TP)).sum(dim=1)
+    u_TE = torch.zeros_like(slope_TE)
+    for j, (rows_R, other_RP, others_RP) in without.items():
+        u_TE[rows_R, j] = (others_RP * slope_TE[rows_R].gather(1, other_RP)).sum(dim=1) - before_T[rows_R]
+    share_TE = torch.full_like(norm_TE, torch.nan).scatter_(1, index_TP, weights_TP.to(norm_TE.dtype))
+    return u_TE, share_TE * norm_TE
+
+
+def _made(
+    placed: Placed, routed: Routed, g_TN: torch.Tensor, wanted_TE: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return, for tokens and experts that are wanted, ``gᵀf`` and the norm of what an expert makes of a token, f."""
+    slope_TE = torch.zeros(wanted_TE.shape, dtype=torch.float64, device=wanted_TE.device)
+    norm_TE, hidden_TN = torch.zeros_like(slope_TE), routed[routed.hidden]
+    for part in torch.split(wanted_TE.nonzero(), PAIRS):
+        token_R, expert_R = part.unbind(dim=1)
+        ones = torch.ones(len(part), 1, dtype=routed.picks[1].dtype, device=part.device)
+        made_RN = routed.run(placed.experts, hidden_TN[token_R], expert_R[:, None], ones).float()
+        slope_TE[token_R, expert_R] = (made_RN.double() * g_TN[token_R].double()).sum(dim=1)
+        norm_TE[token_R, expert_R] = made_RN.double().norm(dim=1)
+    return slope_TE, norm_TE
+
+
+def _detached(value: Any) -> Any:
+    """Return arguments without their graph."""
+    if isinstance(value, torch.Tensor):
+        return value.detach()
+    if isinstance(value, dict):
+        return {name: _detached(one) for name, one in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(map(_detached, value))
+    return value
