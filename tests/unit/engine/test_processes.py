@@ -46,6 +46,8 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
         8,
         {"method": "loss-optimal", "keep": 0.6, "structures": "widths", "multiple_of": 4, "heads": "on"},
     ),
+    "a bias for channels": ("llama", 8, {"method": "flap", "keep": 0.7, "multiple_of": 4}),
+    "gradients of weights": ("opt", 8, {"method": "llm-pruner", "keep": 0.7, "multiple_of": 4}),
     "mixed in sequence": ("llama", 8, {"method": "loss-optimal", "keep": 0.6, "structures": "mixed", "multiple_of": 4}),
     "loss-optimal in sequence": ("llama", 8, {"method": "loss-optimal", "keep": 0.7, **SEQUENTIAL, "dense_path": 0.3}),
     "examples in groups": (

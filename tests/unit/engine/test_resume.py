@@ -36,6 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
     "gradients": {"method": "loss-optimal", "keep": 0.7},
     "widths": {"method": "loss-optimal", "keep": 0.7, "structures": "widths", "multiple_of": 4},
     "heads": {"method": "loss-optimal", "keep": 0.6, "structures": "widths", "multiple_of": 4, "heads": "on"},
+    "a bias for channels": {"method": "flap", "keep": 0.7, "multiple_of": 4},
     "mixed, sequential": {"method": "loss-optimal", "keep": 0.6, "structures": "mixed", "multiple_of": 4},
     "gradients, sequential": {"method": "loss-optimal", "keep": 0.7, "statistics": "sequential"},
     "refined": {"method": "svd-llm", "keep": 0.7, "statistics": "sequential", "refine": REFINE},

@@ -43,6 +43,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "loss-optimal, sequential": {"method": "loss-optimal", "keep": 0.6},
     "widths": {"method": "loss-optimal", "keep": 0.7, "structures": "widths", "multiple_of": 4},
     "heads": {"method": "loss-optimal", "keep": 0.6, "structures": "widths", "multiple_of": 4, "heads": "on"},
+    "llm-pruner": {"method": "llm-pruner", "keep": 0.7, "multiple_of": 4},
     "mixed, sequential": {"method": "loss-optimal", "keep": 0.6, "structures": "mixed", "multiple_of": 4},
     "loss-optimal, full": {"method": "loss-optimal", "keep": 0.8, "options": {"output_weighting": "full"}},
     "loss-optimal, full, sequential": {
