@@ -25,18 +25,20 @@ LINES, PAGE = RESULTS / "baselines.jsonl", RESULTS / "baselines.md"
 TEXT = "wikitext2:train"
 OURS = "loss-optimal"
 SHRINKAGE = {"input_shrinkage": 0.03, "output_shrinkage": 0.1}
-# What is asked of each; all else is what `auto` gives the method. Attentions of SmolLM2 have three key/value heads.
+# What is asked of each; all else is what `auto` gives the method. Attentions of SmolLM2 have three key/value heads, and
+# one width everywhere is any number, as multiples of 64 would leave 2% of the budget.
+ANY = {"multiple_of": 1}
 CELLS: dict[str, dict[str, Any]] = {
     "flap": {"method": "flap"},
-    "modegpt": {"method": "modegpt"},
-    "wanda-sp": {"method": "wanda-sp"},
-    "llm-pruner": {"method": "llm-pruner"},
+    "modegpt": {"method": "modegpt", **ANY},
+    "wanda-sp": {"method": "wanda-sp", **ANY},
+    "llm-pruner": {"method": "llm-pruner", **ANY},
     "ours": {"method": OURS, "statistics": "once", "options": SHRINKAGE},
-    "ours, uniform": {"method": OURS, "statistics": "once", "options": SHRINKAGE, "allocation": "uniform"},
+    "ours, uniform": {"method": OURS, "statistics": "once", "options": SHRINKAGE, "allocation": "uniform", **ANY},
     "flap, heads off": {"method": "flap", "heads": "off"},
-    "wanda-sp, heads off": {"method": "wanda-sp", "heads": "off"},
-    "llm-pruner, heads off": {"method": "llm-pruner", "heads": "off"},
-    "flap, uniform, heads off": {"method": "flap", "heads": "off", "allocation": "uniform"},
+    "wanda-sp, heads off": {"method": "wanda-sp", "heads": "off", **ANY},
+    "llm-pruner, heads off": {"method": "llm-pruner", "heads": "off", **ANY},
+    "flap, uniform, heads off": {"method": "flap", "heads": "off", "allocation": "uniform", **ANY},
 }
 
 
@@ -127,9 +129,9 @@ def render(lines: list[dict[str, Any]]) -> str:
         "Perplexity, and its multiple of the dense model's, at equal parameters of the target modules, without "
         f"training. Calibrated on {TEXT}. Ours is `{OURS} --structures widths`, statistics of the dense model, the "
         f"input Gram shrunk by {SHRINKAGE['input_shrinkage']:g}, that of output gradients by "
-        f"{SHRINKAGE['output_shrinkage']:g}; widths are multiples of 64, and a score of others has what `auto` gives "
-        "it unless the row says otherwise. CPU seconds are those of the compression, without the statistics of "
-        "the dense model. [The methods](../low_rank.md#widths-by-scores-of-others).\n",
+        f"{SHRINKAGE['output_shrinkage']:g}; widths are multiples of 64 where they differ by layer, and a score of "
+        "others has what `auto` gives it unless the row says otherwise. CPU seconds are those of the compression, "
+        "without the statistics of the dense model. [The methods](../low_rank.md#widths-by-scores-of-others).\n",
         *parts,
         f"`python benchmarks/baselines.py`; raw lines: [baselines.jsonl](baselines.jsonl). {signature(lines)}",
     ])  # fmt: skip
