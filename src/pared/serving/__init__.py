@@ -1,1 +1,1 @@
-"""What maintained engines read: exports of models in their own forms."""
+"""What maintained engines read: folders as they are, and exports of models in their own forms."""

@@ -1,0 +1,1 @@
+"""vLLM reads compressed folders: a plugin, on little else than torch and vLLM itself."""
