@@ -22,6 +22,10 @@ QUANT_METHOD = "pared"
 FORMAT_VERSION = 1
 LOADER_NAME = "modeling_pared"
 
+# Without this package transformers knows no `quant_method: pared`, warns, and fills what it does not find with random
+# numbers. A weight that is not of its shape makes it refuse the folder instead, and print the name of this tensor.
+NOTICE = "import_pared_or_trust_remote_code"
+
 # Limits of a map. No model comes near them; a damaged or hostile folder must not make anything of such a size.
 LARGEST_SIDE = 2**24
 MOST_MODULES = 10**6
@@ -92,6 +96,16 @@ class ParedConfig(QuantizationConfigMixin):
         self.modules = _checked({} if modules is None else modules)
         self.shared = _checked_shared({} if shared is None else shared, self.modules)
         self.heads = _checked_heads({} if heads is None else heads)
+
+    @property
+    def guard(self) -> str | None:
+        """Name of the weight that stops whoever loads the folder without this package; None where nothing need.
+
+        It is that of the first module by name whose tensors have other names than the dense layer's, stored without
+        numbers, beside another such tensor of the name :data:`NOTICE`.
+        """
+        renamed = [name for name, entry in self.modules.items() if not entry["kind"].startswith("narrow")]
+        return f"{min(renamed)}.weight" if renamed else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as they are stored, without lists of shared tensors or of heads where there are none."""

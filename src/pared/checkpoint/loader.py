@@ -5,6 +5,7 @@ This file, ``format``, ``portable`` and the files of ``modules/`` are also what 
 transformers and each other only.
 """
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-from pared.checkpoint.format import QUANT_METHOD, ParedConfig, module_type
+from pared.checkpoint.format import NOTICE, QUANT_METHOD, ParedConfig, module_type
 from pared.checkpoint.portable import IS_COPY, with_remote_code
 from pared.modules.adapters import teach_peft
 from pared.modules.narrow import NarrowConv1D, NarrowLinear, set_counts
@@ -34,6 +35,10 @@ class ParedQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: "PreTrainedModel", **_: object) -> None:
         told = self.quantization_config
         install_empty(model, told.modules, told.shared, told.heads)
+        if told.guard is not None:
+            guard = told.guard.removeprefix(f"{model.base_model_prefix}.")
+            known = model._keys_to_ignore_on_load_unexpected or ()
+            model._keys_to_ignore_on_load_unexpected = {*known, rf"^{NOTICE}$", rf"(^|\.){re.escape(guard)}$"}
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: object) -> None:
         for module in model.modules():

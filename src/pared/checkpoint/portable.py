@@ -10,11 +10,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import transformers
 from torch import nn
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from pared.checkpoint.format import LOADER_NAME, MODULE_TYPES, ParedConfig, added_kinds, module_type
+from pared.checkpoint.format import LOADER_NAME, MODULE_TYPES, NOTICE, ParedConfig, added_kinds, module_type
 from pared.importing import when_imported
 from pared.modules.adapters import MADE, adapter_class, teach_peft
 from pared.modules.packing import pack
@@ -111,7 +112,32 @@ class PortableMixin:
         (folder / f"{LOADER_NAME}.py").write_text(loader_source(own), encoding="utf-8")
         for file in code_files(own):
             shutil.copyfile(file, folder / file.name)
-        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        if len(args) < 2:  # the second is the state
+            kwargs["state_dict"] = _guarded(self, kwargs.get("state_dict"))
+        # Weights are plain numbers, and for the sake of a quantizer transformers would drop the state it is given.
+        quantizer = self.__dict__.pop("hf_quantizer", None)
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            if quantizer is not None:
+                self.__dict__["hf_quantizer"] = quantizer
+
+
+def _guarded(model: "PreTrainedModel", state: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor] | None:
+    """Return what is saved of a model, with what stops whoever loads it without this package (``ParedConfig.guard``).
+
+    Args:
+        model: that is saved.
+        state: that it is given; its own if there is none.
+    """
+    recorded = getattr(model.config, "quantization_config", None)
+    guard = recorded.guard if isinstance(recorded, ParedConfig) else None
+    if guard is None:
+        return state
+    if model.base_model is model:  # saved without its head
+        guard = guard.removeprefix(f"{model.base_model_prefix}.")
+    own = model.state_dict() if state is None else state
+    return {**own, **({guard: torch.empty(0)} if guard not in own else {}), NOTICE: torch.empty(0)}
 
 
 def _describe_anew(model: "PreTrainedModel") -> None:

@@ -1,5 +1,6 @@
 """Where the tensors of a checkpoint go in a model, and which block each of them is of."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -103,7 +104,9 @@ class TensorPlaces:
         found = {name for pair in tied.items() for name in pair if not set(pair) <= missing}
         require_none_missing(missing - found, self._name)
         known = self._model.state_dict().keys()
+        ignored = re.compile("|".join(self._model._keys_to_ignore_on_load_unexpected or ["$^"]))  # as transformers does
         unused = {name for one in self._placed.values() for name in one.names if name not in known}
+        unused = {name for name in unused if not ignored.search(name)}
         warn_of_unused(unused, self._name)
         return missing
 

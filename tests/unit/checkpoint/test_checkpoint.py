@@ -107,6 +107,8 @@ def test_factors_are_stored_as_down_and_up(family: str, saved: Callable[[str], t
     modules = read_config(str(folder)).quantization_config["modules"]
     stored = load_file(folder / "model.safetensors")
     assert modules
+    guard, notice = stored.pop(f"{min(modules)}.weight"), stored.pop("import_pared_or_trust_remote_code")
+    assert guard.numel() == notice.numel() == 0
     for name, entry in modules.items():
         assert tuple(stored[f"{name}.down.weight"].shape) == (entry["rank"], entry["in_features"])
         assert tuple(stored[f"{name}.up.weight"].shape) == (entry["out_features"], entry["rank"])
@@ -388,22 +390,31 @@ def _transformers_without_pared(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_transformers_without_pared")
-def test_random_weights_of_a_load_without_pared_do_not_pass(whole: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_load_without_pared_is_refused_and_says_what_to_do(whole: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Trap 1: transformers only warns of an unknown quant_method, then fills in random weights."""
     transformers.utils.logging.enable_propagation()
-    with caplog.at_level(logging.WARNING, "transformers"):
-        model = AutoModelForCausalLM.from_pretrained(whole)
+    with caplog.at_level(logging.WARNING, "transformers"), pytest.raises(RuntimeError, match="mismatched_sizes"):
+        AutoModelForCausalLM.from_pretrained(whole)
     transformers.utils.logging.disable_propagation()
-    assert "pared" in caplog.text
+    assert "import_pared_or_trust_remote_code" in caplog.text
+
+
+@pytest.mark.usefixtures("_transformers_without_pared")
+def test_random_weights_that_a_load_without_pared_was_told_to_make_do_not_pass(whole: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(whole, ignore_mismatched_sizes=True)
     manifest = pared.schema.manifest.Manifest.read(whole)
     with pytest.raises(ParedError, match=r"self-check failed.*differ"):
         pared.checkpoint.compare(model, manifest.fingerprint)
 
 
 @pytest.mark.usefixtures("_transformers_without_pared")
-def test_pared_itself_never_hands_out_random_weights(whole: Path) -> None:
+def test_pared_itself_never_hands_out_random_weights(folder: Path) -> None:
+    with pytest.raises(ParedError, match="ignore_mismatched_sizes"):
+        pared.load(str(folder))
+    tensors = load_file(folder / "model.safetensors")
+    save_file({key: one for key, one in tensors.items() if one.numel()}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ParedError, match="weights are missing"):
-        pared.load(str(whole))
+        pared.load(str(folder))
 
 
 def test_a_changed_weight_does_not_pass(folder: Path) -> None:
