@@ -94,7 +94,6 @@ class LowRankMethod(Configured[C]):
     summary: str
     config: type[C]
     solve: "Callable[[Sequence[torch.Tensor], Sequence[Statistics], C], Decomposition] | None"
-    losses: "Callable[[Sequence[torch.Tensor], Sequence[Statistics], C], Decomposition] | None" = None
     requires: Callable[[Shapes, C], frozenset[str]] = nothing
     gradients: Callable[[C], frozenset[str]] = lambda _: frozenset()
     shrinkage: "Callable[[C], Mapping[str, Shrinkage]]" = lambda _: {}
@@ -111,6 +110,7 @@ class LowRankMethod(Configured[C]):
     structures: Callable[[float], str] = lambda _: "ranks"
     kind: ClassVar[Kind] = "method"
     operations: Callable[[Shapes, C], Sequence[Operation]] | None = None
+    losses: "Callable[[Sequence[torch.Tensor], Sequence[Statistics], C], Decomposition] | None" = None
     family: ClassVar[Literal["low_rank"]] = "low_rank"
 
     def decompose(

@@ -51,6 +51,8 @@ def for_engine(
     for alias, owner in shared.items():
         aliases.setdefault(owner, []).append(alias)
     for name, tensor in tensors:
+        if not tensor.numel():  # what stops a load without pared
+            continue
         waiting.discard(name)
         module, _, part = name.rpartition(".")
         if part in PACKED and modules.get(module, {}).get("kind") == "sparse":

@@ -59,3 +59,10 @@ def test_bits_that_do_not_fit_the_values_are_refused_by_name() -> None:
     tensors = [("m.values", state["values"][:-1]), ("m.bits", state["bits"])]
     with pytest.raises(UnsupportedError, match=r"m: .*values.*damaged"):
         list(for_engine(tensors, {"m": {"kind": "sparse", **layer.entry()}}, {}))
+
+
+def test_what_stops_a_load_without_pared_is_no_weight_of_the_engine() -> None:
+    modules = {"a": {"kind": "low_rank", "in_features": 4, "out_features": 4, "rank": 1, "bias": False}}
+    factors = [("a.down.weight", torch.ones(1, 4)), ("a.up.weight", torch.ones(4, 1))]
+    empty = [("a.weight", torch.empty(0)), ("import_pared_or_trust_remote_code", torch.empty(0))]
+    assert list(for_engine([*empty, *factors], modules, {})) == factors
