@@ -2,10 +2,12 @@
 
     PARED_DATA=/path/to/data python benchmarks/structures.py                     # the grid, resuming where it stopped
     PARED_DATA=/path/to/data python benchmarks/structures.py --keep 0.8 --structures mixed --statistics once
+    PARED_DATA=/path/to/data python benchmarks/structures.py --keep 0.6 --structures mixed --refine
     python benchmarks/structures.py --render                                     # renders the page only
 
-One JSON line a cell; a cell that is there is not measured again (delete its line to repeat it). Statistics of the dense
-model are collected once for all cells and kept in the user's cache folder.
+With ``--refine`` every block is trained behind the others, and what the model was before that is measured in the same
+run, as the cell without. One JSON line a cell; a cell that is there is not measured again (delete its line to repeat
+it). Statistics of the dense model are collected once for all cells and kept in the user's cache folder.
 """
 
 import argparse
@@ -13,22 +15,30 @@ import time
 from collections.abc import Iterator
 from itertools import product
 from typing import Any
+from unittest.mock import patch
 
 import pared
+import pared.engine.compress as engine
 from grid import LENGTH, SAMPLES, WINDOWS, measured, ratios, require_disjoint, signature
 from low_rank import statistics
 from pared.calibration import BlockStatistics, saved_blocks
+from pared.engine.refine import refine
 from pared.schema.width import Width
 from record import RESULTS, append, read, table
 
 LINES, PAGE = RESULTS / "structures.jsonl", RESULTS / "structures.md"
 STRUCTURES = ("ranks", "widths", "mixed")
-SHRINKAGE = {"input_shrinkage": 0.03, "output_shrinkage": 0.1}
+SHRINKAGE: dict[str, dict[str, float | str]] = {
+    "none": {"input_shrinkage": 0.0, "output_shrinkage": 0.0},
+    "fixed": {"input_shrinkage": 0.03, "output_shrinkage": 0.1},
+    "auto": {"input_shrinkage": "auto", "output_shrinkage": "auto"},
+}
 TEXT = "wikitext2:train"
+ASKED = ("structures", "keep", "statistics", "allocation", "options", "heads")  # of a recipe, that a cell is told by
 
 
 def recipe_of(
-    structures: str, keep: float, when: str, allocation: str, shrunk: bool, heads: str = "auto"
+    structures: str, keep: float, when: str, allocation: str, shrinkage: str, heads: str, refine: bool
 ) -> pared.Recipe:
     """Return the recipe of a cell."""
     return pared.Recipe(
@@ -38,41 +48,66 @@ def recipe_of(
         heads=heads,
         statistics=when,
         allocation=allocation,
-        options=SHRINKAGE if shrunk else {},
+        options=SHRINKAGE[shrinkage],
         calibration=pared.Calibration(text=TEXT, samples=SAMPLES, length=LENGTH),
         evaluation=None,
+        refine=refine,
     )
 
 
-def measure(model_name: str, recipe: pared.Recipe | None) -> dict[str, Any]:
-    """Compress the model one way (or not at all) and measure it on every text."""
+def measure(model_name: str, recipe: pared.Recipe | None) -> list[dict[str, Any]]:
+    """Compress the model one way (or not at all) and measure it on every text; before it is refined, too."""
     model, tokenizer = pared.load(model_name), pared.load_tokenizer(model_name)
-    row: dict[str, Any] = {"model": model_name, "structures": "dense", "keep": 1.0}
-    if recipe is not None:
+    if recipe is None:
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        row = {"model": model_name, "structures": "dense", "keep": 1.0, "model_parameters": parameters}
+        return [row | measured(model, tokenizer)]
 
-        def collected() -> Iterator[BlockStatistics]:
-            return saved_blocks(statistics(model_name, recipe.method, recipe.calibration))
+    def collected() -> Iterator[BlockStatistics]:
+        return saved_blocks(statistics(model_name, recipe.method, recipe.calibration))
 
-        collected()  # before the clock starts
-        start = time.perf_counter(), time.process_time()
+    collected()  # before the clock starts
+    before: dict[str, Any] = {}
+    start, taken = time.perf_counter(), time.process_time()
+
+    def refine_measured(*args: Any) -> Any:
+        nonlocal start, taken
+        before.update(seconds_of(start, taken), **measured(model, tokenizer))
+        start, taken = time.perf_counter(), time.process_time()
+        return refine(*args)
+
+    with patch.object(engine, "refine", refine_measured):
         result = pared.compress(model, tokenizer, recipe, collected=collected)
-        row |= {"structures": recipe.structures, "keep": recipe.keep, "statistics": recipe.statistics}
-        row |= {
-            "heads": recipe.heads,
-            "allocation": recipe.allocation,
-            "options": recipe.options,
-            "settled": dict(result.settled),
-        }
-        row |= {"compress_seconds": time.perf_counter() - start[0], "cpu_seconds": time.process_time() - start[1]}
-        row |= {"calibration": result.calibration, "achieved_keep": result.plan.achieved_keep}
-        decided = [site.decision for site in result.plan.sites]
-        readers = [one for one in decided if isinstance(one, Width) and one.side == "in"]
-        row |= {"widths": [one.width for one in readers if one.unit == "channel"]}
-        row |= {"kept_heads": [one.width for one in readers if one.unit == "head"]}
-        row |= {"low_rank": sum(one.kind == "low_rank" for one in decided)}
-        row |= {"dense": sum(one.kind == "dense" for one in decided)}
-    row |= {"model_parameters": sum(parameter.numel() for parameter in model.parameters())}
-    return row | measured(model, tokenizer)
+    seconds = seconds_of(start, taken)
+    row = told_of(result, model_name, recipe)
+    if recipe.refine is None:
+        return [row | seconds | measured(model, tokenizer)]
+    refined = {"refine": recipe.refine.model_dump(), "refined": [one.model_dump() for one in result.refined]}
+    return [row | before, row | seconds | refined | measured(model, tokenizer)]
+
+
+def seconds_of(start: float, taken: float) -> dict[str, float]:
+    """Return how long something took, on the clock and of the processor."""
+    return {"compress_seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - taken}
+
+
+def told_of(result: pared.Compressed, model_name: str, recipe: pared.Recipe) -> dict[str, Any]:
+    """Return what a line says of a compression, its figures aside."""
+    decided = [site.decision for site in result.plan.sites]
+    readers = [one for one in decided if isinstance(one, Width) and one.side == "in"]
+    asked = {name: getattr(recipe, name) for name in ASKED}
+    return {
+        "model": model_name,
+        **asked,
+        "settled": dict(result.settled),
+        "calibration": result.calibration,
+        "achieved_keep": result.plan.achieved_keep,
+        "widths": [one.width for one in readers if one.unit == "channel"],
+        "kept_heads": [one.width for one in readers if one.unit == "head"],
+        "low_rank": sum(one.kind == "low_rank" for one in decided),
+        "dense": sum(one.kind == "dense" for one in decided),
+        "model_parameters": sum(parameter.numel() for parameter in result.model.parameters()),
+    }
 
 
 def key_of(line: dict[str, Any]) -> tuple[object, ...]:
@@ -80,16 +115,15 @@ def key_of(line: dict[str, Any]) -> tuple[object, ...]:
     if line["structures"] == "dense":
         return line["model"], "dense"
     named = tuple(line[name] for name in ("model", "structures", "keep", "statistics", "allocation"))
-    heads = line.get("heads", "auto")
-    return (*named, *sorted(line["options"].items()), *([] if heads == "auto" else [f"heads {heads}"]))
+    heads = [] if line["heads"] == "auto" else [f"heads {line['heads']}"]
+    refined = [f"refined {value} {name}" for name, value in (line.get("refine") or {}).items()]
+    return (*named, *sorted(line["options"].items()), *heads, *refined)
 
 
 def asked(model: str, recipe: pared.Recipe) -> tuple[object, ...]:
     """Return the key that the cell of a recipe will have."""
-    fields = {
-        name: getattr(recipe, name) for name in ("structures", "keep", "statistics", "allocation", "options", "heads")
-    }
-    return key_of({"model": model, **fields})
+    refine = None if recipe.refine is None else recipe.refine.model_dump()
+    return key_of({"model": model, "refine": refine} | {name: getattr(recipe, name) for name in ASKED})
 
 
 def render(lines: list[dict[str, Any]]) -> str:
@@ -103,10 +137,11 @@ def render(lines: list[dict[str, Any]]) -> str:
         def told(line: dict[str, Any], dense: dict[str, Any] = dense) -> tuple[str, ...]:
             widths = line["widths"]
             spread = f"{len(widths)}: {min(widths):,} to {max(widths):,}" if widths else "none"
-            shrunk = "yes" if line["options"] else "no"
+            shrunk = next((name for name, one in SHRINKAGE.items() if one == line["options"]), str(line["options"]))
             return (
                 f"{line['structures']}{'' if line['allocation'] == 'auto' else ', ' + line['allocation']}"
-                f"{'' if line.get('heads', 'auto') == 'auto' else ', heads ' + line['heads']}",
+                f"{'' if line['heads'] == 'auto' else ', heads ' + line['heads']}"
+                f"{', refined' if line.get('refine') else ''}",
                 f"{line['keep']:g}",
                 f"{line['achieved_keep']:.3f}",
                 line["statistics"],
@@ -117,7 +152,7 @@ def render(lines: list[dict[str, Any]]) -> str:
                 *ratios(line, dense),
             )
 
-        header = ("structures", "keep", "achieved", "statistics", "shrunk", "MLPs narrowed: widths",
+        header = ("structures", "keep", "achieved", "statistics", "shrinkage", "MLPs narrowed: widths",
                   "weights of low rank", "CPU seconds", *dense["perplexity"])  # fmt: skip
         whole = ("dense", "1", "1", "", "", "", "", "", *ratios(dense, dense))
         parts += [f"## {model}\n", table(header, [whole, *map(told, cells)]), ""]
@@ -126,8 +161,9 @@ def render(lines: list[dict[str, Any]]) -> str:
         f"Perplexity, and its multiple of the dense model's, on {WINDOWS} windows of {LENGTH} tokens of each text. All "
         f"rows are `loss-optimal`, calibrated on {SAMPLES} windows of {LENGTH} tokens of {TEXT}, without training. "
         "`once`: statistics of the dense model; `sequential`: collected again behind the compressed prefix, with a "
-        "quarter of the dense model's outputs in the targets. Shrunk: the input Gram by "
-        f"{SHRINKAGE['input_shrinkage']:g}, that of output gradients by {SHRINKAGE['output_shrinkage']:g}. CPU seconds "
+        "quarter of the dense model's outputs in the targets. Shrinkage `fixed`: the input Gram by "
+        f"{SHRINKAGE['fixed']['input_shrinkage']}, that of output gradients by "
+        f"{SHRINKAGE['fixed']['output_shrinkage']}; `auto`: both by their rule. CPU seconds "
         "are those of the compression without the statistics of the dense model, which all rows share.\n",
         *parts,
         f"`python benchmarks/structures.py`; raw lines: [structures.jsonl](structures.jsonl). {signature(lines)}",
@@ -142,25 +178,28 @@ def main() -> None:
     parser.add_argument("--statistics", nargs="+", default=["once", "sequential"], choices=("once", "sequential"))
     parser.add_argument("--allocation", nargs="+", default=["auto"])
     parser.add_argument("--heads", default="auto", choices=("auto", "on", "off"))
-    parser.add_argument("--plain", action="store_true", help="moments as they are, not shrunk")
+    parser.add_argument("--shrinkage", nargs="+", default=["fixed"], choices=list(SHRINKAGE), help="of both Grams")
+    parser.add_argument("--refine", action="store_true", help="train every block afterwards, and measure before it too")
     parser.add_argument("--render", action="store_true", help="only render the page")
     given = parser.parse_args()
     if not given.render:
         require_disjoint(TEXT)
         recipes = [
-            recipe_of(structures, keep, when, allocation, not given.plain, given.heads)
-            for when, keep, allocation, structures in product(
-                given.statistics, given.keep, given.allocation, given.structures
+            recipe_of(structures, keep, when, allocation, shrinkage, given.heads, given.refine)
+            for when, keep, allocation, shrinkage, structures in product(
+                given.statistics, given.keep, given.allocation, given.shrinkage, given.structures
             )
         ]
         there = {key_of(line) for line in read(LINES)}
         if (given.model, "dense") not in there:
-            append(LINES, measure(given.model, None))
+            append(LINES, measure(given.model, None)[0])
         for recipe in recipes:
             if asked(given.model, recipe) in there:
                 continue
-            append(LINES, line := measure(given.model, recipe))
-            print(*key_of(line), {text: round(value, 2) for text, value in line["perplexity"].items()}, flush=True)
+            for line in measure(given.model, recipe):
+                if key_of(line) not in there:
+                    append(LINES, line)
+                print(*key_of(line), {text: round(value, 2) for text, value in line["perplexity"].items()}, flush=True)
     if lines := read(LINES):
         PAGE.write_text(render(lines), encoding="utf-8")
 
