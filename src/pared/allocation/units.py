@@ -131,11 +131,14 @@ class Channels:
             in the order in which the channels stay: keeping k costs the sum of the squares behind them, as of a
             spectrum; none before it is measured.
         shifts: whether a bias of the site that reads the channels makes up for those that go.
+        energies: of every layer that makes the channels, the weighted energy of each of them, in the order in which
+            they stay; empty where what is left of the layers may have no rank.
     """
 
     group: "ChannelGroup"
     cost: "torch.Tensor | None" = None
     shifts: bool = False
+    energies: "Mapping[str, torch.Tensor]" = field(default_factory=dict)
 
     def widths(self, multiple_of: int) -> range:
         """Return the widths that there may be, below that of the dense model; of heads every number from 1."""

@@ -40,6 +40,9 @@ MODULE_TYPES: dict[str, tuple[type[nn.Module], frozenset[str]]] = {
     "narrow_conv1d": (NarrowConv1D, frozenset({"in_features", "out_features", "bias", "parts"})),
 }
 
+# kind in the map -> a key that its entry may have besides, whose value is true
+MARKS: dict[str, frozenset[str]] = {"low_rank": frozenset({"narrow"}), "pivoted": frozenset({"narrow"})}
+
 # A kind that an installed package adds is PACKAGE:NAME in the map, NAME an entry point of this group.
 MODULE_GROUP = "pared.modules"
 ADDED_KIND = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}:[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -174,7 +177,9 @@ def _checked(modules: Any) -> dict[str, Entry]:
 
 
 def _check_entry(name: str, kind: object, entry: Any) -> None:
-    if not isinstance(kind, str) or kind not in MODULE_TYPES or entry.keys() - {"kind"} != MODULE_TYPES[kind][1]:
+    known = isinstance(kind, str) and kind in MODULE_TYPES
+    marks = {key for key in MARKS.get(str(kind), frozenset()) if known and entry.get(key) is True}
+    if not known or entry.keys() - {"kind"} - marks != MODULE_TYPES[str(kind)][1]:
         raise ValueError(f"map entry {name}: unknown or malformed {brief(entry)}; known kinds: {sorted(MODULE_TYPES)}")
     if type(entry["bias"]) is not bool:
         raise ValueError(f"map entry {name}: bias is {brief(entry['bias'])}, expected true or false")

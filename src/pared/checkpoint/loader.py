@@ -115,13 +115,14 @@ def _place(model: nn.Module, name: str) -> tuple[str, Any]:
 
 
 def _require_fit(name: str, old: Any, entry: dict[str, Any]) -> None:
-    """Refuse an entry that is not of the shape of the module it replaces; one that lost channels may be smaller."""
+    """Refuse an entry that is not of the shape of the module it replaces; one that lost channels is smaller."""
     shape = tuple(old.weight.shape)
-    told = (entry["out_features"], entry["in_features"])
-    if issubclass(module_type(entry["kind"]), (NarrowLinear, NarrowConv1D)):
-        sides = shape[::-1] if isinstance(old, Conv1D) else shape
+    sides, told = shape[::-1] if isinstance(old, Conv1D) else shape, (entry["out_features"], entry["in_features"])
+    kind = module_type(entry["kind"])
+    plain = issubclass(kind, (NarrowLinear, NarrowConv1D))
+    if plain or entry.get("narrow"):
         fits = len(sides) == 2 and all(new <= side for new, side in zip(told, sides, strict=True))
-        fits &= isinstance(old, Conv1D) == (entry["kind"] == "narrow_conv1d")
+        fits &= not plain or isinstance(old, Conv1D) == (kind is NarrowConv1D)
     else:
         fits = sorted(shape) == sorted(told)
     if not fits:

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from pared.engine.narrow_ranks import Narrowed
 from pared.lowrank import Factors
-from pared.lowrank.pivot import pivot, unpivot
+from pared.lowrank.pivot import Pivoted, pivot, unpivot
 from pared.modules import LowRankLinear, PivotedLinear, inherit_requires_grad, replace_module, share
 from pared.modules.narrow import narrowed, set_counts
 from pared.modules.shared import DOWN
@@ -48,18 +49,8 @@ def made(
     up_OK = factors.up if stored is None else stored.W_OK
     news: list[LowRankLinear | PivotedLinear] = []
     for old, rows_OK in zip(olds, torch.split(up_OK, [_rows(old) for old in olds]), strict=True):
-        bias, kind = _bias(old), _floating(old)
-        shape = (factors.down.shape[1], *rows_OK.shape, bias is not None)
-        new: LowRankLinear | PivotedLinear
-        if stored is None:
-            new = LowRankLinear(*shape, **kind)
-            new.down.weight.copy_(factors.down)
-            new.up.weight.copy_(rows_OK)
-        else:
-            new = PivotedLinear(*shape, **kind)
-            new.set_weight(stored.pivots_K, rows_OK, stored.C_KR)
-        if bias is not None and new.bias is not None:
-            new.bias.copy_(bias)
+        own = Factors(factors.down, rows_OK) if stored is None else stored._replace(W_OK=rows_OK)
+        new = _factored(old, own, _bias(old), getattr(old, "narrow", False))
         inherit_requires_grad(new, old)
         news.append(new)
     for new in news[1:]:
@@ -70,13 +61,7 @@ def made(
 
 
 @torch.no_grad()
-def narrow(
-    model: nn.Module,
-    group: ChannelGroup,
-    kept_K: torch.Tensor,
-    W_OK: torch.Tensor,
-    shift_O: torch.Tensor | None = None,
-) -> list[tuple[str, nn.Module]]:
+def narrow(model: nn.Module, group: ChannelGroup, left: Narrowed, pivoted: bool = False) -> list[tuple[str, nn.Module]]:
     """Return what takes the places of a group's layers where only some of its channels stay; the model is as it was.
 
     Biases, dtype, device and ``requires_grad`` are those of the layers.
@@ -84,23 +69,65 @@ def narrow(
     Args:
         model: the whole model.
         group: whose channels these are.
-        kept_K: those that stay, rising.
-        W_OK: the weight that reads them ``(out, kept inputs)``.
-        shift_O: what is added to the bias of the layer that reads them, which gets one if it has none.
+        left: of its layers.
+        pivoted: whether factors are stored by their pivots.
     """
     new: nn.Module
-    made: list[tuple[str, nn.Module]] = []
+    found: list[tuple[str, nn.Module]] = []
     for site in group.sites:
         old = model.get_submodule(site.name)
+        bias = _bias(old)
         if site == group.consumer:
-            new = narrowed(old, W_OK, _shifted(bias_of(old), shift_O))
+            bias = _shifted(bias, left.shift_O)
+            if isinstance(left.read, Factors):
+                new = _factored(old, pivot(left.read) if pivoted else left.read, bias, narrow=True)
+            else:
+                new = narrowed(old, left.read, bias)
         else:
             (producer,) = (one for one in group.producers if one.site == site)
-            rows, bias = producer.outputs(kept_K.to(weight_of(old).device)), bias_of(old)
-            new = narrowed(old, weight_of(old)[rows], None if bias is None else bias[rows], producer.parts)
+            rows_K = producer.outputs(left.kept_K)
+            bias = None if bias is None else bias[rows_K]
+            if (own := left.ranked.get(site.name)) is not None:
+                new = _factored(old, pivot(own) if pivoted else own, bias, narrow=True)
+            else:
+                new = _with_outputs(old, rows_K, bias, producer.parts)
         inherit_requires_grad(new, old)
-        made.append((site.name, new))
-    return made
+        found.append((site.name, new))
+    return found
+
+
+def _factored(
+    old: nn.Module, factors: Factors | Pivoted, bias_O: torch.Tensor | None, narrow: bool
+) -> LowRankLinear | PivotedLinear:
+    """Return a layer of these factors, as they are to be stored, of the dtype and device of an old one."""
+    new: LowRankLinear | PivotedLinear
+    if isinstance(factors, Pivoted):
+        rank, others = factors.C_KR.shape
+        new = PivotedLinear(rank + others, len(factors.W_OK), rank, bias_O is not None, narrow=narrow, **_floating(old))
+        new.set_weight(factors.pivots_K, factors.W_OK, factors.C_KR)
+    else:
+        rank, inputs = factors.down.shape
+        new = LowRankLinear(inputs, len(factors.up), rank, bias_O is not None, narrow=narrow, **_floating(old))
+        new.down.weight.copy_(factors.down)
+        new.up.weight.copy_(factors.up)
+    if bias_O is not None and new.bias is not None:
+        new.bias.copy_(bias_O)
+    return new
+
+
+def _with_outputs(old: nn.Module, rows_K: torch.Tensor, bias_K: torch.Tensor | None, parts: int) -> nn.Module:
+    """Return a layer with some of the outputs of one, dense or with a rank."""
+    if not isinstance(old, (LowRankLinear, PivotedLinear)):
+        return narrowed(old, weight_of(old)[rows_K], bias_K, parts)
+    new = type(old)(old.in_features, len(rows_K), old.rank, bias_K is not None, narrow=True, **_floating(old))
+    new.up.weight.copy_(old.up.weight[rows_K])
+    if bias_K is not None and new.bias is not None:
+        new.bias.copy_(bias_K)
+    if old.down is not None and new.down is not None:
+        new.down.weight.copy_(old.down.weight)
+    if isinstance(old, PivotedLinear) and isinstance(new, PivotedLinear):
+        new.order.copy_(old.order)
+    return new
 
 
 def _shifted(bias_O: torch.Tensor | None, shift_O: torch.Tensor | None) -> torch.Tensor | None:

@@ -18,6 +18,7 @@ from pared.memory import give_back
 from pared.names import called
 from pared.processes import Processes
 from pared.schema.plan import Decision, LowRank, Plan, Shared
+from pared.schema.width import Width
 from pared.structure import Site, weight_of
 from pared.structure.store import BlockStore, LazyBlocks, ResidentBlocks
 
@@ -87,7 +88,7 @@ class KeptUnits:
 
     def decided(self, plan: Plan) -> list[tuple[Unit, LowRank]]:
         """Return the units that a plan gives a rank, with it."""
-        planned = ranks_of(plan)
+        planned = ranks_of(plan) | ranks_of_narrow(plan)
         return [(unit, planned[unit.name]) for unit in self if unit.name in planned and unit.name in self.spectra]
 
     def installer(self, plan: Plan) -> Callable[[int], None]:
@@ -185,3 +186,15 @@ def ranks_of(plan: Plan) -> dict[str, LowRank]:
         elif isinstance(decision, LowRank):
             ranks[site.name] = decision
     return ranks
+
+
+def ranks_of_narrow(plan: Plan) -> dict[str, LowRank]:
+    """Return the ranks that layers are given before they lose channels, by site.
+
+    Pivots are inputs, so those of a layer that loses inputs are chosen when it has.
+    """
+    return {
+        site.name: LowRank(rank=site.decision.rank, pivoted=site.decision.pivoted and site.decision.side == "out")
+        for site in plan.sites
+        if isinstance(site.decision, Width) and site.decision.rank is not None
+    }

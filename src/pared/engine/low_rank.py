@@ -195,9 +195,8 @@ class LowRankWork:
             if block.influence is not None:
                 self._influence[block.index] = block.influence
             with self._observer.watch("solve"):
-                of_channels = channels.of(block)
+                channels.visit(block)  # which leaves the statistics, and the other visit uses them up
                 solver.visit(block)
-                channels.visit(of_channels)
 
         self._statistics.run(step, visit, influence=self._spec.influence and step.hand_on == "dense", kept=kept)
         solver.in_order()
@@ -224,9 +223,12 @@ class LowRankWork:
             with self._observer.watch("solve"):
                 of_channels = narrowed.of(block)
                 second.visit(block)
-                first.kept.install([(unit, decisions[unit.name]) for unit in second.take_missed()])
                 narrowed.visit(of_channels)
-                narrowed.take_over(ordered, ordered.in_block(block.index, self._decided))
+                left = narrowed.not_reached(ordered.in_block(block.index, self._decided))
+                names = {site.name for group in left for site in group.sites}
+                missed = [*second.take_missed(), *(unit for unit in first.kept if unit.name in names)]
+                first.kept.install([(unit, decisions[unit.name]) for unit in missed if unit.name in decisions])
+                narrowed.take_over(ordered, left)
 
         decisions = {unit.name: decision for unit, decision in first.kept.decided(self._decided)}
         self._statistics.run(step, visit, kept=kept)

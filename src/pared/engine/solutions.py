@@ -113,3 +113,8 @@ class DecompositionStore:
         """Return rows of the dense weight that was kept of a unit; only those are read."""
         with safe_open(self.files[name], framework="pt") as tensors:
             return tensors.get_slice("weight")[rows]
+
+    def tensor(self, name: str, kept: str) -> torch.Tensor:
+        """Return one of the tensors that were kept of a unit."""
+        with safe_open(self.files[name], framework="pt") as tensors:
+            return tensors.get_tensor(kept)

@@ -9,12 +9,16 @@ from torch import nn
 
 from pared.allocation.units import Channels as Candidate
 from pared.calibration import CROSS, BlockStatistics
-from pared.engine.install import count, narrow, put
+from pared.engine.install import count, factors_of, narrow, put
+from pared.engine.kept_units import ranks_of_narrow
 from pared.engine.ledger import Findings, Ledger
 from pared.engine.moments import StatisticsOfSite, dense_target, moments
+from pared.engine.narrow_ranks import Narrowed, composes, energies, rest
 from pared.engine.solutions import Copy, DecompositionStore
 from pared.engine.spec import LowRankSpec
 from pared.errors import ParedError
+from pared.lowrank import Factors
+from pared.modules import LowRankLinear
 from pared.processes import ALONE, Processes
 from pared.schema.plan import Plan
 from pared.schema.width import Width, ranges_of
@@ -22,7 +26,6 @@ from pared.structure import Site, weight_of
 from pared.structure.groups import ChannelGroup, Producer
 from pared.widths import Channels, GroupLayers, Maker
 
-_Made = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 PARTS = ("C_NN", "mean_N")  # of how channels are ordered, kept where they are there
 
 
@@ -32,12 +35,12 @@ class _Found:
 
     Attributes:
         order: its channels, where widths are not known yet.
-        made: the channels that stay, the weight that reads them and what is added to its bias, where they are known.
+        made: what is left of its layers, where they are known.
         findings: of it.
     """
 
     order: Copy | None = None
-    made: "_Made | None" = None
+    made: Narrowed | None = None
     findings: Findings = field(default_factory=Findings)
 
 
@@ -73,6 +76,7 @@ class ChannelSolver:
         self._model, self._spec, self._tokens, self._processes = model, spec, tokens, processes
         self._groups = list(groups)
         self._widths = None if plan is None else widths_of(plan)
+        self._ranks = {} if plan is None else ranks_of_narrow(plan)
         self.ledger = Ledger(store, processes, "channels_")
 
     @property
@@ -81,9 +85,17 @@ class ChannelSolver:
         return self.ledger.found
 
     def candidates(self) -> dict[str, Candidate]:
-        """Return the groups of which costs are known, for an allocation."""
-        costs, shifts = self.ledger.store.spectra, self._spec.method.shifts
-        return {one.name: Candidate(one, costs.get(one.name), shifts) for one in self._groups}
+        """Return the groups of which costs are known, for an allocation; the first process keeps what it takes."""
+        return {one.name: self._candidate(one) for one in self._groups}
+
+    def _candidate(self, group: ChannelGroup) -> Candidate:
+        store, shifts = self.ledger.store, self._spec.method.shifts
+        cost_N = store.spectra.get(group.name)
+        if cost_N is None or not composes(self._spec, group):
+            return Candidate(group, cost_N, shifts)
+        rows = store.tensor(group.name, "energy_PG")
+        made = {one.site.name: row_G for one, row_G in zip(group.producers, rows, strict=True)}
+        return Candidate(group, cost_N, shifts, made)
 
     def of(self, block: BlockStatistics) -> BlockStatistics:
         """Return a block with what is read of it here, before another visit uses that up."""
@@ -101,18 +113,25 @@ class ChannelSolver:
         """Make kept groups narrower, from what was found of them."""
         for group in groups:
 
-            def cut(group: ChannelGroup = group) -> _Made:
-                W_ON = self._dense(group.consumer).double()
+            def cut(group: ChannelGroup = group) -> Narrowed:
+                module, width = self._model.get_submodule(group.name), widths[group.name]
+                factors = factors_of([module]) if isinstance(module, LowRankLinear) else None
+                W_ON = (self._dense(group.consumer) if factors is None else factors.down).double()
                 there = {name: one.to(W_ON.device) for name, one in self.ledger.store.copy(group.name).tensors.items()}
                 found = Channels(W_ON, there["order_G"], there["spectrum"], there.get("C_NN"), inputs=group.inputs,
                                  mean_N=there.get("mean_N"))  # fmt: skip
-                return _made(found, widths[group.name])
+                fitted = found.weight(width)  # what makes up for a weight does so for its factors
+                read = fitted if factors is None else Factors(fitted, factors.up.double())
+                return Narrowed(found.kept(width), read, found.shift(width), {})
 
-            self._put(group, *self._processes.first(cut))
+            self._put(group, self._processes.first(cut))
 
-    def take_over(self, first: "ChannelSolver", groups: Sequence[ChannelGroup]) -> None:
-        """Make groups that were not reached behind compressed blocks narrower by what was found of the dense model."""
-        missed = [one for one in groups if one.name not in self.found.kept]
+    def not_reached(self, groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
+        """Return those of some groups that were not reached behind compressed blocks."""
+        return [one for one in groups if one.name not in self.found.kept]
+
+    def take_over(self, first: "ChannelSolver", missed: Sequence[ChannelGroup]) -> None:
+        """Make groups that were not reached narrower by what was found of the dense model."""
         first.install(missed, self._widths or {})
         self.found.kept.update({one.name: first.found.kept[one.name] for one in missed})
 
@@ -131,32 +150,62 @@ class ChannelSolver:
     def _take(self, group: ChannelGroup, block: BlockStatistics) -> _Found:
         spec, rule, own = self._spec, self._spec.method.widths, block.statistics.get(group.name, {})
         assert rule is not None
-        values = self._values(own)
-        aim = dense_target(spec, self._dense(group.consumer), own)
-        W_ON = self._dense(group.consumer) if aim.W_ON is None else aim.W_ON
+        values, told = self._values(own), _Found()
+        W_ON = self._aim(group.consumer, own, told)
         width = 0 if self._widths is None else self._widths[group.name]
         W_ON = W_ON.to(next(iter(values.values()), W_ON).device)
+
+        def makers() -> list[Maker]:
+            return [self._maker(one, group, block) for one in group.producers]
+
         try:
-            makers = lambda: [self._maker(one, group, block) for one in group.producers]  # noqa: E731
             found: Channels = rule(GroupLayers(W_ON, values, group.inputs, width, makers), spec.config)
         except KeyError as missing:  # of statistics that were saved for another method
             raise ParedError(f"site {group.name}: method {spec.method.name} needs the statistic {missing}; those given "
                              f"hold {', '.join(sorted(values)) or 'none'}") from missing  # fmt: skip
         except (ValueError, RuntimeError) as error:
             raise ParedError(f"site {group.name}: {error}") from error
-        told = _Found()
         if found.damping:
             told.findings.damping[group.name] = found.damping
         if found.fallback:
             told.findings.fallbacks[group.name] = found.fallback
-        if aim.lacking:
-            told.findings.untargeted[group.name] = True
         if self._widths is None:
             parts = {name: one.float() for name in PARTS if (one := getattr(found, name)) is not None}
+            if composes(spec, group):
+                parts["energy_PG"] = energies(spec, makers())[:, found.order_G]
             told.order = Copy({"spectrum": found.costs_N.cpu(), "order_G": found.order_G, **parts}, found.damping)
         else:
-            told.made = _made(found, width)
+            told.made = self._made(group, found, values, block, told)
         return told
+
+    def _aim(self, site: Site, own: StatisticsOfSite, told: _Found) -> torch.Tensor:
+        """Return the weight that a layer ought to have, if the dense model ran alongside; else its own."""
+        aim = dense_target(self._spec, self._dense(site), own)
+        if aim.lacking:
+            told.findings.untargeted[site.name] = True
+        return self._dense(site) if aim.W_ON is None else aim.W_ON
+
+    def _made(
+        self,
+        group: ChannelGroup,
+        found: Channels,
+        values: Mapping[str, torch.Tensor],
+        block: BlockStatistics,
+        told: _Found,
+    ) -> Narrowed:
+        """Return what is left of a group's layers at the width of the plan."""
+        width, ranked = self._widths[group.name] if self._widths else 0, {}
+        kept_K, fitted_OK = found.kept(width), found.weight(width)
+        read: torch.Tensor | Factors = fitted_OK
+        if (decided := self._ranks.get(group.name)) is not None:
+            read = rest(self._spec, group.name, fitted_OK, values, decided.rank, inputs=group.read(kept_K))
+        for producer in group.producers:
+            name, rows_K = producer.site.name, producer.outputs(kept_K)
+            if (decided := self._ranks.get(name)) is not None:
+                own = block.statistics[name]
+                W_KN = self._aim(producer.site, own, told)[rows_K]
+                ranked[name] = rest(self._spec, name, W_KN, self._values(own), decided.rank, outputs=rows_K)
+        return Narrowed(kept_K, read, found.shift(width), ranked)
 
     def _values(self, own: StatisticsOfSite) -> dict[str, torch.Tensor]:
         """Return the statistics of a site as the method reads them."""
@@ -175,22 +224,17 @@ class ChannelSolver:
             if self._processes.is_first:
                 self.ledger.store.write(group.name, found.order)
         if found.made is not None:
-            self._put(group, *found.made)
+            self._put(group, found.made)
 
-    def _put(self, group: ChannelGroup, kept_K: torch.Tensor, W_OK: torch.Tensor, shift_O: torch.Tensor | None) -> None:
-        device = weight_of(self._model.get_submodule(group.name)).device
-        shift_O = None if shift_O is None else shift_O.to(device)
-        made = narrow(self._model, group, kept_K.to(device), W_OK.to(device), shift_O)
-        put(self._model, [name for name, _ in made], [module for _, module in made])
-        count(self._model, group, len(kept_K))
-        self.found.kept[group.name] = ranges_of(kept_K.tolist())
+    def _put(self, group: ChannelGroup, made: Narrowed) -> None:
+        made = made.to(next(self._model.get_submodule(group.name).parameters()).device)
+        layers = narrow(self._model, group, made, self._spec.budget.pivoted)
+        put(self._model, [name for name, _ in layers], [module for _, module in layers])
+        count(self._model, group, len(made.kept_K))
+        self.found.kept[group.name] = ranges_of(made.kept_K.tolist())
 
     def _dense(self, site: Site) -> torch.Tensor:
         return weight_of(self._model.get_submodule(site.name)).detach()
-
-
-def _made(found: Channels, width: int) -> _Made:
-    return found.kept(width), found.weight(width), found.shift(width)
 
 
 def widths_of(plan: Plan) -> dict[str, int]:

@@ -22,7 +22,7 @@ from pared.models.source import find_model
 from pared.models.trust import trusting
 from pared.modules import NarrowConv1D, NarrowLinear, SparseLinear, replace_module
 from pared.modules.narrow import counts_of, forget_counts, set_counts, widen_
-from pared.structure import bias_of, weight_of
+from pared.structure import bias_of
 
 
 def export_dense(name: str, out: Path, dtype: str = "auto", overwrite: bool = False) -> Written:
@@ -116,16 +116,10 @@ def make_dense(model: PreTrainedModel) -> PreTrainedModel:
             module.unpack_()
         weight, bias = cast("torch.Tensor", module.weight), cast("torch.Tensor | None", module.bias)
         dense = skeleton.get_submodule(name).to_empty(device=weight.device).to(weight.dtype)
-        if isinstance(module, (NarrowLinear, NarrowConv1D)):
-            if bias is not None and bias_of(dense) is None:
-                raise ParedError(f"{name} has a bias, which {type(model).__name__} has no place for, and cannot be "
-                                 "written as a plain layer; keep the folder as it is")  # fmt: skip
-            widen_(dense, module)
-            replace_module(model, name, dense)
-            continue
-        weight_of(dense).copy_(weight)
-        if bias is not None and (place := bias_of(dense)) is not None:
-            place.copy_(bias)
+        if bias is not None and isinstance(module, (NarrowLinear, NarrowConv1D)) and bias_of(dense) is None:
+            raise ParedError(f"{name} has a bias, which {type(model).__name__} has no place for, and cannot be "
+                             "written as a plain layer; keep the folder as it is")  # fmt: skip
+        widen_(dense, weight.T if isinstance(module, NarrowConv1D) else weight, bias, getattr(module, "parts", 1))
         replace_module(model, name, dense)
     for name, numbers in counts.items():
         set_counts(model.get_submodule(name), {key: vars(skeleton.get_submodule(name))[key] for key in numbers})

@@ -14,6 +14,7 @@ class LowRankLinear(BasisHolder):
         out_features: width of the output.
         rank: width between the two.
         bias: whether ``up`` has a bias.
+        narrow: whether it has fewer inputs or outputs than the architecture's configuration says.
 
     Attributes:
         down: weight ``(rank, in)``, no bias.
@@ -28,9 +29,10 @@ class LowRankLinear(BasisHolder):
         bias: bool,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        narrow: bool = False,
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.in_features, self.out_features, self.rank, self.narrow = in_features, out_features, rank, narrow
         self.down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
         self.up = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
 
@@ -55,6 +57,7 @@ class LowRankLinear(BasisHolder):
             "out_features": self.out_features,
             "rank": self.rank,
             "bias": self.up.bias is not None,
+            **({"narrow": True} if self.narrow else {}),
         }
 
     def extra_repr(self) -> str:

@@ -127,19 +127,21 @@ def narrowed(old: nn.Module, W_ON: torch.Tensor, bias_O: torch.Tensor | None, pa
 
 
 @torch.no_grad()
-def widen_(old: nn.Module, module: Narrow) -> None:
+def widen_(old: nn.Module, W_ON: torch.Tensor, bias_O: torch.Tensor | None, parts: int = 1) -> None:
     """Make a layer of the architecture's size compute what a narrow one does, zeros for the channels that are gone.
 
     Args:
         old: of the architecture's size; all of its numbers are overwritten.
-        module: the narrow one. The channels that are left come first, in every part of the outputs.
+        W_ON: the weight of the narrow one ``(out, in)``. The channels that are left come first, in every part of the
+            outputs.
+        bias_O: the bias ``(out,)``, where there is one.
+        parts: of how many equal parts the outputs consist.
     """
     weight: Any = old.weight
-    W_ON, narrow_ON = (one.T if isinstance(module, NarrowConv1D) else one for one in (weight, module.weight))
-    weight.zero_()
-    narrow_PON = narrow_ON.view(module.parts, -1, narrow_ON.shape[1])
-    W_ON.view(module.parts, -1, W_ON.shape[1])[:, : narrow_PON.shape[1], : narrow_PON.shape[2]].copy_(narrow_PON)
-    if module.bias is not None:
+    whole_ON = weight.zero_().T if isinstance(old, Conv1D) else weight.zero_()
+    narrow_PON = W_ON.reshape(parts, -1, W_ON.shape[1])
+    whole_ON.view(parts, -1, whole_ON.shape[1])[:, : narrow_PON.shape[1], : narrow_PON.shape[2]].copy_(narrow_PON)
+    if bias_O is not None:
         bias: Any = old.bias
         bias.zero_()
-        bias.view(module.parts, -1)[:, : narrow_PON.shape[1]].copy_(module.bias.view(module.parts, -1))
+        bias.view(parts, -1)[:, : narrow_PON.shape[1]].copy_(bias_O.view(parts, -1))

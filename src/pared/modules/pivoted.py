@@ -16,6 +16,7 @@ class PivotedLinear(BasisHolder):
         out_features: width of the output.
         rank: number of pivot columns.
         bias: whether ``up`` has a bias.
+        narrow: whether it has fewer inputs or outputs than the architecture's configuration says.
 
     Attributes:
         down: weight ``(rank, in - rank)``, no bias; None where every column is a pivot.
@@ -31,9 +32,10 @@ class PivotedLinear(BasisHolder):
         bias: bool,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        narrow: bool = False,
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.in_features, self.out_features, self.rank, self.narrow = in_features, out_features, rank, narrow
         others = in_features - rank
         self.down = nn.Linear(others, rank, bias=False, device=device, dtype=dtype) if others else None
         self.up = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
@@ -88,6 +90,7 @@ class PivotedLinear(BasisHolder):
             "out_features": self.out_features,
             "rank": self.rank,
             "bias": self.up.bias is not None,
+            **({"narrow": True} if self.narrow else {}),
         }
 
     def extra_repr(self) -> str:

@@ -10,10 +10,9 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from pared.schema.base import Strict
-from pared.schema.width import Width
+from pared.schema.width import INDEX_BYTES, Width
 from pared.tables import Row, Shown, Table
 
-INDEX_BYTES = 4  # of an int32
 SHOWN = 16  # kinds of layers that a plan shows; with ranks of their own there are as many as layers
 
 

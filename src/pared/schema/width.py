@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field
 
 from pared.schema.base import Strict
 
+INDEX_BYTES = 4  # of an int32
 RANGES = re.compile(r"(\d+(-\d+)?(,\d+(-\d+)?)*)?")
 
 
@@ -51,6 +52,8 @@ class Width(Strict):
         unit: what a channel is: one of an MLP, a key/value head with its query heads, or an expert of a mixture, whose
             tensors are seen as one tall weight.
         adds_bias: whether the site that reads the channels gets a bias, which it did not have.
+        rank: of the weight that is left; none if it is stored as it is.
+        pivoted: a weight of a rank is stored by its pivots, ``rank²`` parameters fewer.
     """
 
     kind: Literal["width"] = "width"
@@ -63,14 +66,27 @@ class Width(Strict):
     kept: Annotated[str | None, AfterValidator(_are_ranges)] = None
     unit: Literal["channel", "head", "expert"] = "channel"
     adds_bias: bool = False
+    rank: Annotated[int | None, Field(ge=1)] = None
+    pivoted: bool = False
+
+    def ranked(self, rank: int, pivoted: bool) -> "Width":
+        """Return the decision that what is left has a rank."""
+        return self.model_copy(update={"rank": rank, "pivoted": pivoted})
+
+    def shape(self, out_features: int, in_features: int) -> tuple[int, int]:
+        """Return the shape that is left of a site of this one, ``(out, in)``."""
+        left = self.width * self.rows
+        return (out_features, left) if self.side == "in" else (left, in_features)
 
     def parameters(self, out_features: int, in_features: int) -> int:
         """Stored weight parameters of a site of this shape."""
-        return self.width * self.rows * (out_features if self.side == "in" else in_features)
+        m, n = self.shape(out_features, in_features)
+        return m * n if self.rank is None else self.rank * (m + n) - (self.rank**2 if self.pivoted else 0)
 
-    def index_bytes(self, out_features: int, in_features: int) -> int:  # noqa: ARG002 - as every decision
-        """Bytes stored besides the parameters: none, as what is left is a plain layer."""
-        return 0
+    def index_bytes(self, out_features: int, in_features: int) -> int:
+        """Bytes stored besides the parameters: the order of the inputs, if pivoted."""
+        pivoted = self.rank is not None and self.pivoted
+        return INDEX_BYTES * self.shape(out_features, in_features)[1] if pivoted else 0
 
     @property
     def biases_removed(self) -> int:
@@ -80,8 +96,11 @@ class Width(Strict):
     def fits(self, out_features: int, in_features: int) -> bool:
         """Whether a site of this shape can have this decision."""
         whole = in_features if self.side == "in" else out_features
-        return self.width <= self.channels and whole == self.channels * self.rows
+        has_rank = self.rank is None or self.rank <= min(self.shape(out_features, in_features))
+        return self.width <= self.channels and whole == self.channels * self.rows and has_rank
 
     def __str__(self) -> str:
         counted = f"{self.width} of {self.channels}"
-        return f"width {counted}" if self.unit == "channel" else f"{counted} {self.unit}s"
+        text = f"width {counted}" if self.unit == "channel" else f"{counted} {self.unit}s"
+        ranked = "" if self.rank is None else f", rank {self.rank}{', pivoted' if self.pivoted else ''}"
+        return text + ranked

@@ -5,39 +5,18 @@ as they are stored, of widths, of staying dense and of shared bases, meet in one
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from pared.allocation.rank_budget import require_affordable_widths, require_one_rank_each, split_fixed, tail_energy
+from pared.allocation.ranks.composed import Composed, Table
 from pared.allocation.units import Budget, Channels, Evidence, Unit
 from pared.schema.plan import Decision, Dense
 
 STEPS = 200  # of the bisection; the multiplier is then known to the last bit
 DENSE = Dense(reason="worth more than its parameters elsewhere")
 APART = Dense(reason="in no channel group")
-
-
-@dataclass(frozen=True)
-class _Table:
-    """The candidates for one unit, or for the layers of a channel group together; the last is to stay dense.
-
-    Attributes:
-        costs: parameters of each, rising, float64.
-        losses: of each, float64.
-        sizes: the rank, or the width, of each but the last.
-    """
-
-    costs: torch.Tensor
-    losses: torch.Tensor
-    sizes: range
-
-    def best(self, t: float) -> tuple[float, int]:
-        """Return the least ``loss + t · cost``, and the candidate that has it."""
-        values = self.losses + t * self.costs
-        index = int(values.argmin())
-        return float(values[index]), index
 
 
 def loss(units: Sequence[Unit], budget: Budget, evidence: Evidence, _: object = None) -> dict[str, Decision]:
@@ -48,8 +27,8 @@ def loss(units: Sequence[Unit], budget: Budget, evidence: Evidence, _: object = 
     that buy most. Losses of different units are compared as they are: a method whose losses have one unit
     (``loss-optimal``) is what this is for.
 
-    The layers of a channel group take whichever is cheaper at t: one width, or what each of them takes by itself. Where
-    the budget is of widths alone, all that is in no group stays dense.
+    The layers of a channel group take whichever is cheapest at t: one width, what each of them takes by itself, or a
+    width and ranks of what it leaves of them. Where the budget is of widths alone, all that is in no group stays dense.
 
     Args:
         units: what can be decided.
@@ -72,16 +51,23 @@ def loss(units: Sequence[Unit], budget: Budget, evidence: Evidence, _: object = 
         middle = (low + high) / 2
         low, high = (middle, high) if there.cost(there.choose(middle)) > left else (low, middle)
     chosen = there.choose(high)
-    _spend([(there.units, chosen.alone), (there.groups, chosen.together)], left - there.cost(chosen))
+    _spend(there.parts(chosen), left - there.cost(chosen))
     decisions |= there.decisions(chosen)
     return {unit.name: decisions[unit.name] for unit in units}
 
 
 class _Chosen(NamedTuple):
-    """The candidates that are chosen, by index: of units alone, and of channel groups in place of their units."""
+    """The candidates that are chosen, by index.
+
+    Attributes:
+        alone: of units by themselves.
+        together: widths of channel groups, in place of their units.
+        composed: of channel groups too: a width, and candidates of the layers that it leaves, by site.
+    """
 
     alone: dict[str, int]
     together: dict[str, int]
+    composed: dict[str, tuple[int, dict[str, int]]]
 
 
 class _Candidates:
@@ -96,6 +82,8 @@ class _Candidates:
             if one.cost is not None and all(site.name in self.units for site in one.group.sites)
         }
         self.groups = {name: _widths(one, budget) for name, one in self._channels.items()}
+        both = {name: one for name, one in self._channels.items() if one.energies and budget.structures == "mixed"}
+        self._composed = {name: Composed(one, budget, evidence) for name, one in both.items()}
         self._members = {name: [site.name for site in one.group.sites] for name, one in self._channels.items()}
         inside = {site for members in self._members.values() for site in members}
         self._alone = [name for name in self.units if name not in inside]
@@ -105,64 +93,79 @@ class _Candidates:
         costs = {name: int(table.costs[0]) for name, table in self.units.items()}
         apart = {name: sum(costs[site] for site in members) for name, members in self._members.items()}
         together = {name: int(table.costs[0]) for name, table in self.groups.items()}
+        together |= {name: min(together[name], one.least()) for name, one in self._composed.items()}
         return sum(costs[name] for name in self._alone) + sum(min(apart[name], together[name]) for name in apart)
 
     def choose(self, t: float) -> _Chosen:
         """Return what is best at a multiplier."""
         best = {name: table.best(t) for name, table in self.units.items()}
-        chosen = _Chosen({name: best[name][1] for name in self._alone}, {})
+        chosen = _Chosen({name: best[name][1] for name in self._alone}, {}, {})
         for name, table in self.groups.items():
             value, index = table.best(t)
-            if value < sum(best[site][0] for site in self._members[name]):
+            apart = sum(best[site][0] for site in self._members[name])
+            if name in self._composed:
+                both, width, ranks = self._composed[name].best(t)
+                if both < min(value, apart):
+                    chosen.composed[name] = width, ranks
+                    continue
+            if value < apart:
                 chosen.together[name] = index
             else:
                 chosen.alone.update({site: best[site][1] for site in self._members[name]})
         return chosen
 
+    def parts(self, chosen: _Chosen) -> list[tuple[Mapping[str, Table], dict[str, int]]]:
+        """Return the tables of what is chosen, and the indices, which may be raised in place."""
+        return [(self.units, chosen.alone), (self.groups, chosen.together), *(
+            ({site: self._composed[name].table(site, width) for site in ranks}, ranks)
+            for name, (width, ranks) in chosen.composed.items()
+        )]  # fmt: skip
+
     def cost(self, chosen: _Chosen) -> int:
         """Return the parameters of what is chosen."""
-        alone = sum(int(self.units[name].costs[index]) for name, index in chosen.alone.items())
-        return alone + sum(int(self.groups[name].costs[index]) for name, index in chosen.together.items())
+        return sum(
+            int(tables[name].costs[index]) for tables, indices in self.parts(chosen) for name, index in indices.items()
+        )
 
     def decisions(self, chosen: _Chosen) -> dict[str, Decision]:
         """Return the decision of every unit."""
         made: dict[str, Decision] = {}
         inside = {site for members in self._members.values() for site in members}
         for name, index in chosen.alone.items():
-            size = _size(self.units[name], index)
+            size = self.units[name].size(index)
             apart = DENSE if name in inside or self._budget.structures != "widths" else APART
             made[name] = apart if size is None else self._budget.low_rank(size)
         for name, index in chosen.together.items():
-            size = _size(self.groups[name], index)
+            size = self.groups[name].size(index)
             one = self._channels[name]
             made |= dict.fromkeys(self._members[name], DENSE) if size is None else one.decisions(size)
+        for name, (width, ranks) in chosen.composed.items():
+            composed = self._composed[name]
+            for site, decision in self._channels[name].decisions(composed.widths[width]).items():
+                rank = composed.table(site, width).size(ranks[site])
+                made[site] = decision if rank is None else decision.ranked(rank, self._budget.pivoted)
         return made
 
 
-def _size(table: _Table, index: int) -> int | None:
-    """Return the rank or width of a candidate, None for staying dense."""
-    return None if index == len(table.sizes) else table.sizes[index]
-
-
-def _ranks(unit: Unit, budget: Budget, evidence: Evidence) -> _Table:
+def _ranks(unit: Unit, budget: Budget, evidence: Evidence) -> Table:
     """Return rank 1, 2, ... and, last, staying dense; that alone where ranks are not to be decided."""
     ranked = budget.structures != "widths"
     ranks = range(1, budget.most_rank(unit) + 1) if ranked else range(0)
     costs = torch.tensor([*(budget.cost(unit, rank) for rank in ranks), unit.parameters], dtype=torch.float64)
     tails = tail_energy(evidence.cost[unit.name])[1 : len(ranks) + 1].cpu() if ranked else costs[:0]
-    return _Table(costs, torch.cat([tails, costs.new_zeros(1)]), ranks)
+    return Table(costs, torch.cat([tails, costs.new_zeros(1)]), ranks)
 
 
-def _widths(one: Channels, budget: Budget) -> _Table:
+def _widths(one: Channels, budget: Budget) -> Table:
     """Return the widths there may be, rising, and, last, keeping all channels."""
     assert one.cost is not None
     widths, group = one.widths(budget.multiple_of), one.group
     costs = torch.tensor([*widths, group.channels], dtype=torch.float64) * group.parameters_each
     tails = tail_energy(one.cost).cpu()[torch.tensor(list(widths), dtype=torch.long) * group.inputs]
-    return _Table(costs, torch.cat([tails, costs.new_zeros(1)]), widths)
+    return Table(costs, torch.cat([tails, costs.new_zeros(1)]), widths)
 
 
-def _spend(chosen: Iterable[tuple[Mapping[str, _Table], dict[str, int]]], left: int) -> None:
+def _spend(chosen: Iterable[tuple[Mapping[str, Table], dict[str, int]]], left: int) -> None:
     """Spend what the hull left, always on the affordable candidate that buys most per parameter; in place."""
     parts = list(chosen)
     while True:
