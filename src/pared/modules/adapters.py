@@ -80,7 +80,7 @@ def with_adapter(
         identity = torch.eye(min(whole_ON.shape), dtype=up.dtype, device=up.device)
         down, up = (identity, whole_ON) if wide else (whole_ON, identity)
     kind: Any = {"device": up.device, "dtype": up.dtype}
-    new = LowRankLinear(down.shape[1], len(up), len(down), bias is not None, **kind)
+    new = LowRankLinear(down.shape[1], len(up), len(down), bias is not None, narrow=layer.narrow, **kind)
     new.down.weight.copy_(down)
     new.up.weight.copy_(up)
     if new.up.bias is not None:
