@@ -87,7 +87,7 @@ def narrow(model: nn.Module, group: ChannelGroup, left: Narrowed, pivoted: bool 
             (producer,) = (one for one in group.producers if one.site == site)
             rows_K = producer.outputs(left.kept_K)
             bias = None if bias is None else bias[rows_K]
-            if (own := left.ranked.get(site.name)) is not None:
+            if (own := (left.ranked or {}).get(site.name)) is not None:
                 new = _factored(old, pivot(own) if pivoted else own, bias, narrow=True)
             else:
                 new = _with_outputs(old, rows_K, bias, producer.parts)

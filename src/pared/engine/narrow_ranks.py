@@ -19,17 +19,17 @@ class Narrowed(NamedTuple):
         kept_K: the channels that stay.
         read: the weight that reads them, or its factors.
         shift_O: what is added to the bias of the layer that does; None for nothing.
-        ranked: factors of what is left of layers that make them, by name; the others keep their rows.
+        ranked: factors of what is left of layers that make them, by name; the others, or all, keep their rows.
     """
 
     kept_K: torch.Tensor
     read: torch.Tensor | Factors
-    shift_O: torch.Tensor | None
-    ranked: Mapping[str, Factors]
+    shift_O: torch.Tensor | None = None
+    ranked: Mapping[str, Factors] | None = None
 
     def to(self, device: torch.device) -> "Narrowed":
         """Return the same on a device."""
-        ranked = {name: _moved(one, device) for name, one in self.ranked.items()}
+        ranked = {name: _moved(one, device) for name, one in (self.ranked or {}).items()}
         return Narrowed(self.kept_K.to(device), _moved(self.read, device), _moved(self.shift_O, device), ranked)
 
 

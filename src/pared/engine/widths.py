@@ -122,7 +122,7 @@ class ChannelSolver:
                                  mean_N=there.get("mean_N"))  # fmt: skip
                 fitted = found.weight(width)  # what makes up for a weight does so for its factors
                 read = fitted if factors is None else Factors(fitted, factors.up.double())
-                return Narrowed(found.kept(width), read, found.shift(width), {})
+                return Narrowed(found.kept(width), read, found.shift(width))
 
             self._put(group, self._processes.first(cut))
 

@@ -74,7 +74,8 @@ def _described(model: PreTrainedModel, source: ModelSource) -> Description:
     entries = module_map(model)
     stored = _parameters(model)
     added: Counter[str] = Counter()
-    if any(entry["kind"] in NARROW for entry in entries.values()) and not can_be_of_any_widths(model):
+    narrow = any(entry["kind"] in NARROW or entry.get("narrow") for entry in entries.values())
+    if narrow and not can_be_of_any_widths(model):
         make_dense(model)
         added = Counter(entry["kind"] for entry in entries.values())
     else:

@@ -14,6 +14,7 @@ from pared import ParedError
 from pared.checkpoint import load, mark, module_map, require_tensors
 from pared.checkpoint.open_streamed import open_streamed
 from pared.engine.install import count, narrow, put
+from pared.engine.narrow_ranks import Narrowed
 from pared.engine.kept_blocks import KeptBlocks
 from pared.engine.run_state import CompressionRun
 from pared.entrypoints.export import make_dense
@@ -53,7 +54,7 @@ def narrowed(
         gone = torch.ones(group.consumer.in_features, dtype=torch.bool)
         gone[group.read(kept_K)] = False
         weight_of(dense.get_submodule(group.name))[:, gone] = 0
-        made = narrow(model, group, kept_K, weight_of(model.get_submodule(group.name))[:, group.read(kept_K)])
+        made = narrow(model, group, Narrowed(kept_K, weight_of(model.get_submodule(group.name))[:, group.read(kept_K)]))
         put(model, [name for name, _ in made], [module for _, module in made])
         count(model, group, len(kept_K))
     mark(model)
@@ -160,7 +161,7 @@ def test_a_number_that_the_configuration_refuses_needs_the_loader():
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 8}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=4)).eval()
     (group,) = heads_of(model)
-    made = narrow(model, group, torch.arange(3), weight_of(model.get_submodule(group.name))[:, :24])
+    made = narrow(model, group, Narrowed(torch.arange(3), weight_of(model.get_submodule(group.name))[:, :24]))
     put(model, [name for name, _ in made], [module for _, module in made])
     mark(model)
     assert model.config.quantization_config.modules
@@ -168,7 +169,7 @@ def test_a_number_that_the_configuration_refuses_needs_the_loader():
 
 @torch.no_grad()
 def narrow_first(model: PreTrainedModel, group: ChannelGroup) -> None:
-    made = narrow(model, group, torch.arange(3), weight_of(model.get_submodule(group.name))[:, :24])
+    made = narrow(model, group, Narrowed(torch.arange(3), weight_of(model.get_submodule(group.name))[:, :24]))
     put(model, [name for name, _ in made], [module for _, module in made])
     count(model, group, 3)
 

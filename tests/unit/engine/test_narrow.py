@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from pared import ParedError
 from pared.checkpoint import load, mark, module_map, require_tensors
 from pared.engine.install import narrow, put
+from pared.engine.narrow_ranks import Narrowed
 from pared.entrypoints.export import make_dense
 from pared.modules import NarrowConv1D, NarrowLinear
 from pared.structure import find_anatomy, probe, weight_of
@@ -43,7 +44,7 @@ def narrowed(family: str) -> tuple[PreTrainedModel, torch.Tensor]:
         gone[kept_of(group)] = False
         weight_of(dense.get_submodule(group.name))[:, gone] = 0
         weight = weight_of(model.get_submodule(group.name))[:, kept_of(group)]
-        for name, new in narrow(model, group, kept_of(group), weight):
+        for name, new in narrow(model, group, Narrowed(kept_of(group), weight)):
             put(model, [name], [new])
     mark(model)
     return model, logits(dense)

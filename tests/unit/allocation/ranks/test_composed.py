@@ -29,7 +29,7 @@ def problem(steepness: float = 0.2) -> tuple[list[Unit], Evidence]:
     energies = {one.name: channels.square() for one in (gate, up)}
     costs = dict.fromkeys((gate.name, up.name, down.name), falling)
     units = [Unit((one,)) for one in (gate, up, down)]
-    return units, Evidence(costs, channels={down.name: Channels(group, channels, energies)})
+    return units, Evidence(costs, channels={down.name: Channels(group, channels, energies=energies)})
 
 
 def budget(keep: float, pivoted: bool = True) -> Budget:
