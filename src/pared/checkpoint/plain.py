@@ -42,7 +42,7 @@ def plain_sizes(model: PreTrainedModel) -> Sizes:
     if not own_class(type(model)).__module__.startswith("transformers."):
         return {}
     dense = built = _skeleton(model, {})
-    if dense is None:
+    if dense is None or not entries.keys() <= dict(dense.named_modules()).keys():  # modules were put in by hand
         return {}
     pairs = {pair for name, entry in entries.items() for pair in _changed(dense, name, entry)}
     sizes, left = Sizes(), _unlike(model, dense)

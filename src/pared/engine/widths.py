@@ -86,12 +86,12 @@ class ChannelSolver:
 
     def candidates(self) -> dict[str, Candidate]:
         """Return the groups of which costs are known, for an allocation; the first process keeps what it takes."""
-        return {one.name: self._candidate(one) for one in self._groups}
+        return {one.name: self._candidate(one) for one in self._groups if one.name in self.ledger.store.spectra}
 
     def _candidate(self, group: ChannelGroup) -> Candidate:
         store, shifts = self.ledger.store, self._spec.method.shifts
-        cost_N = store.spectra.get(group.name)
-        if cost_N is None or not composes(self._spec, group):
+        cost_N = store.spectra[group.name]
+        if not composes(self._spec, group):
             return Candidate(group, cost_N, shifts)
         rows = store.tensor(group.name, "energy_PG")
         made = {one.site.name: row_G for one, row_G in zip(group.producers, rows, strict=True)}

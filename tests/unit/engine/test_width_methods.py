@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import TINY_MODELS
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import pared
@@ -184,6 +185,36 @@ def test_a_bias_that_the_architecture_does_not_have_is_told_where_plain_weights_
     with pytest.raises(ParedError, match=r"mlp\.down_proj has a bias, which LlamaForCausalLM has no place for"):
         pared.export(tmp_path / "small", tmp_path / "plain")
     assert not (tmp_path / "plain").exists()
+
+
+class _Routed(nn.Module):
+    """Sends every token to one of two MLPs."""
+
+    def __init__(self, mlps: list[nn.Module]) -> None:
+        super().__init__()
+        self.mlps = nn.ModuleList(mlps)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        first, out = flat[:, 0] > 0, torch.zeros_like(flat)
+        for mlp, rows in zip(self.mlps, (first, ~first), strict=True):
+            if bool(rows.any()):
+                out[rows] = mlp(flat[rows])
+        return out.view_as(x)
+
+
+@pytest.mark.parametrize(("method", "allocation"), [("flap", "auto"), ("loss-optimal", "uniform")])
+def test_experts_that_no_token_reaches_keep_all_channels(method: str, allocation: str):
+    """Regression: one width for all was decided for them too, and nothing was known of their channels."""
+    model, other = TINY_MODELS["llama"](), TINY_MODELS["mistral"]()
+    for layer, more in zip(model.model.layers, other.model.layers, strict=False):
+        layer.mlp = _Routed([layer.mlp, more.mlp])
+    tokens = torch.full((4, 24), 5)
+    result = compressed(model, method, keep=0.9, allocation=allocation, structures="widths", heads="off",
+                        windows=Windows(tokens, digest_of(tokens), "words", "a test", stand_in=True))  # fmt: skip
+    whole = [site.name for site in result.plan.sites if isinstance(site.decision, Dense)]
+    assert readers(result)
+    assert any(name.endswith(("mlps.0.down_proj", "mlps.1.down_proj")) for name in whole)
 
 
 class _ByNumber(Options):
