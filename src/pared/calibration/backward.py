@@ -168,7 +168,7 @@ def _back(
         _GradientHook(site, wants[site.name], shape, mask) for site in anatomy.sites_of(index) if site.name in wants
     ]
     experts = [
-        ExpertTap(Placed(one, worker, anatomy.block_name(index)), statistic, mask)
+        ExpertTap(Placed(one, worker, anatomy.block_name(index)), statistic)
         for one in anatomy.mixtures_of(index)
         if isinstance(statistic := wants.get(one.name, {}).get(EXPERTS), ExpertLoss)
     ]
@@ -181,7 +181,7 @@ def _back(
     for tap in reversed(taps):  # the one nearest to the loss is where it began
         tap.finish()
     for mixture in experts:
-        mixture.finish()
+        mixture.finish(mask)
     return gradient
 
 

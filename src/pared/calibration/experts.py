@@ -14,22 +14,25 @@ from pared.calibration.statistics.experts import ExpertLoss
 from pared.errors import ParedError
 from pared.structure.mixture import Placed, Routed
 
+RootCall = tuple[tuple[Any, ...], dict[str, Any]]
+
 PAIRS = 4096  # tokens, each with one expert, that run at once
 
 
 class ExpertTap:
-    """Watches one mixture in the runs of a block in one batch, and updates its statistic when gradients are there.
+    """Watches one mixture in the runs of a block in one batch, and then updates its statistic.
 
     Args:
         placed: the mixture in the block that runs.
         statistic: that is updated.
-        mask_BT: which tokens of the batch are no padding; none if all are.
+        backward: whether gradients will come by; without them only norms are taken in.
     """
 
-    def __init__(self, placed: Placed, statistic: ExpertLoss, mask_BT: torch.Tensor | None) -> None:
-        self._placed, self._statistic, self._mask_BT = placed, statistic, mask_BT
-        self._root: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
-        self._calls: list[tuple[tuple[tuple[Any, ...], dict[str, Any]], Routed, torch.Tensor]] = []
+    def __init__(self, placed: Placed, statistic: ExpertLoss, backward: bool = True) -> None:
+        self._placed, self._statistic, self._backward = placed, statistic, backward
+        self._root: RootCall = ((), {})
+        self._finishing = False  # experts run again then, under the same hooks
+        self._calls: list[tuple[RootCall, Routed, torch.Tensor | None]] = []
 
     def hooked(self) -> Iterator[Any]:
         """Hook the modules for one run."""
@@ -40,27 +43,35 @@ class ExpertTap:
         self._root = (_detached(args), _detached(kwargs))
 
     def _leave(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
+        if self._finishing:
+            return
         root, routed = self._root, Routed.seen(_detached(args), _detached(kwargs))
 
         def receive(g_TN: torch.Tensor) -> None:
             self._calls.append((root, routed, g_TN.detach().reshape(len(routed.picks[0]), -1)))
 
-        if output.requires_grad:
+        if not self._backward:
+            self._calls.append((root, routed, None))
+        elif output.requires_grad:
             output.register_hook(receive)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
-    def finish(self) -> None:
+    def finish(self, mask_BT: torch.Tensor | None) -> None:
         """Update the statistic with what was seen.
+
+        Args:
+            mask_BT: which tokens of the batch are no padding; none if all are.
 
         Raises:
             ParedError: it is NaN or infinite, or the router picks something else than when it was proved.
         """
-        name = self._placed.mixture.name
+        name, self._finishing = self._placed.mixture.name, True
         for root, routed, g_TN in self._calls:
             u_TE, norm_TE = _changes(self._placed, root, routed, g_TN)
-            both = (drop_padding(one, self._mask_BT, name) for one in (u_TE, norm_TE))
+            both = (drop_padding(one, mask_BT, name) for one in (u_TE, norm_TE))
             self._statistic.update(*(one.reshape(-1, one.shape[-1]) for one in both))
         self._calls.clear()
+        self._finishing = False
         if not self._statistic.finite():
             raise ParedError(
                 f"experts {name}: what they output or its gradient is NaN or infinite; check the weights around them, "
@@ -69,9 +80,11 @@ class ExpertTap:
 
 
 def _changes(
-    placed: Placed, root: tuple[tuple[Any, ...], dict[str, Any]], routed: Routed, g_TN: torch.Tensor
+    placed: Placed, root: RootCall, routed: Routed, g_TN: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what taking out every expert changes the loss by, to first order, and norms as :class:`ExpertLoss` has it.
+
+    Without gradients the former is zero.
 
     What an expert makes of a token is computed once, whichever is gone: the outputs differ in which are summed up, and
     with which weights.
@@ -80,7 +93,7 @@ def _changes(
     index_TP, experts, device = index_TP.long(), mixture.experts, index_TP.device
     picked_TE = torch.zeros(len(index_TP), experts, dtype=torch.bool, device=device).scatter_(1, index_TP, True)
     wanted_TE, without = picked_TE.clone(), dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]()
-    for j in range(experts):
+    for j in range(experts) if g_TN is not None else ():
         rows_R = (torch.ones_like(picked_TE[:, j]) if mixture.rescales else picked_TE[:, j]).nonzero()[:, 0]
         if len(rows_R):
             kept_K = torch.tensor([one for one in range(experts) if one != j])
@@ -97,7 +110,7 @@ def _changes(
 
 
 def _made(
-    placed: Placed, routed: Routed, g_TN: torch.Tensor, wanted_TE: torch.Tensor
+    placed: Placed, routed: Routed, g_TN: torch.Tensor | None, wanted_TE: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return, for tokens and experts that are wanted, ``gᵀf`` and the norm of what an expert makes of a token, f."""
     slope_TE = torch.zeros(wanted_TE.shape, dtype=torch.float64, device=wanted_TE.device)
@@ -106,7 +119,8 @@ def _made(
         token_R, expert_R = part.unbind(dim=1)
         ones = torch.ones(len(part), 1, dtype=routed.picks[1].dtype, device=part.device)
         made_RN = routed.run(placed.experts, hidden_TN[token_R], expert_R[:, None], ones).float()
-        slope_TE[token_R, expert_R] = (made_RN.double() * g_TN[token_R].double()).sum(dim=1)
+        if g_TN is not None:
+            slope_TE[token_R, expert_R] = (made_RN.double() * g_TN[token_R].double()).sum(dim=1)
         norm_TE[token_R, expert_R] = made_RN.double().norm(dim=1)
     return slope_TE, norm_TE
 

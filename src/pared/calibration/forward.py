@@ -12,10 +12,13 @@ from torch.nn import functional
 
 from pared.calibration.activations import BlockInputs, drop_padding
 from pared.calibration.early_exit import Enough, LastRead
+from pared.calibration.experts import ExpertTap
 from pared.calibration.spool import HiddenStates
 from pared.calibration.statistics import CROSS, Shapes, Statistic, StatisticView, accumulators
+from pared.calibration.statistics.experts import EXPERTS, ExpertLoss
 from pared.errors import ParedError
 from pared.structure.linear import bias_of, weight_of
+from pared.structure.mixture import Placed
 from pared.structure.model import Anatomy, Site
 from pared.structure.probe import hooks
 from pared.structure.state import KeptState, copy_block
@@ -100,9 +103,23 @@ def observe(
         running.last = LastRead(sum(_is_collected(s, statistics.get(s.name, {})) for s in anatomy.sites_of(index)))
     if reference is not None:
         running.beside = copy_block(reference.block(index)).to(device=inputs.device, dtype=inputs.dtype)
-    with hooks(_tap(worker, anatomy, index, statistics, running)):
-        cosines = _run_block(worker, index, inputs, running, on_batch, influence)
+    mixtures = anatomy.mixtures_of(index)
+    of_experts = {one.name: ExpertLoss(one.experts, inputs.device) for one in mixtures}
+    placed = (Placed(one, worker, anatomy.block_name(index)) for one in mixtures)
+    experts = [ExpertTap(one, of_experts[one.mixture.name], backward=False) for one in placed]
+
+    def end_of_batch() -> None:
+        for tap in experts:
+            tap.finish(running.mask_BT)
+        on_batch()
+
+    with (
+        hooks(_tap(worker, anatomy, index, statistics, running)),
+        hooks(hook for tap in experts for hook in tap.hooked()),
+    ):
+        cosines = _run_block(worker, index, inputs, running, end_of_batch, influence)
     _require_finite(anatomy, index, statistics, running)
+    statistics |= {name: {EXPERTS: one} for name, one in of_experts.items()}
     return BlockStatistics(index, statistics, 1 - sum(cosines) / len(cosines) if cosines else None)
 
 

@@ -27,7 +27,7 @@ from pared.schema.plan import Plan
 from pared.structure.experts import proved
 from pared.structure.groups import RefusedError
 from pared.structure.mixture import Mixture, mixtures_by_shape
-from pared.widths import Experts
+from pared.widths import Experts, MixtureMoments
 
 Orders = dict[str, dict[str, list[float]]]  # by mixture: "order", "losses" and "picks" of its experts
 
@@ -88,12 +88,12 @@ class ExpertWork:
         """Fill in the record of what was done, and yield what a user should read of it."""
         assert self._plan is not None
         result.plan = self._plan
-        losses = [one["losses"][self._count - 1] for one in self._orders.values()]
+        losses = [one["losses"][self._count - 1] for one in self._orders.values() if one["losses"]]
+        told = f"; the loss is expected to grow by {sum(losses):.4g} nats a token" if losses else ""
         idle = sum(not picks for one in self._orders.values() for picks in one["picks"])
         yield (
-            f"{self._count} of {self._before} experts stay in each of {len(losses)} layers, chosen by "
-            f"{getattr(self._spec.config, 'expert_score', 'loss')}; the loss is expected to grow by {sum(losses):.4g} "
-            "nats a token"
+            f"{self._count} of {self._before} experts stay in each of {len(self._orders)} layers, chosen by "
+            f"{self._spec.method.name}{told}"
         )
         if idle:
             yield f"{idle} experts of all layers are given no token of the calibration text"
@@ -112,16 +112,20 @@ class ExpertWork:
                 for mixture in self._anatomy.mixtures_of(block.index):
                     self._orders[mixture.name] = self._ordered(block.statistics[mixture.name][EXPERTS])
 
-        observer.backward(observer.capture(), frozenset(), visit, kept=kept)
+        inputs = observer.capture()
+        if step.runs == "backward":
+            observer.backward(inputs, frozenset(), visit, kept=kept)
+        else:
+            observer.forward(inputs, lambda _: frozenset(), visit, step, kept=kept)
 
     def _ordered(self, found: Any) -> dict[str, list[float]]:
         assert isinstance(found, ExpertLoss)
         rule = self._spec.method.experts
         assert rule is not None, "a method without was refused"
-        experts: Experts = rule(found.value, found.weighted, found.picks, self._spec.config)
+        experts: Experts = rule(MixtureMoments(found.value, found.weighted, found.picks), self._spec.config)
         return {
             "order": experts.order_E.tolist(),
-            "losses": experts.losses_E.tolist(),
+            "losses": [] if experts.losses_E is None else experts.losses_E.tolist(),
             "picks": found.picks.long().tolist(),
         }
 

@@ -82,8 +82,8 @@ class LowRankMethod(Configured[C]):
         shifts: whether its widths add a bias to what reads the channels.
         heads: whether heads are taken out too with widths alone, unless a recipe says otherwise; none: where the
             allocation looks at the text.
-        experts: from what taking out each expert of a mixture changes the loss by, and the options, to the order of the
-            experts; none where there is no such thing.
+        experts: from what was seen of the experts of a mixture and the options to their order; none where there is no
+            such thing. A backward pass is run for it where the method has ``gradients``, a forward pass else.
         structures: what is made smaller at a budget ``keep``, unless a recipe says otherwise.
         operations: what ``solve`` takes of the weights that read one tensor, from their shapes ``(out, in)`` and the
             options, by which ``pared plan --cost`` predicts its time; none where that is not known.
@@ -106,7 +106,7 @@ class LowRankMethod(Configured[C]):
     widths: Callable[[Any, C], Any] | None = None  # of a pared.widths.GroupLayers a pared.widths.Channels, from above
     shifts: bool = False
     heads: bool | None = None
-    experts: "Callable[[torch.Tensor, torch.Tensor, torch.Tensor, C], Any] | None" = None  # a pared.widths.Experts
+    experts: Callable[[Any, C], Any] | None = None  # of pared.widths.MixtureMoments a pared.widths.Experts, from above
     structures: Callable[[float], str] = lambda _: "ranks"
     kind: ClassVar[Kind] = "method"
     operations: Callable[[Shapes, C], Sequence[Operation]] | None = None
@@ -191,10 +191,6 @@ class LossOptimal(GradientOptions, SharingOptions):
         Annotated[float, Field(ge=0, le=1)] | Literal["auto"],
         Field(description="how far the output gradients' moments are drawn towards their mean: 0 to 1, or auto"),
     ] = 0.0
-    expert_score: Annotated[
-        Literal["loss", "reap"],
-        Field(description="which experts go, with structures experts: of least loss, or of REAP's least score"),
-    ] = "loss"
 
 
 def either_gram(shapes: Shapes, _: Options | None = None) -> frozenset[str]:

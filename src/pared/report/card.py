@@ -8,6 +8,7 @@ import yaml
 from pared.models.architecture import AUTO_CLASSES
 from pared.report.table import comparison, learned_from
 from pared.schema.manifest import Manifest
+from pared.schema.plan import LowRank, Shared
 from pared.schema.presets import PresetRecord, summary_of
 from pared.schema.width import Width
 
@@ -78,13 +79,15 @@ def model_card(manifest: Manifest, folder: str, config: Mapping[str, Any]) -> st
         config: what its ``config.json`` holds.
     """
     recipe = manifest.recipe
-    narrow = any(isinstance(site.decision, Width) for site in manifest.plan.sites)
+    narrow, ranked = (
+        any(isinstance(site.decision, kinds) for site in manifest.plan.sites) for kinds in (Width, (LowRank, Shared))
+    )
     pruned = recipe.sparsity is not None or recipe.pattern is not None
     header = {
         "library_name": "transformers",
         "tags": [
             "pared",
-            "sparse" if pruned else "pruned" if recipe.structures in ("widths", "experts") else "low-rank",
+            "sparse" if pruned else "pruned" if narrow and not ranked else "low-rank",
             recipe.method,
         ],
         **_base_model(manifest),

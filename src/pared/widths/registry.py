@@ -1,4 +1,4 @@
-"""The methods that take channels and heads out and lower no rank, one declaration each."""
+"""The methods that take channels and heads out, or experts, and lower no rank, one declaration each."""
 
 from typing import Annotated, Literal
 
@@ -34,6 +34,10 @@ class ModeGpt(Options):
     ] = 1.0
 
 
+class Reap(Options):
+    """Options of ``reap``."""
+
+
 def fluctuation(_: Shapes, __: Options | None = None) -> frozenset[str]:
     """Require the mean and the variance of every input feature."""
     return frozenset({"mean", "variance"})
@@ -42,6 +46,11 @@ def fluctuation(_: Shapes, __: Options | None = None) -> frozenset[str]:
 def energy(_: Shapes, __: Options | None = None) -> frozenset[str]:
     """Require the energy of every input feature."""
     return frozenset({"energy"})
+
+
+def of_experts(_: Shapes, __: Options | None = None) -> frozenset[str]:
+    """Require what experts make of their tokens, which is no statistic of a layer."""
+    return frozenset({"experts"})
 
 
 def weight_gradient(_: Options) -> frozenset[str]:
@@ -87,6 +96,16 @@ METHODS: dict[str, LowRankMethod] = {
             widths=deferred("pared.widths.rules:nystroem"),
             heads=False,
             structures=lambda _: "widths",
+        ),
+        LowRankMethod(
+            name="reap",
+            paper="Lasby et al., 2025 (arXiv 2510.13999)",
+            summary="whole experts of a mixture go, of the least mean norm of their outputs times the router's weight",
+            config=Reap,
+            solve=None,
+            requires=of_experts,
+            experts=deferred("pared.widths.rules:reap"),
+            structures=lambda _: "experts",
         ),
         LowRankMethod(
             name="wanda-sp",

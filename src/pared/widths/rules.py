@@ -9,7 +9,7 @@ from pared.lowrank.registry import LossOptimal, Statistics, output_gradient
 from pared.lowrank.whitening import cholesky_factor
 from pared.schema.options import Options
 from pared.widths import flap, llm_pruner, modegpt, wanda_sp
-from pared.widths.experts import Experts, by_loss, by_reap
+from pared.widths.experts import Experts, MixtureMoments, by_loss, by_reap
 from pared.widths.layers import GroupLayers
 from pared.widths.registry import ModeGpt
 from pared.widths.removal import Channels, remove_channels
@@ -89,13 +89,11 @@ def first_order(layers: GroupLayers, _: Options) -> Channels:
     return llm_pruner.order_channels(layers.W_ON, gradient, layers.makers(), layers.inputs)
 
 
-def experts(M_EE: torch.Tensor, weighted_E: torch.Tensor, picks_E: torch.Tensor, options: LossOptimal) -> Experts:
-    """Order the experts of a mixture as the option says.
+def experts(layer: MixtureMoments, _: Options) -> Experts:
+    """Order the experts of a mixture by the loss."""
+    return by_loss(layer.M_EE)
 
-    Args:
-        M_EE: second moments per token of the change of the loss that taking out each makes ``(E, E)``.
-        weighted_E: the summed norms of what every expert makes of its tokens, each times the router's weight.
-        picks_E: how many tokens each is given.
-        options: of the method.
-    """
-    return by_reap(M_EE, weighted_E, picks_E) if options.expert_score == "reap" else by_loss(M_EE)
+
+def reap(layer: MixtureMoments, _: Options) -> Experts:
+    """REAP."""
+    return by_reap(layer.weighted_E, layer.picks_E)

@@ -15,7 +15,7 @@ import pared
 from pared import Calibration, ParedError, Recipe
 from pared.calibration.statistics.experts import EXPERTS, ExpertLoss
 from pared.data.windows import Windows
-from pared.engine import CompressedBlocks, compress_blocks, resolve
+from pared.engine import CompressedBlocks, PassSpec, compress_blocks, resolve
 from pared.engine.experts import ExpertWork
 from pared.engine.install import keep_experts
 from pared.engine.observe import Observer
@@ -38,7 +38,7 @@ EXPERTS_OF = 6  # every tiny mixture
 
 
 def recipe(calibration: Calibration, keep: float = 0.7, **more: Any) -> Recipe:
-    return Recipe(structures="experts", keep=keep, calibration=calibration, **more)
+    return Recipe(**{"structures": "experts", "keep": keep, "calibration": calibration, **more})
 
 
 def compressed(
@@ -119,7 +119,11 @@ def test_what_is_found_of_a_mixture_is_what_its_code_does(family: str):
 
 
 def observed(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, calibration: Calibration, **more: Any
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    calibration: Calibration,
+    forward: bool = False,
+    **more: Any,
 ) -> tuple[Observer, dict[str, ExpertLoss]]:
     """Return the statistics of every mixture."""
     spec = resolve(recipe(calibration, **more))
@@ -131,9 +135,13 @@ def observed(
     found: dict[str, ExpertLoss] = {}
 
     def visit(block: Any) -> None:
-        found.update({name: own[EXPERTS] for name, own in block.statistics.items()})
+        found.update({name: own[EXPERTS] for name, own in block.statistics.items() if EXPERTS in own})
 
-    observer.backward(observer.capture(), frozenset(), visit)
+    inputs = observer.capture()
+    if forward:
+        observer.forward(inputs, lambda _: frozenset(), visit, PassSpec("solve", "forward"))
+    else:
+        observer.backward(inputs, frozenset(), visit)
     return observer, found
 
 
@@ -148,11 +156,11 @@ def never_pick(model: PreTrainedModel, expert: int) -> None:
 def test_an_expert_that_is_never_picked_costs_nothing_and_goes_first(
     family: str, tokenizer: PreTrainedTokenizerFast, calibration: Calibration
 ):
-    for score in ("loss", "reap"):
+    for method in ("loss-optimal", "reap"):
         model = MIXTURES[family]()
         never_pick(model, 3)
         expected = logits(model)
-        result = compressed(model, tokenizer, calibration, keep=0.84, options={"expert_score": score})
+        result = compressed(model, tokenizer, calibration, keep=0.84, method=method)
         assert set(map(tuple, kept_of(result).values())) == {(0, 1, 2, 4, 5)}
         assert torch.allclose(logits(result.model), expected, atol=1e-6)
     model = MIXTURES[family]()
@@ -205,7 +213,8 @@ def test_reap_is_the_mean_of_norms_times_weights(
     family: str, tokenizer: PreTrainedTokenizerFast, calibration: Calibration
 ):
     model = MIXTURES[family]()
-    observer, found = observed(model, tokenizer, calibration)
+    observer, found = observed(model, tokenizer, calibration, forward=True)
+    backward = observed(model, tokenizer, calibration)[1]
     one = observer.anatomy.mixtures[0]
     experts = model.get_submodule(one.name)
     calls: list[Any] = []
@@ -226,7 +235,9 @@ def test_reap_is_the_mean_of_norms_times_weights(
     own = found[one.name]
     assert torch.equal(own.picks.float(), picks)
     assert torch.allclose(own.weighted.float(), sums, rtol=1e-4)
-    order = by_reap(own.value, own.weighted, own.picks)
+    assert torch.allclose(own.weighted, backward[one.name].weighted)
+    assert not own.value.any()
+    order = by_reap(own.weighted, own.picks)
     assert order.order_E.tolist() == (sums / picks).argsort(descending=True).tolist()
 
 
@@ -271,6 +282,8 @@ def test_its_folder_is_a_plain_one_that_loads_in_one_line(
         ("mixtral", {"heads": "on"}, "does not take heads"),
         ("mixtral", {"allocation": "loss"}, "every layer keeps as many"),
         ("mixtral", {"method": "svd-llm"}, "svd-llm has no score of experts"),
+        ("mixtral", {"method": "reap", "structures": "ranks"}, "reap takes whole experts out, got structures ranks"),
+        ("mixtral", {"method": "reap", "heads": "on"}, "does not take heads"),
         ("mixtral", {"options": {"input_shrinkage": 0.1}}, "option input_shrinkage of method loss-opti"),
         ("grouped", {}, "its router picks others of the experts that stay where some are gone"),
     ],

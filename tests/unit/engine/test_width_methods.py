@@ -20,8 +20,9 @@ from pared.schema.plan import Dense
 from pared.schema.width import Width, channels_of
 from pared.structure import bias_of, weight_of
 from pared.widths import in_order_of
-from pared.widths.registry import METHODS
+from pared.widths.registry import METHODS as DECLARED
 
+METHODS = {name: one for name, one in DECLARED.items() if one.widths is not None}  # another takes experts out
 TOKENS = torch.randint(1, 64, (8, 24), generator=torch.Generator().manual_seed(3))
 WINDOWS = Windows(TOKENS, digest_of(TOKENS), "words", "a test", stand_in=True)
 

@@ -16,7 +16,7 @@ MULTIPLE_OF = 64  # of widths: tiles of matrix units and blocks of quantised for
 ZEROS_ONLY = ("sparsity", "pattern")
 NOT_OF_EXPERTS = ("rank_fraction", "sparsity", "pattern", "skip", "heads", "multiple_of", "storage", "statistics",
                   "refit", "dense_path", "refine")  # fmt: skip
-OF_EXPERTS = ("loss", "expert_score")  # options of a method
+OF_EXPERTS = ("loss",)  # the option of a method of layers that experts have too
 LOW_RANK_ONLY = ("keep", "rank_fraction", "structures", "heads", "multiple_of", "storage", "statistics", "refit",
                  "dense_path")  # fmt: skip
 
@@ -30,7 +30,7 @@ def resolve(recipe: Recipe) -> CompressionSpec:
     """
     method = method_of(recipe)
     if isinstance(method, LowRankMethod):
-        return _resolve_experts(recipe, method) if recipe.structures == "experts" else _resolve_low_rank(recipe, method)
+        return _resolve_experts(recipe, method) if _takes_experts(recipe, method) else _resolve_low_rank(recipe, method)
     assert isinstance(method, PruningMethod), method.family
     return _resolve_sparse(recipe, method)
 
@@ -45,9 +45,9 @@ def resolve_low_rank(recipe: Recipe) -> LowRankSpec:
     if not isinstance(method, LowRankMethod):
         raise ParedError(f"method {method.name} prunes; a low-rank method is needed here: "
                          f"{', '.join(methods_of('low_rank'))}")  # fmt: skip
-    if recipe.structures == "experts":
-        raise ParedError("structures experts takes whole experts out, and layers are to be decided here; "
-                         f"take {called('structures', 'ranks')}")  # fmt: skip
+    if _takes_experts(recipe, method):
+        raise ParedError("structures experts takes whole experts out, and layers are to be decided here; take "
+                         f"{called('structures', 'ranks')} of another method, or of loss-optimal")  # fmt: skip
     return _resolve_low_rank(recipe, method)
 
 
@@ -72,6 +72,18 @@ def method_of(recipe: Recipe) -> Method:
         ParedError: there is none of that name, or the package that adds it is broken.
     """
     return METHODS.find(recipe.method)
+
+
+def _takes_experts(recipe: Recipe, method: LowRankMethod) -> bool:
+    """Whether whole experts are to be taken out.
+
+    Raises:
+        ParedError: the method does nothing else, and something else is asked for.
+    """
+    structures = method.structures(recipe.keep) if recipe.structures == "auto" else recipe.structures
+    if method.experts is not None and method.solve is None and method.widths is None and structures != "experts":
+        raise ParedError(f"method {recipe.method} takes whole experts out, got structures {structures}; leave it out")
+    return structures == "experts"
 
 
 def _resolve_low_rank(recipe: Recipe, method: LowRankMethod) -> LowRankSpec:
@@ -128,10 +140,10 @@ def _resolve_experts(recipe: Recipe, method: LowRankMethod) -> ExpertSpec:
             raise ParedError(f"structures experts does not take {field} (got {value!r}): it is of layers that are made "
                              "smaller or trained, and experts go whole; leave it out")  # fmt: skip
     config, default = method.configured(recipe.options), method.config()
-    for option in type(config).model_fields:
+    for option in type(config).model_fields if method.solve is not None else ():
         if option not in OF_EXPERTS and getattr(config, option) != getattr(default, option):
-            raise ParedError(f"option {option} of method {recipe.method} is of layers, got structures experts, whose "
-                             f"options are {' and '.join(OF_EXPERTS)}; leave it out")  # fmt: skip
+            raise ParedError(f"option {option} of method {recipe.method} is of layers, got structures experts, which "
+                             f"read {' and '.join(OF_EXPERTS)} alone; leave it out")  # fmt: skip
     allocator = allocator_of(name, "low_rank")
     return ExpertSpec(recipe, method, config, allocator, allocator.configured(recipe.allocation_options))
 

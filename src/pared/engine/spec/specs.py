@@ -295,7 +295,7 @@ class ExpertSpec(_Spec):
     method: LowRankMethod
 
     tries = False  # how many stay is known from shapes
-    method_calibrated = calibrated = backward = True
+    method_calibrated = calibrated = True
     gradients: frozenset[str] = frozenset()  # those of experts are no statistic of a layer
 
     def requires(self, shapes: Sequence[tuple[int, int]]) -> frozenset[str]:  # noqa: ARG002 - as every spec
@@ -307,9 +307,15 @@ class ExpertSpec(_Spec):
         """How much of the experts may stay."""
         return Budget(self.recipe.keep)
 
+    @property
+    def backward(self) -> bool:
+        """Whether the score is one of gradients."""
+        return bool(self.method.gradients(self.config))
+
     def passes(self) -> tuple[PassSpec, ...]:
         """Return the steps, in order."""
-        return (PassSpec("solve", "backward"), PassSpec("allocate"), PassSpec("install"))
+        solve = PassSpec("solve", "backward" if self.backward else "forward")
+        return (solve, PassSpec("allocate"), PassSpec("install"))
 
     def describe(self) -> dict[str, object]:
         """Return what the recipe's ``auto`` stands for, for the record."""
