@@ -79,9 +79,14 @@ def record(folder: Path) -> Manifest:
     return Manifest.read(folder).model_copy(update={"files": hashes_of(folder)}).write(folder)
 
 
-def published_recipe(recipe: Any) -> Any:
-    """Return a recipe as a manifest records it."""
+def published_recipe(recipe: Any) -> tuple[Any, dict[str, str]]:
+    """Return a recipe, and the SHA-256 of the local files and folders it names, as a manifest records them.
+
+    Raises:
+        OSError: one of these cannot be read.
+    """
     fields = recipe.model_dump(mode="json")
-    clean = without_places(fields, told_apart(inputs_of(fields)))
+    published = told_apart(inputs_of(fields))
+    clean = without_places(fields, published)
     clean["out"] = clean["out"] and Path(clean["out"]).name
-    return type(recipe).model_validate(clean)
+    return type(recipe).model_validate(clean), {last: digest for last, (_, digest) in published.items()}

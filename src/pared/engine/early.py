@@ -114,8 +114,8 @@ def require_job(recipe: Recipe, overwrite: bool, resume: bool = False) -> tuple[
     out = path_of(recipe.out)
     left = run_folder(out, COMPRESSION).is_dir()
     if resume and not overwrite and not left and (out / MANIFEST).is_file():
-        raise ParedError(f"output folder {out} is finished, by another recipe or other versions, and there is nothing "
-                         f"to resume; name another or pass {called('overwrite', 'True')}")  # fmt: skip
+        raise ParedError(f"output folder {out} is finished, by another recipe, of other files or versions, and there "
+                         f"is nothing to resume; name another or pass {called('overwrite', 'True')}")  # fmt: skip
     require_free(out, overwrite, inputs_of(recipe.model_dump()))
     source = require_model(spec)
     require_apart(out, [Path(source.place)])

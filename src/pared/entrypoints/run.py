@@ -95,13 +95,16 @@ def _there(recipe: Recipe, again: bool, progress: Progress) -> Outcome | None:
 
 
 def reusable(recipe: Recipe) -> Outcome | None:
-    """Return the outcome in a recipe's output folder if this very recipe and these versions made it and it is whole."""
+    """Return the outcome in a recipe's output folder if it is whole, and was made by this very recipe and versions.
+
+    The files that the recipe names have to hold what they held then. What a name of the Hub stands for is not compared.
+    """
     folder = path_of(recipe.out or "")
     try:
         manifest = Manifest.read(folder)
-        if manifest.recipe != published_recipe(recipe) or manifest.versions != versions():
+        if (manifest.recipe, manifest.inputs) != published_recipe(recipe) or manifest.versions != versions():
             return None
         verify(folder)
-    except ParedError:
+    except (ParedError, OSError):
         return None
     return Outcome(folder, manifest)

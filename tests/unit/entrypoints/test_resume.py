@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from processes import forked
+from safetensors.torch import load_file, save_file
 from tiny_models import MIXTURES, TINY_MODELS
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -406,8 +407,33 @@ def test_the_command_resumes_what_was_killed_before_it_removed_its_state_and_say
     assert "is finished, by this very recipe: nothing was left to do" in second.output
     other = CliRunner().invoke(app, [*command, "--sparsity", "0.25"])
     assert other.exit_code == 2
-    assert "is finished, by another recipe or other versions, and there is nothing to resume; name" in other.output
+    assert (
+        "is finished, by another recipe, of other files or versions, and there is nothing to resume; name"
+        in other.output
+    )
     assert content(tmp_path / "out") == made
+
+
+@pytest.mark.parametrize("other", ["another model", "other weights", "another text"])
+def test_an_output_of_other_files_under_the_same_names_is_not_called_finished(
+    other: str, place: Path, tmp_path: Path
+) -> None:
+    """Regression: names were compared without what lies there, and a folder of another model was handed back."""
+    for folder in ("a", "b"):
+        shutil.copytree(place / "llama", tmp_path / folder / "llama")
+        shutil.copy(place / "words.txt", tmp_path / folder)
+    recipe = recipe_of("wanda", tmp_path / "a", tmp_path / "out")
+    made = pared.run(recipe)
+    assert pared.run(recipe, resume=True).manifest == made.manifest
+    asked = recipe_of("wanda", tmp_path / ("b" if other == "another model" else "a"), tmp_path / "out")
+    if other == "another text":
+        with (tmp_path / "a" / "words.txt").open("a") as text:
+            text.write(" more")
+    else:
+        weights = Path(str(asked.model)) / "model.safetensors"
+        save_file({name: one * 1.5 for name, one in load_file(weights).items()}, weights, {"format": "pt"})
+    with pytest.raises(ParedError, match="is finished, by another recipe, of other files or versions"):
+        pared.run(asked, resume=True)
 
 
 def test_what_was_killed_while_it_removed_its_state_leaves_nothing_when_it_is_resumed(
