@@ -29,6 +29,16 @@ from pared.schema.plan import Plan
 from pared.structure.probe import probe_shapes
 
 
+def _require_predicted(spec: CompressionSpec) -> None:
+    """Refuse a compression of which nothing is predicted, before anything is measured or read.
+
+    Raises:
+        ParedError: experts are to be taken out, whose work depends on which are picked.
+    """
+    if isinstance(spec, ExpertSpec):
+        raise ParedError("what taking experts out costs in time and memory is not predicted; leave the cost out")
+
+
 def rates_of(machine: str | None = None, device: str = "auto") -> Rates:
     """Return what gives operations a time.
 
@@ -49,8 +59,9 @@ def cost_of_source(source: ModelSource, spec: CompressionSpec, plan: Plan, rates
     """Predict a compression of a model by name; its texts are read, if they are at hand, and no weight.
 
     Raises:
-        ParedError: the model does not run on shapes alone.
+        ParedError: the model does not run on shapes alone, or experts are to be taken out of it.
     """
+    _require_predicted(spec)
     skeleton = source.skeleton().to(source.declared_dtype(spec.recipe.dtype))
     calibrated, evaluated, notes = asked_tokens(spec)
     try:
@@ -69,8 +80,9 @@ def cost_of_loaded(model: PreTrainedModel, spec: CompressionSpec, plan: Plan, ra
     """Predict a compression of a loaded model, on texts that are as long as asked for.
 
     Raises:
-        ParedError: the model does not run on shapes alone.
+        ParedError: the model does not run on shapes alone, or experts are to be taken out of it.
     """
+    _require_predicted(spec)
     return predict(on_shapes(model), spec, plan, rates, *asked_tokens(spec))
 
 
@@ -120,10 +132,8 @@ def predict(
         notes: what is to be said of it.
 
     Raises:
-        ParedError: the model does not run on shapes alone, or experts are to be taken out of it.
+        ParedError: the model does not run on shapes alone.
     """
-    if isinstance(spec, ExpertSpec):
-        raise ParedError("what structures experts takes is not predicted; leave the cost out")
     anatomy = probe_shapes(skeleton, anatomy_of(skeleton, spec.recipe))
     model_dtype = str(skeleton.dtype).removeprefix("torch.")
     dtype = rates.compute_dtype(spec.recipe.calibration.dtype, model_dtype)

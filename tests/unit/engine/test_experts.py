@@ -360,3 +360,5 @@ def test_the_plan_from_shapes_has_the_sizes_of_what_is_made(
     assert [site.name for site in planned.sites] == [site.name for site in made.sites]
     assert "experts alone are taken out" in {weight.reason for weight in planned.uncovered}
     assert 0.66 < made.achieved_keep < 0.67
+    with pytest.raises(ParedError, match="what taking experts out costs in time and memory is not predicted"):
+        pared.plan(str(tmp_path), method="reap", keep=0.7, cost=True)
