@@ -29,18 +29,17 @@ PLACE = Path(os.environ.get("PARED_CACHE", "~/.cache/pared")).expanduser() / "be
 ENGINE = Path(os.environ.get("PARED_LLAMA_CPP", ROOT / ".serve"))
 SCRIPT = Path(__file__).with_suffix(".mjs")
 MODEL, KEEP, MULTIPLE = "embedded:smollm2-135m", 0.6, 32
-TYPES, ROUNDS, TOKENS, BAR = ("f32", "f16", "q8_0"), 7, 48, 0.95
+TYPES, ROUNDS, TOKENS, BAR = ("f32", "f16", "q8_0"), 5, 32, 0.95
 PROMPTS = (
     "The capital of France is",
     "def fibonacci(n):\n",
-    "In 1987, 12345 people",
     "Once upon a time, in a small village by the sea,",
 )
 # name -> fields of the recipe; widths by layer are spread by loss, heads too
 MODELS: dict[str, dict[str, Any] | None] = {
     "dense": None,
-    "one width": {"structures": "widths", "allocation": "uniform"},
-    "widths and heads by layer": {"structures": "widths"},
+    "one width": {"structures": "widths", "allocation": "uniform", "calibration": {"samples": 2, "length": 256}},
+    "widths and heads by layer": {"structures": "widths", "calibration": {"samples": 8, "length": 512}},
 }
 
 
@@ -100,9 +99,8 @@ def folder_of(name: str) -> str:
         return MODEL
     out = PLACE / name.replace(" ", "-")
     if not (out / "config.json").exists():
-        text = pared.Calibration(samples=8, length=512)
         recipe = {"model": MODEL, "keep": KEEP, "multiple_of": MULTIPLE, "method": "loss-optimal", "evaluation": None}
-        pared.run(pared.Recipe.model_validate({**recipe, **fields, "calibration": text, "out": str(out)}), resume=False)
+        pared.run(pared.Recipe.model_validate({**recipe, **fields, "out": str(out)}), resume=False)
     return str(out)
 
 
