@@ -42,9 +42,10 @@ test-portable: install
 test-gpu: install
 	$(BIN)/pytest tests/gpu -m gpu -rs $(ARGS)
 
-# What engines read, by the engines themselves: llama.cpp, by node-llama-cpp (node and npm are needed).
+# What engines read, by the engines themselves: llama.cpp, by node-llama-cpp (node and npm are needed), and onnxruntime.
 serve-test: install
 	npm install --prefix .serve --ignore-scripts --no-audit --no-fund node-llama-cpp@3.22.1
+	$(BIN)/pip install --quiet onnx onnxscript onnxruntime
 	$(BIN)/pytest tests/serve -m serve -rs $(ARGS)
 	$(MAKE) serve-vllm
 

@@ -11,7 +11,7 @@ import pared
 from llama_cpp import PROMPTS, Engine, in_transformers
 from pared.models.gguf import header_of
 from pared.models.pre_tokenizers import PRE_TOKENIZERS
-from unit.serving.gguf_models import changed_model, model_of, narrow_, narrowed_model, saved, tokenizer_of
+from unit.serving.gguf_models import biased_model, changed_model, model_of, narrow_, narrowed_model, saved, tokenizer_of
 
 pytestmark = pytest.mark.serve
 TOKENS = 32
@@ -27,6 +27,7 @@ MODELS: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
     "llama, fewer heads": (lambda: narrowed_model("llama", [48] * 3, [1] * 3), "llama"),
     "llama, widths by layer": (lambda: narrowed_model("llama", WIDTHS), "deci"),
     "llama, widths and heads by layer": (lambda: narrowed_model("llama", WIDTHS, HEADS), "deci"),
+    "llama, biases where there are none": (biased_model, "deci"),
     "llama, low rank": (lambda: changed_model("low_rank"), "llama"),
     "llama, sparse": (lambda: changed_model("sparse"), "llama"),
     "mistral": (lambda: model_of("mistral"), "llama"),

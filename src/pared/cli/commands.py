@@ -28,7 +28,7 @@ COMMANDS = {
         "pared.cli.presets:presets",
         "List the protocols that `--preset` knows, or print one with what its paper says.",
     ),
-    "export": ("pared.cli.export:export", "Write a model as a plain folder, or as a GGUF file."),
+    "export": ("pared.cli.export:export", "Write a model as a plain folder, a GGUF file or an ONNX graph."),
     "convert": (
         "pared.cli.convert:convert",
         "Store a folder in another form: pivoted (k² fewer parameters, no loss), as two factors, or as plain weights.",

@@ -20,7 +20,8 @@ def export(
         str,
         typer.Option(
             help="dense: a folder of plain weights, factors multiplied out, zeros written out. "
-            "gguf: one file for llama.cpp, with tokenizer and chat template."
+            "gguf: one file for llama.cpp, with tokenizer and chat template. "
+            "onnx: a folder with a graph in float32 for onnxruntime, cache and factors in it."
         ),
     ] = "dense",
     dtype: Annotated[
@@ -31,7 +32,7 @@ def export(
     ] = "auto",
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a model as a plain folder, or as a GGUF file."""
+    """Write a model as a plain folder, a GGUF file or an ONNX graph."""
     with errors():
         quiet_libraries()
         require_export(model, made, to, dtype, quantize)
@@ -41,6 +42,13 @@ def export(
             written = export_gguf(model, made, quantize, overwrite)
             out.print(f"read back: every number compared, largest relative difference {written.self_check:.2g}")
             out.print(f"file: {made}  ({written.bytes_on_disk:,} bytes)")
+            return
+        if to == "onnx":
+            from pared.entrypoints.export_onnx import export_onnx
+
+            written = export_onnx(model, made, overwrite)
+            out.print(f"self-check: run in onnxruntime, largest relative difference {written.self_check:.2g}")
+            out.print(f"folder: {made}  ({written.bytes_on_disk:,} bytes of graph and weights)")
             return
         from pared.entrypoints.export import export_dense
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pared.schema.recipe import Recipe
     from pared.schema.training import TrainingConfig
 
-FORMS = ("dense", "gguf")  # that models are exported in
+FORMS = ("dense", "gguf", "onnx")  # that models are exported in
 TYPES = ("auto", "f32", "f16", "bf16", "q8_0")  # that a .gguf file is written in
 
 
@@ -155,9 +155,10 @@ def require_export(model: str, out: "Path", form: str, dtype: str = "auto", quan
     from pared.names import called
 
     require_known("form", form, FORMS)
+    if form != "dense" and dtype != "auto":
+        stored = called("quantize") if form == "gguf" else "float32 always"
+        raise ParedError(f"{called('dtype')} says what a dense folder stores; for {called('to', form)}: {stored}")
     if form == "gguf":
-        if dtype != "auto":
-            raise ParedError(f"{called('dtype')} says what a dense folder stores; a .gguf file: {called('quantize')}")
         _require_gguf(out, quantize)
     elif quantize != "auto":
         raise ParedError(f"{called('quantize')} says what a .gguf file stores; expected {called('to', 'gguf')} with it")

@@ -65,10 +65,10 @@ def export(
     to: str = "dense",
     quantize: str = "auto",
 ) -> Written:
-    """Write any model that has a name as a plain dense folder, or as a GGUF file; neither needs anything of pared.
+    """Write any model that has a name as a plain dense folder, a GGUF file or an ONNX graph; none needs pared.
 
-    Factors are multiplied out and zeros written out. What is written is read again: a folder must answer as the model
-    it was made of, and a file hold its numbers.
+    Factors are multiplied out, but for ONNX, and zeros written out. What is written is read again: a folder must answer
+    as the model it was made of, and a GGUF file hold its numbers.
 
     Args:
         model: by name, dense or compressed.
@@ -76,7 +76,7 @@ def export(
         dtype: that a folder stores; ``auto`` keeps what is stored, and makes bfloat16 of a quantised ``.gguf`` file.
         overwrite: whether a folder there that pared wrote, or a GGUF file, may be replaced.
         trust_remote_code: whether code that lies beside the model may run.
-        to: ``dense`` or ``gguf``.
+        to: ``dense``, ``gguf`` or ``onnx``.
         quantize: what a GGUF file stores: ``f32``, ``f16``, ``bf16`` or ``q8_0``; ``auto`` the dtype of the model.
 
     Raises:
@@ -93,6 +93,10 @@ def export(
         require_export(name, out, to, dtype, quantize)
         if to == "dense":
             return export_dense(name, out, dtype, overwrite)
+        if to == "onnx":
+            from pared.entrypoints.export_onnx import export_onnx
+
+            return export_onnx(name, out, overwrite)
         from pared.entrypoints.export_gguf import export_gguf  # needs the gguf package
 
         return export_gguf(name, out, quantize, overwrite)

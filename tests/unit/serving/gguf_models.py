@@ -11,7 +11,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from pared.checkpoint.save import mark
 from pared.models.pre_tokenizers import cut_as
-from pared.modules import LowRankLinear, SparseLinear, replace_module
+from pared.modules import LowRankLinear, PivotedLinear, SparseLinear, replace_module
 from pared.modules.narrow import narrowed
 
 MERGES = [
@@ -104,6 +104,17 @@ def cut(parent: Any, makers: tuple[str, ...], reader: str | None, width: int) ->
         setattr(parent, reader, narrowed(old, old.weight[:, :width], old.bias))
 
 
+def biased_model() -> PreTrainedModel:
+    """Return a narrowed Llama whose layers that read channels and heads have biases, which the architecture lacks."""
+    model = narrowed_model("llama", [48, 16, 40], [1, 2, 2])
+    for layer in model.model.layers:
+        for parent, name in ((layer.mlp, "down_proj"), (layer.self_attn, "o_proj")):
+            old = getattr(parent, name)
+            setattr(parent, name, narrowed(old, old.weight, torch.randn(old.out_features)))
+    mark(model)
+    return model
+
+
 def changed_model(kind: str, rank: int = 8) -> PreTrainedModel:
     """Return a Llama all of whose matrices have a low rank, or half of whose weights are zeros."""
     model = model_of("llama")
@@ -114,7 +125,8 @@ def changed_model(kind: str, rank: int = 8) -> PreTrainedModel:
             mask = torch.rand(old.weight.shape) < 0.5
             new: Any = SparseLinear.of(old.weight.detach() * mask, mask, None)
         else:
-            new = LowRankLinear(old.in_features, old.out_features, rank, bias=False)
+            layer = {"low_rank": LowRankLinear, "pivoted": PivotedLinear}[kind]
+            new = layer(old.in_features, old.out_features, rank, bias=False)
         replace_module(model, name, new)
     mark(model)
     return model

@@ -29,6 +29,7 @@ from unit.serving.gguf_models import (
     MERGES,
     ROWS,
     TEMPLATE,
+    biased_model,
     changed_model,
     model_of,
     narrowed_model,
@@ -148,6 +149,14 @@ def test_widths_by_layer_are_deci_with_numbers_for_every_layer(tmp_path: Path, f
             assert torch.equal(halves(numbers(file, f"blk.{number}.attn_{short}.weight")), own.weight)
             if own.bias is not None:
                 assert torch.equal(halves(numbers(file, f"blk.{number}.attn_{short}.bias")), own.bias)
+
+
+def test_a_bias_that_the_architecture_lacks_is_in_the_file(tmp_path: Path) -> None:
+    model, file = biased_model(), tmp_path / "small.gguf"
+    pared.export(saved(tmp_path / "small", model), file, to="gguf")
+    for number, layer in enumerate(model.model.layers):
+        assert torch.equal(numbers(file, f"blk.{number}.ffn_down.bias"), layer.mlp.down_proj.bias)
+        assert torch.equal(numbers(file, f"blk.{number}.attn_output.bias"), layer.self_attn.o_proj.bias)
 
 
 def test_one_width_everywhere_stays_the_architecture_it_is(tmp_path: Path) -> None:
