@@ -159,7 +159,7 @@ class MemberLayer(nn.Module):
         if self.waiting:
             raise UnsupportedError(
                 f"{self.member.name}: {', '.join(sorted(self.waiting))} was not read; its values would be random. Load "
-                "the folder's files as they are (--load-format auto)"
+                "the folder's files as they are (vLLM's load_format auto)"
             )
         for matrix in (self.down, self.up):
             if matrix is not None and not matrix.prepared:
