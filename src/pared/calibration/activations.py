@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from pared.calibration.spool import ActivationMemory, HiddenStates
 from pared.errors import ParedError
+from pared.structure.calls import adapted
 from pared.structure.model import Anatomy
 from pared.structure.probe import BlockCall, StopForwardError, replaced_forwards, run_model
 
@@ -102,8 +103,8 @@ def capture(
             inputs.beside.append(more)
             inputs.hidden.append(recorded[0].hidden.to(device, dtype))
             first = inputs.calls[0] if inputs.calls else None
-            adapted: dict[int, torch.Tensor] = {}  # blocks are given the same masks and tables: one copy of each
-            calls = [_adapted(call, dtype, device, adapted) for call in recorded]
+            known: dict[int, torch.Tensor] = {}  # blocks are given the same masks and tables: one copy of each
+            calls = [adapted(call, dtype, device, known) for call in recorded]
             inputs.calls.append([_share(call, first[index]) for index, call in enumerate(calls)] if first else calls)
     return inputs
 
@@ -206,28 +207,6 @@ def _cross_block_dependency_error(anatomy: Anatomy, call: BlockCall) -> ParedErr
         f"block {anatomy.block_name(call.block)} is given values that an earlier block computed "
         f"(arguments {sorted(call.kwargs)}); such models cannot be walked block by block yet"
     )
-
-
-def _adapted(call: BlockCall, dtype: torch.dtype, device: torch.device, adapted: dict[int, torch.Tensor]) -> BlockCall:
-    def adapt_tensor(value: torch.Tensor) -> torch.Tensor:
-        if not value.is_floating_point():
-            return value.to(device)
-        # A mask of float32's lowest value must not become -inf in a half dtype.
-        limit = min(torch.finfo(dtype).max, torch.finfo(value.dtype).max)
-        return value.clamp(-limit, limit).to(device, dtype)
-
-    def adapt(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            if id(value) not in adapted:
-                adapted[id(value)] = adapt_tensor(value)
-            return adapted[id(value)]
-        if isinstance(value, dict):
-            return {name: adapt(item) for name, item in value.items()}
-        if type(value) in (tuple, list):
-            return type(value)(adapt(item) for item in value)
-        return value
-
-    return replace(call, args=adapt(call.args), kwargs=adapt(call.kwargs), hidden=call.hidden.new_empty(0))
 
 
 def _share(call: BlockCall, first: BlockCall) -> BlockCall:

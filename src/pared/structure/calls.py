@@ -1,6 +1,6 @@
 """How a model calls a block, taken apart so that it can be called again."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -71,3 +71,34 @@ class BlockCall:
 def hidden_of(output: Any) -> torch.Tensor:
     """Return the hidden states of what a block returned."""
     return output[0] if isinstance(output, (tuple, list)) else output
+
+
+def adapted(call: BlockCall, dtype: torch.dtype, device: torch.device, known: dict[int, torch.Tensor]) -> BlockCall:
+    """Return a call whose arguments are of another dtype and place; hidden states are not among them.
+
+    Args:
+        call: of a block.
+        dtype: of what are floating point numbers.
+        device: of all tensors.
+        known: tensors that were brought there before, by the identity of what they were; it grows.
+    """
+
+    def adapt_tensor(value: torch.Tensor) -> torch.Tensor:
+        if not value.is_floating_point():
+            return value.to(device)
+        # A mask of float32's lowest value must not become -inf in a half dtype.
+        limit = min(torch.finfo(dtype).max, torch.finfo(value.dtype).max)
+        return value.clamp(-limit, limit).to(device, dtype)
+
+    def adapt(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            if id(value) not in known:
+                known[id(value)] = adapt_tensor(value)
+            return known[id(value)]
+        if isinstance(value, dict):
+            return {name: adapt(item) for name, item in value.items()}
+        if type(value) in (tuple, list):
+            return type(value)(adapt(item) for item in value)
+        return value
+
+    return replace(call, args=adapt(call.args), kwargs=adapt(call.kwargs), hidden=call.hidden.new_empty(0))

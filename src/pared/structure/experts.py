@@ -1,6 +1,6 @@
 """Whether experts can be taken out of a block: proved by running it, as channels are (:mod:`pared.structure.channels`).
 
-What is proved, on what the block read in the probe pass and on random hidden states:
+What is proved, on what the block read in the probe pass and on random hidden states, in float32 or better:
 
 - What the experts make of a token is the sum of what each picked one makes of it, times its weight.
 - With some experts alone the module gives, for picks among these, what it gave before.
@@ -10,18 +10,19 @@ What is proved, on what the block read in the probe pass and on random hidden st
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
 import torch
 from torch import nn
 
-from pared.structure.calls import BlockCall
+from pared.structure.calls import BlockCall, adapted
 from pared.structure.groups import Count, RefusedError
 from pared.structure.mixture import Mixture, Placed, Routed, seen_as
 from pared.structure.probe import hooks
 from pared.structure.proof import TOLERANCE
-from pared.structure.state import KeptState
+from pared.structure.state import KeptState, copy_block
 
 MOST_COUNTS = 8  # attributes of which every subset is tried
 DRAWS = 3  # random hidden states that a block is tried on, besides those of the probe pass
@@ -40,6 +41,10 @@ def proved(mixture: Mixture, block: nn.Module, name: str, call: BlockCall) -> Mi
     Raises:
         RefusedError: experts cannot be taken out of it; says why.
     """
+    if call.hidden.dtype.itemsize < torch.float32.itemsize:  # where logits of a router may be equal by rounding
+        block = copy_block(block, name).float()
+        hidden = call.hidden.float()
+        call = replace(adapted(call, torch.float32, hidden.device, {}), hidden=hidden)
     placed = Placed(mixture, block, name)
     generator = torch.Generator().manual_seed(0)
     drawn = [torch.randn(call.hidden.shape, generator=generator).to(call.hidden) for _ in range(DRAWS)]
