@@ -23,9 +23,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+CONVERTER = 2  # what a twin of the same file holds depends on it: one more whenever that changes, tokenizer included
+
 
 def converted(gguf: Path, dtype: str) -> Path:
-    """Return the folder of the dequantised safetensors twin of a GGUF file, made once.
+    """Return the folder of the dequantised safetensors twin of a GGUF file, made once a version of the converter.
 
     The file is read tensor by tensor; memory: one block and one tensor in float32.
 
@@ -38,7 +40,7 @@ def converted(gguf: Path, dtype: str) -> Path:
     """
     header, itemsize = header_of(gguf), 4 if dtype == "float32" else 2
     suffix = "" if dtype == "float32" else f"-{dtype}"
-    place = twin_folder(f"{gguf.stem}-{file_digest(gguf)[:16]}{suffix}")
+    place = twin_folder(f"{gguf.stem}-{file_digest(gguf)[:16]}{suffix}-v{CONVERTER}")
     size = itemsize * header.parameters
 
     def convert(folder: Path) -> None:

@@ -14,8 +14,10 @@ from transformers import PreTrainedModel
 
 import pared
 import pared.entrypoints.export_gguf
+import pared.models.gguf
 import pared.serving.gguf.file
 from pared import ParedError
+from pared.io.digests import file_digest
 from pared.models.gguf import header_of
 from pared.models.gguf_weights import dequantised_tensor
 from pared.models.pre_tokenizers import PRE_TOKENIZERS
@@ -244,6 +246,21 @@ def test_the_tokenizer_read_back_gives_the_same_numbers(tmp_path: Path, pre: str
     for text in TEXTS:
         assert again(text)["input_ids"] == own(text)["input_ids"], text
     assert again.chat_template == own.chat_template
+
+
+def test_a_twin_of_an_older_converter_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regression: twins that were made before text was cut as the file says kept the tokens of GPT-2 in the cache."""
+    folder, file, text = saved(tmp_path / "dense", "llama"), tmp_path / "made.gguf", "the 1234"
+    pared.export(folder, file, to="gguf")
+    with monkeypatch.context() as older:
+        older.setattr(pared.models.gguf, "CONVERTER", pared.models.gguf.CONVERTER - 1)
+        older.setattr(pared.models.gguf, "cut_as", lambda *_: None)
+        stale = pared.load_tokenizer(file)(text)["input_ids"]
+    (old,) = (tmp_path / "cache" / "models").iterdir()
+    old.rename(old.with_name(f"made-{file_digest(file)[:16]}"))  # as it was named before there were versions
+    own = tokenizer_of()(text)["input_ids"]
+    assert stale != own
+    assert pared.load_tokenizer(file)(text)["input_ids"] == own
 
 
 def test_ways_of_cutting_text_differ_where_they_should() -> None:
