@@ -32,12 +32,11 @@ def decompose(
         losses_only: directions are not asked for, and not found where that takes less.
 
     Raises:
-        ParedError: these do not allow it.
+        ParedError: these do not allow it, or the method lowers no rank.
     """
     method = spec.method
-    assert method.solve is not None, "no rank is decided where a method has widths alone"
     weights = [weight.to(next(iter(own.values()), weight).device) for weight, own in zip(weights, values, strict=True)]
-    solve = method.losses if losses_only and method.losses else method.solve
+    solve = method.losses if losses_only and method.losses else method.require_solve()
     try:
         found = solve(weights, values, spec.config)
     except KeyError as missing:  # of statistics that were saved for another method

@@ -107,7 +107,7 @@ def require_rank_groups(recipe: "Recipe") -> None:
     """
     from pared.engine.spec import resolve_low_rank
 
-    resolve_low_rank(recipe)
+    resolve_low_rank(recipe).method.require_solve()
     require_plan(recipe)
 
 

@@ -110,6 +110,7 @@ def rank_groups(
             than groups.
     """
     progress, spec = progress or Silent(), resolve_low_rank(recipe)
+    spec.method.require_solve()
     require_dense(model.config, model.config.name_or_path or type(model).__name__)
     anatomy = anatomy_of(model, recipe)
     require_finite_weights(model, anatomy)

@@ -121,9 +121,18 @@ class LowRankMethod(Configured[C]):
         Raises:
             ParedError: the method lowers no rank.
         """
+        return self.require_solve()([W_ON], [statistics], self.configured(options))
+
+    def require_solve(self) -> "Callable[[Sequence[torch.Tensor], Sequence[Statistics], C], Decomposition]":
+        """Return ``solve`` of a method that has it.
+
+        Raises:
+            ParedError: the method lowers no rank.
+        """
         if self.solve is None:
-            raise ParedError(f"method {self.name} takes channels out and lowers no rank; take a method of ranks")
-        return self.solve([W_ON], [statistics], self.configured(options))
+            taken = "experts" if self.widths is None else "channels"
+            raise ParedError(f"method {self.name} takes {taken} out and lowers no rank; take a method of ranks")
+        return self.solve
 
     @property
     def shares(self) -> bool:

@@ -1,6 +1,7 @@
 """One group of every weight's directions out at a time; the model is measured, and put back bit by bit."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pared.data import Windows
 from pared.entrypoints import rank_groups as diagnose
 from pared.entrypoints.rank_groups import RankGroups, classification, rank_groups
 from pared.structure import find_anatomy, weight_of
+from pared.widths.registry import METHODS as WIDTHS
 from unit.data.test_labelled import head
 
 METHODS = ("svd", "fwsvd", "svd-llm", "loss-optimal")
@@ -184,6 +186,19 @@ def test_what_cannot_be_diagnosed_is_refused(recipe: Any, tokenizer: Any, exampl
     ):
         with pytest.raises(ParedError, match=told):
             rank_groups(model, tokenizer, asked, groups)
+
+
+@pytest.mark.parametrize("method", WIDTHS)
+def test_a_method_without_directions_ran_the_calibration_and_died_by_an_assertion(
+    method: str, recipe: Any, tokenizer: Any
+) -> None:
+    told = f"method {method} takes channels out and lowers no rank|structures experts takes whole experts out"
+    with pytest.raises(ParedError, match=told):
+        rank_groups(TINY_MODELS["llama"](), tokenizer, recipe(method, calibration={"text": "file:nowhere"}), 4)
+    # No model of the name is there either: the method is refused before anything is looked for.
+    refused = CliRunner().invoke(app, ["diagnose", "rank-groups", "nowhere", "--method", method])
+    assert refused.exit_code == 2
+    assert re.search(told, " ".join(refused.stderr.split()))
 
 
 def test_the_command_prints_a_row_a_group_and_writes_json(tmp_path: Path, text_file: Path) -> None:
