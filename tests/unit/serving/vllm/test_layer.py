@@ -107,3 +107,11 @@ def test_a_kind_of_another_package_is_refused() -> None:
     entry = {"kind": "somebodys:kind", "in_features": 6, "out_features": 8, "bias": False}
     with pytest.raises(UnsupportedError, match=r"o_proj: kind 'somebodys:kind' cannot be served.*--to dense"):
         _member(entry, Shape("row", 6, (8,)))
+
+
+@pytest.mark.slow
+def test_a_layer_is_one_graph_for_a_compiler() -> None:
+    made, x_BN = checkpoint(MIXED, QKV, False), torch.randn(5, 6)
+    layer = engine("qkv_proj", MIXED, made, Shape("column", 6, (8, 4, 4)))
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x_BN, multiply, False), layer(x_BN, multiply, False))
