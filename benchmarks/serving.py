@@ -56,8 +56,10 @@ class Cell(NamedTuple):
 
 def cells() -> Iterator[Cell]:
     """Yield all cells, those that tell most first."""
-    yield from (Cell(family, storage) for storage in MOST for family in FAMILIES)
-    yield from (Cell(MODEL, storage) for storage in REAL)
+    yield from (Cell(family, MOST[0]) for family in FAMILIES)
+    yield from (Cell(MODEL, storage) for storage in REAL[:3])
+    yield from (Cell(family, storage) for storage in MOST[1:] for family in FAMILIES)
+    yield from (Cell(MODEL, storage) for storage in REAL[3:])
     for storage in ("dense", "every kind"):
         yield from (Cell("llama", storage, dtype) for dtype in ("bf16", "fp16"))
         yield Cell("llama", storage, way="plugin, transformers")
@@ -215,7 +217,16 @@ def main() -> None:
         missing = [cell for cell in cells() if cell not in done and asked.only in ", ".join(cell)]
         groups: list[list[Cell]] = []
         for cell in missing:
-            if not groups or len(groups[-1]) == IN_A_PROCESS or groups[-1][0].way != cell.way:
+            last = groups[-1][-1] if groups else None
+            if (
+                last is None
+                or len(groups[-1]) == IN_A_PROCESS
+                or (last.way, last.model == MODEL)
+                != (
+                    cell.way,
+                    cell.model == MODEL,
+                )
+            ):
                 groups.append([])
             groups[-1].append(cell)
         for group in groups:

@@ -32,7 +32,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", _GROUPED),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {**_GROUPED, "head_dim": 32, "tie_word_embeddings": True}),
     "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig",
-               {**_GROUPED, "head_dim": 32, "layer_types": _LAYERS, "sliding_window": 32}),
+               {**_GROUPED, "head_dim": 32, "layer_types": _LAYERS, "sliding_window": 32, "tie_word_embeddings": False}),
     "gpt2": ("GPT2LMHeadModel", "GPT2Config",
              {"vocab_size": VOCABULARY, "n_embd": 128, "n_layer": 3, "n_head": 4, "n_positions": 256,
               "initializer_range": 0.1, "bos_token_id": 1, "eos_token_id": 2}),
@@ -159,7 +159,7 @@ def narrow_mlps(model: nn.Module, only: str = "") -> None:
 def narrow_heads(model: nn.Module) -> None:
     """Take a key and its queries out of every other block's attention."""
     for number, block in _blocks(model, ""):
-        attention = next(one for one in ("self_attn", "attn") if _has(model, f"{block}.{one}"))
+        attention = next(one for one in ("self_attn", "attn", "attention") if _has(model, f"{block}.{one}"))
         path = f"{block}.{attention}"
         for makers, readers, parts in ATTENTIONS:
             reader = next((one for one in readers if _has(model, f"{path}.{one}")), None)

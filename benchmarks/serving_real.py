@@ -22,7 +22,14 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
 SPEED = {f"{kind} {keep}": partial(at_keep, keep=keep, pivoted=kind == "pivoted")
          for kind in ("factors", "pivoted") for keep in (0.8, 0.5)}  # fmt: skip
 BY_HAND = {**{name: STORAGES[name] for name in ("2:4", "shared", "widths", "heads", "every kind")}, **SPEED}
-REAL = ["dense", *RECIPES, "pivoted", *(name for name in BY_HAND if name not in SPEED)]
+REAL = [
+    "factors",
+    "every kind",
+    "dense",
+    "pivoted",
+    "sparse",
+    *(name for name in BY_HAND if name not in (*SPEED, "every kind")),
+]
 
 
 def make_real(storage: str, folder: Path) -> Path:
