@@ -33,7 +33,7 @@ def render(lines: Sequence[Line]) -> str:
         _matrix(line for line in exact if line["way"] == "plugin" and line["model"] != "smollm2"),
         "",
         "- `=`: all 512 tokens are the same. `4/8`: so many of the 8 prompts. Empty: the family has nothing of the "
-        "kind, or `pared` stores it as plain weights.",
+        "kind, or `pared` stores it as plain weights. `·`: not measured yet.",
         *_refusals(exact),
         "",
         *_other_ways(cells),
@@ -53,7 +53,9 @@ def _matrix(lines: Iterable[Line]) -> str:
 
 
 def _mark(line: Line | None) -> str:
-    if line is None or line["found"] == "none":
+    if line is None:
+        return "·"
+    if line["found"] == "none":
         return ""
     if line["found"] == "differs":
         return f"{line['same_prompts']}/8"
