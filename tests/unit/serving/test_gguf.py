@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader, TokenType
-from transformers import PreTrainedModel
+from tokenizers import processors
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import pared
 import pared.entrypoints.export_gguf
@@ -280,6 +281,30 @@ def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(tmp_path: Pa
         vocabulary_of(lower, ROWS, "tiny")
     with pytest.raises(ParedError, match=r"number 270, its embeddings 200 rows; resize"):
         vocabulary_of(tokenizer_of(), 200, "tiny")
+
+
+AROUND = {"<s> $A": (True, False), "$A </s>": (False, True), "<s> $A </s>": (True, True), "$A": (False, False)}
+
+
+@pytest.mark.parametrize("single", AROUND)
+def test_what_a_tokenizer_puts_around_a_text_is_in_the_file(single: str) -> None:
+    made = vocabulary_of(around(single), ROWS, "tiny")
+    assert (made.adds_bos, made.adds_eos) == AROUND[single]
+
+
+@pytest.mark.parametrize("single", ["<tool> $A", "<s> <tool> $A", "$A <tool>", "</s> $A", "<s> <s> $A"])
+def test_another_token_than_bos_and_eos_around_a_text_is_not_dropped_without_a_word(single: str) -> None:
+    """Regression: the file said that nothing comes before a text, and llama.cpp got other tokens."""
+    with pytest.raises(ParedError, match=r"tokenizer makes \[.*\] of 'a'.* say only that bos \(<s>\)"):
+        vocabulary_of(around(single), ROWS, "tiny")
+
+
+def around(single: str) -> PreTrainedTokenizerFast:
+    """Return the tokenizer with other tokens around a text."""
+    own = tokenizer_of()
+    known = [(token, BEGIN + place) for place, token in enumerate(("<s>", "</s>", "<tool>"))]
+    own.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=known)
+    return own
 
 
 # What is refused, and what is left then.

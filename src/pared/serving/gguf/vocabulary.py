@@ -7,6 +7,7 @@ A file holds the tokens, the merges and the name of one of the ways of cutting t
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from gguf import GGUFWriter, TokenType
@@ -69,7 +70,8 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, rows: int, name: str) -> V
         name: of the model, for messages.
 
     Raises:
-        ParedError: it is of another kind, which llama.cpp would read otherwise.
+        ParedError: it is of another kind, which llama.cpp would read otherwise, or puts other tokens around a text than
+            bos and eos.
     """
     core = getattr(tokenizer, "backend_tokenizer", None)
     if core is None:
@@ -88,7 +90,7 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, rows: int, name: str) -> V
         listed[number] = content
         types[number] = int(_type(added.get(content)))
     special = {kind: getattr(tokenizer, f"{kind}_token_id", None) for kind in SPECIAL}
-    bos, eos = _added(tokenizer)
+    bos, eos = _added(tokenizer, name)
     return Vocabulary(
         pre=pre,
         tokens=listed,
@@ -129,11 +131,17 @@ def _pre_tokenizer(told: Mapping[str, Any], name: str) -> str:
                      f"{', '.join(PRE_TOKENIZERS)} do; its tokenizer is {found}")  # fmt: skip
 
 
-def _added(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
-    """Return whether a tokenizer puts a token before and behind a text."""
-    text = "a"
-    bare, whole = (tokenizer(text, add_special_tokens=added)["input_ids"] for added in (False, True))
-    bos, eos = getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "eos_token_id", None)
-    begins = bos is not None and whole[:1] == [bos] and bare[:1] != [bos]
-    ends = eos is not None and whole[-1:] == [eos] and bare[-1:] != [eos]
-    return begins, ends
+def _added(tokenizer: PreTrainedTokenizerBase, name: str) -> tuple[bool, bool]:
+    """Return whether a tokenizer puts its bos token before and its eos token behind a text.
+
+    Raises:
+        ParedError: it adds anything else, which a file has no field for.
+    """
+    bare, whole = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))
+    bos, eos = ([] if one is None else [one] for one in (tokenizer.bos_token_id, tokenizer.eos_token_id))
+    for begins, ends in product((False, True), repeat=2):
+        if whole == (bos if begins else []) + bare + (eos if ends else []):
+            return begins and bool(bos), ends and bool(eos)
+    raise ParedError(f"model {name!r}: its tokenizer makes {tokenizer.convert_ids_to_tokens(whole)} of 'a'; a .gguf "
+                     f"file can say only that bos ({tokenizer.bos_token}) comes before a text and eos "
+                     f"({tokenizer.eos_token}) behind it; change the post-processor in tokenizer.json")  # fmt: skip
