@@ -34,7 +34,7 @@ from pared.structure.store import ResidentBlocks
 from pared.widths.experts import Experts, by_loss, by_reap
 from record import RESULTS, append, read, table
 
-LINES, PAGE = RESULTS / "experts.jsonl", RESULTS / "experts.md"
+LINES = RESULTS / "experts.jsonl"
 TRAIN, TEXTS = ("wikitext2:train", "c4:train"), {"WikiText-2": "wikitext2:test", "C4": "c4:validation"}
 KEEPS, ORDERS, SEEDS = (0.75, 0.5, 0.25), ("loss", "reap", "tokens", "random"), 3
 LENGTH, BATCH, COUNT, WINDOWS = 128, 16, 16, 64
@@ -152,7 +152,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--show", action="store_true")
     parser.add_argument("--models", default="/tmp/pared-mixtures", type=Path)
-    parser.add_argument("--steps", default=1500, type=int)
+    parser.add_argument("--steps", default=500, type=int)
     parser.add_argument("--seeds", default=2, type=int)
     asked = parser.parse_args()
     if not asked.show:

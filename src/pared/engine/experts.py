@@ -89,7 +89,9 @@ class ExpertWork:
         assert self._plan is not None
         result.plan = self._plan
         losses = [one["losses"][self._count - 1] for one in self._orders.values() if one["losses"]]
-        told = f"; the loss is expected to grow by {sum(losses):.4g} nats a token" if losses else ""
+        told = (
+            f"; what each costs adds up to {sum(losses):.4g} nats a token, too little where many go" if losses else ""
+        )
         idle = sum(not picks for one in self._orders.values() for picks in one["picks"])
         yield (
             f"{self._count} of {self._before} experts stay in each of {len(self._orders)} layers, chosen by "
