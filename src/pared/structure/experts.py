@@ -7,6 +7,8 @@ What is proved, on what the block read in the probe pass and on random hidden st
 - A router that knows some alone picks, for every token whose picks are among these, the same with weights in the same
   proportions; where others were picked too it keeps those that it knows.
 - The block with some experts alone gives what it gives where all are there and the router knows these alone.
+
+A block of half precision is copied for that to float32, where scores of experts do not tie by rounding.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -40,6 +42,7 @@ def proved(mixture: Mixture, block: nn.Module, name: str, call: BlockCall) -> Mi
 
     Raises:
         RefusedError: experts cannot be taken out of it; says why.
+        ParedError: it is of half precision and cannot be copied.
     """
     if call.hidden.dtype.itemsize < torch.float32.itemsize:  # where logits of a router may be equal by rounding
         block = copy_block(block, name).float()
@@ -64,13 +67,17 @@ def proved(mixture: Mixture, block: nn.Module, name: str, call: BlockCall) -> Mi
         raise RefusedError(f"every token is given to all of its {picked} experts")
     for _, routed, output in seen:
         _require_sum(placed, routed, output)
+    kept_K = next(_kept(seen[1][1].picks[0], mixture.experts))
+    # First of all, as nothing else runs with fewer experts where a width happens to be the same number.
+    mixture = seen_as(mixture, _counts(placed, run, inputs, kept_K), picked, False)
+    placed = Placed(mixture, block, name)
+    for _, routed, _ in seen:
         _require_sliced(placed, routed, generator)
     rescales = False
     for root, routed, _ in seen[1:]:  # tokens of the probe may have ties, as where all that is read is zero
         for kept_K in _kept(routed.picks[0], mixture.experts):
             rescales |= _rescales(placed, root, routed, kept_K)
-    kept_K = next(_kept(seen[1][1].picks[0], mixture.experts))
-    return seen_as(mixture, _counts(placed, run, inputs, kept_K), picked, rescales)
+    return seen_as(mixture, mixture.counts, picked, rescales)
 
 
 RootCall = tuple[tuple[Any, ...], dict[str, Any]]
@@ -181,16 +188,16 @@ def _counts(
         RefusedError: it does not, whichever are.
     """
     found = placed.mixture.counts
-    with placed.mapped(kept_K):
-        expected = [run(hidden) for hidden in inputs]
     refused: RefusedError | None = None
     for size in range(len(found), max(len(found) - MOST_COUNTS, 0) - 1, -1):
         for counts in combinations(found, size):
             tried = Placed(seen_as(placed.mixture, counts, 0, False), placed._block, placed._name)
             try:
-                with tried.keeping(kept_K):
-                    for hidden, output in zip(inputs, expected, strict=True):
-                        _require_close(run(hidden), output, "its block computes something else with fewer experts")
+                for hidden in inputs:
+                    with tried.mapped(kept_K):
+                        expected = run(hidden)
+                    with tried.keeping(kept_K):
+                        _require_close(run(hidden), expected, "its block computes something else with fewer experts")
             except RefusedError as why:
                 refused = refused or why
             except Exception as error:  # whatever a size that is not the configuration's leads to

@@ -67,7 +67,7 @@ class Mixture:
         experts: how many there are.
         own: the experts' tensors.
         router: those of the router.
-        counts: attributes of modules that are the number of experts.
+        counts: attributes of modules that hold the number of experts; once it is proved, with which fewer run.
         picked: how many experts a token is given to; 0 before that is seen.
         rescales: whether taking an expert out changes the weights of tokens that were not given to it: the router
             shares weights out over all experts, and does not normalise those of the picked ones.

@@ -61,9 +61,8 @@ def kept_of(result: CompressedBlocks) -> dict[str, list[int]]:
     return {site.decision.group: channels_of(site.decision.kept) for site in result.plan.sites}
 
 
-def by_hand(family: str, kept: dict[str, list[int]]) -> PreTrainedModel:
+def by_hand(whole: PreTrainedModel, kept: dict[str, list[int]]) -> PreTrainedModel:
     """Return a model of a configuration with fewer experts, its tensors picked from those of the whole one."""
-    whole = MIXTURES[family]()
     config = copy.deepcopy(whole.config)
     (count,) = {len(one) for one in kept.values()}
     setattr(
@@ -90,7 +89,7 @@ def test_it_answers_as_a_model_made_by_hand_of_the_experts_that_stay(
     kept = kept_of(result)
     assert kept
     assert all(len(one) == 4 for one in kept.values())
-    made = by_hand(family, kept)
+    made = by_hand(MIXTURES[family](), kept)
     assert torch.equal(logits(result.model), logits(made))
     assert result.plan.after.model_parameters == sum(p.numel() for p in made.parameters())
     assert {n: p.shape for n, p in result.model.named_parameters()} == {n: p.shape for n, p in made.named_parameters()}
