@@ -137,7 +137,7 @@ BUILTIN: tuple[Allocator, ...] = (
         "FLAP: one threshold over the standardised scores of all channels and heads",
         frozenset({"low_rank"}),
         of.GlobalWidths,
-        deferred("pared.allocation.ranks.threshold:threshold"),
+        deferred("pared.allocation.widths.global_widths:global_widths"),
         COST,
         widths=True,
         ranks=False,

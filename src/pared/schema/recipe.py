@@ -137,7 +137,10 @@ class Recipe(FromPreset):
     plain ones; mixed, each MLP in the way that loses less; or mixtures of experts, which lose whole experts, as many in
     every layer."""
     heads: Annotated[
-        Literal["auto", "on", "off"], Option(default="on with widths whose allocation looks at the text")
+        Literal["auto", "on", "off"],
+        Option(
+            default="with widths alone the method's own; of loss-optimal, on where the allocation looks at the text"
+        ),
     ] = "auto"
     """With widths or mixed: whether key/value heads can be taken out too, each with the query heads that read it."""
     multiple_of: Annotated[Annotated[Whole, Field(ge=1, strict=True)] | None, Option(default="64")] = None

@@ -69,15 +69,26 @@ def test_the_plan_counts_what_there_is(family: str, method: str):
     assert result.model(TOKENS).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("unit", ["channel", "head"])
 @pytest.mark.parametrize("family", ["llama", "opt"])
-def test_flap_leaves_the_mean_output_of_the_first_layer_as_it_was(family: str):
-    """Of the first layer that reads channels, whose inputs are those of the dense model; with a bias and without."""
+def test_flap_leaves_the_mean_output_of_the_first_layer_as_it_was(family: str, unit: str):
+    """Of the first layer that reads channels, whose inputs are those of the dense model; with a bias and without.
+
+    Regression for heads: that several inputs of ``o`` go with each, and their means with all of them, was not tried.
+    """
     dense = TINY_MODELS[family]()
-    result = compressed(family, "flap", heads="off")
+    # One threshold may find no head to take out; one number everywhere takes some.
+    asked = {"heads": "off"} if unit == "channel" else {"heads": "on", "allocation": "uniform", "keep": 0.6}
+    result = compressed(family, "flap", **asked)
     name, decision = next(iter(readers(result).items()))
+    assert decision.unit == unit
+    inputs = dense.get_submodule(name).in_features // decision.channels
+    assert (inputs > 1) == (unit == "head")
     assert decision.adds_bias == (bias_of(dense.get_submodule(name)) is None)
     x_TN, y_TO = seen_by(dense, name)
-    kept, layer = channels_of(decision.kept or ""), result.model.get_submodule(name)
+    channels, layer = channels_of(decision.kept or ""), result.model.get_submodule(name)
+    kept = [channel * inputs + place for channel in channels for place in range(inputs)]
+    assert 0 < len(kept) < x_TN.shape[1]
     bias_O = bias_of(layer)
     assert bias_O is not None
     assert torch.equal(weight_of(layer), weight_of(dense.get_submodule(name))[:, kept])
@@ -110,14 +121,31 @@ def test_llm_pruner_keeps_what_a_direct_computation_does(family: str):
         assert channels_of(decision.kept or "") == best.tolist()
 
 
-def test_wanda_sp_scores_behind_the_blocks_that_are_pruned():
-    sequential, once = (compressed("llama", "wanda-sp", statistics=when) for when in ("auto", "once"))
-    last = list(readers(sequential))[-1]
+def test_wanda_sp_once_scores_what_the_dense_model_reads():
+    once = compressed("llama", "wanda-sp", statistics="once")
+    last = list(readers(once))[-1]
     x_TN, _ = seen_by(TINY_MODELS["llama"](), last)
     scores_G = weight_of(TINY_MODELS["llama"]().get_submodule(last)).detach().double().abs().mean(0) * x_TN.norm(dim=0)
     kept = scores_G.argsort(descending=True)[: readers(once)[last].width].sort().values.tolist()
     assert channels_of(readers(once)[last].kept or "") == kept
-    assert not torch.equal(sequential.model(TOKENS).logits, once.model(TOKENS).logits)
+
+
+def test_wanda_sp_scores_behind_the_blocks_that_are_pruned():
+    """What every layer reads behind the pruned blocks before its own, by a model put together of them and the rest."""
+    result, other = (compressed("llama", "wanda-sp", statistics=when) for when in ("auto", "once"))
+    mixed, changed = TINY_MODELS["llama"](), list[str]()
+    for index in range(len(mixed.model.layers)):
+        for name, decision in readers(result).items():
+            if not name.startswith(f"model.layers.{index}."):
+                continue
+            x_TN, _ = seen_by(mixed, name)
+            scores_N = weight_of(mixed.get_submodule(name)).detach().double().abs().mean(dim=0) * x_TN.norm(dim=0)
+            scores_G = scores_N.view(decision.channels, -1).sum(dim=1)
+            kept = scores_G.argsort(descending=True)[: decision.width].sort().values.tolist()
+            assert channels_of(decision.kept or "") == kept, name
+            changed += [name] if readers(other)[name].kept != decision.kept else []
+        mixed.model.layers[index] = result.model.model.layers[index]
+    assert changed, "statistics of the dense model keep the same channels everywhere, so that nothing was told"
 
 
 @pytest.mark.parametrize("method", METHODS)

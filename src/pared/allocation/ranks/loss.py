@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import torch
 
-from pared.allocation.rank_budget import require_affordable_widths, require_one_rank_each, split_fixed, tail_energy
+from pared.allocation.rank_budget import require_one_rank_each, split_fixed, tail_energy
 from pared.allocation.ranks.composed import Composed, Table
 from pared.allocation.units import Budget, Channels, Evidence, Unit
+from pared.allocation.widths.groups import require_affordable_widths
 from pared.schema.plan import Decision, Dense
 
 STEPS = 200  # of the bisection; the multiplier is then known to the last bit

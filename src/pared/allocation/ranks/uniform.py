@@ -3,8 +3,9 @@
 import math
 from collections.abc import Sequence
 
-from pared.allocation.rank_budget import split_apart, split_fixed
+from pared.allocation.rank_budget import split_fixed
 from pared.allocation.units import Budget, Channels, Evidence, Unit
+from pared.allocation.widths.groups import split_apart
 from pared.errors import ParedError
 from pared.schema.plan import Decision, Dense
 

@@ -10,14 +10,15 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from pared.allocation.rank_budget import split_apart, split_fixed
+from pared.allocation.rank_budget import split_fixed
 from pared.allocation.units import Budget, Channels, Evidence, Unit
+from pared.allocation.widths.groups import split_apart
 from pared.schema.plan import Decision, Dense
 
 ALL = Dense(reason="all of its channels are above the threshold")
 
 
-def threshold(units: Sequence[Unit], budget: Budget, evidence: Evidence, _: object = None) -> dict[str, Decision]:
+def global_widths(units: Sequence[Unit], budget: Budget, evidence: Evidence, _: object = None) -> dict[str, Decision]:
     """Keep the channels of the largest standardised scores.
 
     Channels stay in steps of ``multiple_of``, heads one by one: of all steps the one with the largest mean score is

@@ -5,8 +5,8 @@ import torch
 
 from pared import ParedError
 from pared.allocation import Budget, Evidence, Unit, allocator_of
-from pared.allocation.ranks.threshold import standardised
 from pared.allocation.units import Channels
+from pared.allocation.widths.global_widths import standardised
 from pared.schema.plan import Dense
 from pared.schema.width import Width
 from pared.structure import Site

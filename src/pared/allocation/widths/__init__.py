@@ -1,0 +1,1 @@
+"""How many channels and heads each group keeps: units, a budget and evidence in, decisions out."""
