@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import normalizers
 from transformers import PreTrainedModel
 
 import pared
@@ -74,6 +75,19 @@ def test_text_becomes_the_same_tokens(llama_cpp: Engine, tmp_path: Path, pre: st
     pared.export(folder, file, to="gguf")
     for text, found in zip(TEXTS, llama_cpp.ask(file, TEXTS, 1)["prompts"], strict=True):
         assert found == own(text, add_special_tokens=False)["input_ids"]
+
+
+def test_decomposed_text_has_the_tokens_of_a_tokenizer_without_nfc(llama_cpp: Engine, tmp_path: Path) -> None:
+    folder, file, own = saved(tmp_path / "folder", "llama"), tmp_path / "made.gguf", tokenizer_of("qwen2")
+    own.backend_tokenizer.normalizer = normalizers.NFC()
+    own.save_pretrained(folder)
+    pared.export(folder, file, to="gguf")
+    composed, decomposed = "caf\u00e9 a", "cafe\u0301 a"
+    found = llama_cpp.ask(file, (composed, decomposed), 1)["prompts"]
+    plain = [tokenizer_of("qwen2")(text)["input_ids"] for text in (composed, decomposed)]
+    assert found == plain
+    assert found[0] == own(composed)["input_ids"]
+    assert found[1] != own(decomposed)["input_ids"]
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,13 @@ import math
 from collections import Counter
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 
 from pared.checkpoint.load import load, read_config, require_recorded
 from pared.checkpoint.plain import NARROW
 from pared.checkpoint.portable import module_map
+from pared.entrypoints.checks import TYPES
 from pared.entrypoints.export import make_dense
 from pared.entrypoints.publish import Written
 from pared.errors import ParedError
@@ -38,7 +40,7 @@ def export_gguf(name: str, out: Path, quantize: str = "auto", overwrite: bool = 
     Args:
         name: of a model, dense or compressed.
         out: the file to make.
-        quantize: ``f32``, ``f16``, ``bf16`` or ``q8_0``; ``auto`` keeps the dtype that the model has.
+        quantize: ``f32``, ``f16``, ``bf16`` or ``q8_0``; ``auto`` keeps the dtype that the model has, float64 aside.
         overwrite: whether a GGUF file there may be replaced.
 
     Raises:
@@ -50,12 +52,14 @@ def export_gguf(name: str, out: Path, quantize: str = "auto", overwrite: bool = 
     require_free_file(out, overwrite, is_gguf, inputs)
     source = find_model(name)
     require_covered(getattr(read_config(name), "architectures", None), name)
+    if quantize == "auto":
+        _type_of(source.declared_dtype(), name)
     inputs = [*inputs, Path(source.location)]
     require_free_file(out, overwrite, is_gguf, inputs)
     model = load(name)
     if (Path(source.location) / MANIFEST).is_file():
         require_recorded(Path(source.location))
-    kind = quantize if quantize != "auto" else OF_DTYPES[str(model.dtype).removeprefix("torch.")]
+    kind = quantize if quantize != "auto" else _type_of(model.dtype, name)
     description = _described(model, source)
     vocabulary = vocabulary_of(source.tokenizer(), description.rows, name)
     _tell_of_float16(description, kind)
@@ -67,6 +71,19 @@ def export_gguf(name: str, out: Path, quantize: str = "auto", overwrite: bool = 
             raise ParedError(f"the file cannot be read back ({error})") from error
         size = file.stat().st_size
     return Written(size, off)
+
+
+def _type_of(dtype: torch.dtype, name: str) -> str:
+    """Return the type that a file stores where none is asked for.
+
+    Raises:
+        ParedError: no type is the dtype of the model; says which to ask for.
+    """
+    told = str(dtype).removeprefix("torch.")
+    if told not in OF_DTYPES:
+        raise ParedError(f"model {name!r} is stored in {told}, which no .gguf file is; {called('quantize', 'f32')} "
+                         f"rounds it least, and {', '.join(TYPES[2:])} make a smaller file")  # fmt: skip
+    return OF_DTYPES[told]
 
 
 def _described(model: PreTrainedModel, source: ModelSource) -> Description:

@@ -99,8 +99,12 @@ class Header:
         return struct.pack(self.order + kinds, *numbers)
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path, whole: bool = False) -> Header:
     """Read the header of a GGUF file.
+
+    Args:
+        path: of the file.
+        whole: whether long arrays are kept too, the vocabulary.
 
     Raises:
         ValueError: it is no GGUF file of a version known here, or ends within its header.
@@ -113,7 +117,7 @@ def read_header(path: Path) -> Header:
             raise ValueError("the file is empty") from None
         with content:
             try:
-                return _Reader(content).header()
+                return _Reader(content, len(content) if whole else LONGEST).header()
             except (struct.error, IndexError, UnicodeDecodeError) as error:
                 raise ValueError(f"the file ends within its header, or it is damaged ({error})") from None
 
@@ -121,8 +125,8 @@ def read_header(path: Path) -> Header:
 class _Reader:
     """Reads on from where it stands."""
 
-    def __init__(self, content: mmap.mmap) -> None:
-        self.content, self.at = content, 8
+    def __init__(self, content: mmap.mmap, longest: int) -> None:
+        self.content, self.at, self.longest = content, 8, longest
         if content[:4] != MAGIC:
             raise ValueError(f"it begins with {content[:4]!r}, expected {MAGIC!r}")
         self.order = "<" if content[4:6] != b"\0\0" else ">"
@@ -178,7 +182,7 @@ class _Reader:
         lengths[key] = count
         if count > len(self.content) - self.at or of not in (*SCALARS, STRING):
             raise IndexError(f"field {key} is an array of {count:,}")
-        if count <= LONGEST:
+        if count <= self.longest:
             return [self.value(of, key, lengths) for _ in range(count)]
         if of == STRING:
             self.skip_texts(count)

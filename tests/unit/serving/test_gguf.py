@@ -3,6 +3,8 @@
 import errno
 import logging
 import os
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader, TokenType
-from tokenizers import processors
+from tokenizers import normalizers, processors
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import pared
@@ -18,13 +20,17 @@ import pared.entrypoints.export_gguf
 import pared.models.gguf
 import pared.serving.gguf.file
 from pared import ParedError
+from pared.checkpoint.save import mark
 from pared.io.digests import file_digest
 from pared.models.gguf import header_of
+from pared.models.gguf_header import LONGEST
 from pared.models.gguf_weights import dequantised_tensor
 from pared.models.pre_tokenizers import PRE_TOKENIZERS
 from pared.modules import SparseLinear
+from pared.modules.narrow import narrowed
 from pared.serving.gguf.description import described
-from pared.serving.gguf.vocabulary import vocabulary_of
+from pared.serving.gguf.file import compare, write_gguf
+from pared.serving.gguf.vocabulary import Vocabulary, vocabulary_of
 from unit.cli.test_commands import left_over, refused
 from unit.cli.test_commands import pared as command
 from unit.serving.gguf_models import (
@@ -34,6 +40,7 @@ from unit.serving.gguf_models import (
     TEMPLATE,
     biased_model,
     changed_model,
+    cut,
     model_of,
     narrowed_model,
     saved,
@@ -205,6 +212,28 @@ def test_widths_by_layer_of_a_family_that_has_one_width_are_widened_and_that_is_
     assert_answers_alike(pared.load(small), file)
 
 
+@pytest.mark.parametrize(("family", "architecture"), [("llama", "llama"), ("qwen2", "deci"), ("qwen3", None)])
+def test_biases_that_a_family_has_not_are_written_where_llama_cpp_reads_them(
+    tmp_path: Path, family: str, architecture: str | None
+) -> None:
+    """FLAP gives layers that lost inputs a bias of what these were on the mean."""
+    model, file = model_of(family), tmp_path / "small.gguf"
+    for layer in model.model.layers:
+        cut(layer.mlp, ("gate_proj", "up_proj"), None, 24)
+        old = layer.mlp.down_proj
+        layer.mlp.down_proj = narrowed(old, old.weight[:, :24], torch.randn(old.out_features))
+    mark(model)
+    small = saved(tmp_path / "small", model)
+    if architecture is None:
+        with pytest.raises(ParedError, match=r"down_proj has a bias, which Qwen3ForCausalLM has no place for"):
+            pared.export(small, file, to="gguf")
+        return
+    assert pared.export(small, file, to="gguf").self_check == 0
+    assert header_of(file).fields["general.architecture"] == architecture
+    bias = pared.load(small).model.layers[1].mlp.down_proj.bias
+    assert torch.equal(numbers(file, "blk.1.ffn_down.bias"), bias)
+
+
 def assert_answers_alike(model: PreTrainedModel, file: Path) -> None:
     tokens = torch.randint(0, 260, (2, 12), generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(pared.load(file)(tokens).logits, model(tokens).logits, atol=1e-4, rtol=1e-4)
@@ -271,7 +300,6 @@ def test_ways_of_cutting_text_differ_where_they_should() -> None:
 
 def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(tmp_path: Path) -> None:
     from tiny_tokenizer import tiny_tokenizer
-    from tokenizers import normalizers
 
     with pytest.raises(ParedError, match=r"byte-level BPE.*smollm.*its tokenizer is WordLevel"):
         vocabulary_of(tiny_tokenizer(), ROWS, "tiny")
@@ -400,6 +428,86 @@ def test_a_file_that_does_not_hold_the_model_is_told_of_and_not_kept(
         with pytest.raises(ParedError, match=r"other numbers in blk\.1\.attn_v\.weight"):
             pared.export(folder, tmp_path / "made.gguf", to="gguf", quantize=kind)
     assert left_over(tmp_path) == ["dense"]
+
+
+def swapped(tokens: list[str]) -> list[str]:
+    return [tokens[1], tokens[0], *tokens[2:]]
+
+
+# what goes wrong -> what is written in place of the vocabulary, and what is said
+SPOILT: dict[str, tuple[Callable[[Vocabulary], dict[str, Any]], str]] = {
+    "two tokens swapped": (lambda own: {"tokens": swapped(own.tokens)}, r"tokens\[0\] is '.*', expected"),
+    "a token is no token": (lambda own: {"types": [5, *own.types[1:]]}, r"token_type\[0\] is 5, expected 1"),
+    "merges reversed": (lambda own: {"merges": own.merges[::-1]}, r"merges\[0\] is .*, expected 't h'"),
+    "a merge too few": (lambda own: {"merges": own.merges[1:]}, r"lists 11 values of .*merges, expected 12"),
+    "cut otherwise": (lambda _: {"pre": "gpt-2"}, r"pre is 'gpt-2', expected 'smollm'"),
+    "begins with bos": (lambda own: {"adds_bos": not own.adds_bos}, r"add_bos_token is True, expected False"),
+    "ends with eos": (lambda own: {"adds_eos": not own.adds_eos}, r"add_eos_token is True, expected False"),
+    "no special tokens": (lambda _: {"special": {}}, rf"bos_token_id is None, expected {BEGIN}"),
+    "one more of them": (lambda own: {"special": {**own.special, "mask": 3}}, r"mask_token_id is 3, expected None"),
+    "another template": (lambda _: {"chat_template": "{{ x }}"}, r"chat_template is '\{\{ x \}\}', expected"),
+    "no template": (lambda _: {"chat_template": None}, r"chat_template is None, expected"),
+}
+
+
+@pytest.mark.parametrize("wrong", SPOILT)
+def test_a_spoilt_vocabulary_is_told_of_when_the_file_is_read_back(tmp_path: Path, wrong: str) -> None:
+    """Regression: how many tokens and merges there are was compared, and not which."""
+    spoil, told = SPOILT[wrong]
+    description, own = described(model_of("llama"), "tiny"), vocabulary_of(tokenizer_of(), ROWS, "tiny")
+    file = tmp_path / "made.gguf"
+    write_gguf(file, description, own, "tiny", "f32")
+    assert compare(file, description, own, "f32") == 0
+    write_gguf(file, description, replace(own, **spoil(own)), "tiny", "f32")
+    with pytest.raises(ParedError, match=rf"the file read back .*{told}"):
+        compare(file, description, own, "f32")
+
+
+def test_a_vocabulary_too_long_for_a_dry_run_is_compared_too(tmp_path: Path) -> None:
+    rows = 2 * LONGEST
+    description = described(model_of("llama", vocab_size=rows), "tiny")
+    own, file = vocabulary_of(tokenizer_of(), rows, "tiny"), tmp_path / "made.gguf"
+    write_gguf(file, description, replace(own, tokens=[*own.tokens[:-1], "[LAST]"]), "tiny", "f32")
+    with pytest.raises(ParedError, match=rf"tokens\[{rows - 1}\] is '\[LAST\]', expected '\[PAD{rows - 1}\]'"):
+        compare(file, description, own, "f32")
+
+
+def test_chat_templates_with_names_are_all_in_the_file(tmp_path: Path) -> None:
+    description, file = described(model_of("llama"), "tiny"), tmp_path / "made.gguf"
+    templates = {"default": TEMPLATE, "tool-use": "{{ tools }}", "a": "{{ a }}"}
+    own = replace(vocabulary_of(tokenizer_of(), ROWS, "tiny"), chat_template=templates)
+    write_gguf(file, description, own, "tiny", "f32")
+    assert compare(file, description, own, "f32") == 0
+    fields = header_of(file).fields
+    assert fields["tokenizer.chat_template"] == TEMPLATE
+    assert fields["tokenizer.chat_templates"] == ["a", "tool_use"]
+    assert fields["tokenizer.chat_template.tool_use"] == "{{ tools }}"
+
+
+def test_a_model_in_float64_is_refused_by_what_to_ask_for_before_it_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: KeyError: 'float64', behind the load of the model."""
+    folder, file = saved(tmp_path / "dense", model_of("llama").double()), tmp_path / "made.gguf"
+    with monkeypatch.context() as early:
+        early.setattr(pared.entrypoints.export_gguf, "load", lambda *_: pytest.fail("it was loaded"))
+        told = r"is stored in float64, which no \.gguf file is; quantize=f32 rounds it least, and f16, bf16, q8_0"
+        with pytest.raises(ParedError, match=told):
+            pared.export(folder, file, to="gguf")
+    assert pared.export(folder, file, to="gguf", quantize="f32").self_check < 1e-6
+
+
+def test_a_tokenizer_that_composes_characters_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    """Regression: NFC went by without a word, and llama.cpp gave other tokens for decomposed text."""
+    own = tokenizer_of("qwen2")
+    with caplog.at_level(logging.WARNING, "pared"):
+        vocabulary_of(own, ROWS, "tiny")
+        assert not caplog.records
+        own.backend_tokenizer.normalizer = normalizers.NFC()
+        vocabulary_of(own, ROWS, "tiny")
+    assert "composes characters first (NFC), and llama.cpp does not" in caplog.text
+    decomposed = "e\u0301 a"
+    assert own(decomposed)["input_ids"] != tokenizer_of("qwen2")(decomposed)["input_ids"]
 
 
 def test_a_weight_that_is_too_large_for_float16_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Writing a GGUF file, tensor by tensor, and reading it back to compare."""
 
 import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from gguf import GGML_QUANT_VERSION, GGUFWriter, LlamaFileType, quant_shape_to_b
 from gguf import GGMLQuantizationType as Kind
 
 from pared.errors import ParedError
+from pared.io.guarded import brief
 from pared.models.gguf_header import MAGIC, Header, read_header
 from pared.models.gguf_weights import dequantised_tensor
 from pared.serving.gguf.description import Description, GgufTensor
@@ -69,8 +71,7 @@ def write_gguf(path: Path, description: Description, vocabulary: Vocabulary, nam
     """
     writer = GGUFWriter(path, description.architecture)
     try:
-        _add_fields(writer, description, name, kind)
-        vocabulary.add_to(writer)
+        _add_fields(writer, _fields(description, vocabulary), name, kind)
         for tensor in description.tensors:
             stored = _bytes_of(tensor, type_of(tensor, kind))
             writer.add_tensor_info(tensor.name, stored, np.dtype(np.uint8), math.prod(stored), type_of(tensor, kind))
@@ -83,14 +84,23 @@ def write_gguf(path: Path, description: Description, vocabulary: Vocabulary, nam
         writer.close()
 
 
-def _add_fields(writer: GGUFWriter, description: Description, name: str, kind: str) -> None:
+def _add_fields(writer: GGUFWriter, fields: Mapping[str, object], name: str, kind: str) -> None:
     writer.add_type("model")
     writer.add_name(name)
     writer.add_file_type(KINDS[kind][1])
     writer.add_quantization_version(GGML_QUANT_VERSION)
-    for key, value in description.fields.items():
-        add = {int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}[type(value)]
-        add(f"{description.architecture}.{key}", value)
+    by_type: dict[type, Callable[[str, Any], None]] = {
+        bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
+        list: writer.add_array,
+    }  # fmt: skip
+    for key, value in fields.items():
+        by_type[type(value)](key, value)
+
+
+def _fields(description: Description, vocabulary: Vocabulary) -> dict[str, object]:
+    """Return what a file says of a model and of its tokenizer."""
+    numbers = {f"{description.architecture}.{key}": value for key, value in description.fields.items()}
+    return {**numbers, **vocabulary.fields()}
 
 
 def _bytes_of(tensor: GgufTensor, kind: Kind) -> tuple[int, ...]:
@@ -111,7 +121,7 @@ def _stored(tensor: GgufTensor, kind: Kind) -> Any:
 
 
 def compare(path: Path, description: Description, vocabulary: Vocabulary, kind: str) -> float:
-    """Read a file back and compare its fields and every number with the model.
+    """Read a file back and compare its fields, its whole vocabulary and every number with the model.
 
     Args:
         path: of the file.
@@ -125,7 +135,7 @@ def compare(path: Path, description: Description, vocabulary: Vocabulary, kind: 
     Raises:
         ParedError: it holds something else than what was written, beyond the rounding of its type.
     """
-    header = read_header(path)
+    header = read_header(path, whole=True)
     _require_fields(header, description, vocabulary)
     worst = 0.0
     for tensor in description.tensors:
@@ -145,19 +155,21 @@ def _require_fields(header: Header, description: Description, vocabulary: Vocabu
     """Refuse a header that says something else than what was written.
 
     Raises:
-        ParedError: names the field.
+        ParedError: names the field, and the first place of a list.
     """
-    prefix = description.architecture
-    expected: dict[str, object] = {"general.architecture": prefix, "tokenizer.ggml.pre": vocabulary.pre}
-    for key, value in description.fields.items():
-        expected[f"{prefix}.{key}"] = float(np.float32(value)) if isinstance(value, float) else value
-    for key, wanted in expected.items():
-        if header.fields.get(key) != wanted:
-            raise ParedError(f"the file read back says {key} is {header.fields.get(key)!r}, expected {wanted!r}")
-    for key, listed in (("tokens", vocabulary.tokens), ("token_type", vocabulary.types), ("merges", vocabulary.merges)):
-        if header.lengths.get(f"tokenizer.ggml.{key}", 0) != len(listed):
-            raise ParedError(f"the file read back lists {header.lengths.get(f'tokenizer.ggml.{key}')} {key}, expected "
-                             f"{len(listed)}")  # fmt: skip
+    expected = {"general.architecture": description.architecture, **_fields(description, vocabulary)}
+    for key in expected | dict.fromkeys(key for key in header.fields if key.startswith("tokenizer.")):
+        found, wanted = header.fields.get(key), expected.get(key)
+        if isinstance(wanted, float):
+            wanted = float(np.float32(wanted))
+        if found == wanted:
+            continue
+        if isinstance(found, list) and isinstance(wanted, list):
+            if len(found) != len(wanted):
+                raise ParedError(f"the file read back lists {len(found)} values of {key}, expected {len(wanted)}")
+            place = next(place for place, (one, other) in enumerate(zip(found, wanted, strict=True)) if one != other)
+            key, found, wanted = f"{key}[{place}]", found[place], wanted[place]
+        raise ParedError(f"the file read back says {key} is {brief(found)}, expected {brief(wanted)}")
     if len(header.tensors) != len(description.tensors):
         raise ParedError(f"the file read back has {len(header.tensors)} tensors, expected {len(description.tensors)}")
 

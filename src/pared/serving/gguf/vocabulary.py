@@ -2,21 +2,30 @@
 
 A file holds the tokens, the merges and the name of one of the ways of cutting text that llama.cpp has in its code
 (``src/llama-vocab.cpp``). The way is found by comparing the steps of the tokenizer, not by its name or its tokens.
+
+A file has no field for a normalizer, and llama.cpp composes no characters: of a tokenizer with NFC (Qwen) it gives the
+tokens for composed text, and others for decomposed one (``e`` and a combining accent in place of ``\u00e9``).
 """
 
 import json
+import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from gguf import GGUFWriter, TokenType
+from gguf import TokenType
 from transformers import PreTrainedTokenizerBase
 
 from pared.errors import ParedError
 from pared.models.pre_tokenizers import PRE_TOKENIZERS, steps_of
 
-SPECIAL = ("bos", "eos", "unk", "sep", "pad", "mask")
+log = logging.getLogger(__name__)
+
+# what transformers calls a special token -> what a file does
+SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
+NO_NAME = re.compile(r"[^A-Za-z0-9]")  # what the name of a chat template has none of in a file
 PADDING = "[PAD{}]"  # of rows of the embeddings that are no token
 
 
@@ -44,28 +53,38 @@ class Vocabulary:
     adds_eos: bool
     chat_template: Any
 
-    def add_to(self, writer: GGUFWriter) -> None:
-        """Give a file its fields."""
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(self.pre)
-        writer.add_token_list(self.tokens)
-        writer.add_token_types(self.types)
-        writer.add_token_merges(self.merges)
-        for kind, number in self.special.items():
-            getattr(writer, f"add_{kind}_token_id")(number)
-        writer.add_add_bos_token(self.adds_bos)
-        writer.add_add_eos_token(self.adds_eos)
-        if isinstance(self.chat_template, Mapping):
-            writer.add_chat_template([{"name": n, "template": text} for n, text in self.chat_template.items()])
-        elif self.chat_template:
-            writer.add_chat_template(self.chat_template)
+    def fields(self) -> dict[str, object]:
+        """Return the fields of a file: every one that begins with ``tokenizer.``."""
+        listed = {"tokens": self.tokens, "token_type": self.types, "merges": self.merges}
+        return {
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.pre": self.pre,
+            **{f"tokenizer.ggml.{key}": values for key, values in listed.items() if values},  # no array is empty
+            **{f"tokenizer.ggml.{SPECIAL[kind]}_token_id": number for kind, number in self.special.items()},
+            "tokenizer.ggml.add_bos_token": self.adds_bos,
+            "tokenizer.ggml.add_eos_token": self.adds_eos,
+            **_templates(self.chat_template),
+        }
+
+
+def _templates(told: Any) -> dict[str, object]:
+    """Return the fields of chat templates: the default one, and others by name."""
+    by_name = dict(told) if isinstance(told, Mapping) else {"default": told} if told else {}
+    fields: dict[str, object] = {}
+    if "default" in by_name:
+        fields["tokenizer.chat_template"] = by_name.pop("default")
+    if by_name := {NO_NAME.sub("_", name): text for name, text in by_name.items()}:
+        fields["tokenizer.chat_templates"] = sorted(by_name)
+        fields |= {f"tokenizer.chat_template.{name}": text for name, text in by_name.items()}
+    return fields
 
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase, rows: int, name: str) -> Vocabulary:
     """Return a tokenizer as the fields of a GGUF file.
 
     Args:
-        tokenizer: of the tokenizers library: byte-level BPE, cut in one of the ways that :data:`PRE_TOKENIZERS` lists.
+        tokenizer: of the tokenizers library: byte-level BPE, cut in one of the ways that :data:`PRE_TOKENIZERS` lists;
+            a line says so if it composes characters (NFC), which llama.cpp does not.
         rows: of the embeddings; those behind the last token become unused tokens, as llama.cpp has as many of both.
         name: of the model, for messages.
 
@@ -124,6 +143,9 @@ def _pre_tokenizer(told: Mapping[str, Any], name: str) -> str:
     if bare and normalizer in (None, "NFC"):
         for pre, (known, whole_first) in PRE_TOKENIZERS.items():
             if (steps, bool(model.get("ignore_merges"))) == (known, whole_first):
+                if normalizer is not None:
+                    log.warning("the tokenizer of %s composes characters first (NFC), and llama.cpp does not: "
+                                "text with combining characters has other tokens there", name)  # fmt: skip
                 return pre
     fallback = " with bytes for what it does not know" if model.get("byte_fallback") else ""
     found = f"{model['type']}{fallback}, cut by {' and '.join(f'{kind} {value}' for kind, value in steps) or 'nothing'}"
