@@ -23,12 +23,11 @@ from pared.checkpoint import load, load_tokenizer
 from pared.data.handed import text_of
 from pared.data.texts import handed_over
 from pared.engine import collect
-from pared.engine.allocate import plan_from_shapes
 from pared.engine.early import require_model as require_named_model
 from pared.engine.early import require_possible, require_suited
 from pared.entrypoints.evaluate import evaluate as measured
 from pared.entrypoints.in_place import where_it_is
-from pared.entrypoints.plan import plan_of
+from pared.entrypoints.plan import plan_by_shapes, plan_of
 from pared.entrypoints.search import pools_on
 from pared.entrypoints.search import run as search_by_name
 from pared.entrypoints.search import search as search_loaded
@@ -62,7 +61,8 @@ def plan(
 ) -> Plan:
     """Decide what a compression would keep of every layer, from shapes alone: no weight is read.
 
-    Where ranks or zeros depend on the data, those of uniform allocation stand in: the sizes are right to a rank.
+    Where ranks or zeros depend on the data, those of uniform allocation stand in: the sizes are right to a rank. Where
+    widths are decided, uniform ones of what is an MLP by its shapes stand in; attentions are left whole.
 
     Args:
         model: by name, or loaded; it is not changed.
@@ -86,7 +86,7 @@ def plan(
             require_model(model, function)
             spec = require_possible(asked)
             require_suited(model.config, spec, model.config.name_or_path or type(model).__name__)
-            plan, found = plan_from_shapes(model, spec), None
+            plan, found = plan_by_shapes(model, spec), None
             if cost or machine is not None:
                 from pared.entrypoints.cost import cost_of_loaded, rates_of
 

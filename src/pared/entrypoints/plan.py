@@ -3,16 +3,21 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeGuard
+
+from transformers import PreTrainedModel
 
 from pared.engine.allocate import anatomy_of, plan_from_shapes
+from pared.engine.cost.channels import groups_by_shape, uniform_widths
 from pared.engine.early import require_model, require_possible, require_suited
 from pared.engine.result import stacks
 from pared.engine.spec import CompressionSpec, ExpertSpec, LowRankSpec
+from pared.errors import ParedError
 from pared.names import called
 from pared.schema.cost import Cost
 from pared.schema.plan import Dense, Plan
 from pared.schema.recipe import Recipe
+from pared.structure.probe import probe_shapes
 from pared.tables import Table
 
 
@@ -95,12 +100,51 @@ class Planned:
             yield f"passes over the blocks: {passes}"
         if self.spec.decided_from_data:
             yield f"allocation {self.spec.allocator.name} looks at the model or data; this is uniform"
-        if isinstance(self.spec, LowRankSpec) and self.spec.structures != "ranks":
-            yield f"structures {self.spec.structures}: which widths is seen by running the model; these are ranks alone"
+        if isinstance(self.spec, LowRankSpec) and self.spec.structures == "mixed":
+            yield "structures mixed: which widths is seen by running the model; these are ranks alone"
+        if _is_of_widths(self.spec):
+            left = ", and attentions are left whole, whose heads can go too" if self.spec.heads else ""
+            yield (
+                "structures widths: which layers read channels is proved by running the model; these are uniform "
+                f"widths of what is an MLP by its shapes{left}"
+            )
         if isinstance(self.spec, ExpertSpec):
             yield "which experts stay, and whether they can be taken out, is seen by running the model"
         if self.plan.missed:
             yield self.plan.missed
+
+
+def plan_by_shapes(model: PreTrainedModel, spec: CompressionSpec, bytes_per_parameter: int | None = None) -> Plan:
+    """Decide every site from shapes alone, with uniform widths of MLPs where widths are what is decided.
+
+    Args:
+        model: loaded, or on the meta device; it is not changed.
+        spec: of the compression.
+        bytes_per_parameter: of the dtype the model is saved in; that of the model if it is not given.
+
+    Raises:
+        ParedError: nothing to compress, a budget too small, or no widths that shapes tell.
+    """
+    if not _is_of_widths(spec):
+        return plan_from_shapes(model, spec, bytes_per_parameter)
+    if model.device.type != "meta":
+        from pared.entrypoints.cost import on_shapes
+
+        model = on_shapes(model)
+    anatomy = probe_shapes(model, anatomy_of(model, spec.recipe))
+    heads = "; heads, which can go too, are not known from shapes: compress the model to see" if spec.heads else ""
+    if not (groups := groups_by_shape(anatomy, spec)):
+        raise ParedError("structures widths: no layers have the shapes of an MLP, and which channels can be taken out "
+                         f"is not known without running the model{heads}")  # fmt: skip
+    try:
+        return uniform_widths(anatomy, spec, groups, bytes_per_parameter or model.dtype.itemsize)
+    except ParedError as error:
+        raise ParedError(f"{error}{heads}") from error
+
+
+def _is_of_widths(spec: CompressionSpec) -> TypeGuard[LowRankSpec]:
+    """Whether widths alone are decided."""
+    return isinstance(spec, LowRankSpec) and spec.structures == "widths"
 
 
 def plan_of(recipe: Recipe, cost: bool = False, machine: str | None = None) -> Planned:
@@ -119,7 +163,7 @@ def plan_of(recipe: Recipe, cost: bool = False, machine: str | None = None) -> P
     source = require_model(spec)
     require_suited(source.config(), spec, source.name)
     skeleton = source.skeleton()
-    plan = plan_from_shapes(skeleton, spec, source.weight_bytes(recipe.dtype))
+    plan = plan_by_shapes(skeleton, spec, source.weight_bytes(recipe.dtype))
     note = f"{source.name} is {source.origin}" if source.is_dequantised else None
     planned = Planned(plan, spec, tuple(stacks(anatomy_of(skeleton, recipe))), note)
     if not cost and machine is None:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 import pared
 from pared import ParedError
 from pared.data.windows import Windows, digest_of
+from pared.entrypoints.plan import plan_of
 from pared.lowrank import LowRankMethod
 from pared.methods import METHODS as REGISTRY
 from pared.schema.options import Options
@@ -276,6 +277,27 @@ def test_what_lowers_no_rank_is_refused_where_ranks_are_asked_for(method: str, s
         compressed("llama", method, structures=structures)
     with pytest.raises(ParedError, match=f"method {method} takes channels out and lowers no rank"):
         METHODS[method].decompose(torch.ones(3, 4), {})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_plan_of_ranks_was_made_for_methods_that_lower_none(method: str):
+    plan = pared.plan(TINY_MODELS["llama"](), method=method, keep=0.8, multiple_of=4)
+    assert all(isinstance(site.decision, Width | Dense) for site in plan.sites)
+    assert any(isinstance(site.decision, Width) for site in plan.sites)
+    assert plan.achieved_keep <= 0.8
+    told = r"keep 0\.2 cannot be reached by widths of 3 channel groups alone"
+    with pytest.raises(ParedError, match=told) as refused:
+        pared.plan(TINY_MODELS["llama"](), method=method, keep=0.2, multiple_of=4)
+    assert ("heads, which can go too, are not known from shapes" in str(refused.value)) == bool(METHODS[method].heads)
+
+
+def test_a_plan_of_widths_has_the_sizes_of_uniform_ones(tmp_path: Path):
+    TINY_MODELS["llama"]().save_pretrained(tmp_path)
+    planned = plan_of(pared.Recipe(model=str(tmp_path), method="flap", keep=0.8, multiple_of=4))
+    made = compressed("llama", "flap", keep=0.8, heads="off", allocation="uniform").plan
+    assert {one.name: one.after for one in planned.plan.sites} == {one.name: one.after for one in made.sites}
+    assert any(one.endswith("attentions are left whole, whose heads can go too") for one in planned.remarks())
+    assert not any("ranks" in one for one in planned.remarks())
 
 
 def test_an_allocation_of_widths_alone_is_refused_for_ranks():

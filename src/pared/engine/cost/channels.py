@@ -1,5 +1,7 @@
 """What taking channels out of MLPs takes, and which layers they are by shapes alone."""
 
+from collections.abc import Sequence
+
 from pared.allocation import Evidence, allocator_of
 from pared.allocation.units import Channels
 from pared.engine.allocate import make_plan
@@ -37,9 +39,26 @@ def with_widths(plan: Plan, anatomy: Anatomy, spec: CompressionSpec, groups: tup
     """
     if not groups or not isinstance(spec, LowRankSpec):
         return plan
+    return uniform_widths(anatomy, spec, groups, plan.bytes_per_parameter)
+
+
+def uniform_widths(
+    anatomy: Anatomy, spec: LowRankSpec, groups: Sequence[ChannelGroup], bytes_per_parameter: int
+) -> Plan:
+    """Return the plan of uniform widths of these groups.
+
+    Args:
+        anatomy: of the model.
+        spec: with a budget of widths.
+        groups: what can become narrower.
+        bytes_per_parameter: of the dtype the model is saved in.
+
+    Raises:
+        ParedError: widths alone are to be decided, and do not reach the budget.
+    """
     evidence = Evidence(channels={group.name: Channels(group) for group in groups})
     uniform = allocator_of("uniform", "low_rank")
-    return make_plan(anatomy, uniform, spec.budget, plan.bytes_per_parameter, evidence=evidence)
+    return make_plan(anatomy, uniform, spec.budget, bytes_per_parameter, evidence=evidence)
 
 
 def order(group: ChannelGroup, spec: LowRankSpec, plan: Plan, step: PassSpec) -> list[Operation]:
