@@ -102,6 +102,7 @@ def render(lines: list[Line]) -> str:
     """Return the page."""
     below = [one["storage"] for one in lines
              if statistics.median(one["ratios"]["onnxruntime"]) < BARS[one["storage"]]]  # fmt: skip
+    open_ = [storage for storage in STORAGES if storage not in {line["storage"] for line in lines}]
     rows = []
     for line in lines:
         for engine, ratios in line["ratios"].items():
@@ -121,7 +122,8 @@ def render(lines: list[Line]) -> str:
         "those of `pared export --to onnx`; logits are compared with the model's, relative to the largest. A first try "
         f"gave {BARS['factors']:.2f} times for factors and {BARS['pivoted']:.2f} for pivoted storage: the bar. "
         f"Ideal is {ideal():.2f}; what is above it is noise of a machine that does other work too. "
-        + (f"Missed by {' and '.join(below)}." if below else "It is reached."),
+        + (f"Missed by {' and '.join(below)}." if below else "It is reached by what was measured.")
+        + (f" Not measured yet: {' and '.join(open_)}." if open_ else ""),
         "",
         table(header, rows),
         "",
