@@ -4,6 +4,7 @@ Legend of the shape suffixes: T tokens, N features, E experts, P those that a to
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from pared.calibration.activations import drop_padding
 from pared.calibration.statistics.experts import ExpertLoss
 from pared.errors import ParedError
+from pared.structure.groups import RefusedError
 from pared.structure.mixture import Placed, Routed
 
 RootCall = tuple[tuple[Any, ...], dict[str, Any]]
@@ -45,7 +47,8 @@ class ExpertTap:
     def _leave(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
         if self._finishing:
             return
-        root, routed = self._root, Routed.seen(_detached(args), _detached(kwargs))
+        with _as_proved(self._placed.mixture.name):
+            root, routed = self._root, Routed.seen(_detached(args), _detached(kwargs))
 
         def receive(g_TN: torch.Tensor) -> None:
             self._calls.append((root, routed, g_TN.detach().reshape(len(routed.picks[0]), -1)))
@@ -63,11 +66,12 @@ class ExpertTap:
             mask_BT: which tokens of the batch are no padding; none if all are.
 
         Raises:
-            ParedError: it is NaN or infinite, or the router picks something else than when it was proved.
+            ParedError: it is NaN or infinite, or the router picks more or fewer than when it was proved.
         """
         name, self._finishing = self._placed.mixture.name, True
         for root, routed, g_TN in self._calls:
-            u_TE, norm_TE = _changes(self._placed, root, routed, g_TN)
+            with _as_proved(name):
+                u_TE, norm_TE = _changes(self._placed, root, routed, g_TN)
             both = (drop_padding(one, mask_BT, name) for one in (u_TE, norm_TE))
             self._statistic.update(*(one.reshape(-1, one.shape[-1]) for one in both))
         self._calls.clear()
@@ -79,6 +83,21 @@ class ExpertTap:
             )
 
 
+@contextmanager
+def _as_proved(name: str) -> Iterator[None]:
+    """Tell the user of a mixture that does something else on this text than it was proved by.
+
+    Raises:
+        ParedError: it does.
+    """
+    try:
+        yield
+    except RefusedError as why:
+        raise ParedError(
+            f"experts {name}: {why} on the calibration text, unlike in the probe pass; take ranks or widths"
+        ) from None
+
+
 def _changes(
     placed: Placed, root: RootCall, routed: Routed, g_TN: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,8 +107,12 @@ def _changes(
 
     What an expert makes of a token is computed once, whichever is gone: the outputs differ in which are summed up, and
     with which weights.
+
+    Raises:
+        RefusedError: the router picks more or fewer than when it was proved.
     """
     mixture, (index_TP, weights_TP) = placed.mixture, routed.picks
+    _require_picks(index_TP, mixture.picked, "")
     index_TP, experts, device = index_TP.long(), mixture.experts, index_TP.device
     picked_TE = torch.zeros(len(index_TP), experts, dtype=torch.bool, device=device).scatter_(1, index_TP, True)
     wanted_TE, without = picked_TE.clone(), dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]()
@@ -98,6 +121,7 @@ def _changes(
         if len(rows_R):
             kept_K = torch.tensor([one for one in range(experts) if one != j])
             other_TP, others_TP = placed.rerouted(kept_K, *root)
+            _require_picks(other_TP, mixture.picked, f" without expert {j}")
             without[j] = rows_R, other_TP[rows_R], others_TP[rows_R].double()
             wanted_TE[rows_R] |= torch.zeros_like(wanted_TE[rows_R]).scatter_(1, other_TP[rows_R], True)
     slope_TE, norm_TE = _made(placed, routed, g_TN, wanted_TE)
@@ -107,6 +131,11 @@ def _changes(
         u_TE[rows_R, j] = (others_RP * slope_TE[rows_R].gather(1, other_RP)).sum(dim=1) - before_T[rows_R]
     share_TE = torch.full_like(norm_TE, torch.nan).scatter_(1, index_TP, weights_TP.to(norm_TE.dtype))
     return u_TE, share_TE * norm_TE
+
+
+def _require_picks(index_TP: torch.Tensor, picked: int, where: str) -> None:
+    if index_TP.shape[1] != picked:
+        raise RefusedError(f"its router gives a token to {index_TP.shape[1]} experts{where}, not to {picked},")
 
 
 def _made(

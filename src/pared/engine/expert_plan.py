@@ -7,17 +7,19 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pared.errors import ParedError
+from pared.models.resized import resized
 from pared.schema.plan import Plan, SitePlan, Uncovered
 from pared.schema.width import Width, ranges_of
 from pared.structure import Anatomy
-from pared.structure.mixture import Mixture, mixtures_by_shape
+from pared.structure.mixture import Mixture, mixtures_by_shape, with_picks
 
 
 def count_of(mixtures: Sequence[Mixture], keep: float) -> int:
     """Return how many experts stay in every mixture.
 
     Raises:
-        ParedError: mixtures have different numbers of them, or fewer would stay than a token is given to.
+        ParedError: mixtures have different numbers of them, or fewer would stay than a token is given to, if that is
+            known.
     """
     numbers = sorted({one.experts for one in mixtures})
     if len(numbers) > 1:
@@ -101,12 +103,15 @@ def plan_of_shapes(model: PreTrainedModel, anatomy: Anatomy, keep: float, bytes_
     """Return the plan of a model from shapes alone; which experts stay is not in it.
 
     Raises:
-        ParedError: there are no mixtures, or they have different numbers of experts.
+        ParedError: there are no mixtures, they have different numbers of experts, or fewer would stay than a token is
+            given to.
     """
     mixtures = mixtures_by_shape(anatomy.blocks(model), anatomy)
     if not mixtures:
         raise ParedError(no_mixtures(model))
-    return expert_plan(anatomy, mixtures, count_of(mixtures, keep), keep, bytes_per_parameter)
+    shapes = model if model.device.type == "meta" else resized(model, {})
+    count = count_of(mixtures if shapes is None else with_picks(shapes, mixtures), keep)
+    return expert_plan(anatomy, mixtures, count, keep, bytes_per_parameter)
 
 
 def no_mixtures(model: nn.Module) -> str:

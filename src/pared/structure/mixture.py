@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from pared.structure.groups import Count, RefusedError
 from pared.structure.model import KINDS, Anatomy
-from pared.structure.probe import StopForwardError, hooks, replaced_forwards
+from pared.structure.probe import StopForwardError, hooks, replaced_forwards, runs_of_shapes
 
 
 @dataclass(frozen=True)
@@ -300,3 +300,28 @@ def _held(space: Any, name: str, value: Any) -> Iterator[None]:
 def seen_as(mixture: Mixture, counts: Sequence[Count], picked: int, rescales: bool) -> Mixture:
     """Return a mixture with what was found of it by running its block."""
     return replace(mixture, counts=tuple(counts), picked=picked, rescales=rescales)
+
+
+def with_picks(model: nn.Module, mixtures: Sequence[Mixture]) -> list[Mixture]:
+    """Return mixtures with how many experts a token is given to, as shapes tell it.
+
+    Args:
+        model: on the meta device. Its routers run, and no expert does.
+        mixtures: of it; those that it does not run on the meta device are as they were.
+    """
+    picked: dict[str, int] = {}
+
+    def stub(place: int) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+            routed = Routed.seen(args, kwargs)
+            picked[mixtures[place].name] = routed.picks[0].shape[1]
+            return torch.empty_like(routed[routed.hidden])
+
+        return forward
+
+    with replaced_forwards([model.get_submodule(one.name) for one in mixtures], stub):
+        for run in runs_of_shapes(model):
+            run()
+            if len(picked) == len(mixtures):
+                break
+    return [replace(one, picked=picked.get(one.name, one.picked)) for one in mixtures]

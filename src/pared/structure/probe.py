@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ __all__ = [
     "probe",
     "probe_shapes",
     "run_model",
+    "runs_of_shapes",
 ]
 
 _DATA_FREE = "only data-free methods (svd, magnitude, with uniform allocation) can be used"
@@ -139,17 +141,29 @@ def probe(model: PreTrainedModel, anatomy: Anatomy, read: bool = True) -> tuple[
 
 def probe_shapes(model: PreTrainedModel, anatomy: Anatomy) -> Anatomy:
     """Return what :func:`probe` finds of a model on the meta device; ``reads`` assumed where it does not run there."""
-    tokens = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device="meta")
-    whole = torch.zeros(1, 1, PROBE_TOKENS, PROBE_TOKENS, device="meta", dtype=model.dtype)
-    # Masks are made by code that looks at values, of which there are none: a finished mask is taken as it is.
-    tries: tuple[dict[str, torch.Tensor], ...] = ({}, {"attention_mask": whole})
-    for beside in tries:
-        watch, blocks = Watch(anatomy, keep=False), anatomy.blocks(model)
-        with suppress(ParedError, NotImplementedError), evaluating(model), hooks(watch.hooked(model, blocks)):
-            run_model(model, tokens, beside)
+    blocks = anatomy.blocks(model)
+    for run in runs_of_shapes(model):
+        watch = Watch(anatomy, keep=False)
+        with hooks(watch.hooked(model, blocks)):
+            run()
         if watch.is_complete(len(blocks)):
             return watch.result()
     return anatomy.with_assumed_reads()
+
+
+def runs_of_shapes(model: PreTrainedModel) -> Iterator[Callable[[], None]]:
+    """Yield ways to run a model on the meta device, one of which may get to its end; none raises."""
+    tokens = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device="meta")
+    whole = torch.zeros(1, 1, PROBE_TOKENS, PROBE_TOKENS, device="meta", dtype=model.dtype)
+
+    def run(beside: Mapping[str, torch.Tensor]) -> None:
+        with suppress(ParedError, NotImplementedError), evaluating(model):
+            run_model(model, tokens, beside)
+
+    # Masks are made by code that looks at values, of which there are none: a finished mask is taken as it is.
+    tries: tuple[dict[str, torch.Tensor], ...] = ({}, {"attention_mask": whole})
+    for beside in tries:
+        yield partial(run, beside)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pared
 from pared import Calibration, ParedError, Recipe
 from pared.calibration.statistics.experts import EXPERTS, ExpertLoss
 from pared.data.windows import Windows
-from pared.engine import CompressedBlocks, PassSpec, compress_blocks, resolve
+from pared.engine import CompressedBlocks, PassSpec, compress_blocks, plan_from_shapes, resolve
 from pared.engine.experts import ExpertWork
 from pared.engine.install import keep_experts
 from pared.engine.observe import Observer
@@ -132,9 +133,10 @@ def observed(
     tokenizer: PreTrainedTokenizerFast,
     calibration: Calibration,
     forward: bool = False,
+    otherwise: Callable[[], None] = lambda: None,
     **more: Any,
 ) -> tuple[Observer, dict[str, ExpertLoss]]:
-    """Return the statistics of every mixture."""
+    """Return the statistics of every mixture, of a model that may be made another after it is probed."""
     spec = resolve(recipe(calibration, **more))
     anatomy = find_anatomy(model)
     observer = Observer(ResidentBlocks(model, anatomy), tokenizer, spec)
@@ -146,6 +148,7 @@ def observed(
     def visit(block: Any) -> None:
         found.update({name: own[EXPERTS] for name, own in block.statistics.items() if EXPERTS in own})
 
+    otherwise()
     inputs = observer.capture()
     if forward:
         observer.forward(inputs, lambda _: frozenset(), visit, PassSpec("solve", "forward"))
@@ -251,14 +254,30 @@ def test_reap_is_the_mean_of_norms_times_weights(
 
 
 def test_experts_go_by_what_they_add_and_the_loss_told_is_that_of_all_that_are_gone():
-    u_TE = torch.randn(500, 5, dtype=torch.float64)
-    u_TE[:, 3] = -u_TE[:, 1]  # the two together change nothing
-    M_EE = u_TE.T @ u_TE / len(u_TE)
+    """One that takes back what those that are gone did costs less than one that alone costs less, and goes first.
+
+    An order by the loss of each alone would leave them as they are numbered.
+    """
+    root_EE = torch.diag(torch.tensor([1.0, 1.5, 2.0, 2.5, 3.0], dtype=torch.float64))
+    root_EE[2] = -2.0 * root_EE[0]  # takes back what 0 does, and more
+    root_EE[3] = 1.6 * root_EE[1]  # does what 1 does again
+    M_EE = root_EE @ root_EE.T
     found = by_loss(M_EE)
-    assert set(found.order_E[-2:].tolist()) == {1, 3} or found.loss(4) < float(M_EE.diagonal()[[1, 3]].min()) / 2
-    for count in range(1, 6):
-        gone = [j for j in range(5) if j not in found.kept(count).tolist()]
-        assert found.loss(count) == pytest.approx(0.5 * float(M_EE[gone][:, gone].sum()), abs=1e-12)
+    assert found.order_E.flip(0).tolist() == [0, 2, 1, 4, 3]
+    u_TE = torch.randn(500, 8, dtype=torch.float64) @ torch.randn(8, 8, dtype=torch.float64)
+    for moments_EE in (M_EE, u_TE.T @ u_TE / len(u_TE)):
+        found, experts = by_loss(moments_EE), len(moments_EE)
+
+        def loss(gone: list[int], moments_EE: torch.Tensor = moments_EE) -> float:
+            return 0.5 * float(moments_EE[gone][:, gone].sum())
+
+        order = found.order_E.flip(0).tolist()
+        for count in range(experts):
+            left = {j: loss([*order[:count], j]) for j in order[count:]}
+            assert left[order[count]] == pytest.approx(min(left.values()), abs=1e-9)
+        for count in range(1, experts + 1):
+            gone = [j for j in range(experts) if j not in found.kept(count).tolist()]
+            assert found.loss(count) == pytest.approx(loss(gone), abs=1e-9)
 
 
 @pytest.mark.parametrize("family", FEW)
@@ -371,3 +390,52 @@ def test_the_plan_from_shapes_has_the_sizes_of_what_is_made(
     assert 0.66 < made.achieved_keep < 0.67
     with pytest.raises(ParedError, match="what taking experts out costs in time and memory is not predicted"):
         pared.plan(str(tmp_path), method="reap", keep=0.7, cost=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_plan_does_not_leave_fewer_experts_than_a_token_is_given_to(family: str):
+    """A plan of one expert had been printed for what a compression refuses."""
+    whole = MIXTURES[family]()
+    with torch.device("meta"):
+        shapes = type(whole)._from_config(whole.config)
+    spec = resolve(Recipe(structures="experts", keep=0.2))
+    for model in (whole, shapes):
+        with pytest.raises(ParedError, match="leaves 1 of 6 experts, and each token is given to 2"):
+            plan_from_shapes(model, spec)
+
+
+@pytest.mark.parametrize("forward", [False, True])
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("top_k", "gives a token to 3 experts, not to 2, on the calibration text, unlike in the probe pass"),
+        ("call", "are not called with what tokens read, the numbers of the experts picked and their weights on the"),
+    ],
+)
+def test_a_mixture_that_does_something_else_on_the_text_is_refused_in_a_line(
+    forward: bool, change: str, told: str, tokenizer: PreTrainedTokenizerFast, calibration: Calibration
+):
+    """A traceback of an error that is no one of ours had ended the run; of more picks nothing was said."""
+    model = MIXTURES["mixtral"]()
+
+    def otherwise() -> None:
+        block = model.model.layers[0].mlp
+        if change == "top_k":
+            block.gate.top_k = 3
+        else:
+            run = block.experts.forward
+            block.experts.forward = lambda hidden, both: run(hidden, *both)
+            block.forward = lambda hidden: _in_one(block, hidden)
+
+    with pytest.raises(ParedError, match=told) as caught:
+        observed(model, tokenizer, calibration, forward=forward, otherwise=otherwise)
+    assert "experts model.layers.0.mlp.experts: " in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def _in_one(block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """Run a mixture whose experts are given numbers and weights in one argument."""
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    _, weights, index = block.gate(flat)
+    made: torch.Tensor = block.experts(flat, (index, weights))
+    return made.view_as(hidden)
