@@ -273,7 +273,7 @@ def make(family: str, storage: str, folder: Path) -> Path | None:
         STORAGES[storage](model)
         if storage != "dense":
             mark(model)
-            if not getattr(model.config, "quantization_config", None):
+            if not getattr(getattr(model.config, "quantization_config", None), "modules", None):
                 return None
         model.save_pretrained(folder)
     return folder
