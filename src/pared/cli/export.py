@@ -36,26 +36,27 @@ def export(
     with errors():
         quiet_libraries()
         require_export(model, made, to, dtype, quantize)
-        if to == "gguf":
-            from pared.entrypoints.export_gguf import export_gguf
+        from pared.entrypoints.export import export_as
 
-            written = export_gguf(model, made, quantize, overwrite)
-            out.print(f"read back: every number compared, largest relative difference {written.self_check:.2g}")
-            out.print(f"file: {made}  ({written.bytes_on_disk:,} bytes)")
-            return
-        if to == "onnx":
-            from pared.entrypoints.export_onnx import export_onnx
-
-            written = export_onnx(model, made, overwrite)
-            out.print(f"self-check: run in onnxruntime, largest relative difference {written.self_check:.2g}")
-            out.print(f"folder: {made}  ({written.bytes_on_disk:,} bytes of graph and weights)")
-            return
-        from pared.entrypoints.export import export_dense
-
-        print_exported(export_dense(model, made, dtype, overwrite), made)
+        PRINTED[to](export_as(to, model, made, dtype, quantize, overwrite), made)
 
 
 def print_exported(exported: "Written", folder: Path) -> None:
     """Print what was written as plain weights, and that it was checked."""
     out.print(f"self-check: reloaded, largest relative difference {exported.self_check:.2g}")
     out.print(f"folder: {folder}  ({exported.bytes_on_disk:,} bytes of weights)")
+
+
+def print_exported_file(exported: "Written", file: Path) -> None:
+    """Print what was written as one file, and that it was compared."""
+    out.print(f"read back: every number compared, largest relative difference {exported.self_check:.2g}")
+    out.print(f"file: {file}  ({exported.bytes_on_disk:,} bytes)")
+
+
+def print_exported_graph(exported: "Written", folder: Path) -> None:
+    """Print what was written as a graph, and that it was run."""
+    out.print(f"self-check: run in onnxruntime, largest relative difference {exported.self_check:.2g}")
+    out.print(f"folder: {folder}  ({exported.bytes_on_disk:,} bytes of graph and weights)")
+
+
+PRINTED = {"dense": print_exported, "gguf": print_exported_file, "onnx": print_exported_graph}  # by form

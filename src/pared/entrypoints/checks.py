@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from pared.schema.training import TrainingConfig
 
 FORMS = ("dense", "gguf", "onnx")  # that models are exported in
-TYPES = ("auto", "f32", "f16", "bf16", "q8_0")  # that a .gguf file is written in
 
 
 def task_names() -> list[str]:
@@ -175,13 +174,14 @@ def _require_gguf(out: "Path", quantize: str) -> None:
 
     from pared.errors import ParedError
     from pared.names import called
+    from pared.serving.gguf.types import TYPES
 
     if quantize.lower().startswith(("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq")):
         raise ParedError(
             f"{called('quantize', quantize)}: the gguf package makes no {quantize}; write {called('quantize', 'f16')} "
             f"and run llama.cpp's own: llama-quantize {out} SMALLER.gguf {quantize.upper()}"
         )
-    require_known("type of a .gguf file", quantize, TYPES)
+    require_known("type of a .gguf file", quantize, ["auto", *TYPES])
     if out.suffix != ".gguf":
         raise ParedError(f"output {out}: expected the name of a file that ends with .gguf")
     if importlib.util.find_spec("gguf") is None:

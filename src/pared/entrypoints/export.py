@@ -91,15 +91,24 @@ def export(
     name, out = name_from(model, function), folder_from(out, function)
     with trusting(trust_remote_code):
         require_export(name, out, to, dtype, quantize)
-        if to == "dense":
-            return export_dense(name, out, dtype, overwrite)
-        if to == "onnx":
-            from pared.entrypoints.export_onnx import export_onnx
+        return export_as(to, name, out, dtype, quantize, overwrite)
 
-            return export_onnx(name, out, overwrite)
-        from pared.entrypoints.export_gguf import export_gguf  # needs the gguf package
 
-        return export_gguf(name, out, quantize, overwrite)
+def export_as(to: str, name: str, out: Path, dtype: str, quantize: str, overwrite: bool) -> Written:
+    """Write a model in one of the forms; see :func:`export`, which checks first what was asked for.
+
+    Raises:
+        ParedError: as :func:`export` says.
+    """
+    if to == "dense":
+        return export_dense(name, out, dtype, overwrite)
+    if to == "onnx":
+        from pared.entrypoints.export_onnx import export_onnx  # needs the onnx packages
+
+        return export_onnx(name, out, overwrite)
+    from pared.entrypoints.export_gguf import export_gguf  # needs the gguf package
+
+    return export_gguf(name, out, quantize, overwrite)
 
 
 @torch.no_grad()

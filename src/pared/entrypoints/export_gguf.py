@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 from pared.checkpoint.load import load, read_config, require_recorded
 from pared.checkpoint.plain import NARROW
 from pared.checkpoint.portable import module_map
-from pared.entrypoints.checks import TYPES
 from pared.entrypoints.export import make_dense
 from pared.entrypoints.publish import Written
 from pared.errors import ParedError
@@ -22,11 +21,12 @@ from pared.models.source import ModelSource, find_model
 from pared.names import called
 from pared.serving.gguf.description import Description, can_be_of_any_widths, described, require_covered
 from pared.serving.gguf.file import BLOCK, compare, indivisible, is_gguf, size_of, write_gguf
+from pared.serving.gguf.types import TYPES
 from pared.serving.gguf.vocabulary import vocabulary_of
 
 log = logging.getLogger(__name__)
 
-OF_DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}  # what a model is stored in where nothing is asked
+OF_DTYPES = {one.dtype: name for name, one in TYPES.items() if one.dtype}  # where no type is asked for
 HEADER = 16 * 2**20  # bytes that the vocabulary and names take at most, about
 
 
@@ -82,7 +82,7 @@ def _type_of(dtype: torch.dtype, name: str) -> str:
     told = str(dtype).removeprefix("torch.")
     if told not in OF_DTYPES:
         raise ParedError(f"model {name!r} is stored in {told}, which no .gguf file is; {called('quantize', 'f32')} "
-                         f"rounds it least, and {', '.join(TYPES[2:])} make a smaller file")  # fmt: skip
+                         f"rounds it least, and {', '.join([*TYPES][1:])} make a smaller file")  # fmt: skip
     return OF_DTYPES[told]
 
 

@@ -39,37 +39,78 @@ def require_free(out: Path, overwrite: bool, inputs: Iterable[Path] = (), ours: 
             it is, holds or lies inside what is read; it is a file, a link or a mount; its name is too long; or nothing
             can be written where it would lie.
     """
+    with telling_what_is_wrong(out):
+        whole = out.absolute()
+        require_name(out)
+        if any(same(whole, used) for used in (Path.cwd(), *Path.cwd().parents, path_of("~"))):
+            raise ParedError(f"output {out} is a folder you work in; name a new one inside it")
+        require_place(out, "folder", inputs)
+        if out.is_dir() and os.path.ismount(out):
+            raise ParedError(f"output {out} is a mount, which cannot be replaced; name a folder inside it")
+        if not out.is_dir() or not any(out.iterdir()):
+            return
+        require_overwrite(out, "folder", overwrite)
+        require_holds_none(out, inputs)
+        if not ours and (found := foreign(out)) is not None:
+            raise ParedError(f"output folder {out} is not replaced, as not all in it is pared's: {found}; name "
+                             "another, or move away what is yours")  # fmt: skip
+
+
+@contextmanager
+def telling_what_is_wrong(out: Path) -> Iterator[None]:
+    """Report what the system says while an output, a folder or a file, is looked at.
+
+    Raises:
+        ParedError: the system refused to tell.
+    """
     try:
-        _require_free(out, overwrite, inputs, ours)
+        yield
     except OSError as error:
         where = f" ({error.filename})" if error.filename not in (None, str(out)) else ""
         raise ParedError(f"output {out}: {error.strerror or error}{where}") from None
 
 
-def _require_free(out: Path, overwrite: bool, inputs: Iterable[Path], ours: bool) -> None:
+def require_name(out: Path) -> None:
+    """Refuse a name that no output can have.
+
+    Raises:
+        ParedError: it holds a zero byte, or is too long.
+    """
     if "\0" in str(out):
         raise ParedError(f"output {brief(str(out))}: no name of a file or folder holds a zero byte; name another")
-    whole = out.absolute()
     require_short(out)
-    if any(same(whole, used) for used in (Path.cwd(), *Path.cwd().parents, path_of("~"))):
-        raise ParedError(f"output {out} is a folder you work in; name a new one inside it")
-    place = next(folder for folder in whole.parents if folder.exists())
+
+
+def require_place(out: Path, kind: str, inputs: Iterable[Path]) -> None:
+    """Check where an output will lie; what a killed run left beside it is put back or removed.
+
+    Args:
+        out: to be made.
+        kind: ``folder`` or ``file``.
+        inputs: files and folders that are read to make it.
+
+    Raises:
+        ParedError: nothing can be written there, it is or lies inside what is read, or something of another kind is
+            there.
+    """
+    place = next(folder for folder in out.absolute().parents if folder.exists())
     if not (place.is_dir() and os.access(place, os.W_OK)):
         raise ParedError(f"output {out}: {place} is not a folder that can be written to; name another place")
     require_apart(out, inputs)
     tidy(out)
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise ParedError(f"output {out} is a {'link' if out.is_symlink() else 'file'}; name a folder")
-    if out.is_dir() and os.path.ismount(out):
-        raise ParedError(f"output {out} is a mount, which cannot be replaced; name a folder inside it")
-    if not out.is_dir() or not any(out.iterdir()):
-        return
+    is_kind, other = (out.is_dir(), "file") if kind == "folder" else (out.is_file(), "folder")
+    if out.is_symlink() or (out.exists() and not is_kind):
+        raise ParedError(f"output {out} is a {'link' if out.is_symlink() else other}; name a {kind}")
+
+
+def require_overwrite(out: Path, kind: str, overwrite: bool) -> None:
+    """Refuse to replace an output that is there, a ``folder`` or a ``file``, unless that was asked for.
+
+    Raises:
+        ParedError: it was not.
+    """
     if not overwrite:
-        raise ParedError(f"output folder {out} is there already; name another or pass {called('overwrite', 'True')}")
-    require_holds_none(out, inputs)
-    if not ours and (found := foreign(out)) is not None:
-        raise ParedError(f"output folder {out} is not replaced, as not all in it is pared's: {found}; name another, or "
-                         "move away what is yours")  # fmt: skip
+        raise ParedError(f"output {kind} {out} is there already; name another or pass {called('overwrite', 'True')}")
 
 
 def require_short(out: Path) -> None:

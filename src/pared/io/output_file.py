@@ -6,11 +6,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pared.errors import ParedError
-from pared.io.apart import require_apart
 from pared.io.files import new_mode, sync
-from pared.io.leftovers import STAGING, held, remove, tidy
-from pared.io.output_dir import require_short, require_space, telling_of
-from pared.names import called
+from pared.io.leftovers import STAGING, held, remove
+from pared.io.output_dir import (
+    require_name,
+    require_overwrite,
+    require_place,
+    require_space,
+    telling_of,
+    telling_what_is_wrong,
+)
 
 
 def require_free_file(
@@ -29,25 +34,14 @@ def require_free_file(
             link; it is, or lies inside, what is read; its name is too long; or nothing can be written where it would
             lie.
     """
-    if "\0" in str(out):
-        raise ParedError(f"output {str(out)!r}: no name of a file holds a zero byte; name another")
-    try:
-        require_short(out)
-        place = next(folder for folder in out.absolute().parents if folder.exists())
-        if not (place.is_dir() and os.access(place, os.W_OK)):
-            raise ParedError(f"output {out}: {place} is not a folder that can be written to; name another place")
-        require_apart(out, inputs)
-        tidy(out)
-        if out.is_symlink() or (out.exists() and not out.is_file()):
-            raise ParedError(f"output {out} is a {'link' if out.is_symlink() else 'folder'}; name a file")
+    with telling_what_is_wrong(out):
+        require_name(out)
+        require_place(out, "file", inputs)
         if not out.exists():
             return
-        if not overwrite:
-            raise ParedError(f"output {out} is there already; name another or pass {called('overwrite', 'True')}")
+        require_overwrite(out, "file", overwrite)
         if not replaceable(out):
             raise ParedError(f"output {out} is not replaced, as it is no {out.suffix} file; name another")
-    except OSError as error:
-        raise ParedError(f"output {out}: {error.strerror or error}") from None
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from pared.io.apart import require_apart
 from pared.io.digests import folder_digest
 from pared.io.inputs import found_again, inputs_of, remember, told_apart, without_places
 from pared.io.output_dir import require_free, staged
+from pared.io.output_file import require_free_file
 from pared.io.record import foreign, recorded, write_sums
 from pared.schema.manifest import Manifest
 from unit.cli.test_commands import pared as command
@@ -114,6 +115,20 @@ def test_an_output_that_cannot_be_looked_through_is_refused(tmp_path: Path, monk
     monkeypatch.setattr(Path, "iterdir", closed)
     with pytest.raises(ParedError, match=r"Permission denied \(.*closed\)"):
         require_free(tmp_path / "out", overwrite=True, inputs=[tmp_path / "words.txt"])
+
+
+@pytest.mark.parametrize("where", ["zero\0byte", "x" * 300, "words.txt/out", "model/out", "link"])
+def test_an_output_file_and_an_output_folder_are_refused_in_the_same_words(tmp_path: Path, where: str) -> None:
+    """Regression: the checks stood in two places, and only one said what the system named."""
+    (tmp_path / "words.txt").write_text("w3")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    out, told = tmp_path / where, list[str]()
+    for check in (require_free, partial(require_free_file, replaceable=lambda _: True)):
+        with pytest.raises(ParedError) as refusal:
+            check(out, overwrite=True, inputs=[tmp_path / "model"])
+        told.append(str(refusal.value).replace("name a folder", "name a file"))
+    assert told[0] == told[1]
 
 
 def test_an_output_that_is_taken_is_refused_without_a_look_through_it(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gguf import GGUFReader, TokenType
+from gguf import GGMLQuantizationType, GGUFReader, LlamaFileType, TokenType
 from tokenizers import normalizers, processors
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -21,6 +21,8 @@ import pared.models.gguf
 import pared.serving.gguf.file
 from pared import ParedError
 from pared.checkpoint.save import mark
+from pared.cli.export import PRINTED
+from pared.entrypoints.checks import FORMS
 from pared.io.digests import file_digest
 from pared.models.gguf import header_of
 from pared.models.gguf_header import LONGEST
@@ -30,6 +32,7 @@ from pared.modules import SparseLinear
 from pared.modules.narrow import narrowed
 from pared.serving.gguf.description import described
 from pared.serving.gguf.file import compare, write_gguf
+from pared.serving.gguf.types import TYPES
 from pared.serving.gguf.vocabulary import Vocabulary, vocabulary_of
 from unit.cli.test_commands import left_over, refused
 from unit.cli.test_commands import pared as command
@@ -346,6 +349,14 @@ def test_what_llama_cpp_computes_otherwise_is_refused_by_the_field(tmp_path: Pat
     with pytest.raises(ParedError, match=r"qwen3 reads no blk\.0\.attn_output\.bias"):
         described(model_of("qwen3", attention_bias=True), "tiny")
     assert described(model_of("llama", attention_bias=True, mlp_bias=True), "tiny").architecture == "llama"
+
+
+def test_every_form_is_printed_and_every_type_is_one_of_the_gguf_package() -> None:
+    """Regression: forms and types stood in two places, which could differ."""
+    assert PRINTED.keys() == set(FORMS)
+    for name, one in TYPES.items():
+        assert (GGMLQuantizationType[one.kind].name.lower(), LlamaFileType[one.file_type].name.lower()) == (
+            name, {"f32": "all_f32"}.get(name, f"mostly_{name}"))  # fmt: skip
 
 
 def test_a_family_that_is_not_covered_is_refused_before_a_weight_is_read(tmp_path: Path) -> None:

@@ -15,15 +15,9 @@ from pared.io.guarded import brief
 from pared.models.gguf_header import MAGIC, Header, read_header
 from pared.models.gguf_weights import dequantised_tensor
 from pared.serving.gguf.description import Description, GgufTensor
+from pared.serving.gguf.types import TYPES
 from pared.serving.gguf.vocabulary import Vocabulary
 
-# what a user names -> type of the matrices, number of the file's type
-KINDS: dict[str, tuple[Kind, LlamaFileType]] = {
-    "f32": (Kind.F32, LlamaFileType.ALL_F32),
-    "f16": (Kind.F16, LlamaFileType.MOSTLY_F16),
-    "bf16": (Kind.BF16, LlamaFileType.MOSTLY_BF16),
-    "q8_0": (Kind.Q8_0, LlamaFileType.MOSTLY_Q8_0),
-}
 BLOCK = 32  # numbers of a row that q8_0 stores with one scale
 LARGEST = float(torch.finfo(torch.float16).max)
 HALF_ROUNDING, HALF_SMALLEST = 2.0**-11, 2.0**-25  # of float16: of a normal number, and of one too small to be normal
@@ -39,13 +33,13 @@ def type_of(tensor: GgufTensor, kind: str) -> Kind:
     """Return the type that a tensor is stored in: vectors as float32, rows that q8_0 cannot divide as float16."""
     if len(tensor.shape) == 1:
         return Kind.F32
-    chosen = KINDS[kind][0]
+    chosen = Kind[TYPES[kind].kind]
     return Kind.F16 if chosen is Kind.Q8_0 and tensor.shape[-1] % BLOCK else chosen
 
 
 def indivisible(description: Description, kind: str) -> list[GgufTensor]:
     """Return the matrices that are stored as float16, as q8_0 cannot divide their rows."""
-    if KINDS[kind][0] is not Kind.Q8_0:
+    if Kind[TYPES[kind].kind] is not Kind.Q8_0:
         return []
     return [tensor for tensor in description.tensors if type_of(tensor, kind) is Kind.F16]
 
@@ -63,7 +57,7 @@ def write_gguf(path: Path, description: Description, vocabulary: Vocabulary, nam
         description: of the model.
         vocabulary: of its tokenizer.
         name: that the file says the model has.
-        kind: a key of :data:`KINDS`.
+        kind: a key of :data:`TYPES`.
 
     Raises:
         ParedError: a weight is too large for float16.
@@ -87,7 +81,7 @@ def write_gguf(path: Path, description: Description, vocabulary: Vocabulary, nam
 def _add_fields(writer: GGUFWriter, fields: Mapping[str, object], name: str, kind: str) -> None:
     writer.add_type("model")
     writer.add_name(name)
-    writer.add_file_type(KINDS[kind][1])
+    writer.add_file_type(LlamaFileType[TYPES[kind].file_type])
     writer.add_quantization_version(GGML_QUANT_VERSION)
     by_type: dict[type, Callable[[str, Any], None]] = {
         bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
