@@ -28,7 +28,7 @@ OF_OTHERS = {
     "tune.md": {"--long", "--nproc-per-node"},  # a benchmark, torchrun
     "evaluation.md": {"--new-eval"},  # a paper's code
     "low_rank.md": {"--delta"},  # a paper's code
-    "serving.md": {"--load-format"},  # vLLM
+    "serving.md": {"--load-format", "--model"},  # vLLM
 }
 DOCS = Path(__file__).parents[3] / "docs"
 # Every option of a compression with what the recipe then holds.
