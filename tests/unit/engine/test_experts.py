@@ -22,13 +22,12 @@ from pared.engine.install import keep_experts
 from pared.engine.observe import Observer
 from pared.schema.manifest import Manifest
 from pared.schema.width import channels_of
-from pared.structure import find_anatomy, probe
-from pared.structure.experts import proved
+from pared.structure import find_anatomy
 from pared.structure.groups import RefusedError
-from pared.structure.mixture import Mixture, mixtures_by_shape
 from pared.structure.store import ResidentBlocks
 from pared.widths.experts import by_loss, by_reap
 from unit.checkpoint.test_checkpoint import logits
+from unit.structure.test_experts import mixtures, model_of
 
 FAMILIES = sorted(MIXTURES)
 # One whose router normalises the weights of picked experts, and one with a buffer of the router and a dense block.
@@ -46,15 +45,6 @@ def compressed(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, calibration: Calibration, **more: Any
 ) -> CompressedBlocks:
     return compress_blocks(model, tokenizer, resolve(recipe(calibration, **more)))
-
-
-def mixtures(model: PreTrainedModel) -> list[Mixture]:
-    anatomy, calls = probe(model, find_anatomy(model))
-    blocks, first = anatomy.blocks(model), {call.block: call for call in reversed(calls)}
-    return [
-        proved(one, blocks[one.block], anatomy.block_name(one.block), first[one.block])
-        for one in mixtures_by_shape(blocks, anatomy)
-    ]
 
 
 def kept_of(result: CompressedBlocks) -> dict[str, list[int]]:
@@ -96,6 +86,16 @@ def test_it_answers_as_a_model_made_by_hand_of_the_experts_that_stay(
     assert {n: p.shape for n, p in result.model.named_parameters()} == {n: p.shape for n, p in made.named_parameters()}
     numbers = [{k: v for k, v in vars(m).items() if type(v) is int} for m in result.model.modules()]
     assert numbers == [{k: v for k, v in vars(m).items() if type(v) is int} for m in made.modules()]
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", pytest.param("qwen3_moe", marks=pytest.mark.slow)])
+def test_a_hidden_size_that_is_the_number_of_experts_by_chance_stays(
+    family: str, tokenizer: PreTrainedTokenizerFast, calibration: Calibration
+):
+    result = compressed(model_of(family, 32), tokenizer, calibration, keep=0.5)
+    made = by_hand(model_of(family, 32), kept_of(result))
+    assert torch.equal(logits(result.model), logits(made))
+    assert (result.model.config.hidden_size, result.model.config.num_local_experts) == (32, 16)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
