@@ -180,9 +180,9 @@ def test_one_is_told_of_with_what_its_options_are_for() -> None:
     assert "allocation ramp: " in both
     assert "allocation of zeros ramp: " in both
     assert "block, site" in both
-    result = run("methods", "rmap")
+    result = run("methods", "rampp")
     assert result.exit_code == 2
-    assert "unknown method, allocation or training 'rmap'; did you mean 'ramp'?" in result.stderr
+    assert "unknown method, allocation or training 'rampp'; did you mean 'ramp'?" in result.stderr
 
 
 @pytest.mark.parametrize(
