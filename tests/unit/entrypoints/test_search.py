@@ -405,6 +405,7 @@ def test_the_command_finds_tells_and_draws(tiny: Path, text_file: Path, tmp_path
     assert "method svd-llm does not take sparsity" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_killed_search_goes_on_to_the_very_journal_of_one_that_was_not(
     tiny: Path, text_file: Path, tmp_path: Path
 ) -> None:

@@ -677,7 +677,9 @@ def test_a_model_of_zero_weights_alone_is_refused(
         tune(asked(tmp_path / "zero", tmp_path / "out", text_file, evaluation=None))
 
 
-@pytest.mark.parametrize(("phase", "importance"), [("bases", "bsi"), ("factors", "magnitude")])
+@pytest.mark.parametrize(
+    ("phase", "importance"), [pytest.param("bases", "bsi", marks=pytest.mark.slow), ("factors", "magnitude")]
+)
 def test_a_kill_in_any_phase_ends_in_the_same_model(
     dense: Dense, tmp_path: Path, text_file: Path, phase: str, importance: str
 ) -> None:
