@@ -84,10 +84,11 @@ def _there(recipe: Recipe, again: bool, progress: Progress) -> Outcome | None:
     if recipe.out is None:
         return None
     if published(spec, lambda: require_named_model(spec), out):
+        tidy(out)  # it may have been killed when it was about to remove its state
         return Outcome(out, Manifest.read(out))
     if not again or run_folder(out, COMPRESSION).is_dir():
         return None
-    tidy(out)  # it may have been killed while it removed its state
+    tidy(out)  # or while it did
     found = reusable(recipe)
     if found is not None:
         progress.note(f"{out} is finished, by this very recipe: nothing was left to do")

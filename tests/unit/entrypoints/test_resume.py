@@ -414,6 +414,29 @@ def test_the_command_resumes_what_was_killed_before_it_removed_its_state_and_say
     assert content(tmp_path / "out") == made
 
 
+def test_what_was_killed_when_it_was_about_to_remove_its_state_leaves_nothing_when_it_is_resumed(
+    place: Path, tmp_path: Path
+) -> None:
+    """Regression: the empty folder that the state was to be moved to stayed beside the output."""
+    recipe = recipe_of("wanda", place, tmp_path / "out")
+
+    def work() -> None:
+        rename = Path.rename
+
+        def and_die(self: Path, target: Any) -> Path:
+            if self.name.endswith(".compress"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return rename(self, target)
+
+        Path.rename = and_die  # type: ignore[method-assign]
+        pared.run(recipe)
+
+    assert in_a_process(work)
+    assert len(list(tmp_path.iterdir())) == 3
+    pared.run(recipe, resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 @pytest.mark.parametrize("other", ["another model", "other weights", "another text"])
 def test_an_output_of_other_files_under_the_same_names_is_not_called_finished(
     other: str, place: Path, tmp_path: Path
