@@ -127,7 +127,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         return {name: compressed(name, ALONE) for name in CASES}
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     place = tmp_path_factory.mktemp("ranks")
     run_ranks(request.param, compress_all, place)
