@@ -1,6 +1,6 @@
 """A method's decomposition of one weight, of several as one, or of every site of a model alone."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 
@@ -39,16 +39,26 @@ def decompose(
     solve = method.losses if losses_only and method.losses else method.require_solve()
     try:
         found = solve(weights, values, spec.config)
-    except KeyError as missing:  # of statistics that were saved for another method
-        raise ParedError(
-            f"site {name}: method {method.name} needs the statistic {missing}; those given hold "
-            f"{', '.join(sorted(values[0])) or 'none'}"
-        ) from missing
+    except KeyError as missing:
+        raise lacking(method.name, name, missing, values[0]) from missing
     except (ValueError, RuntimeError) as error:
         raise ParedError(f"site {name}: {error}") from error
     if not isinstance(found, Decomposition):
         raise ParedError(f"site {name}: method {method.name} gives a {type(found).__name__}, expected a Decomposition")
     return found
+
+
+def lacking(method: str, name: str, missing: KeyError, given: Collection[str]) -> ParedError:
+    """Return the error of a site whose statistics were saved for another method.
+
+    Args:
+        method: that needs them.
+        name: of the site.
+        missing: names the statistic.
+        given: names of those there are.
+    """
+    there = ", ".join(sorted(given)) or "none"
+    return ParedError(f"site {name}: method {method} needs the statistic {missing}; those given hold {there}")
 
 
 def decompose_sites(observer: Observer, runs: Runs, take: Callable[[str, Decomposition], None]) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 
 from pared.allocation.units import Channels as Candidate
 from pared.calibration import CROSS, BlockStatistics
+from pared.engine.decompose import lacking
 from pared.engine.install import count, factors_of, narrow, put
 from pared.engine.kept_units import ranks_of_narrow
 from pared.engine.ledger import Findings, Ledger
@@ -160,9 +161,8 @@ class ChannelSolver:
 
         try:
             found: Channels = rule(GroupLayers(W_ON, values, group.inputs, width, makers), spec.config)
-        except KeyError as missing:  # of statistics that were saved for another method
-            raise ParedError(f"site {group.name}: method {spec.method.name} needs the statistic {missing}; those given "
-                             f"hold {', '.join(sorted(values)) or 'none'}") from missing  # fmt: skip
+        except KeyError as missing:
+            raise lacking(spec.method.name, group.name, missing, values) from missing
         except (ValueError, RuntimeError) as error:
             raise ParedError(f"site {group.name}: {error}") from error
         if found.damping:

@@ -33,31 +33,6 @@ class Energy(Moments):
         return self._sum.sum()
 
 
-class Magnitude(Summed):
-    """The mean magnitude of every feature over tokens, ``(features,)`` float64 (ASVD).
-
-    Attributes:
-        of: ``input``.
-        features: that the site reads.
-        tokens: how many tokens were seen.
-    """
-
-    def __init__(self, features: int, device: torch.device) -> None:
-        super().__init__(features, (features,), device, "input")
-
-    def update(self, x: torch.Tensor, grad: torch.Tensor | None = None) -> None:  # noqa: ARG002 - the protocol's
-        """Add one batch ``(..., features)``."""
-        x_TN = x.reshape(-1, x.shape[-1])
-        self.tokens += x_TN.shape[0]
-        for rows_TN in torch.split(x_TN, SUM_ROWS):
-            self._sum += rows_TN.float().abs().sum(dim=0)
-
-    @property
-    def value(self) -> torch.Tensor:
-        """The mean over tokens ``(features,)``."""
-        return self._sum / max(self.tokens, 1)
-
-
 class Mean(Summed):
     """The mean of every feature over tokens, ``(features,)`` float64.
 
@@ -81,6 +56,14 @@ class Mean(Summed):
     def value(self) -> torch.Tensor:
         """The mean over tokens ``(features,)``."""
         return self._sum / max(self.tokens, 1)
+
+
+class Magnitude(Mean):
+    """The mean magnitude of every feature over tokens, ``(features,)`` float64 (ASVD)."""
+
+    def update(self, x: torch.Tensor, grad: torch.Tensor | None = None) -> None:
+        """Add one batch ``(..., features)``."""
+        super().update(x.abs(), grad)
 
 
 class Variance(Summed):
