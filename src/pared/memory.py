@@ -19,6 +19,10 @@ NO_LIMIT = 2**60  # what is more is none: groups without a limit have the larges
 
 Stream = Literal["auto", "on", "off"]
 
+# torch on a CPU has no type of its own for a lack of memory; the C++ library's and Python's have these names.
+_LACKING = ("can't allocate memory", "not enough memory", "std::bad_alloc")
+_LACKING_TYPES = ("OutOfMemoryError", "MemoryError")
+
 _SIZE = TypeAdapter(ByteSize)
 _SHAPE = re.compile(r"\s*[0-9.]+\s*[a-zA-Z]*\s*")
 
@@ -53,6 +57,13 @@ def give_back() -> None:
     trim = _trim()
     if trim is not None:
         trim(0)
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an exception is a lack of memory, of a device or of the machine. Nothing is imported to tell."""
+    if any(kind.__name__ in _LACKING_TYPES for kind in type(error).__mro__):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _LACKING)
 
 
 def parse_size(text: str | int, what: str) -> int:

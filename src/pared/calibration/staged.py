@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from pared.calibration.activations import replaced_output
 from pared.calibration.spool import ActivationMemory, HiddenStates
 from pared.errors import ParedError
+from pared.memory import lacks_memory
 from pared.structure.calls import BlockCall
 from pared.structure.probe import replaced_forwards
 from pared.structure.state import KeptState, tensors_in
@@ -55,12 +56,11 @@ class _OtherwiseError(Exception):
 
 # What Python and torch raise where a block is given something else than the model gives it.
 LACKING = (TypeError, AttributeError, LookupError, ValueError, AssertionError, RuntimeError)
-NO_MEMORY = ("can't allocate memory", "not enough memory")  # torch on a CPU has no type of its own for it
 
 
 def _otherwise(error: Exception) -> Exception:
     """Return what a failure in stages means; what is of the machine and not of the model is itself."""
-    if isinstance(error, torch.OutOfMemoryError) or any(told in str(error) for told in NO_MEMORY):
+    if lacks_memory(error):
         return error
     return _OtherwiseError()
 

@@ -21,7 +21,7 @@ def compress(
     json_file: JsonFile = None,
 ) -> None:
     """Compress a model and write it as an ordinary Hugging Face folder, checked by reloading."""
-    with errors("interrupted; no partial output is left, and --resume continues after the last finished block"):
+    with errors("no partial output is left, and --resume continues after the last finished block"):
         quiet_libraries()
         recipe = given.merged()
         require_compression(recipe, overwrite, resume)

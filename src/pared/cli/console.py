@@ -16,6 +16,7 @@ from rich.progress import Progress as RichProgress
 from pared.errors import ParedError
 from pared.importing import when_imported
 from pared.io.files import why_not_written, write_to
+from pared.memory import lacks_memory
 from pared.names import told_in_flags
 from pared.processes import is_told_here, speaks
 from pared.tables import Table
@@ -29,6 +30,7 @@ err = Console(stderr=True, soft_wrap=True, markup=False, highlight=False, emoji=
 
 
 LOG_EVERY_SECONDS = 10.0
+LESS_MEMORY = "less is taken by a smaller --batch or --length, by --stream on (one block at a time), and by --device cpu"
 
 
 class ConsoleProgress:
@@ -88,8 +90,12 @@ def _told(pace: "Pace", unit: str, told: str) -> str:
 
 
 @contextmanager
-def errors(interrupted: str = "interrupted; no partial output is left") -> Iterator[None]:
-    """Turn what a user did wrong into one line and exit code 2, and Ctrl-C into 130 and what it leaves."""
+def errors(left: str = "no partial output is left") -> Iterator[None]:
+    """Turn what a user did wrong, or a lack of memory, into one line and exit code 2, and Ctrl-C into 130.
+
+    Args:
+        left: what there is of the work then.
+    """
     try:
         with told_in_flags():
             yield
@@ -99,8 +105,15 @@ def errors(interrupted: str = "interrupted; no partial output is left") -> Itera
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         if is_told_here():
-            err.print(interrupted)
+            err.print(f"interrupted; {left}")
         raise SystemExit(130) from None
+    except Exception as error:
+        if not lacks_memory(error):
+            raise
+        if speaks():
+            what = " ".join(str(error).split())[:200] or type(error).__name__
+            err.print(f"error: out of memory ({what}); {left}; {LESS_MEMORY}", style="red", markup=False)
+        raise SystemExit(2) from None
 
 
 def _writable(path: Path | None) -> Path | None:

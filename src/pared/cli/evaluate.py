@@ -23,13 +23,13 @@ def evaluate(
 ) -> None:
     """Measure a model: perplexity on a text, tasks, or how an encoder scores on labelled examples."""
     kept_back = given.values["tasks"] and json_file is not None
-    interrupted = (
+    left = (
         "tasks that were done are kept beside the file of --json, and --resume continues"
         if kept_back
         else "nothing is kept of it"
     )
     progress = ConsoleProgress()
-    with errors(f"interrupted; {interrupted}"), Kept(json_file, progress.note, resume) as kept:
+    with errors(left), Kept(json_file, progress.note, resume) as kept:
         quiet_libraries()
         config = given.merged()
         require_evaluable(model, config)

@@ -48,7 +48,7 @@ def search(
     json_file: JsonFile = None,
 ) -> None:
     """Search for the program that allocates sparsity or ranks best."""
-    with errors("interrupted; what was measured is in the journal, and --resume continues from there"):
+    with errors("what was measured is in the journal, and --resume continues from there"):
         quiet_libraries()
         if folder is None:
             raise ParedError("no output folder is named; give --out DIR")

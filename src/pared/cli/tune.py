@@ -23,7 +23,7 @@ def tune(
     json_file: JsonFile = None,
 ) -> None:
     """Train a compressed model, keeping its ranks and zeros; or, with basel, compress a dense one for a task."""
-    with errors("interrupted; --resume continues from the last checkpoint, if there is one"):
+    with errors("--resume continues from the last checkpoint, if there is one"):
         quiet_libraries()
         config = given.merged()
         require_training(config, overwrite)
