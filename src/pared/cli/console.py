@@ -30,7 +30,7 @@ err = Console(stderr=True, soft_wrap=True, markup=False, highlight=False, emoji=
 
 
 LOG_EVERY_SECONDS = 10.0
-LESS_MEMORY = "less is taken by a smaller --batch or --length, by --stream on (one block at a time), and by --device cpu"
+LESS_MEMORY = "less is taken by a smaller --batch or --length, by --stream on (one block at a time) and by --device cpu"
 
 
 class ConsoleProgress:
