@@ -1,31 +1,22 @@
 """SparseGPT: prune and let later inputs compensate (Frantar and Alistarh, ICML 2023, arXiv 2301.00774).
 
-With ``H = XᵀX + λI`` and ``U`` the upper factor of its inverse, ``UᵀU = H⁻¹``, inputs are taken from the first to the
-last. To let weight j of output i go costs ``W_ij² / U_jj²``, with all inputs before it settled. It leaves
-``err_ij = W_ij / U_jj`` behind, and ``W_i,j: -= err_ij U_j,j:`` is the best the later weights can do about it: the step
-of the optimal brain surgeon (Hassibi and Stork, 1992). What is left of a block goes to all later inputs at once.
+Weights are settled from the first input to the last, each at itself or at zero (:mod:`pared.error_feedback`). To let
+weight j of output i go costs ``W_ij² / U_jj²``, with all inputs before it settled and ``U`` the factor of the inverse
+Hessian.
 
 Legend of the shape suffixes: O outputs, N inputs, B the inputs of a block.
 """
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from pared.remembered import once_per_tensor
+from pared.error_feedback import BLOCK, DAMPING, factorise, sweep
 from pared.sparsity import masks
 from pared.sparsity.masks import Pruned
 from pared.sparsity.pattern import NM, Pattern
-
-log = logging.getLogger(__name__)
-
-BLOCK = 128
-DAMPING = 0.01  # of the mean diagonal
-MORE_DAMPING = (1e-8, 1e-6, 1e-4, 1e-2, 1e-1, 1.0)  # tried in this order, from the first above what was asked
-LEAST_PIVOT = 1e-13  # smallest ratio of squared Cholesky pivots of a Gram that counts as full rank
 
 
 def prune(
@@ -121,7 +112,7 @@ def solve(
         ValueError: the weight or the Gram is not finite, or the Gram is not positive semi-definite or of another width.
     """
     _check(W_ON, gram_NN, block, damping, compute)
-    U_NN, dead_N = _factorise(gram_NN, damping, compute)
+    U_NN, dead_N = factorise(gram_NN, damping, compute)
     return FactorisedHessian(W_ON.masked_fill(dead_N, 0), U_NN, block)
 
 
@@ -150,43 +141,6 @@ def update(
     return solve(W_ON, gram_NN, block, damping, compute).pruned(given, block)
 
 
-@once_per_tensor
-def _factorise(gram_NN: torch.Tensor, damping: float, compute: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the factor of the inverse Hessian and which inputs are dead; once for weights that read one input."""
-    living_NN, dead_N = _without_dead_inputs(gram_NN.double())
-    # Row by row, as the sweep reads it: LAPACK's order of columns makes that take 2.5 times as long.
-    return inverse_factor(living_NN, damping).to(compute).contiguous(), dead_N
-
-
-def inverse_factor(gram_NN: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
-    """Return the upper triangular ``U`` with ``UᵀU = (G + λ·mean(diag G)·I)⁻¹``, float64.
-
-    The paper factors the inverse. Factored from the last input to the first, ``G = R Rᵀ`` with ``R`` upper triangular,
-    and ``U = R⁻¹``: the same matrix, and no inverse of ``G`` is formed.
-
-    Args:
-        gram_NN: the Gram ``(in, in)``; may be rank-deficient.
-        damping: λ; the next of a ladder where the Gram is still not of full rank, which is logged.
-
-    Raises:
-        ValueError: the Gram is zero, not finite, or not positive semi-definite.
-    """
-    gram_NN = gram_NN.double()
-    mean = gram_NN.diagonal().mean()
-    if not bool(gram_NN.isfinite().all()) or not mean > 0:
-        raise ValueError(f"the Gram's diagonal has the mean {float(mean)}; expected a positive number, all finite")
-    eye_NN = torch.eye(len(gram_NN), dtype=gram_NN.dtype, device=gram_NN.device)
-    for more in (damping, *(step for step in MORE_DAMPING if step > damping)):
-        flipped_NN = (gram_NN + more * mean * eye_NN).flip(0, 1)
-        L_NN, failed = torch.linalg.cholesky_ex(flipped_NN)
-        pivots_N = L_NN.diagonal()
-        if not int(failed) and (pivots_N.min() / pivots_N.max()).square() > LEAST_PIVOT:
-            if more > damping:
-                log.info("Gram of %d features is rank-deficient: relative damping %g", len(gram_NN), more)
-            return torch.linalg.solve_triangular(L_NN, eye_NN, upper=False).flip(0, 1)
-    raise ValueError(f"the Gram is not positive semi-definite, even with damping {max(damping, MORE_DAMPING[-1])}")
-
-
 def _sweep(
     W_ON: torch.Tensor,
     U_NN: torch.Tensor,
@@ -195,41 +149,17 @@ def _sweep(
     block: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the updated weight and the mask, chosen from scores and the first input whenever ``every`` are done."""
-    W_ON, U_N = W_ON.clone(), U_NN.diagonal()
-    mask_ON = torch.ones_like(W_ON, dtype=torch.bool)
-    for start in range(0, W_ON.shape[1], block):
-        stop = min(start + block, W_ON.shape[1])
-        W_OB, U_BB = W_ON[:, start:stop].clone(), U_NN[start:stop, start:stop]
-        errors_OB = torch.zeros_like(W_OB)
-        for j in range(stop - start):
-            if j % every == 0:
-                chosen = slice(j, min(j + every, stop - start))
-                scores_OB = W_OB[:, chosen].abs() / U_N[start:stop][chosen]  # the paper's, squared, has the same order
-                mask_ON[:, start:stop][:, chosen] = choose(scores_OB, start + j)
-            errors_OB[:, j] = W_OB[:, j].masked_fill(mask_ON[:, start + j], 0) / U_BB[j, j]
-            W_OB[:, j:].addr_(errors_OB[:, j], U_BB[j, j:], alpha=-1)
-        W_ON[:, start:stop] = W_OB
-        W_ON[:, stop:] -= errors_OB @ U_NN[start:stop, stop:]
-    return W_ON, mask_ON
+    U_N, mask_ON = U_NN.diagonal(), torch.ones_like(W_ON, dtype=torch.bool)
 
+    def settle(W_OB: torch.Tensor, j: int, start: int) -> torch.Tensor:
+        if j % every == 0:
+            chosen = slice(j, min(j + every, W_OB.shape[1]))
+            # The paper's scores, squared, have the same order.
+            scores_OB = W_OB[:, chosen].abs() / U_N[start : start + W_OB.shape[1]][chosen]
+            mask_ON[:, start : start + W_OB.shape[1]][:, chosen] = choose(scores_OB, start + j)
+        return W_OB[:, j].masked_fill(~mask_ON[:, start + j], 0)
 
-def _without_dead_inputs(gram_NN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the Gram per mean of its living diagonal, dead inputs at 1, and which are dead.
-
-    The paper's code puts 1 on the diagonal whatever the Gram's scale is; at the mean they leave the damping alone.
-    """
-    energy_N = gram_NN.diagonal()
-    if bool((energy_N < 0).any()):
-        raise ValueError("the Gram is not positive semi-definite: its diagonal has negative numbers")
-    dead_N = energy_N == 0
-    if bool(gram_NN[dead_N].any()):
-        raise ValueError("the Gram is not positive semi-definite: an input without energy has products with others")
-    if bool(dead_N.all()):
-        log.info("a Gram of %d features is zero: pruned by the weight alone", len(gram_NN))
-        return torch.eye(len(gram_NN), dtype=gram_NN.dtype, device=gram_NN.device), ~dead_N
-    gram_NN = gram_NN / energy_N[~dead_N].mean()
-    gram_NN.diagonal()[dead_N] = 1
-    return gram_NN, dead_N
+    return sweep(W_ON, U_NN, settle, block), mask_ON
 
 
 def _check(W_ON: torch.Tensor, gram_NN: torch.Tensor, block: int, damping: float, compute: torch.dtype) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from pared import error_feedback
 from pared.sparsity import METHODS, NM, Pattern, Unstructured, masks, sparsegpt
 
 PATTERNS = pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.7), NM(2, 4), NM(4, 8)], ids=str)
@@ -64,7 +65,7 @@ def by_inverses(
 def test_u_is_the_upper_cholesky_factor_of_the_inverse():
     gram_NN = gram_of(inputs(30))
     for damping in (0.0, 0.01, 0.3):
-        U_NN = sparsegpt.inverse_factor(gram_NN, damping)
+        U_NN = error_feedback.inverse_factor(gram_NN, damping)
         inverse_NN = torch.linalg.inv(damped(gram_NN, damping))
         assert torch.equal(U_NN, U_NN.triu())
         assert largest(U_NN.T @ U_NN - inverse_NN) < 1e-9 * largest(inverse_NN)
@@ -124,7 +125,7 @@ def test_groups_are_chosen_from_weights_as_they_are_by_then(pattern: NM, block: 
     assert largest(ours.weight - expected) < 1e-9
     kept = (ours.weight != 0).view(6, -1, pattern.group).sum(dim=2)
     assert bool((kept == pattern.kept).all())
-    U_N = sparsegpt.inverse_factor(gram_NN).diagonal()
+    U_N = error_feedback.inverse_factor(gram_NN).diagonal()
     assert not torch.equal(ours.mask, masks.per_group(W_ON.abs() / U_N, pattern))  # not from the weights of before
 
 
@@ -280,7 +281,7 @@ def test_duplicate_inputs_are_full_rank_by_rounding_alone_and_are_damped(caplog:
     gram_NN = torch.diag(torch.tensor([1.0] * 7 + [1e-16], dtype=torch.float64))
     assert int(torch.linalg.cholesky_ex(gram_NN).info) == 0  # the trap: Cholesky itself sees nothing wrong
     with caplog.at_level("INFO", logger="pared"):
-        U_NN = sparsegpt.inverse_factor(gram_NN, damping=0.0)
+        U_NN = error_feedback.inverse_factor(gram_NN, damping=0.0)
     assert largest(U_NN) < 1e5
     assert "rank-deficient" in caplog.text
 
