@@ -31,7 +31,7 @@ def loss_on_paper_tokens(singular_values_R: torch.Tensor, rank: int) -> float:
     return math.sqrt(PAPER_TOKENS * float(tail_energy(singular_values_R)[min(rank, len(singular_values_R))]))
 
 
-def require_one_rank_each(parameters: int, least: int, units: int) -> None:
+def require_one_rank_each(parameters: int, least: int, units: int, noun: str = "parameters") -> None:
     """Check that a budget buys one rank for every unit.
 
     Raises:
@@ -39,7 +39,7 @@ def require_one_rank_each(parameters: int, least: int, units: int) -> None:
     """
     if parameters < least:
         raise ParedError(
-            f"the budget of {parameters:,} parameters does not buy one rank for each of {units} weights "
+            f"the budget of {parameters:,} {noun} does not buy one rank for each of {units} weights "
             f"({least:,}); keep more"
         )
 
@@ -87,13 +87,13 @@ def round_to_budget(
 
 
 def split_fixed(units: Sequence[Unit], budget: Budget) -> tuple[list[Unit], dict[str, Decision], int]:
-    """Return the units that can be decided, the decisions of those that cannot, and the parameters that are left."""
+    """Return the units that can be decided, the decisions of those that cannot, and what the budget has left."""
     fixed: dict[str, Decision] = {}
     for unit in units:
         if unit.idle:
             fixed[unit.name] = Dense(reason="never ran in the probe pass; nothing is known about its inputs")
         elif budget.most_rank(unit) < 1:
             fixed[unit.name] = Dense(reason="factors of rank 1 are no fewer parameters")
-    total = sum(unit.parameters for unit in units)
-    dense = sum(unit.parameters for unit in units if unit.name in fixed)
+    total = budget.size(sum(unit.parameters for unit in units))
+    dense = budget.size(sum(unit.parameters for unit in units if unit.name in fixed))
     return [unit for unit in units if unit.name not in fixed], fixed, math.floor(budget.keep * total + 1e-6) - dense

@@ -50,6 +50,7 @@ class Allocator(Configured[C]):
         widths: whether it also decides widths of the channel groups of the evidence, where the budget asks for that:
             all sites of a group get a ``Width``, or none does.
         ranks: whether it decides ranks, where the budget asks for those.
+        bits: whether it decides in how few bits weights are stored, where the budget is one of bytes.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Allocator(Configured[C]):
     requires: frozenset[str] = NOTHING
     widths: bool = False
     ranks: bool = True
+    bits: bool = False
     kind: ClassVar[Kind] = "allocation"
 
     def allocate(
@@ -102,9 +104,15 @@ def _rank_fraction(units: Sequence[Unit], budget: Budget, _: Evidence, __: Optio
 
 
 def _of_ranks(
-    name: str, summary: str, config: type[C], rule: Rule[C], requires: frozenset[str], widths: bool = False
+    name: str,
+    summary: str,
+    config: type[C],
+    rule: Rule[C],
+    requires: frozenset[str],
+    widths: bool = False,
+    bits: bool = False,
 ) -> Allocator[C]:
-    return Allocator(name, summary, frozenset({"low_rank"}), config, rule, requires, widths)
+    return Allocator(name, summary, frozenset({"low_rank"}), config, rule, requires, widths, bits=bits)
 
 
 def _of_zeros(name: str, summary: str, config: type[C], rule: str, requires: frozenset[str] = NOTHING) -> Allocator[C]:
@@ -131,6 +139,7 @@ BUILTIN: tuple[Allocator, ...] = (
         _in("loss"),
         COST,
         widths=True,
+        bits=True,
     ),
     Allocator(
         "global",

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from pared.schema.bits import Form
 from pared.schema.plan import Decision, LowRank, pivoted_rank_for, rank_for
 from pared.schema.width import Width
 
@@ -88,6 +89,9 @@ class Budget:
         sparsity: a budget of zeros: the fraction of the covered parameters that becomes zero.
         structures: what may be decided: ranks of weights, widths of channel groups, or either.
         multiple_of: what widths of MLPs are multiples of.
+        form: in how few bits everything is stored; none as the model has it.
+        itemsize: bytes of a number, where ``keep`` is of the bytes of the weights and their bits are decided too; 0
+            where it is of their parameters.
     """
 
     keep: float
@@ -96,6 +100,22 @@ class Budget:
     sparsity: float | None = None
     structures: Structures = "ranks"
     multiple_of: int = 1
+    form: Form | None = None
+    itemsize: int = 0
+
+    @property
+    def of_bytes(self) -> bool:
+        """Whether it is one of bytes."""
+        return self.itemsize > 0
+
+    @property
+    def noun(self) -> str:
+        """What it counts."""
+        return "bytes" if self.of_bytes else "parameters"
+
+    def size(self, parameters: int) -> int:
+        """Return what so many parameters count that are stored as the model has them."""
+        return parameters * (self.itemsize or 1)
 
     def low_rank(self, rank: int) -> LowRank:
         """Return the decision for a rank, in this budget's storage."""
@@ -172,6 +192,8 @@ class Evidence:
         notes: what was decided by a rule where nothing is known, by site, or ``allocation``; allocators add to it.
         scores: of every unit, Wanda's scores of all its weights, ``|W_ij| √E[x_j²]``, from the dense model; per token.
         losses: of every unit, the expected loss of pruning each of its weights, ``½ w² E[x²] E[g²]``, nats a token.
+        rounding: of every unit, by form of few bits what rounding costs: of the weight itself, then of its factors of
+            rank 1, 2, ...; in the unit of ``cost``'s squares, where the budget is one of bytes.
         channels: the channel groups, by the name of the site that reads them, where the budget lets widths be decided.
         alphas: of every unit, the mean exponent of the tails of its weights' spectra; NaN where none of them has one.
     """
@@ -185,6 +207,7 @@ class Evidence:
     losses: "Mapping[str, ScoreHistogram]" = field(default_factory=dict)
     alphas: Mapping[str, float] = field(default_factory=dict)
     channels: Mapping[str, Channels] = field(default_factory=dict)
+    rounding: "Mapping[str, Mapping[Form, torch.Tensor]]" = field(default_factory=dict)
 
     def groups(self, budget: Budget) -> Mapping[str, Channels]:
         """Return the channel groups that a budget lets be decided."""

@@ -15,6 +15,7 @@ from pared.modules.low_rank import LowRankLinear
 from pared.modules.narrow import NarrowConv1D, NarrowLinear
 from pared.modules.packing import LARGEST_GROUP
 from pared.modules.pivoted import PivotedLinear
+from pared.modules.quantized import LEAST, QuantizedLinear
 from pared.modules.shared import DOWN
 from pared.modules.sparse import SparseLinear
 
@@ -36,12 +37,15 @@ MODULE_TYPES: dict[str, tuple[type[nn.Module], frozenset[str]]] = {
     "low_rank": (LowRankLinear, frozenset({"in_features", "out_features", "rank", "bias"})),
     "pivoted": (PivotedLinear, frozenset({"in_features", "out_features", "rank", "bias"})),
     "sparse": (SparseLinear, frozenset({"in_features", "out_features", "bias", "stored", "kept", "group"})),
+    "quantized": (QuantizedLinear, frozenset({"in_features", "out_features", "bias", "bits", "group"})),
     "narrow": (NarrowLinear, frozenset({"in_features", "out_features", "bias", "parts"})),
     "narrow_conv1d": (NarrowConv1D, frozenset({"in_features", "out_features", "bias", "parts"})),
 }
 
 # kind in the map -> a key that its entry may have besides, whose value is true
-MARKS: dict[str, frozenset[str]] = {"low_rank": frozenset({"narrow"}), "pivoted": frozenset({"narrow"})}
+MARKS: dict[str, frozenset[str]] = dict.fromkeys(("low_rank", "pivoted", "quantized"), frozenset({"narrow"}))
+# Keys that an entry of factors has besides if they are stored in few bits.
+FEW_BITS = frozenset({"bits", "group"})
 
 # A kind that an installed package adds is PACKAGE:NAME in the map, NAME an entry point of this group.
 MODULE_GROUP = "pared.modules"
@@ -57,7 +61,8 @@ RANGES: dict[str, tuple[int, Callable[[Entry], int]]] = {
     "out_features": (1, lambda _: LARGEST_SIDE),
     "rank": (1, lambda entry: entry["in_features"]),  # a shared basis may have more than one member has outputs
     "stored": (0, lambda entry: entry["in_features"] * entry["out_features"]),
-    "group": (0, lambda entry: min(entry["in_features"], LARGEST_GROUP)),
+    "bits": (0, lambda _: max(LEAST)),
+    "group": (0, lambda entry: LARGEST_GROUP if "bits" in entry else min(entry["in_features"], LARGEST_GROUP)),
     "kept": (0, lambda entry: entry["group"]),
     "parts": (1, lambda entry: entry["out_features"]),
 }
@@ -179,6 +184,8 @@ def _checked(modules: Any) -> dict[str, Entry]:
 def _check_entry(name: str, kind: object, entry: Any) -> None:
     known = isinstance(kind, str) and kind in MODULE_TYPES
     marks = {key for key in MARKS.get(str(kind), frozenset()) if known and entry.get(key) is True}
+    if known and kind == "low_rank" and entry.keys() >= FEW_BITS:
+        marks |= FEW_BITS
     if not known or entry.keys() - {"kind"} - marks != MODULE_TYPES[str(kind)][1]:
         raise ValueError(f"map entry {name}: unknown or malformed {brief(entry)}; known kinds: {sorted(MODULE_TYPES)}")
     if type(entry["bias"]) is not bool:
@@ -193,7 +200,7 @@ def _check_entry(name: str, kind: object, entry: Any) -> None:
 
 
 def _check_kind(name: str, entry: Entry) -> None:
-    """Check what only some kinds have: N:M, equal parts."""
+    """Check what only some kinds have: N:M, few bits, equal parts."""
     kind = entry["kind"]
     if kind == "sparse" and entry["group"]:
         inputs, group, kept = entry["in_features"], entry["group"], entry["kept"]
@@ -201,6 +208,8 @@ def _check_kind(name: str, entry: Entry) -> None:
             raise ValueError(f"map entry {name}: {kept}:{group} does not fit {brief(entry)}")
     elif kind == "sparse" and entry["kept"]:
         raise ValueError(f"map entry {name}: kept is {entry['kept']} without a group")
+    if "bits" in entry and entry["bits"] not in LEAST:
+        raise ValueError(f"map entry {name}: bits is {brief(entry['bits'])}, expected {' or '.join(map(str, LEAST))}")
     if "parts" in entry and entry["out_features"] % entry["parts"]:
         raise ValueError(f"map entry {name}: {entry['out_features']} outputs are not {entry['parts']} equal parts")
     if kind == "narrow_conv1d" and not entry["bias"]:
@@ -228,7 +237,7 @@ def _checked_shared(shared: Any, modules: dict[str, Entry]) -> dict[str, str]:
     shapes = {
         name + DOWN: {key: entry[key] for key in ("kind", "in_features", "rank")}
         for name, entry in modules.items()
-        if "rank" in entry
+        if "rank" in entry and "bits" not in entry  # what is stored in few bits is no tensor that others may have
     }
     for alias, owner in shared.items():
         for tensor in (alias, owner):

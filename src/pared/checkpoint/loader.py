@@ -18,6 +18,7 @@ from pared.checkpoint.format import NOTICE, QUANT_METHOD, ParedConfig, module_ty
 from pared.checkpoint.portable import IS_COPY, with_remote_code
 from pared.modules.adapters import teach_peft
 from pared.modules.narrow import NarrowConv1D, NarrowLinear, set_counts
+from pared.modules.quantized import QuantizedLinear
 from pared.modules.replace import replace_module
 from pared.modules.shared import DOWN, BasisHolder, share
 from pared.modules.sparse import SparseLinear
@@ -44,6 +45,8 @@ class ParedQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, SparseLinear) and not module.values.is_meta:  # what is offloaded stays packed
                 module.unpack_()
+            elif isinstance(module, QuantizedLinear):
+                module.check()
         # The weights are plain floating point numbers: half(), float(), Trainer and PEFT treat them as such.
         model.is_quantized = False
         with_remote_code(model)

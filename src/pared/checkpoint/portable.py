@@ -19,6 +19,7 @@ from pared.checkpoint.format import LOADER_NAME, MODULE_TYPES, NOTICE, ParedConf
 from pared.importing import when_imported
 from pared.modules.adapters import MADE, adapter_class, teach_peft
 from pared.modules.packing import pack
+from pared.modules.quantized import QuantizedLinear
 from pared.modules.replace import replace_module
 from pared.modules.shared import DOWN, BasisHolder
 
@@ -277,6 +278,7 @@ def loader_source(own: dict[str, type] | None = None) -> str:
         replace_module.__module__,
         BasisHolder.__module__,
         pack.__module__,
+        QuantizedLinear.__module__,
         *(cls.__module__ for cls, _ in MODULE_TYPES.values()),
         teach_peft.__module__,
         ParedConfig.__module__,

@@ -26,6 +26,7 @@ from pared.models.stored import (
     metadata_of,
     read_ahead,
 )
+from pared.modules.quantized import QuantizedLinear
 from pared.modules.shared import DOWN, BasisHolder
 from pared.modules.sparse import SparseLinear
 from pared.structure.finite import require_finite
@@ -111,6 +112,8 @@ class StreamedBlocks:
                     self._empty[now] = empty
             if isinstance(one.module, SparseLinear):
                 one.module.unpack_()
+            elif isinstance(one.module, QuantizedLinear):
+                one.module.check()
         if self._change is not None:
             self._change(index)
         return block

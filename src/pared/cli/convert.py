@@ -24,18 +24,25 @@ def convert(
     dense: Annotated[
         bool, typer.Option("--dense", help="Plain weights that load without pared; what `pared export` makes.")
     ] = False,
+    quantize: Annotated[
+        str | None, typer.Option(help="Round every target weight to int8 or int4; what `pared compress` rounds better.")
+    ] = None,
     overwrite: Overwrite = False,
     json_file: JsonFile = None,
 ) -> None:
-    """Store a folder in another form: pivoted (k² fewer parameters, no loss), as two factors, or as plain weights."""
+    """Store a folder in another form: pivoted (k² fewer parameters, no loss), as two factors, plain, or in few bits."""
     with errors():
         quiet_libraries()
-        if dense and pivot is not None:
-            raise ParedError(f"--dense and --{'' if pivot else 'no-'}pivot are two ways to store one folder; give one")
-        (_to_dense if dense else _to_low_rank)(folder, out_folder, pivot is not False, overwrite, json_file)
+        flags = {"--dense": dense, "--pivot": pivot is True, "--no-pivot": pivot is False, "--quantize": quantize}
+        if len(ways := [flag for flag, given in flags.items() if given]) > 1:
+            raise ParedError(f"{ways[0]} and {ways[1]} are two ways to store one folder; give one")
+        if dense:
+            _to_dense(folder, out_folder, overwrite, json_file)
+        else:
+            _stored_anew(folder, out_folder, pivot is not False, quantize, overwrite, json_file)
 
 
-def _to_dense(folder: Path, out_folder: Path, _: bool, overwrite: bool, json_file: Path | None) -> None:
+def _to_dense(folder: Path, out_folder: Path, overwrite: bool, json_file: Path | None) -> None:
     before = require_compressed(folder)
     from pared.entrypoints.export import export_dense
 
@@ -45,13 +52,15 @@ def _to_dense(folder: Path, out_folder: Path, _: bool, overwrite: bool, json_fil
     write_json(json_file, {"folder": str(out_folder), "bytes_before": before, **exported._asdict()})
 
 
-def _to_low_rank(folder: Path, out_folder: Path, pivot: bool, overwrite: bool, json_file: Path | None) -> None:
+def _stored_anew(
+    folder: Path, out_folder: Path, pivot: bool, quantize: str | None, overwrite: bool, json_file: Path | None
+) -> None:
     from pared.schema.manifest import Manifest
 
     before = Manifest.read(folder)
     from pared.entrypoints.convert import convert as store
 
-    after = store(folder, out_folder, pivot, overwrite)
+    after = store(folder, out_folder, pivot, overwrite, quantize=quantize)
     for what, old, new in (
         ("target parameters", before.plan.after.covered_parameters, after.plan.after.covered_parameters),
         ("whole-model parameters", before.plan.after.model_parameters, after.plan.after.model_parameters),

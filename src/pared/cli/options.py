@@ -10,12 +10,13 @@ RECIPE_FILE = "YAML file; options given here win over it."
 # Of a recipe: what is compressed and how, as far as it is known without a text, and how a text is read.
 SHAPES = ("model", "skip", "blocks", "options", "dtype")
 PLANNED = (
-    *SHAPES, "preset", "method", "keep", "rank_fraction", "sparsity", "pattern", "allocation", "structures",
-    "multiple_of", "storage",
+    *SHAPES, "preset", "method", "keep", "keep_bytes", "target_bytes", "rank_fraction", "sparsity", "pattern",
+    "allocation", "structures", "multiple_of", "storage", "quantize",
 )  # fmt: skip
 # What else the time, the memory and the disk of a compression depend on.
 COSTED = (
-    "statistics", "refit", "dense_path", "refine", "device", "stream", "activation_memory", "calibration", "evaluation",
+    "statistics", "refit", "dense_path", "refine", "rounding", "device", "stream", "activation_memory", "calibration",
+    "evaluation",
 )  # fmt: skip
 Streaming = Annotated[
     Stream, typer.Option("--stream", help="Read the model block by block; auto does where memory does not hold it.")

@@ -10,8 +10,10 @@ from pared.allocation import Allocator, Budget, Evidence, Unit, allocator_of
 from pared.allocation.sparsity import mixture
 from pared.engine.expert_plan import plan_of_shapes
 from pared.engine.grouping import candidate_units
-from pared.engine.spec import CompressionSpec, ExpertSpec, SparseSpec
+from pared.engine.spec import CompressionSpec, ExpertSpec, LowRankSpec, SparseSpec
 from pared.errors import ParedError
+from pared.memory import parse_size
+from pared.schema.bits import FORMS, Form, InFewBits
 from pared.schema.options import Options
 from pared.schema.plan import NM, Decision, Dense, LowRank, Plan, Shared, SitePlan, Sparse
 from pared.schema.recipe import Recipe
@@ -44,6 +46,9 @@ def plan_from_shapes(model: PreTrainedModel, spec: CompressionSpec, bytes_per_pa
         uniform = {unit.name: Sparse(sparsity=spec.sparsity) for unit in sites}
         return plan_zeros(anatomy, spec, sites, uniform, itemsize)
     allocator, config = spec.allocator, spec.allocation_config
+    budget = budget_of(spec, anatomy, itemsize)
+    if budget.of_bytes:
+        return _stand_in(anatomy, budget, itemsize)
     if spec.decided_from_data:
         allocator = allocator_of("uniform", "low_rank")
         config = allocator.configured()
@@ -53,8 +58,41 @@ def plan_from_shapes(model: PreTrainedModel, spec: CompressionSpec, bytes_per_pa
         anatomy = probe_shapes(model, anatomy) if model.device.type == "meta" else probe(model, anatomy, read=False)[0]
         grouped = candidate_units(anatomy, spec.group_size, spec.sharing)
     # Channels are proved by what the blocks compute, which shapes do not tell.
-    budget = replace(spec.budget, structures="ranks")
+    budget = replace(budget, structures="ranks")
     return make_plan(anatomy, allocator, budget, itemsize, grouped, config=config)
+
+
+def budget_of(spec: LowRankSpec, anatomy: Anatomy, itemsize: int) -> Budget:
+    """Return the budget of a spec on a model: of bytes the fraction that is left of its target modules'.
+
+    Raises:
+        ParedError: what is not targeted has as many bytes as there are to be in all.
+    """
+    recipe = spec.recipe
+    if not recipe.of_bytes:
+        return spec.budget
+    if recipe.keep_bytes is not None:
+        return replace(spec.budget, keep=recipe.keep_bytes, itemsize=itemsize)
+    wanted = parse_size(recipe.target_bytes or "", "target_bytes")
+    covered = sum(site.out_features * site.in_features for site in anatomy.sites) * itemsize
+    others = anatomy.model_parameters * itemsize - covered
+    if wanted <= others:
+        raise ParedError(f"target bytes {wanted:,}: what is not a target module has {others:,} bytes, which stay; name "
+                         "more")  # fmt: skip
+    return replace(spec.budget, keep=min((wanted - others) / covered, 1.0), itemsize=itemsize)
+
+
+def _stand_in(anatomy: Anatomy, budget: Budget, itemsize: int) -> Plan:
+    """Return a plan of about the bytes of a budget: everything in the largest form that fits, or in the smallest."""
+    whole = Dense(reason="stands for what the text decides")
+    plan = whole_plan(anatomy, 1.0, {site.name: whole for site in anatomy.sites}, itemsize)
+    plan = plan.model_copy(update={"keep_bytes": budget.keep})
+    limit = budget.keep * budget.size(plan.before.covered_parameters)
+    for form in (None, *FORMS):
+        tried = with_form(plan, form)
+        if sum(site.stored_bytes(itemsize) for site in tried.sites) <= limit:
+            break
+    return tried
 
 
 def whole_plan(anatomy: Anatomy, keep: float, decisions: Mapping[str, Decision], bytes_per_parameter: int) -> Plan:
@@ -111,9 +149,25 @@ def make_plan(
     units = [Unit((site,)) for site in anatomy.sites] if units is None else units
     decisions = allocator.allocate(units, budget, evidence or Evidence(), config)
     by_site = {site.name: _of_member(unit, decisions[unit.name]) for unit in units for site in unit.members}
-    plan = whole_plan(anatomy, budget.keep, by_site, bytes_per_parameter)
-    # A budget of ranks asks for no number of parameters: what comes out is what was asked for.
-    return plan if budget.rank_fraction is None else plan.model_copy(update={"keep": min(plan.achieved_keep, 1.0)})
+    plan = with_form(whole_plan(anatomy, budget.keep, by_site, bytes_per_parameter), budget.form)
+    # A budget of ranks or bytes asks for no number of parameters: what comes out is what was asked for.
+    if budget.rank_fraction is None and not budget.of_bytes:
+        return plan
+    of_bytes = {"keep_bytes": budget.keep} if budget.of_bytes else {}
+    return plan.model_copy(update={"keep": min(plan.achieved_keep, 1.0), **of_bytes})
+
+
+def with_form(plan: Plan, form: Form | None) -> Plan:
+    """Return a plan whose sites are all stored in a form; the plan itself if there is none."""
+    if form is None:
+        return plan
+
+    def stored(site: SitePlan) -> SitePlan:
+        if not isinstance(site.decision, InFewBits):
+            return site
+        return site.model_copy(update={"decision": site.decision.model_copy(update={"quantized": form})})
+
+    return plan.model_copy(update={"sites": tuple(stored(site) for site in plan.sites)})
 
 
 def _of_member(unit: Unit, decision: Decision) -> Decision:

@@ -19,6 +19,7 @@ from pared.engine.low_rank import LowRankWork, Trial
 from pared.engine.method_statistics import Saved
 from pared.engine.observe import Observer
 from pared.engine.pruning import SparseWork
+from pared.engine.quantize import quantize
 from pared.engine.refine import refine
 from pared.engine.result import CompressedBlocks, remarks, stacks
 from pared.engine.run_state import CompressionRun
@@ -105,6 +106,9 @@ def compress_blocks(
                 if step.action == "refine":
                     assert dense is not None
                     result.refined = refine(observer, step, number, dense)
+                elif step.action == "quantize":
+                    assert isinstance(work, LowRankWork), "others are refused"
+                    quantize(observer, step, number, work.plan)
                 else:
                     work.run(step)
             lines = [*work.report(result), *stacks(observer.anatomy), *remarks(result.plan, result.fallbacks)]

@@ -35,7 +35,8 @@ def require_possible(recipe: Recipe) -> CompressionSpec:
     spec = resolve(recipe)
     if isinstance(spec, SparseSpec) and recipe.sparsity == 0:
         raise ParedError("sparsity 0 makes nothing zero; 0.5 makes half of the weights zero")
-    if isinstance(spec, (LowRankSpec, ExpertSpec)) and recipe.keep == 1 and recipe.rank_fraction is None:
+    whole = recipe.keep == 1 and recipe.rank_fraction is None and not spec.quantized
+    if isinstance(spec, (LowRankSpec, ExpertSpec)) and whole:
         raise ParedError("keep 1 keeps everything, and the model as it is; keep 0.8 removes 20%")
     return spec
 
@@ -75,6 +76,8 @@ def _what_calibrates(spec: CompressionSpec) -> str:
         return f"method {spec.method.name}"
     if spec.refine is not None:
         return "refine"
+    if spec.rounds_by_inputs:
+        return f"quantize {spec.recipe.quantize}"
     refits = isinstance(spec, LowRankSpec) and spec.refit != "off"
     return f"refit {spec.refit}" if refits else f"allocation {spec.allocator.name}"  # type: ignore[union-attr]
 

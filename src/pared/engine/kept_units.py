@@ -11,6 +11,7 @@ from pared.allocation import Unit
 from pared.engine.install import made, put, unchanged
 from pared.engine.ledger import Ledger
 from pared.engine.pass_record import Record
+from pared.engine.solutions import Prices
 from pared.errors import ParedError
 from pared.lowrank import Decomposition
 from pared.lowrank.sharing import stacked
@@ -54,9 +55,14 @@ class KeptUnits:
         """For every unit that was decomposed, by any process, what leaving out each direction costs."""
         return self._ledger.store.spectra
 
-    def keep(self, unit: Unit, found: Decomposition) -> torch.Tensor:
+    @property
+    def rounding(self) -> Mapping[str, Prices]:
+        """For every unit whose bits are decided, what rounding costs, by form."""
+        return self._ledger.store.rounding
+
+    def keep(self, unit: Unit, found: Decomposition, prices: Prices) -> torch.Tensor:
         """Keep a decomposition in this process, and return what leaving out each direction costs."""
-        self._ledger.store.put(unit.name, found, self._weight(unit) if self._with_dense else None)
+        self._ledger.store.put(unit.name, found, self._weight(unit) if self._with_dense else None, prices)
         return self.spectra[unit.name]
 
     def note(self, unit: Sequence[str], owner: int) -> None:

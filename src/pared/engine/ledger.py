@@ -101,5 +101,6 @@ class Ledger:
         if self._processes.is_first:
             for name, file in own.get("files", {}).items():
                 self.store.take_up(name, files[file])
-        for name, spectrum_R in self._processes.agreed(self.store.spectra).items():
-            self.store.note(name, spectrum_R)
+        spectra, rounding = self._processes.agreed((self.store.spectra, self.store.rounding))
+        for name, spectrum_R in spectra.items():
+            self.store.note(name, spectrum_R, rounding.get(name))

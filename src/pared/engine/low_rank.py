@@ -11,7 +11,7 @@ from typing import Any
 from pared.allocation import Evidence, Unit
 from pared.calibration import BlockStatistics
 from pared.data.windows import Windows, require_fits
-from pared.engine.allocate import make_plan
+from pared.engine.allocate import budget_of, make_plan
 from pared.engine.blocks import visit_blocks
 from pared.engine.grouping import candidate_units, told
 from pared.engine.method_statistics import MethodStatistics, Saved
@@ -102,7 +102,7 @@ class LowRankWork:
     def report(self, result: CompressedBlocks) -> Iterator[str]:
         """Fill in the record of what was done, and yield what a user should read of it."""
         solver, ordered = self._solved, self._ordered.found
-        result.plan = with_kept(without(self._decided, solver.found.unreached), ordered.kept)
+        result.plan = with_kept(self.plan, ordered.kept)
         result.damping = solver.found.damping | {
             name: amount for name, amount in ordered.damping.items() if name not in solver.found.damping
         }
@@ -110,6 +110,11 @@ class LowRankWork:
         result.shrinkage = solver.found.shrinkage
         result.fallbacks |= solver.found.fallbacks | ordered.fallbacks
         yield from told(result.sharing)
+
+    @property
+    def plan(self) -> Plan:
+        """What was decided, but for sites that no token reached."""
+        return without(self._decided, self._solved.found.unreached)
 
     @property
     def _solved(self) -> Solver:
@@ -258,22 +263,25 @@ class LowRankWork:
     def _allocate(self, order: Order) -> Plan:
         """Decide every site, from what was found if anything was; trials are ordered of all processes."""
         spec, itemsize = self._spec, self._model.dtype.itemsize
-        config = spec.allocation_config
+        config, budget = spec.allocation_config, budget_of(self._spec, self._anatomy, self._model.dtype.itemsize)
         if self._solver is None:
-            return make_plan(self._anatomy, spec.allocator, spec.budget, itemsize, config=config)
+            return make_plan(self._anatomy, spec.allocator, budget, itemsize, config=config)
         solved = self._solver.found
         anatomy = self._anatomy.with_idle(set(solved.unreached))
         idle = {site.name for site in anatomy.sites if site.idle}
         decided = list(self._solver.kept) if spec.structures != "widths" else [Unit((site,)) for site in anatomy.sites]
         units = [Unit(tuple(replace(s, idle=s.name in idle) for s in unit.members)) for unit in decided]
         channels = self._ordered.candidates()
-        evidence = Evidence(self._solver.kept.spectra, self._influence, notes=solved.fallbacks, channels=channels)
+        kept = self._solver.kept
+        evidence = Evidence(
+            kept.spectra, self._influence, notes=solved.fallbacks, channels=channels, rounding=kept.rounding
+        )
         if spec.tries:
             trials = trial_windows(spec.recipe, self._observer.tokenizer, self._model.config)
             require_fits(self._model.config, trials)
             evidence = replace(evidence, trial=self._trial_on(trials, order), key=self._key(trials))
         with self._observer.watch("allocate"):
-            return make_plan(anatomy, spec.allocator, spec.budget, itemsize, units, evidence, config)
+            return make_plan(anatomy, spec.allocator, budget, itemsize, units, evidence, config)
 
     def _try(self, decisions: Mapping[str, Decision]) -> None:
         """Take part in a trial of the first process, which measures."""

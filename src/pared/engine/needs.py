@@ -266,6 +266,7 @@ def _accumulators(anatomy: Anatomy, spec: CompressionSpec, block: int) -> list[i
 
     def needs(shapes: Shapes) -> frozenset[str]:
         found = spec.requires(shapes) | spec.gradients | ({"mean_gram"} if refit else frozenset())
+        found |= {"gram"} if spec.rounds_by_inputs else frozenset()
         found |= {"energy"} if spec.allocator.requires & {"scores", "losses"} else frozenset()
         return found | ({CROSS, "gram"} if crossed else frozenset())
 

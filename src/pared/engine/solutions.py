@@ -1,5 +1,6 @@
 """Decompositions on disk, until the plan is known: memory stays that of one site."""
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from pared.engine.run_state import CompressionRun
 from pared.io.guarded import parse_json
 from pared.io.run_dir import RunDirectory
 from pared.lowrank import Decomposition
+from pared.schema.bits import FORMS, Form
 
 KEPT = ("U_OR", "T_NR", "L_OO", "weighted_ON")  # of a decomposition, where it has them
 
@@ -21,6 +23,14 @@ class Copy(NamedTuple):
 
     tensors: dict[str, torch.Tensor]
     damping: float
+
+
+Prices = Mapping[Form, torch.Tensor]  # by form, as :func:`pared.quantization.pricing.prices` gives them
+ROUNDING = "rounding_"  # what the tensors of prices are called, before the form
+
+
+def _prices_in(tensors: Mapping[str, torch.Tensor]) -> Prices:
+    return {form: tensors[ROUNDING + form] for form in FORMS if ROUNDING + form in tensors}
 
 
 class DecompositionStore:
@@ -37,6 +47,7 @@ class DecompositionStore:
 
     Attributes:
         spectra: for every site, what leaving out each direction costs, float64.
+        rounding: for every site whose bits are decided, what rounding costs, by form.
         files: of every site.
     """
 
@@ -46,6 +57,7 @@ class DecompositionStore:
         self._prefix = prefix
         self._damping: dict[str, float] = {}
         self.spectra: dict[str, torch.Tensor] = {}
+        self.rounding: dict[str, Prices] = {}
         self.files: dict[str, Path] = {}
         self._new: list[str] = []  # units whose files `new` has not told of
 
@@ -55,10 +67,13 @@ class DecompositionStore:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def put(self, name: str, found: Decomposition, weight: torch.Tensor | None = None) -> None:
-        """Keep the decomposition of a unit, and its dense weight if one is given."""
-        self.note(name, found.singular_values_R.cpu())
+    def put(
+        self, name: str, found: Decomposition, weight: torch.Tensor | None = None, prices: Prices | None = None
+    ) -> None:
+        """Keep the decomposition of a unit, its dense weight if one is given, and what rounding it costs."""
+        self.note(name, found.singular_values_R.cpu(), prices)
         tensors = {"spectrum": self.spectra[name]}
+        tensors |= {f"{ROUNDING}{form}": price_K.cpu() for form, price_K in (prices or {}).items()}
         if found.U_OR is not None:
             tensors["U_OR"] = found.U_OR.float()
         if found.T_NR is not None:
@@ -73,7 +88,8 @@ class DecompositionStore:
 
     def write(self, name: str, kept: "Copy") -> None:
         """Keep what :meth:`copy` gave in another process."""
-        self._damping[name], self.spectra[name] = kept.damping, kept.tensors["spectrum"]
+        self._damping[name] = kept.damping
+        self.note(name, kept.tensors["spectrum"], _prices_in(kept.tensors))
         file = f"{self._prefix}-unit-{len(self.files):05}.safetensors"
         self.files[name] = self._run.write(file, kept.tensors, {"damping": kept.damping})
         self._new.append(name)
@@ -91,12 +107,15 @@ class DecompositionStore:
         """Take the file of a unit that an earlier process has written."""
         with safe_open(file, framework="pt") as tensors:
             self._damping[name] = parse_json(tensors.metadata()["pared"], str(file))["damping"]
-            self.spectra[name] = tensors.get_tensor("spectrum")
+            rounding = {key: tensors.get_tensor(key) for key in tensors.keys() if key.startswith(ROUNDING)}  # noqa: SIM118 - not a mapping
+            self.note(name, tensors.get_tensor("spectrum"), _prices_in(rounding))
         self.files[name] = file
 
-    def note(self, name: str, spectrum_R: torch.Tensor) -> None:
-        """Keep the spectrum of a unit, whose decomposition another process may have."""
+    def note(self, name: str, spectrum_R: torch.Tensor, prices: Prices | None = None) -> None:
+        """Keep the spectrum of a unit, and what rounding it costs, whose decomposition another process may have."""
         self.spectra[name] = spectrum_R
+        if prices:
+            self.rounding[name] = prices
 
     def get(self, name: str, W_ON: torch.Tensor) -> Decomposition:
         """Return the decomposition of a site.

@@ -16,8 +16,9 @@ from pared.engine.kept_units import Installed, KeptUnits, factors_made, put_ther
 from pared.engine.ledger import Findings, Ledger
 from pared.engine.moments import Moments, StatisticsOfSite, dense_target, moments
 from pared.engine.pass_record import Record
+from pared.engine.quantize import prices_of
 from pared.engine.run_state import CompressionRun
-from pared.engine.solutions import DecompositionStore
+from pared.engine.solutions import DecompositionStore, Prices
 from pared.engine.spec import LowRankSpec
 from pared.lowrank import Decomposition
 from pared.memory import give_back
@@ -34,12 +35,14 @@ class Found:
         owner: rank of the process that decomposed it.
         findings: of it; its units are what it was taken as: itself, or its members apart.
         spectra: of those that were decomposed without a plan.
+        rounding: of those whose bits are decided, what rounding costs.
         installed: what takes the place of its layers, if the plan is known.
     """
 
     owner: int = 0
     findings: Findings = field(default_factory=Findings)
     spectra: dict[str, torch.Tensor] = field(default_factory=dict)
+    rounding: dict[str, Prices] = field(default_factory=dict)
     installed: list[Installed] = field(default_factory=list)
 
 
@@ -182,11 +185,11 @@ class Solver:
             return told
         together = len(unit.members) > 1 and len(values) == len(unit.members)
         if together and self._planned is not None:
-            self._keep(unit, self._decompose(unit, values, told), told)
+            self._keep(unit, self._decompose(unit, values, told), values, told)
             return told
         shared, apart = self._group(unit, values, told) if together else (None, {})
         if shared is not None:
-            self._keep(unit, shared, told)
+            self._keep(unit, shared, values, told)
         else:
             self._keep_apart(unit, apart, values, told)
         return told
@@ -197,7 +200,7 @@ class Solver:
         for members in found.findings.units.values():
             self.kept.note(members, found.owner)
         for name, spectrum_R in found.spectra.items():
-            self.ledger.store.note(name, spectrum_R)
+            self.ledger.store.note(name, spectrum_R, found.rounding.get(name))
         for names, modules in found.installed:
             put_there(self._model, names, modules)
 
@@ -309,14 +312,19 @@ class Solver:
         for one in (Unit((site,)) for site in unit.members):
             if one.name in values:
                 own = found.get(one.name)
-                self._keep(one, own if own and own.directed else self._decompose(one, values, told), told)
+                self._keep(one, own if own and own.directed else self._decompose(one, values, told), values, told)
             elif self._planned is None:
                 told.findings.units[one.name] = [one.name]
 
-    def _keep(self, unit: Unit, found: Decomposition, told: Found) -> None:
+    def _keep(
+        self, unit: Unit, found: Decomposition, values: Mapping[str, Mapping[str, torch.Tensor]], told: Found
+    ) -> None:
         if self._planned is None:
             told.findings.units[unit.name] = [site.name for site in unit.members]
-            told.spectra[unit.name] = self.kept.keep(unit, found)
+            if self._spec.recipe.of_bytes:
+                dense = self._dense(unit.members[0])
+                told.rounding[unit.name] = prices_of(self._spec, unit, dense, found, values[unit.name])
+            told.spectra[unit.name] = self.kept.keep(unit, found, told.rounding.get(unit.name, {}))
         else:
             told.installed.append(factors_made(self._model, unit, found, self._planned[unit.name]))
 

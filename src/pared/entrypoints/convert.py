@@ -1,7 +1,7 @@
-"""The same weights stored in another way: two factors, or pivots and coefficients."""
+"""A folder stored in another way: its weights as two factors, as pivots and coefficients, or in few bits."""
 
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 from torch import nn
 
@@ -10,14 +10,16 @@ from pared.checkpoint.load import load, require_recorded
 from pared.checkpoint.portable import module_map
 from pared.checkpoint.save import mark
 from pared.checkpoint.verify import require_tensors
-from pared.engine.install import factors_of, install_group
+from pared.engine.install import factors_of, install_group, put
+from pared.engine.quantize import in_few_bits
 from pared.entrypoints.publish import Publication, Reread, ResidentSaver
 from pared.errors import ParedError
 from pared.io.output_dir import require_free
 from pared.models.source import find_model
 from pared.models.trust import trusting
 from pared.modules import LowRankLinear, PivotedLinear, SparseLinear
-from pared.names import is_told_in_flags
+from pared.names import is_told_in_flags, require_known
+from pared.schema.bits import FORMS, InFewBits
 from pared.schema.manifest import Manifest
 from pared.schema.plan import Dense, Plan
 
@@ -28,11 +30,13 @@ def convert(
     pivoted: bool = True,
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    quantize: str | None = None,
 ) -> Manifest:
-    """Write a compressed folder with every low-rank weight stored pivoted, or as two factors.
+    """Write a compressed folder with every low-rank weight stored pivoted, or as two factors, or all in few bits.
 
-    The weights stay what they were up to rounding: the new folder is loaded and must give the answers that were
-    recorded when the model was compressed. Recipe, perplexities and seconds in its manifest are those of that time.
+    As factors or pivots weights stay what they were up to rounding: the new folder is loaded and must give the answers
+    that were recorded when the model was compressed. Recipe, perplexities and seconds in its manifest are those of that
+    time. In few bits they are other weights: the manifest has no perplexity of them.
 
     Args:
         folder: that pared made.
@@ -40,6 +44,8 @@ def convert(
         pivoted: pivots and coefficients, in rank² fewer numbers, if true; two factors if false.
         overwrite: whether a folder there that pared wrote may be replaced.
         trust_remote_code: whether code that lies in the folder may run.
+        quantize: ``int8`` or ``int4``, to which every target weight is rounded, each to the nearest; pivots become two
+            factors. ``pared.compress`` with the same name rounds better, by what layers read.
 
     Returns:
         The manifest of the new folder.
@@ -54,17 +60,76 @@ def convert(
     function = "pared.convert"
     if not isinstance(pivoted, bool):
         raise ParedError(f"{function}: expected pivoted True or False, got {pivoted!r}")
+    if quantize is not None:
+        require_known("form of few bits", quantize, FORMS)
     folder, out = Path(name_from(folder, function)), folder_from(out, function)
     with trusting(trust_remote_code):
-        return _convert(folder, out, pivoted, overwrite)
+        return _convert(folder, out, pivoted, overwrite, quantize)
 
 
-def _convert(folder: Path, out: Path, pivoted: bool, overwrite: bool) -> Manifest:
+def _convert(folder: Path, out: Path, pivoted: bool, overwrite: bool, form: str | None) -> Manifest:
     require_free(out, overwrite, [folder])
     manifest = Manifest.read(folder)
     require_tensors(folder)
     require_recorded(folder)  # else what is damaged would be listed as whole
     model = load(folder)
+    stored = (
+        _rounded(folder, model, manifest.plan, form) if form else _as_factors(folder, model, manifest.plan, pivoted)
+    )
+    mark(model)
+    source = find_model(str(folder))
+    # Rounded weights answer otherwise than those whose answers were recorded.
+    fingerprint = None if form else manifest.fingerprint
+    saver = ResidentSaver(model, source.tokenizer(), source, fingerprint)
+    del model
+    lost = {"perplexity_after": None} if form else {}
+
+    def converted(reread: Reread) -> Manifest:
+        return manifest.model_copy(update={**reread.recorded, **lost, "plan": stored.plan, "converted": stored.name})
+
+    publication = Publication(out, str(folder), overwrite, stored.plan.after.bytes_on_disk, beside=[folder])
+    return publication.publish(saver, converted)
+
+
+class _Stored(NamedTuple):
+    """What became of the layers of a model.
+
+    Attributes:
+        plan: as they are stored now.
+        name: of that way.
+    """
+
+    plan: Plan
+    name: str
+
+
+def _rounded(folder: Path, model: nn.Module, plan: Plan, form: str) -> _Stored:
+    """Store every site of a plan in few bits, in place.
+
+    Raises:
+        ParedError: a layer cannot be stored so; names it.
+    """
+    sites = []
+    for site in plan.sites:
+        if not isinstance(site.decision, InFewBits):
+            raise ParedError(f"{folder}: {site.name} has {site.decision} and cannot be {form}: only dense weights, "
+                             "factors and narrow layers are stored in few bits")  # fmt: skip
+        try:
+            put(model, [site.name], [in_few_bits(model.get_submodule(site.name), form)])
+        except (ValueError, RuntimeError) as error:
+            raise ParedError(f"{folder}: {site.name} as {form}: {error}") from error
+        as_factors = {"pivoted": False} if getattr(site.decision, "pivoted", False) else {}
+        decision = site.decision.model_copy(update={"quantized": form, **as_factors})
+        sites.append(site.model_copy(update={"decision": decision}))
+    return _Stored(plan.model_copy(update={"sites": tuple(sites)}), form)
+
+
+def _as_factors(folder: Path, model: nn.Module, plan: Plan, pivoted: bool) -> _Stored:
+    """Store every low-rank weight pivoted, or as two factors, in place.
+
+    Raises:
+        ParedError: there is none that is not, or one cannot be.
+    """
     groups = _groups(model, LowRankLinear if pivoted else PivotedLinear)
     if not groups:
         raise ParedError(f"{folder} has nothing to convert: {_nothing(model, pivoted)}")
@@ -74,18 +139,8 @@ def _convert(folder: Path, out: Path, pivoted: bool, overwrite: bool) -> Manifes
             install_group(model, names, factors_of(old), pivoted)
         except (ValueError, RuntimeError) as error:
             raise ParedError(f"{folder}: {names[0]}: {error}") from error
-    mark(model)
-    plan = _replanned(manifest.plan, {name for names in groups for name in names}, pivoted)
-    source = find_model(str(folder))
-    saver = ResidentSaver(model, source.tokenizer(), source, manifest.fingerprint)
-    del model
     form = "pivots and coefficients" if pivoted else "two factors"
-
-    def converted(reread: Reread) -> Manifest:
-        return manifest.model_copy(update={**reread.recorded, "plan": plan, "converted": form})
-
-    publication = Publication(out, str(folder), overwrite, plan.after.bytes_on_disk, beside=[folder])
-    return publication.publish(saver, converted)
+    return _Stored(_replanned(plan, {name for names in groups for name in names}, pivoted), form)
 
 
 def _nothing(model: nn.Module, pivoted: bool) -> str:
@@ -93,6 +148,8 @@ def _nothing(model: nn.Module, pivoted: bool) -> str:
     changed = {name: model.get_submodule(name) for name in module_map(model)}
     if not changed:
         return "its weights are plain already"
+    if any(getattr(layer, "bits", 0) for layer in changed.values()):
+        return "its layers are stored in few bits"
     if not any(isinstance(layer, (LowRankLinear, PivotedLinear)) for layer in changed.values()):
         sparse = any(isinstance(layer, SparseLinear) for layer in changed.values())
         return (
@@ -108,7 +165,7 @@ def _groups(model: nn.Module, kind: type[nn.Module]) -> list[list[str]]:
     """Return the names of the modules of a kind, those with one basis together."""
     groups: dict[int, list[str]] = {}
     for name, module in model.named_modules():
-        if type(module) is kind:
+        if type(module) is kind and not getattr(module, "bits", 0):
             assert isinstance(module, (LowRankLinear, PivotedLinear))
             groups.setdefault(id(module if module.down is None else module.down.weight), []).append(name)
     return list(groups.values())

@@ -20,8 +20,9 @@ from pared.io.output_dir import require_free
 from pared.io.record import MANIFEST
 from pared.models.source import find_model
 from pared.models.trust import trusting
-from pared.modules import NarrowConv1D, NarrowLinear, SparseLinear, replace_module
+from pared.modules import NarrowConv1D, SparseLinear, replace_module
 from pared.modules.narrow import counts_of, forget_counts, set_counts, widen_
+from pared.names import called
 from pared.structure import bias_of
 
 
@@ -111,6 +112,26 @@ def export_as(to: str, name: str, out: Path, dtype: str, quantize: str, overwrit
     return export_gguf(name, out, quantize, overwrite)
 
 
+def require_whole_bits(model: PreTrainedModel, name: str, form: str, instead: str = "") -> None:
+    """Refuse a model some of whose weights are stored in few bits, which another format would store in many again.
+
+    Args:
+        model: to be exported.
+        name: of it, for messages.
+        form: of the export.
+        instead: what else to do.
+
+    Raises:
+        ParedError: names the first layer.
+    """
+    for layer, entry in module_map(model).items():
+        if entry.get("bits"):
+            raise ParedError(
+                f"model {name!r}: {layer} is stored in {entry['bits']} bits, which {form} cannot take over; "
+                f"{called('to', 'dense')} writes it in the model's dtype, or export the folder of before{instead}"
+            )
+
+
 @torch.no_grad()
 def make_dense(model: PreTrainedModel) -> PreTrainedModel:
     """Make every compressed module the linear layer it stands for, in place: multiplied out, or with its zeros.
@@ -129,7 +150,7 @@ def make_dense(model: PreTrainedModel) -> PreTrainedModel:
             module.unpack_()
         weight, bias = cast("torch.Tensor", module.weight), cast("torch.Tensor | None", module.bias)
         dense = skeleton.get_submodule(name).to_empty(device=weight.device).to(weight.dtype)
-        if bias is not None and isinstance(module, (NarrowLinear, NarrowConv1D)) and bias_of(dense) is None:
+        if bias is not None and bias_of(dense) is None:
             raise ParedError(f"{name} has a bias, which {type(model).__name__} has no place for, and cannot be "
                              "written as a plain layer; keep the folder as it is")  # fmt: skip
         widen_(dense, weight.T if isinstance(module, NarrowConv1D) else weight, bias, getattr(module, "parts", 1))

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from pared.checkpoint.load import load, read_config, require_recorded
 from pared.checkpoint.plain import NARROW
 from pared.checkpoint.portable import module_map
-from pared.entrypoints.export import make_dense
+from pared.entrypoints.export import make_dense, require_whole_bits
 from pared.entrypoints.publish import Written
 from pared.errors import ParedError
 from pared.io.inputs import inputs_of
@@ -57,6 +57,7 @@ def export_gguf(name: str, out: Path, quantize: str = "auto", overwrite: bool = 
     inputs = [*inputs, Path(source.location)]
     require_free_file(out, overwrite, is_gguf, inputs)
     model = load(name)
+    require_whole_bits(model, name, "a .gguf file", f" with {called('quantize', 'q8_0')}")
     if (Path(source.location) / MANIFEST).is_file():
         require_recorded(Path(source.location))
     kind = quantize if quantize != "auto" else _type_of(model.dtype, name)

@@ -6,6 +6,7 @@ from pathlib import Path
 from pared.checkpoint.load import load, require_recorded
 from pared.checkpoint.save import save_beside
 from pared.checkpoint.seal import seal_plain
+from pared.entrypoints.export import require_whole_bits
 from pared.entrypoints.publish import Written
 from pared.io.apart import require_apart
 from pared.io.inputs import inputs_of
@@ -37,6 +38,7 @@ def export_onnx(name: str, out: Path, overwrite: bool = False) -> Written:
     beside = [Path(source.location)]
     require_apart(out, [*beside, *inputs])
     model = load(name, "float32")
+    require_whole_bits(model, name, "an ONNX graph")
     if (beside[0] / MANIFEST).is_file():
         require_recorded(beside[0])
     needed = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())

@@ -94,6 +94,8 @@ def require_files_for(skeleton: "nn.Module", entries: dict[str, dict[str, Any]],
     stored = sum(entry.stat().st_size for entry in os.scandir(folder) if entry.name.endswith(WEIGHTS))
     needed = sum(one.numel() for one in (*skeleton.parameters(), *skeleton.buffers()))
     for entry in entries.values():
+        if entry.get("kind") == "quantized":  # as many numbers as the dense weight, of fewer bits
+            continue
         width, out = entry["in_features"], entry["out_features"]
         needed += entry.get("stored", entry.get("rank", 0) * (width + out)) - width * out
     if needed > max(NUMBERS_UNASKED, NUMBERS_A_BYTE * stored):
@@ -119,7 +121,7 @@ def require_floating(folder: Path, name: str) -> None:
             with safe_open(file, framework="pt") as tensors:
                 for tensor in tensors.keys():  # noqa: SIM118 - not a mapping
                     kind = str(tensors.get_slice(tensor).get_dtype())
-                    if tensor.endswith((".weight", ".bias", ".values")) and "F" not in kind:
+                    if tensor.endswith((".weight", ".bias", ".values", ".scales")) and "F" not in kind:
                         raise DamagedError(
                             f"model {name!r}: {tensor} of {file.name} is stored as {kind}, expected floating point",
                             "fetch it again",

@@ -83,7 +83,7 @@ def with_adapter(
     new = LowRankLinear(down.shape[1], len(up), len(down), bias is not None, narrow=layer.narrow, **kind)
     new.down.weight.copy_(down)
     new.up.weight.copy_(up)
-    if new.up.bias is not None:
+    if new.up.bias is not None and bias is not None:
         new.up.bias.copy_(bias if bias_O is None else bias + bias_O.to(bias))
     return new.train(layer.training).requires_grad_(layer.up.weight.requires_grad)
 

@@ -1,13 +1,14 @@
 import torch
-from torch import nn
 
+from pared.modules.quantized import Inner, factor
 from pared.modules.shared import BasisHolder
 
 
 class LowRankLinear(BasisHolder):
     """Two linear layers in place of one: ``y = up(down(x))``.
 
-    Both are real ``nn.Linear``s, so that PEFT, ``Trainer`` and whatever looks for linear layers work on them.
+    Both are real ``nn.Linear``s, so that PEFT, ``Trainer`` and whatever looks for linear layers work on them, or both
+    are stored in few bits.
 
     Args:
         in_features: width of the input.
@@ -15,6 +16,8 @@ class LowRankLinear(BasisHolder):
         rank: width between the two.
         bias: whether ``up`` has a bias.
         narrow: whether it has fewer inputs or outputs than the architecture's configuration says.
+        bits: of a number of a factor, 8 or 4; 0 for factors of ``dtype``.
+        group: as of a :class:`QuantizedLinear`.
 
     Attributes:
         down: weight ``(rank, in)``, no bias.
@@ -30,11 +33,14 @@ class LowRankLinear(BasisHolder):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         narrow: bool = False,
+        bits: int = 0,
+        group: int = 0,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.rank, self.narrow = in_features, out_features, rank, narrow
-        self.down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
-        self.up = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+        self.bits, self.group = bits, group
+        self.down: Inner = factor(in_features, rank, False, bits, group, device, dtype)
+        self.up: Inner = factor(rank, out_features, bias, bits, group, device, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map ``(..., in)`` to ``(..., out)``."""
@@ -58,6 +64,7 @@ class LowRankLinear(BasisHolder):
             "rank": self.rank,
             "bias": self.up.bias is not None,
             **({"narrow": True} if self.narrow else {}),
+            **({"bits": self.bits, "group": self.group} if self.bits else {}),
         }
 
     def extra_repr(self) -> str:

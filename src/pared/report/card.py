@@ -55,6 +55,9 @@ merged = adapted.merge_and_unload()  # after training
 merged.save_pretrained("merged")
 ```
 """
+FEW_BITS = """\
+Layers are stored in few bits and multiplied out whenever they run; adapters and training take the folder of before.
+"""
 SPARSE_LORA = """\
 LoRA with PEFT leaves the zeros alone. Merging as PEFT does would fill them, so this merges under their mask; what the
 adapter learned where weights are zero is lost by that:
@@ -117,7 +120,7 @@ def model_card(manifest: Manifest, folder: str, config: Mapping[str, Any]) -> st
             _loading(folder, config)
             if config.get("quantization_config") or not narrow
             else PLAIN.format(folder=folder, auto=_auto_of(config)),
-            (SPARSE_LORA if pruned else LORA).format(targets=_targets(manifest)),
+            _adapters(manifest, pruned),
             "## Recipe",
             "",
             "```yaml",
@@ -147,6 +150,13 @@ def _auto_of(config: Mapping[str, Any]) -> str:
             if own.endswith(auto.removeprefix("AutoModel")):
                 return auto
     return "AutoModelForCausalLM"
+
+
+def _adapters(manifest: Manifest, pruned: bool) -> str:
+    """Return how adapters are trained; a weight in few bits takes none."""
+    if any(getattr(site.decision, "quantized", None) for site in manifest.plan.sites):
+        return FEW_BITS
+    return (SPARSE_LORA if pruned else LORA).format(targets=_targets(manifest))
 
 
 def _targets(manifest: Manifest) -> str:
@@ -197,8 +207,11 @@ def _inputs(manifest: Manifest) -> str:
 
 
 def _smaller(manifest: Manifest) -> float:
-    """Return the fraction of the whole model's parameters that is gone."""
-    return 1 - manifest.plan.after.model_parameters / manifest.plan.before.model_parameters
+    """Return the fraction of the whole model's parameters that is gone; of its bytes where some are of few bits."""
+    before, after = manifest.plan.before, manifest.plan.after
+    if any(getattr(site.decision, "quantized", None) for site in manifest.plan.sites):
+        return 1 - after.bytes_on_disk / before.bytes_on_disk
+    return 1 - after.model_parameters / before.model_parameters
 
 
 def _base_model(manifest: Manifest) -> dict[str, str]:

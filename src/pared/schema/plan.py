@@ -10,14 +10,15 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from pared.schema.base import Strict
+from pared.schema.bits import InFewBits
 from pared.schema.width import INDEX_BYTES, Width
 from pared.tables import Row, Shown, Table
 
 SHOWN = 16  # kinds of layers that a plan shows; with ranks of their own there are as many as layers
 
 
-class Dense(Strict):
-    """The weight stays as it is; ``reason`` says why."""
+class Dense(InFewBits):
+    """The weight stays as it is, but for its bits; ``reason`` says why."""
 
     kind: Literal["dense"] = "dense"
     reason: str
@@ -26,8 +27,12 @@ class Dense(Strict):
         """Stored weight parameters of a site of this shape."""
         return out_features * in_features
 
+    def matrices(self, out_features: int, in_features: int) -> list[tuple[int, int]]:
+        """The weight."""
+        return [(out_features, in_features)]
 
-class LowRank(Strict):
+
+class LowRank(InFewBits):
     """Two factors, ``up (out, rank)`` and ``down (rank, in)``, stand in for the weight.
 
     Attributes:
@@ -44,8 +49,18 @@ class LowRank(Strict):
         """Stored weight parameters of a site of this shape; the indices of pivoted storage are not parameters."""
         return self.rank * (out_features + in_features) - (self.rank**2 if self.pivoted else 0)
 
+    def matrices(self, out_features: int, in_features: int) -> list[tuple[int, int]]:
+        """Both factors."""
+        return [(self.rank, in_features), (out_features, self.rank)]
+
+    @model_validator(mode="after")
+    def _is_storable(self) -> "LowRank":
+        if self.pivoted and self.quantized:
+            raise ValueError(f"pivots are not stored as {self.quantized}: coefficients do not bear the rounding")
+        return self
+
     def __str__(self) -> str:
-        return f"rank {self.rank}, pivoted" if self.pivoted else f"rank {self.rank}"
+        return f"rank {self.rank}{', pivoted' if self.pivoted else ''}{self.form}"
 
     def index_bytes(self, out_features: int, in_features: int) -> int:  # noqa: ARG002 - as every decision
         """Bytes stored besides the parameters: the order of the inputs, if pivoted."""
@@ -188,7 +203,8 @@ class SitePlan(Strict):
 
     def describe(self) -> str:
         """Return kind, shape and decision in words."""
-        text = f"dense ({self.decision.reason})" if isinstance(self.decision, Dense) else str(self.decision)
+        decision = self.decision
+        text = f"dense{decision.form} ({decision.reason})" if isinstance(decision, Dense) else str(decision)
         return f"{self.kind} {self.out_features} x {self.in_features}: {text}"
 
     @property
@@ -215,6 +231,17 @@ class SitePlan(Strict):
     def index_bytes(self) -> int:
         """Bytes the decision stores besides parameters."""
         return 0 if isinstance(self.decision, Dense) else self.decision.index_bytes(self.out_features, self.in_features)
+
+    def bytes_saved(self, itemsize: int) -> int:
+        """Return how many bytes fewer its parameters are than ``itemsize`` bytes each, as they are in few bits."""
+        if not isinstance(self.decision, InFewBits) or self.decision.quantized is None:
+            return 0
+        stored = self.decision.stored_bytes(self.out_features, self.in_features, itemsize)
+        return self.after * itemsize - stored
+
+    def stored_bytes(self, itemsize: int) -> int:
+        """Return the bytes of its weight after the decision, biases aside."""
+        return self.after * itemsize + self.index_bytes - self.bytes_saved(itemsize)
 
 
 class Uncovered(Strict):
@@ -253,6 +280,8 @@ class Plan(Shown, Strict):
         uncovered: weights inside the blocks that were left alone.
         model_parameters: parameters of the whole dense model; tied ones counted once.
         bytes_per_parameter: of the dtype the model is saved in.
+        keep_bytes: the fraction of the target modules' bytes that was requested to stay, where the budget was one of
+            bytes; ``keep`` is then what came of it.
     """
 
     keep: float
@@ -260,6 +289,7 @@ class Plan(Shown, Strict):
     uncovered: tuple[Uncovered, ...] = ()
     model_parameters: int
     bytes_per_parameter: int
+    keep_bytes: float | None = None
 
     @property
     def before(self) -> Sizes:
@@ -271,8 +301,8 @@ class Plan(Shown, Strict):
         """Sizes after every decision; bytes are those of the weights alone."""
         removed = sum(site.before - site.after + site.biases_removed for site in self.sites)
         sizes = self._sizes(sum(site.after for site in self.sites), removed)
-        indices = sum(site.index_bytes for site in self.sites)
-        return sizes.model_copy(update={"bytes_on_disk": sizes.bytes_on_disk + indices})
+        more = sum(site.index_bytes - site.bytes_saved(self.bytes_per_parameter) for site in self.sites)
+        return sizes.model_copy(update={"bytes_on_disk": sizes.bytes_on_disk + more})
 
     @property
     def achieved_keep(self) -> float:
@@ -292,6 +322,8 @@ class Plan(Shown, Strict):
         patterns = {f"{one.kept}:{one.group}" for one in decided if isinstance(one, NM)}
         if len(patterns) == 1:
             return f"pattern {patterns.pop()}"
+        if self.keep_bytes is not None:
+            return f"keep bytes {self.keep_bytes:g}"
         zeros = patterns or any(isinstance(one, Sparse) for one in decided)
         return f"sparsity {1 - self.keep:g}" if zeros else f"keep {self.keep:g}"
 
@@ -304,8 +336,8 @@ class Plan(Shown, Strict):
 
     @property
     def missed(self) -> str | None:
-        """By how much the budget is missed and why, in words; None when it is met."""
-        if not self.shortfall:
+        """By how much the budget is missed and why, in words; None when it is met, as one of bytes always is."""
+        if not self.shortfall or self.keep_bytes is not None:
             return None
         dense = [site for site in self.sites if isinstance(site.decision, Dense)]
         beyond = sum(site.before for site in dense) * (1 - self.keep)  # what the dense ones have more than their share

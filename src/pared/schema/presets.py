@@ -22,7 +22,10 @@ from pared.schema.options import Kind, untyped
 
 RECORDED = {"recorded": True}  # the context in which what was asked for once is read again, and nothing is added to it
 # One of these is a choice: giving one discards the others.
-EXCLUSIVE = {"compress": ("keep", "rank_fraction", "sparsity", "pattern"), "tune": ("epochs", "tokens")}
+EXCLUSIVE = {
+    "compress": ("keep", "keep_bytes", "target_bytes", "rank_fraction", "sparsity", "pattern"),
+    "tune": ("epochs", "tokens"),
+}
 LENGTHS = ("length", "calibration.length", "evaluation.length")  # of a preset, yield as defaults do
 # What no protocol is about: names, places, and what changes cost but no result.
 NEUTRAL = ("preset", "version", "model", "out", "device", "calibration.batch", "report_to", "checkpoint_every",

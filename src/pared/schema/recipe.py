@@ -19,6 +19,7 @@ from pydantic import (
 from pared.errors import ParedError
 from pared.memory import Stream, parse_size
 from pared.schema.base import Config, Name, Whole
+from pared.schema.bits import Form
 from pared.schema.command_line import OWN, Option
 from pared.schema.options import Kind
 from pared.schema.presets import FromPreset
@@ -40,7 +41,8 @@ TextName = Annotated[str, BeforeValidator(_text_name)]  # a path is the text fil
 
 # What docs/results/low_rank.md and docs/results/sparsity.md recommend; the second where the budget is one of zeros.
 DEFAULT_METHOD, DEFAULT_PRUNER = "loss-optimal", "sparsegpt"
-BUDGETS = ("keep", "rank_fraction", "sparsity", "pattern")  # of which a recipe has one
+PLAIN_METHOD = "svd"  # which reads nothing and, where all is kept, does nothing
+BUDGETS = ("keep", "keep_bytes", "target_bytes", "rank_fraction", "sparsity", "pattern")  # of which a recipe has one
 
 OptionValues = dict[str, bool | int | float | str]
 Bos = Literal["none", "text", "window"]
@@ -118,6 +120,11 @@ class Recipe(FromPreset):
     """A name that `pared methods` lists."""
     keep: Annotated[float, Field(gt=0, le=1), Option()] = 0.8
     """Fraction of the parameters of the target modules that stays: 0.8 removes 20%."""
+    keep_bytes: Annotated[Annotated[float, Field(gt=0, le=1)] | None, Option()] = None
+    """Fraction of the bytes of the target modules that stays, a budget in place of keep: every weight is stored as it
+    is, as int8 or as int4, whole or with a rank, whichever loses least."""
+    target_bytes: Annotated[str | None, Option()] = None
+    """The same as a size of all weights together, such as 120MB."""
     rank_fraction: Annotated[Annotated[float, Field(gt=0, le=1)] | None, Option()] = None
     """A budget of ranks in place of keep: this fraction of every weight's full rank (FWSVD: 0.33)."""
     sparsity: Annotated[Annotated[float, Field(ge=0, lt=1)] | None, Option()] = None
@@ -147,6 +154,12 @@ class Recipe(FromPreset):
     """What widths of MLPs are multiples of, as processors and kernels are fastest with round numbers."""
     storage: Annotated[Literal["auto", "factors", "pivoted"], Option(default=OWN)] = "auto"
     """How a low-rank weight is stored: as two factors, or pivoted, which needs rank² fewer parameters without loss."""
+    quantize: Annotated[Form | None, Option()] = None
+    """Store the target modules, compressed or not, in few bits: int8 with a scale for every output, or int4 with one
+    for every 64 inputs. Without a method or a budget nothing else is done."""
+    rounding: Annotated[Literal["feedback", "nearest"], Option()] = "feedback"
+    """How weights are rounded to few bits: one input after the other, later ones making up for the errors of those
+    before as the text's inputs say (feedback), or each to the nearest, which reads no text."""
     statistics: Annotated[Literal["auto", "once", "sequential"], Option(default=OWN)] = "auto"
     """Collected on the dense model (once), or collected again when the ranks are known, block after block behind those
     already compressed (sequential)."""
@@ -180,19 +193,22 @@ class Recipe(FromPreset):
     out: Annotated[Annotated[Name, Field(min_length=1)] | None, Option(path=True)] = None
     """The folder to make."""
 
-    @field_validator("activation_memory")
+    @field_validator("activation_memory", "target_bytes")
     @classmethod
-    def _is_size(cls, value: str | None) -> str | None:
+    def _is_size(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is not None:
             try:
-                parse_size(value, "activation_memory")
+                parse_size(value, info.field_name or "")
             except ParedError as error:
                 raise ValueError(str(error)) from None
         return value
 
     @classmethod
     def implied(cls, fields: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return the method where a budget of zeros is all that is given."""
+        """Return the method where a budget of zeros, or few bits, are all that is given."""
+        budgets = any(fields.get(name) is not None for name in BUDGETS)
+        if fields.get("quantize") is not None and "method" not in fields and not budgets:
+            return {"method": PLAIN_METHOD, "keep": 1.0}
         zeros = any(fields.get(name) is not None for name in ("sparsity", "pattern"))
         return {"method": DEFAULT_PRUNER} if zeros and "method" not in fields else {}
 
@@ -264,8 +280,17 @@ class Recipe(FromPreset):
         return fields
 
     @property
+    def of_bytes(self) -> bool:
+        """Whether the budget is one of bytes."""
+        return self.keep_bytes is not None or self.target_bytes is not None
+
+    @property
     def budget(self) -> str:
         """The budget in words."""
+        if self.keep_bytes is not None:
+            return f"keep bytes {self.keep_bytes:g}"
+        if self.target_bytes is not None:
+            return f"target bytes {self.target_bytes}"
         if self.rank_fraction is not None:
             return f"rank fraction {self.rank_fraction:g}"
         if self.sparsity is not None:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from pared.schema.base import Strict
+from pared.schema.bits import InFewBits
 
 INDEX_BYTES = 4  # of an int32
 RANGES = re.compile(r"(\d+(-\d+)?(,\d+(-\d+)?)*)?")
@@ -38,7 +38,7 @@ def _are_ranges(text: str | None) -> str | None:
     return text
 
 
-class Width(Strict):
+class Width(InFewBits):
     """Some channels stay: a layer that reads them has fewer inputs, those that make them fewer outputs.
 
     Attributes:
@@ -83,6 +83,11 @@ class Width(Strict):
         m, n = self.shape(out_features, in_features)
         return m * n if self.rank is None else self.rank * (m + n) - (self.rank**2 if self.pivoted else 0)
 
+    def matrices(self, out_features: int, in_features: int) -> list[tuple[int, int]]:
+        """What is left of the weight, or both of its factors."""
+        m, n = self.shape(out_features, in_features)
+        return [(m, n)] if self.rank is None else [(self.rank, n), (m, self.rank)]
+
     def index_bytes(self, out_features: int, in_features: int) -> int:
         """Bytes stored besides the parameters: the order of the inputs, if pivoted."""
         pivoted = self.rank is not None and self.pivoted
@@ -103,4 +108,4 @@ class Width(Strict):
         counted = f"{self.width} of {self.channels}"
         text = f"width {counted}" if self.unit == "channel" else f"{counted} {self.unit}s"
         ranked = "" if self.rank is None else f", rank {self.rank}{', pivoted' if self.pivoted else ''}"
-        return text + ranked
+        return text + ranked + self.form

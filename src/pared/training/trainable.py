@@ -5,6 +5,7 @@ from typing import get_args
 
 from torch import nn
 
+from pared.errors import ParedError
 from pared.modules import Changed, SparseLinear
 from pared.schema.manifest import Manifest
 from pared.schema.width import Width
@@ -42,7 +43,14 @@ def norms(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def unpack(model: nn.Module) -> None:
-    """Give every sparse layer its dense weight, which is what trains."""
-    for layer in compressed_layers(model).values():
+    """Give every sparse layer its dense weight, which is what trains.
+
+    Raises:
+        ParedError: a layer is stored in few bits, and has no weight to train.
+    """
+    for name, layer in compressed_layers(model).items():
+        if getattr(layer, "bits", 0):
+            raise ParedError(f"{name} is stored in {layer.bits} bits and cannot be trained; train the folder of before "
+                             "and store what comes of it in few bits: pared convert --quantize")  # fmt: skip
         if isinstance(layer, SparseLinear):
             layer.unpack_()

@@ -67,8 +67,16 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "--structures": ("mixed", "mixed"),
     "--multiple-of": ("32", 32),
     "--heads": ("on", "on"),
+    "--quantize": ("int4", "int4"),
+    "--rounding": ("nearest", "nearest"),
 }
-OTHER_BUDGETS = {"--rank-fraction", "--sparsity", "--pattern"}  # one at a time goes with a recipe
+OTHER_BUDGETS = {
+    "--keep-bytes",
+    "--target-bytes",
+    "--rank-fraction",
+    "--sparsity",
+    "--pattern",
+}  # one at a time goes with a recipe
 SWITCHES = {"--refine"}  # take no value
 
 
@@ -101,7 +109,9 @@ def test_every_option_of_a_recipe_arrives_at_its_field() -> None:
     assert options.keys() == GIVEN.keys() | OTHER_BUDGETS | SWITCHES
     for flag, (_, expected) in GIVEN.items():
         assert value_of(recipe, options[flag]) == expected, flag
-    for flag, text in (("--rank-fraction", "0.3"), ("--sparsity", "0.5"), ("--pattern", "2:4")):
+    budgets = {"--keep-bytes": "0.3", "--target-bytes": "120MB", "--rank-fraction": "0.3", "--sparsity": "0.5",
+               "--pattern": "2:4"}  # fmt: skip
+    for flag, text in budgets.items():
         assert str(value_of(asked(Fields(Recipe), flag, text), options[flag])) == text
 
 

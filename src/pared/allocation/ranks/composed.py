@@ -1,5 +1,6 @@
 """Channel groups that lose channels and whose layers are given ranks besides: what each width leaves to factorise."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ from pared.allocation.rank_budget import tail_energy
 from pared.allocation.units import Budget, Channels, Evidence
 
 if TYPE_CHECKING:
+    from pared.schema.bits import Form
     from pared.structure.model import Site
 
 MOST_WIDTHS = 24  # of a group, at which ranks are considered
@@ -19,14 +21,16 @@ class Table:
     """The candidates for one unit, or for the layers of a channel group together; the last is to stay dense.
 
     Attributes:
-        costs: parameters of each, rising, float64.
+        costs: parameters, or bytes, of each, rising, float64.
         losses: of each, float64.
-        sizes: the rank, or the width, of each but the last.
+        sizes: the rank, or the width, of each but the last; of every one, where forms are given, 0 for staying dense.
+        forms: in how few bits each is stored, where the budget is one of bytes.
     """
 
     costs: torch.Tensor
     losses: torch.Tensor
-    sizes: range
+    sizes: Sequence[int]
+    forms: "Sequence[Form | None] | None" = None
 
     def best(self, t: float) -> tuple[float, int]:
         """Return the least ``loss + t · cost``, and the candidate that has it."""
@@ -36,7 +40,11 @@ class Table:
 
     def size(self, index: int) -> int | None:
         """Return the rank or width of a candidate, None for staying dense."""
-        return None if index == len(self.sizes) else self.sizes[index]
+        return (self.sizes[index] or None) if index < len(self.sizes) else None
+
+    def form(self, index: int) -> "Form | None":
+        """Return in how few bits a candidate is stored, None for as the model has it."""
+        return None if self.forms is None else self.forms[index]
 
 
 class Composed:

@@ -5,12 +5,14 @@ as they are stored, of widths, of staying dense and of shared bases, meet in one
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from pared.allocation.rank_budget import require_one_rank_each, split_fixed, tail_energy
 from pared.allocation.ranks.composed import Composed, Table
+from pared.allocation.ranks.forms import ranks_in_forms
 from pared.allocation.units import Budget, Channels, Evidence, Unit
 from pared.allocation.widths.groups import require_affordable_widths
 from pared.schema.plan import Decision, Dense
@@ -30,6 +32,7 @@ def loss(units: Sequence[Unit], budget: Budget, evidence: Evidence, _: object = 
 
     The layers of a channel group take whichever is cheapest at t: one width, what each of them takes by itself, or a
     width and ranks of what it leaves of them. Where the budget is of widths alone, all that is in no group stays dense.
+    Where it is one of bytes every candidate is there in every form of few bits too, with what rounding to it costs.
 
     Args:
         units: what can be decided.
@@ -44,7 +47,7 @@ def loss(units: Sequence[Unit], budget: Budget, evidence: Evidence, _: object = 
     if budget.structures == "widths":
         require_affordable_widths(left, there.least(), len(there.groups), budget, units)
     else:
-        require_one_rank_each(left, there.least(), len(there.units))
+        require_one_rank_each(left, there.least(), len(there.units), budget.noun)
     low, high = 0.0, 1.0 + max(float(table.losses[0]) for table in (*there.units.values(), *there.groups.values()))
     if there.cost(there.choose(low)) <= left:
         high = low
@@ -76,7 +79,8 @@ class _Candidates:
 
     def __init__(self, units: Sequence[Unit], budget: Budget, evidence: Evidence) -> None:
         self._budget = budget
-        self.units = {unit.name: _ranks(unit, budget, evidence) for unit in units}
+        of_unit = partial(ranks_in_forms if budget.of_bytes else _ranks, budget=budget, evidence=evidence)
+        self.units = {unit.name: of_unit(unit) for unit in units}
         self._channels = {
             name: one
             for name, one in evidence.groups(budget).items()
@@ -123,7 +127,7 @@ class _Candidates:
         )]  # fmt: skip
 
     def cost(self, chosen: _Chosen) -> int:
-        """Return the parameters of what is chosen."""
+        """Return the parameters, or bytes, of what is chosen."""
         return sum(
             int(tables[name].costs[index]) for tables, indices in self.parts(chosen) for name, index in indices.items()
         )
@@ -133,9 +137,10 @@ class _Candidates:
         made: dict[str, Decision] = {}
         inside = {site for members in self._members.values() for site in members}
         for name, index in chosen.alone.items():
-            size = self.units[name].size(index)
+            size, form = self.units[name].size(index), self.units[name].form(index)
             apart = DENSE if name in inside or self._budget.structures != "widths" else APART
-            made[name] = apart if size is None else self._budget.low_rank(size)
+            decision = apart if size is None else self._budget.low_rank(size)
+            made[name] = decision if form is None else decision.model_copy(update={"quantized": form})
         for name, index in chosen.together.items():
             size = self.groups[name].size(index)
             one = self._channels[name]

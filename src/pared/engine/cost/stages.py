@@ -77,6 +77,8 @@ def _done(work: Work, step: PassSpec, unknown: list[str]) -> Iterator[Part]:
         yield "refit", refit(work)
         if step.reference:  # dense blocks are put together again
             yield "walk", [Operation("stream", (4 * weights,), "float32")]
+    elif step.action == "quantize":
+        unknown.append(f"quantize (rounding to {spec.recipe.quantize} does not declare its operations)")
     else:
         try:
             yield "solve", solve(work, step)

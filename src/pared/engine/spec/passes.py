@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Action = Literal["evidence", "solve", "allocate", "install", "refit", "refine"]
+Action = Literal["evidence", "solve", "allocate", "install", "refit", "refine", "quantize"]
 Runs = Literal["nothing", "forward", "backward", "backward, then forward"]
 HandOn = Literal["dense", "compressed"]
 
@@ -14,7 +14,7 @@ class PassSpec:
 
     Attributes:
         action: what is done: collect evidence for the allocation, decompose or prune, decide every site, put in place
-            what was decomposed, refit, refine.
+            what was decomposed, refit, refine, store in few bits.
         runs: what runs on the calibration tokens.
         hand_on: what later blocks read: what the dense blocks output, or what was made of them.
         reference: whether the dense model runs alongside, for targets.
@@ -30,12 +30,12 @@ class PassSpec:
     @property
     def changes(self) -> bool:
         """Whether blocks are changed, so that each is committed when its group is complete."""
-        return self.installs or self.action in ("install", "refit", "refine")
+        return self.installs or self.action in ("install", "refit", "refine", "quantize")
 
     @property
     def replaces(self) -> bool:
         """Whether every block is fitted behind the fitted ones, by itself, in place of what the pass before made."""
-        return self.action in ("refit", "refine") and self.hand_on == "compressed"
+        return self.action in ("refit", "refine", "quantize") and self.hand_on == "compressed"
 
     def describe(self) -> dict[str, object]:
         """Return it as JSON has it."""

@@ -14,11 +14,13 @@ from pared.sparsity import NM, PruningMethod, parse
 # Fields of a recipe that only one family of methods reads.
 MULTIPLE_OF = 64  # of widths: tiles of matrix units and blocks of quantised formats divide it
 ZEROS_ONLY = ("sparsity", "pattern")
-NOT_OF_EXPERTS = ("rank_fraction", "sparsity", "pattern", "skip", "heads", "multiple_of", "storage", "statistics",
-                  "refit", "dense_path", "refine")  # fmt: skip
+FEW_BITS = ("quantize", "rounding")
+BYTES = ("keep_bytes", "target_bytes")
+NOT_OF_EXPERTS = (*FEW_BITS, *BYTES, "rank_fraction", "sparsity", "pattern", "skip", "heads", "multiple_of", "storage",
+                  "statistics", "refit", "dense_path", "refine")  # fmt: skip
 OF_EXPERTS = ("loss",)  # the option of a method of layers that experts have too
-LOW_RANK_ONLY = ("keep", "rank_fraction", "structures", "heads", "multiple_of", "storage", "statistics", "refit",
-                 "dense_path")  # fmt: skip
+LOW_RANK_ONLY = ("keep", *BYTES, "rank_fraction", "structures", "heads", "multiple_of", "storage", "statistics",
+                 "refit", "dense_path")  # fmt: skip
 
 
 def resolve(recipe: Recipe) -> CompressionSpec:
@@ -94,7 +96,7 @@ def _resolve_low_rank(recipe: Recipe, method: LowRankMethod) -> LowRankSpec:
     name = "rank-fraction" if recipe.rank_fraction is not None else _allocation_name(recipe, method)
     allocator = allocator_of(name, "low_rank")
     structures = method.structures(recipe.keep) if recipe.structures == "auto" else recipe.structures
-    pivoted = method.pivoted if recipe.storage == "auto" else recipe.storage == "pivoted"
+    pivoted = _is_pivoted(recipe, method)
     spec = LowRankSpec(
         recipe=recipe,
         method=method,
@@ -107,18 +109,57 @@ def _resolve_low_rank(recipe: Recipe, method: LowRankMethod) -> LowRankSpec:
             recipe.rank_fraction,
             structures=structures,  # type: ignore[arg-type]
             multiple_of=recipe.multiple_of or MULTIPLE_OF,
+            form=recipe.quantize,
         ),
         statistics=statistics,  # type: ignore[arg-type] # a method's own is one of the two
         refit=refit,  # type: ignore[arg-type]
         dense_path=method.dense_path if recipe.dense_path == "auto" else recipe.dense_path,
     )
     _require_widths(spec)
+    _require_bits(spec)
     if recipe.dense_path not in ("auto", 0) and not spec.has_targets:
         raise ParedError(
             f"dense_path {recipe.dense_path:g} needs targets: a {called('refit')}, or sequential statistics of a "
             f"method that collects any; method {recipe.method} has statistics {statistics} and refit {refit} here"
         )
     return spec
+
+
+def _require_bits(spec: LowRankSpec) -> None:
+    """Refuse what few bits, or a budget of bytes, do not go with.
+
+    Raises:
+        ParedError: says what.
+    """
+    recipe = spec.recipe
+    if spec.quantized and spec.group_size > 1 and spec.sharing != "none":
+        raise ParedError("bases that blocks share are not stored in few bits; leave out group_size, or take one of "
+                         f"parameters without {called('quantize')}")  # fmt: skip
+    if not recipe.of_bytes:
+        return
+    if recipe.quantize is not None:
+        raise ParedError(f"{recipe.budget} decides the bits of every weight, got quantize {recipe.quantize} for all; "
+                         "leave one of them out")  # fmt: skip
+    if not spec.allocator.bits:
+        having = [name for name, one in allocators_for("low_rank").items() if one.bits]
+        raise ParedError(f"{recipe.budget} needs an allocation that decides bits, got {spec.allocator.name}; those "
+                         f"that do: {', '.join(having)}")  # fmt: skip
+    if spec.structures != "ranks":
+        raise ParedError(f"{recipe.budget} decides ranks and bits, got structures {spec.structures}; take ranks")
+
+
+def _is_pivoted(recipe: Recipe, method: LowRankMethod) -> bool:
+    """Return whether low-rank weights are stored by their pivots.
+
+    Raises:
+        ParedError: that is asked for, and few bits.
+    """
+    if recipe.quantize is None and not recipe.of_bytes:
+        return method.pivoted if recipe.storage == "auto" else recipe.storage == "pivoted"
+    if recipe.storage == "pivoted":
+        raise ParedError(f"storage pivoted cannot be {recipe.quantize or 'in few bits'}: coefficients of pivots do "
+                         f"not bear rounding; take {called('storage', 'factors')}")  # fmt: skip
+    return False
 
 
 def _resolve_experts(recipe: Recipe, method: LowRankMethod) -> ExpertSpec:
@@ -191,6 +232,7 @@ def _require_widths(spec: LowRankSpec) -> None:
 
 def _resolve_sparse(recipe: Recipe, method: PruningMethod) -> SparseSpec:
     _refuse_fields(recipe, LOW_RANK_ONLY, "its budget is sparsity or pattern")
+    _refuse_fields(recipe, FEW_BITS, "what it leaves of weights is stored as it is")
     if recipe.sparsity is None and recipe.pattern is None:
         raise ParedError(
             f"method {recipe.method} prunes: name a sparsity, the fraction of zeros ({called('sparsity', '0.5')}), or "

@@ -87,6 +87,22 @@ class _Spec:
         return () if self.refine is None else (REFINE,)
 
     @property
+    def quantized(self) -> bool:
+        """Whether anything is stored in few bits."""
+        return self.recipe.quantize is not None or self.recipe.of_bytes
+
+    @property
+    def rounds_by_inputs(self) -> bool:
+        """Whether the model is run on a text to round what is stored in few bits."""
+        return self.quantized and self.recipe.rounding == "feedback"
+
+    @property
+    def quantizing(self) -> tuple[PassSpec, ...]:
+        """The pass that stores everything in few bits, if there is one; the last of all."""
+        runs: Runs = "forward" if self.rounds_by_inputs else "nothing"
+        return (PassSpec("quantize", runs, "compressed"),) if self.quantized else ()
+
+    @property
     def group_size(self) -> int:
         """How many neighbouring blocks are compressed together."""
         return self.config.group_size if isinstance(self.config, SharingOptions) else 1
@@ -169,8 +185,9 @@ class LowRankSpec(_Spec):
 
     @property
     def calibrated(self) -> bool:
-        """Whether the model is run on a text: for statistics, a refit, the allocation, or to refine it."""
-        return self.method_calibrated or self.refit != "off" or self.influence or self.refine is not None
+        """Whether the model is run on a text: for statistics, a refit, the allocation, to refine it, or to round."""
+        after = self.refine is not None or self.rounds_by_inputs
+        return self.method_calibrated or self.refit != "off" or self.influence or after
 
     @property
     def tries(self) -> bool:
@@ -218,7 +235,7 @@ class LowRankSpec(_Spec):
         if ranks_known is None:
             grouped = self.group_size > 1 and self.sharing != "none"
             ranks_known = not (self.solves_first or grouped)
-        after = (*(() if self.refit == "off" else (self._refit_pass(),)), *self.refining)
+        after = (*(() if self.refit == "off" else (self._refit_pass(),)), *self.refining, *self.quantizing)
         # Gradients are of the dense model, so that behind compressed blocks only what sites read is collected again.
         behind: Runs = "backward, then forward" if self.gradients and ranks_known else "forward"
         again = PassSpec("solve", behind, "compressed", self.dense_path > 0, installs=True)
@@ -241,6 +258,7 @@ class LowRankSpec(_Spec):
             "storage": "pivoted" if self.budget.pivoted else "factors",
             "statistics": self.statistics,
             "refit": self.refit,
+            **({"rounding": self.recipe.rounding} if self.quantized else {}),
             **({"dense_path": self.dense_path} if self.has_targets else {}),
         }
 

@@ -15,6 +15,7 @@ DENSE = "dense"  # a module that is not in the map
 FACTORS = ("low_rank", "pivoted")
 NARROW = ("narrow", "narrow_conv1d")
 DOWN = ".down.weight"
+INSTEAD = "pared export --to dense makes a folder that can be served"
 
 
 class UnsupportedError(ValueError):
@@ -77,6 +78,8 @@ def members_of(
 def _member(name: str, segments: tuple[int, ...], modules: Mapping[str, Entry], shared: Mapping[str, str]) -> Member:
     entry = modules.get(name, {})
     kind = entry.get("kind", DENSE)
+    if entry.get("bits"):
+        raise UnsupportedError(f"{name}: stored in {entry['bits']} bits, which this plugin does not serve; {INSTEAD}")
     basis = shared.get(name + DOWN, name + DOWN) if kind in FACTORS else ""
     return Member(name, kind, entry, segments, basis)
 

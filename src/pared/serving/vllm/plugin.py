@@ -29,7 +29,7 @@ from vllm.model_executor.models.utils import WeightsMapper, is_pp_missing_parame
 
 from pared.checkpoint.format import QUANT_METHOD, ParedConfig
 from pared.serving.vllm.layer import Bases, FusedLayer, Matrix, MemberLayer
-from pared.serving.vllm.layout import DOWN, Entry, Member, Style, UnsupportedError, members_of
+from pared.serving.vllm.layout import DOWN, INSTEAD, Entry, Member, Style, UnsupportedError, members_of
 from pared.serving.vllm.narrowing import Heads, Narrowed, Shape, arrange
 from pared.serving.vllm.stream import for_engine
 
@@ -41,7 +41,6 @@ STYLES: dict[type[LinearBase], Style] = {
     QKVParallelLinear: "column",
     RowParallelLinear: "row",
 }
-INSTEAD = "pared export --to dense makes a folder that can be served"
 SHARDS = {"q": 0, "k": 1, "v": 2}
 PATCHED = "pared_reads"  # attribute of the function that reads weights, once it is ours
 
