@@ -3,25 +3,32 @@
     PARED_DATA=/path/to/data python benchmarks/structures.py                     # the grid, resuming where it stopped
     PARED_DATA=/path/to/data python benchmarks/structures.py --keep 0.8 --structures mixed --statistics once
     PARED_DATA=/path/to/data python benchmarks/structures.py --keep 0.6 --structures mixed --refine
+    PARED_DATA=/path/to/data python benchmarks/structures.py --text mix         # calibrated on half C4, half WikiText-2
     python benchmarks/structures.py --render                                     # renders the page only
 
 With ``--refine`` every block is trained behind the others, and what the model was before that is measured in the same
-run, as the cell without. One JSON line a cell; a cell that is there is not measured again (delete its line to repeat
-it). Statistics of the dense model are collected once for all cells and kept in the user's cache folder.
+run, as the cell without, unless that is there. One JSON line a cell; a cell that is there is not measured again (delete
+its line to repeat it). Statistics of the dense model are collected once for all cells of a text and kept in the user's
+cache folder.
 """
 
 import argparse
+import json
 import time
 from collections.abc import Iterator
 from itertools import product
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+
+import platformdirs
 
 import pared
 import pared.engine.compress as engine
 from grid import LENGTH, SAMPLES, WINDOWS, measured, ratios, require_disjoint, signature
 from low_rank import statistics
 from pared.calibration import BlockStatistics, saved_blocks
+from pared.data import find_text
 from pared.engine.refine import refine
 from pared.schema.width import Width
 from record import RESULTS, append, read, table
@@ -33,12 +40,32 @@ SHRINKAGE: dict[str, dict[str, float | str]] = {
     "fixed": {"input_shrinkage": 0.03, "output_shrinkage": 0.1},
     "auto": {"input_shrinkage": "auto", "output_shrinkage": "auto"},
 }
-TEXT = "wikitext2:train"
+TEXT, MIX = "wikitext2:train", "mix"
+HALVES = ("c4:train", "wikitext2:train")  # of the mix
+MIXED_CHARACTERS = 1_000_000  # more than the windows take
 ASKED = ("structures", "keep", "statistics", "allocation", "options", "heads")  # of a recipe, that a cell is told by
 
 
+def text_of(name: str) -> str:
+    """Return the text of a name; that of the mix is a file of documents, so ordered that every part is half of each."""
+    if name != MIX:
+        return name
+    path = Path(platformdirs.user_cache_dir("pared")) / "benchmarks" / "half-c4-half-wikitext2.jsonl"
+    left = {half: iter(find_text(half).documents) for half in HALVES}
+    taken = dict.fromkeys(HALVES, 0)
+    rows: list[str] = []
+    while sum(taken.values()) < MIXED_CHARACTERS:
+        half = min(taken, key=taken.__getitem__)
+        document = next(left[half])
+        taken[half] += len(document)
+        rows.append(json.dumps({"text": document}))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(rows), encoding="utf-8")
+    return f"file:{path}"
+
+
 def recipe_of(
-    structures: str, keep: float, when: str, allocation: str, shrinkage: str, heads: str, refine: bool
+    structures: str, keep: float, when: str, allocation: str, shrinkage: str, heads: str, refine: bool, text: str = TEXT
 ) -> pared.Recipe:
     """Return the recipe of a cell."""
     return pared.Recipe(
@@ -49,14 +76,14 @@ def recipe_of(
         statistics=when,
         allocation=allocation,
         options=SHRINKAGE[shrinkage],
-        calibration=pared.Calibration(text=TEXT, samples=SAMPLES, length=LENGTH),
+        calibration=pared.Calibration(text=text_of(text), samples=SAMPLES, length=LENGTH),
         evaluation=None,
         refine=refine,
     )
 
 
-def measure(model_name: str, recipe: pared.Recipe | None) -> list[dict[str, Any]]:
-    """Compress the model one way (or not at all) and measure it on every text; before it is refined, too."""
+def measure(model_name: str, recipe: pared.Recipe | None, text: str, before_too: bool) -> list[dict[str, Any]]:
+    """Compress the model one way (or not at all) and measure it on every text; before it is refined, too, if asked."""
     model, tokenizer = pared.load(model_name), pared.load_tokenizer(model_name)
     if recipe is None:
         parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -72,18 +99,26 @@ def measure(model_name: str, recipe: pared.Recipe | None) -> list[dict[str, Any]
 
     def refine_measured(*args: Any) -> Any:
         nonlocal start, taken
-        before.update(seconds_of(start, taken), **measured(model, tokenizer))
+        before.update(seconds_of(start, taken))
+        if before_too:
+            before.update(measured(model, tokenizer))
         start, taken = time.perf_counter(), time.process_time()
         return refine(*args)
 
     with patch.object(engine, "refine", refine_measured):
         result = pared.compress(model, tokenizer, recipe, collected=collected)
     seconds = seconds_of(start, taken)
-    row = told_of(result, model_name, recipe)
+    row = told_of(result, model_name, recipe) | {"text": text}
     if recipe.refine is None:
         return [row | seconds | measured(model, tokenizer)]
-    refined = {"refine": recipe.refine.model_dump(), "refined": [one.model_dump() for one in result.refined]}
-    return [row | before, row | seconds | refined | measured(model, tokenizer)]
+    refined = {
+        "refine": recipe.refine.model_dump(),
+        "refine_cpu_seconds": seconds["cpu_seconds"],
+        "refined": [one.model_dump() for one in result.refined],
+    }
+    whole = {name: before[name] + taken for name, taken in seconds.items()}
+    own = row | whole | refined | measured(model, tokenizer)
+    return [row | before, own] if before_too else [own]
 
 
 def seconds_of(start: float, taken: float) -> dict[str, float]:
@@ -117,13 +152,15 @@ def key_of(line: dict[str, Any]) -> tuple[object, ...]:
     named = tuple(line[name] for name in ("model", "structures", "keep", "statistics", "allocation"))
     heads = [] if line["heads"] == "auto" else [f"heads {line['heads']}"]
     refined = [f"refined {value} {name}" for name, value in (line.get("refine") or {}).items()]
-    return (*named, *sorted(line["options"].items()), *heads, *refined)
+    text = [] if line.get("text", TEXT) == TEXT else [f"text {line['text']}"]
+    return (*named, *sorted(line["options"].items()), *heads, *text, *refined)
 
 
-def asked(model: str, recipe: pared.Recipe) -> tuple[object, ...]:
+def asked(model: str, recipe: pared.Recipe, text: str) -> tuple[object, ...]:
     """Return the key that the cell of a recipe will have."""
     refine = None if recipe.refine is None else recipe.refine.model_dump()
-    return key_of({"model": model, "refine": refine} | {name: getattr(recipe, name) for name in ASKED})
+    fields = {"model": model, "text": text, "refine": refine}
+    return key_of(fields | {name: getattr(recipe, name) for name in ASKED})
 
 
 def render(lines: list[dict[str, Any]]) -> str:
@@ -144,6 +181,7 @@ def render(lines: list[dict[str, Any]]) -> str:
                 f"{', refined' if line.get('refine') else ''}",
                 f"{line['keep']:g}",
                 f"{line['achieved_keep']:.3f}",
+                "WikiText-2" if line.get("text", TEXT) == TEXT else "half C4",
                 line["statistics"],
                 shrunk,
                 spread,
@@ -152,22 +190,46 @@ def render(lines: list[dict[str, Any]]) -> str:
                 *ratios(line, dense),
             )
 
-        header = ("structures", "keep", "achieved", "statistics", "shrinkage", "MLPs narrowed: widths",
+        header = ("structures", "keep", "achieved", "calibrated on", "statistics", "shrinkage", "MLPs narrowed: widths",
                   "weights of low rank", "CPU seconds", *dense["perplexity"])  # fmt: skip
-        whole = ("dense", "1", "1", "", "", "", "", "", *ratios(dense, dense))
+        whole = ("dense", "1", "1", "", "", "", "", "", "", *ratios(dense, dense))
         parts += [f"## {model}\n", table(header, [whole, *map(told, cells)]), ""]
     return "\n".join([
         "# Ranks, widths, and both in one budget\n",
         f"Perplexity, and its multiple of the dense model's, on {WINDOWS} windows of {LENGTH} tokens of each text. All "
-        f"rows are `loss-optimal`, calibrated on {SAMPLES} windows of {LENGTH} tokens of {TEXT}, without training. "
+        f"rows are `loss-optimal`, calibrated on {SAMPLES} windows of {LENGTH} tokens: of {TEXT}, or half of that and "
+        f"half of {HALVES[0]}, in turns. `refined`: every block was trained on the same windows to output what the "
+        "dense one does ([how](../refine.md)); the others without training. "
         "`once`: statistics of the dense model; `sequential`: collected again behind the compressed prefix, with a "
         "quarter of the dense model's outputs in the targets. Shrinkage `fixed`: the input Gram by "
         f"{SHRINKAGE['fixed']['input_shrinkage']}, that of output gradients by "
         f"{SHRINKAGE['fixed']['output_shrinkage']}; `auto`: both by their rule. CPU seconds "
-        "are those of the compression without the statistics of the dense model, which all rows share.\n",
+        "are those of the compression and of refining, without the statistics of the dense model, which all rows of a "
+        "text share.\n",
         *parts,
         f"`python benchmarks/structures.py`; raw lines: [structures.jsonl](structures.jsonl). {signature(lines)}",
     ])  # fmt: skip
+
+
+def fill(given: argparse.Namespace) -> None:
+    """Measure the cells that were asked for and are not there."""
+    require_disjoint(text_of(given.text))
+    recipes = [
+        recipe_of(structures, keep, when, allocation, shrinkage, given.heads, given.refine, given.text)
+        for when, keep, allocation, shrinkage, structures in product(
+            given.statistics, given.keep, given.allocation, given.shrinkage, given.structures
+        )
+    ]
+    there = {key_of(line) for line in read(LINES)}
+    if (given.model, "dense") not in there:
+        append(LINES, measure(given.model, None, given.text, False)[0])
+    for recipe in recipes:
+        if asked(given.model, recipe, given.text) in there:
+            continue
+        without = asked(given.model, recipe.model_copy(update={"refine": None}), given.text)
+        for line in measure(given.model, recipe, given.text, without not in there):
+            append(LINES, line)
+            print(*key_of(line), {text: round(value, 2) for text, value in line["perplexity"].items()}, flush=True)
 
 
 def main() -> None:
@@ -179,27 +241,12 @@ def main() -> None:
     parser.add_argument("--allocation", nargs="+", default=["auto"])
     parser.add_argument("--heads", default="auto", choices=("auto", "on", "off"))
     parser.add_argument("--shrinkage", nargs="+", default=["fixed"], choices=list(SHRINKAGE), help="of both Grams")
+    parser.add_argument("--text", default=TEXT, choices=(TEXT, MIX), help="that is calibrated on")
     parser.add_argument("--refine", action="store_true", help="train every block afterwards, and measure before it too")
     parser.add_argument("--render", action="store_true", help="only render the page")
     given = parser.parse_args()
     if not given.render:
-        require_disjoint(TEXT)
-        recipes = [
-            recipe_of(structures, keep, when, allocation, shrinkage, given.heads, given.refine)
-            for when, keep, allocation, shrinkage, structures in product(
-                given.statistics, given.keep, given.allocation, given.shrinkage, given.structures
-            )
-        ]
-        there = {key_of(line) for line in read(LINES)}
-        if (given.model, "dense") not in there:
-            append(LINES, measure(given.model, None)[0])
-        for recipe in recipes:
-            if asked(given.model, recipe) in there:
-                continue
-            for line in measure(given.model, recipe):
-                if key_of(line) not in there:
-                    append(LINES, line)
-                print(*key_of(line), {text: round(value, 2) for text, value in line["perplexity"].items()}, flush=True)
+        fill(given)
     if lines := read(LINES):
         PAGE.write_text(render(lines), encoding="utf-8")
 
