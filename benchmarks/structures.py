@@ -43,11 +43,12 @@ SHRINKAGE: dict[str, dict[str, float | str]] = {
 TEXT, MIX = "wikitext2:train", "mix"
 HALVES = ("c4:train", "wikitext2:train")  # of the mix
 MIXED_CHARACTERS = 1_000_000  # more than the windows take
+PIECE = 16_000  # characters of one text in a row, some windows: what belongs together stays together
 ASKED = ("structures", "keep", "statistics", "allocation", "options", "heads")  # of a recipe, that a cell is told by
 
 
 def text_of(name: str) -> str:
-    """Return the text of a name; that of the mix is a file of documents, so ordered that every part is half of each."""
+    """Return the text of a name; that of the mix is a file of documents, some of one half, then some of the other."""
     if name != MIX:
         return name
     path = Path(platformdirs.user_cache_dir("pared")) / "benchmarks" / "half-c4-half-wikitext2.jsonl"
@@ -56,9 +57,11 @@ def text_of(name: str) -> str:
     rows: list[str] = []
     while sum(taken.values()) < MIXED_CHARACTERS:
         half = min(taken, key=taken.__getitem__)
-        document = next(left[half])
-        taken[half] += len(document)
-        rows.append(json.dumps({"text": document}))
+        until = taken[half] + PIECE
+        while taken[half] < until:
+            document = next(left[half])
+            taken[half] += len(document)
+            rows.append(json.dumps({"text": document}))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(rows), encoding="utf-8")
     return f"file:{path}"
@@ -198,8 +201,8 @@ def render(lines: list[dict[str, Any]]) -> str:
         "# Ranks, widths, and both in one budget\n",
         f"Perplexity, and its multiple of the dense model's, on {WINDOWS} windows of {LENGTH} tokens of each text. All "
         f"rows are `loss-optimal`, calibrated on {SAMPLES} windows of {LENGTH} tokens: of {TEXT}, or half of that and "
-        f"half of {HALVES[0]}, in turns. `refined`: every block was trained on the same windows to output what the "
-        "dense one does ([how](../refine.md)); the others without training. "
+        f"half of {HALVES[0]}, in turns. `refined`: every block was trained on the same windows "
+        "to output what the dense one does ([how](../refine.md)); the others without training. "
         "`once`: statistics of the dense model; `sequential`: collected again behind the compressed prefix, with a "
         "quarter of the dense model's outputs in the targets. Shrinkage `fixed`: the input Gram by "
         f"{SHRINKAGE['fixed']['input_shrinkage']}, that of output gradients by "
