@@ -1,7 +1,9 @@
 """A model does a task, and what it wrote is judged: mathematics by its answer, code by running it."""
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +85,7 @@ def evaluate_task(
     shots, prompts = _prompts(task, rows, shots, model, tokenizer)
     tokens = _fitting(task, room(model, tokenizer, prompts))
     written = complete(model, tokenizer, prompts, tokens, task.stop, sampling, batch, on_batch)
-    verdicts = [[_judged(task, row, text, limits) for text in texts] for row, texts in zip(rows, written, strict=True)]
+    verdicts = _verdicts(task, rows, written, limits)
     answers = tuple(
         {"row": index, "answers": texts, "verdicts": found}
         for index, (texts, found) in enumerate(zip(written, verdicts, strict=True))
@@ -128,9 +130,24 @@ def require_permission(task: Task, run_code: bool) -> None:
     if task.runs and not run_code:
         raise ParedError(
             f"task {task.name} runs programs that the model writes; allow it with "
-            f"{called('allow_code_execution', 'True')}, best inside a container: the limits here are not a security "
-            "boundary"
+            f"{called('allow_code_execution', 'True')}, best inside a virtual machine: the walls here are not a "
+            "security boundary"
         )
+
+
+def _verdicts(
+    task: Task, rows: Sequence[Row], written: Sequence[Sequence[str]], limits: Limits | None
+) -> list[list[dict[str, Any]]]:
+    """Judge every answer of every row; programs run as many at a time as there are processors."""
+    pairs = [(row, text) for row, texts in zip(rows, written, strict=True) for text in texts]
+    with ThreadPoolExecutor(processors() if task.runs else 1) as pool:
+        found = pool.map(lambda pair: _judged(task, pair[0], pair[1], limits), pairs)
+        return [[next(found) for _ in texts] for texts in written]
+
+
+def processors() -> int:
+    """Return how many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _judged(task: Task, row: Row, text: str, limits: Limits | None) -> dict[str, Any]:

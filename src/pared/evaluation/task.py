@@ -6,6 +6,7 @@ from typing import Any
 
 from pared.data.data_sets import DataSet
 from pared.errors import ParedError
+from pared.evaluation.sandbox import Program
 
 Row = Mapping[str, Any]
 Verdict = Mapping[str, bool]
@@ -25,7 +26,7 @@ class Task:
         stop: strings that end an answer.
         tokens: the most of an answer.
         judge: from a row and an answer to a verdict by metric; none for code.
-        program: from a row and an answer to the program that passes if the answer is right; none but for code.
+        program: from a row and an answer to the program and the tests that it passes if it is right; none but for code.
         shots_data: where examples are from, ``data`` itself if not given.
         chosen: rows of the data that are evaluated on.
         shown: rows that examples are taken from, in their order.
@@ -41,7 +42,7 @@ class Task:
     tokens: int
     judge: Callable[[Row, str], Verdict] | None = None
     right: Callable[[Row], object] | None = None
-    program: Callable[[Row, str], str] | None = None
+    program: Callable[[Row, str], Program] | None = None
     shots_data: DataSet | None = None
     chosen: Callable[[Row], bool] = field(default=lambda row: True)  # noqa: ARG005
     shown: Callable[[Row], bool] = field(default=lambda row: True)  # noqa: ARG005

@@ -3,6 +3,7 @@
 from pared.data.data_sets import GSM8K_TEST, GSM8K_TRAIN, MATH500, MBPP, DataSet
 from pared.data.hub import HubSet
 from pared.evaluation.answers import boxed, last_number, marked_number, same_expression, same_number
+from pared.evaluation.sandbox import Program, definitions, used_names
 from pared.evaluation.task import Row, Task, Verdict
 from pared.names import require_known
 
@@ -34,12 +35,16 @@ def _gsm8k(row: Row, text: str) -> Verdict:
     }
 
 
-def _humaneval(row: Row, text: str) -> str:
-    return f"{row['prompt']}{text}\n{row['test']}\ncheck({row['entry_point']})\n"
+def _humaneval(row: Row, text: str) -> Program:
+    tests = f"{row['test']}\ncheck({row['entry_point']})\n"
+    given = definitions(row["prompt"])
+    return Program(f"{row['prompt']}{text}\n", tests, given, calls=(str(row["entry_point"]),))
 
 
-def _mbpp(row: Row, text: str) -> str:
-    return "\n".join([row.get("test_setup_code", ""), text, *row["test_list"], ""])
+def _mbpp(row: Row, text: str) -> Program:
+    tests = "\n".join([row.get("test_setup_code", ""), *row["test_list"], ""])
+    imports, calls = used_names(row["code"], tests)
+    return Program(text, tests, given=imports, calls=calls)
 
 
 def _mbpp_prompt(row: Row) -> str:

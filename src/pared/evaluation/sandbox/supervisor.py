@@ -1,154 +1,207 @@
-"""Runs one program it does not trust, within limits, and leaves nothing of it behind. Started with ``python -I``.
+"""Runs one program it does not trust and its tests, each behind walls, and leaves nothing of them behind.
 
-It is a program of its own and may use the standard library only. Arguments: the limits as JSON, and the file to run. It
-writes one JSON object to standard output: ``exit`` (the program's exit status, negative for a signal), ``why`` (what
-ended it, if not itself) and ``without`` (walls that this machine does not have). What the program writes goes to
-``output`` in its folder, cut at the limit on files.
-
-Walls, as far as the system has them: namespaces of its own for processes, users and the network; Landlock, so that
-nothing is written outside its folder and no signal leaves it; limits on memory, processor time, files and open files;
-a count of processes, looked at a hundred times a second.
+It is a process of its own and may use the standard library only. Standard input holds two messages: what the program
+is, and what its tests are, which only the judge's process reads. A pipe that the evaluator never writes to says by its
+end that the evaluator is gone. One JSON object goes to standard output: ``passed``, ``why`` not, ``output`` of the
+program, and the walls that it was ``without``.
 """
 
-import ctypes
+import fcntl
 import json
 import os
-import resource
+import select
 import signal
-import struct
+import socket
 import sys
 import time
+import traceback
+from collections.abc import Callable
+from typing import Any
 
-LIBC = ctypes.CDLL(None, use_errno=True)
-NEW_USER, NEW_PID, NEW_NET = 0x10000000, 0x20000000, 0x40000000
-SET_NO_NEW_PRIVILEGES, SET_SUBREAPER = 38, 36
-LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
-WRITES = 0x3FF2 | 0x4000  # every right of files that changes something, up to truncating; not executing and reading
-EXECUTABLE = sys.executable
-PAUSE = 0.01
+from . import judge, program, walls
+from .tree import remove_tree, used_bytes
+from .wire import Channel
 
-
-def main() -> None:
-    """Run the program that the arguments name."""
-    limits, program = json.loads(sys.argv[1]), sys.argv[2]
-    come_first()
-    LIBC.prctl(SET_SUBREAPER, 1, 0, 0, 0)  # processes that the program leaves become this one's children
-    without = []
-    apart = LIBC.unshare(NEW_USER | NEW_PID | NEW_NET) == 0
-    if not apart:
-        without.append("namespaces")
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(reader)
-        try:
-            become(limits, program, writer, apart)
-        finally:
-            os._exit(127)
-    os.close(writer)
-    status, why = watch(child, limits)
-    reply = os.read(reader, 4096).decode()
-    without += [wall for wall in reply.split(",") if wall]
-    kill_descendants()
-    print(json.dumps({"exit": os.waitstatus_to_exitcode(status), "why": why, "without": without}), flush=True)
+SHOWN = 2000  # characters of output
+LOOK = 0.05  # seconds between two looks at what no event tells
+PATIENCE = 1.0  # seconds that a program may take to end after it closed its channel
+SET_SUBREAPER = 36
 
 
-def come_first() -> None:
-    """Be scheduled before whatever the program starts, where that is allowed.
+class Child:
+    """A process behind walls.
 
-    A limit on processes does not bind the superuser, who may do this; anybody else is bound by that limit. Without it
-    thousands of processes leave the one that counts them no time to count.
+    Attributes:
+        pid: of the process that waits for it.
+        missing: walls that could not be had.
+        status: how it ended, once it has.
     """
+
+    def __init__(self, wanted: list[str], folder: str, limits: dict[str, float], work: Callable[[], None]) -> None:
+        self.missing: list[str] = []
+        self.status: int | None = None
+        os.mkdir(folder, 0o700)
+        while True:
+            if walls.NAMESPACES not in wanted:
+                walls.hide()
+            reader, writer = os.pipe()
+            self.pid = os.fork()
+            if self.pid == 0:
+                os.close(reader)
+                _behind(wanted, folder, limits, work, writer)
+            os.close(writer)
+            with os.fdopen(reader) as pipe:
+                told = json.loads(pipe.read() or '{"broken": true}')
+            self.missing += told.get("without", [])
+            if "lacks" not in told:
+                return
+            os.waitpid(self.pid, 0)
+            self.missing.append(told["lacks"])
+            wanted = [wall for wall in wanted if wall != told["lacks"] and not (
+                told["lacks"] == walls.NAMESPACES and wall == walls.ROOT)]  # fmt: skip
+
+    def ended(self, seconds: float = 0.0) -> bool:
+        """Return whether it has ended, within so many seconds."""
+        until = time.monotonic() + seconds
+        while self.status is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.status = os.waitstatus_to_exitcode(status)
+            elif time.monotonic() > until:
+                return False
+            else:
+                time.sleep(0.002)
+        return True
+
+
+def _behind(wanted: list[str], folder: str, limits: dict[str, float], work: Callable[[], None], writer: int) -> None:
+    """Go behind walls, say which there are, and work; does not return."""
     try:
-        os.sched_setscheduler(0, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(1))
-    except (AttributeError, OSError):
-        return
+        without = walls.enter(wanted, folder, limits)
+        os.write(writer, json.dumps({"without": without}).encode())
+        os.close(writer)
+        work()
+    except walls.MissingError as wall:
+        os.write(writer, json.dumps({"lacks": str(wall)}).encode())
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(127)
 
 
-def become(limits: dict[str, float], program: str, writer: int, apart: bool) -> None:
-    """Become the program, or where there is a namespace its first process, which ends with it."""
-    if not restrict(os.path.dirname(program)):
-        os.write(writer, b"landlock")
-    os.close(writer)
-    if apart:
-        inner = os.fork()
-        if inner:
-            status = reap_until(inner)
-            code = os.waitstatus_to_exitcode(status)
-            os._exit(code if code >= 0 else 128 - code)
-    for what, value in (
-        (resource.RLIMIT_AS, limits["memory"]),
-        (resource.RLIMIT_CPU, limits["seconds"] + 1),
-        (resource.RLIMIT_FSIZE, limits["file_bytes"]),
-        (resource.RLIMIT_NOFILE, limits["open_files"]),
-        (resource.RLIMIT_NPROC, limits["processes"]),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        resource.setrlimit(what, (int(value), int(value)))
-    os.chdir(os.path.dirname(program))
-    os.nice(5)  # the watcher comes first
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    output = os.open("output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
-    os.dup2(nothing, 0)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.closerange(3, 256)
-    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-    os.execve(EXECUTABLE, [EXECUTABLE, "-I", program], {})
+def main(folder: str, lifeline: int) -> None:
+    """Judge the program that standard input describes, in this folder, for as long as the lifeline holds."""
+    asked = Channel(0, 1).receive()
+    limits, wanted = asked["limits"], [wall for wall in asked["walls"] if wall in walls.ALL]
+    os.chmod(folder, 0o711)
+    if sys.platform == "linux":  # processes that the program leaves become this one's children
+        walls.LIBC.prctl(SET_SUBREAPER, 1, 0, 0, 0)
+    ours, theirs = socket.socketpair()
+    output, written = os.pipe()
+
+    def run() -> None:
+        _keep(theirs.fileno(), {1: written, 2: written})
+        program.run(asked["source"], Channel(3, 3))
+
+    ran = Child(wanted, f"{folder}/program", limits, run)
+    theirs.close()
+    os.close(written)
+    verdict, told = os.pipe()  # made when the program is elsewhere already
+
+    def test() -> None:
+        tests = Channel(0, 0).receive()
+        _keep(ours.fileno(), {4: told})
+        why = judge.judged(tests["given"], tests["tests"], tests["calls"], Channel(3, 3))
+        os.write(4, json.dumps({"passed": not why, "why": why}).encode())
+        os._exit(0)
+
+    judging = Child(wanted, f"{folder}/judge", limits, test)
+    ours.close()
+    os.close(told)
+    found = watch(lifeline, output, verdict, limits, f"{folder}/program")
+    if not found["passed"] and (found["why"] in ("", judge.ENDED) or judge.GONE in found["why"]):
+        found["why"] = _end_of(ran, found["why"]) if ran.ended(PATIENCE) else found["why"] or "its judge ended"
+    kill_descendants()
+    absent = [wall for wall in walls.ALL if wall not in wanted]
+    without = dict.fromkeys([*walls.ABSENT, *absent, *ran.missing, *judging.missing])
+    print(json.dumps({**found, "without": list(without)}), flush=True)
 
 
-def reap_until(inner: int) -> int:
-    """Wait as the first process of a namespace: for anybody, until the program itself has ended."""
-    while True:
-        pid, status = os.wait()
-        if pid == inner:
-            return status
+def _keep(channel: int, streams: dict[int, int]) -> None:
+    """Leave this process a channel, as descriptor 3, these streams, and nothing else."""
+    wanted = {0: os.open(os.devnull, os.O_RDWR), 3: channel, **streams}
+    wanted = {1: wanted[0], 2: wanted[0], **wanted}
+    high = {target: fcntl.fcntl(source, fcntl.F_DUPFD, 10) for target, source in wanted.items()}
+    for target, source in high.items():
+        os.dup2(source, target)
+    os.closerange(max(3, *streams) + 1, 256)
 
 
-def restrict(folder: str) -> bool:
-    """Let this process and its children write to this folder alone and signal no process outside; return whether so."""
-    version = LIBC.syscall(LANDLOCK_CREATE, None, 0, 1)
-    if version < 3:  # truncating could not be kept from files outside
-        return False
-    scoped = 0b11 if version >= 6 else 0  # abstract sockets and signals
-    attributes = struct.pack("QQQ", WRITES, 0, scoped)[: 24 if version >= 6 else 16 if version >= 4 else 8]
-    ruleset = LIBC.syscall(LANDLOCK_CREATE, attributes, len(attributes), 0)
-    if ruleset < 0:
-        return False
-    for path, rights in ((folder, WRITES), (os.devnull, 0x2 | 0x4000)):
-        place = os.open(path, os.O_PATH)
-        rule = struct.pack("=Qi", rights, place)
-        if LIBC.syscall(LANDLOCK_ADD, ruleset, 1, rule, 0) != 0:
-            return False
-        os.close(place)
-    LIBC.prctl(SET_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
-    done = LIBC.syscall(LANDLOCK_RESTRICT, ruleset, 0) == 0
-    os.close(ruleset)
-    return bool(done)
+def _end_of(ran: Child, why: str) -> str:
+    """Return how a program ended that did not come to the end of its tests."""
+    status = ran.status or 0
+    number = -status if status < 0 else status - 128 if status > 128 else 0
+    try:
+        if number == signal.SIGXCPU:
+            return "computed for longer than it may"
+        if number:
+            return f"was ended by {signal.Signals(number).name}"
+    except ValueError:
+        pass
+    return f"ended with status {status} {'before its last line' if why == judge.ENDED else 'while it was tested'}"
 
 
-def watch(child: int, limits: dict[str, float]) -> tuple[int, str]:
-    """Wait for the program; end it where it takes too long or becomes too many."""
-    end = time.monotonic() + limits["seconds"]
-    why = ""
-    while True:
-        pid, status = os.waitpid(child, os.WNOHANG)
-        if pid:
-            return status, why
-        if not why and time.monotonic() > end:
-            why = f"ran for more than {limits['seconds']:g} seconds"
-        if not why and len(descendants()) > limits["processes"]:
-            why = f"became more than {limits['processes']:g} processes"
-        if why:
-            os.kill(child, signal.SIGKILL)  # of a namespace the first process: the kernel ends all others with it
-            kill_descendants(but=child)
-        time.sleep(PAUSE)
+def watch(lifeline: int, output: int, verdict: int, limits: dict[str, float], folder: str) -> dict[str, Any]:
+    """Wait for the judge; stop waiting where it takes too long, writes too much or becomes too many."""
+    until = time.monotonic() + limits["clock"]
+    poll = select.poll()
+    for descriptor, events in ((lifeline, 0), (output, select.POLLIN), (verdict, select.POLLIN)):
+        poll.register(descriptor, events)
+    tail, count, word, why = b"", 0, b"", ""
+    while not why:
+        ready = {descriptor for descriptor, _ in poll.poll(LOOK * 1000)}
+        if lifeline in ready:
+            kill_descendants()
+            remove_tree(os.path.dirname(folder))
+            os._exit(1)
+        if output in ready:
+            piece = os.read(output, 1 << 16)
+            tail, count = (tail + piece)[-4 * SHOWN :], count + len(piece)
+            if not piece:
+                poll.unregister(output)
+        if verdict in ready:
+            word = os.read(verdict, 1 << 16)
+            break
+        why = _too_much(until, count, limits, folder)
+    found = json.loads(word) if word else {"passed": False, "why": why}
+    return {**found, "output": (tail + _rest(output)).decode(errors="replace")[-SHOWN:]}
+
+
+def _too_much(until: float, written: int, limits: dict[str, float], folder: str) -> str:
+    if time.monotonic() > until:
+        return f"ran for more than {limits['clock']:g} seconds"
+    if written > limits["file_bytes"]:
+        return f"printed more than {limits['file_bytes']:,.0f} bytes"
+    if used_bytes(folder, limits["disk_bytes"]) > limits["disk_bytes"]:
+        return f"wrote more than {limits['disk_bytes']:,.0f} bytes of files"
+    if len(descendants()) > limits["processes"] + 8:  # where the kernel does not count them
+        return f"became more than {limits['processes']:g} processes"
+    return ""
+
+
+def _rest(output: int) -> bytes:
+    """Return what was printed and not yet read."""
+    os.set_blocking(output, False)
+    try:
+        return os.read(output, 1 << 16)
+    except OSError:
+        return b""
 
 
 def descendants() -> list[int]:
-    """Return the processes under this one."""
+    """Return the processes under this one, as far as the system lists them."""
     parents: dict[int, int] = {}
-    for name in os.listdir("/proc"):
+    for name in os.listdir("/proc") if os.path.isdir("/proc/self") else ():
         if name.isdigit():
             try:
                 with open(f"/proc/{name}/stat", encoding="utf-8", errors="replace") as stat:
@@ -163,10 +216,10 @@ def descendants() -> list[int]:
     return found
 
 
-def kill_descendants(but: int = 0) -> None:
+def kill_descendants() -> None:
     """Kill remaining processes until none is left."""
     for _ in range(1000):
-        left = [pid for pid in descendants() if pid != but]
+        left = descendants()
         for pid in left:
             try:
                 os.kill(pid, signal.SIGKILL)
@@ -174,7 +227,7 @@ def kill_descendants(but: int = 0) -> None:
                 continue
         try:
             while left:
-                pid, _status = os.waitpid(-1, os.WNOHANG) if not but else (0, 0)
+                pid, _status = os.waitpid(-1, os.WNOHANG)
                 if not pid:
                     break
         except ChildProcessError:
@@ -182,7 +235,3 @@ def kill_descendants(but: int = 0) -> None:
         if not left:
             return
         time.sleep(0.001)
-
-
-if __name__ == "__main__":
-    main()
