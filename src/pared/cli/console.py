@@ -116,17 +116,21 @@ def errors(left: str = "no partial output is left") -> Iterator[None]:
         raise SystemExit(2) from None
 
 
-def _writable(path: Path | None) -> Path | None:
+def _writable(param: typer.CallbackParam, path: Path | None) -> Path | None:
     """Refuse a file that could not be written before the work it would report is done."""
     if path is not None:
         with errors():
             if (why := why_not_written(path)) is not None:
-                raise ParedError(f"--json {str(path)[:200]}: {why}")
+                raise ParedError(f"{param.opts[0]} {str(path)[:200]}: {why}")
     return path
 
 
 JsonFile = Annotated[
     Path | None, typer.Option("--json", help="Also write the result to this file as JSON.", callback=_writable)
+]
+LmEvalFile = Annotated[
+    Path | None,
+    typer.Option("--lm-eval-json", help="Also write it in the layout of lm-evaluation-harness.", callback=_writable),
 ]
 
 
@@ -137,14 +141,14 @@ def print_result(table: Table) -> None:
         out.print(line)
 
 
-def write_json(path: Path | None, result: dict[str, Any]) -> None:
-    """Write a result where ``--json`` says: a file whole or not at all, and into what is none."""
+def write_json(path: Path | None, result: dict[str, Any], option: str = "--json") -> None:
+    """Write a result where an option says: a file whole or not at all, and into what is none."""
     if path is None:
         return
     try:
         write_to(path, json.dumps(result, indent=2) + "\n")
     except OSError as error:
-        raise ParedError(f"--json {path}: {error.strerror or error}") from None
+        raise ParedError(f"{option} {path}: {error.strerror or error}") from None
 
 
 def quiet_libraries() -> None:

@@ -4,12 +4,13 @@ from typing import Annotated
 
 import typer
 
-from pared.cli.console import ConsoleProgress, JsonFile, errors, out, quiet_libraries, write_json
+from pared.cli.console import ConsoleProgress, JsonFile, LmEvalFile, errors, out, quiet_libraries, write_json
 from pared.cli.from_schema import Change, Fields, Given, schema_options
 from pared.cli.options import Resume
 from pared.entrypoints.checks import require_evaluable, task_names
 from pared.entrypoints.kept_results import Kept
-from pared.schema.evaluate import EvaluationConfig
+from pared.errors import ParedError
+from pared.schema.evaluate import TOGETHER, EvaluationConfig
 
 FIELDS = Fields(EvaluationConfig, changed={"tasks": Change(f"Tasks to do, with commas: {', '.join(task_names())}.")})
 
@@ -20,6 +21,7 @@ def evaluate(
     given: Annotated[Given[EvaluationConfig], FIELDS],
     resume: Resume = None,
     json_file: JsonFile = None,
+    lm_eval_file: LmEvalFile = None,
 ) -> None:
     """Measure a model: perplexity on a text, tasks, or how an encoder scores on labelled examples."""
     kept_back = given.values["tasks"] and json_file is not None
@@ -33,8 +35,14 @@ def evaluate(
         quiet_libraries()
         config = given.merged()
         require_evaluable(model, config)
+        if lm_eval_file is not None and not set(config.measures) <= set(TOGETHER):
+            raise ParedError(f"--lm-eval-json holds a perplexity and tasks, got {config.measure}; use --json")
         from pared.entrypoints.evaluate import evaluate as measure
 
         result = measure(model, config, progress, out.print, kept)
+        if lm_eval_file is not None:
+            from pared.report.lm_eval import in_lm_eval_layout
+
+            write_json(lm_eval_file, in_lm_eval_layout({"model": model, **result}), "--lm-eval-json")
         write_json(json_file, {"model": model, **result})
-        kept.finish([task["task"] for task in result.get("tasks", ())])
+        kept.finish(["perplexity", *(task["task"] for task in result.get("tasks", ()))])

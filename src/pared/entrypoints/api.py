@@ -158,7 +158,7 @@ class Evaluated(Shown):
 
     Attributes:
         name: of the model.
-        measure: what was measured: ``perplexity``, ``tasks``, ``examples``, ``vqa`` or ``fine_tune``.
+        measure: what was measured: ``perplexity``, ``tasks``, both with ``and``, ``examples``, ``vqa``, ``fine_tune``.
         figures: everything that was found, and what it depends on, as ``pared eval --json`` writes it.
         told: each result in words, as ``pared eval`` prints it.
     """
@@ -170,15 +170,13 @@ class Evaluated(Shown):
 
     def table(self) -> Table:
         """Return one row for each figure of each task, or of the text."""
-        if "perplexity" in self.figures:
-            rows = [("perplexity", f"{self.figures['perplexity']:,.4f}")]
-        else:
-            results = self.figures.get("tasks", [{"task": self.measure, **self.figures}])
-            rows = [
-                (f"{one['task']}: {metric}", f"{value:.4f} ± {one.get('errors', {}).get(metric, 0):.4f}")
-                for one in results
-                for metric, value in one.get("metrics", {}).items()
-            ]
+        rows = [("perplexity", f"{self.figures['perplexity']:,.4f}")] if "perplexity" in self.figures else []
+        results = self.figures.get("tasks", [{"task": self.measure, **self.figures}])
+        rows += [
+            (f"{one['task']}: {metric}", f"{value:.4f} ± {one.get('errors', {}).get(metric, 0):.4f}")
+            for one in results
+            for metric, value in one.get("metrics", {}).items()
+        ]
         return Table(self.name, ("", self.measure), rows, self.told)
 
 
@@ -208,8 +206,8 @@ def evaluate(
             above, and how it is measured: ``windows``, ``length``, ``limit``, ``shots``.
 
     Raises:
-        ParedError: nothing or two things to measure, a field that the measure does not read, or anything that does not
-            work; what can be refused is refused before a weight is read.
+        ParedError: nothing to measure, or two things other than perplexity and tasks, a field that the measure does not
+            read, or anything that does not work; what can be refused is refused before a weight is read.
 
     Example:
         >>> pared.evaluate("smaller", perplexity="wikitext2:test", windows=20)  # doctest: +SKIP

@@ -36,11 +36,12 @@ def require_evaluable(model: str | None, config: "EvaluationConfig") -> None:
 
     Raises:
         ParedError: an unknown device, dtype, protocol, text, task or set of examples, a file that is not there, or no
-            model of that name.
+            model of that name or of that to compare with.
     """
     from pared.data.files import require_there
     from pared.data.labelled import parts_of_task, require_examples
     from pared.data.texts import require_text
+    from pared.entrypoints.kept_results import is_results
     from pared.environment import require_device, require_dtype
     from pared.evaluation.protocols import protocol_of
     from pared.io.files import path_of
@@ -57,11 +58,14 @@ def require_evaluable(model: str | None, config: "EvaluationConfig") -> None:
         "vqa": lambda name: require_there(path_of(name), "file of questions"),
         "fine_tune": parts_of_task,
     }
-    named = getattr(config, config.measure)
-    for name in [named] if isinstance(named, str) else named:
-        checks[config.measure](name)
+    for measure in config.measures:
+        named = getattr(config, measure)
+        for name in [named] if isinstance(named, str) else named:
+            checks[measure](name)
     if model is not None:
         find_model(model)
+    if config.against is not None and not is_results(config.against):
+        find_model(config.against)
 
 
 def require_compression(recipe: "Recipe", overwrite: bool, resume: bool | None = None) -> None:

@@ -1,55 +1,30 @@
 """What a model is worth: its perplexity, the tasks it does, what it gets right of labelled examples."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.arguments import require_model, require_tokenizer
-from pared.checkpoint import load
-from pared.data.encoding import cut_examples
 from pared.data.evaluated import evaluation_windows
-from pared.data.files import data_folder
 from pared.data.handed import text_of
-from pared.data.labelled import find_examples
-from pared.data.lengths import Length
-from pared.data.overlap import overlap
-from pared.data.texts import find_text, handed_over
-from pared.data.windows import Windows
+from pared.data.texts import handed_over
+from pared.entrypoints.against import differences, in_words, require_comparable
 from pared.entrypoints.checks import require_evaluable
-from pared.entrypoints.kept_results import Kept
-from pared.environment import device_of, versions
+from pared.entrypoints.evaluating import Evaluating
+from pared.entrypoints.kept_results import Kept, is_results, read_results
 from pared.errors import ParedError
-from pared.evaluation import Perplexity, Result, Sampling, classify, evaluate_task, task_of
+from pared.evaluation import Perplexity
 from pared.evaluation import perplexity as measure
-from pared.evaluation.classification import BATCH, batches
-from pared.evaluation.generation import require_possible
-from pared.evaluation.judging import require_permission
-from pared.evaluation.multiple_choice import CHOICES, evaluate_choices, prepare
-from pared.evaluation.protocols import cut_by, protocol_of
-from pared.evaluation.task import examples_of, rows_of
-from pared.evaluation.vqa import BATCH as BATCH_OF_IMAGES
-from pared.evaluation.vqa import answer_questions, processor_of, questions_of
-from pared.io.files import path_of
-from pared.io.record import MANIFEST
-from pared.models.architecture import is_causal
 from pared.models.loaded import LoadedModel
-from pared.models.source import ModelSource, find_model
-from pared.names import called
 from pared.progress import Progress, Silent
-from pared.report.table import WORTH_SAYING
 from pared.schema.evaluate import EvaluationConfig
-from pared.schema.manifest import Manifest
 from pared.schema.recipe import Evaluation
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-WRITTEN_TOGETHER = 8  # prompts
-LABELLED_LENGTH = 1024  # tokens of a labelled example at most
 BY_NAME = ("vqa", "fine_tune")  # measures that load more than a model and its tokenizer
 
 
@@ -115,210 +90,35 @@ def evaluate(
     require_evaluable(model if isinstance(model, str) else None, config)
     if not isinstance(model, str) and config.measure in BY_NAME:
         raise ParedError(f"{config.measure} needs files beside the weights: give the model by name")
-    job = _Evaluation(model, config, progress or Silent(), tell, kept or Kept(None))
+    progress, kept = progress or Silent(), kept or Kept(None)
+    if config.against is None:
+        return _measured(model, config, progress, tell, kept)
+    earlier = read_results(config.against) if is_results(config.against) else None
+    if earlier is not None:
+        require_comparable(config, earlier)
+    alone = config.model_copy(update={"against": None})
+    found = _measured(model, alone, progress, tell, kept)
+    if earlier is None:
+        tell(f"against {config.against}:")
+        measured = _measured(config.against, alone, progress, tell, kept.of_other())
+        earlier = {"model": config.against, **measured}
+    named = {"model": model if isinstance(model, str) else model.name, **found}
+    compared = differences(named, earlier)
+    for one in compared:
+        tell(in_words(one))
+    return {**found, "differences": compared, "against": earlier}
+
+
+def _measured(
+    model: str | LoadedModel, config: EvaluationConfig, progress: Progress, tell: Callable[[str], object], kept: Kept
+) -> dict[str, Any]:
+    job = Evaluating(model, config, progress, tell, kept)
     measures: dict[str, Callable[[], dict[str, Any]]] = {
-        "perplexity": job.perplexity if config.protocol is None else job.perplexity_by_protocol,
+        "perplexity": job.perplexity,
         "examples": job.examples,
         "tasks": job.tasks,
+        "perplexity and tasks": job.perplexity_and_tasks,
         "vqa": job.vqa,
         "fine_tune": job.fine_tune,
     }
     return measures[config.measure]()
-
-
-def learned_share(source: ModelSource | LoadedModel, measured: Windows) -> float:
-    """Return the share of what is measured on that a folder says it was calibrated or trained on."""
-    folder = path_of(source.location)
-    if not source.location or not (folder / MANIFEST).is_file():
-        return 0.0
-    manifest = Manifest.read(folder)
-    learned = [*([manifest.calibration] if manifest.calibration else []),
-               *(one for entry in manifest.training for one in entry.data)]  # fmt: skip
-    return overlap(measured, learned)
-
-
-class _Evaluation:
-    """The measures, each in a method of its name."""
-
-    def __init__(
-        self,
-        model: str | LoadedModel,
-        config: EvaluationConfig,
-        progress: Progress,
-        tell: Callable[[str], object],
-        kept: Kept,
-    ) -> None:
-        self.source: ModelSource | LoadedModel = find_model(model, config.dtype) if isinstance(model, str) else model
-        self.model, self.config, self.progress, self.tell, self.kept = self.source.name, config, progress, tell, kept
-        self.device = device_of(config.device)
-
-    def load(self) -> PreTrainedModel:
-        """Load the model where it runs."""
-        found = self.source.load(self.config.dtype) if isinstance(self.source, LoadedModel) else load(
-            self.model, self.config.dtype)  # fmt: skip
-        return found.to(self.device)
-
-    def perplexity(self) -> dict[str, Any]:
-        """Measure perplexity on a text."""
-        config, text = self.config, str(self.config.perplexity)
-        length = {} if config.length is None else {"length": config.length}
-        named = {"text": text, "windows": config.windows, "bos": config.bos or "none", **length}
-        asked = Evaluation.of(named, "options: evaluation")
-        tokenizer, stride = self.source.tokenizer(), config.stride
-        pieces = evaluation_windows(asked, tokenizer, self.source.config(), stride=stride)
-        share = learned_share(self.source, pieces)
-        loaded = self.load()
-        with self.progress.stage(f"perplexity on {text}", len(pieces.tokens), "window") as advance:
-            result = measure(loaded, tokenizer, pieces, asked.bos, advance, fresh=stride)
-        stand_in = "; a stand-in" if pieces.stand_in else ""
-        seen = f", {share:.0%} of which was calibrated or trained on" if share >= WORTH_SAYING else ""
-        self.tell(
-            f"perplexity {result.value:.4f} on {text}{stand_in}{seen}: {len(pieces.tokens)} windows of "
-            f"{pieces.tokens.shape[1]} tokens{f' every {stride}' if stride else ''}, {result.predicted:,} predicted, "
-            f"bos {asked.bos}, {loaded.dtype}"
-        )
-        found = {"dtype": str(loaded.dtype), "perplexity": result.value, "nats": result.nats, "stride": stride}
-        return {**found, "predicted": result.predicted, **result.windows, "learned_from": share}
-
-    def perplexity_by_protocol(self) -> dict[str, Any]:
-        """Measure perplexity as a paper's code does."""
-        text, name = str(self.config.perplexity), str(self.config.protocol)
-        tokenizer, protocol = self.source.tokenizer(), protocol_of(name)
-        whole = find_text(text, evaluation=True, tokenizer=tokenizer)
-        pieces = cut_by(protocol, whole, tokenizer, self.source.config())
-        for deviation in pieces.deviations:
-            self.progress.note(f"not as {name} measures: {deviation}")
-        loaded, tokens = self.load(), pieces.windows.tokens
-        with self.progress.stage(f"perplexity on {text}", len(tokens), "window") as advance:
-            result = measure(loaded, tokenizer, pieces.windows, "none", advance, pieces.averaging)
-        self.tell(
-            f"perplexity {result.value:.4f} on {text} as {name} measures ({protocol.source}): {len(tokens)} windows of "
-            f"{tokens.shape[1]} tokens, mean over {pieces.averaging}s, {result.predicted:,} predicted, {loaded.dtype}"
-        )
-        found = {"dtype": str(loaded.dtype), "perplexity": result.value, "nats": result.nats, "protocol": name}
-        return {**found, "predicted": result.predicted, "deviations": pieces.deviations, **result.windows}
-
-    def examples(self) -> dict[str, Any]:
-        """Let an encoder label examples."""
-        name, config = str(self.config.examples), self.source.config()
-        if is_causal(config.architectures or []):
-            raise ParedError(
-                f"{self.model} is a language model; labelled examples are for encoders with a head for classes"
-            )
-        most = Length.given(self.config.length, LABELLED_LENGTH).within(config, "labelled examples")
-        pieces = cut_examples(find_examples(name), self.source.tokenizer(), config, most.tokens, self.config.windows)
-        loaded = self.load()
-        with self.progress.stage(f"label {name}", batches(len(pieces.tokens), BATCH), "batch") as advance:
-            score = classify(loaded, pieces, advance)
-        self.tell(
-            f"{_figures(score.metrics)} on {name}: {score.examples:,} examples, {score.labels:,} labels, {loaded.dtype}"
-        )
-        found = {"dtype": str(loaded.dtype), **score.metrics, "examples": score.examples, "labels": score.labels}
-        return {**found, **pieces.describe()}
-
-    def fine_tune(self) -> dict[str, Any]:
-        """Train an encoder for every task, and score it; what is done is kept."""
-        from pared.entrypoints import fine_tune_encoder as encoders  # the Trainer is seconds to import
-
-        config, names = self.config, list(self.config.fine_tune or ())
-        how = {"epochs": config.epochs, "learning_rate": config.learning_rate, "length": config.length,
-               "examples": config.limit}  # fmt: skip
-        given: dict[str, Any] = {name: value for name, value in how.items() if value is not None}
-        chosen = encoders.FineTuning(**given)
-        encoders.require_encoder(self.model)
-        chosen = encoders.within(chosen, self.source.config())
-        parts = {name: encoders.examples_of(name) for name in names}  # a missing file, before the first is trained
-        self.kept.begin({**self._identity(), **asdict(chosen), "device": str(self.device)})
-        for name, part in parts.items():
-            if self.kept.has(name):
-                continue
-            steps = encoders.steps_of(len(part.train.rows), chosen)
-            with self.progress.stage(f"fine-tune {name}", steps, "step") as advance:
-                score = encoders.fine_tuned_score(self.model, part, chosen, self.device, advance)
-            self.tell(f"{name}: {_figures(score.metrics)}; {score.examples:,} examples after {chosen.epochs:g} epochs")
-            self.kept.add(name, {"task": name, **asdict(chosen), **asdict(score)})
-        return {"tasks": self.kept.results(names)}
-
-    def vqa(self) -> dict[str, Any]:
-        """Ask a model about images."""
-        path = path_of(str(self.config.vqa))
-        questions, processor = questions_of(path, self.config.limit), processor_of(self.model)
-        loaded = self.load()
-        steps = batches(len(questions), BATCH_OF_IMAGES)
-        with self.progress.stage(f"answer {path.name}", steps, "batch") as advance:
-            result = answer_questions(loaded, processor, questions, BATCH_OF_IMAGES, advance)
-        self._tell_result(result, loaded.dtype)
-        return {"dtype": str(loaded.dtype), "questions": str(path), **asdict(result)}
-
-    def tasks(self) -> dict[str, Any]:
-        """Let a model do tasks: those in which it chooses, then those in which it writes; what is done is kept."""
-        config, names = self.config, list(self.config.tasks or ())
-        sampling = Sampling(
-            temperature=config.temperature or 0.0, samples=1 if config.samples is None else config.samples
-        )
-        chosen, counts = self._tasks_of(names, sampling)
-        asked = {"limit": config.limit, "shots": config.shots, **asdict(sampling), "dtype": config.dtype}
-        settings = {**self._identity(), **asked, "device": str(self.device)}
-        self.kept.begin(settings)
-        prepared = [prepare([name], config.shots, config.limit) for name in chosen if not self.kept.has(name)]
-        tokenizer, loaded = self.source.tokenizer(), self.load()
-        for part in prepared:
-            (result,) = evaluate_choices(loaded, tokenizer, part, self.progress.stage, note=self.progress.note)
-            self._tell_result(result, loaded.dtype)
-            self.kept.add(result.task, asdict(result))
-        for name, count in counts.items():
-            if not self.kept.has(name):
-                self.kept.add(name, asdict(self._written_task(loaded, tokenizer, name, count, sampling)))
-        return {**settings, "dtype": str(loaded.dtype), "tasks": self.kept.results([*chosen, *counts])}
-
-    def _tasks_of(self, names: list[str], sampling: Sampling) -> tuple[list[str], dict[str, int]]:
-        """Return the tasks in which a model chooses, and with their rows those in which it writes.
-
-        Raises:
-            ParedError: whatever is wrong with any, before the model is loaded.
-        """
-        if not is_causal(self.source.config().architectures or []):
-            raise ParedError(f"{self.model} is not a causal language model, which these tasks need; see "
-                             f"{called('fine_tune')}")  # fmt: skip
-        chosen = [name for name in names if name in CHOICES]
-        if chosen and sampling != Sampling() and len(chosen) == len(names):
-            raise ParedError(f"{called('samples')} and {called('temperature')} are of answers that are written; "
-                             f"{', '.join(chosen)} choose")  # fmt: skip
-        written = [task_of(name) for name in names if name not in CHOICES]
-        for task in written:
-            require_permission(task, self.config.allow_code_execution)
-            require_possible(sampling, task.tokens)
-        counts: dict[str, int] = {}
-        for task in written:
-            counts[task.name] = len(rows_of(task, self.config.limit))
-            examples_of(task, task.shots if self.config.shots is None else self.config.shots)
-        return chosen, counts
-
-    def _written_task(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, count: int, sampling: Sampling
-    ) -> Result:
-        ks = tuple(k for k in (1, 10, 100) if k <= sampling.samples)
-        limit, shots, run_code = self.config.limit, self.config.shots, self.config.allow_code_execution
-        with self.progress.stage(name, batches(count, WRITTEN_TOGETHER), "batch") as advance:
-            result = evaluate_task(
-                model, tokenizer, name, limit, shots, sampling, run_code, ks, WRITTEN_TOGETHER, on_batch=advance
-            )
-        self._tell_result(result, model.dtype)
-        walls = {wall for row in result.answers for one in row["verdicts"] for wall in one.get("without", ())}
-        if walls:
-            self.progress.note(f"this machine has no {', '.join(sorted(walls))}; programs ran without")
-        return result
-
-    def _tell_result(self, result: Result, dtype: torch.dtype) -> None:
-        figures = ", ".join(f"{metric} {value:.4f} ± {result.errors[metric]:.4f}"
-                            for metric, value in result.metrics.items())  # fmt: skip
-        self.tell(f"{result.task}: {figures}; {result.rows:,} rows, {result.shots} shots, {dtype}")
-
-    def _identity(self) -> dict[str, Any]:
-        """Return what distinguishes this model, these data and these programs from others."""
-        data = str(data_folder() or "the Hub")
-        return {"model": self.model, "digest": self.source.digest(), "data": data, **versions()}
-
-
-def _figures(metrics: dict[str, float]) -> str:
-    return ", ".join(f"{metric} {value:.4f}" for metric, value in metrics.items())

@@ -6,11 +6,29 @@ from pathlib import Path
 from typing import Any
 
 from pared.errors import ParedError
-from pared.io.files import is_kept_on_disk
+from pared.io.files import is_kept_on_disk, path_of
+from pared.io.guarded import MOST_BYTES, parse_json, read_bytes
 from pared.io.journal import Journal
 from pared.names import anew, ways_on
 
 HEADER, FORMAT = "pared_eval", 1
+
+
+def is_results(name: str) -> bool:
+    """Return whether a name is of a file that ``pared eval --json`` wrote, and of no model."""
+    return name.endswith(".json") and path_of(name).is_file()
+
+
+def read_results(name: str) -> dict[str, Any]:
+    """Return what an earlier ``pared eval --json`` wrote.
+
+    Raises:
+        ParedError: it is no such file.
+    """
+    found = parse_json(read_bytes(path_of(name), "results", MOST_BYTES), f"results {name}")
+    if not isinstance(found, dict) or "model" not in found or not {"tasks", "perplexity"} & set(found):
+        raise ParedError(f"results {name}: expected what pared eval --json writes, with a perplexity or tasks")
+    return found
 
 
 class Kept:
@@ -34,6 +52,13 @@ class Kept:
             self.path = whole.with_name(f".{whole.name}.unfinished")
         self._results: dict[str, dict[str, Any]] = {}
         self._journal: Journal | None = None
+        self._others: list[Kept] = []
+
+    def of_other(self) -> "Kept":
+        """Return what keeps the results of a second model of the same run, beside these; it ends with them."""
+        file = None if self.path is None else self.path.with_name(f"{self.path.name.removeprefix('.')}.against")
+        self._others.append(Kept(file, self._note, self._resume))
+        return self._others[-1]
 
     def __enter__(self) -> "Kept":
         return self
@@ -95,6 +120,8 @@ class Kept:
 
     def finish(self, tasks: list[str]) -> None:
         """Release what was kept of tasks, once it is where it belongs; nothing more is added then."""
+        for other in self._others:
+            other.finish(tasks)
         for task in tasks:
             self._results.pop(task, None)
         if self._journal is not None:
@@ -102,6 +129,8 @@ class Kept:
         self._close()
 
     def _close(self) -> None:
+        for other in self._others:
+            other._close()
         if self._journal is not None:
             self._journal.close()
         self._journal = None

@@ -28,12 +28,14 @@ class Perplexity(Shown):
         nats: summed negative log-likelihood.
         predicted: number of predicted tokens; the first token of a window is never predicted.
         windows: description of the windows, with the digest of their tokens.
+        by_window: nats and predicted tokens of every window; where every window counts the same, of one token of it.
     """
 
     value: float
     nats: float
     predicted: int
     windows: dict[str, object]
+    by_window: tuple[tuple[float, int], ...] = ()
 
     def table(self) -> Table:
         """Return the value with the text, its windows and the predicted tokens."""
@@ -145,10 +147,12 @@ def perplexity(
     finally:
         model.train(was_training)
     total, count = sum(nats), sum(predicted)
-    by_window = [one / many for one, many in zip(nats, predicted, strict=True)]
-    mean = total / count if averaging == "token" else sum(by_window) / len(by_window)
+    parts = list(zip(nats, predicted, strict=True))
+    if averaging == "window":
+        parts = [(one / many, 1) for one, many in parts]
+    mean = sum(one for one, _ in parts) / sum(many for _, many in parts)
     value = math.exp(mean) if mean < 700 else math.inf
-    return Perplexity(value, total, count, {**windows.describe(), "bos": bos})
+    return Perplexity(value, total, count, {**windows.describe(), "bos": bos}, tuple(parts))
 
 
 def _outputs(

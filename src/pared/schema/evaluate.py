@@ -1,4 +1,4 @@
-"""What the user asked for of a measurement: one thing to measure, and how."""
+"""What the user asked for of a measurement: what to measure, and how."""
 
 from typing import Annotated, Any, ClassVar, get_args
 
@@ -13,14 +13,15 @@ from pared.schema.recipe import Bos, Device, TextName
 
 # The options that each measure reads, besides the device.
 READS: dict[str, tuple[str, ...]] = {
-    "perplexity": ("length", "windows", "stride", "bos", "dtype"),
-    "perplexity protocol": ("protocol", "dtype"),
+    "perplexity": ("length", "windows", "stride", "bos", "against", "dtype"),
+    "perplexity protocol": ("protocol", "against", "dtype"),
     "examples": ("length", "windows", "dtype"),
-    "tasks": ("limit", "shots", "samples", "temperature", "allow_code_execution", "dtype"),
+    "tasks": ("limit", "shots", "samples", "temperature", "allow_code_execution", "against", "dtype"),
     "vqa": ("limit", "dtype"),
     "fine_tune": ("epochs", "learning_rate", "length", "limit"),
 }
 MEASURES = tuple(name for name in READS if " " not in name)
+TOGETHER = ("perplexity", "tasks")  # that one run may do both of
 
 
 def _split(value: Any) -> Any:
@@ -44,7 +45,7 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
 
 
 class EvaluationConfig(Config):
-    """What is measured of a model: one of perplexity, labelled examples, tasks, questions about images, fine-tuning."""
+    """What is measured of a model: perplexity, tasks or both; examples; questions about images; fine-tuning."""
 
     NOUN: ClassVar[str] = "evaluation"
     perplexity: Annotated[TextName | None, Option()] = None
@@ -81,32 +82,40 @@ class EvaluationConfig(Config):
     """Temperature of answers; 0 takes the likeliest token."""
     allow_code_execution: Annotated[bool, Option()] = False
     """Run the programs a model writes; limits are no security boundary."""
+    against: Annotated[str | None, Option()] = None
+    """Also compare with this model, or with the .json file of an earlier --json: paired differences, row by row."""
     dtype: Annotated[str, Option()] = "auto"
     """What the model is loaded in; auto keeps what is stored."""
     device: Annotated[Device, Option()] = "auto"
     """Where it runs; auto takes the GPU (CUDA) where there is one."""
 
     @model_validator(mode="after")
-    def _one_measure(self) -> Self:
-        asked = [name for name in MEASURES if getattr(self, name) is not None]
-        if len(asked) != 1:
-            raise ParedError(f"pass one thing to measure: {', '.join(map(called, MEASURES))}")
-        measure = asked[0]
-        if measure == "perplexity" and self.protocol is not None:
-            measure = "perplexity protocol"
+    def _known_measures(self) -> Self:
+        asked = self.measures
+        if len(asked) != 1 and asked != TOGETHER:
+            raise ParedError(f"pass one thing to measure: {', '.join(map(called, MEASURES))}; or both "
+                             f"{' and '.join(map(called, TOGETHER))}")  # fmt: skip
+        protocol = {"perplexity": "perplexity protocol"} if self.protocol is not None and "perplexity" in asked else {}
+        kinds = [protocol.get(name, name) for name in asked]
+        reads = tuple(dict.fromkeys(name for kind in kinds for name in READS[kind]))
         always = ("device", "json") if is_told_in_flags() else ("device",)
         for name, field in type(self).model_fields.items():
             value = getattr(self, name)
-            if name not in (*MEASURES, *READS[measure], "device") and value != field.default:
+            if name not in (*MEASURES, *reads, "device") and value != field.default:
                 raise ParedError(
-                    f"{' '.join(map(called, measure.split()))} reads no {called(name)} (got {value}); it reads "
-                    f"{', '.join(map(called, (*READS[measure], *always)))}"
+                    f"{' '.join(called(word) for kind in kinds for word in kind.split())} reads no {called(name)} (got "
+                    f"{value}); it reads {', '.join(map(called, (*reads, *always)))}"
                 )
-        if getattr(self, asked[0]) == ():
+        if any(getattr(self, name) == () for name in asked):
             raise ParedError(f"{called(asked[0])} names no task")
         return self
 
     @property
+    def measures(self) -> tuple[str, ...]:
+        """The names of what is measured."""
+        return tuple(name for name in MEASURES if getattr(self, name) is not None)
+
+    @property
     def measure(self) -> str:
-        """The name of what is measured."""
-        return next(name for name in MEASURES if getattr(self, name) is not None)
+        """What is measured, in words: the name, or two with ``and`` between them."""
+        return " and ".join(self.measures)

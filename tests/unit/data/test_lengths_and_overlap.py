@@ -157,7 +157,7 @@ class TestOverlap:
         assert overlap(cut(last, TOKENIZER, 60, None), [read.describe()], [read.tokens]) == 0.0
 
     def test_a_folder_measured_again_tells_what_it_was_calibrated_on(self, folder: Path, tmp_path: Path) -> None:
-        from pared.entrypoints.evaluate import learned_share
+        from pared.entrypoints.evaluating import learned_share
         from pared.models import find_model
 
         run(folder, tmp_path / "out", evaluation=None, calibration={"samples": 10, "length": 30})

@@ -205,7 +205,10 @@ def _result(name: str, tasks: Prepared, found: Any) -> Result:
     members = _members(name, tasks.loaded["group_map"])
     metrics, errors = _metrics(found["groups" if members else "results"][name])
     by_member = {member.removeprefix(f"{name}::"): _metrics(found["results"][member]) for member in members}
-    parts = tuple({"task": part, "metrics": own[0], "errors": own[1]} for part, own in by_member.items())
+    parts = tuple(
+        {"task": part, "metrics": own[0], "errors": own[1], "by_row": _by_row(found["samples"][member])}
+        for member, (part, own) in zip(members, by_member.items(), strict=True)
+    )
     rows = sum(len(found["samples"][one]) for one in members or (name,))
     return Result(name, metrics, errors, rows, tasks.shots, parts or _answers(name, tasks, found["samples"][name]))
 
@@ -233,6 +236,12 @@ def _answers(name: str, tasks: Prepared, samples: Sequence[Any]) -> tuple[dict[s
     # Where beginnings differ and the end does not, the text of a question is, to the harness, which beginning is right.
     right = task.doc_to_text if task.multiple_input else task.doc_to_target
     return tuple(_answer(sample, right(sample["doc"])) for sample in samples)
+
+
+def _by_row(samples: Sequence[Any]) -> dict[str, list[float]]:
+    """Return every metric of a task of a group by row."""
+    counted = [_answer(sample, None)["verdicts"] for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
+    return {name: [one[name] for one in counted] for name in (counted[0] if counted else ())}
 
 
 def _answer(sample: Any, right: Any) -> dict[str, Any]:
