@@ -14,16 +14,20 @@ from pared.lazy import lazy_package
 if TYPE_CHECKING:
     from pared.checkpoint import load, load_tokenizer, verify
     from pared.entrypoints.api import collect_statistics, evaluate, plan, search
+    from pared.entrypoints.compare import compare
     from pared.entrypoints.compress import compress
     from pared.entrypoints.convert import convert
     from pared.entrypoints.evaluate import perplexity
+    from pared.entrypoints.explore import Explored, explore
     from pared.entrypoints.export import export
+    from pared.entrypoints.report import report
     from pared.entrypoints.result import Compressed
     from pared.entrypoints.run import run
     from pared.entrypoints.train import tune
     from pared.environment import __version__
     from pared.errors import ParedError
     from pared.schema.evaluate import EvaluationConfig
+    from pared.schema.explore import ExploreConfig
     from pared.schema.manifest import Manifest
     from pared.schema.plan import Plan
     from pared.schema.recipe import Calibration, Evaluation, Recipe
@@ -35,6 +39,8 @@ __all__ = [
     "Compressed",
     "Evaluation",
     "EvaluationConfig",
+    "ExploreConfig",
+    "Explored",
     "Manifest",
     "ParedError",
     "Plan",
@@ -43,14 +49,17 @@ __all__ = [
     "TrainingConfig",
     "__version__",
     "collect_statistics",
+    "compare",
     "compress",
     "convert",
     "evaluate",
+    "explore",
     "export",
     "load",
     "load_tokenizer",
     "perplexity",
     "plan",
+    "report",
     "run",
     "search",
     "tune",
@@ -62,16 +71,20 @@ lazy_package(
     {
         "pared.checkpoint": ["load", "load_tokenizer", "verify"],
         "pared.entrypoints.api": ["collect_statistics", "evaluate", "plan", "search"],
+        "pared.entrypoints.compare": ["compare"],
         "pared.entrypoints.compress": ["compress"],
         "pared.entrypoints.convert": ["convert"],
         "pared.entrypoints.evaluate": ["perplexity"],
+        "pared.entrypoints.explore": ["Explored", "explore"],
         "pared.entrypoints.export": ["export"],
+        "pared.entrypoints.report": ["report"],
         "pared.entrypoints.result": ["Compressed"],
         "pared.entrypoints.run": ["run"],
         "pared.entrypoints.train": ["tune"],
         "pared.environment": ["__version__"],
         "pared.errors": ["ParedError"],
         "pared.schema.evaluate": ["EvaluationConfig"],
+        "pared.schema.explore": ["ExploreConfig"],
         "pared.schema.manifest": ["Manifest"],
         "pared.schema.plan": ["Plan"],
         "pared.schema.recipe": ["Calibration", "Evaluation", "Recipe"],

@@ -82,6 +82,17 @@ class Table:
                 console.print(line)
         return "\n".join(line.rstrip() for line in captured.get().rstrip("\n").split("\n"))
 
+    def as_markdown(self) -> str:
+        """Return it in Markdown, bars of the texts escaped and each on one line."""
+
+        def line(cells: Sequence[str]) -> str:
+            return f"| {' | '.join(' '.join(cell.split()).replace('|', chr(92) + '|') for cell in cells)} |"
+
+        marks = ("---:" if self.is_right(number) else "---" for number in range(len(self.columns)))
+        table = [line(self.columns), f"|{'|'.join(marks)}|", *map(line, self.rows)] if self.rows else []
+        parts = [f"**{self.title}**" if self.title else "", "\n".join(table), *self.lines]
+        return "\n\n".join(part for part in parts if part)
+
     def as_html(self) -> str:
         """Return it as HTML, every string escaped."""
         head = "".join(f"<th>{escape(column)}</th>" for column in self.columns)

@@ -14,6 +14,18 @@ COMMANDS = {
         "Compress a model and write it as an ordinary Hugging Face folder, checked by reloading.",
     ),
     "plan": ("pared.cli.plan:plan", "Print what `pared compress` would do, without reading a single weight."),
+    "explore": (
+        "pared.cli.explore:explore",
+        "Calibrate once, and show what every budget is predicted to cost; measure some, and pick one.",
+    ),
+    "compare": (
+        "pared.cli.compare:compare",
+        "Put models side by side: sizes, perplexity, tasks, speed, and how each continues a prompt.",
+    ),
+    "report": (
+        "pared.cli.report:report",
+        "Write a page on folders that pared made: one file, which needs no network.",
+    ),
     "eval": (
         "pared.cli.evaluate:evaluate",
         "Measure a model: perplexity on a text, tasks, or how an encoder scores on labelled examples.",
@@ -56,12 +68,12 @@ COMMANDS = {
 # heading -> (its commands, an example)
 GROUPS = {
     "Make smaller": (
-        ("compress", "plan", "search", "diagnose", "demo"),
+        ("compress", "explore", "plan", "search", "diagnose", "demo"),
         "pared compress MODEL --keep 0.8 --data wikitext2:train --out DIR",
     ),
     "Train": (("tune",), "pared tune DIR --method distill --data wikitext2:train --out BETTER"),
-    "Measure": (("eval", "bench"), "pared bench DIR --against MODEL"),
-    "Look and check": (("info", "verify", "doctor"), "pared doctor DIR"),
+    "Measure": (("eval", "bench", "compare"), "pared bench DIR --against MODEL"),
+    "Look and check": (("info", "verify", "doctor", "report"), "pared doctor DIR"),
     "Pass on": (("export", "convert", "push"), "pared push DIR owner/name --private --dry-run"),
     "What there is": (("methods", "presets"), "pared methods svd-llm"),
 }

@@ -12,12 +12,13 @@ from pathlib import Path
 from pared.schema.base import Config
 from pared.schema.command_line import Declared, declared
 from pared.schema.evaluate import EvaluationConfig
+from pared.schema.explore import ExploreConfig
 from pared.schema.recipe import Recipe
 from pared.schema.search import SearchConfig
 from pared.schema.training import TrainingConfig
 
 MODELS: dict[str, type[Config]] = {
-    model.NOUN: model for model in (Recipe, TrainingConfig, SearchConfig, EvaluationConfig)
+    model.NOUN: model for model in (Recipe, TrainingConfig, SearchConfig, EvaluationConfig, ExploreConfig)
 }
 BLOCK = re.compile(r"(<!-- options: (\w+) -->\n).*?(<!-- end -->\n)", re.DOTALL)
 KINDS = {dict: "mapping", list[str]: "list", bool: "flag", int: "whole number",

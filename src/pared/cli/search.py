@@ -10,8 +10,9 @@ from pared.cli.from_schema import Change, Fields, Given, schema_options
 from pared.cli.options import SHAPES, Resume
 from pared.entrypoints.checks import require_search
 from pared.errors import ParedError
+from pared.report.plots import require_plotting
 from pared.report.search_trace import against as finished_beside
-from pared.report.search_trace import draw, require_plotting
+from pared.report.search_trace import draw
 from pared.schema.recipe import Recipe
 from pared.schema.search import SearchConfig
 
@@ -58,7 +59,7 @@ def search(
             raise ParedError("name what to search for: zeros (--method wanda --sparsity 0.7) or ranks "
                              "(--method svd-llm --keep 0.8)")  # fmt: skip
         if plot or against:
-            require_plotting()
+            require_plotting("--plot and --against")
         recipe, settings = given.merged(), config.merged()
         require_search(recipe)
         from pared.entrypoints.search import pools_on, run

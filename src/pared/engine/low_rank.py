@@ -29,6 +29,7 @@ from pared.io.digests import model_digest
 from pared.lowrank.registry import mean_gram
 from pared.names import called
 from pared.schema.plan import Decision, Plan
+from pared.structure import Anatomy
 from pared.structure.channels import find_channels
 from pared.structure.groups import ChannelGroup
 from pared.structure.store import ResidentBlocks
@@ -260,22 +261,28 @@ class LowRankWork:
     def _fallbacks(self) -> dict[str, str]:
         return {} if self._solver is None else self._solver.found.fallbacks | self._ordered.found.fallbacks
 
+    def evidence(self) -> tuple[Anatomy, list[Unit], Evidence]:
+        """Return the sites, what can be decided, and what is known of it once all is solved, for any budget."""
+        solved, kept = self._solved.found, self._solved.kept
+        anatomy = self._anatomy.with_idle(set(solved.unreached))
+        idle = {site.name for site in anatomy.sites if site.idle}
+        widths_alone = self._spec.structures == "widths"
+        decided = [Unit((site,)) for site in anatomy.sites] if widths_alone else list(kept)
+        units = [Unit(tuple(replace(s, idle=s.name in idle) for s in unit.members)) for unit in decided]
+        channels = self._ordered.candidates()
+        return (
+            anatomy,
+            units,
+            Evidence(kept.spectra, self._influence, notes=solved.fallbacks, channels=channels, rounding=kept.rounding),
+        )
+
     def _allocate(self, order: Order) -> Plan:
         """Decide every site, from what was found if anything was; trials are ordered of all processes."""
         spec, itemsize = self._spec, self._model.dtype.itemsize
         config, budget = spec.allocation_config, budget_of(self._spec, self._anatomy, self._model.dtype.itemsize)
         if self._solver is None:
             return make_plan(self._anatomy, spec.allocator, budget, itemsize, config=config)
-        solved = self._solver.found
-        anatomy = self._anatomy.with_idle(set(solved.unreached))
-        idle = {site.name for site in anatomy.sites if site.idle}
-        decided = list(self._solver.kept) if spec.structures != "widths" else [Unit((site,)) for site in anatomy.sites]
-        units = [Unit(tuple(replace(s, idle=s.name in idle) for s in unit.members)) for unit in decided]
-        channels = self._ordered.candidates()
-        kept = self._solver.kept
-        evidence = Evidence(
-            kept.spectra, self._influence, notes=solved.fallbacks, channels=channels, rounding=kept.rounding
-        )
+        anatomy, units, evidence = self.evidence()
         if spec.tries:
             trials = trial_windows(spec.recipe, self._observer.tokenizer, self._model.config)
             require_fits(self._model.config, trials)
@@ -319,19 +326,28 @@ class LowRankWork:
 
     def _install(self, step: PassSpec) -> None:
         """Put in place what was decomposed, and make narrower what was ordered."""
-        channels, narrowed, plan = self._ordered, self._ordered.found.kept, self._decided
+        narrowed, plan = self._ordered.found.kept, self._decided
         kept = self._observer.records.of_pass(step, self._number(step), lambda: {"channels_kept": dict(narrowed)})
         if kept is not None:
             narrowed.update(kept.found().get("channels_kept", {}))
-        install, widths = self._solved.kept.installer(plan), widths_of(plan)
+        install = self.installer(plan)
 
         def visit(block: BlockStatistics) -> None:
             install(block.index)
-            channels.install(channels.in_block(block.index, plan), widths)
 
         store, group = self._observer.store, self._spec.group_size
         with self._observer.watch("solve"):
             visit_blocks(store, visit, changes=True, group=group, kept=kept)
+
+    def installer(self, plan: Plan) -> Callable[[int], None]:
+        """Return what puts in place, by the index of a block, what was decomposed and ordered, as a plan says."""
+        install, channels, widths = self._solved.kept.installer(plan), self._ordered, widths_of(plan)
+
+        def put(index: int) -> None:
+            install(index)
+            channels.install(channels.in_block(index, plan), widths)
+
+        return put
 
     def _refit(self, step: PassSpec) -> None:
         """Fit every ``up`` to the inputs that the compressed model really has."""

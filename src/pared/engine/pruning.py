@@ -75,7 +75,7 @@ class SparseWork:
             if not self._observer.records.has_plan:
                 self.collect(step)
         elif step.action == "allocate":
-            self._plan = self._observer.records.plan(lambda _: self._allocate(), self._fallbacks)
+            self._plan = self._observer.records.plan(lambda _: self.allocate(), self._fallbacks)
         else:
             self._prune(step)
 
@@ -164,8 +164,8 @@ class SparseWork:
         output_energy_O = own["output_gradient_diagonal"].value
         return 0.5 * self._weight(name).double().square() * input_energy_N * output_energy_O[:, None]
 
-    def _allocate(self) -> Plan:
-        """Decide every site."""
+    def allocate(self) -> Plan:
+        """Decide every site, from the evidence."""
         spec, evidence = self._spec, self.evidence
         read = [found for found in (evidence.scores, evidence.losses) if found]
         units = [unit for unit in self._units if all(unit.name in found for found in read)]

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pared.schema.evaluate import EvaluationConfig
+    from pared.schema.explore import ExploreConfig
     from pared.schema.recipe import Recipe
     from pared.schema.training import TrainingConfig
 
@@ -112,6 +113,19 @@ def require_rank_groups(recipe: "Recipe") -> None:
 
     resolve_low_rank(recipe).method.require_solve()
     require_plan(recipe)
+
+
+def require_exploration(recipe: "Recipe", config: "ExploreConfig") -> None:
+    """Refuse a recipe that cannot be explored, and a model that it names.
+
+    Raises:
+        ParedError: says what is wrong.
+    """
+    from pared.engine.early import require_model
+    from pared.engine.explorable import require_explorable
+
+    for spec in require_explorable(recipe, config.structures, config.pruner).values():
+        require_model(spec)
 
 
 def require_search(recipe: "Recipe") -> None:

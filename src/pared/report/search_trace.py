@@ -1,24 +1,14 @@
 """The best so far, candidate by candidate, as a figure: a search, and another at the same budget."""
 
-import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pared.errors import ParedError
 from pared.io.guarded import read_json
+from pared.report.plots import new_figure, save
 
 FREE = ("strategy", "search seed", "iterations", "population", "sample_ratio", "top", "workers", "pared")
-
-
-def require_plotting() -> None:
-    """Check that figures can be drawn.
-
-    Raises:
-        ParedError: matplotlib is not installed.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ParedError("--plot and --against draw with matplotlib; install it with: pip install matplotlib")
 
 
 def against(settings: Mapping[str, Any], folder: str | Path) -> dict[str, Any]:
@@ -54,10 +44,7 @@ def draw(result: Mapping[str, Any], other: Mapping[str, Any], path: Path) -> Pat
         other: of another search; empty for none.
         path: of the figure.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = new_figure()
     traces = [(one["settings"], one["trace"]) for one in (result, other) if one]
     budget = min(len(trace) for _, trace in traces)
     for settings, trace in traces:
@@ -67,5 +54,4 @@ def draw(result: Mapping[str, Any], other: Mapping[str, Any], path: Path) -> Pat
     axes.axhline(result["uniform"]["search"] or float("nan"), color="gray", linestyle=":", label="uniform")
     axes.set(xlabel="candidates measured", ylabel="perplexity on the search windows, best so far")
     axes.legend()
-    figure.savefig(path, dpi=120)
-    return path
+    return save(figure, path)

@@ -125,6 +125,34 @@ def declared(model: type[BaseModel], above: str = "") -> Iterator[Declared]:
             yield from declared(inner[0], f"{above}{name}.")
 
 
+def as_words(config: BaseModel) -> list[str]:
+    """Return a model as the words of a command line that ask for it: arguments, then options that are not defaults."""
+    arguments: list[str] = []
+    options: list[str] = []
+    for one in declared(type(config)):
+        owner: Any = config
+        *sections, name = one.key.split(".")
+        for section in sections:
+            owner = None if owner is None else getattr(owner, section)
+        value = None if owner is None else getattr(owner, name)
+        if one.option is None or value is None or (not one.section and value == one.field.default):
+            continue
+        if one.option.argument:
+            arguments.append(str(value))
+        elif one.section or isinstance(value, bool):
+            options += [one.flag] if value is not False else []
+        elif isinstance(value, dict):
+            options += [word for key, own in value.items() for word in (one.flag, f"{key}={own}")]
+        else:
+            several = value if isinstance(value, tuple) else (value,)
+            options += [
+                word for own in several for word in (one.flag, f"{own:.6g}" if isinstance(own, float) else str(own))
+            ]
+    if getattr(config, "evaluation", ...) is None:
+        options += ["--eval", "none"]
+    return arguments + options
+
+
 def text_of(model: type[BaseModel], name: str) -> str:
     """Return the text under a field, on one line; empty where the source is not available."""
     texts = (_texts(owner.__module__).get(owner.__name__, {}).get(name) for owner in model.__mro__)

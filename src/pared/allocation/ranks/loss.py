@@ -17,7 +17,7 @@ from pared.allocation.units import Budget, Channels, Evidence, Unit
 from pared.allocation.widths.groups import require_affordable_widths
 from pared.schema.plan import Decision, Dense
 
-STEPS = 200  # of the bisection; the multiplier is then known to the last bit
+STEPS = 200  # of the bisection at most; it ends where two multipliers have no other between them
 DENSE = Dense(reason="worth more than its parameters elsewhere")
 APART = Dense(reason="in no channel group")
 
@@ -53,6 +53,8 @@ def loss(units: Sequence[Unit], budget: Budget, evidence: Evidence, _: object = 
         high = low
     for _ in range(STEPS if high else 0):
         middle = (low + high) / 2
+        if middle in (low, high):  # known to the last bit already
+            break
         low, high = (middle, high) if there.cost(there.choose(middle)) > left else (low, middle)
     chosen = there.choose(high)
     _spend(there.parts(chosen), left - there.cost(chosen))

@@ -1,0 +1,139 @@
+"""What `pared explore` predicts of every budget against what is measured, on the embedded model.
+
+    PARED_DATA=/path/to/data python benchmarks/explore.py            # all structures, one after the other
+    python benchmarks/explore.py --render                            # renders the page only
+
+One JSON line a structure, which holds the whole record; a structure that is there is not explored again.
+"""
+
+import argparse
+import math
+from typing import Any
+
+import torch
+
+import pared
+from grid import signature
+from pared.report.curves import draw
+from pared.schema.explore import STRUCTURES, Exploration, Point
+from record import RESULTS, append, read, table
+
+LINES, PAGE, PLOT = RESULTS / "explore.jsonl", RESULTS / "explore.md", RESULTS / "explore.svg"
+MODEL = "embedded:smollm2-135m"
+ENOUGH = 0.95  # of the rank correlation
+NEAR = 0.05  # of the knees
+
+
+def ranks(values: list[float]) -> list[float]:
+    """Return the place of every value among all, equal ones in the middle of theirs."""
+    order = sorted(values)
+    return [order.index(value) + (order.count(value) - 1) / 2 for value in values]
+
+
+def correlation(first: list[float], second: list[float]) -> float:
+    """Return Spearman's rank correlation."""
+    pair = torch.tensor([ranks(first), ranks(second)], dtype=torch.float64)
+    return float(torch.corrcoef(pair)[0, 1])
+
+
+def losses(found: Exploration) -> tuple[list[float], list[float]]:
+    """Return what was predicted of the points that were measured, and what was measured."""
+    pairs = [(one.loss, measured) for one in found.points if (measured := found.measured_loss(one)) is not None]
+    return [one for one, _ in pairs], [one for _, one in pairs]
+
+
+def merged(lines: list[dict[str, Any]]) -> Exploration:
+    """Return the explorations of all structures as one."""
+    every = [Exploration.model_validate(line["exploration"]) for line in lines]
+    knees = {name: keep for one in every for name, keep in one.knees.items()}
+    measured = {name: keep for one in every for name, keep in one.measured_knees.items()}
+    points = tuple(point for one in every for point in one.points)
+    return every[0].model_copy(update={"points": points, "knees": knees, "measured_knees": measured})
+
+
+def cells(point: Point, loss: float) -> tuple[str, ...]:
+    """Return the row of a point that was measured."""
+    sizes = f"{point.model_parameters / 1e6:.1f} M", f"{point.bytes_on_disk / 1e6:,.0f} MB", f"x{point.speed:.2f}"
+    return (point.structure, f"{point.keep:g}", *sizes, f"{point.loss:.3f}", f"{loss:.3f}", f"x{math.exp(loss):.3g}")
+
+
+def render(lines: list[dict[str, Any]]) -> str:
+    """Return the page."""
+    whole, names = merged(lines), [line["structure"] for line in lines]
+    assert whole.calibration is not None
+    assert whole.evaluation is not None
+    rows, points = [], []
+    for line in lines:
+        one, name = Exploration.model_validate(line["exploration"]), line["structure"]
+        first, second = losses(one)
+        knee, measured = one.knees.get(name), one.measured_knees.get(name)
+        gap = "-" if knee is None or measured is None else f"{abs(knee - measured):.2f}"
+        told = ["-" if value is None else f"{value:g}" for value in (knee, measured)]
+        rows.append((name, len(first), f"{correlation(first, second):.3f}", *told, gap,
+                     f"{sum(one.seconds.values()):,.0f}"))  # fmt: skip
+        points += [cells(point, loss) for point in one.points if (loss := one.measured_loss(point)) is not None]
+    first, second = losses(whole)
+    cal, on = whole.calibration, whole.evaluation
+    return "\n".join(
+        [
+            "# Every budget from one calibration",
+            "",
+            "Made by `python benchmarks/explore.py`; raw figures in [explore.jsonl](explore.jsonl). Do not edit. "
+            "What `pared explore` does is described in [explore](../explore.md).",
+            "",
+            f"`{whole.model}`, {', '.join(names)}; calibrated on {cal['windows']} x {cal['length']} tokens of "
+            f"{cal['text']}, perplexity on {on['windows']} windows of {on['length']} tokens of {on['text']}: few, as "
+            "time on two shared cores was scarce. Losses are nats a token above the dense model's.",
+            "",
+            f"![Loss over size]({PLOT.name})",
+            "",
+            table(("structure", "budgets", "rank correlation", "knee predicted", "knee measured", "apart", "seconds"),
+                  rows),
+            "",
+            f"Over all structures together the rank correlation is {correlation(first, second):.3f} of {len(first)} "
+            f"budgets. Asked for were {ENOUGH:g} or more, and knees at most {NEAR:g} apart.",
+            "",
+            table(("structure", "keep", "parameters", "weights", "ideal speed", "predicted", "measured", "perplexity"),
+                  points),
+            "",
+            signature(lines),
+        ]
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--structures", nargs="+", default=["ranks", "mixed", "widths", "zeros"], choices=STRUCTURES)
+    parser.add_argument(
+        "--keep", nargs="+", type=float, default=[0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5]
+    )
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--render", action="store_true")
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    for structure in () if asked.render else asked.structures:
+        if structure in {line["structure"] for line in read(LINES)}:
+            continue
+        found = pared.explore(
+            MODEL,
+            recipe={
+                "calibration": {"text": "wikitext2:train", "samples": asked.samples, "length": asked.length},
+                "evaluation": {"text": "wikitext2:test", "length": asked.length, "windows": asked.windows},
+            },
+            structures=structure,
+            keep=tuple(asked.keep),
+            measure=len(asked.keep),
+        )
+        append(LINES, {"structure": structure, "exploration": found.model_dump(mode="json")})
+        print(found, flush=True)
+    lines = read(LINES)
+    draw(merged(lines), PLOT)
+    PAGE.write_text(render(lines), encoding="utf-8")
+    print(PAGE.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()
