@@ -59,8 +59,8 @@ FEW_BITS = """\
 Layers are stored in few bits and multiplied out whenever they run; adapters and training take the folder of before.
 """
 SPARSE_LORA = """\
-LoRA with PEFT leaves the zeros alone. Merging as PEFT does would fill them, so this merges under their mask; what the
-adapter learned where weights are zero is lost by that:
+LoRA with PEFT leaves the zeros alone, and this merges under their mask; what the adapter learned where weights are zero
+is lost by that:
 
 ```python
 from peft import LoraConfig, get_peft_model
