@@ -50,7 +50,7 @@ def in_few_bits(old: nn.Module, form: str, gram_NN: torch.Tensor | None = None) 
     Raises:
         ValueError: the layer cannot be stored so, or its numbers cannot; says why.
     """
-    if isinstance(old, (QuantizedLinear, SparseLinear)) or getattr(old, "bits", 0):
+    if isinstance(old, (QuantizedLinear, SparseLinear)) or getattr(old, "bits", 0) > 0:
         what = "sparse: what is left of its weights" if isinstance(old, SparseLinear) else "stored in few bits and"
         raise ValueError(f"the layer is {what} cannot be rounded")
     if isinstance(old, (LowRankLinear, PivotedLinear)):

@@ -149,9 +149,9 @@ class _Candidates:
             made |= dict.fromkeys(self._members[name], DENSE) if size is None else one.decisions(size)
         for name, (width, ranks) in chosen.composed.items():
             composed = self._composed[name]
-            for site, decision in self._channels[name].decisions(composed.widths[width]).items():
+            for site, narrow in self._channels[name].decisions(composed.widths[width]).items():
                 rank = composed.table(site, width).size(ranks[site])
-                made[site] = decision if rank is None else decision.ranked(rank, self._budget.pivoted)
+                made[site] = narrow if rank is None else narrow.ranked(rank, self._budget.pivoted)
         return made
 
 
