@@ -29,4 +29,12 @@ def test_every_example_of_the_page_runs(
     told = capsys.readouterr().out
     assert "self-check: reloaded" in told
     assert "2 texts passed in Python" in told
-    assert {path.name for path in tmp_path.iterdir()} == {"tiny", "smaller", "better", "pivoted", "plain", "grams"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "tiny",
+        "smaller",
+        "better",
+        "pivoted",
+        "plain",
+        "grams",
+        "rounded",
+    }

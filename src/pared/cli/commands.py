@@ -43,7 +43,7 @@ COMMANDS = {
     "export": ("pared.cli.export:export", "Write a model as a plain folder, a GGUF file or an ONNX graph."),
     "convert": (
         "pared.cli.convert:convert",
-        "Store a folder in another form: pivoted (k² fewer parameters, no loss), as two factors, or as plain weights.",
+        "Store a folder in another form: pivoted (k² fewer parameters, no loss), two factors, plain, or in few bits.",
     ),
     "search": (
         "pared.cli.search:search",

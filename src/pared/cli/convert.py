@@ -30,7 +30,7 @@ def convert(
     overwrite: Overwrite = False,
     json_file: JsonFile = None,
 ) -> None:
-    """Store a folder in another form: pivoted (k² fewer parameters, no loss), as two factors, plain, or in few bits."""
+    """Store a folder in another form: pivoted (k² fewer parameters, no loss), two factors, plain, or in few bits."""
     with errors():
         quiet_libraries()
         flags = {"--dense": dense, "--pivot": pivot is True, "--no-pivot": pivot is False, "--quantize": quantize}

@@ -23,7 +23,7 @@ from pared.schema.manifest import Manifest
 
 PROMPTS = ("The capital of France is", "Once upon a time, there was a", "To make a cup of tea, first")
 NEW_TOKENS = 32
-HOW = "speed and tasks: of files beside a folder, such as smaller.bench.json by pared bench smaller --json"
+HOW = "speed and tasks: of files beside a folder, such as smaller.bench.json, which pared bench writes"
 
 
 def compare(

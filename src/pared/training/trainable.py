@@ -7,6 +7,7 @@ from torch import nn
 
 from pared.errors import ParedError
 from pared.modules import Changed, SparseLinear
+from pared.names import called
 from pared.schema.manifest import Manifest
 from pared.schema.width import Width
 
@@ -51,6 +52,6 @@ def unpack(model: nn.Module) -> None:
     for name, layer in compressed_layers(model).items():
         if getattr(layer, "bits", 0):
             raise ParedError(f"{name} is stored in {layer.bits} bits and cannot be trained; train the folder of before "
-                             "and store what comes of it in few bits: pared convert --quantize")  # fmt: skip
+                             f"and store what comes of it with {called('quantize')} of convert")  # fmt: skip
         if isinstance(layer, SparseLinear):
             layer.unpack_()
