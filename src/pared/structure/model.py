@@ -11,6 +11,7 @@ from pared.errors import ParedError
 from pared.names import did_you_mean, match
 from pared.schema.plan import Uncovered
 from pared.structure.linear import LINEAR_TYPES, bias_of, weight_of
+from pared.structure.opening import Known, layout_of
 from pared.structure.proof import fault_of_class, require_plain_weight
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ KINDS = {
     "o_proj": "o", "out_proj": "o", "dense": "dense", "gate_proj": "gate", "up_proj": "up", "down_proj": "down",
     "gate_up_proj": "gate_up", "qkv_proj": "qkv", "query_key_value": "qkv", "c_attn": "qkv", "c_fc": "fc1",
     "fc1": "fc1", "fc2": "fc2", "dense_h_to_4h": "fc1", "dense_4h_to_h": "fc2",
+    "first": "expert in", "second": "expert out",
 }  # fmt: skip
 
 
@@ -323,10 +325,14 @@ def _layers(path: str, blocks: nn.ModuleList, faults: dict[str, str]) -> Iterato
 
 
 def _uncovered(path: str, blocks: nn.ModuleList, sites: set[str], faults: Mapping[str, str]) -> Iterator[Uncovered]:
+    known: Known = {}
     for name, parameter in blocks.named_parameters(prefix=path):
         owner = name.rpartition(".")[0]
         if parameter.ndim >= 2 and owner not in sites:
-            what = "a 3-D stack of expert weights" if parameter.ndim == 3 else "not the weight of a linear layer"
+            what = "not the weight of a linear layer"
+            if parameter.ndim == 3:
+                why = layout_of(blocks.get_submodule(owner.removeprefix(f"{path}.")), known)
+                what = "a 3-D stack of expert weights" + (f": {why}" if why and isinstance(why, str) else "")
             fault = next((why for layer, why in faults.items() if name.startswith(f"{layer}.")), what)
             yield Uncovered(name=name, shape=tuple(parameter.shape), parameters=parameter.numel(), reason=fault)
 
