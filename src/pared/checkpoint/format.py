@@ -116,7 +116,7 @@ class ParedConfig(QuantizationConfigMixin):
         renamed = [
             name
             for name, entry in self.modules.items()
-            if not entry["kind"].startswith("narrow") and not name.startswith(inside or ("\0",))
+            if not entry["kind"].startswith("narrow") and not name.startswith(inside)
         ]
         if renamed:
             return f"{min(renamed)}.weight"

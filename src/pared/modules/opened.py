@@ -158,8 +158,8 @@ class OpenedExperts(nn.Module):
         dtype = torch.float32 if hidden_TH.dtype.itemsize < torch.float32.itemsize else hidden_TH.dtype
         total_TH = torch.zeros_like(hidden_TH, dtype=dtype)
         for number, token, place in self._routed(index_TP):
-            made = self.experts[number](_rows(hidden_TH, token)) * weights_TP[token, place, None]
-            total_TH = total_TH.index_add(0, token, made.to(dtype))
+            made = self._modules[str(number)](_rows(hidden_TH, token)) * weights_TP[token, place, None]  # type: ignore[misc]
+            total_TH.index_add_(0, token, made.to(dtype))
         return total_TH.to(hidden_TH.dtype)
 
     def _routed(self, index_TP: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
@@ -185,7 +185,7 @@ class OpenedExperts(nn.Module):
         for one, part in zip(self.experts, parts, strict=True):
             (token,) = torch.where((part != 0).any(dim=-1))
             rows = torch.zeros_like(part)
-            made.append(rows.index_add(0, token, one(part[token]).to(rows.dtype)) if len(token) else rows)
+            made.append(rows.index_add_(0, token, one(part[token]).to(rows.dtype)) if len(token) else rows)
         return torch.cat(made)
 
 

@@ -105,8 +105,8 @@ class ParedVllmConfig(QuantizationConfig):
         told = ParedConfig(**config)
         if told.experts:
             raise UnsupportedError(
-                f"{min(told.experts)}: its experts are compressed one by one, and vLLM multiplies by those of a mixture "
-                f"together; {INSTEAD}"
+                f"{min(told.experts)}: its experts are compressed one by one, and vLLM multiplies by all "
+                f"of a mixture's together; {INSTEAD}"
             )
         return cls(told)
 
