@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from torch import nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import PrefixChange, WeightConverter
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from pared.checkpoint.format import LOADER_NAME, MODULE_TYPES, NOTICE, ParedConfig, added_kinds, module_type
@@ -154,6 +152,10 @@ def _leave_guard(model: Any) -> None:
     fused = [f"{name}.{entry['first']}" for name, entry in getattr(recorded, "experts", {}).items()]
     if not fused:
         return
+    # Not while this file is read, when transformers may be half imported.
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange, WeightConverter
+
     found = getattr(model, "_weight_conversions", None)
     if found is None:
         found = [one for one in get_model_conversion_mapping(model, add_legacy=False) if type(one) is not PrefixChange]

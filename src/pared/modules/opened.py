@@ -169,7 +169,7 @@ class OpenedExperts(nn.Module):
             each = index_TP.new_zeros(max(1, index_TP.numel() // self.count))
             yield from ((number, each, each) for number in range(self.count))
             return
-        for number in index_TP.unique().tolist():
+        for number in index_TP.unique().tolist():  # type: ignore[no-untyped-call]
             if 0 <= number < self.count:  # others stand for none
                 token, place = torch.where(index_TP == number)
                 yield number, token, place

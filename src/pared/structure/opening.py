@@ -7,6 +7,7 @@ hidden states, picks and weights. No name decides it, and no weight is read: a p
 """
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -158,19 +159,17 @@ def _whole(own: Mapping[str, nn.Parameter]) -> dict[int, int] | None:
 
 @torch.no_grad()
 def _proved(module: nn.Module, own: Mapping[str, nn.Parameter], numbers: Mapping[int, int], layout: Layout) -> bool:
-    """Whether experts one by one give what a stand-in of the module does."""
+    """Whether experts one by one give what a stand-in of the module does, in whichever order it is given picks."""
     generator = torch.Generator().manual_seed(0)
-    with suppress(Exception):  # whatever sizes that are not the configuration's lead to
-        fused = _stand_in(module, own, numbers, generator)
-        args = _call(fused, layout, generator)
-        expected = fused(*args)
-        found = OpenedExperts(_stand_in(module, own, numbers, generator, fused), layout)(*args)
-        scale = float(expected.norm())
-        return (
-            found.shape == expected.shape
-            and scale > 0
-            and float((found.double() - expected.double()).norm()) <= TOLERANCE[torch.float32] * scale
-        )
+    hidden, *picks = _call(fused := _stand_in(module, own, numbers, generator), layout, generator)
+    opened = OpenedExperts(_stand_in(module, own, numbers, generator, fused), layout)
+    for args in (picks, picks[::-1]):
+        with suppress(Exception):  # whatever sizes that are not the configuration's lead to
+            expected, found = fused(hidden, *args), opened(hidden, *args)
+            scale = float(expected.norm())
+            off = float((found.double() - expected.double()).norm()) if found.shape == expected.shape else math.inf
+            if scale > 0 and off <= TOLERANCE[torch.float32] * scale:
+                return True
     return False
 
 
@@ -209,14 +208,3 @@ def _call(fused: nn.Module, layout: Layout, generator: torch.Generator) -> tuple
     hidden = torch.randn(TOKENS, width, generator=generator)
     index = torch.rand(TOKENS, count, generator=generator).argsort(dim=1)[:, :PICKS]
     return hidden, index, torch.rand(TOKENS, PICKS, generator=generator) + 0.1
-
-
-def of_patterns(found: Sequence[Openable], skipped: Sequence[str]) -> list[Openable]:
-    """Return those that have a layer which is not skipped.
-
-    Args:
-        found: of a model.
-        skipped: full names of layers.
-    """
-    gone = set(skipped)
-    return [one for one in found if not gone.issuperset(one.sites)]

@@ -13,6 +13,7 @@ import pared
 from pared import Calibration, ParedError, Recipe
 from pared.engine import compress_blocks, plan_from_shapes, resolve
 from pared.modules.opened import layouts_of
+from pared.schema.manifest import Manifest
 from pared.schema.plan import Dense
 from unit.checkpoint.test_checkpoint import logits
 
@@ -58,8 +59,7 @@ def test_experts_are_compressed_and_answer_the_same_from_their_folder_streamed_a
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert not any(tensor.ndim == 3 for tensor in one.values())
     assert pared.verify(tmp_path / "whole") == pared.verify(tmp_path / "streamed") == 0.0
-    manifest = pared.Manifest.read(tmp_path / "whole") if hasattr(pared, "Manifest") else None
-    assert manifest is None or not manifest.plan.uncovered_share
+    assert {len(one.shape) for one in Manifest.read(tmp_path / "whole").plan.uncovered} <= {2}  # routers
     model = pared.load(tmp_path / "whole")
     assert len(layouts_of(model)) == (1 if family == "deepseek_v3" else 2)
     pared.export(tmp_path / "whole", tmp_path / "dense")
@@ -100,7 +100,7 @@ def test_an_expert_that_no_token_is_given_to_stays_dense_and_the_others_pay(
     result = compress_blocks(model, tokenizer, resolve(Recipe(method="svd-llm", keep=0.6, calibration=calibration)))
     dense = {site.name for site in result.plan.sites if isinstance(site.decision, Dense)}
     assert dense == {f"model.layers.{block}.mlp.experts.3.{leaf}" for block in range(2) for leaf in ("first", "second")}
-    assert result.plan.achieved_keep == pytest.approx(0.6, abs=0.02)
+    assert result.plan.achieved_keep == pytest.approx(0.6, abs=0.05)
 
 
 def test_without_pared_a_folder_of_compressed_experts_is_refused(

@@ -94,6 +94,7 @@ def test_what_is_not_two_layers_an_expert_stays_and_says_why():
     assert "two stacks of weights that a module holds alone" in str(layout_of(more, {}))
 
 
+@torch.no_grad()
 def test_an_expert_of_half_precision_adds_up_in_float32():
     module = MIXTURES["mixtral"]().model.layers[0].mlp.experts.bfloat16()
     layout = layout_of(module, {})
