@@ -3,17 +3,20 @@
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pared.cli.console import ConsoleProgress, JsonFile, errors, print_result, quiet_libraries, write_json
 from pared.entrypoints.bench import bench as measure
-from pared.entrypoints.bench import settings_of
+from pared.entrypoints.bench import draft as measure_draft
+from pared.entrypoints.bench import draft_settings_of, settings_of
 from pared.tables import Table
 
 if TYPE_CHECKING:
-    from pared.entrypoints.bench import Bench, Timed
+    from pared.entrypoints.bench import Bench, Drafted, Timed
+    from pared.evaluation.speed import Settings
 
 SIZES: dict[str, Callable[[dict[str, Any]], str]] = {
     "parameters": lambda model: f"{model['parameters']:,}",
@@ -28,14 +31,23 @@ SIZES: dict[str, Callable[[dict[str, Any]], str]] = {
 def bench(
     model: Annotated[str, typer.Argument(help="A folder that pared made, or any named model.")],
     against: Annotated[str | None, typer.Option(help="Another model, timed in turns with the first.")] = None,
+    draft: Annotated[
+        bool,
+        typer.Option(
+            "--draft",
+            help="Have the first propose tokens that the other checks (speculative decoding), against the other alone.",
+        ),
+    ] = False,
+    draft_tokens: Annotated[int, typer.Option(help="Proposed before every check.")] = 5,
+    text: Annotated[str, typer.Option(help="What prompts are cut from, with --draft.")] = "embedded",
     case: Annotated[
         list[str] | None,
         typer.Option(help="What to time: prefill:4x512, decode:1x64+32, forward:512x32; repeatable."),
     ] = None,
     preset_name: Annotated[
-        str, typer.Option("--preset", help="Cases by name: default, basis-sharing, basel.")
+        str, typer.Option("--preset", help="Cases by name: default, basis-sharing, basel, draft.")
     ] = "default",
-    repeats: Annotated[int, typer.Option(help="Measured runs of every case and model.")] = 5,
+    repeats: Annotated[int, typer.Option(help="Measured runs of every case and model; with --draft prompts.")] = 5,
     threads: Annotated[int, typer.Option(help="Of a CPU; more than one distorts ratios on shared machines.")] = 1,
     dtype: Annotated[str, typer.Option(help="What the models are loaded in; auto keeps what is stored.")] = "auto",
     device: Annotated[str, typer.Option(help="Where they run; auto takes the GPU (CUDA) where there is one.")] = "auto",
@@ -45,12 +57,50 @@ def bench(
     with errors():
         quiet_libraries()
         names = [model] if against is None else [model, against]
-        settings = settings_of(names, case or (), preset_name, repeats, threads, dtype, device)
+        timed_on = (names, case or (), preset_name, repeats, threads, dtype, device)
+        if draft:
+            _bench_draft(names, draft_settings_of(*timed_on, text, draft_tokens), text, draft_tokens, json_file)
+            return
+        settings = settings_of(*timed_on)
         result = measure(names, settings, ConsoleProgress())
         for table in tables(result):
             print_result(table)
         write_json(json_file, {"settings": settings.to_json(), "models": result.models,
                                "timed": [as_json(timed) for timed in result.timed]})  # fmt: skip
+
+
+def _bench_draft(names: list[str], settings: "Settings", text: str, draft_tokens: int, json_file: Path | None) -> None:
+    results = measure_draft(names, settings, text, draft_tokens, ConsoleProgress())
+    print_result(draft_table(settings, results))
+    cases = [{**asdict(result), **_draft_figures(result)} for result in results]
+    write_json(json_file, {"settings": settings.to_json(), "draft": names[0], "against": names[1], "text": text,
+                           "drafted": cases})  # fmt: skip
+
+
+def draft_table(settings: "Settings", results: "Sequence[Drafted]") -> Table:
+    """Return what a draft is worth, case by case."""
+    columns = (
+        "case",
+        "tokens/s alone",
+        "with the draft",
+        "times as fast",
+        "ideal",
+        "accepted",
+        "tokens a pass",
+        "same text",
+    )
+    rows = []
+    for case, result in zip(settings.cases, results, strict=True):
+        alone, helped = result.tokens_per_second()
+        same = f"{result.equal_prompts} of {len(result.runs)} prompts"
+        rows.append((str(case), f"{alone:,.1f}", f"{helped:,.1f}", _spread(result.ratios), f"{result.ideal:.2f}",
+                     f"{result.acceptance:.1%}", f"{result.tokens_per_pass:.2f}", same))  # fmt: skip
+    return Table("", columns, rows)
+
+
+def _draft_figures(result: "Drafted") -> dict[str, Any]:
+    return {"acceptance": result.acceptance, "tokens_per_pass": result.tokens_per_pass, "ratios": result.ratios,
+            "ideal": result.ideal, "equal_prompts": result.equal_prompts}  # fmt: skip
 
 
 def tables(result: "Bench") -> Iterator[Table]:

@@ -76,7 +76,7 @@ def bench(names: list[str], settings: Settings, on_run: Callable[[], None] = lam
         ParedError: a model is none, or not a causal language model; too few positions, or out of memory.
     """
     for name in names:
-        _require_fits(name, settings.cases)
+        require_fits(name, settings.cases)
     with ExitStack() as stack:
         workers = [stack.enter_context(_Worker(name, settings)) for name in names]
         timed = []
@@ -98,7 +98,12 @@ def _ideal(models: list[dict[str, Any]]) -> float | None:
     return None if len(models) < 2 else models[1]["multiplied"] / models[0]["multiplied"]
 
 
-def _require_fits(name: str, cases: tuple[Case, ...]) -> None:
+def require_fits(name: str, cases: tuple[Case, ...]) -> None:
+    """Check, before a weight is read, that a model can run the cases.
+
+    Raises:
+        ParedError: it is not a causal language model, or has too few positions.
+    """
     config = find_model(name).config()
     if not is_causal(config.architectures or []):
         raise ParedError(f"{name} is not a causal language model; speed is measured of those")

@@ -71,7 +71,21 @@ PRESETS: dict[str, tuple[Case, ...]] = {
     "default": (Case("prefill", 1, 128), Case("prefill", 4, 512), Case("decode", 1, 64, 32), Case("decode", 8, 64, 32)),
     "basis-sharing": (Case("forward", 512, 32),),
     "basel": (Case("decode", 1, 64, 128), Case("decode", 16, 64, 128)),
+    "draft": (Case("decode", 1, 64, 64),),
 }
+
+
+def require_draftable(cases: tuple[Case, ...]) -> None:
+    """Check that cases are of texts that a draft can help with.
+
+    Raises:
+        ParedError: one is no decoding, or of several prompts at a time, which transformers takes no draft for.
+    """
+    for case in cases:
+        if case.kind != "decode" or case.batch != 1:
+            raise ParedError(
+                f"case {case}: a draft proposes tokens of one text at a time; expected decode:1xLENGTH+NEW"
+            )
 
 
 def preset(name: str) -> tuple[Case, ...]:
