@@ -27,10 +27,15 @@ async function contextOf(file) {
     return contexts.get(file);
 }
 
+function tokensOf(model, prompt) {
+    const first = model.tokens.shouldPrependBosToken ? [model.tokens.bos] : [];
+    return [...first, ...model.tokenize(prompt)];
+}
+
 async function answer({file, prompts, tokens}) {
     const context = await contextOf(file), result = {prompts: [], answers: [], texts: [], seconds: [], rates: []};
     for (const prompt of prompts) {
-        const asked = context.model.tokenize(prompt), sequence = context.getSequence(), answered = [];
+        const asked = tokensOf(context.model, prompt), sequence = context.getSequence(), answered = [];
         let start, used;
         for await (const token of sequence.evaluate(asked, {temperature: 0, yieldEogToken: true})) {
             if (answered.length === 0) [start, used] = [performance.now(), process.cpuUsage()];

@@ -12,7 +12,18 @@ import pared
 from llama_cpp import PROMPTS, Engine, in_transformers
 from pared.models.gguf import header_of
 from pared.models.pre_tokenizers import PRE_TOKENIZERS
-from unit.serving.gguf_models import biased_model, changed_model, model_of, narrow_, narrowed_model, saved, tokenizer_of
+from unit.serving.gguf_models import (
+    SENTENCEPIECE_ROWS,
+    biased_model,
+    changed_model,
+    model_of,
+    narrow_,
+    narrowed_model,
+    saved,
+    sentencepiece,
+    tokenizer_of,
+)
+from unit.serving.test_sentencepiece import metaspace, prepended
 
 pytestmark = pytest.mark.serve
 TOKENS = 32
@@ -40,6 +51,9 @@ MODELS: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
         lambda: model_of("qwen2", rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}), "deci"),
     "qwen3": (lambda: model_of("qwen3"), "qwen3"),
     "qwen3, widened": (lambda: narrowed_model("qwen3", WIDTHS), "qwen3"),
+    "gemma3": (lambda: model_of("gemma3"), "gemma3"),
+    "gemma3, one width": (lambda: narrowed_model("gemma3", [24] * 7), "gemma3"),
+    "gemma3, widened": (lambda: narrowed_model("gemma3", [48, 16, 40, 48, 16, 40, 48]), "gemma3"),
 }  # fmt: skip
 # Where the ways of cutting text differ, and special and added tokens.
 TEXTS = (
@@ -74,7 +88,23 @@ def test_text_becomes_the_same_tokens(llama_cpp: Engine, tmp_path: Path, pre: st
     own.save_pretrained(folder)
     pared.export(folder, file, to="gguf")
     for text, found in zip(TEXTS, llama_cpp.ask(file, TEXTS, 1)["prompts"], strict=True):
-        assert found == own(text, add_special_tokens=False)["input_ids"]
+        assert found == own(text)["input_ids"]
+
+
+# name -> how a SentencePiece tokenizer puts a blank before a text
+BLANKS: dict[str, Callable[[Any], None]] = {"none": lambda _: None, "prepended": prepended, "first": metaspace("first")}
+
+
+@pytest.mark.parametrize("blank", BLANKS)
+def test_sentencepiece_text_becomes_the_same_tokens(llama_cpp: Engine, tmp_path: Path, blank: str) -> None:
+    model_of("gemma3", vocab_size=SENTENCEPIECE_ROWS).save_pretrained(tmp_path / "folder")
+    own = sentencepiece()
+    BLANKS[blank](own.backend_tokenizer)
+    own.save_pretrained(tmp_path / "folder")
+    pared.export(tmp_path / "folder", tmp_path / "made.gguf", to="gguf")
+    texts = (*TEXTS, "the than an ant\n\nhe  the the", "th e th", " s")
+    for text, found in zip(texts, llama_cpp.ask(tmp_path / "made.gguf", texts, 1)["prompts"], strict=True):
+        assert found == own(text)["input_ids"], text
 
 
 def test_decomposed_text_has_the_tokens_of_a_tokenizer_without_nfc(llama_cpp: Engine, tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from pared.io.output_file import require_free_file, staged_file
 from pared.io.record import MANIFEST
 from pared.models.source import ModelSource, find_model
 from pared.names import called
-from pared.serving.gguf.description import Description, can_be_of_any_widths, described, require_covered
+from pared.serving.gguf.architectures import can_be_of_any_widths, require_covered
+from pared.serving.gguf.description import Description, described
 from pared.serving.gguf.file import BLOCK, compare, indivisible, is_gguf, size_of, write_gguf
 from pared.serving.gguf.types import TYPES
 from pared.serving.gguf.vocabulary import vocabulary_of

@@ -8,11 +8,13 @@ import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.models.gemma.tokenization_gemma import GemmaTokenizer
 
 from pared.checkpoint.save import mark
 from pared.models.pre_tokenizers import cut_as
 from pared.modules import LowRankLinear, PivotedLinear, SparseLinear, replace_module
 from pared.modules.narrow import narrowed
+from pared.serving.gguf.sentencepiece import BLANK
 
 MERGES = [
     ("t", "h"), ("th", "e"), ("Ġ", "the"), ("a", "n"), ("1", "2"), ("3", "4"), ("12", "3"), ("Ġ", "1"), ("Ċ", "Ċ"),
@@ -32,6 +34,8 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2Config", {}),
     # the width of a head that transformers takes, whatever a file says
     "qwen3": ("Qwen3Config", {"head_dim": 128, "num_attention_heads": 2, "num_key_value_heads": 1}),
+    "gemma3": ("Gemma3TextConfig", {"head_dim": 8, "num_hidden_layers": 7, "query_pre_attn_scalar": 8,
+                                    "sliding_window": 16}),
 }
 
 
@@ -51,6 +55,25 @@ def tokenizer_of(pre: str = "smollm", begins: bool = False) -> PreTrainedTokeniz
     made.chat_template = TEMPLATE
     return made
 
+
+
+LETTERS = [BLANK, *"thean12s\n"]
+PIECES = ["th", "the", f"{BLANK}the", "an", "12", f"{BLANK}{BLANK}", "he", f"{BLANK}t", "\n\n", "nt", f"{BLANK}an"]
+SENTENCEPIECE_ROWS = 4 + 256 + len(LETTERS) + len(PIECES) + 3  # the last are no token
+
+
+def ways_to_make(piece: str) -> list[tuple[str, str]]:
+    """Return the merges that make a piece of others."""
+    known = {*LETTERS, *PIECES}
+    cuts = [(piece[:cut], piece[cut:]) for cut in range(len(piece) - 1, 0, -1)]
+    return [cut for cut in cuts if known.issuperset(cut)]
+
+
+def sentencepiece() -> PreTrainedTokenizerFast:
+    """Return a tokenizer as Gemma has it, of bytes, a few letters and pieces."""
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{number:02X}>" for number in range(256)), *LETTERS, *PIECES]
+    return GemmaTokenizer(vocab={piece: number for number, piece in enumerate(pieces)},
+                          merges=[way for piece in PIECES for way in ways_to_make(piece)], mask_token=None)  # fmt: skip
 
 def model_of(family: str, **fields: Any) -> PreTrainedModel:
     """Return a random model, its biases and norms too."""

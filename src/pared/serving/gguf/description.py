@@ -1,8 +1,7 @@
 """A model as llama.cpp has it: which of its architectures, its numbers, and every tensor by its name there.
 
-Architectures are described by llama.cpp's code (``src/models/*.cpp``), names by its ``gguf-py``. Llama's queries and
-keys are rotated there by neighbouring rows, where transformers rotates the two halves of a head, so their rows change
-places. ``deci`` is Llama with numbers of its own for every layer.
+Llama's queries and keys are rotated there by neighbouring rows, where transformers rotates the two halves of a head, so
+their rows change places.
 """
 
 import copy
@@ -14,66 +13,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pared.checkpoint.portable import module_map, own_class
 from pared.errors import ParedError
-from pared.names import called
+from pared.serving.gguf.architectures import NORMS_OF_HEADS, Architecture, require_covered, require_same
 
-NORMS_OF_HEADS = ("attn_q_norm", "attn_k_norm")
-NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 BLOCK = re.compile(r"model\.layers\.(\d+)\.(.+)")
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """An architecture of llama.cpp, as far as it differs from Llama.
-
-    Attributes:
-        name: that it has there.
-        biases: the layers whose biases it reads.
-        has_norms_of_heads: whether queries and keys are normalised by head.
-        rotates_neighbours: whether it rotates neighbouring rows, and reads factors for the frequencies.
-        is_square: whether all heads together must be as wide as the model.
-        by_layer: whether every layer may have numbers of its own.
-    """
-
-    name: str
-    biases: tuple[str, ...]
-    has_norms_of_heads: bool = False
-    rotates_neighbours: bool = False
-    is_square: bool = False
-    by_layer: bool = False
-
-
-_QKV = ("attn_q", "attn_k", "attn_v")
-_ALL = (*_QKV, "attn_output", "ffn_gate", "ffn_up", "ffn_down")
-LLAMA = Architecture("llama", _ALL, rotates_neighbours=True)
-DECI = Architecture("deci", _ALL, rotates_neighbours=True, by_layer=True)
-QWEN2 = Architecture("qwen2", _QKV, is_square=True)
-QWEN3 = Architecture("qwen3", _QKV, has_norms_of_heads=True)
-# class of transformers -> what it may be in llama.cpp, the plainest first
-FAMILIES: dict[str, tuple[Architecture, ...]] = {
-    "LlamaForCausalLM": (LLAMA, DECI),
-    "MistralForCausalLM": (LLAMA, DECI),
-    "Qwen2ForCausalLM": (QWEN2, DECI),
-    "Qwen3ForCausalLM": (QWEN3,),
-}
 
 
 @dataclass(frozen=True)
@@ -108,30 +54,6 @@ class Description:
     rows: int
 
 
-def require_covered(architectures: object, name: str) -> tuple[Architecture, ...]:
-    """Return what a model may be in llama.cpp.
-
-    Args:
-        architectures: names of classes, as a configuration lists them.
-        name: of the model, for messages.
-
-    Raises:
-        ParedError: it is of another class; says which are covered.
-    """
-    listed = list(architectures) if isinstance(architectures, (list, tuple)) else []
-    found = FAMILIES.get(listed[0]) if len(listed) == 1 else None
-    if found is None:
-        raise ParedError(f"model {name!r} is {' and '.join(map(str, listed)) or 'of no class'}, and a .gguf file is "
-                         f"written of {', '.join(FAMILIES)}; export a dense folder ({called('to', 'dense')}), and "
-                         "convert it with convert_hf_to_gguf.py of llama.cpp")  # fmt: skip
-    return found
-
-
-def can_be_of_any_widths(model: PreTrainedModel) -> bool:
-    """Whether an architecture that the model may be in llama.cpp has numbers of its own for every layer."""
-    return any(one.by_layer for one in FAMILIES.get(own_class(type(model)).__name__, ()))
-
-
 @torch.no_grad()
 def described(model: PreTrainedModel, name: str) -> Description:
     """Return what a GGUF file says of a model, dense or with layers that lost channels or heads.
@@ -147,11 +69,12 @@ def described(model: PreTrainedModel, name: str) -> Description:
     """
     possible = require_covered([own_class(type(model)).__name__], name)
     config = model.config
-    _require_plain(config, name)
-    tensors = _tensors(model, name)
+    is_gemma = possible[0].is_gemma  # a family has one set of names
+    require_same(config, is_gemma, name)
+    tensors = _tensors(model, possible[0].names, name)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     numbers = _numbers(tensors, config.num_hidden_layers, head)
-    factors = _rope_factors(model, head, name)
+    factors = None if is_gemma else _rope_factors(model, head, name)
     refusals: dict[str, str] = {}
     for one in possible:
         why = _why_not(one, numbers, tensors, factors is not None, config.hidden_size // head)
@@ -171,31 +94,31 @@ def described(model: PreTrainedModel, name: str) -> Description:
         "attention.key_length": head,
         "attention.value_length": head,
         "rope.dimension_count": head,
-        "rope.freq_base": float(config.rope_parameters["rope_theta"]),
+        **(_gemma_fields(config) if is_gemma else {"rope.freq_base": float(config.rope_parameters["rope_theta"])}),
     }
+    if is_gemma:
+        tensors = {key: _with_one(tensor) for key, tensor in tensors.items()}
     listed = [_rotated(tensor, head) if one.rotates_neighbours else tensor for tensor in tensors.values()]
     if factors is not None:
         listed.append(GgufTensor("rope_freqs.weight", tuple(factors.shape), lambda: factors))
     return Description(one.name, fields, listed, tensors["token_embd.weight"].shape[0])
 
 
-def _require_plain(config: PretrainedConfig, name: str) -> None:
-    """Refuse what the architectures of llama.cpp compute otherwise.
-
-    Raises:
-        ParedError: says which field of the configuration.
-    """
-    if (activation := config.hidden_act) not in ("silu", "swish"):
-        raise ParedError(f"model {name!r}: hidden_act is {activation!r}, and llama.cpp has silu there")
-    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-    slides = window is not None and window < config.max_position_embeddings
-    if "sliding_attention" in kinds if kinds else slides:
-        raise ParedError(f"model {name!r}: its attention sees {window} tokens (sliding_window), and llama.cpp's all of "
-                         "them there: longer texts would be answered otherwise; set sliding_window to null in "
-                         "config.json if it is to be served so")  # fmt: skip
+def _gemma_fields(config: Any) -> dict[str, int | float]:
+    return {
+        "rope.freq_base": float(config.rope_parameters["full_attention"]["rope_theta"]),
+        "attention.sliding_window": config.sliding_window,
+    }
 
 
-def _tensors(model: PreTrainedModel, name: str) -> dict[str, GgufTensor]:
+def _with_one(tensor: GgufTensor) -> GgufTensor:
+    """Return a norm of Gemma as a file has it: transformers adds the 1 as it runs."""
+    if not tensor.name.endswith("norm.weight"):
+        return tensor
+    return GgufTensor(tensor.name, tensor.shape, lambda: tensor.values() + 1.0)
+
+
+def _tensors(model: PreTrainedModel, names: Mapping[str, str], name: str) -> dict[str, GgufTensor]:
     """Return every weight and bias of a model by its name in llama.cpp; what is tied is there once.
 
     Raises:
@@ -205,7 +128,7 @@ def _tensors(model: PreTrainedModel, name: str) -> dict[str, GgufTensor]:
 
     def add(module: str, part: str, shape: tuple[int, ...], values: Callable[[], torch.Tensor]) -> None:
         block = BLOCK.fullmatch(module)
-        short = NAMES.get(block[2] if block else module)
+        short = names.get(block[2] if block else module)
         if short is None or part not in ("weight", "bias"):
             raise ParedError(f"model {name!r}: {module}.{part} has no name in a .gguf file")
         told = f"blk.{block[1]}.{short}.{part}" if block else f"{short}.{part}"

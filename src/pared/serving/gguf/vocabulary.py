@@ -11,7 +11,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pared.errors import ParedError
 from pared.models.pre_tokenizers import PRE_TOKENIZERS, steps_of
+from pared.serving.gguf.sentencepiece import BYTES, begins_with_blank, is_sentencepiece, scores_of
 
 log = logging.getLogger(__name__)
 
@@ -27,21 +28,24 @@ log = logging.getLogger(__name__)
 SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
 NO_NAME = re.compile(r"[^A-Za-z0-9]")  # what the name of a chat template has none of in a file
 PADDING = "[PAD{}]"  # of rows of the embeddings that are no token
+LOWEST = -1e6  # the score of a token that nothing makes; any number below those of merges
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A byte-level BPE tokenizer.
+    """A tokenizer of byte-level BPE or of SentencePiece.
 
     Attributes:
         pre: llama.cpp's name of the way text is cut before merges.
         tokens: by number; bytes are written as the tokenizer does, added tokens as they are in a text.
         types: of each, numbers of ``gguf.TokenType``.
-        merges: in order, two tokens with a blank between.
+        merges: of byte-level BPE, in order, two tokens with a blank between; empty for SentencePiece.
         special: numbers of special tokens, by what they are for.
         adds_bos: whether texts begin with a token of their own.
         adds_eos: whether they end with one.
         chat_template: Jinja, one or several by name; none for a model without dialogues.
+        scores: of SentencePiece tokens, the highest for what is joined first; empty for byte-level BPE.
+        adds_blank: whether a SentencePiece text gets a blank before it.
     """
 
     pre: str
@@ -52,12 +56,15 @@ class Vocabulary:
     adds_bos: bool
     adds_eos: bool
     chat_template: Any
+    scores: list[float] = field(default_factory=list)
+    adds_blank: bool = False
 
     def fields(self) -> dict[str, object]:
         """Return the fields of a file: every one that begins with ``tokenizer.``."""
-        listed = {"tokens": self.tokens, "token_type": self.types, "merges": self.merges}
+        listed = {"tokens": self.tokens, "scores": self.scores, "token_type": self.types, "merges": self.merges}
         return {
-            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.model": "llama" if self.scores else "gpt2",
+            **({"tokenizer.ggml.add_space_prefix": self.adds_blank} if self.scores else {}),
             "tokenizer.ggml.pre": self.pre,
             **{f"tokenizer.ggml.{key}": values for key, values in listed.items() if values},  # no array is empty
             **{f"tokenizer.ggml.{SPECIAL[kind]}_token_id": number for kind, number in self.special.items()},
@@ -83,8 +90,8 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, rows: int, name: str) -> V
     """Return a tokenizer as the fields of a GGUF file.
 
     Args:
-        tokenizer: of the tokenizers library: byte-level BPE, cut in one of the ways that :data:`PRE_TOKENIZERS` lists;
-            a line says so if it composes characters (NFC), which llama.cpp does not.
+        tokenizer: of the tokenizers library: SentencePiece's, or byte-level BPE cut in one of the ways that
+            :data:`PRE_TOKENIZERS` lists; a line says so if it composes characters (NFC), which llama.cpp does not.
         rows: of the embeddings; those behind the last token become unused tokens, as llama.cpp has as many of both.
         name: of the model, for messages.
 
@@ -97,8 +104,10 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, rows: int, name: str) -> V
         raise ParedError(f"model {name!r}: its tokenizer {type(tokenizer).__name__} has no tokenizer.json, which a "
                          ".gguf file is made from; load it with transformers and save it as a fast one")  # fmt: skip
     told = json.loads(core.to_str())
-    pre, model = _pre_tokenizer(told, name), told["model"]
+    model, pieces = told["model"], is_sentencepiece(told)
     tokens, added = dict(model["vocab"]), {one["content"]: one for one in told["added_tokens"]}
+    scores = scores_of(tokens, model["merges"], added, name) if pieces else {}
+    unknown = str(model["unk_token"] or "") if pieces else None
     tokens.update({content: one["id"] for content, one in added.items()})
     if (last := max(tokens.values())) >= rows:
         raise ParedError(f"model {name!r}: its tokenizer has a token of the number {last}, its embeddings {rows} rows; "
@@ -107,22 +116,27 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, rows: int, name: str) -> V
     types = [int(TokenType.UNUSED)] * rows
     for content, number in tokens.items():
         listed[number] = content
-        types[number] = int(_type(added.get(content)))
+        types[number] = int(_type(content, added.get(content), unknown))
     special = {kind: getattr(tokenizer, f"{kind}_token_id", None) for kind in SPECIAL}
     bos, eos = _added(tokenizer, name)
     return Vocabulary(
-        pre=pre,
+        pre="default" if pieces else _pre_tokenizer(told, name),
         tokens=listed,
         types=types,
-        merges=[pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]],
+        merges=[] if pieces else [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]],
         special={kind: int(number) for kind, number in special.items() if number is not None},
         adds_bos=bos,
         adds_eos=eos,
         chat_template=getattr(tokenizer, "chat_template", None),
+        scores=[scores.get(token, LOWEST) for token in listed] if pieces else [],
+        adds_blank=pieces and begins_with_blank(told, name),
     )
 
 
-def _type(added: Mapping[str, Any] | None) -> TokenType:
+def _type(token: str, added: Mapping[str, Any] | None, unknown: str | None) -> TokenType:
+    """Return what a token is; a SentencePiece tokenizer is told by the token for what it does not know."""
+    if unknown is not None and (token in BYTES or token == unknown):
+        return TokenType.UNKNOWN if token == unknown else TokenType.BYTE
     if added is None:
         return TokenType.NORMAL
     return TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
