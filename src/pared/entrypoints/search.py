@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -163,6 +164,8 @@ def require_searchable(recipe: Recipe) -> CompressionSpec:
     if isinstance(spec, ExpertSpec):
         raise ParedError(f"a search finds ranks or zeros, got structures experts; take {called('structures', 'ranks')}")
     if isinstance(spec, LowRankSpec):
+        if recipe.structures == "auto" and spec.structures == "mixed":  # of which a search finds the ranks
+            spec = replace(spec, budget=replace(spec.budget, structures="ranks"))
         require_rankable(spec)
     if isinstance(spec.config, Wanda) and spec.config.variant:
         raise ParedError("Wanda's variant chooses zeros row by row from all scores; search without it")

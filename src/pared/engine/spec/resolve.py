@@ -4,7 +4,7 @@ from pared.allocation import Budget, ProgramOptions, UnitOptions, allocator_of, 
 from pared.allocation.dsa.presets import SCORE_TOKENS
 from pared.engine.spec.specs import CompressionSpec, ExpertSpec, LowRankSpec, SparseSpec
 from pared.errors import ParedError
-from pared.lowrank import LowRankMethod
+from pared.lowrank import LowRankMethod, SharingOptions
 from pared.methods import METHODS, Method, methods_of
 from pared.names import called
 from pared.schema.options import Options
@@ -93,7 +93,7 @@ def _resolve_low_rank(recipe: Recipe, method: LowRankMethod) -> LowRankSpec:
     config = method.configured(recipe.options)
     name = "rank-fraction" if recipe.rank_fraction is not None else _allocation_name(recipe, method)
     allocator = allocator_of(name, "low_rank")
-    structures = method.structures(recipe.keep) if recipe.structures == "auto" else recipe.structures
+    structures = recipe.structures if recipe.structures != "auto" else _own_structures(method, recipe, refit, config)
     pivoted = method.pivoted if recipe.storage == "auto" else recipe.storage == "pivoted"
     spec = LowRankSpec(
         recipe=recipe,
@@ -119,6 +119,14 @@ def _resolve_low_rank(recipe: Recipe, method: LowRankMethod) -> LowRankSpec:
             f"method that collects any; method {recipe.method} has statistics {statistics} and refit {refit} here"
         )
     return spec
+
+
+def _own_structures(method: LowRankMethod, recipe: Recipe, refit: str, config: Options) -> str:
+    """Return what a method makes smaller by itself, or ranks where the rest of a recipe goes with those alone."""
+    own = method.structures(recipe.keep)
+    other = recipe.rank_fraction is not None or _allocation_name(recipe, method) != method.allocation
+    shares = isinstance(config, SharingOptions) and config.group_size > 1 and config.sharing != "none"
+    return "ranks" if own == "mixed" and (other or shares or refit != "off") else own
 
 
 def _resolve_experts(recipe: Recipe, method: LowRankMethod) -> ExpertSpec:
