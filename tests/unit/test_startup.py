@@ -164,6 +164,9 @@ CASES: list[tuple[list[str], int, str]] = [
     (["compress", "--metod", "svd"], 2, "--method"),
     (["verify", "no/such/folder"], 2, "no such folder"),
     (["info", "no/such/folder"], 2, "no such folder"),
+    (["doctor", "no/such/folder"], 2, "no such folder"),
+    (["push", "no/such/folder", "owner/name"], 2, "no such folder"),
+    (["push", "no/such/folder", "name"], 2, "owner/name"),
     *(
         [command.split(), 2, told]
         for command, told in {

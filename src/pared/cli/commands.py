@@ -47,6 +47,23 @@ COMMANDS = {
         "Compress the embedded model on the embedded text; a second run reuses what the first one made.",
     ),
     "diagnose": ("pared.cli.diagnose:diagnose", "Examine what a method does to a model."),
+    "push": ("pared.cli.push:push", "Check a folder and upload the files that it lists to the Hugging Face Hub."),
+    "doctor": (
+        "pared.cli.doctor:doctor",
+        "Say what this machine can do, and how it would load a folder; exit code 1 where it would load it wrongly.",
+    ),
+}
+# heading -> (its commands, an example)
+GROUPS = {
+    "Make smaller": (
+        ("compress", "plan", "search", "diagnose", "demo"),
+        "pared compress MODEL --keep 0.8 --data wikitext2:train --out DIR",
+    ),
+    "Train": (("tune",), "pared tune DIR --method distill --data wikitext2:train --tokens 16384 --out BETTER"),
+    "Measure": (("eval", "bench"), "pared bench DIR --against MODEL"),
+    "Look and check": (("info", "verify", "doctor"), "pared doctor DIR"),
+    "Pass on": (("export", "convert", "push"), "pared push DIR owner/name --private --dry-run"),
+    "What there is": (("methods", "presets"), "pared methods svd-llm"),
 }
 LOADS_NOTHING = {"methods", "presets", "demo"}
 LOOKS: dict[str, Any] = {
@@ -77,9 +94,12 @@ class LazyCommands(TyperGroup):
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002 - as in click
-        """Write the list of commands, importing none of them."""
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, told) for name, (_, told) in COMMANDS.items()])
+        """Write the list of commands in groups with an example each, importing none of them."""
+        for heading, (names, example) in GROUPS.items():
+            with formatter.section(heading):
+                formatter.write_dl([(name, COMMANDS[name][1]) for name in names])
+                formatter.write_paragraph()
+                formatter.write_text(f"$ {example}")
 
 
 def _command(name: str) -> Any:

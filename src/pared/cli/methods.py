@@ -1,11 +1,12 @@
 """``pared methods``: what can be asked for."""
 
 from collections.abc import Iterator
-from typing import Annotated
+from dataclasses import asdict
+from typing import Annotated, Any
 
 import typer
 
-from pared.cli.console import errors, out, print_result
+from pared.cli.console import JsonFile, errors, out, print_result, write_json
 from pared.entrypoints import catalog
 from pared.entrypoints.catalog import Listed
 from pared.names import require_known
@@ -19,11 +20,13 @@ def methods(
         str | None,
         typer.Argument(help="Describe this method, allocation or training, with its options.", show_default=False),
     ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """List the methods, where each comes from and what it needs."""
     with errors():
         if name is not None:
             print_one(name)
+            write_json(json_file, as_json(name))
             return
         rows = [(method.name, _described(method)) for method in catalog.methods()]
         print_result(Table("", ("method", "what it does, what it needs and takes, where it is from"), rows, align="l"))
@@ -32,6 +35,13 @@ def methods(
             options = f" ({', '.join(map(str, allocator.options))})" if allocator.options else ""
             for family in allocator.families:
                 out.print(f"{SPREADS[family]} {allocator.name}: {allocator.summary}{options}{_added(allocator)}")
+        write_json(json_file, as_json(None))
+
+
+def as_json(name: str | None) -> dict[str, Any]:
+    """Return methods, allocations and trainings with their options, all there are or those of a name."""
+    listed = {"methods": catalog.methods(), "allocations": catalog.allocators(), "trainings": catalog.trainings()}
+    return {what: [asdict(one) for one in every if name in (None, one.name)] for what, every in listed.items()}
 
 
 def print_one(name: str) -> None:

@@ -15,6 +15,7 @@ from pared.environment import machine, versions
 from pared.errors import ParedError
 from pared.io.files import path_of
 from pared.io.inputs import found_again
+from pared.models.published import published_facts
 from pared.models.source import find_model, require_dense
 from pared.names import called
 from pared.schema.manifest import Manifest, Training
@@ -162,6 +163,7 @@ class DenseParent:
                 "name": self._source.name,
                 "origin": self._source.origin,
                 "architecture": type(self._skeleton).__name__,
+                **published_facts(self._source),
             },
             recipe=Recipe(
                 model=self.name,

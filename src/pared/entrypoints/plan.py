@@ -1,6 +1,5 @@
 """What a compression of a model by name would do, from its configuration and the shapes of its weights."""
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
@@ -13,9 +12,9 @@ from pared.engine.early import require_model, require_possible, require_suited
 from pared.engine.result import stacks
 from pared.engine.spec import CompressionSpec, ExpertSpec, LowRankSpec
 from pared.errors import ParedError
-from pared.names import called
+from pared.report.sites import kinds_table, layers_table
 from pared.schema.cost import Cost
-from pared.schema.plan import Dense, Plan
+from pared.schema.plan import Plan
 from pared.schema.recipe import Recipe
 from pared.structure.probe import probe_shapes
 from pared.tables import Table
@@ -40,15 +39,15 @@ class Planned:
     cost: Cost | None = None
 
     def tables(self, full: bool = False) -> Iterator[Table]:
-        """Yield the decisions, and the sizes before and after.
+        """Yield the sizes before and after, and the decisions.
 
         Args:
             full: a row for every layer, not for every kind of layer.
         """
-        yield self._layers() if full else self._kinds()
         recipe = self.spec.recipe
         title = f"{recipe.model}  {recipe.method}  {recipe.budget}"
         yield Table.comparison(title, self.plan.sizes(), tuple(self.remarks()))
+        yield layers_table(self.plan, self.stacks) if full else kinds_table(self.plan, self.stacks)
         if self.cost is not None:
             yield self.cost.table()
 
@@ -56,39 +55,6 @@ class Planned:
         """Return the plan, and its cost if that is known, as JSON has it."""
         told = self.plan.model_dump(mode="json")
         return told if self.cost is None else {**told, "cost": self.cost.model_dump(mode="json")}
-
-    def _layers(self) -> Table:
-        rows = []
-        for site in self.plan.sites:
-            choice = site.decision
-            told = f"dense: {choice.reason}" if isinstance(choice, Dense) else str(choice)
-            rows.append((site.name, f"{site.out_features} x {site.in_features}", told, f"{site.after:,}"))
-        for weight in self.plan.uncovered:
-            shape = " x ".join(map(str, weight.shape))
-            rows.append((weight.name, shape, f"not targeted: {weight.reason}", f"{weight.parameters:,}"))
-        columns = ("site", "out x in", "decision", "parameters")
-        return Table("", columns, rows, self.stacks, align="lrlr", faint_from=len(self.plan.sites))
-
-    def _kinds(self) -> Table:
-        """Return a row for all layers of one kind, shape and decision, in the order of the first of each."""
-        counts, after = Counter[tuple[str, str, str]](), Counter[tuple[str, str, str]]()
-        for site in self.plan.sites:
-            choice = site.decision
-            told = f"dense: {choice.reason}" if isinstance(choice, Dense) else str(choice)
-            kind = (site.kind, f"{site.out_features} x {site.in_features}", told)
-            counts[kind] += 1
-            after[kind] += site.after
-        targets = len(counts)
-        for weight in self.plan.uncovered:
-            place = ".".join(part for part in weight.name.split(".") if not part.isdigit())
-            kind = (place, " x ".join(map(str, weight.shape)), f"not targeted: {weight.reason}")
-            counts[kind] += 1
-            after[kind] += weight.parameters
-        rows = [(what, f"{counts[what, shape, told]:,}", shape, told, f"{after[what, shape, told]:,}")
-                for what, shape, told in counts]  # fmt: skip
-        columns = ("layers", "number", "out x in", "decision", "parameters")
-        return Table("", columns, rows, (*self.stacks, f"every layer by name: {called('full', 'True')}"), align="lrrlr",
-                     faint_from=targets)  # fmt: skip
 
     def remarks(self) -> Iterator[str]:
         """Yield what the model is, what every ``auto`` stands for, the passes, and what cannot be known or reached."""

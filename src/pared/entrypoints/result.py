@@ -14,6 +14,7 @@ from pared.entrypoints.publish import Publication, Reread, ResidentSaver, reload
 from pared.entrypoints.streamed import StreamedModel, StreamedReload, StreamedSaver
 from pared.environment import machine, peak_memory_bytes, versions
 from pared.io.inputs import inputs_of
+from pared.models.published import published_facts
 from pared.models.source import ModelSource
 from pared.notebook import watcher_of
 from pared.progress import Progress, Stopwatch
@@ -203,7 +204,12 @@ def _manifest(result: Compressed, reread: Reread, asked: Recipe, watch: Stopwatc
     done, before = _with_lengths(result, asked), result.before
     return Manifest(
         format_version=FORMAT_VERSION,
-        model={"name": before.name, "origin": before.origin, "architecture": type(reread.model).__name__},
+        model={
+            "name": before.name,
+            "origin": before.origin,
+            "architecture": type(reread.model).__name__,
+            **published_facts(before.source),
+        },
         recipe=done,
         preset=record_of(done),
         settled=dict(result.settled),

@@ -6,9 +6,9 @@ from typing import Any
 import yaml
 
 from pared.models.architecture import AUTO_CLASSES
+from pared.report.metadata import metadata
 from pared.report.table import comparison, learned_from
 from pared.schema.manifest import Manifest
-from pared.schema.plan import LowRank, Shared
 from pared.schema.presets import PresetRecord, summary_of
 from pared.schema.width import Width
 
@@ -29,8 +29,8 @@ Without it, with the loader that lies in this folder:
 model = {auto}.from_pretrained("{folder}", trust_remote_code=True)
 ```
 
-With neither, transformers only warns about an unknown quantisation type and fills the compressed layers with random
-numbers. `pared verify {folder}` tells whether a copy answers as the original did.
+With neither, transformers refuses the folder. `pared doctor {folder}` says how a machine would load it, and
+`pared verify {folder}` whether a copy answers as the original did.
 
 """
 PLAIN = """\
@@ -79,25 +79,14 @@ def model_card(manifest: Manifest, folder: str, config: Mapping[str, Any]) -> st
         config: what its ``config.json`` holds.
     """
     recipe = manifest.recipe
-    narrow, ranked = (
-        any(isinstance(site.decision, kinds) for site in manifest.plan.sites) for kinds in (Width, (LowRank, Shared))
-    )
+    narrow = any(isinstance(site.decision, Width) for site in manifest.plan.sites)
     pruned = recipe.sparsity is not None or recipe.pattern is not None
-    header = {
-        "library_name": "transformers",
-        "tags": [
-            "pared",
-            "sparse" if pruned else "pruned" if narrow and not ranked else "low-rank",
-            recipe.method,
-        ],
-        **_base_model(manifest),
-    }
     table = "\n".join(f"| {row.what} | {row.before} | {row.after} | {row.share} |" for row in comparison(manifest))
     shown = recipe.as_file()
     return "\n".join(
         [
             "---",
-            yaml.safe_dump(header, sort_keys=False).rstrip(),
+            yaml.safe_dump(metadata(manifest, folder, config), sort_keys=False).rstrip(),
             "---",
             "",
             f"# {manifest.model['name']}, {_smaller(manifest):.0%} smaller",
@@ -199,11 +188,6 @@ def _inputs(manifest: Manifest) -> str:
 def _smaller(manifest: Manifest) -> float:
     """Return the fraction of the whole model's parameters that is gone."""
     return 1 - manifest.plan.after.model_parameters / manifest.plan.before.model_parameters
-
-
-def _base_model(manifest: Manifest) -> dict[str, str]:
-    name = manifest.model["name"]
-    return {"base_model": name} if name.count("/") == 1 and manifest.model["origin"] == "Hugging Face Hub" else {}
 
 
 def _measured_on(manifest: Manifest) -> str:

@@ -67,11 +67,20 @@ class TooFew(TypedDict):
 
 
 class Origin(TypedDict):
-    """What was compressed: the last part of its name, where it came from, and its class."""
+    """What was compressed: the last part of its name, where it came from, its class, and what its publisher says of it.
+
+    Keys:
+        base_model: its id on the Hub.
+        license: as the Hub spells it; ``license_name`` and ``license_link`` are of one that the Hub does not list.
+    """
 
     name: str
     origin: str
     architecture: str
+    base_model: NotRequired[str]
+    license: NotRequired[str]
+    license_name: NotRequired[str]
+    license_link: NotRequired[str]
 
 
 class WindowsRead(TypedDict):

@@ -140,7 +140,7 @@ def test_a_plan_has_a_row_for_every_kind_of_layer_and_for_every_layer_if_asked(d
     assert "layers." not in kinds
     counted = [line.split("│")[2] for line in kinds.splitlines() if line.startswith("│") and " rank " in line]
     assert sum(map(int, counted)) == len([line for line in names if " rank " in line])
-    assert kinds.splitlines()[-6:] == full.splitlines()[-6:]  # the sizes
+    assert kinds.splitlines()[:8] == full.splitlines()[:8]  # the sizes
 
 
 def test_the_list_of_methods_is_not_broken_inside_words(monkeypatch: pytest.MonkeyPatch) -> None:
