@@ -22,6 +22,7 @@ from pared.io.record import MANIFEST, SUMS, recorded, require_own_sum, require_w
 from pared.memory import available_memory, format_size
 from pared.models.stored import TORCH_DTYPES
 from pared.models.trust import trusted
+from pared.names import called
 from pared.schema.manifest import Manifest
 
 AGAIN = "fetch or make the folder again"
@@ -147,7 +148,7 @@ def architecture(folder: Stored) -> Iterator[Finding]:
     what, kind, refs = "architecture", folder.config.get("model_type"), _refs(folder)
     if "AutoConfig" in refs:
         state: State = "ok" if trusted() else "note"
-        advice = "" if trusted() else "read it, and give --trust-remote-code"
+        advice = "" if trusted() else f"read it, and give {called('trust_remote_code', 'True')}"
         yield Finding(what, state, f"{kind!r} is code of its own ({refs['AutoConfig']})", advice)
     elif kind not in CONFIG_MAPPING_NAMES:
         made = _versions(folder).get("transformers")
