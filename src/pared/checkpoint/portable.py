@@ -17,7 +17,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from pared.checkpoint.format import LOADER_NAME, MODULE_TYPES, NOTICE, ParedConfig, added_kinds, module_type
 from pared.importing import when_imported
-from pared.modules.adapters import MADE, adapter_class, teach_peft
+from pared.modules.adapters import CLASSES, teach_peft
 from pared.modules.packing import pack
 from pared.modules.replace import replace_module
 from pared.modules.shared import DOWN, BasisHolder
@@ -224,8 +224,8 @@ def _new(cls: type, *rest: Any) -> Any:
 
 def __getattr__(name: str) -> Any:
     """Return the portable twin of a transformers class, which ``auto_map`` names, or the class of adapters."""
-    if IS_COPY and name == MADE:
-        return adapter_class()
+    if IS_COPY and name in CLASSES:
+        return CLASSES[name]()
     if name.startswith("_") or not isinstance(cls := getattr(transformers, name, None), type):
         raise AttributeError(f"module {__name__} has no attribute {name}")
     return portable_class(cls)

@@ -1,4 +1,4 @@
-"""LoRA on a factorised layer by the layer's usual name: ``LoraConfig(target_modules=["q_proj", "v_proj"])``.
+"""LoRA on a compressed layer by the layer's usual name: ``LoraConfig(target_modules=["q_proj", "v_proj"])``.
 
 PEFT adapts classes that it knows, and others that a ``LoraConfig`` registers. Every ``LoraConfig`` knows ours, from
 the moment PEFT is imported; no call is needed.
@@ -6,11 +6,14 @@ the moment PEFT is imported; no call is needed.
 An adapter of rank r beside factors of rank k is merged exactly, into factors of rank k + r: its ``A`` below ``down``,
 its scaled ``B`` beside ``up``. What the layer was is kept until then, so unmerging gives it back bit for bit, unless
 the model was cast meanwhile.
+
+An adapter beside a pruned layer is merged where weights are stored; zeros stay zero.
 """
 
 import functools
 import importlib
 import warnings
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -21,15 +24,15 @@ from pared.importing import when_imported
 from pared.modules.low_rank import LowRankLinear
 from pared.modules.pivoted import PivotedLinear
 from pared.modules.shared import BasisHolder
+from pared.modules.sparse import SparseLinear
 
 # Starting values of an adapter that leave the weight it stands on as it is; others (PiSSA, OLoRA, ...) change it.
 HARMLESS_STARTS = ("gaussian", "eva", "orthogonal")
 TOLD = "_custom_modules"  # what PEFT reads of a configuration
-MADE = "FactorisedLora"
 
 
 def teach_peft() -> None:
-    """Let every ``LoraConfig`` know factorised layers from here on; PEFT need not be imported yet."""
+    """Let every ``LoraConfig`` know compressed layers from here on; PEFT need not be imported yet."""
     when_imported("peft.tuners.lora.config", _register)
 
 
@@ -45,7 +48,8 @@ def _register(module: ModuleType) -> None:
 
     def registered(self: Any) -> dict[type, type]:
         known = above.fget(self) if above is not None else self.__dict__.get(TOLD) or {}
-        return known if BasisHolder in known else {**known, BasisHolder: adapter_class()}
+        ours: dict[type, type] = {BasisHolder: adapter_class(), SparseLinear: sparse_adapter_class()}
+        return known if BasisHolder in known else {**known, **ours}
 
     def register(self: Any, known: dict[type, type] | None) -> None:
         self.__dict__[TOLD] = known
@@ -184,17 +188,51 @@ class FactorisedLoraMixin(_Above):
         )
 
 
+class SparseLoraMixin(_Above):
+    """An adapter beside a pruned layer: computes as on any linear layer, and merges under the mask."""
+
+    base_layer: Any
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge as PEFT does, but for pruned weights: what adapters add there is lost, and a warning says so."""
+        before = len(self.merged_adapters)
+        super().merge(safe_merge, adapter_names)
+        if len(self.merged_adapters) > before:
+            self.get_base_layer().keep_zeros_()
+            warnings.warn(
+                "an adapter is merged into a pruned layer: what it adds where weights are zero is lost, and the merged "
+                "model does not answer as the adapted one; measure it again, or keep the adapter unmerged",
+                stacklevel=2,
+            )
+
+    def unmerge(self) -> None:
+        """Unmerge as PEFT does; zeros are zero again, without a rest of rounding."""
+        super().unmerge()
+        self.get_base_layer().keep_zeros_()
+
+
 @functools.cache
 def adapter_class() -> type:
-    """Return PEFT's layer for ours, made when it is first asked for, as PEFT need not be there."""
+    """Return PEFT's layer for factors, made when it is first asked for, as PEFT need not be there."""
     above = importlib.import_module("peft.tuners.lora.layer").Linear
-    return type(MADE, (FactorisedLoraMixin, above), {"__module__": __name__})
+    return type("FactorisedLora", (FactorisedLoraMixin, above), {"__module__": __name__})
+
+
+@functools.cache
+def sparse_adapter_class() -> type:
+    """Return PEFT's layer for pruned layers, as :func:`adapter_class`."""
+    above = importlib.import_module("peft.tuners.lora.layer").Linear
+    return type("SparseLora", (SparseLoraMixin, above), {"__module__": __name__})
+
+
+# by the names that a pickled model has for them
+CLASSES: dict[str, Callable[[], type]] = {"FactorisedLora": adapter_class, "SparseLora": sparse_adapter_class}
 
 
 def __getattr__(name: str) -> Any:
-    """Return PEFT's layer for ours by its name, as a process that unpickles a model asks for it."""
-    if name == MADE:
-        return adapter_class()
+    """Return PEFT's layer for one of ours by its name, as a process that unpickles a model asks for it."""
+    if name in CLASSES:
+        return CLASSES[name]()
     raise AttributeError(f"module {__name__} has no attribute {name}")
 
 

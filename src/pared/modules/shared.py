@@ -1,6 +1,7 @@
 """Several modules with one basis: the weights of their ``down`` are one parameter.
 
-Parameters are tied, never one module put under two parents: transformers initialises the latter again on loading.
+Parameters are tied, never one module put under two parents: transformers initialises the latter again on loading. What
+replaces the weight of one of them by a packed one (torchao's ``quantize_``, layer by layer) gives all of them the same.
 """
 
 from functools import partial
@@ -9,6 +10,7 @@ from typing import Any, NoReturn
 from torch import nn
 
 DOWN = ".down.weight"  # what a shared basis is called, behind the name of its module
+BECAME = "_pared_became"  # attribute of a parameter: what was put in its place
 
 
 class BasisHolder(nn.Module):
@@ -30,6 +32,21 @@ class BasisHolder(nn.Module):
             value.merge = partial(_refuse_merge, self.shares)
 
 
+class SharedDown(nn.Linear):
+    """A ``down`` whose weight others have too: quantised in place, it is the same tensor for all of them still."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set as torch does; where a weight becomes a tensor of another class, all that had it get the first such."""
+        old = self._parameters.get("weight") if name == "weight" else None
+        if type(old) is nn.Parameter and isinstance(value, nn.Parameter) and type(value) is not nn.Parameter:
+            first = getattr(old, BECAME, None)
+            if first is not None and type(first) is type(value) and first.shape == value.shape:
+                value = first
+            else:
+                setattr(old, BECAME, value)
+        super().__setattr__(name, value)
+
+
 def share(member: nn.Module, owner: nn.Module, tensor: str) -> None:
     """Make ``down.weight`` of one module that of another, one parameter.
 
@@ -47,6 +64,8 @@ def share(member: nn.Module, owner: nn.Module, tensor: str) -> None:
     _down(member).weight = _down(owner).weight
     for module in (member, owner):
         module.shares = tensor  # type: ignore[assignment]
+        if type(_down(module)) is nn.Linear:
+            _down(module).__class__ = SharedDown
         module.down = module.down  # where it is wrapped already
 
 

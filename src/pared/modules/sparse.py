@@ -33,6 +33,10 @@ class SparseLinear(nn.Linear):
     one is *packed*: it has no weight but room for ``values``, as transformers fills parameters by name;
     :meth:`unpack_` makes the weight. While it is packed it multiplies all the same, unpacking again every time.
 
+    In training it computes with zeros where nothing is stored, so no gradient reaches these weights: whatever trains
+    it, its zeros stay. What an optimiser makes of them all the same (Muon, noise) has no effect on any output, and is
+    set to zero before the layer is evaluated or saved.
+
     Args:
         in_features: width of the input.
         out_features: width of the output.
@@ -46,6 +50,8 @@ class SparseLinear(nn.Linear):
         values: the stored weights ``(stored,)``; None once unpacked.
         bits: uint8 ``(bytes,)``, one bit a weight, or for N:M the places, if less; :mod:`pared.modules.packing`.
     """
+
+    _trained = False
 
     def __init__(
         self,
@@ -102,7 +108,18 @@ class SparseLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map ``(..., in)`` to ``(..., out)``."""
-        return functional.linear(x, self._dense(self.values) if self.packed else self.weight, self.bias)
+        weight = self._dense(self.values) if self.packed else self.weight
+        if self.training and weight.requires_grad and torch.is_grad_enabled() and not self.packed:
+            self._trained = True
+            weight = torch.where(self.mask, weight, 0)
+        return functional.linear(x, weight, self.bias)
+
+    def train(self, mode: bool = True) -> "SparseLinear":
+        """Set as torch does; zeros that training moved are zeros again before anything is evaluated."""
+        super().train(mode)
+        if not mode:
+            self._put_back()
+        return self
 
     @property
     def packed(self) -> bool:
@@ -136,6 +153,12 @@ class SparseLinear(nn.Linear):
         """Put zeros where no weight is stored, in place: after an optimiser's step, or a merge."""
         self.weight.masked_fill_(~self.mask, 0)
 
+    def _put_back(self) -> None:
+        """Put zeros where an optimiser moved weights that no output was computed with."""
+        if self._trained and not self.packed:
+            self.keep_zeros_()
+            self._trained = False
+
     def _dense(self, values: torch.Tensor) -> torch.Tensor:
         shape = (self.out_features, self.in_features)
         if self.groups is None:
@@ -159,6 +182,7 @@ class SparseLinear(nn.Linear):
         return pack_nm(self.weight.detach(), mask_ON, self.groups).values.flatten()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self._put_back()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if not self.packed:
             del destination[prefix + "weight"]

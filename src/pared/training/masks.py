@@ -1,5 +1,6 @@
 """Zeros that stay zeros: where they are, full training that leaves them zero, adapters merged into pruned weights."""
 
+import warnings
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -167,7 +168,9 @@ def merge_lora_keeping_zeros(model: "PeftModel") -> PreTrainedModel:
     if not layers:
         raise ParedError("none of the model's linear layers is pruned; merge_and_unload() of PEFT merges the rest")
     bits = {name: pack_mask(zeros_of(layer)) for name, layer in layers.items()}
-    base = cast("PreTrainedModel", model.merge_and_unload())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "an adapter is merged into a pruned layer", UserWarning)
+        base = cast("PreTrainedModel", model.merge_and_unload())
     with torch.no_grad():
         for name, layer in layers.items():
             weight = cast("nn.Parameter", layer.weight)

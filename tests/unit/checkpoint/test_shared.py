@@ -549,3 +549,36 @@ def test_every_module_that_may_share_refuses_merges(kind: type[torch.nn.Module])
 def test_shapes_that_differ_are_not_shared() -> None:
     with pytest.raises(ValueError, match=r"cannot share a \(3, 8\) with a `down` of shape \(4, 8\)"):
         share(LowRankLinear(8, 6, 4, False), LowRankLinear(8, 6, 3, False), "a")
+
+
+class Packed(torch.Tensor):
+    """What a quantiser puts in place of a weight."""
+
+
+def pack_each(model: PreTrainedModel) -> None:
+    """Replace the weight of every linear layer, one after another, as torchao's ``quantize_`` does."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            packed = module.weight.detach().clone().as_subclass(Packed)
+            module.weight = torch.nn.Parameter(packed, requires_grad=False)
+
+
+def test_bases_were_quantised_into_as_many_tensors_as_layers(shared: Folders) -> None:
+    """Regression: torchao's ``quantize_`` went from layer to layer, and every member got a tensor of its own."""
+    folder, expected = shared("llama")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    pack_each(model)
+    assert is_tied(model, GROUPS["llama"])
+    assert isinstance(model.get_submodule(f"{Q[1]}.down").weight, Packed)
+    own = [model.get_submodule(f"{group[0]}.down").weight for group in GROUPS["llama"]]
+    assert own[0] is not own[1]
+    assert torch.equal(logits(model), expected)
+
+
+def test_a_shared_down_takes_another_weight_as_any_layer_does(shared: Folders) -> None:
+    model = AutoModelForCausalLM.from_pretrained(shared("llama")[0])
+    down = model.get_submodule(f"{Q[1]}.down")
+    own = torch.nn.Parameter(torch.zeros_like(down.weight))
+    down.weight = own
+    assert down.weight is own
+    assert model.get_submodule(f"{Q[0]}.down").weight is not own
