@@ -64,6 +64,17 @@ def require_tokenizer(tokenizer: object, function: str) -> None:
         )
 
 
+def refuse_tokenizer(tokenizer: object, function: str) -> None:
+    """Refuse a tokenizer that is passed in with a model by name, which has its own.
+
+    Raises:
+        ParedError: there is one.
+    """
+    if tokenizer is not None:
+        raise ParedError(f"{function} loads the tokenizer of a model by name with it; leave out tokenizer, got "
+                         f"{kind_of(tokenizer)}")  # fmt: skip
+
+
 def asked_from(kind: type[Asked], value: Any, function: str) -> Asked:
     """Return what users write of a kind; a mapping is read as one.
 

@@ -16,7 +16,7 @@ from pared.errors import ParedError
 from pared.models.architecture import AUTO_CLASSES
 from pared.models.resized import set_sizes
 from pared.models.source import ModelSource
-from pared.modules import BasisHolder
+from pared.modules import BasisHolder, bits_of
 from pared.modules.narrow import counts_of
 from pared.modules.shared import DOWN
 
@@ -33,7 +33,7 @@ def shared_tensors(model: nn.Module) -> dict[str, str]:
     weights: dict[int, str] = {}
     modules: dict[int, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, BasisHolder) or module.down is None or getattr(module, "bits", 0) > 0:
+        if not isinstance(module, BasisHolder) or module.down is None or bits_of(module):
             continue  # of factors in few bits the weight is made anew whenever it is asked for, and never shared
         first = modules.setdefault(id(module.down), name)
         if first != name:

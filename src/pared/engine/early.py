@@ -77,7 +77,7 @@ def _what_calibrates(spec: CompressionSpec) -> str:
     if spec.refine is not None:
         return "refine"
     if spec.rounds_by_inputs:
-        return f"quantize {spec.recipe.quantize}"
+        return f"quantize {spec.recipe.quantize}" if spec.recipe.quantize else spec.recipe.budget
     refits = isinstance(spec, LowRankSpec) and spec.refit != "off"
     return f"refit {spec.refit}" if refits else f"allocation {spec.allocator.name}"  # type: ignore[union-attr]
 

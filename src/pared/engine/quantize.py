@@ -21,7 +21,15 @@ from pared.engine.records import is_done
 from pared.engine.spec import LowRankSpec, PassSpec
 from pared.errors import ParedError
 from pared.lowrank import Decomposition
-from pared.modules import LowRankLinear, NarrowConv1D, NarrowLinear, PivotedLinear, QuantizedLinear, SparseLinear
+from pared.modules import (
+    LowRankLinear,
+    NarrowConv1D,
+    NarrowLinear,
+    PivotedLinear,
+    QuantizedLinear,
+    SparseLinear,
+    bits_of,
+)
 from pared.modules.replace import inherit_requires_grad
 from pared.names import called
 from pared.quantization.factors import balanced, fitted, turned
@@ -50,7 +58,7 @@ def in_few_bits(old: nn.Module, form: str, gram_NN: torch.Tensor | None = None) 
     Raises:
         ValueError: the layer cannot be stored so, or its numbers cannot; says why.
     """
-    if isinstance(old, (QuantizedLinear, SparseLinear)) or getattr(old, "bits", 0) > 0:
+    if isinstance(old, SparseLinear) or bits_of(old):
         what = "sparse: what is left of its weights" if isinstance(old, SparseLinear) else "stored in few bits and"
         raise ValueError(f"the layer is {what} cannot be rounded")
     if isinstance(old, (LowRankLinear, PivotedLinear)):

@@ -8,6 +8,7 @@ from pared.errors import ParedError
 from pared.evaluation.compared import Difference, paired_difference, perplexity_quotient
 from pared.evaluation.pass_at_k import pass_at_k
 from pared.names import called
+from pared.report.lm_eval import found_on_text
 from pared.schema.evaluate import EvaluationConfig
 
 Figures = Mapping[str, Any]
@@ -24,7 +25,7 @@ def require_comparable(config: EvaluationConfig, theirs: Figures) -> None:
     Raises:
         ParedError: nothing that is measured is in them, or it was measured of other rows.
     """
-    text, tasks = _text(theirs), {one["task"] for one in theirs.get("tasks", ())} & set(config.tasks or ())
+    text, tasks = found_on_text(theirs), {one["task"] for one in theirs.get("tasks", ())} & set(config.tasks or ())
     if not tasks and (text is None or config.perplexity is None):
         raise ParedError(f"{called('against')}: the results of {theirs['model']} have {', '.join(_named(theirs))}, and "
                          "nothing of what is measured")  # fmt: skip
@@ -64,17 +65,12 @@ def in_words(difference: Figures) -> str:
 
 
 def _named(figures: Figures) -> list[str]:
-    text = _text(figures)
+    text = found_on_text(figures)
     return [*([f"perplexity on {text['text']}"] if text else []), *(one["task"] for one in figures.get("tasks", ()))]
 
 
-def _text(figures: Figures) -> Figures | None:
-    """Return what was found on a text, None without one."""
-    return figures.get("perplexity_on") or (figures if "perplexity" in figures else None)
-
-
 def _perplexities(ours: Figures, theirs: Figures) -> list[dict[str, Any]]:
-    one, other = _text(ours), _text(theirs)
+    one, other = found_on_text(ours), found_on_text(theirs)
     if one is None or other is None or one["text"] != other["text"]:
         return []
     for name in ("text", "length", "windows", "stride", "bos", "protocol", "digest"):

@@ -16,6 +16,7 @@ from pared.arguments import (
     kind_of,
     name_from,
     recipe_from,
+    refuse_tokenizer,
     require_model,
     require_tokenizer,
 )
@@ -219,9 +220,7 @@ def evaluate(
         subject: str | LoadedModel
         if isinstance(model, (str, Path)):
             subject = name_from(model, function)
-            if tokenizer is not None:
-                raise ParedError(f"{function} loads the tokenizer of a model by name with it; leave out tokenizer, got "
-                                 f"{kind_of(tokenizer)}")  # fmt: skip
+            refuse_tokenizer(tokenizer, function)
         else:
             require_model(model, function)
             require_tokenizer(tokenizer, function)

@@ -1,7 +1,7 @@
 """Models side by side, from what their folders record, results that lie beside them, and what they say."""
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def compare(
         device: where they run.
 
     Returns:
-        The comparison, shown as a table; ``as_markdown()`` and ``as_html()`` write it.
+        The comparison, shown as a table; ``as_markdown()`` writes it.
 
     Raises:
         ParedError: no model, one that cannot be loaded, or a result that is none.
@@ -117,17 +117,28 @@ def of_manifest(manifest: Manifest, name: str) -> ComparedModel:
 def _beside(place: Path) -> dict[str, Any]:
     """Return what results beside a folder say: figures of tasks, tokens per second, and ratios of them."""
     found: dict[str, dict[str, Any]] = {"tasks": {}, "speed": {}, "faster": {}}
+    for _, result in results_beside(place):
+        found["tasks"] |= dict(_figures(result))
+        for case, one in _timed(result):
+            found["speed"][case] = float(one["tokens_per_second"][0])
+            if one.get("ratios") and one.get("ideal"):
+                found["faster"][case] = statistics.median(one["ratios"]), float(one["ideal"])
+    return found
+
+
+def results_beside(place: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+    """Yield the results that lie beside a folder, in files that begin with its name and a point; none beside no folder.
+
+    Raises:
+        ParedError: a file cannot be read.
+    """
     if not place.name or not place.is_dir():
-        return found
-    for file in sorted(place.resolve().parent.glob(f"{place.resolve().name}.*.json")):
+        return
+    place = place.resolve()
+    for file in sorted(place.parent.glob(f"{place.name}.*.json")):
         result = read_json(file, "result")
         if isinstance(result, Mapping):
-            found["tasks"] |= dict(_figures(result))
-            for case, one in _timed(result):
-                found["speed"][case] = float(one["tokens_per_second"][0])
-                if one.get("ratios") and one.get("ideal"):
-                    found["faster"][case] = statistics.median(one["ratios"]), float(one["ideal"])
-    return found
+            yield file, result
 
 
 def _figures(result: Mapping[str, Any]) -> Iterable[tuple[str, float]]:

@@ -17,7 +17,7 @@ from pared.errors import ParedError
 from pared.io.output_dir import require_free
 from pared.models.source import find_model
 from pared.models.trust import trusting
-from pared.modules import LowRankLinear, PivotedLinear, SparseLinear
+from pared.modules import LowRankLinear, PivotedLinear, SparseLinear, bits_of
 from pared.names import is_told_in_flags, require_known
 from pared.schema.bits import FORMS, InFewBits
 from pared.schema.manifest import Manifest
@@ -148,7 +148,7 @@ def _nothing(model: nn.Module, pivoted: bool) -> str:
     changed = {name: model.get_submodule(name) for name in module_map(model)}
     if not changed:
         return "its weights are plain already"
-    if any(getattr(layer, "bits", 0) for layer in changed.values()):
+    if any(map(bits_of, changed.values())):
         return "its layers are stored in few bits"
     if not any(isinstance(layer, (LowRankLinear, PivotedLinear)) for layer in changed.values()):
         sparse = any(isinstance(layer, SparseLinear) for layer in changed.values())
@@ -165,7 +165,7 @@ def _groups(model: nn.Module, kind: type[nn.Module]) -> list[list[str]]:
     """Return the names of the modules of a kind, those with one basis together."""
     groups: dict[int, list[str]] = {}
     for name, module in model.named_modules():
-        if type(module) is kind and not getattr(module, "bits", 0):
+        if type(module) is kind and not bits_of(module):
             assert isinstance(module, (LowRankLinear, PivotedLinear))
             groups.setdefault(id(module if module.down is None else module.down.weight), []).append(name)
     return list(groups.values())

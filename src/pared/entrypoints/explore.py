@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.allocation.curves import Scale, knee
-from pared.arguments import asked_from, kind_of, name_from, recipe_from, require_model, require_tokenizer
+from pared.arguments import asked_from, name_from, recipe_from, refuse_tokenizer, require_model, require_tokenizer
 from pared.data.handed import text_of
 from pared.data.texts import handed_over
 from pared.engine.early import require_model as require_named_model
@@ -96,9 +96,7 @@ def explore(
     asked = recipe_from(recipe, fields, function)
     with trusting(trust_remote_code), handed_over(text):
         if isinstance(model, (str, Path)):
-            if tokenizer is not None:
-                raise ParedError(f"{function} loads the tokenizer of a model by name with it; leave out tokenizer, got "
-                                 f"{kind_of(tokenizer)}")  # fmt: skip
+            refuse_tokenizer(tokenizer, function)
             return run(asked.model_copy(update={"model": name_from(model, function)}), settings, watcher)
         require_model(model, function)
         require_tokenizer(tokenizer, function)

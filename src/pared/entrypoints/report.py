@@ -6,10 +6,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from pared.arguments import folder_from, name_from
-from pared.entrypoints.compare import NEW_TOKENS, PROMPTS, compare
+from pared.entrypoints.compare import NEW_TOKENS, PROMPTS, compare, results_beside
 from pared.errors import ParedError
 from pared.io.files import path_of
-from pared.io.guarded import read_json
 from pared.io.output_file import require_free_file, staged_file
 from pared.notebook import watcher_of
 from pared.progress import Progress
@@ -79,10 +78,8 @@ def _explored(names: Sequence[str]) -> list[Exploration]:
     """Return the explorations that lie beside folders, each once, by the last part of their models' names."""
     found: dict[str, Exploration] = {}
     for name in names:
-        place = path_of(name).resolve()
-        for file in sorted(place.parent.glob(f"{place.name}.*.json")):
-            fields = read_json(file, "result")
-            if isinstance(fields, dict) and "points" in fields:
+        for file, fields in results_beside(path_of(name)):
+            if "points" in fields:
                 one = Exploration.model_validate(fields)
                 found[str(file)] = one.model_copy(update={"model": Path(one.model).name})
     return list(found.values())

@@ -3,7 +3,7 @@
 from pared.modules.low_rank import LowRankLinear
 from pared.modules.narrow import NarrowConv1D, NarrowLinear
 from pared.modules.pivoted import PivotedLinear
-from pared.modules.quantized import QuantizedLinear
+from pared.modules.quantized import QuantizedLinear, bits_of
 from pared.modules.replace import inherit_requires_grad, replace_module, replace_parameter
 from pared.modules.shared import BasisHolder, share
 from pared.modules.sparse import NMGroups, SparseLinear
@@ -21,6 +21,7 @@ __all__ = [
     "PivotedLinear",
     "QuantizedLinear",
     "SparseLinear",
+    "bits_of",
     "inherit_requires_grad",
     "replace_module",
     "replace_parameter",

@@ -176,6 +176,12 @@ class QuantizedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}{group}"
 
 
+def bits_of(layer: nn.Module) -> int:
+    """Return in how few bits a layer, or each of its two factors, is stored; 0 where it is as the model has it."""
+    held = layer if isinstance(layer, QuantizedLinear) else getattr(layer, "down", None)
+    return held.bits if isinstance(held, QuantizedLinear) else 0
+
+
 Inner = nn.Linear | QuantizedLinear  # a factor
 
 

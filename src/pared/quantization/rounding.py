@@ -16,11 +16,11 @@ from typing import NamedTuple
 import torch
 
 from pared.error_feedback import BLOCK, DAMPING, factorise, sweep
+from pared.modules.quantized import LEAST, MOST, dequantized
 
 # Scales that are tried, relative to the one at which the largest weight of the group is the last whole number.
 SHRINKS = {8: (1.0,), 4: (1.15, 1.07, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)}
-FAR = {8: 127, 4: -8}  # the whole number that the largest weight becomes
-RANGE = {8: (-127, 127), 4: (-8, 7)}
+FAR = {8: MOST[8], 4: LEAST[4]}  # the whole number that the largest weight becomes
 
 
 class Grid(NamedTuple):
@@ -52,8 +52,7 @@ class Rounded(NamedTuple):
 
     def weight(self) -> torch.Tensor:
         """Return the weight ``(out, in)`` that is computed with, in the dtype of the scales."""
-        scales_ON = spread(self.scales_OG, self.group, self.integers_ON.shape[1])
-        return self.integers_ON.to(self.scales_OG.dtype) * scales_ON
+        return dequantized(self.integers_ON, self.scales_OG, self.group)
 
 
 def rounded(
@@ -169,8 +168,7 @@ def _scales(W_OGM: torch.Tensor, cost_1GM: torch.Tensor, grid: Grid) -> torch.Te
 
 def _integers(W: torch.Tensor, scales: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Return the nearest whole numbers of the grid, int8."""
-    least, most = RANGE[grid.bits]
-    return (W / scales.float()).round_().clamp_(least, most).to(torch.int8)
+    return (W / scales.float()).round_().clamp_(LEAST[grid.bits], MOST[grid.bits]).to(torch.int8)
 
 
 def _checked(found: Rounded) -> Rounded:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pared.report.plots import COLOURS, MARKERS, new_figure, require_plotting, save
 from pared.schema.explore import Exploration, Point
@@ -10,9 +10,23 @@ from pared.schema.explore import Exploration, Point
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SIZES: dict[str, tuple[str, Callable[[Point], float]]] = {
-    "parameters": ("parameters of the model, millions", lambda point: point.model_parameters / 1e6),
-    "bytes": ("weights, MB", lambda point: point.bytes_on_disk / 1e6),
+
+class Sized(Protocol):
+    """Whatever has a size: a point of a curve, or a model of a comparison."""
+
+    @property
+    def model_parameters(self) -> int:
+        """Parameters of the whole model."""
+
+    @property
+    def bytes_on_disk(self) -> int:
+        """Of its weights."""
+
+
+# What figures are drawn over -> the name of the axis, and where something lies on it.
+SIZES: dict[str, tuple[str, Callable[[Sized], float]]] = {
+    "parameters": ("parameters of the model, millions", lambda one: one.model_parameters / 1e6),
+    "bytes": ("weights, MB", lambda one: one.bytes_on_disk / 1e6),
 }
 MOST_NATS = 3.0  # where a curve is cut: 20 times the perplexity of the dense model
 

@@ -1,10 +1,10 @@
 """What a page shows of folders that pared made: quality against size, what stays where, how it came about."""
 
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from pared.memory import format_size
-from pared.report.curves import draw
+from pared.report.curves import SIZES, draw
 from pared.report.page import Bar, Bars, Block, Cell, Map, MapRow, Picture, Section, comparison_sections, page
 from pared.report.plots import COLOURS, inline, new_figure, require_plotting
 from pared.report.results import too_few_line
@@ -15,11 +15,6 @@ from pared.schema.manifest import Manifest
 from pared.schema.plan import Dense, LowRank, Plan, Shared, SitePlan
 from pared.schema.width import Width
 from pared.tables import Table
-
-OVER: dict[str, tuple[str, Callable[[ComparedModel], float]]] = {
-    "parameters": ("parameters of the model, millions", lambda one: one.model_parameters / 1e6),
-    "bytes": ("weights, MB", lambda one: one.bytes_on_disk / 1e6),
-}
 
 
 def report_page(
@@ -53,7 +48,7 @@ def _quality(models: Sequence[ComparedModel]) -> Section | None:
     if not known:
         return None
     pictures = []
-    for name, (label, size) in OVER.items():
+    for name, (label, size) in SIZES.items():
         figure, (panel,) = new_figure(5.4, 3.6)
         for place, (one, ratio) in enumerate(known):
             panel.plot([size(one)], [ratio], "o", color=COLOURS[place % len(COLOURS)], label=one.name)

@@ -29,7 +29,7 @@ def in_lm_eval_layout(figures: Mapping[str, Any]) -> dict[str, Any]:
             subtasks[task["task"]] = [part["task"] for part in members]
             results |= {part["task"]: _metrics(part["metrics"], part["errors"], None) for part in members}
     counts = {task["task"]: task["rows"] for task in tasks}
-    text = figures.get("perplexity_on") or (figures if "perplexity" in figures else None)
+    text = found_on_text(figures)
     if text is not None:
         results[str(text["text"])] = _metrics({"perplexity": text["perplexity"]}, {}, text["windows"])
         subtasks[str(text["text"])], counts[str(text["text"])] = [], text["windows"]
@@ -56,6 +56,11 @@ def in_lm_eval_layout(figures: Mapping[str, Any]) -> dict[str, Any]:
         "model_name_sanitized": re.sub(r"[\"<>:/|\\?*\[\]]+", "__", str(figures["model"])),
     }
     return {**found, "groups": groups} if groups else found
+
+
+def found_on_text(figures: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return what results of ``pared eval`` have of a text, None where perplexity was not measured."""
+    return figures.get("perplexity_on") or (figures if "perplexity" in figures else None)
 
 
 def _metrics(values: Mapping[str, float], errors: Mapping[str, float], rows: int | None) -> dict[str, Any]:

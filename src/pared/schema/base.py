@@ -7,11 +7,12 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo
 from typing_extensions import Self
 
 from pared.errors import ParedError
 from pared.io.guarded import read_yaml
+from pared.memory import parse_size
 from pared.names import did_you_mean, with_article
 from pared.schema.command_line import with_attributes
 
@@ -152,9 +153,19 @@ def _plain_str(value: object) -> object:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
+def _size(value: object, info: ValidationInfo) -> str:
+    """Return a size as it was written, once it is known to be one."""
+    try:
+        parse_size(str(value), info.field_name or "size")
+    except ParedError as error:
+        raise ValueError(str(error)) from None
+    return str(value)
+
+
 # An integer of numpy's or torch's is one too, and a path is its name.
 Whole = Annotated[int, Field(strict=True), BeforeValidator(_plain_int)]
 Name = Annotated[str, BeforeValidator(_plain_str)]
+Size = Annotated[str, BeforeValidator(_size)]  # bytes: 2GiB
 
 
 def validated(model: type[Asked], fields: Any, origin: str) -> Asked:

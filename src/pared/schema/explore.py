@@ -7,10 +7,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 from typing_extensions import Self
 
-from pared.errors import ParedError
 from pared.memory import format_size, parse_size
 from pared.names import called, require_known
-from pared.schema.base import Config, Strict, Whole
+from pared.schema.base import Config, Size, Strict, Whole
 from pared.schema.command_line import Option
 from pared.schema.evaluate import Names
 from pared.schema.recipe import Recipe
@@ -46,7 +45,7 @@ class ExploreConfig(Config):
     alone."""
     max_perplexity_ratio: Annotated[Annotated[float, Field(gt=1)] | None, Option()] = None
     """Pick the smallest model whose perplexity is at most so many times the dense model's."""
-    target_bytes: Annotated[str | None, Option()] = None
+    target_bytes: Annotated[Size | None, Option()] = None
     """Pick the model of the least loss whose weights are at most so large: 300MB."""
     target_speed: Annotated[Annotated[float, Field(gt=1)] | None, Option()] = None
     """Pick the model of the least loss that is so many times as fast, ideally: by the numbers a token is multiplied
@@ -60,16 +59,6 @@ class ExploreConfig(Config):
         if not value:
             raise ValueError(f"structures: expected some of {', '.join(STRUCTURES)}, got none")
         return value
-
-    @field_validator("target_bytes", mode="before")
-    @classmethod
-    def _is_size(cls, value: object) -> object:
-        if value is not None:
-            try:
-                parse_size(value, "target_bytes")  # type: ignore[arg-type]
-            except ParedError as error:
-                raise ValueError(str(error)) from None
-        return None if value is None else str(value)
 
     @model_validator(mode="after")
     def _one_target(self) -> Self:

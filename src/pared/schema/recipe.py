@@ -16,9 +16,8 @@ from pydantic import (
     model_validator,
 )
 
-from pared.errors import ParedError
-from pared.memory import Stream, parse_size
-from pared.schema.base import Config, Name, Whole
+from pared.memory import Stream
+from pared.schema.base import Config, Name, Size, Whole
 from pared.schema.bits import Form
 from pared.schema.command_line import OWN, Option
 from pared.schema.options import Kind
@@ -123,7 +122,7 @@ class Recipe(FromPreset):
     keep_bytes: Annotated[Annotated[float, Field(gt=0, le=1)] | None, Option()] = None
     """Fraction of the bytes of the target modules that stays, a budget in place of keep: every weight is stored as it
     is, as int8 or as int4, whole or with a rank, whichever loses least."""
-    target_bytes: Annotated[str | None, Option()] = None
+    target_bytes: Annotated[Size | None, Option()] = None
     """The same as a size of all weights together, such as 120MB."""
     rank_fraction: Annotated[Annotated[float, Field(gt=0, le=1)] | None, Option()] = None
     """A budget of ranks in place of keep: this fraction of every weight's full rank (FWSVD: 0.33)."""
@@ -187,21 +186,11 @@ class Recipe(FromPreset):
     """Where the blocks run, as torch names it; auto takes the GPU (CUDA) where there is one."""
     stream: Annotated[Stream, Option()] = "auto"
     """Read and write the model block by block; auto does where memory does not hold it as a whole."""
-    activation_memory: Annotated[str | None, Option()] = None
+    activation_memory: Annotated[Size | None, Option()] = None
     """Memory for what blocks read of the calibration text, such as 2GiB; the rest lies in files beside the output. By
     default all of it, or where the model is read block by block a quarter of the memory that is left."""
     out: Annotated[Annotated[Name, Field(min_length=1)] | None, Option(path=True)] = None
     """The folder to make."""
-
-    @field_validator("activation_memory", "target_bytes")
-    @classmethod
-    def _is_size(cls, value: str | None, info: ValidationInfo) -> str | None:
-        if value is not None:
-            try:
-                parse_size(value, info.field_name or "")
-            except ParedError as error:
-                raise ValueError(str(error)) from None
-        return value
 
     @classmethod
     def implied(cls, fields: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -6,7 +6,7 @@ from typing import get_args
 from torch import nn
 
 from pared.errors import ParedError
-from pared.modules import Changed, SparseLinear
+from pared.modules import Changed, SparseLinear, bits_of
 from pared.names import called
 from pared.schema.manifest import Manifest
 from pared.schema.width import Width
@@ -50,8 +50,8 @@ def unpack(model: nn.Module) -> None:
         ParedError: a layer is stored in few bits, and has no weight to train.
     """
     for name, layer in compressed_layers(model).items():
-        if getattr(layer, "bits", 0):
-            raise ParedError(f"{name} is stored in {layer.bits} bits and cannot be trained; train the folder of before "
+        if bits := bits_of(layer):
+            raise ParedError(f"{name} is stored in {bits} bits and cannot be trained; train the folder of before "
                              f"and store what comes of it with {called('quantize')} of convert")  # fmt: skip
         if isinstance(layer, SparseLinear):
             layer.unpack_()

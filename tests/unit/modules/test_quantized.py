@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from pared.modules import LowRankLinear, QuantizedLinear
+from pared.modules import LowRankLinear, PivotedLinear, QuantizedLinear, SparseLinear, bits_of
 from pared.modules.quantized import pack_int4, unpack_int4
 from pared.schema.bits import LAYOUTS, stored_bytes
+from pared.training.trainable import unpack
 
 FORMS = pytest.mark.parametrize("form", sorted(LAYOUTS))
 SHAPES = pytest.mark.parametrize("shape", [(3, 64), (5, 7), (2, 130), (4, 1)], ids=str)
@@ -117,3 +118,19 @@ def test_bits_behind_the_last_weight_of_an_output_are_refused() -> None:
 def test_other_bits_are_refused() -> None:
     with pytest.raises(ValueError, match="3 bits"):
         QuantizedLinear(8, 8, False, 3)
+
+
+def test_the_bits_of_a_layer_are_its_own_or_those_of_its_factors() -> None:
+    assert bits_of(layer("int8", (5, 7))) == 8
+    assert bits_of(LowRankLinear(64, 8, 4, bias=False, bits=4, group=64)) == 4
+    assert [bits_of(kind(8, 6, 2, bias=False)) for kind in (LowRankLinear, PivotedLinear)] == [0, 0]
+
+
+def test_a_sparse_layer_was_taken_for_one_of_few_bits() -> None:
+    """Regression: what it calls ``bits`` are those of its mask, and training and conversion of it ended in them."""
+    weight = torch.tensor([[0.0, 2.0, 0.0], [1.0, 0.0, 3.0]])
+    sparse = SparseLinear.of(weight, weight != 0, None)
+    assert bits_of(sparse) == 0
+    model = torch.nn.Sequential(sparse)
+    unpack(model)
+    assert torch.equal(model[0].weight, weight)

@@ -13,7 +13,7 @@ from pared.checkpoint.format import LOADER_NAME, NOTICE, ParedConfig
 from pared.checkpoint.portable import loader_source
 from pared.checkpoint.verify import require_tensors
 from pared.entrypoints.doctor.finding import Finding, State
-from pared.entrypoints.doctor.machine import CPUINFO, UNITS
+from pared.entrypoints.doctor.machine import CPUINFO, units_of
 from pared.entrypoints.doctor.stored import INDEX, WEIGHTS, Header, Stored
 from pared.environment import versions
 from pared.errors import ParedError
@@ -246,8 +246,7 @@ def _has_units() -> bool:
 
     if torch.cuda.is_available() or not CPUINFO.is_file():
         return True
-    flags = set(CPUINFO.read_text(encoding="ascii", errors="replace").split())
-    return bool(flags & set(UNITS))
+    return bool(units_of(CPUINFO.read_text(encoding="ascii", errors="replace")))
 
 
 def made_with(folder: Stored) -> Iterator[Finding]:

@@ -147,14 +147,18 @@ def bfloat16_of(cpuinfo: str, threads: int) -> Finding:
         cpuinfo: the text.
         threads: that torch takes.
     """
-    flags = {
-        word for line in re.findall(r"^(?:flags|Features)\s*:(.*)$", cpuinfo, re.MULTILINE) for word in line.split()
-    }
-    units = [name for flag, name in UNITS.items() if flag in flags]
+    units = units_of(cpuinfo)
     count = f"{threads} thread{'s' * (threads != 1)}"
     if units:
         return Finding("cpu", "ok", f"{count}; units for bfloat16: {', '.join(units)}")
     return Finding("cpu", "ok", f"{count}; no units for bfloat16: float32 may be faster")
+
+
+def units_of(cpuinfo: str) -> list[str]:
+    """Return the units for products in bfloat16 that the text of ``/proc/cpuinfo`` names."""
+    lines = re.findall(r"^(?:flags|Features)\s*:(.*)$", cpuinfo, re.MULTILINE)
+    flags = {word for line in lines for word in line.split()}
+    return [name for flag, name in UNITS.items() if flag in flags]
 
 
 def memory() -> Finding:
