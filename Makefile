@@ -26,6 +26,10 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Memory in huge pages that stays with its process: on virtual machines page faults cost tests more than what they compute.
+test test-slow: export PYTHONMALLOC = malloc
+test test-slow: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1:glibc.malloc.top_pad=134217728:glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=4294967296
+
 # A worker takes whole files, as what a file prepares is shared by its tests; the longest first (tests/conftest.py).
 test: lint
 	$(BIN)/pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder $(ARGS)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiers import crossed
 from tiny_models import TINY_MODELS
 from transformers import PreTrainedTokenizerFast
 
@@ -243,8 +244,10 @@ def test_trials_that_cannot_be_kept_are_told_and_measured(
 # Through the pipeline
 
 
-@pytest.mark.parametrize("allocation", ["swift", "sensitivity"])
-@pytest.mark.parametrize("method", ["swift-svd", "svd", "basis-sharing", "loss-optimal"])
+@pytest.mark.parametrize(
+    ("method", "allocation"),
+    crossed(["swift-svd", "svd", "basis-sharing", "loss-optimal"], ["swift", "sensitivity"]),
+)
 def test_a_model_is_as_it_was_after_every_trial(
     method: str, allocation: str, tokenizer: PreTrainedTokenizerFast, calibration: pared.Calibration, cache_folder: Path
 ):

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiers import crossed
 from tiny_models import FAMILIES, TINY_MODELS, VOCAB
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -38,8 +39,7 @@ def compress(tokenizer: PreTrainedTokenizerFast, calibration: pared.Calibration)
     return with_recipe
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "method"), crossed(FAMILIES, sorted(METHODS)))
 def test_every_planned_site_is_replaced_within_the_budget(family: str, method: str, compress: Compress) -> None:
     model = TINY_MODELS[family]()
     dense = copy.deepcopy(model)

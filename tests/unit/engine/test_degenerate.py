@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tiers import quick_first
 from tiny_models import TINY_MODELS
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -105,12 +106,6 @@ def require_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]
     for name, tensor in first.items():
         assert bool(tensor.isfinite().all()), name
         assert torch.equal(tensor, second[name]), name
-
-
-def quick_first(quick: list[tuple[str, str, str]], every: list[tuple[str, str, str]]) -> list[object]:
-    """Return parameters: the quick ones, and all others marked slow."""
-    others = sorted(set(every) - set(quick))
-    return [*sorted(set(quick)), *(pytest.param(*one, marks=pytest.mark.slow) for one in others)]
 
 
 SOME = ("zero_value", "zero_gradient", "rank_one", "everything")  # what each family of methods stumbled over

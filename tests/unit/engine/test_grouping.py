@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiers import crossed
 from tiny_models import TINY_MODELS, VOCAB
 from torch import nn
 from transformers import PreTrainedTokenizerFast
@@ -301,8 +302,7 @@ def test_an_error_of_zero_is_compared(shared: tuple[float, ...], apart: tuple[fl
 # Models
 
 
-@pytest.mark.parametrize("family", sorted(TINY_MODELS))
-@pytest.mark.parametrize("storage", ["factors", "pivoted"])
+@pytest.mark.parametrize(("family", "storage"), crossed(sorted(TINY_MODELS), ["factors", "pivoted"]))
 def test_a_basis_is_one_parameter_and_the_totals_are_those_of_the_plan(family: str, storage: str, compress: Compress):
     result = compress(family, keep=0.7, options={"sharing": "all"}, storage=storage)
     shared = [one for one in result.plan.sites if isinstance(one.decision, Shared)]

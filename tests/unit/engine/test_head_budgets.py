@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiers import crossed
 from tiny_models import FAMILIES, TINY_MODELS
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -40,8 +41,9 @@ def heads(result: Any) -> dict[str, Width]:
     }
 
 
-@pytest.mark.parametrize("structures", ["widths", "mixed"])
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "bert"])
+@pytest.mark.parametrize(
+    ("family", "structures"), crossed([family for family in FAMILIES if family != "bert"], ["widths", "mixed"])
+)
 def test_the_plan_counts_what_there_is(family: str, structures: str, compressed: Callable[..., Any]):
     before = sum(parameter.numel() for parameter in TINY_MODELS[family]().parameters())
     result = compressed(family, structures=structures)

@@ -21,7 +21,7 @@ def test_a_member_of_a_group_reads_no_more_of_the_disk_than_its_own_dense_weight
     recipe = Recipe(method="basis-sharing", keep=0.5)
     unit = Unit(sites)
     with Solver(model, resolve_low_rank(recipe), [unit], keep_dense=True) as solver:
-        solver._keep(unit, METHODS["svd"].decompose(torch.cat(weights), {}), found := Found())
+        solver._keep(unit, METHODS["svd"].decompose(torch.cat(weights), {}), {}, found := Found())
         solver.accept(found)
         read = []
         kept = solver.ledger.store.weight

@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from processes import PATIENCE, kill_when, start
+from tiers import crossed
 from tiny_models import TINY_MODELS
 from torch import nn
 from transformers import PreTrainedTokenizerFast
@@ -209,8 +210,9 @@ def test_rows_are_as_long_as_they_are_and_padded_only_within_their_batch(tokeniz
 # Every method on every kind.
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.compresses])
+@pytest.mark.parametrize(
+    ("method", "kind"), crossed([name for name, method in METHODS.items() if not method.compresses], list(KINDS))
+)
 def test_every_method_trains_every_kind_of_folder(
     folder: Folder, tmp_path: Path, text_file: Path, method: str, kind: str
 ) -> None:
