@@ -58,6 +58,7 @@ def test_the_three_sizes_are_those_of_the_files(compressed: Outcome) -> None:
     assert manifest.self_check <= 1e-5
 
 
+@pytest.mark.slow
 def test_plain_svd_destroys_the_model(dense: Dense, corpus: Corpus) -> None:
     _, tokenizer = dense
     model = AutoModelForCausalLM.from_pretrained(pared.models.source.find_model(MODEL).location)

@@ -27,5 +27,10 @@ def quick_first(quick: Iterable[tuple[Any, ...]], every: Iterable[tuple[Any, ...
     return [*quick, *(pytest.param(*one, marks=_mark(False)) for one in sorted(set(every) - set(quick)))]
 
 
+def some(quick: Sequence[Any], every: Iterable[Any]) -> list[Any]:
+    """Return every value as a parameter, slow but for the quick ones."""
+    return [pytest.param(one, marks=_mark(one in quick)) for one in every]
+
+
 def _mark(quick: bool) -> Sequence[pytest.MarkDecorator]:
     return () if quick else (pytest.mark.slow,)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiers import some
 from tiny_models import MIXTURES, TINY_MODELS
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -31,9 +32,7 @@ from unit.structure.test_experts import mixtures, model_of
 
 FAMILIES = sorted(MIXTURES)
 # One whose router normalises the weights of picked experts, and one with a buffer of the router and a dense block.
-FEW = [
-    pytest.param(family, marks=[] if family in ("mixtral", "deepseek_v3") else pytest.mark.slow) for family in FAMILIES
-]
+FEW = some(("mixtral", "deepseek_v3"), FAMILIES)
 EXPERTS_OF = 6  # every tiny mixture
 
 

@@ -155,8 +155,7 @@ def test_heads_that_cannot_be_found_are_told(compressed: Callable[..., Any]):
     assert any("no heads were found that can be taken out; model.layers.0.self_attn.o_proj" in n for n in told.notes)
 
 
-@pytest.mark.parametrize("stream", ["off", "on"])
-@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize(("family", "stream"), crossed(["llama", "opt"], ["off", "on"]))
 def test_a_folder_answers_as_the_model(
     family: str, stream: str, tokenizer: PreTrainedTokenizerFast, calibration: pared.Calibration, tmp_path: Path
 ):

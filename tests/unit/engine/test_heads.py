@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from saved_models import Saved, saved_once
+from tiers import crossed
 from tiny_models import FAMILIES, TINY_MODELS
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -80,8 +81,9 @@ def greedy(model: PreTrainedModel, **options: object) -> list[int]:
     return found[0].tolist()
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", [family for family in HAVING if family != "bert"])
+@pytest.mark.parametrize(
+    ("family", "attention"), crossed([family for family in HAVING if family != "bert"], ["sdpa", "eager"])
+)
 def test_it_generates_with_a_cache_what_it_does_without(family: str, attention: str):
     model, _ = narrowed(family)
     model.set_attn_implementation(attention)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiers import some
 from tiny_models import TINY_MODELS
 from transformers import PreTrainedTokenizerFast
 
@@ -153,9 +154,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    "case", [case if case in FEW else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
-)
+@pytest.mark.parametrize("case", some(FEW, CASES))
 def test_a_compression_block_by_block_that_is_ended_goes_on_to_the_same_bits(
     case: str, tokenizer: PreTrainedTokenizerFast, calibration: Calibration, tmp_path: Path, folder: Path
 ) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from processes import forked
 from safetensors.torch import load_file, save_file
+from tiers import some
 from tiny_models import MIXTURES, TINY_MODELS
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -170,9 +171,7 @@ def test_blocks_whose_shared_basis_was_refitted_with_its_owner_are_gone_on_from(
     require_same(tmp_path / "o", tmp_path / "w")
 
 
-@pytest.mark.parametrize(
-    "case", [case if case in STREAMED else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
-)
+@pytest.mark.parametrize("case", some(STREAMED, CASES))
 def test_a_killed_compression_that_is_streamed_goes_on_to_the_very_same_bytes(
     case: str, place: Path, tmp_path: Path
 ) -> None:

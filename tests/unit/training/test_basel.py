@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from processes import kill_when
+from tiers import quick_first
 from tiny_models import TINY_MODELS
 from torch import nn
 from transformers import PreTrainedTokenizerFast, TrainerState
@@ -677,9 +678,7 @@ def test_a_model_of_zero_weights_alone_is_refused(
         tune(asked(tmp_path / "zero", tmp_path / "out", text_file, evaluation=None))
 
 
-@pytest.mark.parametrize(
-    ("phase", "importance"), [pytest.param("bases", "bsi", marks=pytest.mark.slow), ("factors", "magnitude")]
-)
+@pytest.mark.parametrize(("phase", "importance"), quick_first([("factors", "magnitude")], [("bases", "bsi")]))
 def test_a_kill_in_any_phase_ends_in_the_same_model(
     dense: Dense, tmp_path: Path, text_file: Path, phase: str, importance: str
 ) -> None:
