@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiers import crossed
 from tiny_models import FAMILIES, TINY_MODELS
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -38,8 +39,7 @@ def widths(result: Any) -> list[int]:
     return [one.width for one in decided if isinstance(one, Width) and one.side == "in"]
 
 
-@pytest.mark.parametrize("structures", ["widths", "mixed"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "structures"), crossed(list(FAMILIES), ["widths", "mixed"]))
 def test_the_plan_counts_what_there_is(family: str, structures: str, compressed: Callable[..., Any]):
     if family == "bert":
         pytest.skip("an encoder is calibrated on labelled examples")
@@ -178,8 +178,7 @@ def test_a_pruner_takes_no_structures(compressed: Callable[..., Any]):
         compressed("llama", method="wanda", sparsity=0.5, keep=None, multiple_of=None, statistics="auto")
 
 
-@pytest.mark.parametrize("stream", ["off", "on"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "opt", "qwen2_moe"])
+@pytest.mark.parametrize(("family", "stream"), crossed(["llama", "gpt2", "phi3", "opt", "qwen2_moe"], ["off", "on"]))
 def test_uniform_widths_are_a_plain_folder_of_the_architecture(
     family: str, stream: str, tokenizer: PreTrainedTokenizerFast, calibration: pared.Calibration, tmp_path: Path
 ):

@@ -13,9 +13,10 @@ import pared
 
 WORDS = " ".join(f"w{(7 * place * place + 3 * place) % 64}" for place in range(1200))
 API = {
-    "Calibration", "Compressed", "Evaluation", "EvaluationConfig", "Manifest", "ParedError", "Plan", "Recipe",
-    "SearchConfig", "TrainingConfig", "__version__", "collect_statistics", "compress", "convert", "evaluate", "export",
-    "load", "load_tokenizer", "perplexity", "plan", "run", "search", "tune", "verify",
+    "Calibration", "Compressed", "Evaluation", "EvaluationConfig", "ExploreConfig", "Explored", "Manifest",
+    "ParedError", "Plan", "Recipe", "SearchConfig", "TrainingConfig", "__version__", "collect_statistics", "compare",
+    "compress", "convert", "evaluate", "explore", "export", "load", "load_tokenizer", "perplexity", "plan", "report",
+    "run", "search", "tune", "verify",
 }  # fmt: skip
 
 
