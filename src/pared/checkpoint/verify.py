@@ -180,14 +180,17 @@ def _by_their_own_names(stored: dict[str, _Stored], tensors: Iterable[str]) -> d
     """Return what is stored by its name in the model: of some models transformers renames parts when it saves them.
 
     It changes what stands before the blocks, so a tensor is found by its name from the list of blocks on, and where two
-    stacks have such a tensor, by what stands before that too.
+    stacks have such a tensor, by what stands before that too; or it changes what a module of a block is called
+    (Mixtral's ``block_sparse_moe``), so that name is left out where the whole one is not there.
     """
     found = dict(stored)
     tails: dict[str, list[str]] = {}
     for name in stored:
-        tails.setdefault(_tail(name), []).append(name)
+        for tail in (_tail(name), _in_block(name)):
+            tails.setdefault(tail, []).append(name)
     for tensor in tensors:
-        alike = sorted(tails.get(_tail(tensor), ()), key=lambda name: _common_end(name, tensor))
+        same = tails.get(_tail(tensor)) or tails.get(_in_block(tensor), ())
+        alike = sorted(same, key=lambda name: _common_end(name, tensor))
         if tensor not in stored and alike:
             found[tensor] = stored[alike[-1]]
     return found
@@ -198,6 +201,12 @@ def _tail(name: str) -> str:
     parts = name.split(".")
     first = next((place for place, part in enumerate(parts) if part.isdigit()), 1)
     return ".".join(parts[max(0, first - 1) :])
+
+
+def _in_block(name: str) -> str:
+    """Return what :func:`_tail` does without the name of the module in the block: ``layers.0..up_proj.weight``."""
+    parts = _tail(name).split(".")
+    return ".".join([*parts[:2], "", *parts[3:]])
 
 
 def _common_end(one: str, other: str) -> int:

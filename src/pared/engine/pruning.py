@@ -16,7 +16,7 @@ from pared.engine.allocate import plan_zeros
 from pared.engine.blocks import Visit, visit_blocks
 from pared.engine.observe import Observer
 from pared.engine.records import is_done
-from pared.engine.result import CompressedBlocks
+from pared.engine.result import UNREACHED, CompressedBlocks
 from pared.engine.spec import PassSpec, SparseSpec
 from pared.errors import ParedError
 from pared.modules import NMGroups, SparseLinear, inherit_requires_grad, replace_module
@@ -217,7 +217,7 @@ class SparseWork:
         if isinstance(site.decision, Dense):
             return site, None
         if self._spec.walked and not all(one.tokens for one in statistics.values()):
-            return site.model_copy(update={"decision": Dense(reason="no calibration token reached it")}), None
+            return site.model_copy(update={"decision": Dense(reason=UNREACHED)}), None
         zeros, groups = _zeros(site)
         W_ON, old = self._weight(site.name), self._model.get_submodule(site.name)
         values = self._values_of(statistics, W_ON.device)

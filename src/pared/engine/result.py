@@ -13,6 +13,8 @@ from pared.schema.plan import Dense, Plan
 from pared.schema.recipe import Recipe
 from pared.structure import Anatomy
 
+UNREACHED = "no calibration token reached it"
+
 
 @dataclass
 class CompressedBlocks:
@@ -70,7 +72,9 @@ def remarks(plan: Plan, fallbacks: Mapping[str, str]) -> Iterator[str]:
         )
     dense = [site for site in plan.sites if isinstance(site.decision, Dense)]
     if dense and plan.keep < 1:
-        yield f"{len(dense)} sites stay dense, the first is {dense[0].name}"
+        unreached = sum(site.decision.reason == UNREACHED for site in dense if isinstance(site.decision, Dense))
+        told = f", {unreached} of them as {UNREACHED}" if unreached else ""
+        yield f"{len(dense)} sites stay dense, the first is {dense[0].name}{told}"
     if plan.missed:
         yield plan.missed
     if fallbacks:

@@ -17,6 +17,7 @@ from pared.engine.ledger import Findings, Ledger
 from pared.engine.moments import Moments, StatisticsOfSite, dense_target, moments
 from pared.engine.pass_record import Record
 from pared.engine.quantize import prices_of
+from pared.engine.result import UNREACHED
 from pared.engine.run_state import CompressionRun
 from pared.engine.solutions import DecompositionStore, Prices
 from pared.engine.spec import LowRankSpec
@@ -331,7 +332,7 @@ class Solver:
 
 def without(plan: Plan, unreached: Collection[str]) -> Plan:
     """Return a plan in which the sites that no calibration token reached stay dense."""
-    dense = Dense(reason="no calibration token reached it")
+    dense = Dense(reason=UNREACHED)
     sites = (site.model_copy(update={"decision": dense}) if site.name in unreached else site for site in plan.sites)
     return plan.model_copy(update={"sites": tuple(sites)})
 

@@ -22,6 +22,7 @@ from pared.models.source import find_model
 from pared.models.trust import trusting
 from pared.modules import NarrowConv1D, SparseLinear, replace_module
 from pared.modules.narrow import counts_of, forget_counts, set_counts, widen_
+from pared.modules.opened import close, open_by_layout, opened_experts
 from pared.names import called
 from pared.structure import bias_of
 
@@ -136,6 +137,8 @@ def require_whole_bits(model: PreTrainedModel, name: str, form: str, instead: st
 def make_dense(model: PreTrainedModel) -> PreTrainedModel:
     """Make every compressed module the linear layer it stands for, in place: multiplied out, or with its zeros.
 
+    Experts that are layers of their own are put together again, as the architecture holds them.
+
     Raises:
         ParedError: a layer has a bias that the architecture has no place for.
     """
@@ -145,6 +148,9 @@ def make_dense(model: PreTrainedModel) -> PreTrainedModel:
     tie(model, {})
     with torch.device("meta"):
         skeleton = type(model)._from_config(model.config)  # knows which modules are Linear and which Conv1D
+    opened = opened_experts(model)
+    for name, experts in opened.items():
+        open_by_layout(skeleton, name, experts.layout)
     for name, module in compressed.items():
         if isinstance(module, SparseLinear):
             module.unpack_()
@@ -158,6 +164,8 @@ def make_dense(model: PreTrainedModel) -> PreTrainedModel:
     for name, numbers in counts.items():
         set_counts(model.get_submodule(name), {key: vars(skeleton.get_submodule(name))[key] for key in numbers})
     forget_counts(model)
+    for name in opened:
+        close(model, name)
     return model
 
 

@@ -8,7 +8,7 @@ is found is a :class:`Layout`, by which a folder's map makes the same modules ag
 Legend of the shape suffixes: T tokens, P experts picked for each, H the width, M what ``first`` outputs.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ FIRST, SECOND = "first", "second"
 OWN, HALVES, PAIRS, PLAIN = "own", "halves", "pairs", "plain"
 BETWEEN = (OWN, HALVES, PAIRS, PLAIN)
 PICKED, ALL = "picked", "all"
+CALLS = (PICKED, ALL)
 
 
 @dataclass(frozen=True)
@@ -225,6 +226,16 @@ def empty_out(fused: nn.Module, layout: Layout) -> None:
         fused._parameters[name] = nn.Parameter(torch.empty_like(old, device="meta"), requires_grad=old.requires_grad)
 
 
+def opened_experts(root: nn.Module, prefix: str = "") -> dict[str, OpenedExperts]:
+    """Return the opened experts of a model or a block, by name."""
+    return {name: one for name, one in root.named_modules(prefix=prefix) if isinstance(one, OpenedExperts)}
+
+
+def layouts_of(root: nn.Module, prefix: str = "") -> dict[str, dict[str, Any]]:
+    """Return the layouts of all opened experts of a model or a block, as a checkpoint's map has them."""
+    return {name: one.layout.entry() for name, one in opened_experts(root, prefix).items()}
+
+
 def open_by_layout(root: nn.Module, path: str, layout: Layout, views: bool = False) -> OpenedExperts:
     """Open the experts of one module, in place.
 
@@ -310,3 +321,8 @@ def put_back(root: nn.Module, path: str) -> nn.Module:
 
 def _stack(fused: nn.Module, name: str, parts: list[torch.Tensor], like: nn.Parameter) -> None:
     fused._parameters[name] = nn.Parameter(torch.stack(parts), requires_grad=like.requires_grad)
+
+
+def layout_from(entry: Mapping[str, Any]) -> Layout:
+    """Return the layout of an entry of a map that was checked."""
+    return Layout(**entry)

@@ -23,6 +23,7 @@ KINDS = {
     "o_proj": "o", "out_proj": "o", "dense": "dense", "gate_proj": "gate", "up_proj": "up", "down_proj": "down",
     "gate_up_proj": "gate_up", "qkv_proj": "qkv", "query_key_value": "qkv", "c_attn": "qkv", "c_fc": "fc1",
     "fc1": "fc1", "fc2": "fc2", "dense_h_to_4h": "fc1", "dense_4h_to_h": "fc2",
+    "first": "expert in", "second": "expert out",
 }  # fmt: skip
 
 

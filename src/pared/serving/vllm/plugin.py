@@ -99,9 +99,15 @@ class ParedVllmConfig(QuantizationConfig):
         """Read the map.
 
         Raises:
-            ValueError: it is of a newer version, or malformed.
+            ValueError: it is of a newer version, or malformed, or has experts that are layers of their own.
         """
-        return cls(ParedConfig(**config))
+        told = ParedConfig(**config)
+        if told.experts:
+            raise UnsupportedError(
+                f"{min(told.experts)}: its experts are compressed one by one, and vLLM multiplies by all "
+                f"of a mixture's together; {INSTEAD}"
+            )
+        return cls(told)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         """Take the names that vLLM's model gives to the modules."""
