@@ -1,13 +1,14 @@
-"""Experts that are open in a model and lie in its checkpoint as tensors of all: closed while a block is read."""
+"""Experts that are open in one form of a model and lie in tensors of all in another: its checkpoint, or an export."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-from pared.modules.opened import OpenedExperts, empty_out, open_by_layout, put_back
-from pared.structure.opening import Openable
+from pared.modules.opened import Layout, OpenedExperts, empty_out, open_by_layout, put_back
+from pared.structure.opening import Openable, layout_of
 
 
 class OpenedBlocks:
@@ -58,3 +59,23 @@ def take(opened: OpenedExperts) -> None:
             if parameter is not None:
                 values = parameter.detach().clone(memory_format=torch.contiguous_format)
                 old._parameters[name] = nn.Parameter(values, requires_grad=parameter.requires_grad)
+
+
+def layer_of(model: nn.Module, name: str) -> nn.Module | None:
+    """Return the layer of a name, or none if there is no such layer.
+
+    Where experts lie in tensors of all, the layer of one of them is made of views of these.
+
+    Args:
+        model: whose experts may be open or not.
+        name: of a layer, as in the model with its experts open.
+    """
+    with contextlib.suppress(AttributeError):
+        return model.get_submodule(name)
+    path, _, inside = name.rpartition(".")[0].rpartition(".")
+    with contextlib.suppress(AttributeError):
+        fused = model.get_submodule(path)
+        if isinstance(layout := layout_of(fused), Layout):
+            opened = OpenedExperts(fused, layout, views=True)
+            return opened.get_submodule(f"{inside}.{name.rpartition('.')[2]}")
+    return None

@@ -1,7 +1,8 @@
 """From any model to what needs nothing of pared: a plain dense folder, or a GGUF file."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -10,7 +11,7 @@ from pared.arguments import folder_from, name_from
 from pared.checkpoint.load import load, require_recorded
 from pared.checkpoint.loader import tie
 from pared.checkpoint.portable import DYNAMIC, is_portable, module_map, own_class, own_code
-from pared.checkpoint.verify import take_fingerprint
+from pared.checkpoint.verify import take_fingerprint, with_layers
 from pared.entrypoints.checks import require_export
 from pared.entrypoints.publish import Publication, ResidentSaver, Written
 from pared.errors import ParedError
@@ -50,8 +51,10 @@ def export_dense(name: str, out: Path, dtype: str = "auto", overwrite: bool = Fa
     model = load(name, dtype)  # says more of what is damaged than a digest
     if (Path(source.location) / MANIFEST).is_file():
         require_recorded(Path(source.location))  # else what is damaged would be listed as whole
-    fingerprint = take_fingerprint(model)
+    fingerprint, entries = take_fingerprint(model), module_map(model)
     make_dense(model)
+    widened = [name for name in fingerprint.layers if is_narrow(entries[name])]
+    fingerprint = with_layers(fingerprint, model, widened)
     needed = sum(p.numel() * p.itemsize for p in model.parameters())
     saver = ResidentSaver(model, source.tokenizer(), source, fingerprint)
     del model
@@ -131,6 +134,11 @@ def require_whole_bits(model: PreTrainedModel, name: str, form: str, instead: st
                 f"model {name!r}: {layer} is stored in {entry['bits']} bits, which {form} cannot take over; "
                 f"{called('to', 'dense')} writes it in the model's dtype, or export the folder of before{instead}"
             )
+
+
+def is_narrow(entry: Mapping[str, Any]) -> bool:
+    """Whether an entry of a map is of a layer that lost inputs or outputs."""
+    return entry["kind"].startswith("narrow") or bool(entry.get("narrow"))
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from pared.checkpoint.load import load, read_config, require_recorded
 from pared.checkpoint.plain import NARROW
 from pared.checkpoint.portable import module_map
-from pared.entrypoints.export import make_dense, require_whole_bits
+from pared.entrypoints.export import is_narrow, make_dense, require_whole_bits
 from pared.entrypoints.publish import Written
 from pared.errors import ParedError
 from pared.io.inputs import inputs_of
@@ -93,7 +93,7 @@ def _described(model: PreTrainedModel, source: ModelSource) -> Description:
     entries = module_map(model)
     stored = _parameters(model)
     added: Counter[str] = Counter()
-    narrow = any(entry["kind"] in NARROW or entry.get("narrow") for entry in entries.values())
+    narrow = any(map(is_narrow, entries.values()))
     if layouts_of(model) or (narrow and not can_be_of_any_widths(model)):
         make_dense(model)
         added = Counter(entry["kind"] for entry in entries.values())

@@ -11,7 +11,7 @@ from pared.errors import ParedError
 from pared.names import did_you_mean, match
 from pared.schema.plan import Uncovered
 from pared.structure.linear import LINEAR_TYPES, bias_of, weight_of
-from pared.structure.opening import Known, layout_of
+from pared.structure.opening import layout_of
 from pared.structure.proof import fault_of_class, require_plain_weight
 
 if TYPE_CHECKING:
@@ -325,13 +325,12 @@ def _layers(path: str, blocks: nn.ModuleList, faults: dict[str, str]) -> Iterato
 
 
 def _uncovered(path: str, blocks: nn.ModuleList, sites: set[str], faults: Mapping[str, str]) -> Iterator[Uncovered]:
-    known: Known = {}
     for name, parameter in blocks.named_parameters(prefix=path):
         owner = name.rpartition(".")[0]
         if parameter.ndim >= 2 and owner not in sites:
             what = "not the weight of a linear layer"
             if parameter.ndim == 3:
-                why = layout_of(blocks.get_submodule(owner.removeprefix(f"{path}.")), known)
+                why = layout_of(blocks.get_submodule(owner.removeprefix(f"{path}.")))
                 what = "a 3-D stack of expert weights" + (f": {why}" if why and isinstance(why, str) else "")
             fault = next((why for layer, why in faults.items() if name.startswith(f"{layer}.")), what)
             yield Uncovered(name=name, shape=tuple(parameter.shape), parameters=parameter.numel(), reason=fault)
