@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
 
+from pared.engine.enough import dense_for_want_of_tokens
 from pared.engine.grouping import Comparison
 from pared.engine.spec import CompressionSpec
 from pared.names import called
@@ -12,8 +13,6 @@ from pared.schema.manifest import Refined, TooFew
 from pared.schema.plan import Dense, Plan
 from pared.schema.recipe import Recipe
 from pared.structure import Anatomy
-
-UNREACHED = "no calibration token reached it"
 
 
 @dataclass
@@ -72,8 +71,8 @@ def remarks(plan: Plan, fallbacks: Mapping[str, str]) -> Iterator[str]:
         )
     dense = [site for site in plan.sites if isinstance(site.decision, Dense)]
     if dense and plan.keep < 1:
-        unreached = sum(site.decision.reason == UNREACHED for site in dense if isinstance(site.decision, Dense))
-        told = f", {unreached} of them as {UNREACHED}" if unreached else ""
+        unreached = dense_for_want_of_tokens([one.decision.reason for one in dense if isinstance(one.decision, Dense)])
+        told = "".join(f"; {count} of them, as {said}" for said, count in unreached.items())
         yield f"{len(dense)} sites stay dense, the first is {dense[0].name}{told}"
     if plan.missed:
         yield plan.missed

@@ -97,11 +97,17 @@ class Expert(nn.Module):
         first: its first layer.
         second: its second layer.
         between: what is done between them.
+
+    Attributes:
+        inputs: of the layer that reads more, as they are made.
     """
 
-    def __init__(self, first: nn.Module, second: nn.Module, between: Between) -> None:
+    def __init__(self, first: nn.Linear, second: nn.Linear, between: Between) -> None:
         super().__init__()
-        self.first, self.second, self.between = first, second, between
+        self.first: nn.Module = first
+        self.second: nn.Module = second
+        self.between = between
+        self.inputs = max(first.in_features, second.in_features)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return what it makes of ``(..., H)``."""

@@ -8,6 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from pared.errors import ParedError
+from pared.modules.opened import FIRST, SECOND, Expert
 from pared.names import did_you_mean, match
 from pared.schema.plan import Uncovered
 from pared.structure.linear import LINEAR_TYPES, bias_of, weight_of
@@ -23,8 +24,8 @@ KINDS = {
     "o_proj": "o", "out_proj": "o", "dense": "dense", "gate_proj": "gate", "up_proj": "up", "down_proj": "down",
     "gate_up_proj": "gate_up", "qkv_proj": "qkv", "query_key_value": "qkv", "c_attn": "qkv", "c_fc": "fc1",
     "fc1": "fc1", "fc2": "fc2", "dense_h_to_4h": "fc1", "dense_4h_to_h": "fc2",
-    "first": "expert in", "second": "expert out",
 }  # fmt: skip
+OF_EXPERTS = {FIRST: "expert in", SECOND: "expert out"}
 
 
 @dataclass(frozen=True)
@@ -312,7 +313,7 @@ def _layers(path: str, blocks: nn.ModuleList, faults: dict[str, str]) -> Iterato
             yield Site(
                 name=full,
                 block=block,
-                kind=KINDS.get(leaf, leaf),
+                kind=OF_EXPERTS[leaf] if isinstance(modules[parent], Expert) else KINDS.get(leaf, leaf),
                 out_features=out_features,
                 in_features=in_features,
                 has_bias=bias_of(module) is not None,
