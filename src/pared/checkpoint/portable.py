@@ -42,6 +42,8 @@ def module_map(model: nn.Module) -> dict[str, dict[str, Any]]:
     kinds = _kinds()
     modules: list[tuple[str, Any]] = list(model.named_modules())
     for name, module in modules:
+        if name.rpartition(".")[0] in entries:
+            continue  # a factor in few bits is told of by its layer
         for kind, cls in kinds.items():
             if isinstance(module, cls):
                 entries[name] = {"kind": kind, **module.entry()}

@@ -15,6 +15,7 @@ from pared.io.output_dir import require_free, staged
 from pared.io.record import MANIFEST
 from pared.models.source import find_model
 from pared.modules.opened import layouts_of
+from pared.names import called
 from pared.serving.onnx import compare, exported, require_exporter
 
 
@@ -44,7 +45,7 @@ def export_onnx(name: str, out: Path, overwrite: bool = False) -> Written:
     if opened := layouts_of(model):
         raise ParedError(
             f"model {name!r}: the experts of {min(opened)} are compressed one by one, and which of them run depends on "
-            "the text, which no graph has a form for; export it dense"
+            f"the text, which no graph has a form for; {called('to', 'dense')} puts them together again"
         )
     if (beside[0] / MANIFEST).is_file():
         require_recorded(beside[0])

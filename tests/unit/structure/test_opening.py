@@ -1,20 +1,22 @@
 """Experts of a mixture as layers of their own: they compute what the module that held them did, or stay as they are."""
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
-from tiny_models import MIXTURES
+from tiny_models import MIXTURES, TINY_MODELS
 from torch import nn
 from transformers import Llama4ForCausalLM, Llama4TextConfig, PreTrainedModel
 
 from pared.modules.opened import Layout, OpenedExperts, close, open_by_layout
-from pared.structure import find_anatomy
+from pared.structure import find_anatomy, opening
 from pared.structure.opening import layout_of, openable
 from unit.checkpoint.test_checkpoint import logits
 
 FAMILIES = sorted(MIXTURES)
 EXPERTS_OF = 6
+found = opening._found
 
 
 def llama4() -> PreTrainedModel:
@@ -79,6 +81,18 @@ def test_how_tensors_lie_is_told_by_what_they_compute_and_no_name():
     layouts = {family: layout_of(MIXTURES[family]().model.layers[1].mlp.experts) for family in FAMILIES}
     assert all(isinstance(one, Layout) and one.between == "own" for one in layouts.values())
     assert {family for family, one in layouts.items() if isinstance(one, Layout) and one.transposed} == {"gpt_oss"}
+
+
+def test_a_layout_is_proved_once_for_all_modules_of_a_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model that is no mixture nothing is proved, and mixtures of a kind are looked at again for nothing."""
+    proofs: list[nn.Module] = []
+    monkeypatch.setattr(opening, "_FOUND", WeakKeyDictionary())
+    monkeypatch.setattr(opening, "_found", lambda module, *given: proofs.append(module) or found(module, *given))
+    find_anatomy(TINY_MODELS["llama"]())
+    assert proofs == []
+    for _ in range(2):
+        opened(MIXTURES["mixtral"]())
+    assert len(proofs) == 1
 
 
 def test_what_is_not_two_layers_an_expert_stays_and_says_why():
