@@ -13,8 +13,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
-from pared.calibration import CROSS, StatisticView, accumulators
-from pared.calibration.statistics.gram import Gram
+from pared.calibration import CROSS, StatisticView, accumulators, statistic_kind
 from pared.data.windows import Windows
 from pared.engine.spec import CompressionSpec
 from pared.modules.opened import Expert
@@ -48,7 +47,7 @@ def _features(anatomy: Anatomy, spec: CompressionSpec) -> dict[str, int]:
     return {
         site: max(one.features for one in grams)
         for site, own in made.items()
-        if (grams := [one for one in own.values() if isinstance(one, Gram)])
+        if (grams := [one for name, one in own.items() if statistic_kind(name).gram])
     }
 
 
@@ -65,13 +64,13 @@ def why_dense(model: nn.Module, site: str, statistics: Mapping[str, StatisticVie
         site: its name.
         statistics: of it, by name.
     """
-    own = [one for name, one in statistics.items() if name != CROSS]
-    if any(one.tokens == 0 for one in own):
+    tokens = {name: one.tokens for name, one in statistics.items() if name != CROSS}
+    if 0 in tokens.values():
         return UNREACHED
     expert = model.get_submodule(site.rpartition(".")[0])
-    grams = [one for one in own if isinstance(one, Gram)]
-    if isinstance(expert, Expert) and any(one.tokens < expert.inputs for one in grams):
-        return f"{STARVED}: {min(one.tokens for one in grams):,}, expected {expert.inputs:,} or more"
+    of_grams = [count for name, count in tokens.items() if statistic_kind(name).gram]
+    if isinstance(expert, Expert) and of_grams and (count := min(of_grams)) < expert.inputs:
+        return f"{STARVED}: {count:,}, expected {expert.inputs:,} or more"
     return ""
 
 
