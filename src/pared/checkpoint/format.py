@@ -13,7 +13,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pared.modules.low_rank import LowRankLinear
 from pared.modules.narrow import NarrowConv1D, NarrowLinear
-from pared.modules.opened import BETWEEN, CALLS, Layout, layout_from
+from pared.modules.opened import BETWEEN, CALLS, Layout
 from pared.modules.packing import LARGEST_GROUP
 from pared.modules.pivoted import PivotedLinear
 from pared.modules.quantized import LEAST, QuantizedLinear
@@ -130,7 +130,7 @@ class ParedConfig(QuantizationConfigMixin):
 
     def layouts(self) -> dict[str, Layout]:
         """Return how the architecture holds the experts that are layers of their own, by the name of the module."""
-        return {name: layout_from(entry) for name, entry in self.experts.items()}
+        return {name: Layout(**entry) for name, entry in self.experts.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as they are stored, without lists of what there is none of."""
@@ -302,9 +302,8 @@ def _checked_experts(experts: Any) -> dict[str, Entry]:
             text = entry[key]
             if not isinstance(text, str) or not (ATTRIBUTE.fullmatch(text) or (text == "" and key.endswith("bias"))):
                 raise ValueError(f"experts of {name}: {key} is {brief(text)}, expected the name of a parameter")
-        if len(named := [entry[key] for key in ("first", "second", "first_bias", "second_bias") if entry[key]]) > len(
-            set(named)
-        ):
+        named = Layout(**entry).names
+        if len(set(named)) < len(named):
             raise ValueError(f"experts of {name}: one parameter is named twice in {brief(entry)}")
         if type(entry["transposed"]) is not bool or entry["between"] not in BETWEEN or entry["call"] not in CALLS:
             raise ValueError(f"experts of {name}: unknown or malformed {brief(entry)}")

@@ -206,7 +206,7 @@ def _by_their_own_names(stored: dict[str, _Stored], tensors: Iterable[str]) -> d
         for tail in (_tail(name), _in_block(name)):
             tails.setdefault(tail, []).append(name)
     for tensor in tensors:
-        same = tails.get(_tail(tensor)) or tails.get(_in_block(tensor), ())
+        same = tails.get(_tail(tensor)) or tails.get(_in_block(tensor)) or []
         alike = sorted(same, key=lambda name: _common_end(name, tensor))
         if tensor not in stored and alike:
             found[tensor] = stored[alike[-1]]

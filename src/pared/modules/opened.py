@@ -8,7 +8,7 @@ is found is a :class:`Layout`, by which a folder's map makes the same modules ag
 Legend of the shape suffixes: T tokens, P experts picked for each, H the width, M what ``first`` outputs.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -327,8 +327,3 @@ def put_back(root: nn.Module, path: str) -> nn.Module:
 
 def _stack(fused: nn.Module, name: str, parts: list[torch.Tensor], like: nn.Parameter) -> None:
     fused._parameters[name] = nn.Parameter(torch.stack(parts), requires_grad=like.requires_grad)
-
-
-def layout_from(entry: Mapping[str, Any]) -> Layout:
-    """Return the layout of an entry of a map that was checked."""
-    return Layout(**entry)
