@@ -13,6 +13,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pared.modules.low_rank import LowRankLinear
 from pared.modules.narrow import NarrowConv1D, NarrowLinear
+from pared.modules.opened import BETWEEN, CALLS, Layout
 from pared.modules.packing import LARGEST_GROUP
 from pared.modules.pivoted import PivotedLinear
 from pared.modules.quantized import LEAST, QuantizedLinear
@@ -76,6 +77,7 @@ class ParedConfig(QuantizationConfigMixin):
         modules: for every changed module, by full name, its kind, shape and exact rank.
         shared: for every tensor that is not stored, as it is that of another module, the name of the one that is.
         heads: for every module that counts heads by numbers of its own and lost some, these numbers by their names.
+        experts: for every module whose experts are layers of their own here, how it holds them in the architecture.
         quant_method: always ``pared``.
 
     Raises:
@@ -88,6 +90,7 @@ class ParedConfig(QuantizationConfigMixin):
         modules: dict[str, Entry] | None = None,
         shared: dict[str, str] | None = None,
         heads: dict[str, dict[str, int]] | None = None,
+        experts: dict[str, Entry] | None = None,
         quant_method: str = QUANT_METHOD,
         **unknown: object,
     ) -> None:
@@ -104,21 +107,35 @@ class ParedConfig(QuantizationConfigMixin):
         self.modules = _checked({} if modules is None else modules)
         self.shared = _checked_shared({} if shared is None else shared, self.modules)
         self.heads = _checked_heads({} if heads is None else heads)
+        self.experts = _checked_experts({} if experts is None else experts)
 
     @property
     def guard(self) -> str | None:
         """Name of the weight that stops whoever loads the folder without this package; None where nothing need.
 
-        It is that of the first module by name whose tensors have other names than the dense layer's, stored without
-        numbers, beside another such tensor of the name :data:`NOTICE`.
+        It is that of the first module by name whose tensors have other names than the dense layer's, or of experts that
+        the architecture holds in one tensor, stored without numbers, beside another such tensor of the name
+        :data:`NOTICE`.
         """
-        renamed = [name for name, entry in self.modules.items() if not entry["kind"].startswith("narrow")]
-        return f"{min(renamed)}.weight" if renamed else None
+        inside = tuple(f"{name}." for name in self.experts)
+        renamed = [
+            name
+            for name, entry in self.modules.items()
+            if not entry["kind"].startswith("narrow") and not name.startswith(inside)
+        ]
+        if renamed:
+            return f"{min(renamed)}.weight"
+        name = min(self.experts, default=None)
+        return None if name is None else f"{name}.{self.experts[name]['first']}"
+
+    def layouts(self) -> dict[str, Layout]:
+        """Return how the architecture holds the experts that are layers of their own, by the name of the module."""
+        return {name: Layout(**entry) for name, entry in self.experts.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as they are stored, without lists of shared tensors or of heads where there are none."""
+        """Return the fields as they are stored, without lists of what there is none of."""
         fields: dict[str, Any] = super().to_dict()
-        return {key: value for key, value in fields.items() if value or key not in ("shared", "heads")}
+        return {key: value for key, value in fields.items() if value or key not in ("shared", "heads", "experts")}
 
 
 def added_kinds() -> dict[str, EntryPoint]:
@@ -269,3 +286,25 @@ def _checked_heads(heads: Any) -> dict[str, dict[str, int]]:
             if type(count) is not int or not 0 < count <= LARGEST_SIDE:
                 raise ValueError(f"heads of {module}: {name} is {brief(count)}, expected 1 to {LARGEST_SIDE}")
     return heads
+
+
+def _checked_experts(experts: Any) -> dict[str, Entry]:
+    """Return the layouts of experts if each is one: names of attributes, a way between the layers and one to call."""
+    if not isinstance(experts, dict) or len(experts) > MOST_MODULES:
+        raise ValueError(f"the experts are {type(experts).__name__}, expected a layout by module name")
+    for name, entry in experts.items():
+        if not isinstance(name, str) or not 0 < len(name) <= LONGEST_NAME:
+            raise ValueError(f"experts of {brief(name)}: expected a name of 1 to {LONGEST_NAME} characters")
+        fields = Layout.__dataclass_fields__.keys()
+        if not isinstance(entry, dict) or entry.keys() != fields:
+            raise ValueError(f"experts of {name}: got {brief(entry)}, expected {', '.join(fields)}")
+        for key in ("first", "second", "first_bias", "second_bias"):
+            text = entry[key]
+            if not isinstance(text, str) or not (ATTRIBUTE.fullmatch(text) or (text == "" and key.endswith("bias"))):
+                raise ValueError(f"experts of {name}: {key} is {brief(text)}, expected the name of a parameter")
+        named = Layout(**entry).names
+        if len(set(named)) < len(named):
+            raise ValueError(f"experts of {name}: one parameter is named twice in {brief(entry)}")
+        if type(entry["transposed"]) is not bool or entry["between"] not in BETWEEN or entry["call"] not in CALLS:
+            raise ValueError(f"experts of {name}: unknown or malformed {brief(entry)}")
+    return experts

@@ -18,6 +18,7 @@ from pared.checkpoint.format import NOTICE, QUANT_METHOD, ParedConfig, module_ty
 from pared.checkpoint.portable import IS_COPY, with_remote_code
 from pared.modules.adapters import teach_peft
 from pared.modules.narrow import NarrowConv1D, NarrowLinear, set_counts
+from pared.modules.opened import Layout, open_by_layout
 from pared.modules.quantized import QuantizedLinear
 from pared.modules.replace import replace_module
 from pared.modules.shared import DOWN, BasisHolder, share
@@ -35,7 +36,7 @@ class ParedQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: "PreTrainedModel", **_: object) -> None:
         told = self.quantization_config
-        install_empty(model, told.modules, told.shared, told.heads)
+        install_empty(model, told.modules, told.shared, told.heads, told.layouts())
         if told.guard is not None:
             guard = told.guard.removeprefix(f"{model.base_model_prefix}.")
             known = model._keys_to_ignore_on_load_unexpected or ()
@@ -76,18 +77,26 @@ def install_empty(
     entries: dict[str, dict[str, Any]],
     shared: dict[str, str] | None = None,
     heads: dict[str, dict[str, int]] | None = None,
+    experts: dict[str, Layout] | None = None,
 ) -> None:
-    """Replace modules by the empty ones of the map, in place.
+    """Replace modules by the empty ones of the map, in place; experts are opened before.
 
     Args:
         model: the model, or its base without head: names are looked up with and without the base's prefix.
         entries: the ``modules`` of the map.
         shared: the shared tensors of the map.
         heads: the numbers of heads of the map.
+        experts: the layouts of experts of the map.
 
     Raises:
         ValueError: a name is not in the model, or a shape or number does not fit.
     """
+    for name, layout in (experts or {}).items():
+        path, _ = _place(model, name)
+        try:
+            open_by_layout(model, path, layout)
+        except ValueError as error:
+            raise ValueError(f"experts of {name}: {error}") from None
     paths: dict[str, str] = {}
     for name, entry in entries.items():
         path, old = _place(model, name)

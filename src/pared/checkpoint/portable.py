@@ -5,6 +5,7 @@ This file is a part of the loader that a saved folder carries, so it may use tor
 
 import ast
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from pared.checkpoint.format import LOADER_NAME, MODULE_TYPES, NOTICE, ParedConfig, added_kinds, module_type
 from pared.importing import when_imported
 from pared.modules.adapters import CLASSES, teach_peft
+from pared.modules.opened import OpenedExperts
 from pared.modules.packing import pack
 from pared.modules.quantized import QuantizedLinear
 from pared.modules.replace import replace_module
@@ -40,6 +42,8 @@ def module_map(model: nn.Module) -> dict[str, dict[str, Any]]:
     kinds = _kinds()
     modules: list[tuple[str, Any]] = list(model.named_modules())
     for name, module in modules:
+        if name.rpartition(".")[0] in entries:
+            continue  # a factor in few bits is told of by its layer
         for kind, cls in kinds.items():
             if isinstance(module, cls):
                 entries[name] = {"kind": kind, **module.entry()}
@@ -115,6 +119,7 @@ class PortableMixin:
             shutil.copyfile(file, folder / file.name)
         if len(args) < 2:  # the second is the state
             kwargs["state_dict"] = _guarded(self, kwargs.get("state_dict"))
+        _leave_guard(self)
         # Weights are plain numbers, and for the sake of a quantizer transformers would drop the state it is given.
         quantizer = self.__dict__.pop("hf_quantizer", None)
         try:
@@ -141,6 +146,30 @@ def _guarded(model: "PreTrainedModel", state: dict[str, torch.Tensor] | None) ->
     return {**own, **({guard: torch.empty(0)} if guard not in own else {}), NOTICE: torch.empty(0)}
 
 
+def _leave_guard(model: Any) -> None:
+    """Have transformers save a guard in the place of experts by its own name, not by those of single experts.
+
+    A model that was read from a checkpoint of single experts saves what it merged as it came.
+    """
+    recorded = getattr(model.config, "quantization_config", None)
+    fused = [f"{name}.{entry['first']}" for name, entry in getattr(recorded, "experts", {}).items()]
+    if not fused:
+        return
+    # Not while this file is read, when transformers may be half imported.
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange, WeightConverter
+
+    found = getattr(model, "_weight_conversions", None)
+    if found is None:
+        found = [one for one in get_model_conversion_mapping(model, add_legacy=False) if type(one) is not PrefixChange]
+    model._weight_conversions = [
+        one
+        for one in found
+        if not isinstance(one, WeightConverter)
+        or not any(re.search(pattern, name) for pattern in one.target_patterns for name in fused)
+    ]
+
+
 def _describe_anew(model: "PreTrainedModel") -> None:
     """Make the map say what the modules are by now: an adapter was merged, or a layer put in another's place."""
     recorded = getattr(model.config, "quantization_config", None)
@@ -148,7 +177,9 @@ def _describe_anew(model: "PreTrainedModel") -> None:
         return
     modules, shared = _modules_now(model, recorded.modules), still_shared(model, recorded.shared)
     if (modules, shared) != (recorded.modules, recorded.shared):
-        model.config.quantization_config = ParedConfig(modules=modules, shared=shared, heads=recorded.heads)
+        model.config.quantization_config = ParedConfig(
+            modules=modules, shared=shared, heads=recorded.heads, experts=recorded.experts
+        )
         PortableMixin.tie_weights(model)
 
 
@@ -279,6 +310,7 @@ def loader_source(own: dict[str, type] | None = None) -> str:
         BasisHolder.__module__,
         pack.__module__,
         QuantizedLinear.__module__,
+        OpenedExperts.__module__,
         *(cls.__module__ for cls, _ in MODULE_TYPES.values()),
         teach_peft.__module__,
         ParedConfig.__module__,

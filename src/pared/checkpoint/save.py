@@ -18,6 +18,7 @@ from pared.models.resized import set_sizes
 from pared.models.source import ModelSource
 from pared.modules import BasisHolder, bits_of
 from pared.modules.narrow import counts_of
+from pared.modules.opened import layouts_of
 from pared.modules.shared import DOWN
 
 SHARD_SIZE = "5GB"
@@ -62,7 +63,9 @@ def mark(model: PreTrainedModel) -> None:
         return
     shared = shared_tensors(model)
     heads = counts_of(model)
-    model.config.quantization_config = ParedConfig(modules=module_map(model), shared=shared, heads=heads)
+    model.config.quantization_config = ParedConfig(
+        modules=module_map(model), shared=shared, heads=heads, experts=layouts_of(model)
+    )
     tie(model, shared)
     model.config.auto_map = _auto_map(model)
     with_remote_code(model)

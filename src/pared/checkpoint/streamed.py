@@ -4,7 +4,7 @@ The model is one tree of modules all the while. Parameters of a block that is no
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from pared.checkpoint.block_files import Before, pack_empty, shared_members, write_block
 from pared.checkpoint.loader import install_empty, tie
+from pared.checkpoint.opened_blocks import OpenedBlocks
 from pared.checkpoint.save import shared_tensors
 from pared.checkpoint.tensor_places import TensorPlaces
 from pared.errors import DamagedError, ParedError
@@ -30,6 +31,7 @@ from pared.modules.quantized import QuantizedLinear
 from pared.modules.shared import DOWN, BasisHolder
 from pared.modules.sparse import SparseLinear
 from pared.structure.finite import require_finite
+from pared.structure.opening import Openable
 from pared.structure.store import block_file, embeddings_and_head
 
 
@@ -67,6 +69,7 @@ class StreamedBlocks:
         self._blocks = [stack.get_submodule(key) for key in places.keys]
         self.files: list[Path | None] = [None] * len(self._blocks)
         self._loaded: dict[int, list[Before]] = {}
+        self._opened = OpenedBlocks(model)
         self._to_share: dict[str, str] = {}  # of adopted blocks, by the name of the tensor that another owns
         self._change: Callable[[int], None] | None = None
         self._checked: set[int] = set()  # blocks of the checkpoint whose numbers are finite
@@ -100,7 +103,7 @@ class StreamedBlocks:
         before = [Before.of(module) for module in block.modules()]
         self._loaded[index] = before
         try:
-            self._places.fill_block(index)
+            self._fill(index)
             self._fill_shared(block, index)
             self._require_finite(block, index)
         except BaseException:
@@ -249,6 +252,7 @@ class StreamedBlocks:
         """Return what hands out the blocks as the checkpoint has them, one at a time, whatever is committed here."""
         assert self._again is not None, "what is outside of the blocks was not read"
         store, there = self._again(), list[int]()
+        store.open_experts(self._opened.found)
 
         def block(index: int) -> nn.Module:
             if there != [index]:
@@ -258,6 +262,16 @@ class StreamedBlocks:
             return store.load(index)
 
         return block
+
+    def open_experts(self, found: Sequence[Openable]) -> None:
+        """Make the experts of mixtures layers of their own, wherever a block is in memory from now on; none is now."""
+        assert not self._loaded, "a block that is in memory would not be opened"
+        self._opened.open(found)
+
+    def _fill(self, index: int) -> None:
+        """Read a block: from the checkpoint, which has its experts closed, or from its own file."""
+        with self._opened.closed(index) if self.files[index] is None else contextlib.nullcontext():
+            self._places.fill_block(index)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield every tensor of the model's state by name, in the order of the names."""

@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import PreTrainedModel
 
 from pared.arguments import name_from
 from pared.checkpoint.load import load, read_config, read_map, read_shared, require_recorded
 from pared.checkpoint.loader import empty_module
 from pared.checkpoint.open_streamed import open_streamed
+from pared.checkpoint.opened_blocks import layer_of
 from pared.checkpoint.portable import module_map
 from pared.checkpoint.streamed import StreamedBlocks
 from pared.errors import DamagedError, ParedError
@@ -47,8 +49,20 @@ def take_fingerprint(model: PreTrainedModel, store: StreamedBlocks | None = None
     positions = list(range(0, len(outputs), step))[:SAMPLES]
     unreached = [name for name in module_map(model) if name not in reached]
     few = unreached[:: max(1, len(unreached) // LAYERS)][:LAYERS]
-    layers = {name: _layer_outputs(model, name, store).tolist() for name in few}
+    layers = {name: _layer_outputs(_layer(model, name), name, store).tolist() for name in few}
     return Fingerprint(tokens=tokens, positions=positions, outputs=outputs[positions].tolist(), layers=layers)
+
+
+def with_layers(fingerprint: Fingerprint, model: PreTrainedModel, names: Iterable[str]) -> Fingerprint:
+    """Return a fingerprint with what some of its layers make now, as those that were widened have other sizes.
+
+    Args:
+        fingerprint: of the model as it was.
+        model: as it is, its experts open or not.
+        names: of layers of the fingerprint.
+    """
+    now = {name: _layer_outputs(_layer(model, name), name, None).tolist() for name in names}
+    return fingerprint.model_copy(update={"layers": {**fingerprint.layers, **now}})
 
 
 def compare(model: PreTrainedModel, fingerprint: Fingerprint, store: StreamedBlocks | None = None) -> float:
@@ -69,11 +83,15 @@ def compare(model: PreTrainedModel, fingerprint: Fingerprint, store: StreamedBlo
         )
     found = {"the loaded model": (outputs[fingerprint.positions], fingerprint.outputs)}
     for name, sample in fingerprint.layers.items():
-        layer = dict(model.named_modules()).get(name)
-        if layer is None or not hasattr(layer, "weight"):
-            raise ParedError(f"the fingerprint in pared.json has a layer {name[:200]}, that this model does not have")
-        found[f"layer {name}"] = (_layer_outputs(model, name, store), sample)
+        found[f"layer {name}"] = (_layer_outputs(_layer(model, name), name, store), sample)
     return max(_difference(what, now, then, model.dtype) for what, (now, then) in found.items())
+
+
+def _layer(model: PreTrainedModel, name: str) -> nn.Module:
+    layer = layer_of(model, name)
+    if layer is None or not hasattr(layer, "weight"):
+        raise ParedError(f"the fingerprint in pared.json has a layer {name[:200]}, that this model does not have")
+    return layer
 
 
 def _difference(what: str, found: torch.Tensor, sample: list[float], dtype: torch.dtype) -> float:
@@ -100,9 +118,8 @@ def _note_reached(model: PreTrainedModel, reached: set[str]) -> Iterator[Any]:
 
 
 @torch.no_grad()
-def _layer_outputs(model: PreTrainedModel, name: str, store: StreamedBlocks | None) -> torch.Tensor:
+def _layer_outputs(layer: nn.Module, name: str, store: StreamedBlocks | None) -> torch.Tensor:
     """Return a sample of what a linear layer, compressed or not, makes of a fixed input, float32 on the CPU."""
-    layer = model.get_submodule(name)
     with nullcontext() if store is None else store.holding(name):
         like = next(layer.parameters())
         width: int = getattr(layer, "in_features", None) or weight_of(layer).shape[1]
@@ -180,14 +197,17 @@ def _by_their_own_names(stored: dict[str, _Stored], tensors: Iterable[str]) -> d
     """Return what is stored by its name in the model: of some models transformers renames parts when it saves them.
 
     It changes what stands before the blocks, so a tensor is found by its name from the list of blocks on, and where two
-    stacks have such a tensor, by what stands before that too.
+    stacks have such a tensor, by what stands before that too; or it changes what a module of a block is called
+    (Mixtral's ``block_sparse_moe``), so that name is left out where the whole one is not there.
     """
     found = dict(stored)
     tails: dict[str, list[str]] = {}
     for name in stored:
-        tails.setdefault(_tail(name), []).append(name)
+        for tail in (_tail(name), _in_block(name)):
+            tails.setdefault(tail, []).append(name)
     for tensor in tensors:
-        alike = sorted(tails.get(_tail(tensor), ()), key=lambda name: _common_end(name, tensor))
+        same = tails.get(_tail(tensor)) or tails.get(_in_block(tensor)) or []
+        alike = sorted(same, key=lambda name: _common_end(name, tensor))
         if tensor not in stored and alike:
             found[tensor] = stored[alike[-1]]
     return found
@@ -198,6 +218,12 @@ def _tail(name: str) -> str:
     parts = name.split(".")
     first = next((place for place, part in enumerate(parts) if part.isdigit()), 1)
     return ".".join(parts[max(0, first - 1) :])
+
+
+def _in_block(name: str) -> str:
+    """Return what :func:`_tail` does without the name of the module in the block: ``layers.0..up_proj.weight``."""
+    parts = _tail(name).split(".")
+    return ".".join([*parts[:2], "", *parts[3:]])
 
 
 def _common_end(one: str, other: str) -> int:

@@ -10,6 +10,7 @@ from pared.allocation import Allocator, Budget, Evidence, Unit, allocator_of
 from pared.allocation.sparsity import mixture
 from pared.engine.expert_plan import plan_of_shapes
 from pared.engine.grouping import candidate_units
+from pared.engine.opening import opened_shapes, patterns_of
 from pared.engine.spec import CompressionSpec, ExpertSpec, LowRankSpec, SparseSpec
 from pared.errors import ParedError
 from pared.memory import parse_size
@@ -22,23 +23,26 @@ from pared.structure.probe import probe_shapes
 
 
 def anatomy_of(model: PreTrainedModel, recipe: Recipe) -> Anatomy:
-    """Return the sites that a recipe targets, from shapes alone.
+    """Return the sites that a recipe targets, from shapes alone; of experts, those that are open.
 
     Raises:
         ParedError: no such blocks, no linear layer in them, or nothing is left of them.
     """
-    return find_anatomy(model, recipe.blocks).without(recipe.skip)
+    anatomy = find_anatomy(model, recipe.blocks)
+    return anatomy.without(patterns_of(model, recipe, [site.name for site in anatomy.sites]))
 
 
 def plan_from_shapes(model: PreTrainedModel, spec: CompressionSpec, bytes_per_parameter: int | None = None) -> Plan:
-    """Decide every site from shapes alone; the model may be on the meta device.
+    """Decide every site from shapes alone; the model may be on the meta device, and is not changed.
 
-    Where ranks or zeros depend on the data, those of uniform allocation stand in: the sizes are right to a rank.
+    Experts that the compression opens are sites. Where ranks or zeros depend on the data, those of uniform allocation
+    stand in: the sizes are right to a rank.
 
     Raises:
         ParedError: nothing to compress, or a budget too small.
     """
-    anatomy, itemsize = anatomy_of(model, spec.recipe), bytes_per_parameter or model.dtype.itemsize
+    itemsize, model = bytes_per_parameter or model.dtype.itemsize, opened_shapes(model, spec)
+    anatomy = anatomy_of(model, spec.recipe)
     if isinstance(spec, ExpertSpec):
         return plan_of_shapes(model, anatomy, spec.recipe.keep, itemsize)
     if isinstance(spec, SparseSpec):

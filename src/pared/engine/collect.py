@@ -10,6 +10,7 @@ from pared.calibration import BlockStatistics, require_statistics, save_block, s
 from pared.calibration.cache import begin
 from pared.engine.allocate import anatomy_of
 from pared.engine.observe import Observer
+from pared.engine.opening import experts_opened
 from pared.engine.spec import LowRankSpec, PassSpec, resolve_low_rank
 from pared.errors import ParedError
 from pared.io.digests import model_digest
@@ -42,6 +43,20 @@ def collect(
         ParedError: the model or the text does not allow it, or the folder holds statistics of something else.
     """
     spec = resolve_low_rank(recipe)
+    with experts_opened(model, spec):
+        _collect(model, tokenizer, spec, names, folder, progress)
+
+
+def _collect(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    spec: LowRankSpec,
+    names: frozenset[str],
+    folder: Path,
+    progress: Progress | None,
+) -> None:
+    """Collect statistics of a model whose experts are open; see :func:`collect`."""
+    recipe = spec.recipe
     anatomy = anatomy_of(model, recipe)
     work = Observer(ResidentBlocks(model, anatomy), tokenizer, spec, progress or Silent())
     require_statistics(names)

@@ -18,6 +18,7 @@ from pared.engine.kept_blocks import KeptBlocks
 from pared.engine.low_rank import LowRankWork, Trial
 from pared.engine.method_statistics import Saved
 from pared.engine.observe import Observer
+from pared.engine.opening import experts_opened, experts_to_open, open_experts
 from pared.engine.pruning import SparseWork
 from pared.engine.quantize import quantize
 from pared.engine.refine import refine
@@ -66,9 +67,9 @@ def compress_blocks(
 ) -> CompressedBlocks:
     """Compress a model, in place, block by block, as its spec says.
 
-    Finished blocks replace dense ones as the passes run; besides the model there is one block in the computing dtype,
-    the hidden states of the calibration windows, and the statistics of that block (behind a compressed prefix with a
-    dense path two blocks and three sets of hidden states).
+    Experts that are targets are opened first. Finished blocks replace dense ones as the passes run; besides the model
+    there is one block in the computing dtype, the hidden states of the calibration windows, and the statistics of that
+    block (behind a compressed prefix with a dense path two blocks and three sets of hidden states).
 
     Args:
         model: dense, of an architecture the spec suits.
@@ -90,6 +91,11 @@ def compress_blocks(
         ParedError: anything in the model or the text that does not work.
     """
     with evaluating(model), torch.inference_mode(False):
+        found = experts_to_open(model, spec)
+        if store is None:
+            open_experts(model, found)
+        else:
+            store.open_experts(found)
         anatomy = anatomy_of(model, spec.recipe)
         store = store or _in_memory(model, anatomy, state)
         observer = _observe(store, anatomy, tokenizer, spec, windows, progress, processes)
@@ -144,7 +150,7 @@ def collect_evidence(
         ParedError: anything in the model, the recipe or the text that does not work.
     """
     spec = resolve_sparse(recipe)
-    with evaluating(model), torch.inference_mode(False):
+    with evaluating(model), torch.inference_mode(False), experts_opened(model, spec):
         anatomy = anatomy_of(model, recipe)
         observer = _observe(ResidentBlocks(model, anatomy), anatomy, tokenizer, spec, windows, progress)
         with SparseWork(observer, spec) as work:

@@ -18,6 +18,7 @@ from pared.engine.checks import require_finite_weights
 from pared.engine.install import unchanged
 from pared.engine.low_rank import LowRankWork
 from pared.engine.observe import Observer
+from pared.engine.opening import experts_opened
 from pared.engine.pruning import SparseWork
 from pared.engine.spec import CompressionSpec, LowRankSpec, SparseSpec
 from pared.modules.narrow import COUNTS
@@ -80,7 +81,9 @@ def explored(
         ParedError: anything in the model or the text that does not work.
     """
     with evaluating(model), torch.inference_mode(False), ExitStack() as stack:
-        anatomy = anatomy_of(model, next(iter(specs.values())).recipe)
+        first = next(iter(specs.values()))
+        stack.enter_context(experts_opened(model, first))
+        anatomy = anatomy_of(model, first.recipe)
         require_finite_weights(model, anatomy)
 
         def observer(spec: CompressionSpec) -> Observer:

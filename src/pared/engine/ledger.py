@@ -23,7 +23,7 @@ class Findings:
         damping: relative, of statistics that were rank-deficient.
         shrinkage: how far the statistics of a site were shrunk, by statistic.
         fallbacks: what stood in for statistics that say nothing.
-        unreached: sites that no calibration token reached; they stay dense.
+        unreached: sites that no calibration token reached, or too few, and why they stay dense.
         missed: units of a plan that could not be taken, as a member was not reached.
         untargeted: sites of a dense path that are sent other tokens than in the dense model, and so have no targets.
         kept: the channels that stay of a group that was made narrower.
@@ -34,7 +34,7 @@ class Findings:
     damping: dict[str, float] = field(default_factory=dict)
     shrinkage: dict[str, dict[str, float]] = field(default_factory=dict)
     fallbacks: dict[str, str] = field(default_factory=dict)
-    unreached: dict[str, bool] = field(default_factory=dict)
+    unreached: dict[str, str] = field(default_factory=dict)
     missed: dict[str, bool] = field(default_factory=dict)
     untargeted: dict[str, bool] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)

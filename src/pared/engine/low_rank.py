@@ -13,6 +13,7 @@ from pared.calibration import BlockStatistics
 from pared.data.windows import Windows, require_fits
 from pared.engine.allocate import budget_of, make_plan
 from pared.engine.blocks import visit_blocks
+from pared.engine.enough import dense_for_want_of_tokens
 from pared.engine.grouping import candidate_units, told
 from pared.engine.method_statistics import MethodStatistics, Saved
 from pared.engine.observe import Observer
@@ -27,6 +28,7 @@ from pared.engine.windows import trial_windows
 from pared.errors import ParedError
 from pared.io.digests import model_digest
 from pared.lowrank.registry import mean_gram
+from pared.modules.opened import opened_experts
 from pared.names import called
 from pared.schema.plan import Decision, Plan
 from pared.structure import Anatomy
@@ -68,8 +70,10 @@ class LowRankWork:
         self._groups = self._find_channels() if spec.structures != "ranks" else ()
         if spec.structures == "widths":
             self._units = []  # no rank is decided
-        # What the probe's few tokens did not reach the text may not reach either; the others then pay for it.
-        open_ended = spec.calibrated and not all(site.seen for site in self._anatomy.sites)
+        # What the probe's few tokens did not reach the text may not reach either, or give too few tokens, as it may any
+        # expert; the others then pay for it.
+        reached = all(site.seen for site in self._anatomy.sites) and not opened_experts(self._model)
+        open_ended = spec.calibrated and not reached
         self.passes = spec.passes(ranks_known=not (spec.solves_first or grouped or open_ended))
         self._stack = ExitStack()
         self._solver: Solver | None = None
@@ -114,8 +118,12 @@ class LowRankWork:
 
     @property
     def plan(self) -> Plan:
-        """What was decided, but for sites that no token reached."""
-        return without(self._decided, self._solved.found.unreached)
+        """What was decided, but for sites that no token reached, or too few."""
+        return without(self._decided, self._unreached)
+
+    @property
+    def _unreached(self) -> dict[str, str]:
+        return self._solved.found.unreached | self._ordered.found.unreached
 
     @property
     def _solved(self) -> Solver:
@@ -288,7 +296,13 @@ class LowRankWork:
             require_fits(self._model.config, trials)
             evidence = replace(evidence, trial=self._trial_on(trials, order), key=self._key(trials))
         with self._observer.watch("allocate"):
-            return make_plan(anatomy, spec.allocator, budget, itemsize, units, evidence, config)
+            try:
+                return make_plan(anatomy, spec.allocator, budget, itemsize, units, evidence, config)
+            except ParedError as error:
+                if not (dense := dense_for_want_of_tokens(self._unreached.values())):
+                    raise
+                told = "; ".join(f"{count} layers stay dense, as {said}" for said, count in dense.items())
+                raise ParedError(f"{error}; {told}: calibrate on more text ({called('samples')})") from error
 
     def _try(self, decisions: Mapping[str, Decision]) -> None:
         """Take part in a trial of the first process, which measures."""

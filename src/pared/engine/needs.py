@@ -3,6 +3,7 @@
 Estimates from above, of what is large: tensors that are as large as a block, a Gram or the hidden states of a text.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from pared.errors import ParedError
 from pared.io.output_dir import RESERVE, free_space
 from pared.lowrank.in_place import PANEL
 from pared.memory import Available, format_size
+from pared.modules.opened import opened_experts
 from pared.names import called, option_called
 from pared.structure.model import Anatomy, Site
 from pared.structure.store import embeddings_and_head
@@ -162,10 +164,10 @@ def needs_of(
     if tokens is not None:
         held = tokens.windows * tokens.length * width
         activations = held * itemsize * _sets(spec, _runs(model, anatomy))
-        batch = _batch(anatomy, tokens, itemsize, spec.backward)
+        batch = _batch(model, anatomy, tokens, itemsize, spec.backward)
         if spec.refine is not None:  # in float32: what blocks read on both paths, and the graph of a batch
             activations = max(activations, held * SINGLE * 2)
-            batch = max(batch, _batch(anatomy, replace(tokens, batch=spec.refine.batch), SINGLE, True))
+            batch = max(batch, _batch(model, anatomy, replace(tokens, batch=spec.refine.batch), SINGLE, True))
     if evaluated is not None and streamed:
         activations = max(activations, evaluated.windows * evaluated.length * width * model.dtype.itemsize)
     if activations:
@@ -330,10 +332,20 @@ def _orders(anatomy: Anatomy, spec: LowRankSpec) -> int:
     return sum(site.in_features**2 * SINGLE for site in anatomy.sites if readers[site.reads] == 1)
 
 
-def _batch(anatomy: Anatomy, tokens: Tokens, itemsize: int, gradients: bool) -> int:
-    """Return what a block makes of one batch on its way: outputs of its widest layers; with gradients, of all."""
-    widths = [site.out_features + site.in_features for site in anatomy.sites_of(anatomy.sites[0].block)]
-    return tokens.batch * tokens.length * itemsize * 3 * (sum(widths) if gradients else max(widths))
+def _batch(model: nn.Module, anatomy: Anatomy, tokens: Tokens, itemsize: int, gradients: bool) -> int:
+    """Return what a block makes of one batch on its way: outputs of its widest layers; with gradients, of all.
+
+    Experts make something of the tokens that they are given.
+    """
+    shares = {
+        f"{name}.{number}": one.picked / one.count
+        for name, one in opened_experts(model).items()
+        for number in range(one.count)
+    }
+    blocks = {site.block for site in anatomy.sites}
+    sizes = [[(s.out_features + s.in_features) * shares.get(s.parent, 1) for s in anatomy.sites_of(b)] for b in blocks]
+    widest = max(sum(own) if gradients else max(own) for own in sizes)
+    return math.ceil(tokens.batch * tokens.length * itemsize * 3 * widest)
 
 
 def _embeddings(model: PreTrainedModel) -> int:

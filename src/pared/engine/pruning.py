@@ -14,6 +14,7 @@ from pared.allocation.sparsity import eigenvalues, hill_alpha
 from pared.calibration import BlockStatistics, StatisticView, backward_data_fraction, per_token
 from pared.engine.allocate import plan_zeros
 from pared.engine.blocks import Visit, visit_blocks
+from pared.engine.enough import why_dense
 from pared.engine.observe import Observer
 from pared.engine.records import is_done
 from pared.engine.result import CompressedBlocks
@@ -216,8 +217,8 @@ class SparseWork:
         method, config = self._spec.method, self._spec.config
         if isinstance(site.decision, Dense):
             return site, None
-        if self._spec.walked and not all(one.tokens for one in statistics.values()):
-            return site.model_copy(update={"decision": Dense(reason="no calibration token reached it")}), None
+        if self._spec.walked and (why := why_dense(self._model, site.name, statistics)):
+            return site.model_copy(update={"decision": Dense(reason=why)}), None
         zeros, groups = _zeros(site)
         W_ON, old = self._weight(site.name), self._model.get_submodule(site.name)
         values = self._values_of(statistics, W_ON.device)

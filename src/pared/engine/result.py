@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
 
+from pared.engine.enough import dense_for_want_of_tokens
 from pared.engine.grouping import Comparison
 from pared.engine.spec import CompressionSpec
 from pared.names import called
@@ -70,7 +71,9 @@ def remarks(plan: Plan, fallbacks: Mapping[str, str]) -> Iterator[str]:
         )
     dense = [site for site in plan.sites if isinstance(site.decision, Dense)]
     if dense and plan.keep < 1:
-        yield f"{len(dense)} sites stay dense, the first is {dense[0].name}"
+        unreached = dense_for_want_of_tokens([one.decision.reason for one in dense if isinstance(one.decision, Dense)])
+        told = "".join(f"; {count} of them, as {said}" for said, count in unreached.items())
+        yield f"{len(dense)} sites stay dense, the first is {dense[0].name}{told}"
     if plan.missed:
         yield plan.missed
     if fallbacks:

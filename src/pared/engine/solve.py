@@ -11,6 +11,7 @@ from torch import nn
 from pared.allocation import Unit
 from pared.calibration import CROSS, BlockStatistics, StatisticView
 from pared.engine.decompose import decompose
+from pared.engine.enough import why_dense
 from pared.engine.grouping import Comparison, compare
 from pared.engine.kept_units import Installed, KeptUnits, factors_made, put_there, ranks_of
 from pared.engine.ledger import Findings, Ledger
@@ -23,7 +24,7 @@ from pared.engine.spec import LowRankSpec
 from pared.lowrank import Decomposition
 from pared.memory import give_back
 from pared.processes import ALONE, Processes
-from pared.schema.plan import Dense, Plan
+from pared.schema.plan import Dense, Plan, SitePlan
 from pared.structure import Site, weight_of
 
 
@@ -174,8 +175,8 @@ class Solver:
         self._values = {key: kept for key, kept in self._values.items() if key[0] in there}
         for site in unit.members:
             own = statistics.pop(site.name, {})
-            if not site.idle and any(one.tokens == 0 for name, one in own.items() if name != CROSS):
-                told.findings.unreached[site.name] = True
+            if not site.idle and (why := why_dense(self._model, site.name, own)):
+                told.findings.unreached[site.name] = why
             elif not site.idle and (self._planned is None or unit.name in self._planned):
                 values[site.name] = self._values_of(site, own, statistics.values(), told)
                 self._aim(site, own, told)
@@ -329,11 +330,14 @@ class Solver:
             told.installed.append(factors_made(self._model, unit, found, self._planned[unit.name]))
 
 
-def without(plan: Plan, unreached: Collection[str]) -> Plan:
-    """Return a plan in which the sites that no calibration token reached stay dense."""
-    dense = Dense(reason="no calibration token reached it")
-    sites = (site.model_copy(update={"decision": dense}) if site.name in unreached else site for site in plan.sites)
-    return plan.model_copy(update={"sites": tuple(sites)})
+def without(plan: Plan, unreached: Mapping[str, str]) -> Plan:
+    """Return a plan in which the sites that no calibration token reached, or too few, stay dense; it says why."""
+
+    def told(site: SitePlan) -> SitePlan:
+        why = unreached.get(site.name)
+        return site if why is None else site.model_copy(update={"decision": Dense(reason=why)})
+
+    return plan.model_copy(update={"sites": tuple(map(told, plan.sites))})
 
 
 def _order(candidates: Sequence[Unit]) -> dict[str, int]:

@@ -10,6 +10,7 @@ from torch import nn
 from pared.allocation.units import Channels as Candidate
 from pared.calibration import CROSS, BlockStatistics
 from pared.engine.decompose import lacking
+from pared.engine.enough import why_dense
 from pared.engine.install import count, factors_of, narrow, put
 from pared.engine.kept_units import ranks_of_narrow
 from pared.engine.ledger import Findings, Ledger
@@ -142,11 +143,12 @@ class ChannelSolver:
         return [one for one in self._groups if one.consumer.block == index and one.name in planned]
 
     def _is_wanted(self, group: ChannelGroup, block: BlockStatistics) -> bool:
-        """Whether there is something to find of a group: a token reached it, and a plan does not leave it as it is."""
+        """Whether there is something to find of a group: it got enough tokens, and no plan leaves it as it is."""
         own = block.statistics.get(group.name, {})
+        if why := why_dense(self._model, group.name, own):
+            self.found.unreached.update({site.name: why for site in group.sites})
         known = bool(own) or not self._spec.method_calibrated
-        reached = known and all(one.tokens for name, one in own.items() if name != CROSS)
-        return reached and not group.consumer.idle and (self._widths is None or group.name in self._widths)
+        return known and not why and not group.consumer.idle and (self._widths is None or group.name in self._widths)
 
     def _take(self, group: ChannelGroup, block: BlockStatistics) -> _Found:
         spec, rule, own = self._spec, self._spec.method.widths, block.statistics.get(group.name, {})

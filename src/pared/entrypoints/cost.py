@@ -1,10 +1,6 @@
 """Predicts what a compression costs, from shapes, on this machine or on one that is not at hand."""
 
-import copy
-from collections.abc import Mapping
-
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from pared.engine.allocate import anatomy_of
@@ -14,6 +10,7 @@ from pared.engine.cost.published import MACHINES, Published
 from pared.engine.cost.rates import Rates, total
 from pared.engine.cost.stages import Work, stages_of
 from pared.engine.needs import Tokens
+from pared.engine.opening import opened_shapes, shapes_of
 from pared.engine.spec import CompressionSpec, ExpertSpec
 from pared.entrypoints.streamed import with_limits
 from pared.entrypoints.texts_read import read_texts
@@ -83,16 +80,7 @@ def cost_of_loaded(model: PreTrainedModel, spec: CompressionSpec, plan: Plan, ra
         ParedError: the model does not run on shapes alone, or experts are to be taken out of it.
     """
     _require_predicted(spec)
-    return predict(on_shapes(model), spec, plan, rates, *asked_tokens(spec))
-
-
-def on_shapes(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a copy of a loaded model on the meta device; nothing of its numbers is copied."""
-    tensors: Mapping[int, torch.Tensor] = {
-        **{id(one): nn.Parameter(one.detach().to("meta"), one.requires_grad) for one in model.parameters()},
-        **{id(one): one.to("meta") for one in model.buffers()},
-    }
-    return copy.deepcopy(model, dict(tensors))
+    return predict(shapes_of(model), spec, plan, rates, *asked_tokens(spec))
 
 
 def asked_tokens(spec: CompressionSpec) -> tuple[Tokens | None, Tokens | None, tuple[str, ...]]:
@@ -134,6 +122,7 @@ def predict(
     Raises:
         ParedError: the model does not run on shapes alone.
     """
+    skeleton = opened_shapes(skeleton, spec)
     anatomy = probe_shapes(skeleton, anatomy_of(skeleton, spec.recipe))
     model_dtype = str(skeleton.dtype).removeprefix("torch.")
     dtype = rates.compute_dtype(spec.recipe.calibration.dtype, model_dtype)

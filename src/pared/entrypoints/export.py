@@ -1,7 +1,8 @@
 """From any model to what needs nothing of pared: a plain dense folder, or a GGUF file."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -10,7 +11,7 @@ from pared.arguments import folder_from, name_from
 from pared.checkpoint.load import load, require_recorded
 from pared.checkpoint.loader import tie
 from pared.checkpoint.portable import DYNAMIC, is_portable, module_map, own_class, own_code
-from pared.checkpoint.verify import take_fingerprint
+from pared.checkpoint.verify import take_fingerprint, with_layers
 from pared.entrypoints.checks import require_export
 from pared.entrypoints.publish import Publication, ResidentSaver, Written
 from pared.errors import ParedError
@@ -22,6 +23,7 @@ from pared.models.source import find_model
 from pared.models.trust import trusting
 from pared.modules import NarrowConv1D, SparseLinear, replace_module
 from pared.modules.narrow import counts_of, forget_counts, set_counts, widen_
+from pared.modules.opened import close, open_by_layout, opened_experts
 from pared.names import called
 from pared.structure import bias_of
 
@@ -49,8 +51,10 @@ def export_dense(name: str, out: Path, dtype: str = "auto", overwrite: bool = Fa
     model = load(name, dtype)  # says more of what is damaged than a digest
     if (Path(source.location) / MANIFEST).is_file():
         require_recorded(Path(source.location))  # else what is damaged would be listed as whole
-    fingerprint = take_fingerprint(model)
+    fingerprint, entries = take_fingerprint(model), module_map(model)
     make_dense(model)
+    widened = [name for name in fingerprint.layers if is_narrow(entries[name])]
+    fingerprint = with_layers(fingerprint, model, widened)
     needed = sum(p.numel() * p.itemsize for p in model.parameters())
     saver = ResidentSaver(model, source.tokenizer(), source, fingerprint)
     del model
@@ -132,9 +136,16 @@ def require_whole_bits(model: PreTrainedModel, name: str, form: str, instead: st
             )
 
 
+def is_narrow(entry: Mapping[str, Any]) -> bool:
+    """Whether an entry of a map is of a layer that lost inputs or outputs."""
+    return entry["kind"].startswith("narrow") or bool(entry.get("narrow"))
+
+
 @torch.no_grad()
 def make_dense(model: PreTrainedModel) -> PreTrainedModel:
     """Make every compressed module the linear layer it stands for, in place: multiplied out, or with its zeros.
+
+    Experts that are layers of their own are put together again, as the architecture holds them.
 
     Raises:
         ParedError: a layer has a bias that the architecture has no place for.
@@ -145,6 +156,9 @@ def make_dense(model: PreTrainedModel) -> PreTrainedModel:
     tie(model, {})
     with torch.device("meta"):
         skeleton = type(model)._from_config(model.config)  # knows which modules are Linear and which Conv1D
+    opened = opened_experts(model)
+    for name, experts in opened.items():
+        open_by_layout(skeleton, name, experts.layout)
     for name, module in compressed.items():
         if isinstance(module, SparseLinear):
             module.unpack_()
@@ -158,6 +172,8 @@ def make_dense(model: PreTrainedModel) -> PreTrainedModel:
     for name, numbers in counts.items():
         set_counts(model.get_submodule(name), {key: vars(skeleton.get_submodule(name))[key] for key in numbers})
     forget_counts(model)
+    for name in opened:
+        close(model, name)
     return model
 
 

@@ -11,13 +11,14 @@ from transformers import PreTrainedModel
 from pared.checkpoint.load import load, read_config, require_recorded
 from pared.checkpoint.plain import NARROW
 from pared.checkpoint.portable import module_map
-from pared.entrypoints.export import make_dense, require_whole_bits
+from pared.entrypoints.export import is_narrow, make_dense, require_whole_bits
 from pared.entrypoints.publish import Written
 from pared.errors import ParedError
 from pared.io.inputs import inputs_of
 from pared.io.output_file import require_free_file, staged_file
 from pared.io.record import MANIFEST
 from pared.models.source import ModelSource, find_model
+from pared.modules.opened import layouts_of
 from pared.names import called
 from pared.serving.gguf.description import Description, can_be_of_any_widths, described, require_covered
 from pared.serving.gguf.file import BLOCK, compare, indivisible, is_gguf, size_of, write_gguf
@@ -92,8 +93,8 @@ def _described(model: PreTrainedModel, source: ModelSource) -> Description:
     entries = module_map(model)
     stored = _parameters(model)
     added: Counter[str] = Counter()
-    narrow = any(entry["kind"] in NARROW or entry.get("narrow") for entry in entries.values())
-    if narrow and not can_be_of_any_widths(model):
+    narrow = any(map(is_narrow, entries.values()))
+    if layouts_of(model) or (narrow and not can_be_of_any_widths(model)):
         make_dense(model)
         added = Counter(entry["kind"] for entry in entries.values())
     else:

@@ -8,11 +8,14 @@ from pared.checkpoint.save import save_beside
 from pared.checkpoint.seal import seal_plain
 from pared.entrypoints.export import require_whole_bits
 from pared.entrypoints.publish import Written
+from pared.errors import ParedError
 from pared.io.apart import require_apart
 from pared.io.inputs import inputs_of
 from pared.io.output_dir import require_free, staged
 from pared.io.record import MANIFEST
 from pared.models.source import find_model
+from pared.modules.opened import layouts_of
+from pared.names import called
 from pared.serving.onnx import compare, exported, require_exporter
 
 
@@ -39,6 +42,11 @@ def export_onnx(name: str, out: Path, overwrite: bool = False) -> Written:
     require_apart(out, [*beside, *inputs])
     model = load(name, "float32")
     require_whole_bits(model, name, "an ONNX graph")
+    if opened := layouts_of(model):
+        raise ParedError(
+            f"model {name!r}: the experts of {min(opened)} are compressed one by one, and which of them run depends on "
+            f"the text, which no graph has a form for; {called('to', 'dense')} puts them together again"
+        )
     if (beside[0] / MANIFEST).is_file():
         require_recorded(beside[0])
     needed = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())

@@ -13,12 +13,14 @@ from pared.checkpoint.streamed import StreamedBlocks
 from pared.data.windows import Windows
 from pared.engine.compress import compress_blocks
 from pared.engine.early import require_possible, require_suited
+from pared.engine.opening import close_unchanged
 from pared.engine.result import CompressedBlocks
 from pared.engine.run_state import CompressionRun
 from pared.engine.spec import CompressionSpec
 from pared.environment import device_of
 from pared.errors import ParedError
 from pared.evaluation.perplexity import perplexity
+from pared.modules.opened import layouts_of
 from pared.processes import ALONE, Processes
 from pared.progress import Progress
 from pared.schema.presets import require_user_fields
@@ -124,5 +126,7 @@ def compress_in_place(
             raise ParedError(f"{error}; the blocks before it are compressed already: load the model again") from error
         raise
     finally:
-        if module_map(model):
+        if store is None:
+            close_unchanged(model)
+        if module_map(model) or layouts_of(model):
             mark(model)  # also after Ctrl-C: what is saved then must load again

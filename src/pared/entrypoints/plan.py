@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from pared.engine.allocate import anatomy_of, plan_from_shapes
 from pared.engine.cost.channels import groups_by_shape, uniform_widths
 from pared.engine.early import require_model, require_possible, require_suited
+from pared.engine.opening import experts_to_open, opened_shapes, shapes_of
 from pared.engine.result import stacks
 from pared.engine.spec import CompressionSpec, ExpertSpec, LowRankSpec
 from pared.errors import ParedError
@@ -30,6 +31,7 @@ class Planned:
         stacks: which list of blocks is compressed, where a model has several.
         source: what the model is, where sizes are not those of its files.
         cost: what it is predicted to take, if that is asked for.
+        opened: how many experts become layers of their own, and in how many mixtures.
     """
 
     plan: Plan
@@ -37,6 +39,7 @@ class Planned:
     stacks: tuple[str, ...] = ()
     source: str | None = None
     cost: Cost | None = None
+    opened: tuple[int, int] = (0, 0)
 
     def tables(self, full: bool = False) -> Iterator[Table]:
         """Yield the sizes before and after, and the decisions.
@@ -76,6 +79,9 @@ class Planned:
             )
         if isinstance(self.spec, ExpertSpec):
             yield "which experts stay, and whether they can be taken out, is seen by running the model"
+        if self.opened[0]:
+            experts, mixtures = self.opened
+            yield f"{experts:,} experts of {mixtures} mixtures are opened: two layers each, first and second"
         if self.plan.missed:
             yield self.plan.missed
 
@@ -94,9 +100,8 @@ def plan_by_shapes(model: PreTrainedModel, spec: CompressionSpec, bytes_per_para
     if not _is_of_widths(spec):
         return plan_from_shapes(model, spec, bytes_per_parameter)
     if model.device.type != "meta":
-        from pared.entrypoints.cost import on_shapes
-
-        model = on_shapes(model)
+        model = shapes_of(model)
+    model = opened_shapes(model, spec)
     anatomy = probe_shapes(model, anatomy_of(model, spec.recipe))
     heads = "; heads, which can go too, are not known from shapes: compress the model to see" if spec.heads else ""
     if not (groups := groups_by_shape(anatomy, spec)):
@@ -131,7 +136,9 @@ def plan_of(recipe: Recipe, cost: bool = False, machine: str | None = None) -> P
     skeleton = source.skeleton()
     plan = plan_by_shapes(skeleton, spec, source.weight_bytes(recipe.dtype))
     note = f"{source.name} is {source.origin}" if source.is_dequantised else None
-    planned = Planned(plan, spec, tuple(stacks(anatomy_of(skeleton, recipe))), note)
+    found = experts_to_open(skeleton, spec)
+    opened = sum(one.experts for one in found), len(found)
+    planned = Planned(plan, spec, tuple(stacks(anatomy_of(opened_shapes(skeleton, spec), recipe))), note, opened=opened)
     if not cost and machine is None:
         return planned
     from pared.entrypoints.cost import cost_of_source, rates_of

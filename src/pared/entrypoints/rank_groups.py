@@ -23,8 +23,9 @@ from pared.engine.checks import require_finite_weights
 from pared.engine.decompose import decompose_sites
 from pared.engine.install import patched
 from pared.engine.observe import Observer
+from pared.engine.opening import experts_opened
 from pared.engine.solutions import DecompositionStore
-from pared.engine.spec import resolve_low_rank
+from pared.engine.spec import LowRankSpec, resolve_low_rank
 from pared.environment import device_of
 from pared.errors import ParedError
 from pared.evaluation import perplexity
@@ -112,6 +113,19 @@ def rank_groups(
     progress, spec = progress or Silent(), resolve_low_rank(recipe)
     spec.method.require_solve()
     require_dense(model.config, model.config.name_or_path or type(model).__name__)
+    with experts_opened(model, spec):
+        return _rank_groups(model, tokenizer, spec, groups, progress)
+
+
+def _rank_groups(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    spec: LowRankSpec,
+    groups: int,
+    progress: Progress,
+) -> RankGroups:
+    """Take groups out of a model whose experts are open; see :func:`rank_groups`."""
+    recipe = spec.recipe
     anatomy = anatomy_of(model, recipe)
     require_finite_weights(model, anatomy)
     _require_directions(anatomy, groups)

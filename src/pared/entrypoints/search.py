@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pared.allocation.dsa import SCORE_TOKENS
 from pared.data.lengths import Length
 from pared.data.windows import Windows, cut, require_fits
+from pared.engine.opening import experts_opened
 from pared.engine.spec import CompressionSpec, ExpertSpec, LowRankSpec, SparseSpec, method_of, resolve
 from pared.entrypoints.in_place import where_it_is
 from pared.entrypoints.search_found import FOUND, JOURNAL, TRACE, Found, write_found
@@ -123,7 +124,7 @@ def search(
     out.mkdir(parents=True, exist_ok=True)
     if resume is False:
         SearchJournal.remove(out / JOURNAL, [out / name for name in (FOUND, TRACE, EVIDENCE)])
-    with SearchJournal(out / JOURNAL, settings) as journal:
+    with SearchJournal(out / JOURNAL, settings) as journal, experts_opened(model, spec):
         if resume is None and journal.resumed and not (out / FOUND).exists():
             raise ParedError(f"{out} holds an unfinished search of these very settings: {ways_on()}")
         if resume and not journal.resumed:

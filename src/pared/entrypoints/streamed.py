@@ -17,6 +17,7 @@ from pared.checkpoint.streamed import StreamedBlocks
 from pared.checkpoint.verify import take_fingerprint
 from pared.engine.allocate import anatomy_of, plan_from_shapes
 from pared.engine.needs import Needs, Tokens, needs_of
+from pared.engine.opening import opened_shapes
 from pared.engine.spec import CompressionSpec
 from pared.entrypoints.resume import KIND
 from pared.entrypoints.texts_read import TextsRead
@@ -134,6 +135,7 @@ def reading_of(
     """
     recipe, available = spec.recipe, available_memory()
     skeleton = source.skeleton().to(source.declared_dtype(recipe.dtype))
+    skeleton = opened_shapes(skeleton, spec)
     anatomy = probe_shapes(skeleton, anatomy_of(skeleton, recipe))
     plan = plan_from_shapes(skeleton, spec, source.weight_bytes(recipe.dtype))
     calibrated = Tokens.of(texts.calibration, recipe.calibration.batch) if spec.calibrated else None

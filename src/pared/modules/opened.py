@@ -21,6 +21,7 @@ FIRST, SECOND = "first", "second"
 OWN, HALVES, PAIRS, PLAIN = "own", "halves", "pairs", "plain"
 BETWEEN = (OWN, HALVES, PAIRS, PLAIN)
 PICKED, ALL = "picked", "all"
+CALLS = (PICKED, ALL)
 
 
 @dataclass(frozen=True)
@@ -96,11 +97,17 @@ class Expert(nn.Module):
         first: its first layer.
         second: its second layer.
         between: what is done between them.
+
+    Attributes:
+        inputs: of the layer that reads more, as they are made.
     """
 
-    def __init__(self, first: nn.Module, second: nn.Module, between: Between) -> None:
+    def __init__(self, first: nn.Linear, second: nn.Linear, between: Between) -> None:
         super().__init__()
-        self.first, self.second, self.between = first, second, between
+        self.first: nn.Module = first
+        self.second: nn.Module = second
+        self.between = between
+        self.inputs = max(first.in_features, second.in_features)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return what it makes of ``(..., H)``."""
@@ -223,6 +230,16 @@ def empty_out(fused: nn.Module, layout: Layout) -> None:
     for name in layout.names:
         old = fused.get_parameter(name)
         fused._parameters[name] = nn.Parameter(torch.empty_like(old, device="meta"), requires_grad=old.requires_grad)
+
+
+def opened_experts(root: nn.Module, prefix: str = "") -> dict[str, OpenedExperts]:
+    """Return the opened experts of a model or a block, by name."""
+    return {name: one for name, one in root.named_modules(prefix=prefix) if isinstance(one, OpenedExperts)}
+
+
+def layouts_of(root: nn.Module, prefix: str = "") -> dict[str, dict[str, Any]]:
+    """Return the layouts of all opened experts of a model or a block, as a checkpoint's map has them."""
+    return {name: one.layout.entry() for name, one in opened_experts(root, prefix).items()}
 
 
 def open_by_layout(root: nn.Module, path: str, layout: Layout, views: bool = False) -> OpenedExperts:

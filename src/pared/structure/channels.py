@@ -7,16 +7,20 @@ too, of several inputs each (:mod:`pared.structure.heads`).
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
 
+from pared.modules.opened import FIRST, SECOND, Expert, OpenedExperts, opened_experts
 from pared.structure.calls import BlockCall
 from pared.structure.groups import ChannelGroup, Found, Producer, RefusedError
 from pared.structure.heads import find_heads
 from pared.structure.model import Anatomy, Site
 from pared.structure.prover import Outputs, Prover, every_bit
 from pared.structure.state import KeptState
+
+STAND_IN_WIDTH, STAND_IN_TOKENS = 4, 16  # of what a stand-in for one expert reads
 
 
 @torch.no_grad()
@@ -48,7 +52,12 @@ def find_channels(
             reasons |= {site.name: "its block was not called" for site in sites}
             continue
         state = KeptState([block])
-        prover = Prover(block, anatomy, first[index], [layer for layer in anatomy.layers if layer.block == index])
+        own, inside = _of_experts(block, anatomy, index)
+        groups += own
+        reasons |= inside
+        sites = [site for site in sites if site.name not in inside]
+        layers = [layer for layer in anatomy.layers if layer.block == index and layer.name not in inside]
+        prover = Prover(block, anatomy, first[index], layers)
         for site in sites:
             try:
                 groups.append(_group(prover, site, {one.name for one in sites}, heads))
@@ -148,3 +157,44 @@ def _follows(prover: Prover, consumer: Site, producers: Sequence[Producer], sign
         if bool((changed & ~expected).any()) or (not signed and bool((expected & ~changed).any())):
             return False
     return True
+
+
+def _of_experts(block: nn.Module, anatomy: Anatomy, index: int) -> tuple[list[ChannelGroup], dict[str, str]]:
+    """Return the channel groups of experts that are layers of their own; of all of their sites, why each reads none.
+
+    What is done between the two layers of an expert is the same for all of a mixture, and no matter of their weights:
+    it is proved once, on a stand-in with as many channels. No weight of the block is read.
+    """
+    groups: list[ChannelGroup] = []
+    reasons: dict[str, str] = {}
+    sites = {site.name: site for site in anatomy.sites_of(index)}
+    for name, opened in opened_experts(block, anatomy.block_name(index)).items():
+        known: ChannelGroup | str | None = None
+        for number in range(opened.count):
+            first, second = (sites.get(f"{name}.{number}.{leaf}") for leaf in (FIRST, SECOND))
+            if first is None or second is None:
+                reasons |= {one.name: "the other layer of its expert is no target" for one in (first, second) if one}
+                continue
+            known = _of_expert(opened, first, second) if known is None else known
+            reasons |= {first.name: "it makes the channels of its expert", second.name: str(known)}
+            if isinstance(known, ChannelGroup):
+                producers = tuple(replace(one, site=first) for one in known.producers)
+                groups.append(replace(known, consumer=second, producers=producers))
+    return groups, reasons
+
+
+def _of_expert(opened: OpenedExperts, first: Site, second: Site) -> ChannelGroup | str:
+    """Return the channel group of a stand-in for one expert, or why there is none."""
+    made, read = (replace(one, name=f"experts.0.{leaf}", block=0, reads=f"experts.0.{leaf}")
+                  for one, leaf in ((first, FIRST), (second, SECOND)))  # fmt: skip
+    anatomy = Anatomy("experts", (made, read), (), (), 0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layers = nn.Linear(STAND_IN_WIDTH, first.out_features), nn.Linear(second.in_features, STAND_IN_WIDTH)
+        hidden = torch.randn(1, STAND_IN_TOKENS, STAND_IN_WIDTH)
+    expert = Expert(*layers, opened.experts[0].between).eval()
+    prover = Prover(expert, anatomy, BlockCall((), {}, hidden, None), (made, read))
+    try:
+        return _of_channels(prover, read, prover.candidates(read), {made.name, read.name})
+    except RefusedError as why:
+        return str(why)

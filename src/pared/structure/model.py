@@ -8,10 +8,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from pared.errors import ParedError
+from pared.modules.opened import FIRST, SECOND, Expert
 from pared.names import did_you_mean, match
 from pared.schema.plan import Uncovered
 from pared.structure.linear import LINEAR_TYPES, bias_of, weight_of
-from pared.structure.opening import Known, layout_of
+from pared.structure.opening import layout_of
 from pared.structure.proof import fault_of_class, require_plain_weight
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ KINDS = {
     "gate_up_proj": "gate_up", "qkv_proj": "qkv", "query_key_value": "qkv", "c_attn": "qkv", "c_fc": "fc1",
     "fc1": "fc1", "fc2": "fc2", "dense_h_to_4h": "fc1", "dense_4h_to_h": "fc2",
 }  # fmt: skip
+OF_EXPERTS = {FIRST: "expert in", SECOND: "expert out"}
 
 
 @dataclass(frozen=True)
@@ -311,7 +313,7 @@ def _layers(path: str, blocks: nn.ModuleList, faults: dict[str, str]) -> Iterato
             yield Site(
                 name=full,
                 block=block,
-                kind=KINDS.get(leaf, leaf),
+                kind=OF_EXPERTS[leaf] if isinstance(modules[parent], Expert) else KINDS.get(leaf, leaf),
                 out_features=out_features,
                 in_features=in_features,
                 has_bias=bias_of(module) is not None,
@@ -324,13 +326,12 @@ def _layers(path: str, blocks: nn.ModuleList, faults: dict[str, str]) -> Iterato
 
 
 def _uncovered(path: str, blocks: nn.ModuleList, sites: set[str], faults: Mapping[str, str]) -> Iterator[Uncovered]:
-    known: Known = {}
     for name, parameter in blocks.named_parameters(prefix=path):
         owner = name.rpartition(".")[0]
         if parameter.ndim >= 2 and owner not in sites:
             what = "not the weight of a linear layer"
             if parameter.ndim == 3:
-                why = layout_of(blocks.get_submodule(owner.removeprefix(f"{path}.")), known)
+                why = layout_of(blocks.get_submodule(owner.removeprefix(f"{path}.")))
                 what = "a 3-D stack of expert weights" + (f": {why}" if why and isinstance(why, str) else "")
             fault = next((why for layer, why in faults.items() if name.startswith(f"{layer}.")), what)
             yield Uncovered(name=name, shape=tuple(parameter.shape), parameters=parameter.numel(), reason=fault)

@@ -8,11 +8,11 @@ hidden states, picks and weights. No name decides it, and no weight is read: a p
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import permutations, product
-from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -26,7 +26,8 @@ TOKENS, PICKS = 7, 2  # of the stand-in's call
 SMALLEST = 3  # of its sizes
 MOST_NUMBERS = 2**24  # of a stand-in of full size, where a small one does not run
 
-Known = dict[Any, "Layout | str"]
+# What was found of modules so far, by class and attributes: a model has many of one class, and is looked at repeatedly.
+_FOUND: WeakKeyDictionary[type[nn.Module], dict[Hashable, Layout | str]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -59,21 +60,22 @@ def openable(blocks: Sequence[nn.Module], path: str) -> list[Openable]:
         path: name of the list of blocks.
     """
     found: list[Openable] = []
-    known: Known = {}
     for index, block in enumerate(blocks):
         for name, module in block.named_modules():
-            if name and isinstance(layout := layout_of(module, known), Layout):
+            if name and isinstance(layout := layout_of(module), Layout):
                 count = len(module.get_parameter(layout.first))
                 found.append(Openable(f"{path}.{index}.{name}", index, count, layout))
     return found
 
 
-def layout_of(module: nn.Module, known: Known) -> Layout | str:
+def layout_of(module: nn.Module) -> Layout | str:
     """Return how a module holds experts, or why they stay as they are; "" of one that holds no such tensors.
+
+    The proof runs once in a process for modules of one class, shapes and attributes; a module without tensors of three
+    dimensions costs a look at its own parameters.
 
     Args:
         module: of a block.
-        known: answers so far, by class and attributes; one model has many modules of one class.
     """
     own = {name: one for name, one in module._parameters.items() if one is not None}
     if isinstance(module, (_ConvNd, OpenedExperts)) or not any(one.ndim == 3 for one in own.values()):
@@ -82,15 +84,16 @@ def layout_of(module: nn.Module, known: Known) -> Layout | str:
     plain = {name: value for name, value in attributes.items() if isinstance(value, (bool, int, float, str))}
     shapes = tuple((name, tuple(one.shape), one.dtype) for name, one in own.items())
     inside = tuple((name, type(child)) for name, child in module._modules.items())
+    beside = tuple(name for name, _ in (*module.named_parameters(), *module.named_buffers()) if name not in own)
     hooked = bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
-    key = (type(module), shapes, inside, hooked, tuple(sorted(plain.items())))
+    key = (shapes, inside, beside, hooked, tuple(sorted(plain.items())))
+    known = _FOUND.setdefault(type(module), {})
     if key not in known:
-        known[key] = _found(module, own)
+        known[key] = _found(module, own, beside)
     return known[key]
 
 
-def _found(module: nn.Module, own: Mapping[str, nn.Parameter]) -> Layout | str:
-    beside = [name for name, _ in (*module.named_parameters(), *module.named_buffers()) if name not in own]
+def _found(module: nn.Module, own: Mapping[str, nn.Parameter], beside: Sequence[str]) -> Layout | str:
     stacks = [name for name, one in own.items() if one.ndim == 3]
     if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
         return "its module has a forward or a hook of its own"

@@ -1,6 +1,6 @@
 """Where the blocks of a model are while they are not computed with: in memory all the time, or somewhere else."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from pared.modules.opened import open_by_layout
 from pared.structure.model import Anatomy
+from pared.structure.opening import Openable
 from pared.structure.state import copy_block
 
 # Hands out the blocks of a model as they were before it was compressed, by index: each has its parameters in memory
@@ -81,6 +83,9 @@ class BlockStore(Protocol):
     def dense(self) -> DenseBlocks:
         """Return what hands out the blocks in the form they have now, before any is changed."""
 
+    def open_experts(self, found: Sequence[Openable]) -> None:
+        """Make the experts of mixtures layers of their own, before any block is loaded."""
+
 
 class LazyBlocks(BlockStore, Protocol):
     """Blocks that are read when they are loaded."""
@@ -146,3 +151,8 @@ class ResidentBlocks:
         """
         blocks = [copy_block(block, same_parameters=True) for block in self._blocks]
         return lambda index: blocks[index]
+
+    def open_experts(self, found: Sequence[Openable]) -> None:
+        """Make the experts of mixtures layers of their own, in place."""
+        for one in found:
+            open_by_layout(self.model, one.name, one.layout)

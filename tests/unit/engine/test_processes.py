@@ -56,6 +56,7 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
         {"method": "fwsvd", "keep": 0.7, "options": {"fisher_batch": 3, "loss": "sampled"}},
     ),
     "experts": ("qwen2_moe", 8, {"method": "svd-llm", "keep": 0.7, **SEQUENTIAL}),
+    "experts one by one": ("mixtral", 24, {"method": "svd-llm", "keep": 0.7}),
     "experts taken out": ("mixtral", 8, {"structures": "experts", "keep": 0.7}),
     "influence": ("llama", 8, {"method": "swift-svd", "keep": 0.7}),
     "trials": ("llama", 8, {"method": "svd", "keep": 0.7, "allocation": "sensitivity"}),

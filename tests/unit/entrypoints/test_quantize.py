@@ -110,6 +110,15 @@ def test_a_dense_export_holds_the_weights_that_are_computed_with(int4: Path, tmp
         assert torch.equal(dense.get_submodule(name).weight, model.get_submodule(name).weight)
 
 
+def test_factors_in_few_bits_are_one_entry_of_the_map_and_export_dense(factors: Path, tmp_path: Path) -> None:
+    """Regression: both factors had entries of their own beside their layer's, and the dense model has no such layer."""
+    model = pared.load(factors)
+    assert {entry["kind"] for entry in module_map(model).values()} == {"low_rank"}
+    pared.export(factors, tmp_path / "dense")
+    expected = logits(factors)
+    assert float((logits(tmp_path / "dense") - expected).norm()) <= 1e-5 * float(expected.norm())
+
+
 def test_pivots_are_converted_to_balanced_factors_of_few_bits(place: Path, calibration: pared.Calibration) -> None:
     folder = stored(place, "llama", "pivoted", calibration, method="svd", keep=0.6, storage="pivoted")
     manifest = pared.convert(folder, place / "pivoted-int8", quantize="int8")

@@ -1,20 +1,22 @@
 """Experts of a mixture as layers of their own: they compute what the module that held them did, or stay as they are."""
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
-from tiny_models import MIXTURES
+from tiny_models import MIXTURES, TINY_MODELS
 from torch import nn
 from transformers import Llama4ForCausalLM, Llama4TextConfig, PreTrainedModel
 
 from pared.modules.opened import Layout, OpenedExperts, close, open_by_layout
-from pared.structure import find_anatomy
+from pared.structure import find_anatomy, opening
 from pared.structure.opening import layout_of, openable
 from unit.checkpoint.test_checkpoint import logits
 
 FAMILIES = sorted(MIXTURES)
 EXPERTS_OF = 6
+found = opening._found
 
 
 def llama4() -> PreTrainedModel:
@@ -74,11 +76,23 @@ class Bank(nn.Module):
 
 
 def test_how_tensors_lie_is_told_by_what_they_compute_and_no_name():
-    found = layout_of(Bank(), {})
+    found = layout_of(Bank())
     assert found == Layout("a", "b", "", "c", True, "plain")
-    layouts = {family: layout_of(MIXTURES[family]().model.layers[1].mlp.experts, {}) for family in FAMILIES}
+    layouts = {family: layout_of(MIXTURES[family]().model.layers[1].mlp.experts) for family in FAMILIES}
     assert all(isinstance(one, Layout) and one.between == "own" for one in layouts.values())
     assert {family for family, one in layouts.items() if isinstance(one, Layout) and one.transposed} == {"gpt_oss"}
+
+
+def test_a_layout_is_proved_once_for_all_modules_of_a_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model that is no mixture nothing is proved, and mixtures of a kind are looked at again for nothing."""
+    proofs: list[nn.Module] = []
+    monkeypatch.setattr(opening, "_FOUND", WeakKeyDictionary())
+    monkeypatch.setattr(opening, "_found", lambda module, *given: proofs.append(module) or found(module, *given))
+    find_anatomy(TINY_MODELS["llama"]())
+    assert proofs == []
+    for _ in range(2):
+        opened(MIXTURES["mixtral"]())
+    assert len(proofs) == 1
 
 
 def test_what_is_not_two_layers_an_expert_stays_and_says_why():
@@ -88,16 +102,16 @@ def test_what_is_not_two_layers_an_expert_stays_and_says_why():
     assert opened(model) == []
     reasons = {one.reason for one in find_anatomy(model).uncovered if len(one.shape) == 3}
     assert reasons == {"a 3-D stack of expert weights: its module has a forward or a hook of its own"}
-    assert "not two linear layers each" in str(layout_of(Bank(post=True), {}))
+    assert "not two linear layers each" in str(layout_of(Bank(post=True)))
     more = Bank()
     more.register_buffer("scale", torch.ones(8))
-    assert "two stacks of weights that a module holds alone" in str(layout_of(more, {}))
+    assert "two stacks of weights that a module holds alone" in str(layout_of(more))
 
 
 @torch.no_grad()
 def test_an_expert_of_half_precision_adds_up_in_float32():
     module = MIXTURES["mixtral"]().model.layers[0].mlp.experts.bfloat16()
-    layout = layout_of(module, {})
+    layout = layout_of(module)
     assert isinstance(layout, Layout)
     hidden, index = torch.randn(9, 32).bfloat16(), torch.rand(9, 6).argsort(dim=1)[:, :3]
     weights = torch.rand(9, 3).bfloat16()

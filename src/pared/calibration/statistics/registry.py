@@ -27,6 +27,7 @@ class StatisticKind:
         data_fraction: share of the windows that it needs, at least, to be known well.
         together: so many neighbouring windows are one observation, which no process sees a part of.
         whole: whether it has a number for every weight, in place of one or more for every feature.
+        gram: whether it is a Gram of features, of full rank from as many tokens on as those are.
     """
 
     accumulator: Callable[[int, torch.device], Statistic]
@@ -35,6 +36,7 @@ class StatisticKind:
     data_fraction: float = 1.0
     together: int = 1
     whole: bool = False
+    gram: bool = False
 
     @property
     def backward(self) -> bool:
@@ -54,13 +56,13 @@ def _output_gradient(form: Literal["scalar", "diagonal", "full"], data_fraction:
 
 # A Gram needs every token there is, and Fisher information is a paper's; mean squares are known from a quarter.
 STATISTICS = {
-    "gram": StatisticKind(Gram, "input", "sum"),
-    "mean_gram": StatisticKind(MeanGram, "input", "mean"),
+    "gram": StatisticKind(Gram, "input", "sum", gram=True),
+    "mean_gram": StatisticKind(MeanGram, "input", "mean", gram=True),
     "magnitude": StatisticKind(Magnitude, "input"),
     "energy": StatisticKind(Energy, "input", "sum"),
     "mean": StatisticKind(Mean, "input"),
     "variance": StatisticKind(Variance, "input", "mean"),
-    "output_gram": StatisticKind(partial(Gram, of="output"), "output", "sum"),
+    "output_gram": StatisticKind(partial(Gram, of="output"), "output", "sum", gram=True),
     "fisher": StatisticKind(Fisher, "weight_grad", "sum"),  # `fisher:N` squares N examples together
     "weight_gradient": StatisticKind(WeightGradient, "weight_grad", "sum", whole=True),
     "output_gradient_scalar": _output_gradient("scalar", 0.25),

@@ -41,6 +41,20 @@ class Member:
     basis: str = ""
 
 
+def require_no_experts(experts: Mapping[str, Entry]) -> None:
+    """Refuse a checkpoint whose experts are compressed one by one.
+
+    Args:
+        experts: the layouts of the map, by the name of the module that holds experts.
+
+    Raises:
+        UnsupportedError: there are any; names the first.
+    """
+    if experts:
+        raise UnsupportedError(f"{min(experts)}: its experts are compressed one by one, and the engine multiplies by "
+                               f"those of a mixture together; {INSTEAD}")  # fmt: skip
+
+
 def members_of(
     prefix: str,
     segments: int,

@@ -29,7 +29,16 @@ from vllm.model_executor.models.utils import WeightsMapper, is_pp_missing_parame
 
 from pared.checkpoint.format import QUANT_METHOD, ParedConfig
 from pared.serving.vllm.layer import Bases, FusedLayer, Matrix, MemberLayer
-from pared.serving.vllm.layout import DOWN, INSTEAD, Entry, Member, Style, UnsupportedError, members_of
+from pared.serving.vllm.layout import (
+    DOWN,
+    INSTEAD,
+    Entry,
+    Member,
+    Style,
+    UnsupportedError,
+    members_of,
+    require_no_experts,
+)
 from pared.serving.vllm.narrowing import Heads, Narrowed, Shape, arrange
 from pared.serving.vllm.stream import for_engine
 
@@ -99,9 +108,11 @@ class ParedVllmConfig(QuantizationConfig):
         """Read the map.
 
         Raises:
-            ValueError: it is of a newer version, or malformed.
+            ValueError: it is of a newer version, or malformed, or has experts that are layers of their own.
         """
-        return cls(ParedConfig(**config))
+        told = ParedConfig(**config)
+        require_no_experts(told.experts)
+        return cls(told)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         """Take the names that vLLM's model gives to the modules."""
