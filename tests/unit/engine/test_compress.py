@@ -88,7 +88,9 @@ def test_what_is_not_a_site_is_left_alone(family: str, compress: Compress) -> No
     after = model.state_dict()
     for name in before.keys() & after.keys():
         assert torch.equal(after[name], before[name]), name
-    assert {name for name in before.keys() - after.keys() if not name.endswith("bias")} == sites
+    # Weights of opened experts go by other names, those that are left alone too.
+    gone = {name for name in before.keys() - after.keys() if not name.endswith(("bias", "up_proj", "down_proj"))}
+    assert gone == {site for site in sites if ".experts." not in site}
 
 
 @pytest.mark.parametrize(("method", "statistic"), [("svd", "none"), ("svd-llm", "gram"), ("svd-llm", "output_gram")])

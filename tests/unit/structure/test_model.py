@@ -108,7 +108,7 @@ def test_every_weight_inside_the_blocks_is_a_site_or_reported(family: str) -> No
 
 def test_experts_are_reported_with_their_share() -> None:
     model = TINY_MODELS["qwen2_moe"]()
-    plan = plan_of(model, Recipe(method="svd", keep=0.7))
+    plan = plan_of(model, Recipe(method="svd", keep=0.7, skip=["*.experts.*"]))
     experts = [weight for weight in plan.uncovered if ".experts." in weight.name]
     assert [weight.shape for weight in experts] == [(4, 48, 32), (4, 32, 24)] * 2
     assert all("expert" in weight.reason for weight in experts)
