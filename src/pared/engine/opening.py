@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from pared.engine.spec import CompressionSpec, ExpertSpec
+from pared.engine.spec import CompressionSpec, ExpertSpec, LowRankSpec
 from pared.modules import Changed
 from pared.modules.opened import close, open_by_layout, opened_experts, put_back
 from pared.schema.recipe import Recipe
@@ -20,7 +20,8 @@ from pared.structure.opening import Openable, openable
 def experts_to_open(model: nn.Module, spec: CompressionSpec) -> list[Openable]:
     """Return the mixtures whose experts a compression has as targets, in the model's order.
 
-    Those all of whose layers the recipe skips stay as they are, as all do where whole experts are taken out.
+    Those all of whose layers the recipe skips stay as they are. All do where whole experts are taken out, where the
+    folder is to be a plain one of the architecture, and where examples are told apart that an expert reads mixed.
 
     Args:
         model: loaded, or on the meta device; it is not changed.
@@ -29,7 +30,7 @@ def experts_to_open(model: nn.Module, spec: CompressionSpec) -> list[Openable]:
     Raises:
         ParedError: there are no blocks.
     """
-    if isinstance(spec, ExpertSpec):
+    if isinstance(spec, ExpertSpec) or (isinstance(spec, LowRankSpec) and (_is_plain(spec) or _tells_apart(spec))):
         return []
     found = openable_of(model, spec.recipe)
     return [one for one in found if not all(_is_skipped(name, spec.recipe.skip) for name in one.sites)]
@@ -108,6 +109,16 @@ def patterns_of(model: nn.Module, recipe: Recipe, sites: Sequence[str]) -> list[
         return []
     closed = [name for one in openable_of(model, recipe) for name in one.sites]
     return [one for one in recipe.skip if fnmatch.filter(sites, one) or not fnmatch.filter(closed, one)]
+
+
+def _is_plain(spec: LowRankSpec) -> bool:
+    """Whether all blocks get one width, which the architecture's own configuration can say."""
+    return spec.structures == "widths" and spec.allocator.name == "uniform"
+
+
+def _tells_apart(spec: LowRankSpec) -> bool:
+    """Whether gradients are squared example by example, and several are in a batch."""
+    return spec.recipe.calibration.batch != 1 and any(one.startswith("fisher") for one in spec.gradients)
 
 
 def _is_skipped(name: str, patterns: Sequence[str]) -> bool:

