@@ -8,7 +8,7 @@ from pared.names import called
 from pared.schema.recipe import BUDGETS, Recipe
 
 
-def recipe_of(recipe: Recipe, structure: str, keep: float, pruner: str = "sparsegpt") -> Recipe:
+def recipe_of(recipe: Recipe, structure: str, keep: float, pruner: str) -> Recipe:
     """Return the recipe that compresses to a budget of one structure as it is explored.
 
     Args:

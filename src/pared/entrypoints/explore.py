@@ -173,8 +173,10 @@ class _Exploring:
 
     def _behind(self, specs: Mapping[str, CompressionSpec], points: Sequence[Point]) -> list[str]:
         """Return a note where a compression collects its statistics again, which is better than what is explored."""
-        again = [one.keep for one in points if one.structure in specs and one.structure != "zeros"
-                 and resolve_low_rank(recipe_of(self.recipe, one.structure, one.keep)).sequential]  # fmt: skip
+        low_rank = [one for one in points if one.structure in specs and one.structure != "zeros"]
+        pruner = self.config.pruner
+        again = [one.keep for one in low_rank
+                 if resolve_low_rank(recipe_of(self.recipe, one.structure, one.keep, pruner)).sequential]  # fmt: skip
         return [f"at keep {max(again):g} and below a compression collects statistics again, behind what is compressed; "
                 "here all are the dense model's"] if again else []  # fmt: skip
 

@@ -1,15 +1,15 @@
-"""What lies in a model's folder, read without loading any of it."""
+"""What lies in a model's folder, read without loading any of it, and without torch, which may be what is broken."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pared.errors import DamagedError, ParedError
+from pared.errors import ParedError
 from pared.io.files import path_of
-from pared.io.guarded import read_json, require_regular_files
+from pared.io.guarded import MOST_BYTES, read_json, require_regular_files
 from pared.io.record import MANIFEST
-from pared.models.stored import stored_tensors
 
 CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
 
@@ -78,12 +78,29 @@ class Stored:
         tensors: dict[str, Header] = {}
         for file in sorted(path.glob("*.safetensors")):
             try:
-                found = stored_tensors([file], path.name)
-            except DamagedError as error:
-                unreadable.append(f"{file.name} is damaged or truncated ({error.what})")
-                continue
-            tensors |= {name: Header(file.name, one.dtype, one.shape) for name, one in found.items()}
+                tensors |= headers_of(file)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                unreadable.append(f"{file.name} is damaged or truncated ({error})")
         return cls(path, config, manifest, tensors, tuple(unreadable), index if isinstance(index, dict) else {})
+
+
+def headers_of(file: Path) -> dict[str, Header]:
+    """Return the tensors of a safetensors file by name, from its header.
+
+    Raises:
+        ValueError: it is none, or is shorter than its header says.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as raw:
+        length = int.from_bytes(raw.read(8), "little")
+        if not 0 < length <= min(size - 8, MOST_BYTES):
+            raise ValueError(f"a header of {length:,} bytes in a file of {size:,}")
+        header: dict[str, Any] = json.loads(raw.read(length))
+    header.pop("__metadata__", None)
+    ends = max((int(one["data_offsets"][1]) for one in header.values()), default=0)
+    if 8 + length + ends != size:
+        raise ValueError(f"{size:,} bytes, and its header says {8 + length + ends:,}")
+    return {name: Header(file.name, str(one["dtype"]), tuple(one["shape"])) for name, one in header.items()}
 
 
 def _fields(path: Path, unreadable: list[str]) -> dict[str, Any]:
