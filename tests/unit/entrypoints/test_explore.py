@@ -60,7 +60,7 @@ def test_a_point_is_what_a_compression_to_it_decides(
 ) -> None:
     exploration, _ = found
     point = exploration.curve(structure)[0]
-    recipe = recipe_of(exploration.recipe, structure, point.keep)
+    recipe = recipe_of(exploration.recipe, structure, point.keep, exploration.config.pruner)
     made = pared.compress(_tiny(), tokenizer, recipe)
     after = made.plan.after
     sizes = (after.covered_parameters, after.model_parameters)
