@@ -7,8 +7,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from pared.modules.opened import Layout, OpenedExperts, empty_out, open_by_layout, put_back
-from pared.structure.opening import Openable, layout_of
+from pared.modules.opened import Layout, OpenedExperts, empty_out, put_back
+from pared.structure.opening import Openable, layout_of, open_experts
 
 
 class OpenedBlocks:
@@ -24,8 +24,7 @@ class OpenedBlocks:
 
     def open(self, found: Sequence[Openable]) -> None:
         """Open mixtures, in place."""
-        for one in found:
-            open_by_layout(self._model, one.name, one.layout)
+        open_experts(self._model, found)
         self.found += found
 
     @contextmanager

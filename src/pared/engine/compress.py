@@ -18,7 +18,7 @@ from pared.engine.kept_blocks import KeptBlocks
 from pared.engine.low_rank import LowRankWork, Trial
 from pared.engine.method_statistics import Saved
 from pared.engine.observe import Observer
-from pared.engine.opening import experts_opened, experts_to_open, open_experts
+from pared.engine.opening import experts_opened, experts_to_open
 from pared.engine.pruning import SparseWork
 from pared.engine.quantize import quantize
 from pared.engine.refine import refine
@@ -30,8 +30,9 @@ from pared.progress import Progress, Silent
 from pared.report.results import too_few_line
 from pared.schema.recipe import Recipe
 from pared.structure import Anatomy
+from pared.structure.opening import open_experts
 from pared.structure.probe import evaluating
-from pared.structure.store import BlockStore, ResidentBlocks
+from pared.structure.store import BlockStore, LazyBlocks, ResidentBlocks
 
 
 class Work(AbstractContextManager["Work"], Protocol):
@@ -59,7 +60,7 @@ def compress_blocks(
     saved: Saved | None = None,
     evidence: Evidence | None = None,
     trial: Trial | None = None,
-    store: BlockStore | None = None,
+    store: LazyBlocks | None = None,
     memory: ActivationMemory | None = None,
     state: CompressionRun | None = None,
     processes: Processes = ALONE,
@@ -97,8 +98,8 @@ def compress_blocks(
         else:
             store.open_experts(found)
         anatomy = anatomy_of(model, spec.recipe)
-        store = store or _in_memory(model, anatomy, state)
-        observer = _observe(store, anatomy, tokenizer, spec, windows, progress, processes)
+        blocks: BlockStore = store or _in_memory(model, anatomy, state)
+        observer = _observe(blocks, anatomy, tokenizer, spec, windows, progress, processes)
         observer.memory = memory or observer.memory
         observer.resume(state)
         result = CompressedBlocks(model, spec)
@@ -106,9 +107,9 @@ def compress_blocks(
             result.too_few = few
             observer.progress.note(too_few_line(few))  # before anything that takes long
         with _work(observer, spec, evidence, trial, saved) as work:
-            dense = store.dense() if spec.refine is not None else None  # before any block is changed
+            dense = blocks.dense() if spec.refine is not None else None  # before any block is changed
             for number, step in enumerate(work.passes, 1):
-                store.passed = number
+                blocks.passed = number
                 if step.action == "refine":
                     assert dense is not None
                     result.refined = refine(observer, step, number, dense)

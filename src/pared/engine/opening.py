@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 
 from pared.engine.spec import CompressionSpec, ExpertSpec, LowRankSpec
 from pared.modules import Changed
-from pared.modules.opened import close, open_by_layout, opened_experts, put_back
+from pared.modules.opened import close, opened_experts, put_back
 from pared.schema.recipe import Recipe
 from pared.structure.model import find_blocks_path
-from pared.structure.opening import Openable, openable
+from pared.structure.opening import Openable, open_experts, openable
 
 
 def experts_to_open(model: nn.Module, spec: CompressionSpec) -> list[Openable]:
@@ -41,18 +41,6 @@ def openable_of(model: nn.Module, recipe: Recipe) -> list[Openable]:
     path = find_blocks_path(model, recipe.blocks)
     blocks = model.get_submodule(path)
     return openable([block for block in blocks._modules.values() if block is not None], path)
-
-
-def open_experts(model: nn.Module, found: Sequence[Openable], views: bool = False) -> None:
-    """Open experts, in place.
-
-    Args:
-        model: of which they are. Memory: one mixture beside the model.
-        found: as :func:`experts_to_open` returns it.
-        views: whether layers are to have the numbers of the mixture themselves, so that nothing is copied.
-    """
-    for one in found:
-        open_by_layout(model, one.name, one.layout, views)
 
 
 def opened_shapes(model: PreTrainedModel, spec: CompressionSpec) -> PreTrainedModel:

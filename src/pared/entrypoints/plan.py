@@ -9,10 +9,11 @@ from transformers import PreTrainedModel
 from pared.engine.allocate import anatomy_of, plan_from_shapes
 from pared.engine.cost.channels import groups_by_shape, uniform_widths
 from pared.engine.early import require_model, require_possible, require_suited
-from pared.engine.opening import experts_to_open, opened_shapes, shapes_of
+from pared.engine.opening import opened_shapes, shapes_of
 from pared.engine.result import stacks
 from pared.engine.spec import CompressionSpec, ExpertSpec, LowRankSpec
 from pared.errors import ParedError
+from pared.modules.opened import opened_experts
 from pared.report.sites import kinds_table, layers_table
 from pared.schema.cost import Cost
 from pared.schema.plan import Plan
@@ -133,12 +134,12 @@ def plan_of(recipe: Recipe, cost: bool = False, machine: str | None = None) -> P
     spec = require_possible(recipe)
     source = require_model(spec)
     require_suited(source.config(), spec, source.name)
-    skeleton = source.skeleton()
+    skeleton = opened_shapes(source.skeleton(), spec)
     plan = plan_by_shapes(skeleton, spec, source.weight_bytes(recipe.dtype))
     note = f"{source.name} is {source.origin}" if source.is_dequantised else None
-    found = experts_to_open(skeleton, spec)
-    opened = sum(one.experts for one in found), len(found)
-    planned = Planned(plan, spec, tuple(stacks(anatomy_of(opened_shapes(skeleton, spec), recipe))), note, opened=opened)
+    mixtures = opened_experts(skeleton).values()
+    opened = sum(one.count for one in mixtures), len(mixtures)
+    planned = Planned(plan, spec, tuple(stacks(anatomy_of(skeleton, recipe))), note, opened=opened)
     if not cost and machine is None:
         return planned
     from pared.entrypoints.cost import cost_of_source, rates_of

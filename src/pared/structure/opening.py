@@ -18,7 +18,19 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from pared.modules.opened import ALL, BETWEEN, FIRST, OWN, PICKED, PLAIN, SECOND, Layout, OpenedExperts, activation_of
+from pared.modules.opened import (
+    ALL,
+    BETWEEN,
+    FIRST,
+    OWN,
+    PICKED,
+    PLAIN,
+    SECOND,
+    Layout,
+    OpenedExperts,
+    activation_of,
+    open_by_layout,
+)
 from pared.structure.proof import FLOATS, TOLERANCE
 from pared.structure.state import OF_TORCH
 
@@ -66,6 +78,18 @@ def openable(blocks: Sequence[nn.Module], path: str) -> list[Openable]:
                 count = len(module.get_parameter(layout.first))
                 found.append(Openable(f"{path}.{index}.{name}", index, count, layout))
     return found
+
+
+def open_experts(model: nn.Module, found: Sequence[Openable], views: bool = False) -> None:
+    """Open experts, in place.
+
+    Args:
+        model: of which they are. Memory: one mixture beside the model.
+        found: as :func:`openable` returns it.
+        views: whether layers are to have the numbers of the mixture themselves, so that nothing is copied.
+    """
+    for one in found:
+        open_by_layout(model, one.name, one.layout, views)
 
 
 def layout_of(module: nn.Module) -> Layout | str:

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from pared.modules.opened import open_by_layout
 from pared.structure.model import Anatomy
 from pared.structure.opening import Openable
 from pared.structure.state import copy_block
@@ -83,9 +82,6 @@ class BlockStore(Protocol):
     def dense(self) -> DenseBlocks:
         """Return what hands out the blocks in the form they have now, before any is changed."""
 
-    def open_experts(self, found: Sequence[Openable]) -> None:
-        """Make the experts of mixtures layers of their own, before any block is loaded."""
-
 
 class LazyBlocks(BlockStore, Protocol):
     """Blocks that are read when they are loaded."""
@@ -93,6 +89,9 @@ class LazyBlocks(BlockStore, Protocol):
     @contextmanager
     def patched(self, change: Callable[[int], None]) -> Iterator[None]:
         """Have every block changed when it is loaded, for the length of a ``with`` block; nothing of it is kept."""
+
+    def open_experts(self, found: Sequence[Openable]) -> None:
+        """Make the experts of mixtures layers of their own, before any block is loaded."""
 
 
 class ResidentBlocks:
@@ -151,8 +150,3 @@ class ResidentBlocks:
         """
         blocks = [copy_block(block, same_parameters=True) for block in self._blocks]
         return lambda index: blocks[index]
-
-    def open_experts(self, found: Sequence[Openable]) -> None:
-        """Make the experts of mixtures layers of their own, in place."""
-        for one in found:
-            open_by_layout(self.model, one.name, one.layout)
