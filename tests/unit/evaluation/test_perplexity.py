@@ -13,7 +13,7 @@ import pared
 from pared.data.windows import Windows, digest_of
 from pared.errors import ParedError
 from pared.evaluation import perplexity
-from pared.evaluation.perplexity import with_bos
+from pared.evaluation.perplexity import PIECE, summed_nats, with_bos
 
 VOCAB = 64
 BOS = 1
@@ -188,3 +188,13 @@ def test_windows_that_predict_nothing_are_refused(tmp_path, length: int, windows
     path.write_text(" ".join(["w3"] * 40), encoding="utf-8")
     with pytest.raises(ParedError, match="greater than or equal to"):
         pared.perplexity(counting(0.25), TOKENIZER, f"file:{path}", length=length, windows=windows)
+
+
+@pytest.mark.parametrize("length", [1, PIECE - 1, PIECE, PIECE + 1, 3 * PIECE + 5])
+def test_nats_summed_piece_by_piece_are_those_of_all_tokens(length: int) -> None:
+    generator = torch.Generator().manual_seed(length)
+    logits_TV = torch.randn(length, VOCAB, generator=generator)
+    aims_T = torch.randint(VOCAB, (length,), generator=generator)
+    log_probabilities_TV = logits_TV.double().log_softmax(dim=-1)
+    expected = -float(log_probabilities_TV[torch.arange(length), aims_T].sum())
+    assert summed_nats(logits_TV, aims_T) == pytest.approx(expected, rel=1e-6)
