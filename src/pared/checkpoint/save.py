@@ -18,7 +18,7 @@ from pared.models.resized import set_sizes
 from pared.models.source import ModelSource
 from pared.modules import BasisHolder, bits_of
 from pared.modules.narrow import counts_of
-from pared.modules.opened import layouts_of
+from pared.modules.opened import experts_map
 from pared.modules.shared import DOWN
 
 SHARD_SIZE = "5GB"
@@ -64,7 +64,7 @@ def mark(model: PreTrainedModel) -> None:
     shared = shared_tensors(model)
     heads = counts_of(model)
     model.config.quantization_config = ParedConfig(
-        modules=module_map(model), shared=shared, heads=heads, experts=layouts_of(model)
+        modules=module_map(model), shared=shared, heads=heads, experts=experts_map(model)
     )
     tie(model, shared)
     model.config.auto_map = _auto_map(model)

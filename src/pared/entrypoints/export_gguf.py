@@ -18,7 +18,7 @@ from pared.io.inputs import inputs_of
 from pared.io.output_file import require_free_file, staged_file
 from pared.io.record import MANIFEST
 from pared.models.source import ModelSource, find_model
-from pared.modules.opened import layouts_of
+from pared.modules.opened import experts_map
 from pared.names import called
 from pared.serving.gguf.description import Description, can_be_of_any_widths, described, require_covered
 from pared.serving.gguf.file import BLOCK, compare, indivisible, is_gguf, size_of, write_gguf
@@ -94,7 +94,7 @@ def _described(model: PreTrainedModel, source: ModelSource) -> Description:
     stored = _parameters(model)
     added: Counter[str] = Counter()
     narrow = any(map(is_narrow, entries.values()))
-    if layouts_of(model) or (narrow and not can_be_of_any_widths(model)):
+    if experts_map(model) or (narrow and not can_be_of_any_widths(model)):
         make_dense(model)
         added = Counter(entry["kind"] for entry in entries.values())
     else:

@@ -14,7 +14,7 @@ from pared.io.inputs import inputs_of
 from pared.io.output_dir import require_free, staged
 from pared.io.record import MANIFEST
 from pared.models.source import find_model
-from pared.modules.opened import layouts_of
+from pared.modules.opened import experts_map
 from pared.names import called
 from pared.serving.onnx import compare, exported, require_exporter
 
@@ -42,7 +42,7 @@ def export_onnx(name: str, out: Path, overwrite: bool = False) -> Written:
     require_apart(out, [*beside, *inputs])
     model = load(name, "float32")
     require_whole_bits(model, name, "an ONNX graph")
-    if opened := layouts_of(model):
+    if opened := experts_map(model):
         raise ParedError(
             f"model {name!r}: the experts of {min(opened)} are compressed one by one, and which of them run depends on "
             f"the text, which no graph has a form for; {called('to', 'dense')} puts them together again"

@@ -20,7 +20,7 @@ from pared.engine.spec import CompressionSpec
 from pared.environment import device_of
 from pared.errors import ParedError
 from pared.evaluation.perplexity import perplexity
-from pared.modules.opened import layouts_of
+from pared.modules.opened import experts_map
 from pared.processes import ALONE, Processes
 from pared.progress import Progress
 from pared.schema.presets import require_user_fields
@@ -128,5 +128,5 @@ def compress_in_place(
     finally:
         if store is None:
             close_unchanged(model)
-        if module_map(model) or layouts_of(model):
+        if module_map(model) or experts_map(model):
             mark(model)  # also after Ctrl-C: what is saved then must load again

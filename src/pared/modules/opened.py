@@ -237,7 +237,7 @@ def opened_experts(root: nn.Module, prefix: str = "") -> dict[str, OpenedExperts
     return {name: one for name, one in root.named_modules(prefix=prefix) if isinstance(one, OpenedExperts)}
 
 
-def layouts_of(root: nn.Module, prefix: str = "") -> dict[str, dict[str, Any]]:
+def experts_map(root: nn.Module, prefix: str = "") -> dict[str, dict[str, Any]]:
     """Return the layouts of all opened experts of a model or a block, as a checkpoint's map has them."""
     return {name: one.layout.entry() for name, one in opened_experts(root, prefix).items()}
 

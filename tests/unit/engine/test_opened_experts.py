@@ -17,7 +17,7 @@ from pared.checkpoint.verify import take_fingerprint
 from pared.engine import compress_blocks, plan_from_shapes, resolve
 from pared.engine.compress import CompressedBlocks
 from pared.entrypoints import export_onnx
-from pared.modules.opened import layouts_of
+from pared.modules.opened import experts_map
 from pared.schema.manifest import Manifest
 from pared.schema.plan import Dense
 from pared.serving.vllm.layout import UnsupportedError, require_no_experts
@@ -83,7 +83,7 @@ def test_compressed_experts_answer_from_their_folder_what_they_did_in_memory(
                                                                site.decision.quantized is None)]  # fmt: skip
     assert {"expert in", "expert out"} <= set(changed)
     assert {len(one.shape) for one in result.plan.uncovered} <= {2}, "routers alone are no targets"
-    assert len(layouts_of(model)) == (1 if family == "deepseek_v3" else 2)
+    assert len(experts_map(model)) == (1 if family == "deepseek_v3" else 2)
     expected = logits(model)
     model.save_pretrained(tmp_path)
     assert not any(tensor.ndim == 3 for tensor in tensors_of(tmp_path).values())
@@ -191,7 +191,7 @@ def test_experts_that_are_skipped_stay_closed(tokenizer: PreTrainedTokenizerFast
     model = MIXTURES["mixtral"]()
     spec = resolve(Recipe(method="wanda", sparsity=0.5, calibration=calibration, skip=("*experts.*",)))
     result = compress_blocks(model, tokenizer, spec)
-    assert not layouts_of(model)
+    assert not experts_map(model)
     assert {len(one.shape) for one in result.plan.uncovered} == {2, 3}
     with pytest.raises(ParedError, match="matches none"):
         plan_from_shapes(MIXTURES["mixtral"](), resolve(Recipe(skip=("*expert.*",))))
