@@ -25,7 +25,7 @@ from pared.calibration.statistics.experts import EXPERTS
 from pared.data import find_text
 from pared.data.windows import cut
 from pared.engine import Observer, resolve
-from pared.engine.experts import ExpertWork
+from pared.engine.families.experts import ExpertWork
 from pared.engine.install import keep_experts
 from pared.evaluation.perplexity import perplexity
 from pared.models.resized import take_numbers

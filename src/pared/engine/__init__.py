@@ -6,11 +6,11 @@ from pared.lazy import lazy_package
 
 if TYPE_CHECKING:
     from pared.engine.allocate import plan_from_shapes
-    from pared.engine.collect import collect
     from pared.engine.compress import collect_evidence, compress_blocks
     from pared.engine.observe import Observer
     from pared.engine.result import CompressedBlocks
     from pared.engine.spec import CompressionSpec, ExpertSpec, LowRankSpec, PassSpec, SparseSpec, resolve
+    from pared.engine.statistics.collect import collect
     from pared.progress import Progress, Silent
 
 __all__ = [
@@ -44,7 +44,7 @@ lazy_package(
         ],
         "pared.engine.result": ["CompressedBlocks"],
         "pared.engine.compress": ["collect_evidence", "compress_blocks"],
-        "pared.engine.collect": ["collect"],
+        "pared.engine.statistics.collect": ["collect"],
         "pared.engine.observe": ["Observer"],
         "pared.progress": ["Progress", "Silent"],
     },

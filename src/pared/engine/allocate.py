@@ -8,10 +8,10 @@ from transformers import PreTrainedModel
 
 from pared.allocation import Allocator, Budget, Evidence, Unit, allocator_of
 from pared.allocation.sparsity import mixture
-from pared.engine.expert_plan import plan_of_shapes
-from pared.engine.grouping import candidate_units
-from pared.engine.opening import opened_shapes, patterns_of
 from pared.engine.spec import CompressionSpec, ExpertSpec, LowRankSpec, SparseSpec
+from pared.engine.targets.expert_plan import plan_of_shapes
+from pared.engine.targets.grouping import candidate_units
+from pared.engine.targets.opening import opened_shapes, patterns_of
 from pared.errors import ParedError
 from pared.memory import parse_size
 from pared.schema.bits import FORMS, Form, InFewBits

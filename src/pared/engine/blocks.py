@@ -27,7 +27,7 @@ from pared.calibration import (
     record,
 )
 from pared.calibration.spool import HiddenStates
-from pared.engine.pass_record import NoRecord, Record
+from pared.engine.state.pass_record import NoRecord, Record
 from pared.memory import give_back
 from pared.structure import Anatomy
 from pared.structure.store import BlockStore

@@ -11,20 +11,20 @@ from pared.allocation import Evidence
 from pared.calibration.spool import ActivationMemory
 from pared.data.windows import Windows
 from pared.engine.allocate import anatomy_of
-from pared.engine.checks import require_finite_weights
-from pared.engine.enough import too_few
-from pared.engine.experts import ExpertWork
-from pared.engine.kept_blocks import KeptBlocks
-from pared.engine.low_rank import LowRankWork, Trial
-from pared.engine.method_statistics import Saved
+from pared.engine.checks.enough import too_few
+from pared.engine.checks.weights import require_finite_weights
+from pared.engine.families.experts import ExpertWork
+from pared.engine.families.low_rank import LowRankWork, Trial
+from pared.engine.families.pruning import SparseWork
 from pared.engine.observe import Observer
-from pared.engine.opening import experts_opened, experts_to_open
-from pared.engine.pruning import SparseWork
 from pared.engine.quantize import quantize
 from pared.engine.refine import refine
 from pared.engine.result import CompressedBlocks, remarks, stacks
-from pared.engine.run_state import CompressionRun
 from pared.engine.spec import CompressionSpec, ExpertSpec, LowRankSpec, PassSpec, resolve_sparse
+from pared.engine.state.kept_blocks import KeptBlocks
+from pared.engine.state.run_state import CompressionRun
+from pared.engine.statistics.method_statistics import Saved
+from pared.engine.targets.opening import experts_opened, experts_to_open
 from pared.processes import ALONE, Processes
 from pared.progress import Progress, Silent
 from pared.report.results import too_few_line

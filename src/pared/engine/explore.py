@@ -14,13 +14,13 @@ from pared.allocation.sparsity.loss import pruning_loss
 from pared.allocation.units import Structures
 from pared.data.windows import Windows
 from pared.engine.allocate import anatomy_of, make_plan
-from pared.engine.checks import require_finite_weights
+from pared.engine.checks.weights import require_finite_weights
+from pared.engine.families.low_rank import LowRankWork
+from pared.engine.families.pruning import SparseWork
 from pared.engine.install import unchanged
-from pared.engine.low_rank import LowRankWork
 from pared.engine.observe import Observer
-from pared.engine.opening import experts_opened
-from pared.engine.pruning import SparseWork
 from pared.engine.spec import CompressionSpec, LowRankSpec, SparseSpec
+from pared.engine.targets.opening import experts_opened
 from pared.modules.narrow import COUNTS
 from pared.progress import Progress
 from pared.schema.plan import Plan, Sparse

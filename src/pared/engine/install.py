@@ -1,13 +1,12 @@
 """What stands in the place of layers, for good or for a while: where mathematics and modules meet."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from pared.engine.narrow_ranks import Narrowed
 from pared.lowrank import Factors
 from pared.lowrank.pivot import Pivoted, pivot, unpivot
 from pared.modules import LowRankLinear, PivotedLinear, inherit_requires_grad, replace_module, share
@@ -16,6 +15,33 @@ from pared.modules.shared import DOWN
 from pared.structure import bias_of, weight_of
 from pared.structure.groups import ChannelGroup
 from pared.structure.mixture import Mixture
+
+
+class Narrowed(NamedTuple):
+    """What is left of the layers of a channel group.
+
+    Attributes:
+        kept_K: the channels that stay.
+        read: the weight that reads them, or its factors.
+        shift_O: what is added to the bias of the layer that does; None for nothing.
+        ranked: factors of what is left of layers that make them, by name; the others, or all, keep their rows.
+    """
+
+    kept_K: torch.Tensor
+    read: torch.Tensor | Factors
+    shift_O: torch.Tensor | None = None
+    ranked: Mapping[str, Factors] | None = None
+
+    def to(self, device: torch.device) -> "Narrowed":
+        """Return the same on a device."""
+        ranked = {name: _moved(one, device) for name, one in (self.ranked or {}).items()}
+        return Narrowed(self.kept_K.to(device), _moved(self.read, device), _moved(self.shift_O, device), ranked)
+
+
+def _moved(one: Any, device: torch.device) -> Any:
+    if isinstance(one, Factors):
+        return Factors(*(part.to(device) for part in one))
+    return None if one is None else one.to(device)
 
 
 def install(model: nn.Module, name: str, factors: Factors, pivoted: bool = False) -> None:

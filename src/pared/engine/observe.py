@@ -24,9 +24,9 @@ from pared.calibration import (
 from pared.calibration.spool import ActivationMemory
 from pared.data.windows import Windows
 from pared.engine.blocks import Needs, Visit, run_blocks, run_blocks_backward, visit_blocks
-from pared.engine.records import Kept, Records, is_done
-from pared.engine.run_state import CompressionRun
 from pared.engine.spec import CompressionSpec, PassSpec
+from pared.engine.state.records import Kept, Records, is_done
+from pared.engine.state.run_state import CompressionRun
 from pared.engine.windows import LEAST_TO_TRAIN, windows_to_read
 from pared.environment import choose_dtype, device_of
 from pared.processes import ALONE, Processes, together

@@ -17,8 +17,8 @@ from pared.allocation import Unit
 from pared.calibration import BlockStatistics, StatisticView
 from pared.engine.install import factors_of, put
 from pared.engine.observe import Observer
-from pared.engine.records import is_done
 from pared.engine.spec import LowRankSpec, PassSpec
+from pared.engine.state.records import is_done
 from pared.errors import ParedError
 from pared.lowrank import Decomposition
 from pared.modules import (

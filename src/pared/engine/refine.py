@@ -16,9 +16,9 @@ from pared.calibration.norms import gains_of_next
 from pared.calibration.spool import HiddenStates
 from pared.engine.blocks import run_blocks
 from pared.engine.observe import Observer
-from pared.engine.pass_record import Tables
-from pared.engine.records import Kept, is_done
 from pared.engine.spec import PassSpec
+from pared.engine.state.pass_record import Tables
+from pared.engine.state.records import Kept, is_done
 from pared.errors import ParedError
 from pared.modules import SparseLinear, replace_parameter
 from pared.modules.shared import DOWN, BasisHolder

@@ -8,8 +8,8 @@ from torch import nn
 from pared.allocation import Unit
 from pared.calibration import BlockStatistics, cross_of
 from pared.engine.install import dense_linear, factors_of
-from pared.engine.kept_units import KeptUnits
-from pared.engine.pass_record import Record
+from pared.engine.ranks.kept_units import KeptUnits
+from pared.engine.state.pass_record import Record
 from pared.lowrank import Factors
 from pared.lowrank.dense_path import mixed_cross
 from pared.lowrank.sharing import refit

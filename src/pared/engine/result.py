@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
 
-from pared.engine.enough import dense_for_want_of_tokens
-from pared.engine.grouping import Comparison
+from pared.engine.checks.enough import dense_for_want_of_tokens
 from pared.engine.spec import CompressionSpec
+from pared.engine.targets.grouping import Comparison
 from pared.names import called
 from pared.schema.manifest import Refined, TooFew
 from pared.schema.plan import Dense, Plan

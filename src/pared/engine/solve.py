@@ -10,17 +10,17 @@ from torch import nn
 
 from pared.allocation import Unit
 from pared.calibration import CROSS, BlockStatistics, StatisticView
-from pared.engine.decompose import decompose
-from pared.engine.enough import why_dense
-from pared.engine.grouping import Comparison, compare
-from pared.engine.kept_units import Installed, KeptUnits, factors_made, put_there, ranks_of
-from pared.engine.ledger import Findings, Ledger
-from pared.engine.moments import Moments, StatisticsOfSite, dense_target, moments
-from pared.engine.pass_record import Record
+from pared.engine.checks.enough import why_dense
 from pared.engine.quantize import prices_of
-from pared.engine.run_state import CompressionRun
-from pared.engine.solutions import DecompositionStore, Prices
+from pared.engine.ranks.decompose import decompose
+from pared.engine.ranks.kept_units import Installed, KeptUnits, factors_made, put_there, ranks_of
 from pared.engine.spec import LowRankSpec
+from pared.engine.state.ledger import Findings, Ledger
+from pared.engine.state.pass_record import Record
+from pared.engine.state.run_state import CompressionRun
+from pared.engine.state.solutions import DecompositionStore, Prices
+from pared.engine.statistics.moments import Moments, StatisticsOfSite, dense_target, moments
+from pared.engine.targets.grouping import Comparison, compare
 from pared.lowrank import Decomposition
 from pared.memory import give_back
 from pared.processes import ALONE, Processes

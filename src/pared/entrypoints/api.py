@@ -24,8 +24,8 @@ from pared.checkpoint import load, load_tokenizer
 from pared.data.handed import text_of
 from pared.data.texts import handed_over
 from pared.engine import collect
-from pared.engine.early import require_model as require_named_model
-from pared.engine.early import require_possible, require_suited
+from pared.engine.checks.early import require_model as require_named_model
+from pared.engine.checks.early import require_possible, require_suited
 from pared.entrypoints.evaluate import evaluate as measured
 from pared.entrypoints.in_place import where_it_is
 from pared.entrypoints.plan import plan_by_shapes, plan_of

@@ -81,7 +81,7 @@ def require_compression(recipe: "Recipe", overwrite: bool, resume: bool | None =
     Raises:
         ParedError: says what is wrong.
     """
-    from pared.engine.early import require_job
+    from pared.engine.checks.early import require_job
     from pared.io.files import path_of
     from pared.io.run_dir import COMPRESSION, run_folder
 
@@ -96,7 +96,7 @@ def require_plan(recipe: "Recipe") -> None:
     Raises:
         ParedError: says what is wrong.
     """
-    from pared.engine.early import require_model, require_possible, require_suited
+    from pared.engine.checks.early import require_model, require_possible, require_suited
 
     spec = require_possible(recipe)
     source = require_model(spec)
@@ -121,8 +121,8 @@ def require_exploration(recipe: "Recipe", config: "ExploreConfig") -> None:
     Raises:
         ParedError: says what is wrong.
     """
-    from pared.engine.early import require_model
-    from pared.engine.explorable import require_explorable
+    from pared.engine.checks.early import require_model
+    from pared.engine.checks.explorable import require_explorable
 
     for spec in require_explorable(recipe, config.structures, config.pruner).values():
         require_model(spec)
@@ -134,7 +134,7 @@ def require_search(recipe: "Recipe") -> None:
     Raises:
         ParedError: says what is wrong.
     """
-    from pared.engine.early import require_model, require_possible
+    from pared.engine.checks.early import require_model, require_possible
 
     require_model(require_possible(recipe))
 

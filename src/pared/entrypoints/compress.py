@@ -14,8 +14,8 @@ from pared.calibration import saved_blocks
 from pared.data.handed import text_of
 from pared.data.texts import Text, handed_over
 from pared.data.windows import Windows
-from pared.engine.early import require_model as require_named_model
-from pared.engine.early import require_possible, require_texts
+from pared.engine.checks.early import require_model as require_named_model
+from pared.engine.checks.early import require_possible, require_texts
 from pared.entrypoints.compressing import compress_by_name, compressed, measure_of
 from pared.entrypoints.in_place import Collected, require_compressible, where_it_is
 from pared.entrypoints.result import Before, Compressed

@@ -8,10 +8,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.calibration.spool import ActivationMemory
 from pared.data.windows import Windows
-from pared.engine.checks import require_finite_weights
-from pared.engine.early import require_suited
-from pared.engine.run_state import CompressionRun, spent
+from pared.engine.checks.early import require_suited
+from pared.engine.checks.weights import require_finite_weights
 from pared.engine.spec import CompressionSpec
+from pared.engine.state.run_state import CompressionRun, spent
 from pared.entrypoints.in_place import Collected, compress_in_place
 from pared.entrypoints.measure import PerplexityOn
 from pared.entrypoints.result import Before, Compressed

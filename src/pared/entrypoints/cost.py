@@ -6,12 +6,12 @@ from transformers import PreTrainedModel
 from pared.engine.allocate import anatomy_of
 from pared.engine.cost.channels import groups_by_shape, with_widths
 from pared.engine.cost.measured import Measured
+from pared.engine.cost.needs import Tokens
 from pared.engine.cost.published import MACHINES, Published
 from pared.engine.cost.rates import Rates, total
 from pared.engine.cost.stages import Work, stages_of
-from pared.engine.needs import Tokens
-from pared.engine.opening import opened_shapes, shapes_of
 from pared.engine.spec import CompressionSpec, ExpertSpec
+from pared.engine.targets.opening import opened_shapes, shapes_of
 from pared.entrypoints.streamed import with_limits
 from pared.entrypoints.texts_read import read_texts
 from pared.environment import device_of

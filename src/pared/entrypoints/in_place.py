@@ -11,12 +11,12 @@ from pared.calibration.spool import ActivationMemory
 from pared.checkpoint import mark, module_map
 from pared.checkpoint.streamed import StreamedBlocks
 from pared.data.windows import Windows
+from pared.engine.checks.early import require_possible, require_suited
 from pared.engine.compress import compress_blocks
-from pared.engine.early import require_possible, require_suited
-from pared.engine.opening import close_unchanged
 from pared.engine.result import CompressedBlocks
-from pared.engine.run_state import CompressionRun
 from pared.engine.spec import CompressionSpec
+from pared.engine.state.run_state import CompressionRun
+from pared.engine.targets.opening import close_unchanged
 from pared.environment import device_of
 from pared.errors import ParedError
 from pared.evaluation.perplexity import perplexity

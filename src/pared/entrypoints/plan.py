@@ -7,11 +7,11 @@ from typing import Any, TypeGuard
 from transformers import PreTrainedModel
 
 from pared.engine.allocate import anatomy_of, plan_from_shapes
+from pared.engine.checks.early import require_model, require_possible, require_suited
 from pared.engine.cost.channels import groups_by_shape, uniform_widths
-from pared.engine.early import require_model, require_possible, require_suited
-from pared.engine.opening import opened_shapes, shapes_of
 from pared.engine.result import stacks
 from pared.engine.spec import CompressionSpec, ExpertSpec, LowRankSpec
+from pared.engine.targets.opening import opened_shapes, shapes_of
 from pared.errors import ParedError
 from pared.modules.opened import opened_experts
 from pared.report.sites import kinds_table, layers_table

@@ -19,13 +19,13 @@ from pared.data.lengths import Length
 from pared.data.texts import held_out
 from pared.data.windows import NO_LABEL, Windows, require_fits
 from pared.engine.allocate import anatomy_of
-from pared.engine.checks import require_finite_weights
-from pared.engine.decompose import decompose_sites
+from pared.engine.checks.weights import require_finite_weights
 from pared.engine.install import patched
 from pared.engine.observe import Observer
-from pared.engine.opening import experts_opened
-from pared.engine.solutions import DecompositionStore
+from pared.engine.ranks.decompose import decompose_sites
 from pared.engine.spec import LowRankSpec, resolve_low_rank
+from pared.engine.state.solutions import DecompositionStore
+from pared.engine.targets.opening import experts_opened
 from pared.environment import device_of
 from pared.errors import ParedError
 from pared.evaluation import perplexity

@@ -6,8 +6,8 @@ from dataclasses import replace
 from pared.arguments import asked_from
 from pared.checkpoint import verify
 from pared.checkpoint.seal import published_recipe
-from pared.engine.early import require_job, require_possible
-from pared.engine.early import require_model as require_named_model
+from pared.engine.checks.early import require_job, require_possible
+from pared.engine.checks.early import require_model as require_named_model
 from pared.entrypoints.compressing import compress_by_name
 from pared.entrypoints.result import Outcome, publish
 from pared.entrypoints.resume import Resumable, published

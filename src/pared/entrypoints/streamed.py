@@ -16,9 +16,9 @@ from pared.checkpoint.shards import save_streamed
 from pared.checkpoint.streamed import StreamedBlocks
 from pared.checkpoint.verify import take_fingerprint
 from pared.engine.allocate import anatomy_of, plan_from_shapes
-from pared.engine.needs import Needs, Tokens, needs_of
-from pared.engine.opening import opened_shapes
+from pared.engine.cost.needs import Needs, Tokens, needs_of
 from pared.engine.spec import CompressionSpec
+from pared.engine.targets.opening import opened_shapes
 from pared.entrypoints.resume import KIND
 from pared.entrypoints.texts_read import TextsRead
 from pared.environment import dtype_of, resident_memory_bytes

@@ -6,7 +6,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.data.windows import Windows
 from pared.engine.allocate import anatomy_of
-from pared.engine.checks import require_finite_weights
+from pared.engine.checks.weights import require_finite_weights
 from pared.engine.observe import Observer
 from pared.engine.spec import CompressionSpec, LowRankSpec, SparseSpec
 from pared.errors import ParedError

@@ -11,9 +11,9 @@ from pared.allocation import Budget, Evidence, Unit
 from pared.allocation.dsa import Program
 from pared.allocation.rank_budget import split_fixed
 from pared.allocation.ranks.dsa import by_program, ranks_from_fractions
-from pared.engine.decompose import decompose_sites
 from pared.engine.install import patched
 from pared.engine.observe import Observer
+from pared.engine.ranks.decompose import decompose_sites
 from pared.engine.spec import LowRankSpec
 from pared.errors import ParedError
 from pared.lowrank import Decomposition

@@ -252,7 +252,7 @@ def test_a_model_saved_after_an_interruption_loads_again(
         seen.extend(names)
         put(model, names, modules)
 
-    monkeypatch.setattr("pared.engine.kept_units.put", interrupted)
+    monkeypatch.setattr("pared.engine.ranks.kept_units.put", interrupted)
     model = TINY_MODELS["llama"]()
     with pytest.raises(KeyboardInterrupt):
         pared.compress(model, tokenizer, pared.Recipe(method="svd-llm", keep=0.7, calibration=calibration))

@@ -276,7 +276,7 @@ def test_the_dense_path_of_a_refit_is_the_dense_model(
             checked.append(site.name)
         return block_of
 
-    monkeypatch.setattr("pared.engine.low_rank.dense_blocks", dense_blocks)
+    monkeypatch.setattr("pared.engine.families.low_rank.dense_blocks", dense_blocks)
     result = compress(family, storage=storage, refit="update", dense_path=0.5, **fields)
     assert len(checked) == len(result.plan.sites)
     sites = tuple(site.name for site in result.plan.sites)

@@ -14,10 +14,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from pared import ParedError
 from pared.checkpoint import load, mark, module_map, require_tensors
 from pared.checkpoint.open_streamed import open_streamed
-from pared.engine.install import count, narrow, put
-from pared.engine.kept_blocks import KeptBlocks
-from pared.engine.narrow_ranks import Narrowed
-from pared.engine.run_state import CompressionRun
+from pared.engine.install import Narrowed, count, narrow, put
+from pared.engine.state.kept_blocks import KeptBlocks
+from pared.engine.state.run_state import CompressionRun
 from pared.entrypoints.export import make_dense
 from pared.io.run_dir import RunDirectory
 from pared.models.source import find_model

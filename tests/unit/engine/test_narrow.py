@@ -14,8 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from pared import ParedError
 from pared.checkpoint import load, mark, module_map, require_tensors
-from pared.engine.install import narrow, put
-from pared.engine.narrow_ranks import Narrowed
+from pared.engine.install import Narrowed, narrow, put
 from pared.entrypoints.export import make_dense
 from pared.modules import NarrowConv1D, NarrowLinear
 from pared.structure import find_anatomy, probe, weight_of

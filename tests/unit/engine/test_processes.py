@@ -14,7 +14,7 @@ from torch import distributed
 import pared
 from pared.data.windows import Windows, digest_of
 from pared.engine import compress_blocks, resolve
-from pared.engine.run_state import CompressionRun
+from pared.engine.state.run_state import CompressionRun
 from pared.processes import ALONE, Processes
 
 # Sums over windows are taken in another order: 1e-15 of a float64 sum, then the rounding of float32 weights, which the
@@ -91,7 +91,7 @@ def compressed(name: str, processes: Processes, state: CompressionRun | None = N
     recipe = pared.Recipe.model_validate({"calibration": calibration, "evaluation": None, **fields})
     on = trial(model)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pared.engine.low_rank.trial_windows", lambda *_: windows(4))
+        patch.setattr("pared.engine.families.low_rank.trial_windows", lambda *_: windows(4))
         result = compress_blocks(
             model,
             None,  # type: ignore[arg-type] # texts are cut already

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import pared
 from pared import ExploreConfig, ParedError, Recipe
 from pared.cli.commands import app
-from pared.engine.explorable import recipe_of
+from pared.engine.checks.explorable import recipe_of
 from pared.entrypoints.explore import _evenly, ideal_speed
 from pared.schema.command_line import as_words
 from pared.schema.explore import STRUCTURES, Exploration

@@ -23,9 +23,9 @@ from typer.testing import CliRunner
 import pared
 from pared import Calibration, ParedError, Recipe
 from pared.cli.commands import app
-from pared.engine import run_state
-from pared.engine.kept_units import KeptUnits
-from pared.engine.needs import Needs
+from pared.engine.cost.needs import Needs
+from pared.engine.ranks.kept_units import KeptUnits
+from pared.engine.state import run_state
 from pared.io.run_dir import RunDirectory, entries_of, run_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")

@@ -208,7 +208,7 @@ def test_what_does_not_fit_block_by_block_either_is_refused(
 def test_a_disk_without_room_is_told_before_anything_is_read(
     recipe: pared.Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pared.engine.needs.free_space", lambda _: 1000)
+    monkeypatch.setattr("pared.engine.cost.needs.free_space", lambda _: 1000)
     monkeypatch.setattr(streaming, "open_streamed", lambda *_: pytest.fail("read"))
     with pytest.raises(ParedError, match=r"not enough disk for .*out: .* bytes needed \(.*1,000 free; nothing"):
         pared.run(recipe)

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 import pared
 import pared.io.output_dir as staging_module
 from pared import Calibration, ParedError, Recipe
-from pared.engine.solutions import DecompositionStore
+from pared.engine.state.solutions import DecompositionStore
 from pared.io.leftovers import REPLACED, SCRATCH, STAGING, held, scratch, this_machine
 from pared.io.lock import locked_folder
 from pared.io.output_dir import require_free, staged

@@ -16,8 +16,8 @@ import pared
 from pared import ParedError
 from pared.calibration import BlockStatistics, capture
 from pared.data.windows import Windows
-from pared.engine import pruning
-from pared.engine.low_rank import LowRankWork
+from pared.engine.families import pruning
+from pared.engine.families.low_rank import LowRankWork
 from pared.engine.observe import Observer
 from pared.lowrank import Factors
 from pared.lowrank.sharing import refit

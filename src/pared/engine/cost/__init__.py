@@ -1,1 +1,1 @@
-"""What a compression costs: operations of its stages, and rates that give them a time."""
+"""What a compression costs: memory and disk, operations of its stages, and rates that give them a time."""

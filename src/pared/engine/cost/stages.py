@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
+from pared.engine.cost.needs import Tokens
 from pared.engine.cost.passes import Passes, Work, compressed
 from pared.engine.cost.solving import NotDeclaredError, realize, refit, solve
 from pared.engine.cost.traced import trace
-from pared.engine.needs import Tokens
 from pared.engine.spec import LowRankSpec, PassSpec, SparseSpec
 from pared.operations import Operation
 

@@ -1,0 +1,1 @@
+"""What is refused or warned of: recipes, weights, and texts that say too little."""

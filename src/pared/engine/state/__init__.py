@@ -1,0 +1,1 @@
+"""What of a compression outlives its process, and what a killed run resumes from: blocks, findings and the plan."""
