@@ -19,7 +19,7 @@ from pared import tune
 from pared.data.encoding import cut_examples
 from pared.data.labelled import find_examples
 from pared.engine import plan_from_shapes, resolve
-from pared.entrypoints.fine_tune_encoder import FineTuning, fine_tune, with_head
+from pared.entrypoints.evaluation.fine_tune_encoder import FineTuning, fine_tune, with_head
 from pared.evaluation import classify
 from pared.models.source import find_model
 from pared.schema.manifest import Manifest

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from pared.entrypoints.api import collect_statistics, evaluate, plan, search
     from pared.entrypoints.compare import compare
     from pared.entrypoints.compress import compress
+    from pared.entrypoints.compression.result import Compressed
     from pared.entrypoints.convert import convert
     from pared.entrypoints.evaluate import perplexity
     from pared.entrypoints.explore import Explored, explore
     from pared.entrypoints.export import export
     from pared.entrypoints.report import report
-    from pared.entrypoints.result import Compressed
     from pared.entrypoints.run import run
     from pared.entrypoints.train import tune
     from pared.environment import __version__
@@ -78,7 +78,7 @@ lazy_package(
         "pared.entrypoints.explore": ["Explored", "explore"],
         "pared.entrypoints.export": ["export"],
         "pared.entrypoints.report": ["report"],
-        "pared.entrypoints.result": ["Compressed"],
+        "pared.entrypoints.compression.result": ["Compressed"],
         "pared.entrypoints.run": ["run"],
         "pared.entrypoints.train": ["tune"],
         "pared.environment": ["__version__"],

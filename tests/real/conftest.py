@@ -9,7 +9,7 @@ from real_model import FEW, MODEL, Corpus, Scale
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import pared
-from pared.entrypoints.result import Outcome
+from pared.entrypoints.compression.result import Outcome
 from pared.models.source import find_model
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 import pared
 from pared.data.texts import find_text
-from pared.entrypoints.result import Outcome
+from pared.entrypoints.compression.result import Outcome
 
 Dense = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 

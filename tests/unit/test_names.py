@@ -22,7 +22,7 @@ OF_COMMANDS = {
     "schema/presets.py",
     "report/search_trace.py",
     "schema/recipe.py",
-    "entrypoints/kept_results.py",
+    "entrypoints/evaluation/kept_results.py",
     "training/distributed.py",
 }
 

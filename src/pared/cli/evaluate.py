@@ -8,7 +8,7 @@ from pared.cli.console import ConsoleProgress, JsonFile, LmEvalFile, errors, out
 from pared.cli.from_schema import Change, Fields, Given, schema_options
 from pared.cli.options import Resume
 from pared.entrypoints.checks import require_evaluable, task_names
-from pared.entrypoints.kept_results import Kept
+from pared.entrypoints.evaluation.kept_results import Kept
 from pared.errors import ParedError
 from pared.schema.evaluate import TOGETHER, EvaluationConfig
 

@@ -26,8 +26,8 @@ from pared.data.texts import handed_over
 from pared.engine import collect
 from pared.engine.checks.early import require_model as require_named_model
 from pared.engine.checks.early import require_possible, require_suited
+from pared.entrypoints.compression.in_place import where_it_is
 from pared.entrypoints.evaluate import evaluate as measured
-from pared.entrypoints.in_place import where_it_is
 from pared.entrypoints.plan import plan_by_shapes, plan_of
 from pared.entrypoints.search import pools_on
 from pared.entrypoints.search import run as search_by_name

@@ -42,7 +42,7 @@ def require_evaluable(model: str | None, config: "EvaluationConfig") -> None:
     from pared.data.files import require_there
     from pared.data.labelled import parts_of_task, require_examples
     from pared.data.texts import require_text
-    from pared.entrypoints.kept_results import is_results
+    from pared.entrypoints.evaluation.kept_results import is_results
     from pared.environment import require_device, require_dtype
     from pared.evaluation.protocols import protocol_of
     from pared.io.files import path_of

@@ -16,10 +16,10 @@ from pared.data.texts import Text, handed_over
 from pared.data.windows import Windows
 from pared.engine.checks.early import require_model as require_named_model
 from pared.engine.checks.early import require_possible, require_texts
-from pared.entrypoints.compressing import compress_by_name, compressed, measure_of
-from pared.entrypoints.in_place import Collected, require_compressible, where_it_is
-from pared.entrypoints.result import Before, Compressed
-from pared.entrypoints.texts_read import TextsRead, read_texts
+from pared.entrypoints.compression.compressing import compress_by_name, compressed, measure_of
+from pared.entrypoints.compression.in_place import Collected, require_compressible, where_it_is
+from pared.entrypoints.compression.result import Before, Compressed
+from pared.entrypoints.compression.texts_read import TextsRead, read_texts
 from pared.errors import ParedError
 from pared.io.files import path_of
 from pared.models.architecture import is_causal

@@ -12,8 +12,8 @@ from pared.engine.cost.rates import Rates, total
 from pared.engine.cost.stages import Work, stages_of
 from pared.engine.spec import CompressionSpec, ExpertSpec
 from pared.engine.targets.opening import opened_shapes, shapes_of
-from pared.entrypoints.streamed import with_limits
-from pared.entrypoints.texts_read import read_texts
+from pared.entrypoints.compression.streamed import with_limits
+from pared.entrypoints.compression.texts_read import read_texts
 from pared.environment import device_of
 from pared.errors import ParedError
 from pared.memory import available_memory

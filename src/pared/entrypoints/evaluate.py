@@ -10,10 +10,10 @@ from pared.arguments import require_model, require_tokenizer
 from pared.data.evaluated import evaluation_windows
 from pared.data.handed import text_of
 from pared.data.texts import handed_over
-from pared.entrypoints.against import differences, in_words, require_comparable
 from pared.entrypoints.checks import require_evaluable
-from pared.entrypoints.evaluating import Evaluating
-from pared.entrypoints.kept_results import Kept, is_results, read_results
+from pared.entrypoints.evaluation.against import differences, in_words, require_comparable
+from pared.entrypoints.evaluation.evaluating import Evaluating
+from pared.entrypoints.evaluation.kept_results import Kept, is_results, read_results
 from pared.errors import ParedError
 from pared.evaluation import Perplexity
 from pared.evaluation import perplexity as measure

@@ -17,10 +17,10 @@ from pared.engine.checks.early import require_suited, require_texts
 from pared.engine.checks.explorable import recipe_of, require_explorable
 from pared.engine.explore import Allocated, Curve, explored
 from pared.engine.spec import CompressionSpec, resolve_low_rank
-from pared.entrypoints.in_place import require_compressible, where_it_is
-from pared.entrypoints.measure import PerplexityOn
+from pared.entrypoints.compression.in_place import require_compressible, where_it_is
+from pared.entrypoints.compression.texts_read import read_texts
+from pared.entrypoints.evaluation.measure import PerplexityOn
 from pared.entrypoints.picking import Picker
-from pared.entrypoints.texts_read import read_texts
 from pared.environment import device_of, machine, versions
 from pared.errors import ParedError
 from pared.models.architecture import is_causal

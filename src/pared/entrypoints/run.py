@@ -8,9 +8,9 @@ from pared.checkpoint import verify
 from pared.checkpoint.seal import published_recipe
 from pared.engine.checks.early import require_job, require_possible
 from pared.engine.checks.early import require_model as require_named_model
-from pared.entrypoints.compressing import compress_by_name
-from pared.entrypoints.result import Outcome, publish
-from pared.entrypoints.resume import Resumable, published
+from pared.entrypoints.compression.compressing import compress_by_name
+from pared.entrypoints.compression.result import Outcome, publish
+from pared.entrypoints.compression.resume import Resumable, published
 from pared.environment import versions
 from pared.errors import ParedError
 from pared.io.files import path_of

@@ -14,7 +14,7 @@ from pared.data.lengths import Length
 from pared.data.windows import Windows, cut, require_fits
 from pared.engine.spec import CompressionSpec, ExpertSpec, LowRankSpec, SparseSpec, method_of, resolve
 from pared.engine.targets.opening import experts_opened
-from pared.entrypoints.in_place import where_it_is
+from pared.entrypoints.compression.in_place import where_it_is
 from pared.entrypoints.search_found import FOUND, JOURNAL, TRACE, Found, write_found
 from pared.environment import device_of
 from pared.errors import ParedError

@@ -14,9 +14,9 @@ from transformers.integrations import get_available_reporting_integrations
 from pared.arguments import asked_from, config_from
 from pared.checkpoint import is_compressed, load, mark, module_map, save
 from pared.data.lengths import Length
-from pared.entrypoints.parent import parent_of
 from pared.entrypoints.publish import Publication, Reread, ResidentSaver
-from pared.entrypoints.training_perplexity import TrainingPerplexity, asked_evaluation
+from pared.entrypoints.training.parent import parent_of
+from pared.entrypoints.training.training_perplexity import TrainingPerplexity, asked_evaluation
 from pared.environment import machine, peak_memory_bytes, versions
 from pared.errors import ParedError
 from pared.io.files import path_of

@@ -20,7 +20,7 @@ from pared.data.overlap import overlap
 from pared.data.texts import Text, find_text, held_out, learned_part
 from pared.data.windows import Windows, cut
 from pared.engine.windows import calibration_windows
-from pared.entrypoints.result import Outcome
+from pared.entrypoints.compression.result import Outcome
 from pared.report import comparison
 
 TOKENIZER = tiny_tokenizer(64)
@@ -157,7 +157,7 @@ class TestOverlap:
         assert overlap(cut(last, TOKENIZER, 60, None), [read.describe()], [read.tokens]) == 0.0
 
     def test_a_folder_measured_again_tells_what_it_was_calibrated_on(self, folder: Path, tmp_path: Path) -> None:
-        from pared.entrypoints.evaluating import learned_share
+        from pared.entrypoints.evaluation.evaluating import learned_share
         from pared.models import find_model
 
         run(folder, tmp_path / "out", evaluation=None, calibration={"samples": 10, "length": 30})
@@ -317,7 +317,7 @@ class TestTasks:
 
 
 def test_examples_to_fine_tune_on_are_as_long_as_the_model_takes() -> None:
-    from pared.entrypoints.fine_tune_encoder import FineTuning, within
+    from pared.entrypoints.evaluation.fine_tune_encoder import FineTuning, within
 
     config = config_of("BertConfig", max_position_embeddings=64)
     assert within(FineTuning(), config).length == 64

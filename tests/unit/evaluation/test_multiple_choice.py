@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 import pared
 from pared.cli.commands import app
-from pared.entrypoints import evaluating as entry
+from pared.entrypoints.evaluation import evaluating as entry
 from pared.evaluation.multiple_choice import CHOICES, evaluate_choices, prepare
 from pared.progress import Silent
 

@@ -13,7 +13,7 @@ import pytest
 
 from pared import ParedError
 from pared.cli.console import write_json
-from pared.entrypoints.kept_results import Kept
+from pared.entrypoints.evaluation.kept_results import Kept
 from pared.io import lock as locking
 from pared.io.files import descriptor_of, is_kept_on_disk, why_not_written, write_whole
 from pared.io.journal import Journal, opened, read_entries, sealed

@@ -625,7 +625,7 @@ def test_patience_does_not_undo_the_compression(dense: Dense, tmp_path: Path, te
 def test_a_dense_model_trained_in_place_is_another_parent(dense: Dense, tmp_path: Path) -> None:
     import shutil
 
-    from pared.entrypoints.parent import parent_of
+    from pared.entrypoints.training.parent import parent_of
 
     shutil.copytree(dense("llama"), tmp_path / "m")
     tuning = TrainingConfig.of({"model": str(tmp_path / "m"), "method": "basel"})

@@ -11,7 +11,7 @@ from pared.calibration.staged import Blocks
 from pared.data.windows import Windows
 from pared.engine.spec import CompressionSpec
 from pared.engine.state.run_state import CompressionRun
-from pared.entrypoints.measure import PerplexityOn
+from pared.entrypoints.evaluation.measure import PerplexityOn
 from pared.environment import device_of, versions
 from pared.io.digests import sha256_of
 from pared.io.fingerprint import as_json

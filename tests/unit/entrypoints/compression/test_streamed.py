@@ -19,7 +19,7 @@ from pared.calibration.cache import SavedStatistic
 from pared.calibration.statistics.gram import GradientGram
 from pared.cli.commands import app
 from pared.engine import observe, solve
-from pared.entrypoints import streamed as streaming
+from pared.entrypoints.compression import streamed as streaming
 from pared.errors import ParedError
 from pared.memory import Available
 from pared.progress import Silent

@@ -17,7 +17,7 @@ from pared.data.lengths import Length
 from pared.data.overlap import overlap
 from pared.data.texts import find_text
 from pared.data.windows import Windows
-from pared.entrypoints.kept_results import Kept
+from pared.entrypoints.evaluation.kept_results import Kept
 from pared.environment import device_of, versions
 from pared.errors import ParedError
 from pared.evaluation import Result, Sampling, classify, evaluate_task, task_of
@@ -144,7 +144,7 @@ class Evaluating:
 
     def fine_tune(self) -> dict[str, Any]:
         """Train an encoder for every task, and score it; what is done is kept."""
-        from pared.entrypoints import fine_tune_encoder as encoders  # the Trainer is seconds to import
+        from pared.entrypoints.evaluation import fine_tune_encoder as encoders  # the Trainer is seconds to import
 
         config, names = self.config, list(self.config.fine_tune or ())
         how = {"epochs": config.epochs, "learning_rate": config.learning_rate, "length": config.length,

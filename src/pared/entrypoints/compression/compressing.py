@@ -12,12 +12,12 @@ from pared.engine.checks.early import require_suited
 from pared.engine.checks.weights import require_finite_weights
 from pared.engine.spec import CompressionSpec
 from pared.engine.state.run_state import CompressionRun, spent
-from pared.entrypoints.in_place import Collected, compress_in_place
-from pared.entrypoints.measure import PerplexityOn
-from pared.entrypoints.result import Before, Compressed
-from pared.entrypoints.resume import Resumable, fingerprint_of, measured_once
-from pared.entrypoints.streamed import StreamedModel, reading_of
-from pared.entrypoints.texts_read import TextsRead, read_texts
+from pared.entrypoints.compression.in_place import Collected, compress_in_place
+from pared.entrypoints.compression.result import Before, Compressed
+from pared.entrypoints.compression.resume import Resumable, fingerprint_of, measured_once
+from pared.entrypoints.compression.streamed import StreamedModel, reading_of
+from pared.entrypoints.compression.texts_read import TextsRead, read_texts
+from pared.entrypoints.evaluation.measure import PerplexityOn
 from pared.environment import device_of
 from pared.io.apart import require_apart
 from pared.memory import format_size

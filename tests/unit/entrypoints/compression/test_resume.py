@@ -297,7 +297,7 @@ def test_the_state_of_another_compression_is_refused_with_what_differs(
             pared.run(changed, resume=True)
         assert held(state) == before
     with monkeypatch.context() as patched:
-        patched.setattr("pared.entrypoints.resume.versions", lambda: {"torch": "1.0"})
+        patched.setattr("pared.entrypoints.compression.resume.versions", lambda: {"torch": "1.0"})
         with pytest.raises(ParedError, match=r"versions\.torch: '.*' there, '1\.0' now"):
             pared.run(recipe, resume=True)
     (place / "other").mkdir(exist_ok=True)

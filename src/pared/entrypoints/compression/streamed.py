@@ -19,8 +19,8 @@ from pared.engine.allocate import anatomy_of, plan_from_shapes
 from pared.engine.cost.needs import Needs, Tokens, needs_of
 from pared.engine.spec import CompressionSpec
 from pared.engine.targets.opening import opened_shapes
-from pared.entrypoints.resume import KIND
-from pared.entrypoints.texts_read import TextsRead
+from pared.entrypoints.compression.resume import KIND
+from pared.entrypoints.compression.texts_read import TextsRead
 from pared.environment import dtype_of, resident_memory_bytes
 from pared.errors import ParedError
 from pared.io.leftovers import scratch

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from pared.cli.commands import app
-from pared.entrypoints import evaluating
-from pared.entrypoints.against import by_row, differences, in_words, require_comparable
+from pared.entrypoints.evaluation import evaluating
+from pared.entrypoints.evaluation.against import by_row, differences, in_words, require_comparable
 from pared.errors import ParedError
 from pared.schema.evaluate import EvaluationConfig
 

@@ -6,8 +6,8 @@ from pared.data.evaluated import evaluation_windows
 from pared.data.overlap import overlap
 from pared.data.texts import learned_part
 from pared.data.windows import Windows
-from pared.entrypoints.measure import PerplexityOn
-from pared.entrypoints.parent import Parent
+from pared.entrypoints.evaluation.measure import PerplexityOn
+from pared.entrypoints.training.parent import Parent
 from pared.errors import TextTooShortError
 from pared.names import called
 from pared.progress import Progress, Stopwatch

@@ -17,8 +17,14 @@ import pared
 from pared import ParedError
 from pared.cli.commands import app
 from pared.data.labelled import find_examples
-from pared.entrypoints import fine_tune_encoder as encoders
-from pared.entrypoints.fine_tune_encoder import FineTuning, examples_of, fine_tuned_score, steps_of, with_head
+from pared.entrypoints.evaluation import fine_tune_encoder as encoders
+from pared.entrypoints.evaluation.fine_tune_encoder import (
+    FineTuning,
+    examples_of,
+    fine_tuned_score,
+    steps_of,
+    with_head,
+)
 from pared.training.trainable import compressed_layers
 
 FAST = FineTuning(epochs=6, learning_rate=3e-3, batch=16)

@@ -9,9 +9,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.arguments import folder_from
 from pared.checkpoint.format import FORMAT_VERSION
-from pared.entrypoints.measure import PerplexityOn
+from pared.entrypoints.compression.streamed import StreamedModel, StreamedReload, StreamedSaver
+from pared.entrypoints.evaluation.measure import PerplexityOn
 from pared.entrypoints.publish import Publication, Reread, ResidentSaver, reload_resident
-from pared.entrypoints.streamed import StreamedModel, StreamedReload, StreamedSaver
 from pared.environment import machine, peak_memory_bytes, versions
 from pared.io.inputs import inputs_of
 from pared.models.published import published_facts

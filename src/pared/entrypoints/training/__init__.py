@@ -1,0 +1,1 @@
+"""What a training starts from, and the perplexity before and after it."""
