@@ -23,7 +23,7 @@ from pared.engine.result import CompressedBlocks, remarks, stacks
 from pared.engine.spec import CompressionSpec, ExpertSpec, LowRankSpec, PassSpec, resolve_sparse
 from pared.engine.state.kept_blocks import KeptBlocks
 from pared.engine.state.run_state import CompressionRun
-from pared.engine.statistics.method_statistics import Saved
+from pared.engine.statistics.of_method import Saved
 from pared.engine.targets.opening import experts_opened, experts_to_open
 from pared.processes import ALONE, Processes
 from pared.progress import Progress, Silent

@@ -17,7 +17,7 @@ from pared import ParedError, compress
 from pared.calibration import BlockStatistics, Statistic, save_block, saved_blocks, statistic_kind
 from pared.engine import LowRankSpec, PassSpec, collect, resolve
 from pared.engine.observe import Observer
-from pared.engine.statistics.method_statistics import MethodStatistics
+from pared.engine.statistics.of_method import MethodStatistics
 from pared.io.digests import model_digest
 from pared.progress import Silent
 from pared.structure import find_anatomy

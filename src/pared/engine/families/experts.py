@@ -19,7 +19,7 @@ from pared.engine.observe import Observer
 from pared.engine.result import CompressedBlocks
 from pared.engine.spec import ExpertSpec, PassSpec
 from pared.engine.state.records import is_done
-from pared.engine.statistics.method_statistics import Saved
+from pared.engine.statistics.of_method import Saved
 from pared.engine.targets.expert_plan import count_of, expert_plan, no_mixtures
 from pared.errors import ParedError
 from pared.models.resized import Sizes, set_sizes, sizes_with_fewer, take_numbers

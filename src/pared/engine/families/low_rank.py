@@ -22,7 +22,7 @@ from pared.engine.solve import Solver, without
 from pared.engine.spec import LowRankSpec, PassSpec
 from pared.engine.state.records import Order, is_done
 from pared.engine.state.solutions import DecompositionStore
-from pared.engine.statistics.method_statistics import MethodStatistics, Saved
+from pared.engine.statistics.of_method import MethodStatistics, Saved
 from pared.engine.targets.grouping import candidate_units, told
 from pared.engine.windows import trial_windows
 from pared.errors import ParedError

@@ -13,7 +13,7 @@ from pared.engine.checks.enough import why_dense
 from pared.engine.install import Narrowed, count, factors_of, narrow, put
 from pared.engine.ranks.decompose import lacking
 from pared.engine.ranks.kept_units import ranks_of_narrow
-from pared.engine.ranks.narrow_ranks import composes, energies, rest
+from pared.engine.ranks.narrow import composes, energies, rest
 from pared.engine.spec import LowRankSpec
 from pared.engine.state.ledger import Findings, Ledger
 from pared.engine.state.solutions import Copy, DecompositionStore

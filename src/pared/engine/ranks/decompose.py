@@ -7,8 +7,8 @@ import torch
 from pared.calibration import BlockStatistics
 from pared.engine.observe import Observer
 from pared.engine.spec import LowRankSpec, PassSpec, Runs
-from pared.engine.statistics.method_statistics import MethodStatistics
 from pared.engine.statistics.moments import moments
+from pared.engine.statistics.of_method import MethodStatistics
 from pared.errors import ParedError
 from pared.lowrank import Decomposition
 from pared.structure import weight_of

@@ -10,7 +10,7 @@ from pared.engine.observe import Observer
 from pared.engine.spec import LowRankSpec, PassSpec
 from pared.engine.state.records import Kept, is_done
 from pared.engine.statistics.collect import source_of
-from pared.engine.statistics.statistics_spool import StatisticsSpool
+from pared.engine.statistics.spool import StatisticsSpool
 from pared.errors import ParedError
 from pared.lowrank.registry import nothing
 from pared.structure.store import ResidentBlocks
