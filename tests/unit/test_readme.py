@@ -1,4 +1,4 @@
-"""The example of the README, on a tiny model (the slow tier runs it as it stands), and the links of all pages."""
+"""The example of the README, on a tiny model (the slow tier runs it as it stands), links, and what the site has."""
 
 import re
 from pathlib import Path
@@ -7,6 +7,8 @@ from pydoc_data import topics
 import pytest
 from tiny_models import TINY_MODELS
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import pared
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
@@ -50,3 +52,20 @@ def test_the_index_names_every_page() -> None:
     index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
     pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
     assert pages <= set(re.findall(r"\]\(([\w-]+\.md)", index))
+
+
+def test_the_site_has_every_page() -> None:
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
+    pages = {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")}
+    assert sorted(re.findall(r": ([\w/-]+\.md)$", nav, flags=re.MULTILINE)) == sorted(
+        [*pages, "CHANGELOG.md", "CONTRIBUTING.md"]
+    )
+
+
+def test_the_page_of_the_api_has_every_name() -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^::: (pared[\w.]+)\.(\w+)$", page, flags=re.MULTILINE)
+    assert sorted(name for _, name in listed) == sorted(set(pared.__all__) - {"__version__"})
+    for module, name in listed:
+        source = (ROOT / "src" / module.replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8")
+        assert re.search(rf"^(def|class) {name}\b", source, flags=re.MULTILINE), (module, name)
