@@ -1,11 +1,11 @@
-# make install | demo | test | test-slow | test-portable | test-gpu | serve-test. Only python3 (3.10 or newer) with venv and pip, make and git are needed.
+# make install | demo | test | test-slow | test-portable | test-gpu | serve-test | docs | dist | sbom. Only python3 (3.10 or newer) with venv and pip, make and git are needed.
 PYTHON ?= python3
 # A plain `torch` from PyPI is a CUDA build of several GB on Linux; this release has a CPU wheel on many mirrors
 # (pip install --index-url https://download.pytorch.org/whl/cpu torch==2.13.0).
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: install demo test test-slow test-portable test-gpu serve-test serve-vllm lint clean
+.PHONY: install demo test test-slow test-portable test-gpu serve-test serve-vllm lint docs dist sbom clean
 
 install: .venv/installed
 
@@ -67,5 +67,30 @@ serve-vllm: install .venv-serve/installed
 	.venv-serve/bin/pip install --quiet --editable .
 	touch $@
 
+# The pages of docs/ as a site, in site/; a warning is an error. Nothing of pared is imported for it.
+docs: install .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+.venv/docs: .venv/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	touch $@
+
+# The wheel and the source archive, and whether an index would take them.
+dist: .venv-release/installed
+	rm -rf dist
+	.venv-release/bin/python -m build
+	.venv-release/bin/twine check --strict dist/*
+
+# What the environment of `make install` is made of, as CycloneDX.
+sbom: install .venv-release/installed
+	mkdir -p dist
+	.venv-release/bin/cyclonedx-py environment --pyproject pyproject.toml --output-file dist/pared.cdx.json $(BIN)/python
+
+# An environment of its own: cyclonedx-bom refuses the chardet of the development set.
+.venv-release/installed: Makefile
+	$(PYTHON) -m venv .venv-release
+	.venv-release/bin/pip install --quiet "build>=1.3" "twine>=6.2" "cyclonedx-bom>=7.0"
+	touch $@
+
 clean:
-	rm -rf .venv .venv-serve build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .portable .serve
+	rm -rf .venv .venv-serve .venv-release build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .portable .serve site

@@ -13,6 +13,7 @@ PAGES = ("CHANGELOG.md", "CONTRIBUTING.md")  # of the root, which are pages of t
 LINK = re.compile(r"\[((?:[^\[\]]|\[[^\]]*\])*)\]\((?!https?://|#|mailto:)([^)\s#]+)(#[^)\s]*)?\)")
 CODE = re.compile(r"(^```.*?^```[^\n]*$|`[^`\n]+`(?!\]))", re.DOTALL | re.MULTILINE)
 ROLE = re.compile(r":(?:func|class|meth|mod|data|attr):<code>~?([^<]+)</code>")  # of docstrings
+DOCTEST = re.compile(r" *(?:<span class=\"c1\">)?# doctest: \+SKIP(?:</span>)?")
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -46,5 +47,5 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Take roles of Sphinx out of what docstrings say."""
-    return ROLE.sub(r"<code>\1</code>", html)
+    """Take out of docstrings what is meant for other readers: roles of Sphinx, and what doctest is told."""
+    return DOCTEST.sub("", ROLE.sub(r"<code>\1</code>", html))

@@ -22,7 +22,8 @@ from pared.schema.training import TrainingConfig
 
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*[a-z](?![\w])")  # those of papers have an underscore
 OF_OTHERS = {
-    "install.md": {"--no-deps"},  # pip
+    "install.md": {"--no-deps", "--rm", "--user", "--build-arg"},  # pip, docker
+    "tutorial.md": {"--no-deps"},  # pip
     "how-it-works.md": {"--cpu", "--nproc-per-node"},  # launchers
     "format.md": {"--check"},  # sha256sum
     "tune.md": {"--long", "--nproc-per-node"},  # a benchmark, torchrun
