@@ -22,6 +22,7 @@ from record import RESULTS, Line, append, read, table
 
 LINES, PAGE, PLOT = RESULTS / "bits.jsonl", RESULTS / "bits.md", RESULTS / "bits.svg"
 MODEL, TEXTS = "embedded:smollm2-135m", ("WikiText-2", "C4")
+DTYPE = "bfloat16"  # of what is not in few bits: as models are published
 CALIBRATION = pared.Calibration(text="wikitext2:train", samples=16, length=512)
 WINDOWS, LENGTH = 3, 1024
 UNIFORM, MIXED, RANKS = "few bits alone", "bits and ranks in one budget", "loss-optimal 0.8, then few bits"
@@ -47,13 +48,13 @@ CELLS: dict[str, tuple[str, dict[str, Any]]] = {
 def measure(name: str) -> Line:
     """Store the model in one way (or not at all) and measure it."""
     _, fields = CELLS[name]
-    model, tokenizer = pared.load(MODEL), pared.load_tokenizer(MODEL)
+    model, tokenizer = pared.load(MODEL, dtype=DTYPE), pared.load_tokenizer(MODEL)
     row: Line = {"model": MODEL, "cell": name, "share": 1.0}
     if fields:
         recipe = pared.Recipe.of({**fields, "calibration": CALIBRATION.model_dump(), "evaluation": None})
 
         def collected() -> Iterator[BlockStatistics]:
-            return saved_blocks(statistics(MODEL, recipe.method, CALIBRATION))
+            return saved_blocks(statistics(MODEL, recipe.method, CALIBRATION, DTYPE))
 
         reads = recipe.method == "loss-optimal"
         if reads:

@@ -50,13 +50,14 @@ PASS_OF = {
 }
 
 
-def statistics(model_name: str, method: str, calibration: pared.Calibration) -> Path:
-    """Return the folder with the statistics a method reads, collected if they are not there."""
+def statistics(model_name: str, method: str, calibration: pared.Calibration, dtype: str = "auto") -> Path:
+    """Return the folder with the statistics a method reads, of a model in a dtype, collected if they are not there."""
     wanted = PASS_OF.get(method, "forward")
     by, names = PASSES[wanted]
     key = f"{model_name} {calibration.text} {calibration.samples}x{calibration.length} {wanted}"
+    key += "" if dtype == "auto" else f" {dtype}"
     folder = Path(platformdirs.user_cache_dir("pared")) / "benchmarks" / key.replace("/", "_").replace(":", "_")
-    model = pared.load(model_name)
+    model = pared.load(model_name, dtype=dtype)
     if len(list(folder.glob("block-*.safetensors"))) < model.config.num_hidden_layers:
         start = time.perf_counter()
         recipe = pared.Recipe(method=by, calibration=calibration)
