@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 from transformers import PreTrainedModel
@@ -187,6 +188,7 @@ def plan_zeros(
     units: Sequence[Unit],
     wished: Mapping[str, Decision],
     bytes_per_parameter: int,
+    dense: Mapping[str, str] = MappingProxyType({}),
 ) -> Plan:
     """Decide every site from what its unit is given.
 
@@ -198,6 +200,7 @@ def plan_zeros(
         units: the sites that get one sparsity.
         wished: the sparsity of every unit, by name.
         bytes_per_parameter: of the dtype the model is saved in.
+        dense: sites that stay dense, and why, beside those that no token reached.
 
     Raises:
         ParedError: a site's inputs are no multiple of M; names it.
@@ -219,7 +222,8 @@ def plan_zeros(
             if site.in_features % asked.group:
                 raise ParedError(f"pattern {asked}: site {site.name} has {site.in_features} inputs, expected a "
                                  f"multiple of {asked.group}; skip it, or name another pattern")  # fmt: skip
-    for site in anatomy.sites:
-        if site.idle:
-            decisions[site.name] = Dense(reason="no token reached it; nothing is known about its inputs")
+    unreached = {
+        site.name: "no token reached it; nothing is known about its inputs" for site in anatomy.sites if site.idle
+    }
+    decisions |= {name: Dense(reason=why) for name, why in (unreached | dict(dense)).items()}
     return whole_plan(anatomy, 1 - spec.sparsity, decisions, bytes_per_parameter)

@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from pared.schema.base import Strict
 from pared.schema.bits import InFewBits
@@ -180,9 +180,9 @@ class SitePlan(Strict):
 
     name: str
     kind: str
-    block: int
-    out_features: int
-    in_features: int
+    block: NonNegativeInt
+    out_features: PositiveInt
+    in_features: PositiveInt
     decision: Decision
 
     @model_validator(mode="after")
@@ -248,8 +248,8 @@ class Uncovered(Strict):
     """A weight inside the blocks that no method is applied to, and why."""
 
     name: str
-    shape: tuple[int, ...]
-    parameters: int
+    shape: tuple[NonNegativeInt, ...]
+    parameters: NonNegativeInt
     reason: str
 
 
@@ -285,10 +285,10 @@ class Plan(Shown, Strict):
     """
 
     keep: float
-    sites: tuple[SitePlan, ...]
+    sites: Annotated[tuple[SitePlan, ...], Field(min_length=1)]
     uncovered: tuple[Uncovered, ...] = ()
-    model_parameters: int
-    bytes_per_parameter: int
+    model_parameters: PositiveInt
+    bytes_per_parameter: PositiveInt
     keep_bytes: float | None = None
 
     @property

@@ -51,7 +51,9 @@ def _features(anatomy: Anatomy, spec: CompressionSpec) -> dict[str, int]:
     }
 
 
-def why_dense(model: nn.Module, site: str, statistics: Mapping[str, StatisticView]) -> str:
+def why_dense(
+    model: nn.Module, site: str, statistics: Mapping[str, StatisticView], for_gram: bool = False, share: float = 1.0
+) -> str:
     """Return why a site stays dense for want of tokens; "" if it need not.
 
     That is a site that no token reached, and both layers of an expert whose router gave it fewer tokens than the wider
@@ -63,13 +65,15 @@ def why_dense(model: nn.Module, site: str, statistics: Mapping[str, StatisticVie
         model: that holds the site.
         site: its name.
         statistics: of it, by name.
+        for_gram: a Gram will be read of what these statistics are of, whatever they are themselves.
+        share: of the text, that these statistics are of.
     """
     tokens = {name: one.tokens for name, one in statistics.items() if name != CROSS}
     if 0 in tokens.values():
         return UNREACHED
     expert = model.get_submodule(site.rpartition(".")[0])
-    of_grams = [count for name, count in tokens.items() if statistic_kind(name).gram]
-    if isinstance(expert, Expert) and of_grams and (count := min(of_grams)) < expert.inputs:
+    of_grams = [count for name, count in tokens.items() if for_gram or statistic_kind(name).gram]
+    if isinstance(expert, Expert) and of_grams and (count := round(min(of_grams) / share)) < expert.inputs:
         return f"{STARVED}: {count:,}, expected {expert.inputs:,} or more"
     return ""
 

@@ -11,7 +11,7 @@ from pared.allocation import Evidence, Unit
 from pared.allocation.dsa import ScoreHistogram
 from pared.allocation.options import AlphaPruning
 from pared.allocation.sparsity import eigenvalues, hill_alpha
-from pared.calibration import BlockStatistics, StatisticView, backward_data_fraction, per_token
+from pared.calibration import BlockStatistics, StatisticView, backward_data_fraction, per_token, statistic_kind
 from pared.engine.allocate import plan_zeros
 from pared.engine.blocks import Visit, visit_blocks
 from pared.engine.checks.enough import why_dense
@@ -58,6 +58,7 @@ class SparseWork:
         self._pruned: dict[str, SitePlan] = {}
         self._values: list[tuple[StatisticView, torch.Tensor]] = []  # of the last site
         self._fallbacks: dict[str, str] = {}
+        self._starved: dict[str, str] = {}  # sites that the dense model gives too few tokens, and why they stay dense
         self.passes = tuple(step for step in spec.passes() if step.action != "evidence" or evidence is None)
 
     def __enter__(self) -> "SparseWork":
@@ -99,8 +100,8 @@ class SparseWork:
             with observer.watch("spectra"):
                 self.evidence = replace(self.evidence, alphas=self._alphas())
         elif step.runs == "backward":
-            visit, found = self._histograms(self._losses)
             share = backward_data_fraction(GRADIENTS)
+            visit, found = self._histograms(self._losses, share)
             observer.backward(observer.capture(), GRADIENTS | {"energy"}, visit, share)
             self.evidence = replace(self.evidence, losses=_reached(found))
         else:
@@ -109,16 +110,24 @@ class SparseWork:
             self.evidence = replace(self.evidence, scores=_reached(found))
 
     def _histograms(
-        self, of_site: Callable[[str, Mapping[str, StatisticView]], torch.Tensor]
+        self, of_site: Callable[[str, Mapping[str, StatisticView]], torch.Tensor], share: float = 1.0
     ) -> tuple[Visit, dict[str, ScoreHistogram]]:
-        """Return a visit that takes in a number for every weight, and the histograms of units that it fills."""
+        """Return a visit that takes in a number for every weight, and the histograms of units that it fills.
+
+        A site whose expert is given too few tokens stays dense, and has no part in what is decided of the others.
+        """
         unit_of = {site.name: unit.name for unit in self._units for site in unit.members}
         found = {unit.name: ScoreHistogram() for unit in self._units}
+        for_gram = any(statistic_kind(name).gram for name in self._spec.requires([(1, 1)]))
 
         def visit(block: BlockStatistics) -> None:
             with self._observer.watch("allocate"):
                 for name, own in block.statistics.items():
-                    if name in unit_of and own["energy"].tokens:  # without any gradient a weight costs nothing
+                    if name not in unit_of or not own["energy"].tokens:  # without any gradient a weight costs nothing
+                        continue
+                    if why := why_dense(self._model, name, {"energy": own["energy"]}, for_gram, share):
+                        self._starved[name] = why
+                    else:
                         found[unit_of[name]].update(of_site(name, own))
 
         return visit, found
@@ -174,7 +183,7 @@ class SparseWork:
             wished = spec.allocator.allocate(units, spec.budget, evidence, spec.allocation_config)
             unread = {site.name for unit in self._units if unit not in units for site in unit.members}
             anatomy, itemsize = self._anatomy.with_idle(unread), self._model.dtype.itemsize
-            plan = plan_zeros(anatomy, spec, units, wished, itemsize)
+            plan = plan_zeros(anatomy, spec, units, wished, itemsize, self._starved)
         self._fallbacks |= evidence.notes
         return plan
 
