@@ -4,9 +4,10 @@
     python benchmarks/road.py --methods basis-sharing    # one of the cases
     python benchmarks/road.py --render                   # renders only
 
-Single-threaded and interleaved (bare, whole, bare, whole ...) in one process; the ratio is taken within a pair, of
-seconds on the clock and of the process's own (user and system), which other work on the machine does not lengthen. One
-JSON line a pair; pairs of the same settings, commit and processor are not measured again.
+Single-threaded and interleaved (bare, bare with freed memory kept, whole; and again), each in a process of its own; the
+ratios are taken within a pair, of seconds on the clock and of the process's own (user and system), which other work on
+the machine does not lengthen. One JSON line a pair; pairs of the same settings, commit and processor are not measured
+again.
 """
 
 import argparse
@@ -15,6 +16,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -26,6 +30,7 @@ from pared.engine.blocks import run_blocks
 from pared.entrypoints.run import run
 from pared.environment import choose_dtype, device_of
 from pared.lowrank.registry import nothing
+from pared.memory import keep_freed
 from pared.models.source import find_model
 from pared.schema.recipe import Recipe
 from pared.structure import find_anatomy, probe
@@ -60,8 +65,14 @@ class Clock:
         return wall, own
 
 
-def bare_seconds(recipe: Recipe) -> tuple[float, float]:
-    """Time the blocks alone on the calibration tokens, in the dtype the compression uses; nothing is collected."""
+def bare_seconds(recipe: Recipe, kept: bool) -> tuple[float, float]:
+    """Time the blocks alone on the calibration tokens, in the dtype the compression uses; nothing is collected.
+
+    With ``kept`` the process keeps memory that it frees, as a compression's does; else as Python starts it.
+    """
+    torch.set_num_threads(1)
+    if kept:
+        keep_freed()
     source = find_model(str(recipe.model))
     model, tokenizer, asked = source.load(), source.tokenizer(), recipe.calibration
     device = device_of(recipe.device)
@@ -82,10 +93,17 @@ def bare_seconds(recipe: Recipe) -> tuple[float, float]:
 
 def whole_seconds(recipe: Recipe) -> tuple[tuple[float, float], dict[str, float]]:
     """Time the whole job, from the model's name to the checked folder, without measuring perplexity."""
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         clock = Clock()
         outcome = run(recipe.model_copy(update={"out": f"{folder}/out", "evaluation": None}))
         return clock.read(), outcome.manifest.seconds
+
+
+def alone(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a function does in a fresh process."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as one:
+        return one.submit(function, *arguments).result()
 
 
 def peak_memory(recipe: Recipe) -> dict[str, float]:
@@ -126,10 +144,25 @@ def render(lines: list[dict[str, Any]]) -> str:
         "unless a sparsity is given, from the model's name to the folder reloaded and checked, no perplexity. "
         "One thread, bare forward pass of the blocks and whole job in turns, in the dtype that is faster on the "
         "machine; median (least to most); ratios within a pair, of seconds on the clock and of the process's own. "
-        "Where the two differ, other work ran on the machine. The last commit that was measured on each machine.",
+        "Where the two differ, other work ran on the machine. A compression keeps memory that it frees for the next "
+        "batch, in place of giving it to the system and taking it again page by page; a bare pass that does so too is "
+        "beside the one that Python starts. The last commit that was measured on each machine.",
         "",
         table(
-            ("method", "options", "machine", "commit", "pairs", "whole / bare, clock", "own", "bar", MEMORY),
+            (
+                (
+                    "method",
+                    "options",
+                    "machine",
+                    "commit",
+                    "pairs",
+                    "whole / bare, clock",
+                    "own",
+                    "whole / bare with freed memory kept",
+                    "bar",
+                    MEMORY,
+                )
+            ),
             [_summary(*key, own) for key, own in groups.items()],
         ),
         "",
@@ -159,6 +192,7 @@ def _summary(name: str, cpu: str, dtype: str, commit: str, lines: list[dict[str,
     over = [(line["peak"] - line["imported"]) / line["model_bytes"] for line in lines if line["what"] == "memory"]
     ratios = [line["whole"] / line["bare"] for line in _pairs(lines)]
     own = [line["whole_own"] / line["bare_own"] for line in _pairs(lines) if "bare_own" in line]
+    kept = [line["whole"] / line["bare_kept"] for line in _pairs(lines) if "bare_kept" in line]
     memory = f"{over[-1]:.2f} x" if over else "-"
     return (
         name,
@@ -168,6 +202,7 @@ def _summary(name: str, cpu: str, dtype: str, commit: str, lines: list[dict[str,
         str(len(ratios)),
         spread(ratios),
         f"**{spread(own)}**" if own else "-",
+        spread(kept) if kept else "-",
         f"{bar}",
         memory,
     )
@@ -202,7 +237,6 @@ def main() -> None:
     parser.add_argument("--render", action="store_true")
     asked = parser.parse_args()
     for case in [] if asked.render else asked.methods:
-        torch.set_num_threads(1)
         calibration = {"text": asked.text, "samples": asked.samples, "length": asked.length}
         recipe = Recipe.of({"model": asked.model, "calibration": calibration, **CASES[case][0]})
         dtype = choose_dtype("auto", torch.float32, torch.device("cpu"))
@@ -212,11 +246,16 @@ def main() -> None:
         same = about | {name: provenance()[name] for name in ("commit", "cpu")}
         there = [line for line in read(LINES) if same.items() <= line.items()]
         for number in range(len(_pairs(there)), asked.pairs):
-            bare, bare_own = bare_seconds(recipe)
-            (whole, whole_own), seconds = whole_seconds(recipe)
-            own = {"bare_own": bare_own, "whole_own": whole_own}
-            append(LINES, {"what": "pair", **about, "bare": bare, "whole": whole, **own, "seconds": seconds})
-            told = f"bare {bare:.1f} s, whole {whole:.1f} s, {whole / bare:.2f} x, own {whole_own / bare_own:.2f} x"
+            bare, bare_own = alone(bare_seconds, recipe, False)
+            bare_kept, kept_own = alone(bare_seconds, recipe, True)
+            (whole, whole_own), seconds = alone(whole_seconds, recipe)
+            clock = {"bare": bare, "bare_kept": bare_kept, "whole": whole}
+            own = {"bare_own": bare_own, "bare_kept_own": kept_own, "whole_own": whole_own}
+            append(LINES, {"what": "pair", **about, **clock, **own, "seconds": seconds})
+            told = (
+                f"bare {bare:.1f} s, {bare_kept:.1f} s with freed memory kept, whole {whole:.1f} s, "
+                f"{whole / bare:.2f} x, {whole / bare_kept:.2f} x, own {whole_own / bare_own:.2f} x"
+            )
             print(f"{case} {number + 1}/{asked.pairs}: {told}", flush=True)
         if all(line["what"] != "memory" for line in there):
             append(LINES, {"what": "memory", **about, **peak_memory(recipe)})

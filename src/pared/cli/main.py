@@ -24,7 +24,9 @@ def main() -> None:
     import_without_collecting()
     try:
         from pared.cli.commands import app
+        from pared.memory import keep_freed
 
+        keep_freed()
         app()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

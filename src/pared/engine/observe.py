@@ -29,6 +29,7 @@ from pared.engine.state.records import Kept, Records, is_done
 from pared.engine.state.run_state import CompressionRun
 from pared.engine.windows import LEAST_TO_TRAIN, windows_to_read
 from pared.environment import choose_dtype, device_of
+from pared.memory import keep_freed
 from pared.processes import ALONE, Processes, together
 from pared.progress import Progress, Silent, Stopwatch
 from pared.structure import Anatomy, probe
@@ -71,6 +72,7 @@ class Observer:
 
     def __post_init__(self) -> None:
         self.model = self.store.model
+        keep_freed()
 
     @property
     def records(self) -> Records:

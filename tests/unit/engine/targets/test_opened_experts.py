@@ -229,7 +229,9 @@ def test_an_expert_that_stays_dense_has_no_part_in_the_zeros_of_the_others(
     allocation: str, tokenizer: PreTrainedTokenizerFast, enough: Calibration
 ) -> None:
     """Regression: its scores, of few tokens and small, were given zeros that nothing got: 0.42 in place of 0.5."""
-    recipe = Recipe(calibration=enough, **METHODS["sparsegpt"], allocation=allocation, allocation_options={"granularity": "site"})
+    recipe = Recipe(
+        calibration=enough, **METHODS["sparsegpt"], allocation=allocation, allocation_options={"granularity": "site"}
+    )
     plan = compress_blocks(hungry(), tokenizer, resolve(recipe)).plan
     dense = {site.name.split(".")[-2] for site in plan.sites if isinstance(site.decision, Dense)}
     assert dense == {"2", "3"}
