@@ -1,0 +1,152 @@
+"""Does decomposing in a second thread, beside the forward pass, shorten a compression?
+
+    python benchmarks/overlap.py            # measures what is missing, renders docs/results/overlap.md
+    python benchmarks/overlap.py --render   # renders only
+
+An experiment, not a feature: a block is decomposed while the next one runs, by a thread that the solver's visit is
+handed to. Every run is a process of its own; ways take turns. One JSON line a run.
+"""
+
+import argparse
+import hashlib
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from pared.calibration import BlockStatistics
+from pared.engine.solve import Solver
+from pared.entrypoints.run import run
+from pared.schema.recipe import Recipe
+from record import RESULTS, append, read, spread, table
+
+LINES, PAGE = RESULTS / "overlap.jsonl", RESULTS / "overlap.md"
+METHODS: dict[str, dict[str, Any]] = {
+    "svd-llm": {},
+    "loss-optimal": {"options": {"output_weighting": "diagonal"}},
+}
+# Threads of the forward pass, and those of the thread that decomposes; 0: it is not beside, but in turn.
+WAYS = ((1, 0), (2, 0), (1, 1), (2, 1), (2, 2))
+
+
+@contextmanager
+def beside(threads: int) -> Iterator[None]:
+    """Hand every visit of the solver to one thread, which decomposes while the next block runs."""
+    in_turn: Callable[[Solver, BlockStatistics], None] = Solver.visit
+    ordered: Callable[[Solver], None] = Solver.in_order
+    waiting: list[Future[None]] = []
+
+    def wait() -> None:
+        while waiting:
+            waiting.pop().result()
+
+    def visit(solver: Solver, block: BlockStatistics) -> None:
+        wait()
+        waiting.append(one.submit(in_turn, solver, block))
+
+    def in_order(solver: Solver) -> None:
+        wait()
+        ordered(solver)
+
+    with (
+        ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,)) as one,
+        patch.object(Solver, "visit", visit),
+        patch.object(Solver, "in_order", in_order),
+    ):
+        yield
+
+
+def measured(recipe: Recipe, forward: int, solving: int) -> dict[str, Any]:
+    """Time a whole job, in this process, and tell its weights by their digest."""
+    torch.set_num_threads(forward)
+    with tempfile.TemporaryDirectory() as folder:
+        asked = recipe.model_copy(update={"out": f"{folder}/out", "evaluation": None})
+        clock, own = time.perf_counter(), sum(os.times()[:4])
+        if solving:
+            with beside(solving):
+                run(asked)
+        else:
+            run(asked)
+        seconds, taken = time.perf_counter() - clock, sum(os.times()[:4]) - own
+        weights = b"".join(path.read_bytes() for path in sorted(Path(f"{folder}/out").glob("*.safetensors")))
+    return {"seconds": seconds, "own": taken, "digest": hashlib.sha256(weights).hexdigest()[:12]}
+
+
+def render(lines: list[dict[str, Any]]) -> str:
+    """Return the page."""
+    groups: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
+    for line in lines:
+        groups.setdefault((line["method"], line["forward"], line["solving"]), []).append(line)
+
+    def row(key: tuple[str, int, int], own: list[dict[str, Any]]) -> tuple[str, ...]:
+        method, forward, solving = key
+        in_turn = {line["round"]: line["seconds"] for line in groups[method, forward, 0]}
+        ratios = [line["seconds"] / in_turn[line["round"]] for line in own]
+        return (
+            method,
+            str(forward),
+            f"beside, {solving}" if solving else "in turn",
+            spread([line["seconds"] for line in own], 1),
+            spread([line["own"] / line["seconds"] for line in own]),
+            spread(ratios),
+            ", ".join(sorted({line["digest"] for line in own})),
+        )
+
+    last = lines[-1]
+    header = ("method", "threads of the forward pass", "decomposing, threads", "seconds", "cores busy",
+              "of the time in turn", "digest of the weights")  # fmt: skip
+    return "\n".join([
+        "# Decomposing beside the forward pass",
+        "",
+        "Made by `python benchmarks/overlap.py`; raw figures in [overlap.jsonl](overlap.jsonl). Do not edit.",
+        "",
+        f"`{last['model']}` calibrated on {last['samples']} x {last['length']} tokens of {last['text']}, on "
+        f"{last['cores']} cores; whole job, median (least to most). A block is decomposed in turn, between its forward "
+        "pass and that of the next, or beside the next one's, by a second thread.",
+        "",
+        table(header, [row(key, own) for key, own in sorted(groups.items())]),
+        "",
+        f"Commits {', '.join(sorted({line['commit'] for line in lines}))}; {last['date']}, {last['cpu']}, torch "
+        f"{last['torch']}, transformers {last['transformers']}, Python {last['python']}.",
+        "",
+    ])  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="embedded:smollm2-135m")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--text", default="wikitext2:train")
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--render", action="store_true")
+    asked = parser.parse_args()
+    calibration = {"text": asked.text, "samples": asked.samples, "length": asked.length}
+    for number in [] if asked.render else range(asked.rounds):
+        for method in asked.methods:
+            recipe = Recipe.of({"model": asked.model, "calibration": calibration, "method": method, **METHODS[method]})
+            for forward, solving in WAYS:
+                about = {"method": method, "model": asked.model, **calibration, "forward": forward,
+                         "solving": solving, "round": number, "cores": os.cpu_count()}  # fmt: skip
+                if any(about.items() <= line.items() for line in read(LINES)):
+                    continue
+                with ProcessPoolExecutor(1, get_context("spawn")) as alone:
+                    found = alone.submit(measured, recipe, forward, solving).result()
+                append(LINES, {**about, **found})
+                print(method, forward, solving, {name: found[name] for name in ("seconds", "own")}, flush=True)
+    if not (lines := read(LINES)):
+        raise SystemExit(f"{LINES} has no lines; run without --render first")
+    PAGE.write_text(render(lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
