@@ -4,6 +4,7 @@
     PARED_DATA=/path/to/data python benchmarks/structures.py --keep 0.8 --structures mixed --statistics once
     PARED_DATA=/path/to/data python benchmarks/structures.py --keep 0.6 --structures mixed --refine
     PARED_DATA=/path/to/data python benchmarks/structures.py --text mix         # calibrated on half C4, half WikiText-2
+    PARED_DATA=/path/to/data python benchmarks/structures.py --samples 256      # four times as many windows
     python benchmarks/structures.py --render                                     # renders the page only
 
 With ``--refine`` every block is trained behind the others, and what the model was before that is measured in the same
@@ -42,20 +43,20 @@ SHRINKAGE: dict[str, dict[str, float | str]] = {
 }
 TEXT, MIX = "wikitext2:train", "mix"
 HALVES = ("c4:train", "wikitext2:train")  # of the mix
-MIXED_CHARACTERS = 1_000_000  # more than the windows take
+MIXED_CHARACTERS = 15_000  # of every window, more than it takes
 PIECE = 16_000  # characters of one text in a row, some windows: what belongs together stays together
 ASKED = ("structures", "keep", "statistics", "allocation", "options", "heads")  # of a recipe, that a cell is told by
 
 
-def text_of(name: str) -> str:
+def text_of(name: str, samples: int = SAMPLES) -> str:
     """Return the text of a name; that of the mix is a file of documents, some of one half, then some of the other."""
     if name != MIX:
         return name
-    path = Path(platformdirs.user_cache_dir("pared")) / "benchmarks" / "half-c4-half-wikitext2.jsonl"
+    path = Path(platformdirs.user_cache_dir("pared")) / "benchmarks" / f"half-c4-half-wikitext2-{samples}.jsonl"
     left = {half: iter(find_text(half).documents) for half in HALVES}
     taken = dict.fromkeys(HALVES, 0)
     rows: list[str] = []
-    while sum(taken.values()) < MIXED_CHARACTERS:
+    while sum(taken.values()) < MIXED_CHARACTERS * samples:
         half = min(taken, key=taken.__getitem__)
         until = taken[half] + PIECE
         while taken[half] < until:
@@ -68,20 +69,20 @@ def text_of(name: str) -> str:
 
 
 def recipe_of(
-    structures: str, keep: float, when: str, allocation: str, shrinkage: str, heads: str, refine: bool, text: str = TEXT
+    structures: str, keep: float, when: str, allocation: str, shrinkage: str, given: argparse.Namespace
 ) -> pared.Recipe:
     """Return the recipe of a cell."""
     return pared.Recipe(
         method="loss-optimal",
         keep=keep,
         structures=structures,
-        heads=heads,
+        heads=given.heads,
         statistics=when,
         allocation=allocation,
         options=SHRINKAGE[shrinkage],
-        calibration=pared.Calibration(text=text_of(text), samples=SAMPLES, length=LENGTH),
+        calibration=pared.Calibration(text=text_of(given.text, given.samples), samples=given.samples, length=LENGTH),
         evaluation=None,
-        refine=refine,
+        refine=given.refine,
     )
 
 
@@ -111,7 +112,7 @@ def measure(model_name: str, recipe: pared.Recipe | None, text: str, before_too:
     with patch.object(engine, "refine", refine_measured):
         result = pared.compress(model, tokenizer, recipe, collected=collected)
     seconds = seconds_of(start, taken)
-    row = told_of(result, model_name, recipe) | {"text": text}
+    row = told_of(result, model_name, recipe) | {"text": text, "samples": recipe.calibration.samples}
     if recipe.refine is None:
         return [row | seconds | measured(model, tokenizer)]
     refined = {
@@ -156,13 +157,14 @@ def key_of(line: dict[str, Any]) -> tuple[object, ...]:
     heads = [] if line["heads"] == "auto" else [f"heads {line['heads']}"]
     refined = [f"refined {value} {name}" for name, value in (line.get("refine") or {}).items()]
     text = [] if line.get("text", TEXT) == TEXT else [f"text {line['text']}"]
-    return (*named, *sorted(line["options"].items()), *heads, *text, *refined)
+    samples = [] if line.get("samples", SAMPLES) == SAMPLES else [f"samples {line['samples']}"]
+    return (*named, *sorted(line["options"].items()), *heads, *text, *samples, *refined)
 
 
 def asked(model: str, recipe: pared.Recipe, text: str) -> tuple[object, ...]:
     """Return the key that the cell of a recipe will have."""
     refine = None if recipe.refine is None else recipe.refine.model_dump()
-    fields = {"model": model, "text": text, "refine": refine}
+    fields = {"model": model, "text": text, "samples": recipe.calibration.samples, "refine": refine}
     return key_of(fields | {name: getattr(recipe, name) for name in ASKED})
 
 
@@ -184,7 +186,7 @@ def render(lines: list[dict[str, Any]]) -> str:
                 f"{', refined' if line.get('refine') else ''}",
                 f"{line['keep']:g}",
                 f"{line['achieved_keep']:.3f}",
-                "WikiText-2" if line.get("text", TEXT) == TEXT else "half C4",
+                f"{line.get('samples', SAMPLES)} of {'WikiText-2' if line.get('text', TEXT) == TEXT else 'half C4'}",
                 line["statistics"],
                 shrunk,
                 spread,
@@ -200,8 +202,8 @@ def render(lines: list[dict[str, Any]]) -> str:
     return "\n".join([
         "# Ranks, widths, and both in one budget\n",
         f"Perplexity, and its multiple of the dense model's, on {WINDOWS} windows of {LENGTH} tokens of each text. All "
-        f"rows are `loss-optimal`, calibrated on {SAMPLES} windows of {LENGTH} tokens: of {TEXT}, or half of that and "
-        f"half of {HALVES[0]}, in turns. `refined`: every block was trained on the same windows "
+        f"rows are `loss-optimal`, calibrated on windows of {LENGTH} tokens, as many as the row says: of {TEXT}, or "
+        f"half of that and half of {HALVES[0]}, in turns. `refined`: every block was trained on the same windows "
         "to output what the dense one does ([how](../refine.md)); the others without training. "
         "`once`: statistics of the dense model; `sequential`: collected again behind the compressed prefix, with a "
         "quarter of the dense model's outputs in the targets. Shrinkage `fixed`: the input Gram by "
@@ -216,9 +218,9 @@ def render(lines: list[dict[str, Any]]) -> str:
 
 def fill(given: argparse.Namespace) -> None:
     """Measure the cells that were asked for and are not there."""
-    require_disjoint(text_of(given.text))
+    require_disjoint(text_of(given.text, given.samples))
     recipes = [
-        recipe_of(structures, keep, when, allocation, shrinkage, given.heads, given.refine, given.text)
+        recipe_of(structures, keep, when, allocation, shrinkage, given)
         for when, keep, allocation, shrinkage, structures in product(
             given.statistics, given.keep, given.allocation, given.shrinkage, given.structures
         )
@@ -245,6 +247,7 @@ def main() -> None:
     parser.add_argument("--heads", default="auto", choices=("auto", "on", "off"))
     parser.add_argument("--shrinkage", nargs="+", default=["fixed"], choices=list(SHRINKAGE), help="of both Grams")
     parser.add_argument("--text", default=TEXT, choices=(TEXT, MIX), help="that is calibrated on")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="windows that are calibrated on")
     parser.add_argument("--refine", action="store_true", help="train every block afterwards, and measure before it too")
     parser.add_argument("--render", action="store_true", help="only render the page")
     given = parser.parse_args()
