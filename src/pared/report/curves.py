@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pared.report.plots import COLOURS, MARKERS, new_figure, require_plotting, save
+from pared.report.plots import COLOURS, MARKERS, few_round_ticks, new_figure, require_plotting, save
 from pared.schema.explore import Exploration, Point
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ class Sized(Protocol):
 
 # What figures are drawn over -> the name of the axis, and where something lies on it.
 SIZES: dict[str, tuple[str, Callable[[Sized], float]]] = {
-    "parameters": ("parameters of the model, millions", lambda one: one.model_parameters / 1e6),
-    "bytes": ("weights, MB", lambda one: one.bytes_on_disk / 1e6),
+    "parameters": ("parameters of the model", lambda one: one.model_parameters),
+    "bytes": ("bytes of the weights", lambda one: one.bytes_on_disk),
 }
 MOST_NATS = 3.0  # where a curve is cut: 20 times the perplexity of the dense model
 
@@ -57,6 +57,7 @@ def draw(
             height = exploration.pick.loss if loss is None else loss
             panel.plot([size(exploration.pick)], [height], "*", color="#a07800", markersize=13, label="picked")
         panel.set(xlabel=label, ylim=(-0.02, _top(exploration)))
+        few_round_ticks(panel.xaxis)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("added loss, nats a token")
     panels[-1].legend(fontsize=8, loc="upper right")

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pared.memory import format_size
 from pared.report.curves import SIZES, draw
 from pared.report.page import Bar, Bars, Block, Cell, Map, MapRow, Picture, Section, comparison_sections, page
-from pared.report.plots import COLOURS, inline, new_figure, require_plotting
+from pared.report.plots import COLOURS, few_round_ticks, inline, new_figure, require_plotting
 from pared.report.results import too_few_line
 from pared.schema.command_line import as_words
 from pared.schema.compare import ComparedModel, ComparedModels
@@ -54,6 +54,7 @@ def _quality(models: Sequence[ComparedModel]) -> Section | None:
             panel.plot([size(one)], [ratio], "o", color=COLOURS[place % len(COLOURS)], label=one.name)
         panel.axhline(1, color="#808080", linestyle=":", label="dense")
         panel.set(xlabel=label, ylabel="perplexity / dense")
+        few_round_ticks(panel.xaxis)
         panel.margins(0.15)
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8, loc="upper right")

@@ -47,6 +47,14 @@ def new_figure(width: float = 7, height: float = 4, panels: int = 1, **more: Any
     return figure, list(figure.subplots(1, panels, squeeze=False, **more)[0])
 
 
+def few_round_ticks(axis: Any) -> None:
+    """Give an axis of sizes few ticks with units, 135M for 135 million: they never run into each other."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    axis.set_major_formatter(EngFormatter(sep=""))
+
+
 def save(figure: "Figure", path: Path) -> Path:
     """Write a figure as what its name ends with: .svg, .png or .pdf.
 

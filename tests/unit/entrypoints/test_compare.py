@@ -4,9 +4,10 @@ import json
 import re
 import shutil
 import subprocess
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from typer.testing import CliRunner
@@ -160,15 +161,88 @@ def test_a_folder_that_pared_did_not_make_is_refused(place: Path, tmp_path: Path
         pared.report([place / "llama"], tmp_path / "page.html")
 
 
+# In a browser.
+
+PROBE = """<script>
+const shown = (one) => one.getClientRects().length > 0;
+const box = (one) => one.getBoundingClientRect();
+const numbers = (colour) => (colour.match(/[\\d.]+/g) || []).map(Number);
+const over = ([r, g, b, a = 1], under) => [r, g, b].map((one, i) => one * a + under[i] * (1 - a));
+const behind = (one) => one === null ? numbers(getComputedStyle(document.body).backgroundColor).slice(0, 3)
+  : over(numbers(getComputedStyle(one).backgroundColor), behind(one.parentElement));
+const light = (colour) => colour.map((one) => one / 255)
+  .map((one) => one <= 0.03928 ? one / 12.92 : ((one + 0.055) / 1.055) ** 2.4)
+  .reduce((sum, one, i) => sum + one * [0.2126, 0.7152, 0.0722][i], 0);
+const contrast = (first, second) => {
+  const [high, low] = [light(first), light(second)].sort((a, b) => b - a);
+  return (high + 0.05) / (low + 0.05);
+};
+const seen = {width: document.documentElement.scrollWidth, overlaps: [], drawn: [], faint: [], unreachable: []};
+for (const figure of document.querySelectorAll("svg")) {
+  const words = [...figure.querySelectorAll("text")].filter((one) => one.textContent.trim());
+  words.forEach((a, i) => words.slice(i + 1).forEach((b) => {
+    const [x, y] = [box(a), box(b)];
+    const wide = Math.min(x.right, y.right) - Math.max(x.left, y.left);
+    const high = Math.min(x.bottom, y.bottom) - Math.max(x.top, y.top);
+    if (wide > 1 && high > 1)
+      seen.overlaps.push([a.textContent.trim(), b.textContent.trim()]);
+  }));
+  const frame = box(figure);
+  const inside = (one) => box(one).left >= frame.left && box(one).right <= frame.right && box(one).top >= frame.top;
+  const marks = [...figure.querySelectorAll("use")].filter((one) => !one.closest("[id*=tick_]"));
+  seen.drawn.push(words.length > 2 && marks.filter((one) => shown(one) && inside(one)).length);
+}
+for (const one of document.querySelectorAll("body *")) {
+  const own = [...one.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim());
+  if (!own || !shown(one) || one.matches("script, title")) continue;
+  const style = getComputedStyle(one), colour = one.closest("svg") ? style.fill : style.color;
+  const ratio = contrast(numbers(colour).slice(0, 3), behind(one.closest("svg") ? one.closest("figure") : one));
+  if (ratio < 4.5) seen.faint.push([one.textContent.slice(0, 30), colour, ratio.toFixed(2)]);
+}
+for (const one of document.querySelectorAll("a, summary, .wide, pre"))
+  if (shown(one) && one.tabIndex < 0) seen.unreachable.push(one.outerHTML.slice(0, 60));
+parent.postMessage(JSON.stringify(seen), "*");
+</script>"""
+DARK, LIGHT = 0, 1  # a headless Chromium's preferredColorScheme
+
+
+def opened(page: str, folder: Path, width: int, scheme: int) -> dict[str, Any]:
+    """Return what a page looks like in a window: in a frame of the page's width, as no window is less than 500 wide."""
+    (folder / "page.html").write_text(page.replace("</body>", f"{PROBE}</body>"), encoding="utf-8")
+    (folder / "frame.html").write_text(
+        "<title></title><script>onmessage = (told) => { document.title = told.data }</script>"
+        f"<iframe src=page.html width={width} height=900 style='border: 0'></iframe>"
+    )
+    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1400,1000",
+               "--allow-file-access-from-files", f"--blink-settings=preferredColorScheme={scheme}",
+               "--virtual-time-budget=5000", "--dump-dom", (folder / "frame.html").as_uri()]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    found = re.search(r"<title>(.*?)</title>", done.stdout, re.DOTALL)
+    assert found is not None
+    return cast(dict[str, Any], json.loads(unescape(found[1])))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium, which opens the page (apt install chromium)")
+@pytest.mark.parametrize("scheme", [DARK, LIGHT])
 @pytest.mark.parametrize("width", [390, 1280])
-def test_a_page_is_no_wider_than_the_screen(page: str, width: int, tmp_path: Path) -> None:
-    probe = "<script>document.title = document.documentElement.scrollWidth</script>"
-    (tmp_path / "page.html").write_text(page.replace("</body>", f"{probe}</body>"), encoding="utf-8")
-    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900", "--dump-dom",
+def test_a_page_can_be_read_on_every_screen(page: str, width: int, scheme: int, tmp_path: Path) -> None:
+    seen = opened(page, tmp_path, width, scheme)
+    assert seen["width"] <= width
+    assert seen["overlaps"] == []
+    assert seen["faint"] == []
+    assert seen["unreachable"] == []
+    assert len(seen["drawn"]) == 4
+    assert all(seen["drawn"]), "a figure without a point in it"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium, which opens the page (apt install chromium)")
+def test_a_page_is_printed(page: str, tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text(page, encoding="utf-8")
+    printed = tmp_path / "page.pdf"
+    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--print-to-pdf={printed}",
                (tmp_path / "page.html").as_uri()]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    found = re.search(r"<title>(\d+)</title>", done.stdout)
-    assert found is not None
-    assert int(found[1]) <= max(width, 500), "a headless window is at least 500 wide"
+    subprocess.run(command, capture_output=True, timeout=120, check=True)
+    assert printed.read_bytes().startswith(b"%PDF")
+    assert printed.stat().st_size > 20_000
