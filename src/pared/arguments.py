@@ -131,7 +131,8 @@ def recipe_from(recipe: Any, fields: Mapping[str, Any], function: str) -> Recipe
     cut = {OF_CALIBRATION[name]: value for name, value in fields.items() if name in OF_CALIBRATION}
     if cut:
         below = Recipe() if recipe is None else asked_from(Recipe, recipe, function)
-        section = plain(above.get("calibration", below.calibration))
+        under = below.left_beside({"calibration": below.calibration}, above)
+        section = plain(above.get("calibration", under["calibration"]))
         above["calibration"] = {**section, **cut} if isinstance(section, Mapping) else section
     return config_from(Recipe, recipe, above, function)
 

@@ -21,5 +21,9 @@ class DamagedError(ParedError):
         self.what = what
 
 
+class UnreachableError(ParedError):
+    """Data that this machine has not got, and that cannot be read where they are published."""
+
+
 class TextTooShortError(ParedError):
     """A text has fewer tokens than are asked for, or cannot be cut in parts."""

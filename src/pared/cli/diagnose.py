@@ -19,7 +19,7 @@ diagnose = typer.Typer(help="Examine what a method does to a model.", no_args_is
 
 FIELDS = Fields(
     Recipe,
-    (*SHAPES, "method", "calibration", "evaluation", "device"),
+    (*SHAPES, "method", "calibrate_on", "calibration", "evaluation", "device"),
     changed={
         "method": Change(default="loss-optimal"),
         "evaluation.text": Change(

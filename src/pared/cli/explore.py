@@ -16,7 +16,7 @@ from pared.schema.command_line import as_words
 from pared.schema.explore import ExploreConfig
 from pared.schema.recipe import Recipe
 
-EXPLORED = (*SHAPES, "method", "storage", "heads", "multiple_of", "calibration", "evaluation", "device")
+EXPLORED = (*SHAPES, "method", "storage", "heads", "multiple_of", "calibrate_on", "calibration", "evaluation", "device")
 FIELDS = Fields(
     Recipe,
     EXPLORED,

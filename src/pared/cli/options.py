@@ -15,8 +15,8 @@ PLANNED = (
 )  # fmt: skip
 # What else the time, the memory and the disk of a compression depend on.
 COSTED = (
-    "statistics", "refit", "dense_path", "refine", "rounding", "device", "stream", "activation_memory", "calibration",
-    "evaluation",
+    "statistics", "refit", "dense_path", "refine", "rounding", "device", "stream", "activation_memory", "calibrate_on",
+    "calibration", "evaluation",
 )  # fmt: skip
 Streaming = Annotated[
     Stream, typer.Option("--stream", help="Read the model block by block; auto does where memory does not hold it.")

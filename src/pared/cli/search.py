@@ -19,8 +19,8 @@ from pared.schema.search import SearchConfig
 if TYPE_CHECKING:
     from pared.entrypoints.search_found import Found
 
-SEARCHED = (*SHAPES, "method", "keep", "sparsity", "storage", "device", "calibration.text", "calibration.samples",
-            "calibration.dtype")  # fmt: skip
+SEARCHED = (*SHAPES, "method", "keep", "sparsity", "storage", "device", "calibrate_on", "calibration.text",
+            "calibration.samples", "calibration.dtype")  # fmt: skip
 FIELDS = Fields(
     Recipe,
     SEARCHED,

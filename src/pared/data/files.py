@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pared.errors import ParedError
+from pared.errors import ParedError, UnreachableError
 from pared.io.guarded import parse_json, read_bytes, unzipped
 
 GZIP = b"\x1f\x8b"  # the first bytes of every archive
@@ -35,7 +35,7 @@ def data_file(file: str, what: str, instead: str | None = None) -> Path:
         instead: what a user who has not got the file can do, for messages; None where the Hub has it.
 
     Raises:
-        ParedError: it names none, or that has no such file.
+        ParedError: it names none, or that has no such file; an :class:`UnreachableError` where the Hub has it.
     """
     root = data_folder()
     if root is None:
@@ -47,7 +47,8 @@ def data_file(file: str, what: str, instead: str | None = None) -> Path:
         if found.is_file():
             return found
     there = ", ".join(sorted(beside.name for beside in path.parent.glob("*"))) or "nothing"
-    raise ParedError(f"{what}: PARED_DATA names {root}, which has no {file}; that folder holds {there}; put it "
+    kind = ParedError if instead else UnreachableError
+    raise kind(f"{what}: PARED_DATA names {root}, which has no {file}; that folder holds {there}; put it "
                      f"there, or {instead or 'unset PARED_DATA to read it from the Hub'}")  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pared.data.files import require_characters
-from pared.errors import ParedError
+from pared.errors import ParedError, UnreachableError
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class HubSet:
 
     def _read(self) -> Iterable[Mapping[str, Any]]:
         if importlib.util.find_spec("datasets") is None:
-            raise ParedError(
+            raise UnreachableError(
                 f"{self} is read by the package datasets; install it with: pip install datasets, or name a folder of "
                 "local copies in PARED_DATA"
             )
@@ -70,9 +70,9 @@ class HubSet:
         return rows
 
 
-def unreadable(what: object, error: Exception) -> ParedError:
+def unreadable(what: object, error: Exception) -> UnreachableError:
     """Return the error of data on the Hub that cannot be read."""
-    return ParedError(
+    return UnreachableError(
         f"{what}: cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:160]}); if this machine is "
         "offline, name a folder of local copies in PARED_DATA (docs/evaluation.md says what belongs there)"
     )

@@ -1,9 +1,9 @@
 """Where a named text is published: its data set on the Hub, for the metadata of a card."""
 
+from pared.data.corpora import CORPORA
 from pared.data.glue import GLUE, SPLITS
 from pared.data.hub import HubSet
 from pared.data.instructions import PREFIX, SETS
-from pared.data.texts import CORPORA
 from pared.names import PART
 
 GLUE_ON_HUB = "nyu-mll/glue"

@@ -9,15 +9,14 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from pared.data.chat import messages_of, rendered
+from pared.data.corpora import CORPORA, HELD_OUT, STDLIB, python_source
 from pared.data.cutting import BLANK_LINES, cut_in_two
-from pared.data.data_sets import ALPACA
 from pared.data.documents import SUFFIXES, read_documents, require_file, suffix_of
-from pared.data.files import data_file, data_folder
 from pared.data.hub import HubSet
-from pared.errors import ParedError, TextTooShortError
+from pared.errors import ParedError, TextTooShortError, UnreachableError
 from pared.io.digests import file_digest
 from pared.io.files import path_of
 from pared.names import PART, did_you_mean
@@ -82,47 +81,7 @@ class Text:
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Corpus:
-    """A well-known corpus: its file under ``PARED_DATA``, how rows lie in it, and its place on the Hub, if any."""
-
-    file: str
-    hub: HubSet | None  # whose rows have a ``text``
-    layout: Literal["documents", "wikitext", "sentences"] = "documents"
-
-
-def _wikitext(file: str, split: str) -> _Corpus:
-    hub = HubSet("Salesforce/wikitext", "wikitext-2-raw-v1", split)
-    return _Corpus(f"lm/wikitext2_raw_{file}.txt", hub, layout="wikitext")
-
-
-def _ptb(file: str) -> _Corpus:
-    """Penn Treebank as Mikolov prepared it, a sentence a line; not free, so that users bring the file themselves."""
-    return _Corpus(f"lm/ptb.{file}.txt", None, layout="sentences")
-
-
-CORPORA = {
-    "wikitext2:train": _wikitext("train_part", "train"),
-    "wikitext2:validation": _wikitext("valid", "validation"),
-    "wikitext2:test": _wikitext("test", "test"),
-    "ptb:train": _ptb("train"),
-    "ptb:validation": _ptb("valid"),
-    "ptb:test": _ptb("test"),
-    "c4:train": _Corpus("lm/c4_truncated_1480.jsonl", HubSet("allenai/c4", file="en/c4-train.00000-of-01024.json.gz")),
-    "c4:validation": _Corpus(
-        "lm/c4_demo_300.jsonl", HubSet("allenai/c4", file="en/c4-validation.00000-of-00008.json.gz")
-    ),
-    "alpaca": _Corpus(ALPACA.file, ALPACA.hub),
-}
 EMBEDDED_PARTS = ("calibration", "eval")
-HELD_OUT = {
-    "embedded": "embedded:eval",
-    "wikitext2:train": "wikitext2:test",
-    "wikitext2:validation": "wikitext2:test",
-    "c4:train": "c4:validation",
-    "ptb:train": "ptb:test",
-    "ptb:validation": "ptb:test",
-}
 
 
 def held_out(name: str) -> str | None:
@@ -201,9 +160,10 @@ def find_text(name: str, evaluation: bool = False, tokenizer: "PreTrainedTokeniz
 
     Args:
         name: ``embedded``, ``wikitext2:train|validation|test``, ``ptb:train|validation|test``, ``c4:train|validation``,
-            ``alpaca``, ``file:PATH`` (.txt, .jsonl with a ``text`` field or ``messages``, .gz of both), a part of that,
-            ``file:PATH[:80%]`` or ``file:PATH[80%:]``, or ``NAME:SPLIT:FIELD`` of the datasets library
-            (``NAME[CONFIG]:SPLIT:FIELD`` with a configuration).
+            ``alpaca``, ``alpaca:chat``, ``gsm8k:train|test``, ``codeparrot:train|test``, ``ultrachat:train|test``,
+            ``stdlib:train|test`` (source of Python's standard library), ``file:PATH`` (.txt, .jsonl with a ``text``
+            field or ``messages``, .gz of both), a part of that, ``file:PATH[:80%]`` or ``file:PATH[80%:]``, or
+            ``NAME:SPLIT:FIELD`` of the datasets library (``NAME[CONFIG]:SPLIT:FIELD`` with a configuration).
         evaluation: ``embedded`` has two parts; true takes the one that is never calibrated on.
         tokenizer: of the model, whose chat template makes a text of a conversation.
 
@@ -211,23 +171,33 @@ def find_text(name: str, evaluation: bool = False, tokenizer: "PreTrainedTokeniz
         ParedError: nothing of that name, unreadable, or empty.
     """
     require_text(name, evaluation)
-    if name in _HANDED.get():
-        text = _HANDED.get()[name]
-    elif name == "embedded" or name.startswith("embedded:"):
-        text = _embedded("embedded:eval" if name == "embedded" and evaluation else name)
-    elif (part := _part(name)) is not None:
-        text = _part_of_file(name, part, tokenizer)
-    elif name.startswith("file:"):
-        text = _file(name, tokenizer)
-    elif name in CORPORA:
-        text = _corpus(name)
-    else:
-        dataset, split, field = name.split(":")
-        repository, _, config = dataset.removesuffix("]").partition("[")
-        text = _from_hub(name, HubSet(repository, config or None, split), field, tokenizer)
+    try:
+        text = _found(name, evaluation, tokenizer)
+    except UnreachableError as error:
+        raise UnreachableError(f"{error}; or give a text of your own in place of {name!r}: file:PATH") from None
     if not text.joined.strip():
         raise ParedError(f"text {name!r} ({text.origin}) is empty")
     return text
+
+
+def _found(name: str, evaluation: bool, tokenizer: "PreTrainedTokenizerBase | None") -> Text:
+    if name in _HANDED.get():
+        return _HANDED.get()[name]
+    if name == "embedded" or name.startswith("embedded:"):
+        return _embedded("embedded:eval" if name == "embedded" and evaluation else name)
+    if (part := _part(name)) is not None:
+        return _part_of_file(name, part, tokenizer)
+    if name.startswith("file:"):
+        return _file(name, tokenizer)
+    if name in STDLIB:
+        modules, origin = python_source(name)
+        return Text(name, tuple(modules), origin, stand_in=True)
+    if name in CORPORA:
+        documents, origin = CORPORA[name].read(name, tokenizer)
+        return Text(name, tuple(documents), origin)
+    dataset, split, field = name.split(":")
+    repository, _, config = dataset.removesuffix("]").partition("[")
+    return _from_hub(name, HubSet(repository, config or None, split), field, tokenizer)
 
 
 def require_text(name: str, evaluation: bool = False) -> None:
@@ -240,7 +210,7 @@ def require_text(name: str, evaluation: bool = False) -> None:
     Raises:
         ParedError: nothing of that name; offers what it may have been meant for.
     """
-    if name == "embedded" or name in CORPORA or name in _HANDED.get():
+    if name == "embedded" or name in CORPORA or name in STDLIB or name in _HANDED.get():
         return
     if name.startswith("embedded:"):
         if name.partition(":")[2] not in EMBEDDED_PARTS:
@@ -260,7 +230,7 @@ def require_text(name: str, evaluation: bool = False) -> None:
         raise ParedError(f"unknown text {name!r}; did you mean 'file:{name}'{there}?")
     parts = [f"{name.strip()}:{part}" for part in (("test", "validation") if evaluation else ("train",))]
     meant = next((part for part in parts if part in CORPORA), name)  # a corpus without its part
-    valid = did_you_mean(meant, ["embedded", *CORPORA])
+    valid = did_you_mean(meant, ["embedded", *STDLIB, *CORPORA])
     raise ParedError(f"unknown text {name[:80]!r}; {valid}, file:PATH, NAME:SPLIT:FIELD")
 
 
@@ -292,14 +262,6 @@ def _part_of_file(name: str, part: Mapping[str, str], tokenizer: "PreTrainedToke
     return replace(parts[0] if part["until"] else parts[1], name=name)
 
 
-def wikitext_rows(content: str) -> tuple[str, ...]:
-    """Return the rows of the WikiText data set from its file: a line of one blank is the empty row."""
-    lines = content.split("\n")
-    if lines and lines[-1] == "":
-        lines.pop()
-    return tuple("" if line == " " else line + "\n" for line in lines)
-
-
 def _embedded(name: str) -> Text:
     from pydoc_data import topics
 
@@ -315,19 +277,6 @@ def _embedded(name: str) -> Text:
         return replace(text, documents=text.documents[:cut], part_of=text.whole)
     start = len(BLANK_LINES.join(documents[:cut])) + len(BLANK_LINES)
     return replace(text, documents=text.documents[cut:], start=start, part_of=text.whole)
-
-
-def _corpus(name: str) -> Text:
-    corpus = CORPORA[name]
-    if corpus.hub is not None and data_folder() is None:
-        return _from_hub(name, corpus.hub, "text", None)
-    path = data_file(corpus.file, f"text {name!r}", "use file:PATH" if corpus.hub is None else None)
-    documents = read_documents(path)
-    if corpus.layout == "wikitext":
-        documents = [*wikitext_rows(documents[0])]
-    elif corpus.layout == "sentences":
-        documents = [line.strip() for line in documents[0].split("\n") if line.strip()]
-    return Text(name, tuple(documents), str(path))
 
 
 def _from_hub(name: str, where: HubSet, field: str, tokenizer: "PreTrainedTokenizerBase | None") -> Text:

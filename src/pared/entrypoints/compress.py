@@ -115,7 +115,7 @@ def compress(
         if isinstance(model, (str, Path)):
             asked_for = asked_for.model_copy(update={"model": name_from(model, function)})
             spec = require_possible(asked_for)
-            require_texts(asked_for)
+            require_texts(spec.recipe)
             source = require_named_model(spec)
             if tokenizer is not None:
                 require_tokenizer(tokenizer, function)

@@ -12,6 +12,7 @@ from pared.allocation.curves import Scale, knee
 from pared.arguments import asked_from, name_from, recipe_from, refuse_tokenizer, require_model, require_tokenizer
 from pared.data.handed import text_of
 from pared.data.texts import handed_over
+from pared.data.uses import with_use
 from pared.engine.checks.early import require_model as require_named_model
 from pared.engine.checks.early import require_suited, require_texts
 from pared.engine.checks.explorable import recipe_of, require_explorable
@@ -103,7 +104,7 @@ def explore(
         assert tokenizer is not None
         require_compressible(model, tokenizer, recipe_of(asked, settings.structures[0], 0.8, settings.pruner), None)
         name = asked.model or name_of(model) or type(model).__name__
-        return _Exploring(model, tokenizer, where_it_is(asked, model), settings, watcher, name).run()
+        return _Exploring(model, tokenizer, where_it_is(with_use(asked), model), settings, watcher, name).run()
 
 
 def run(recipe: Recipe, config: ExploreConfig, progress: Progress) -> Explored:
@@ -113,6 +114,7 @@ def run(recipe: Recipe, config: ExploreConfig, progress: Progress) -> Explored:
         ParedError: as :func:`explore`; what can be refused is refused before a weight is read.
     """
     spec = next(iter(require_explorable(recipe, config.structures, config.pruner).values()))
+    recipe = with_use(recipe)
     require_texts(recipe)
     source = require_named_model(spec)
     settings = source.config()

@@ -81,7 +81,7 @@ def run(
     Raises:
         ParedError: anything that does not work; what can be refused is refused before a weight is read.
     """
-    require_searchable(recipe)
+    recipe = require_searchable(recipe).recipe
     device_of(recipe.device)
     if recipe.model is None:
         raise ParedError("name a model: embedded:smollm2-135m, a folder or a Hub id")
@@ -112,6 +112,7 @@ def search(
     progress = progress or Silent()
     recipe = where_it_is(recipe, model)
     spec = require_searchable(recipe)
+    recipe = spec.recipe
     require_place(out)
     if not is_causal([type(model).__name__]):
         raise ParedError(f"{type(model).__name__} is not a causal language model; candidates need a perplexity")

@@ -31,6 +31,7 @@ LENGTHS = ("length", "calibration.length", "evaluation.length")  # of a preset, 
 NEUTRAL = ("preset", "version", "model", "out", "device", "calibration.batch", "report_to", "checkpoint_every",
         "gradient_checkpointing")  # fmt: skip
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # several times faster, where libyaml is
+OF_USE = ("text", "sampling")  # fields of a calibration that a use stands for
 ALL_IF_NULL = ("samples", "windows")
 DEMO = "demo"  # no paper's protocol
 EVALUATION = "evaluation"  # free too, where a preset says nothing of it
@@ -224,8 +225,9 @@ def left_below(
 ) -> dict[str, Any]:
     """Return the fields that stay where others are laid over them; those that do not go with the others do not.
 
-    A budget or a length replaces any other, a method or an allocation the options of another one, and a fraction of
-    ranks, which decides every rank, any allocation. Without a validation part nothing is measured on it.
+    A budget or a length replaces any other, a method or an allocation the options of another one, a fraction of ranks,
+    which decides every rank, any allocation, and what a use is calibrated on any text. Without a validation part
+    nothing is measured on it.
 
     Args:
         below: of a preset, a file, or what is copied.
@@ -243,7 +245,12 @@ def left_below(
         gone.add("options")
     if command == "tune" and above.get("validation") == 0:
         gone.update(("evaluate_every", "patience"))
-    return {name: value for name, value in below.items() if name not in gone}
+    stays = {name: value for name, value in below.items() if name not in gone}
+    if above.get("calibrate_on") is not None and "calibration" in stays:
+        section = plain(stays["calibration"])
+        if isinstance(section, Mapping):
+            stays["calibration"] = {name: value for name, value in section.items() if name not in OF_USE}
+    return stays
 
 
 def require_user_fields(asked: FromPreset) -> None:

@@ -21,7 +21,7 @@ from pared.schema.base import Config, Name, Size, Whole
 from pared.schema.bits import Form
 from pared.schema.command_line import OWN, Option
 from pared.schema.options import Kind
-from pared.schema.presets import FromPreset
+from pared.schema.presets import OF_USE, FromPreset
 
 
 def _torch_name(value: object) -> object:
@@ -46,14 +46,15 @@ BUDGETS = ("keep", "keep_bytes", "target_bytes", "rank_fraction", "sparsity", "p
 OptionValues = dict[str, bool | int | float | str]
 Bos = Literal["none", "text", "window"]
 Sampling = Literal["consecutive", "shuffled", "random-offset"]
+Use = Literal["code", "math", "chat", "general"]
 
 
 class Calibration(Config):
     """The text the statistics are collected on."""
 
     text: Annotated[TextName, Option("--data")] = "embedded"
-    """Calibration text by name: embedded, wikitext2:train, c4:train, alpaca, file:PATH, or NAME:SPLIT:FIELD of the
-    datasets library."""
+    """Calibration text by name: embedded, wikitext2:train, c4:train, gsm8k:train, alpaca, stdlib:train, file:PATH, or
+    NAME:SPLIT:FIELD of the datasets library."""
     samples: Annotated[Annotated[Whole, Field(ge=1, strict=True)] | None, Option()] = 256
     """Calibration windows, or labelled examples; in a file null means all there are."""
     length: Annotated[Whole, Field(ge=2, strict=True), Option()] = 2048
@@ -175,6 +176,8 @@ class Recipe(FromPreset):
     """Train every compressed block, each behind those already trained, to output what the dense block does."""
     options: Annotated[OptionValues, Option("--option")] = Field(default={})
     """Option of the method, NAME=VALUE, by the names that `pared methods` lists."""
+    calibrate_on: Annotated[Use | None, Option()] = None
+    """Calibrate on text like that of a use, by shuffled windows of it, where no text is named."""
     calibration: Calibration = Calibration()
     """What the statistics are collected on."""
     evaluation: Evaluation | None = Evaluation()
@@ -262,10 +265,16 @@ class Recipe(FromPreset):
 
     @model_serializer(mode="wrap")
     def _told(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out the default of ``keep`` where there is another budget, so that what is dumped can be read again."""
+        """Leave out the default of ``keep`` where there is another budget, and those of a text where a use names one.
+
+        What is dumped can be read again, and is the same then.
+        """
         fields: dict[str, Any] = handler(self)
         if any(getattr(self, name) is not None for name in BUDGETS if name != "keep"):
             fields.pop("keep", None)
+        for name in OF_USE if self.calibrate_on is not None and "calibration" in fields else ():
+            if name not in self.calibration.model_fields_set:
+                fields["calibration"].pop(name, None)
         return fields
 
     @property

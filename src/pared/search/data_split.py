@@ -5,8 +5,9 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from pared.data.corpora import CORPORA, HELD_OUT
 from pared.data.files import data_folder
-from pared.data.texts import CORPORA, HELD_OUT, Text, find_text
+from pared.data.texts import Text, find_text
 from pared.errors import ParedError
 from pared.io.files import path_of
 

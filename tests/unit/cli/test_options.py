@@ -51,6 +51,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "--refine-batch": ("2", 2),
     "--refine-loss": ("plain", "plain"),
     "--option": ("group_size=2", {"group_size": 2}),
+    "--calibrate-on": ("chat", "chat"),
     "--data": ("alpaca", "alpaca"),
     "--samples": ("5", 5),
     "--length": ("64", 64),

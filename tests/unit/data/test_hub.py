@@ -14,9 +14,10 @@ from transformers import PreTrainedTokenizerFast
 
 from pared import ParedError
 from pared.data import find_examples
+from pared.data.corpora import CORPORA
 from pared.data.files import data_file
 from pared.data.instructions import SETS, find_instructions
-from pared.data.texts import CORPORA, find_text
+from pared.data.texts import find_text
 from pared.evaluation.multiple_choice import CHOICES, evaluate_choices, prepare, scoring
 from pared.evaluation.task import examples_of, rows_of
 from pared.evaluation.tasks import TASKS, task_of
@@ -187,16 +188,16 @@ def test_instructions_come_from_the_hub(hub: Put) -> None:
 
 
 def test_texts_come_from_the_hub(hub: Put) -> None:
-    for number, corpus in enumerate(CORPORA.values()):
+    for corpus in CORPORA.values():
         if corpus.hub is not None:
             where = corpus.hub
-            hub(where.repository, where.config, where.file or where.split, {"text": f"text {number}"})
-    for number, (name, corpus) in enumerate(CORPORA.items()):
+            hub(where.repository, where.config, where.file or where.split, {"text": f"text of {where}"})
+    for name, corpus in CORPORA.items():
         if corpus.hub is None:
             with pytest.raises(ParedError, match=f"text '{name}' is read from the folder .* or use file:PATH"):
                 find_text(name)
         else:
-            assert find_text(name).documents == (f"text {number}",)
+            assert find_text(name).documents == (f"text of {corpus.hub}",)
     assert find_text("c4:train").origin == "Hub data set allenai/c4, en/c4-train.00000-of-01024.json.gz"
     assert find_text("c4:validation").origin == "Hub data set allenai/c4, en/c4-validation.00000-of-00008.json.gz"
     hub("mine/own", None, "train", {"body": "b"})

@@ -109,6 +109,7 @@ def require_job(recipe: Recipe, overwrite: bool, resume: bool = False) -> tuple[
         ParedError: anything that is wrong so far.
     """
     spec = require_possible(recipe)
+    recipe = spec.recipe
     require_texts(recipe)
     if recipe.model is None:
         require_model(spec)

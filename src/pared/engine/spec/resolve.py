@@ -2,6 +2,7 @@
 
 from pared.allocation import Budget, ProgramOptions, UnitOptions, allocator_of, allocators_for
 from pared.allocation.dsa.presets import SCORE_TOKENS
+from pared.data.uses import with_use
 from pared.engine.spec.specs import CompressionSpec, ExpertSpec, LowRankSpec, SparseSpec
 from pared.errors import ParedError
 from pared.lowrank import LowRankMethod
@@ -30,7 +31,7 @@ def resolve(recipe: Recipe) -> CompressionSpec:
         ParedError: unknown method, allocation or option, a value of another type, a field that the method does not
             read, or no budget.
     """
-    method = method_of(recipe)
+    recipe, method = with_use(recipe), method_of(recipe)
     if isinstance(method, LowRankMethod):
         return _resolve_experts(recipe, method) if _takes_experts(recipe, method) else _resolve_low_rank(recipe, method)
     assert isinstance(method, PruningMethod), method.family
@@ -50,7 +51,7 @@ def resolve_low_rank(recipe: Recipe) -> LowRankSpec:
     if _takes_experts(recipe, method):
         raise ParedError("structures experts takes whole experts out, and layers are to be decided here; take "
                          f"{called('structures', 'ranks')} of another method, or of loss-optimal")  # fmt: skip
-    return _resolve_low_rank(recipe, method)
+    return _resolve_low_rank(with_use(recipe), method)
 
 
 def resolve_sparse(recipe: Recipe) -> SparseSpec:
@@ -64,7 +65,7 @@ def resolve_sparse(recipe: Recipe) -> SparseSpec:
         raise ParedError(
             f"method {method.name} does not prune; here one of {', '.join(methods_of('sparse'))} is needed"
         )
-    return _resolve_sparse(recipe, method)
+    return _resolve_sparse(with_use(recipe), method)
 
 
 def method_of(recipe: Recipe) -> Method:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from pared.allocation import Allocator, Budget, UnitOptions
+from pared.data.uses import use_in_words
 from pared.engine.spec.passes import REFINE, HandOn, PassSpec, Runs
 from pared.lowrank import GradientOptions, LowRankMethod, SharingOptions
 from pared.methods import Method
@@ -75,6 +76,11 @@ class _Spec:
     def calibration(self) -> Calibration:
         """What is calibrated on."""
         return self.recipe.calibration
+
+    @property
+    def use(self) -> dict[str, object]:
+        """What ``calibrate_on`` stands for, for the record; nothing without one."""
+        return {} if self.recipe.calibrate_on is None else {"calibrate_on": use_in_words(self.recipe)}
 
     @property
     def refine(self) -> Refinement | None:
@@ -260,6 +266,7 @@ class LowRankSpec(_Spec):
             "refit": self.refit,
             **({"rounding": self.recipe.rounding} if self.quantized else {}),
             **({"dense_path": self.dense_path} if self.has_targets else {}),
+            **self.use,
         }
 
 
@@ -303,7 +310,7 @@ class SparseSpec(_Spec):
 
     def describe(self) -> dict[str, object]:
         """Return what the recipe's ``auto`` stands for, for the record."""
-        return {"allocation": self.allocator.name, **self.allocation_config.model_dump()}
+        return {"allocation": self.allocator.name, **self.allocation_config.model_dump(), **self.use}
 
 
 @dataclass(frozen=True)
@@ -337,7 +344,7 @@ class ExpertSpec(_Spec):
 
     def describe(self) -> dict[str, object]:
         """Return what the recipe's ``auto`` stands for, for the record."""
-        return {"allocation": self.allocator.name, "structures": "experts"}
+        return {"allocation": self.allocator.name, "structures": "experts", **self.use}
 
 
 CompressionSpec = LowRankSpec | SparseSpec | ExpertSpec

@@ -52,6 +52,8 @@ def read_texts(
     Raises:
         ParedError: a text is unknown or too short, or its windows are longer than the model has positions.
     """
+    if calibration is None and spec.calibrated and spec.use:
+        progress.note(f"calibrated on {spec.use['calibrate_on']}")
     calibration = calibration or _calibration_windows(spec, config, causal, tokenizer)
     evaluation = _evaluation_windows(spec.recipe, config, causal, tokenizer, calibration, progress)
     return TextsRead(calibration, evaluation, _overlap(evaluation, calibration, progress))
