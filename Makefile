@@ -1,11 +1,11 @@
-# make install | demo | test | test-slow | test-portable | test-gpu | serve-test | docs | dist | sbom. Only python3 (3.10 or newer) with venv and pip, make and git are needed.
+# make install | demo | test | test-slow | test-portable | test-gpu | serve-test | docs | notebook | dist | sbom. Only python3 (3.10 or newer) with venv and pip, make and git are needed.
 PYTHON ?= python3
 # A plain `torch` from PyPI is a CUDA build of several GB on Linux; this release has a CPU wheel on many mirrors
 # (pip install --index-url https://download.pytorch.org/whl/cpu torch==2.13.0).
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: install demo test test-slow test-portable test-gpu serve-test serve-vllm lint docs dist sbom clean
+.PHONY: install demo test test-slow test-portable test-gpu serve-test serve-vllm lint docs notebook dist sbom clean
 
 install: .venv/installed
 
@@ -73,6 +73,14 @@ docs: install .venv/docs
 
 .venv/docs: .venv/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	touch $@
+
+# The notebook is run again, with what it shows.
+notebook: install .venv/notebook
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace examples/tour.ipynb
+
+.venv/notebook: .venv/installed
+	$(BIN)/pip install --quiet nbconvert ipykernel
 	touch $@
 
 # The wheel and the source archive, and whether an index would take them.

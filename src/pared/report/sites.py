@@ -78,9 +78,7 @@ def rank_map(plan: Plan) -> Iterator[str]:
 
     Blocks of which there are more than fit in a line stand together, with their mean.
     """
-    shares: dict[str, dict[int, list[float]]] = {}
-    for site in plan.sites:
-        shares.setdefault(site.kind, {}).setdefault(site.block, []).append(site.after / site.before)
+    shares = shares_of(plan)
     levels = {_level(share) for by_block in shares.values() for each in by_block.values() for share in each}
     if len(levels) < 2:
         return
@@ -95,6 +93,14 @@ def rank_map(plan: Plan) -> Iterator[str]:
             for start in range(0, last + 1, together)
         )
         yield f"{kind:<{width}}  {''.join(_level(sum(each) / len(each)) if each else ALIKE for each in cells)}"
+
+
+def shares_of(plan: Plan) -> dict[str, dict[int, list[float]]]:
+    """Return how much stays of every layer, 0 to 1, by kind and block."""
+    shares: dict[str, dict[int, list[float]]] = {}
+    for site in plan.sites:
+        shares.setdefault(site.kind, {}).setdefault(site.block, []).append(site.after / site.before)
+    return shares
 
 
 def _level(share: float) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,12 +18,16 @@ from pared.models.published import published_facts
 from pared.models.source import ModelSource
 from pared.notebook import watcher_of
 from pared.progress import Progress, Stopwatch
+from pared.report.plan_map import draw_plan
 from pared.report.results import compressed_table
 from pared.schema.manifest import Manifest, Refined, TooFew, WindowsRead
 from pared.schema.plan import Plan
 from pared.schema.presets import record_of
 from pared.schema.recipe import Recipe
 from pared.tables import Row, Shown, Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, repr=False)
@@ -137,6 +141,10 @@ class Compressed(Shown):
         """
         out = folder_from(folder, "Compressed.save")
         return publish(self, self.saver(), out, overwrite, watcher_of(progress, "Compressed.save"))
+
+    def plot(self, path: str | Path | None = None) -> "Figure":
+        """Draw what stays of every layer; see :func:`pared.report.plan_map.draw_plan`."""
+        return draw_plan(self.plan, path)
 
     def saver(self, last: bool = False) -> ResidentSaver | StreamedSaver:
         """Return what writes the model; ``last`` if nothing of it is used afterwards."""
