@@ -26,9 +26,8 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Memory in huge pages that stays with its process: on virtual machines page faults cost tests more than what they compute.
-test test-slow: export PYTHONMALLOC = malloc
-test test-slow: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1:glibc.malloc.top_pad=134217728:glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=4294967296
+# Memory that is freed stays with its process: on virtual machines page faults cost tests as much as what they compute.
+test test-slow: export GLIBC_TUNABLES = glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=268435456:glibc.malloc.top_pad=33554432
 
 # A worker takes whole files, as what a file prepares is shared by its tests; the longest first (tests/conftest.py).
 test: lint

@@ -71,8 +71,9 @@ class Table:
         from rich.console import Console
 
         console = Console(
-            width=width, color_system=None, markup=False, highlight=False, emoji=False, force_terminal=False
-        )
+            width=width, color_system=None, markup=False, highlight=False, emoji=False, force_terminal=False,
+            force_jupyter=False,
+        )  # fmt: skip
         with console.capture() as captured:
             if self.rows:
                 console.print(self.as_rich())

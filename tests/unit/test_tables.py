@@ -1,5 +1,7 @@
 """How results are shown: text and HTML, with nothing in it taken for markup."""
 
+import pytest
+
 from pared.tables import Table
 
 
@@ -24,3 +26,14 @@ def test_the_names_of_rows_are_not_broken_on_a_narrow_terminal() -> None:
 def test_square_brackets_are_no_markup() -> None:
     text = Table("[bold]title", ("x", "y"), [("[red]a", "b")], ["[blue]line"]).as_text()
     assert all(one in text for one in ("[bold]title", "[red]a", "[blue]line"))
+
+
+def test_the_text_of_a_table_shows_nothing_by_itself_in_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regression: a notebook showed every result twice, as rich displays what is captured where it finds a kernel."""
+    from rich import console, jupyter
+
+    displayed: list[object] = []
+    monkeypatch.setattr(console, "_is_jupyter", lambda: True)
+    monkeypatch.setattr(jupyter, "display", lambda *shown: displayed.append(shown))
+    assert "1 | 2" in Table("title", ("a", "b"), [("1", "2")], ["below"]).as_text().replace("│", "|")
+    assert displayed == []

@@ -4,6 +4,7 @@ import importlib.util
 import io
 import re
 from contextlib import AbstractContextManager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,10 +42,23 @@ def new_figure(width: float = 7, height: float = 4, panels: int = 1, **more: Any
         panels: how many.
         **more: for ``Figure.subplots``.
     """
+    figure = _figure_class()(figsize=(width, height), layout="constrained")
+    return figure, list(figure.subplots(1, panels, squeeze=False, **more)[0])
+
+
+@cache
+def _figure_class() -> "type[Figure]":
+    """Return a figure that a notebook shows, also where pyplot was never imported to have it do so."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, list(figure.subplots(1, panels, squeeze=False, **more)[0])
+    class ShownFigure(Figure):
+        def _repr_png_(self) -> bytes:
+            written = io.BytesIO()
+            with _repeatable():
+                self.savefig(written, format="png", dpi=96)
+            return written.getvalue()
+
+    return ShownFigure
 
 
 def few_round_ticks(axis: Any) -> None:

@@ -39,3 +39,8 @@ def test_a_compression_is_drawn_to_a_file(tmp_path: Path) -> None:
     result = pared.compress(TINY_MODELS["llama"](), method="svd", keep=0.5)
     result.plot(tmp_path / "plan.svg")
     assert "what stays of every layer" in (tmp_path / "plan.svg").read_text(encoding="utf-8")
+
+
+def test_a_notebook_shows_a_figure_where_pyplot_was_never_imported() -> None:
+    """Regression: it wrote <Figure size 910x350 with 2 Axes>."""
+    assert draw_plan(PLAN)._repr_png_().startswith(b"\x89PNG")
