@@ -3,6 +3,7 @@
 import importlib.util
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from pared.data.files import require_characters
@@ -15,20 +16,24 @@ class HubSet:
 
     Attributes:
         repository: such as ``openai/gsm8k``.
-        config: of the repository, if it has several.
+        config: of the repository, if it has several; those that are read one after the other.
         split: of that.
         file: of the repository, where a single one is read.
     """
 
     repository: str
-    config: str | None = None
+    config: str | tuple[str, ...] | None = None
     split: str = "train"
     file: str | None = None
 
     def __str__(self) -> str:
-        config = "" if self.config is None else f"[{self.config}]"
+        config = "" if self.config is None else f"[{', '.join(self._configs)}]"  # type: ignore[arg-type]
         part = f"split {self.split!r}" if self.file is None else self.file
         return f"Hub data set {self.repository}{config}, {part}"
+
+    @property
+    def _configs(self) -> tuple[str | None, ...]:
+        return self.config if isinstance(self.config, tuple) else (self.config,)
 
     def rows(self, *fields: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Yield each row, one at least, behind the words that say which it is.
@@ -62,12 +67,13 @@ class HubSet:
 
         files = {self.split: self.file} if self.file else None
         try:
-            rows: Iterable[Mapping[str, Any]] = datasets.load_dataset(
-                self.repository, self.config, split=self.split, data_files=files
-            )
+            parts: list[Iterable[Mapping[str, Any]]] = [
+                datasets.load_dataset(self.repository, config, split=self.split, data_files=files)
+                for config in self._configs
+            ]
         except Exception as error:  # datasets and huggingface_hub raise many kinds
             raise unreadable(self, error) from None
-        return rows
+        return chain.from_iterable(parts)
 
 
 def unreadable(what: object, error: Exception) -> UnreachableError:

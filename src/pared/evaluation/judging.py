@@ -2,12 +2,13 @@
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pared.errors import ParedError
+from pared.evaluation import symbolic
 from pared.evaluation.pass_at_k import mean_pass_at_k
 from pared.evaluation.sandbox import Limits, run_program
 from pared.evaluation.task import Row, Task, examples_of, rows_of
@@ -33,6 +34,7 @@ class Result:
         rows: that were judged.
         shots: examples before each prompt.
         answers: what was written, by row, with its verdicts; of a group of tasks (MMLU) what each of them found.
+        groups: by kind, such as ``level``, then by name: rows, metrics and errors of the rows that belong to it.
     """
 
     task: str
@@ -41,6 +43,7 @@ class Result:
     rows: int
     shots: int
     answers: tuple[dict[str, Any], ...]
+    groups: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
 
 
 def evaluate_task(
@@ -81,6 +84,8 @@ def evaluate_task(
     if task.runs and max(ks) > sampling.samples:
         raise ParedError(f"pass@{max(ks)} needs {max(ks)} samples of every problem, got {sampling.samples}: ask for "
                          "more samples and a temperature")  # fmt: skip
+    if task.symbolic is not None and not symbolic.is_installed():
+        log.warning("task %s: no %s, as its package is not installed: pip install math-verify", name, symbolic.METRIC)
     rows = rows_of(task, limit)
     shots, prompts = _prompts(task, rows, shots, model, tokenizer)
     tokens = _fitting(task, room(model, tokenizer, prompts))
@@ -90,7 +95,7 @@ def evaluate_task(
         {"row": index, "answers": texts, "verdicts": found}
         for index, (texts, found) in enumerate(zip(written, verdicts, strict=True))
     )
-    return Result(name, *_means(task, verdicts, ks), len(rows), shots, answers)
+    return Result(name, *_means(task, verdicts, ks), len(rows), shots, answers, _groups(task, rows, verdicts, ks))
 
 
 def _prompts(
@@ -141,8 +146,19 @@ def _verdicts(
     """Judge every answer of every row; programs run as many at a time as there are processors."""
     pairs = [(row, text) for row, texts in zip(rows, written, strict=True) for text in texts]
     with ThreadPoolExecutor(processors() if task.runs else 1) as pool:
-        found = pool.map(lambda pair: _judged(task, pair[0], pair[1], limits), pairs)
-        return [[next(found) for _ in texts] for texts in written]
+        found = iter([*pool.map(lambda pair: _judged(task, pair[0], pair[1], limits), pairs)])
+    if task.symbolic is not None and symbolic.is_installed():
+        found = _verified(task.symbolic, pairs, found)
+    return [[next(found) for _ in texts] for texts in written]
+
+
+def _verified(
+    right: Callable[[Row], str], pairs: Sequence[tuple[Row, str]], verdicts: Iterator[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Yield verdicts with that of math-verify among them."""
+    with symbolic.Verifier() as verifier:
+        for (row, text), verdict in zip(pairs, verdicts, strict=True):
+            yield {**verdict, symbolic.METRIC: verifier.same(right(row), text)}
 
 
 def processors() -> int:
@@ -170,6 +186,22 @@ def _means(
     means = {name: sum(values) / len(values) for name, values in by_row.items()}
     errors = {name: standard_error(values, means[name]) for name, values in by_row.items()}
     return means, errors
+
+
+def _groups(
+    task: Task, rows: Sequence[Row], verdicts: Sequence[Sequence[Mapping[str, Any]]], ks: Sequence[int]
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return the metrics of the rows that belong together, by kind and name, in the order of names."""
+    members: dict[str, dict[str, list[Sequence[Mapping[str, Any]]]]] = {}
+    for row, own in zip(rows, verdicts, strict=True) if task.groups is not None else ():
+        for kind, name in task.groups(row).items():  # type: ignore[misc]
+            members.setdefault(kind, {}).setdefault(name, []).append(own)
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for kind, names in members.items():
+        for name, those in sorted(names.items()):
+            means, errors = _means(task, those, ks)
+            found.setdefault(kind, {})[name] = {"rows": len(those), "metrics": means, "errors": errors}
+    return found
 
 
 def standard_error(values: Sequence[float], mean: float) -> float:

@@ -10,6 +10,7 @@ from pared.evaluation.sandbox import Program
 
 Row = Mapping[str, Any]
 Verdict = Mapping[str, bool]
+Groups = Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,9 @@ class Task:
         tokens: the most of an answer.
         judge: from a row and an answer to a verdict by metric; none for code.
         program: from a row and an answer to the program and the tests that it passes if it is right; none but for code.
+        symbolic: from a row to the right answer as math-verify reads it, which then judges too; none for what is no
+            mathematics.
+        groups: of a row, what it belongs to by kind, such as its subject and its level; metrics are told of each.
         shots_data: where examples are from, ``data`` itself if not given.
         chosen: rows of the data that are evaluated on.
         shown: rows that examples are taken from, in their order.
@@ -43,6 +47,8 @@ class Task:
     judge: Callable[[Row, str], Verdict] | None = None
     right: Callable[[Row], object] | None = None
     program: Callable[[Row, str], Program] | None = None
+    symbolic: Callable[[Row], str] | None = None
+    groups: Callable[[Row], Groups] | None = None
     shots_data: DataSet | None = None
     chosen: Callable[[Row], bool] = field(default=lambda row: True)  # noqa: ARG005
     shown: Callable[[Row], bool] = field(default=lambda row: True)  # noqa: ARG005

@@ -4,7 +4,7 @@ from pared.data.data_sets import GSM8K_TEST, GSM8K_TRAIN, MATH500, MBPP, DataSet
 from pared.data.hub import HubSet
 from pared.evaluation.answers import boxed, last_number, marked_number, same_expression, same_number
 from pared.evaluation.sandbox import Program, definitions, used_names
-from pared.evaluation.task import Row, Task, Verdict
+from pared.evaluation.task import Groups, Row, Task, Verdict
 from pared.names import require_known
 
 
@@ -35,6 +35,34 @@ def _gsm8k(row: Row, text: str) -> Verdict:
     }
 
 
+def _solved_problem(row: Row) -> Row:
+    """Return a row of the Hub with its answer, which is what its solution boxes."""
+    return {**row, "answer": boxed(row["solution"])}
+
+
+def _subject_and_level(row: Row) -> Groups:
+    """Return what a problem of MATH belongs to, as far as its row says, written one way."""
+    named = {"subject": next((row[name] for name in ("subject", "type", "category") if row.get(name)), None),
+             "level": row.get("level")}  # fmt: skip
+    return {kind: str(name).lower().replace("&", "and").replace("level ", "").replace(" ", "_")
+            for kind, name in named.items() if name is not None}  # fmt: skip
+
+
+def _math(name: str, data: DataSet) -> Task:
+    return Task(
+        name=name,
+        data=data,
+        fields={"problem": str, "solution": str, "answer": str},
+        prompt=lambda row: f"Problem:\n{row['problem']}\n\nSolution:",
+        answer=lambda row: f" {row['solution']}",
+        stop=("Problem:",),
+        tokens=512,
+        judge=lambda row, text: {"equivalent": same_expression(boxed(text), row["answer"])},
+        symbolic=lambda row: f"\\boxed{{{row['answer']}}}",
+        groups=_subject_and_level,
+    )
+
+
 def _humaneval(row: Row, text: str) -> Program:
     tests = f"{row['test']}\ncheck({row['entry_point']})\n"
     given = definitions(row["prompt"])
@@ -55,6 +83,14 @@ def _mbpp_prompt(row: Row) -> str:
     )
 
 
+MATH_SUBJECTS = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory",
+                 "prealgebra", "precalculus")  # fmt: skip
+MATH = DataSet(
+    "math/math_test.jsonl",
+    HubSet("EleutherAI/hendrycks_math", MATH_SUBJECTS, "test"),
+    ("problem", "solution"),
+    _solved_problem,
+)
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
@@ -68,6 +104,7 @@ TASKS: dict[str, Task] = {
             stop=("Question:", "\n\n\n"),
             tokens=256,
             judge=_gsm8k,
+            symbolic=lambda row: str(marked_number(row["answer"])),
             shots_data=GSM8K_TRAIN,
             shots=5,
         ),
@@ -86,17 +123,10 @@ TASKS: dict[str, Task] = {
             stop=("Question:", "\n\n\n"),
             tokens=256,
             judge=lambda row, text: {"last_number": same_number(last_number(text), last_number(str(row["answer"])))},
+            symbolic=lambda row: str(last_number(str(row["answer"]))),
         ),
-        Task(
-            name="math500",
-            data=MATH500,
-            fields={"problem": str, "answer": str},
-            prompt=lambda row: f"Problem:\n{row['problem']}\n\nSolution:",
-            answer=lambda row: f" {row['solution']}",
-            stop=("Problem:",),
-            tokens=512,
-            judge=lambda row, text: {"equivalent": same_expression(boxed(text), row["answer"])},
-        ),
+        _math("math500", MATH500),
+        _math("math", MATH),
         Task(
             name="humaneval",
             data=DataSet("code/HumanEval.jsonl", HubSet("openai/openai_humaneval", split="test")),

@@ -20,7 +20,7 @@ from pared.data.instructions import SETS, find_instructions
 from pared.data.texts import find_text
 from pared.evaluation.multiple_choice import CHOICES, evaluate_choices, prepare, scoring
 from pared.evaluation.task import examples_of, rows_of
-from pared.evaluation.tasks import TASKS, task_of
+from pared.evaluation.tasks import MATH_SUBJECTS, TASKS, task_of
 from pared.progress import Silent
 from unit.evaluation.test_multiple_choice import SAME, SUBJECTS, harness_task, write
 
@@ -126,6 +126,11 @@ WRITTEN: dict[str, tuple[tuple[str, str | None, str], Row, Row]] = {
         {"context": "He had 3. How many?", "answer": "3.0"},
     ),
     "math500": (("HuggingFaceH4/MATH-500", None, "test"), *[{"problem": "p", "solution": "s", "answer": "1"}] * 2),
+    "math": (
+        ("EleutherAI/hendrycks_math", "algebra", "test"),
+        {"problem": "p", "solution": "so \\boxed{1}", "level": "Level 2", "type": "Algebra"},
+        {"problem": "p", "solution": "so \\boxed{1}", "answer": "1", "level": 2, "subject": "algebra"},
+    ),
     "humaneval": (
         ("openai/openai_humaneval", None, "test"),
         *[{"prompt": "def f():", "canonical_solution": " 1", "test": "t", "entry_point": "f"}] * 2,
@@ -140,6 +145,8 @@ WRITTEN: dict[str, tuple[tuple[str, str | None, str], Row, Row]] = {
 @pytest.mark.parametrize("name", TASKS)
 def test_questions_on_the_hub_are_those_in_files(name: str, hub: Put, local: FileRows) -> None:
     task, (place, row, same) = task_of(name), WRITTEN[name]
+    for subject in MATH_SUBJECTS:
+        hub("EleutherAI/hendrycks_math", subject, "test")
     hub(*place, row)
     shown = {"gsm8k": [GSM8K], "mbpp": [{**same, "task_id": number, "code": f"c{number}"} for number in range(1, 5)]}
     hub("google-research-datasets/mbpp", "full", "train")

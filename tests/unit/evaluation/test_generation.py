@@ -231,7 +231,7 @@ def test_gsm8k_is_judged_by_mark_and_by_last_number(data: Any, monkeypatch: pyte
         "pared.evaluation.generation.complete", Writer([["#### 0"], ["it is 1"], ["#### 3 or 2"], ["no"]])
     )
     result = evaluate_task(None, None, "gsm8k", shots=0)
-    assert result.metrics == {"exact_match": 0.25, "last_number": 0.75}
+    assert (result.metrics["exact_match"], result.metrics["last_number"]) == (0.25, 0.75)
     assert result.errors["exact_match"] == pytest.approx((0.25 * 0.75 / 3) ** 0.5)
 
 
@@ -309,7 +309,7 @@ def test_every_task_is_solved_by_its_own_solutions(monkeypatch: pytest.MonkeyPat
         answers = [[task.answer(row).removesuffix("[DONE]")] for row in rows_of(task, 12)]
         monkeypatch.setattr("pared.evaluation.generation.complete", Writer(answers))
         result = evaluate_task(None, None, name, limit=12, shots=0, run_code=True)
-        assert result.metrics[metric] == 1.0, (name, result.answers)
+        assert result.metrics[metric] == result.metrics.get("math_verify", 1.0) == 1.0, (name, result.answers)
 
 
 def test_a_model_does_a_task_from_the_command_line(
@@ -323,7 +323,7 @@ def test_a_model_does_a_task_from_the_command_line(
     arguments = ["eval", str(tmp_path / "m"), "--tasks", "svamp", "--json", str(tmp_path / "out.json")]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    assert "svamp: last_number 0.0000 ± 0.0000; 2 rows, 0 shots" in result.output
+    assert "svamp: last_number 0.0000 ± 0.0000, math_verify 0.0000 ± 0.0000; 2 rows, 0 shots" in result.output
     (told,) = json.loads((tmp_path / "out.json").read_text())["tasks"]
     assert len(told["answers"]) == 2
 

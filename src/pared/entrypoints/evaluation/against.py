@@ -97,7 +97,7 @@ def _tasks(ours: Figures, theirs: Figures) -> list[dict[str, Any]]:
             if ours.get(name) != theirs.get(name):
                 raise ParedError(f"task {one['task']} was done with other rows or prompts: {name} is {ours.get(name)} "
                                  f"and {theirs.get(name)}")  # fmt: skip
-        for metric in one["metrics"]:
+        for metric in (name for name in one["metrics"] if name in other["metrics"]):
             mine, its = by_row(one, metric), by_row(other, metric)
             if mine and len(mine) == len(its):
                 entry = _entry(one["task"], metric, one["metrics"][metric], other["metrics"][metric],

@@ -252,6 +252,9 @@ class Evaluating:
         figures = ", ".join(f"{metric} {value:.4f} ± {result.errors[metric]:.4f}"
                             for metric, value in result.metrics.items())  # fmt: skip
         self.tell(f"{result.task}: {figures}; {result.rows:,} rows, {result.shots} shots, {dtype}")
+        for kind, names in result.groups.items():
+            by_name = ", ".join(f"{name} {_figures(own['metrics'])} ({own['rows']:,})" for name, own in names.items())
+            self.tell(f"{result.task} by {kind}: {by_name}")
 
     def _identity(self) -> dict[str, Any]:
         """Return what distinguishes this model, these data and these programs from others."""

@@ -105,7 +105,7 @@ def test_a_model_and_its_kept_results_compare_alike_and_nothing_is_left(place: P
     again = json.loads((place / "a.json").read_text())
     assert by_file.exit_code == by_name.exit_code == 0, by_file.output + by_name.output
     assert told["differences"] == again["differences"]
-    assert [one["metric"] for one in told["differences"]] == ["perplexity", "last_number"]
+    assert [one["metric"] for one in told["differences"]] == ["perplexity", "last_number", "math_verify"]
     assert told["perplexity"] == told["perplexity_on"]["perplexity"]
     assert "times, 95% from" in by_file.output
     assert not list(place.glob(".*"))
