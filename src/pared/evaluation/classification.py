@@ -1,7 +1,7 @@
 """What an encoder gets right on labelled examples, as GLUE and CoNLL count it."""
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from pared.data.windows import NO_LABEL, Windows
 from pared.errors import ParedError
+from pared.evaluation.batch_size import BatchSize
 
 BATCH = 32
 
@@ -31,14 +32,17 @@ class Score:
 
 
 def classify(
-    model: PreTrainedModel, windows: Windows, on_batch: Callable[[], None] = lambda: None, batch: int = BATCH
+    model: PreTrainedModel,
+    windows: Windows,
+    on_example: Callable[[], None] = lambda: None,
+    batch: int | BatchSize = BATCH,
 ) -> Score:
     """Let a model label examples and score it as GLUE and CoNLL do.
 
     Args:
         model: with a head for classes of examples or of tokens; unchanged.
         windows: labelled examples, cut.
-        on_batch: called after every batch.
+        on_example: called for every example that is labelled.
         batch: examples at a time; those of like length are taken together.
 
     Raises:
@@ -47,7 +51,7 @@ def classify(
     """
     if windows.labels is None:
         raise ParedError(f"{windows.text!r} is a text; name labelled examples, such as glue:sst2:dev")
-    predicted = predictions(model, windows, on_batch, batch)
+    predicted = predictions(model, windows, on_example, batch)
     counted = windows.labels != NO_LABEL
     if windows.labels.is_floating_point():
         metrics = score_metrics(predicted, windows.labels)
@@ -58,14 +62,9 @@ def classify(
     return Score(metrics, len(windows.tokens), int(counted.sum()))
 
 
-def batches(count: int, batch: int) -> int:
-    """Return how many batches there are of so many examples."""
-    return -(-count // batch)
-
-
 @torch.no_grad()
 def predictions(
-    model: PreTrainedModel, windows: Windows, on_batch: Callable[[], None], batch: int = BATCH
+    model: PreTrainedModel, windows: Windows, on_example: Callable[[], None], batch: int | BatchSize = BATCH
 ) -> torch.Tensor:
     """Return the class with the largest logit, or the score, of the shape of the labels; 0 where there is padding."""
     was_training = model.training
@@ -74,17 +73,25 @@ def predictions(
     mask = torch.ones_like(windows.tokens) if windows.mask is None else windows.mask
     lengths = mask.sum(dim=1)
     found = torch.zeros_like(windows.labels if windows.labels is not None else windows.tokens)
-    for rows in torch.split(lengths.argsort(stable=True), batch):
+    size = BatchSize.of(batch)
+    size.fit(model, int(lengths.max()))
+
+    def classes_of(chosen: Sequence[int]) -> torch.Tensor:
+        rows = torch.tensor(chosen)
         longest = int(lengths[rows].max())
         inputs = {name: tensor[rows, :longest].to(device) for name, tensor in windows.beside.items()}
         logits = model(input_ids=windows.tokens[rows, :longest].to(device), **inputs).logits
         _require_finite(logits, rows, windows)
-        classes = (logits.squeeze(-1).float() if found.is_floating_point() else logits.argmax(dim=-1)).cpu()
+        return (logits.squeeze(-1).float() if found.is_floating_point() else logits.argmax(dim=-1)).cpu()
+
+    for chosen, classes in size.over(lengths.argsort(stable=True).tolist(), classes_of):
+        rows = torch.tensor(chosen)
         if classes.ndim == 1:
             found[rows] = classes
         else:
-            found[rows, :longest] = classes
-        on_batch()
+            found[rows, : classes.shape[1]] = classes
+        for _ in chosen:
+            on_example()
     model.train(was_training)
     return found
 

@@ -6,13 +6,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from pared.data.lengths import positions_of
 from pared.errors import ParedError
+from pared.evaluation.batch_size import BatchSize
 
 # The likeliest token each time, whatever the model's own generation settings are.
 GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+PRIME = 1_000_003  # that seeds of prompts and samples are apart
+TINY = 1e-30
 
 
 @dataclass(frozen=True)
@@ -23,7 +33,7 @@ class Sampling:
         temperature: 0 takes the likeliest token each time.
         top_p: the share of probability that is drawn from; 1 is all of it.
         samples: continuations of every prompt.
-        seed: of the draws.
+        seed: of the draws; each sample of each prompt has draws of its own, in whatever batch it is.
     """
 
     temperature: float = 0.0
@@ -46,8 +56,8 @@ def complete(
     tokens: int,
     stop: Sequence[str] = (),
     sampling: Sampling | None = None,
-    batch: int = 8,
-    on_batch: Callable[[], None] = lambda: None,
+    batch: int | BatchSize = 8,
+    on_prompt: Callable[[], None] = lambda: None,
 ) -> list[list[str]]:
     """Continue prompts, with the cache of keys and values, padded on the left.
 
@@ -59,7 +69,7 @@ def complete(
         stop: strings at which a continuation ends; neither they nor what follows is returned.
         sampling: how tokens are chosen; the likeliest by default.
         batch: prompts at a time; those of like length are taken together.
-        on_batch: called after every batch.
+        on_prompt: called for every prompt that is continued.
 
     Returns:
         For every prompt its continuations.
@@ -80,15 +90,18 @@ def complete(
         _require_room(model, encoded, tokens)
         order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))
         found: dict[int, list[str]] = {}
-        for start in range(0, len(order), batch):
-            chosen = order[start : start + batch]
-            torch.manual_seed(sampling.seed + start)
+        size = BatchSize.of(batch)
+        size.fit(model, max(map(len, encoded), default=0) + tokens, sampling.samples)
+
+        def written(chosen: Sequence[int]) -> list[str]:
             inputs = tokenizer.pad({"input_ids": [encoded[index] for index in chosen]}, return_tensors="pt")
-            texts = _continued(model, tokenizer, inputs, tokens, tuple(stop), sampling)
+            return _continued(model, tokenizer, inputs, chosen, tokens, tuple(stop), sampling)
+
+        for chosen, texts in size.over(order, written):
             for place, index in enumerate(chosen):
                 own = texts[place * sampling.samples : (place + 1) * sampling.samples]
                 found[index] = [cut_at(text, stop) for text in own]
-            on_batch()
+                on_prompt()
     return [found[index] for index in range(len(prompts))]
 
 
@@ -102,27 +115,58 @@ def _continued(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     inputs: Any,
+    prompts: Sequence[int],
     tokens: int,
     stop: tuple[str, ...],
     sampling: Sampling,
 ) -> list[str]:
-    drawn = dict(GREEDY)
+    more: dict[str, Any] = {}
     if sampling.temperature > 0:
-        drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        more = {"logits_processor": LogitsProcessorList([_Drawn(sampling, prompts)])}
+        for name, tensor in inputs.items():
+            inputs[name] = tensor.repeat_interleave(sampling.samples, dim=0)
     asked = inputs["input_ids"].shape[1]
     ended = {"stopping_criteria": StoppingCriteriaList([_Stopped(tokenizer, stop, asked)])} if stop else {}
     was_training = model.training
     output = model.eval().generate(
         **inputs.to(model.get_input_embeddings().weight.device),
         max_new_tokens=tokens,
-        num_return_sequences=sampling.samples,
         pad_token_id=tokenizer.pad_token_id,
-        **drawn,
+        **GREEDY,
+        **more,
         **ended,
     )
     model.train(was_training)
     texts: list[str] = tokenizer.batch_decode(output[:, asked:], skip_special_tokens=True)
     return texts
+
+
+class _Drawn(LogitsProcessor):
+    """Makes the likeliest token one that is drawn, for every row from a generator of its own.
+
+    The largest of logits with Gumbel noise is a draw from their softmax (Gumbel, 1954): what a row draws is then the
+    same in every batch, where a generator for all would give it other numbers.
+    """
+
+    def __init__(self, sampling: Sampling, prompts: Sequence[int]) -> None:
+        self.sampling = sampling
+        self.generators = [
+            torch.Generator().manual_seed(((sampling.seed * PRIME + index) * PRIME + sample) % 2**63)
+            for index in prompts
+            for sample in range(sampling.samples)
+        ]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        del input_ids
+        logits_BV = scores.float() / self.sampling.temperature
+        if self.sampling.top_p < 1:
+            ordered_BV, places_BV = logits_BV.sort(dim=-1, descending=True)
+            shares_BV = ordered_BV.softmax(dim=-1)
+            left_out_BV = shares_BV.cumsum(dim=-1) - shares_BV >= self.sampling.top_p  # never the likeliest
+            logits_BV = logits_BV.masked_fill(left_out_BV.gather(1, places_BV.argsort(dim=-1)), -torch.inf)
+        uniform_BV = torch.stack([torch.rand(logits_BV.shape[1], generator=own) for own in self.generators])
+        noise_BV = -(-uniform_BV.clamp_min(TINY).log()).clamp_min(TINY).log()
+        return logits_BV + noise_BV.to(logits_BV.device)
 
 
 class _Stopped(StoppingCriteria):

@@ -18,6 +18,7 @@ from pared.names import called
 if TYPE_CHECKING:  # which tasks there are is reported without them
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from pared.evaluation.batch_size import BatchSize
     from pared.evaluation.generation import Sampling
 
 log = logging.getLogger(__name__)
@@ -55,9 +56,9 @@ def evaluate_task(
     sampling: "Sampling | None" = None,
     run_code: bool = False,
     ks: Sequence[int] = (1,),
-    batch: int = 8,
+    batch: "int | BatchSize" = 8,
     limits: Limits | None = None,
-    on_batch: Callable[[], None] = lambda: None,
+    on_prompt: Callable[[], None] = lambda: None,
 ) -> Result:
     """Let a model do a task and judge it.
 
@@ -72,7 +73,7 @@ def evaluate_task(
         ks: of pass@k, for code.
         batch: prompts at a time.
         limits: of programs.
-        on_batch: called after every batch.
+        on_prompt: called for every prompt that is continued.
 
     Raises:
         ParedError: an unknown task, missing or malformed data, code to run without permission, or k above the samples.
@@ -89,7 +90,7 @@ def evaluate_task(
     rows = rows_of(task, limit)
     shots, prompts = _prompts(task, rows, shots, model, tokenizer)
     tokens = _fitting(task, room(model, tokenizer, prompts))
-    written = complete(model, tokenizer, prompts, tokens, task.stop, sampling, batch, on_batch)
+    written = complete(model, tokenizer, prompts, tokens, task.stop, sampling, batch, on_prompt)
     verdicts = _verdicts(task, rows, written, limits)
     answers = tuple(
         {"row": index, "answers": texts, "verdicts": found}

@@ -16,6 +16,7 @@ from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from pared.data.files import read_rows
 from pared.errors import ParedError
+from pared.evaluation.batch_size import BatchSize
 from pared.evaluation.generation import GREEDY, padding_left
 from pared.evaluation.judging import Result, standard_error
 from pared.models.architecture import first_line
@@ -105,8 +106,8 @@ def answer_questions(
     model: PreTrainedModel,
     processor: ProcessorMixin,
     questions: Sequence[Question],
-    batch: int = BATCH,
-    on_batch: Callable[[], None] = lambda: None,
+    batch: int | BatchSize = BATCH,
+    on_question: Callable[[], None] = lambda: None,
 ) -> Result:
     """Let a model answer questions about images, and count.
 
@@ -115,7 +116,7 @@ def answer_questions(
         processor: of the model.
         questions: what is asked.
         batch: questions at a time.
-        on_batch: called after every batch.
+        on_question: called for every question that is answered.
 
     Returns:
         ``exact_match``: the share of answers that are one of the annotators'.
@@ -123,16 +124,25 @@ def answer_questions(
     Raises:
         ParedError: an image cannot be read, or the processor cannot ask.
     """
-    written: list[str] = []
-    for start in range(0, len(questions), batch):
-        asked = questions[start : start + batch]
+    answers: dict[int, str] = {}
+    size = BatchSize.of(batch)
+
+    def answered(chosen: Sequence[int]) -> list[str]:
         with padding_left(processor.tokenizer):
-            inputs = _inputs(processor, asked).to(model.device)
+            inputs = _inputs(processor, [questions[index] for index in chosen]).to(model.device)
             pad = processor.tokenizer.pad_token_id
             ids = model.generate(**inputs, **GREEDY, max_new_tokens=TOKENS, pad_token_id=pad)
         new = ids[:, inputs["input_ids"].shape[1] :]
-        written += [text.strip() for text in processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
-        on_batch()
+        return [text.strip() for text in processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+    if size.is_found and questions:  # how many tokens an image is, only the processor knows
+        with padding_left(processor.tokenizer):
+            size.fit(model, _inputs(processor, questions[:1])["input_ids"].shape[1] + TOKENS)
+    for chosen, texts in size.over(range(len(questions)), answered):
+        answers.update(zip(chosen, texts, strict=True))
+        for _ in chosen:
+            on_question()
+    written = [answers[index] for index in range(len(questions))]
     right = [is_right(text, one.answers) for text, one in zip(written, questions, strict=True)]
     mean = sum(right) / len(right)
     rows = tuple(

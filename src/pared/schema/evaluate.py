@@ -1,6 +1,6 @@
 """What the user asked for of a measurement: what to measure, and how."""
 
-from typing import Annotated, Any, ClassVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BeforeValidator, model_validator
 from typing_extensions import Self
@@ -15,9 +15,9 @@ from pared.schema.recipe import Bos, Device, TextName
 READS: dict[str, tuple[str, ...]] = {
     "perplexity": ("length", "windows", "stride", "bos", "against", "dtype"),
     "perplexity protocol": ("protocol", "against", "dtype"),
-    "examples": ("length", "windows", "dtype"),
-    "tasks": ("limit", "shots", "samples", "temperature", "allow_code_execution", "against", "dtype"),
-    "vqa": ("limit", "dtype"),
+    "examples": ("length", "windows", "batch_size", "dtype"),
+    "tasks": ("limit", "shots", "samples", "temperature", "batch_size", "allow_code_execution", "against", "dtype"),
+    "vqa": ("limit", "batch_size", "dtype"),
     "fine_tune": ("epochs", "learning_rate", "length", "limit"),
 }
 MEASURES = tuple(name for name in READS if " " not in name)
@@ -41,6 +41,15 @@ def _known_bos(value: Any) -> Any:
     return value
 
 
+def _number_or_auto(value: Any) -> Any:
+    """Return a number that is written as a text, as on the command line; whole ones from 1."""
+    number = int(value) if isinstance(value, str) and value.isdecimal() else value
+    if number == "auto" or (isinstance(number, int) and not isinstance(number, bool) and number > 0):
+        return number
+    raise ValueError(f"batch_size: expected a whole number from 1, or auto; got {value!r}")
+
+
+BatchRows = int | Literal["auto"]
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
 
 
@@ -80,6 +89,10 @@ class EvaluationConfig(Config):
     """Answers to every prompt of a task."""
     temperature: Annotated[float | None, Option(default="0")] = None
     """Temperature of answers; 0 takes the likeliest token."""
+    batch_size: Annotated[
+        Annotated[BatchRows, BeforeValidator(_number_or_auto)] | None, Option(default="8; of examples 32, of images 4")
+    ] = None
+    """Rows that go through the model at a time, or auto for as many as memory holds; results do not depend on it."""
     allow_code_execution: Annotated[bool, Option()] = False
     """Run the programs a model writes; limits are no security boundary."""
     against: Annotated[str | None, Option()] = None

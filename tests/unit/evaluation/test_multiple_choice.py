@@ -10,6 +10,7 @@ from typing import Any
 
 import lm_eval.tasks
 import pytest
+import torch
 from datasets import Dataset
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
@@ -22,6 +23,7 @@ from typer.testing import CliRunner
 import pared
 from pared.cli.commands import app
 from pared.entrypoints.evaluation import evaluating as entry
+from pared.evaluation.batch_size import BatchSize
 from pared.evaluation.multiple_choice import CHOICES, evaluate_choices, prepare
 from pared.progress import Silent
 
@@ -385,3 +387,29 @@ def test_a_killed_run_goes_on_after_the_tasks_it_has_done(
     assert len(done) == 3  # rte, piqa that was killed, piqa
     assert json.loads(out.read_text()) == json.loads((tmp_path / "whole.json").read_text())
     assert not list(tmp_path.glob(".found.json*"))
+
+
+def test_likelihoods_do_not_depend_on_the_batch_and_one_that_does_not_fit_is_halved(
+    data: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    row = SAME["arc_easy"][2]
+    write(data, "arc_easy", *({**row, "question": f"w{number} " * number} for number in range(3, 9)))
+    model, tasks, sizes = TINY_MODELS["llama"](), prepare(["arc_easy"]), list[int]()
+
+    def lacking(module: Any, given: Any, named: Any) -> None:
+        sizes.append(len(given[0] if given else named["input_ids"]))
+        if sizes[-1] > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def likelihoods(batch: Any) -> list[float]:
+        (found,) = evaluate_choices(model, tokenizer, tasks, Silent().stage, batch)
+        return [nats for answer in found.answers for nats in answer["log_likelihoods"]]
+
+    alone = likelihoods(1)
+    assert likelihoods(5) == pytest.approx(alone, abs=1e-4)
+    handle = model.register_forward_pre_hook(lacking, with_kwargs=True)
+    size = BatchSize("auto")
+    assert likelihoods(size) == pytest.approx(alone, abs=1e-4)
+    handle.remove()
+    assert size.now == 2
+    assert sizes[-1] <= 2

@@ -31,6 +31,7 @@ from pared.checkpoint import load, record, verify
 from pared.cli.commands import app
 from pared.entrypoints.convert import convert
 from pared.entrypoints.export import export_dense
+from pared.evaluation.batch_size import BatchSize
 from pared.evaluation.vqa import answer_questions, is_right, processor_of, questions_of, written_one_way
 from pared.models.architecture import is_causal
 from pared.modules import LowRankLinear
@@ -298,3 +299,10 @@ def test_what_cannot_be_asked_is_refused(llava: Path, questions: Path, tmp_path:
     tiny_tokenizer(64).save_pretrained(tmp_path / "blind")
     with pytest.raises(ParedError, match=r"blind.*(is not a vision-language model|no readable processor)"):
         processor_of(str(tmp_path / "blind"))
+
+
+def test_answers_do_not_depend_on_the_batch(llava: Path, questions: Path) -> None:
+    model, processor, asked = load(llava), processor_of(str(llava)), questions_of(questions)
+    alone = answer_questions(model, processor, asked, 1)
+    for batch in (2, 5, BatchSize("auto")):
+        assert answer_questions(model, processor, asked, batch) == alone

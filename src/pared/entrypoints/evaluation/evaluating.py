@@ -1,6 +1,7 @@
 """The measures of ``pared eval`` on one model."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from typing import Any
@@ -22,7 +23,8 @@ from pared.environment import device_of, versions
 from pared.errors import ParedError
 from pared.evaluation import Result, Sampling, classify, evaluate_task, task_of
 from pared.evaluation import perplexity as measure
-from pared.evaluation.classification import BATCH, batches
+from pared.evaluation.batch_size import BatchSize
+from pared.evaluation.classification import BATCH
 from pared.evaluation.generation import require_possible
 from pared.evaluation.judging import require_permission
 from pared.evaluation.multiple_choice import CHOICES, evaluate_choices, prepare
@@ -42,7 +44,7 @@ from pared.schema.evaluate import READS, EvaluationConfig
 from pared.schema.manifest import Manifest
 from pared.schema.recipe import Evaluation
 
-WRITTEN_TOGETHER = 8  # prompts
+TOGETHER = 8  # prompts, or sequences
 LABELLED_LENGTH = 1024  # tokens of a labelled example at most
 PERPLEXITY = "perplexity"  # as results of it are kept beside those of tasks
 
@@ -134,8 +136,11 @@ class Evaluating:
         most = Length.given(self.config.length, LABELLED_LENGTH).within(config, "labelled examples")
         pieces = cut_examples(find_examples(name), self.source.tokenizer(), config, most.tokens, self.config.windows)
         loaded = self.loaded
-        with self.progress.stage(f"label {name}", batches(len(pieces.tokens), BATCH), "batch") as advance:
-            score = classify(loaded, pieces, advance)
+        with (
+            self._rows_at_a_time(BATCH) as size,
+            self.progress.stage(f"label {name}", len(pieces.tokens), "example") as advance,
+        ):
+            score = classify(loaded, pieces, advance, size)
         self.tell(
             f"{_figures(score.metrics)} on {name}: {score.examples:,} examples, {score.labels:,} labels, {loaded.dtype}"
         )
@@ -170,9 +175,11 @@ class Evaluating:
         path = path_of(str(self.config.vqa))
         questions, processor = questions_of(path, self.config.limit), processor_of(self.model)
         loaded = self.loaded
-        steps = batches(len(questions), BATCH_OF_IMAGES)
-        with self.progress.stage(f"answer {path.name}", steps, "batch") as advance:
-            result = answer_questions(loaded, processor, questions, BATCH_OF_IMAGES, advance)
+        with (
+            self._rows_at_a_time(BATCH_OF_IMAGES) as size,
+            self.progress.stage(f"answer {path.name}", len(questions), "question") as advance,
+        ):
+            result = answer_questions(loaded, processor, questions, size, advance)
         self._tell_result(result, loaded.dtype)
         return {"dtype": str(loaded.dtype), "questions": str(path), **asdict(result)}
 
@@ -202,7 +209,9 @@ class Evaluating:
             self.kept.add(PERPLEXITY, self.perplexity())
         tokenizer, loaded = self.source.tokenizer(), self.loaded
         for part in prepared:
-            (result,) = evaluate_choices(loaded, tokenizer, part, self.progress.stage, note=self.progress.note)
+            with self._rows_at_a_time(TOGETHER) as size:
+                stage, note = self.progress.stage, self.progress.note
+                (result,) = evaluate_choices(loaded, tokenizer, part, stage, size, note)
             self._tell_result(result, loaded.dtype)
             self.kept.add(result.task, asdict(result))
         for name, count in counts.items():
@@ -238,15 +247,24 @@ class Evaluating:
     ) -> Result:
         ks = tuple(k for k in (1, 10, 100) if k <= sampling.samples)
         limit, shots, run_code = self.config.limit, self.config.shots, self.config.allow_code_execution
-        with self.progress.stage(name, batches(count, WRITTEN_TOGETHER), "batch") as advance:
+        with self._rows_at_a_time(TOGETHER) as size, self.progress.stage(name, count, "prompt") as advance:
             result = evaluate_task(
-                model, tokenizer, name, limit, shots, sampling, run_code, ks, WRITTEN_TOGETHER, on_batch=advance
+                model, tokenizer, name, limit, shots, sampling, run_code, ks, size, on_prompt=advance
             )
         self._tell_result(result, model.dtype)
         walls = {wall for row in result.answers for one in row["verdicts"] for wall in one.get("without", ())}
         if walls:
             self.progress.note(f"this machine has no {', '.join(sorted(walls))}; programs ran without")
         return result
+
+    @contextmanager
+    def _rows_at_a_time(self, usual: int) -> Iterator[BatchSize]:
+        """Give the batch size that is asked for, or the usual; one that was found is told when the work is done."""
+        asked = self.config.batch_size
+        size = BatchSize(usual if asked is None else asked)
+        yield size
+        if size.is_found:
+            self.progress.note(f"{size.now} rows at a time")
 
     def _tell_result(self, result: Result, dtype: torch.dtype) -> None:
         figures = ", ".join(f"{metric} {value:.4f} ± {result.errors[metric]:.4f}"

@@ -26,6 +26,8 @@ from pared.evaluation.judging import Result
 if TYPE_CHECKING:  # which tasks there are is reported without them
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from pared.evaluation.batch_size import BatchSize
+
 DEFINITIONS = Path(__file__).parent / "definitions"
 CHOICES = tuple(sorted(path.stem for path in DEFINITIONS.glob("*.yaml")))
 # The harness's folders with its own definitions of these tasks; reading all it has takes half a minute.
@@ -100,7 +102,7 @@ def evaluate_choices(
     tokenizer: "PreTrainedTokenizerBase",
     tasks: Prepared,
     stage: Stage,
-    batch: int = BATCH,
+    batch: "int | BatchSize" = BATCH,
     note: Callable[[str], None] = lambda _: None,
 ) -> list[Result]:
     """Let a model choose, and count.
@@ -118,10 +120,12 @@ def evaluate_choices(
     """
     from lm_eval.evaluator import evaluate
 
+    from pared.evaluation.batch_size import BatchSize
+
     for task in tasks.loaded["tasks"].values():
         task.set_fewshot_seed(EXAMPLES_SEED)
     with _quietly():
-        scorer = _scorer(model, tokenizer, batch, stage)
+        scorer = _scorer(model, tokenizer, BatchSize.of(batch), stage)
         found = evaluate(scorer, tasks.loaded, limit=tasks.limit, bootstrap_iters=RESAMPLED)
     if scorer.cut:
         note(f"{scorer.cut} questions with their examples are longer than the {scorer.max_length} tokens this model "
@@ -159,7 +163,7 @@ def _require_questions(name: str, task: Any, limit: int | None) -> None:
                              f"with its answers, got {dict(row)!s:.300} ({why})") from None  # fmt: skip
 
 
-def _scorer(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch: int, stage: Stage) -> Any:
+def _scorer(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", size: "BatchSize", stage: Stage) -> Any:
     """Return the harness's scorer over a loaded model, which reports to our progress."""
     from lm_eval.models.huggingface import HFLM
 
@@ -172,7 +176,12 @@ def _scorer(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batc
         def _loglikelihood_tokens(self, requests: Any, **more: Any) -> Any:
             distinct = {(*context, *answer[:-1]) for _, context, answer in requests}  # the model sees each once
             self.cut += sum(len(sequence) > self.max_length for sequence in distinct)
-            with stage("score answers", len(distinct), "sequence") as self.advance:
+            size.fit(model, min(self.max_length, max(map(len, distinct), default=1)))
+            return size.attempt(lambda rows: self._scored(rows, requests, len(distinct), more))
+
+        def _scored(self, rows: int, requests: Any, distinct: int, more: Any) -> Any:
+            self.batch_size_per_gpu = rows  # the longest sequences come first: what these take is enough for all
+            with stage("score answers", distinct, "sequence") as self.advance:
                 return super()._loglikelihood_tokens(requests, **more)
 
         def _model_call(self, inps: Any, **more: Any) -> Any:
@@ -180,7 +189,7 @@ def _scorer(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batc
                 self.advance()
             return super()._model_call(inps, **more)
 
-    return Scorer(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch)
+    return Scorer(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=size.now)
 
 
 @contextmanager
