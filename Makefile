@@ -79,7 +79,7 @@ notebook: install .venv/notebook
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace examples/tour.ipynb
 
 .venv/notebook: .venv/installed
-	$(BIN)/pip install --quiet nbconvert ipykernel
+	$(BIN)/pip install --quiet nbconvert ipykernel ipywidgets
 	touch $@
 
 # The wheel and the source archive, and whether an index would take them.
