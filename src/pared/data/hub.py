@@ -1,7 +1,7 @@
 """Data sets of the Hub, read by the datasets library."""
 
 import importlib.util
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -46,7 +46,7 @@ class HubSet:
                 not the fields; names the row.
         """
         number = 0
-        for number, row in enumerate(self._read(), 1):
+        for number, row in enumerate(chain.from_iterable(self._read()), 1):
             missing = [field for field in fields if row.get(field) is None]
             if missing:
                 raise ParedError(f"{self}, row {number}: expected {', '.join(fields)}; {missing[0]} is missing, got "
@@ -57,7 +57,19 @@ class HubSet:
         if not number:
             raise ParedError(f"{self} has no rows")
 
-    def _read(self) -> Iterable[Mapping[str, Any]]:
+    def table(self) -> Sequence[Mapping[str, Any]]:
+        """Return the rows, one at least, each read when it is asked for.
+
+        Raises:
+            ParedError: as :meth:`rows`.
+        """
+        (found,) = self._read()
+        if not len(found):
+            raise ParedError(f"{self} has no rows")
+        return found
+
+    def _read(self) -> list[Sequence[Mapping[str, Any]]]:
+        """Return the rows of every configuration."""
         if importlib.util.find_spec("datasets") is None:
             raise UnreachableError(
                 f"{self} is read by the package datasets; install it with: pip install datasets, or name a folder of "
@@ -67,13 +79,12 @@ class HubSet:
 
         files = {self.split: self.file} if self.file else None
         try:
-            parts: list[Iterable[Mapping[str, Any]]] = [
+            return [
                 datasets.load_dataset(self.repository, config, split=self.split, data_files=files)
                 for config in self._configs
             ]
         except Exception as error:  # datasets and huggingface_hub raise many kinds
             raise unreadable(self, error) from None
-        return chain.from_iterable(parts)
 
 
 def unreadable(what: object, error: Exception) -> UnreachableError:

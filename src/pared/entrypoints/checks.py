@@ -39,13 +39,12 @@ def require_evaluable(model: str | None, config: "EvaluationConfig") -> None:
         ParedError: an unknown device, dtype, protocol, text, task or set of examples, a file that is not there, or no
             model of that name or of that to compare with.
     """
-    from pared.data.files import require_there
     from pared.data.labelled import parts_of_task, require_examples
     from pared.data.texts import require_text
     from pared.entrypoints.evaluation.kept_results import is_results
     from pared.environment import require_device, require_dtype
     from pared.evaluation.protocols import protocol_of
-    from pared.io.files import path_of
+    from pared.evaluation.vision_sets import require_questions
     from pared.models.source import find_model
 
     require_device(config.device)
@@ -56,7 +55,7 @@ def require_evaluable(model: str | None, config: "EvaluationConfig") -> None:
         "perplexity": lambda name: require_text(name, evaluation=True),
         "examples": require_examples,
         "tasks": lambda name: require_known("task", name, task_names()),
-        "vqa": lambda name: require_there(path_of(name), "file of questions"),
+        "vqa": require_questions,
         "fine_tune": parts_of_task,
     }
     for measure in config.measures:

@@ -1,88 +1,22 @@
-"""Questions about images, answered in a few words and counted as right if an annotator gave the very answer.
+"""Questions about images, answered in a few words or by a letter; prompts are LLaVA-1.5's (Liu et al., 2023)."""
 
-The prompt and the request for a short answer are those of LLaVA-1.5 (Liu et al., 2023); answers are written one way
-before they are compared, as in VQA (Antol et al., 2015): lower case, numbers as digits, no articles, no punctuation.
-"""
-
-import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
 
-from pared.data.files import read_rows
 from pared.errors import ParedError
 from pared.evaluation.batch_size import BatchSize
 from pared.evaluation.generation import GREEDY, padding_left
 from pared.evaluation.judging import Result, standard_error
+from pared.evaluation.questions import LETTER, SHORT, Question
 from pared.models.architecture import first_line
 from pared.models.source import find_model
 from pared.models.trust import trusted
 
-SHORT = "Answer the question using a single word or phrase."
 TOKENS = 16
 BATCH = 4
-NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-DIGITS = {"none": "0", **{word: str(number) for number, word in enumerate(NUMBERS)}}
-ARTICLES = {"a", "an", "the"}
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question about an image.
-
-    Attributes:
-        image: its file.
-        text: the question.
-        answers: of annotators.
-    """
-
-    image: Path
-    text: str
-    answers: tuple[str, ...]
-
-
-def questions_of(path: Path, limit: int | None = None) -> list[Question]:
-    """Read questions about images.
-
-    Args:
-        path: a .jsonl or .jsonl.gz file of rows with ``image`` (a file, seen from the folder of this one),
-            ``question`` and ``answers``, a list of texts.
-        limit: the most rows, from the first.
-
-    Raises:
-        ParedError: not such a file, a row that is none, an image that is not there, or nothing to ask; names file and
-            row.
-    """
-    if limit is not None and limit < 1:
-        raise ParedError(f"{path}: a limit of {limit} rows leaves nothing to measure")
-    found = list(_questions(path, limit))
-    if not found:
-        raise ParedError(f"{path} has no rows")
-    return found
-
-
-def _questions(path: Path, limit: int | None) -> Iterator[Question]:
-    for number, row in islice(read_rows(path, "file of questions"), limit):
-        fields = row if isinstance(row, dict) else {}
-        answers = fields.get("answers")
-        answers = answers if isinstance(answers, list) and answers else [None]
-        if not all(map(_is_text, (fields.get("image"), fields.get("question"), *answers))):
-            found = sorted(row) if isinstance(row, dict) else type(row).__name__
-            raise ParedError(f"{path}, row {number}: expected 'image', 'question' and 'answers', one text or more; "
-                             f"got {found}")  # fmt: skip
-        image = path.parent / fields["image"]
-        if not image.is_file():
-            raise ParedError(f"{path}, row {number}: no image {image}")
-        yield Question(image, fields["question"], tuple(answers))
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value.strip())
 
 
 def processor_of(name: str) -> ProcessorMixin:
@@ -119,71 +53,71 @@ def answer_questions(
         on_question: called for every question that is answered.
 
     Returns:
-        ``exact_match``: the share of answers that are one of the annotators'.
+        The means of what :meth:`Question.judged` counts; of questions with and without an image apart, where there are
+        both.
 
     Raises:
         ParedError: an image cannot be read, or the processor cannot ask.
     """
-    answers: dict[int, str] = {}
+    rows: dict[int, dict[str, Any]] = {}
+    apart: dict[str, list[dict[str, float]]] = {}
     size = BatchSize.of(batch)
 
-    def answered(chosen: Sequence[int]) -> list[str]:
+    def answered(chosen: Sequence[int]) -> list[tuple[Question, str]]:
+        asked = [questions[index] for index in chosen]
         with padding_left(processor.tokenizer):
-            inputs = _inputs(processor, [questions[index] for index in chosen]).to(model.device)
+            inputs = _inputs(processor, asked).to(model.device)
             pad = processor.tokenizer.pad_token_id
             ids = model.generate(**inputs, **GREEDY, max_new_tokens=TOKENS, pad_token_id=pad)
         new = ids[:, inputs["input_ids"].shape[1] :]
-        return [text.strip() for text in processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
+        texts = processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+        return [(one, text.strip()) for one, text in zip(asked, texts, strict=True)]
 
     if size.is_found and questions:  # how many tokens an image is, only the processor knows
         with padding_left(processor.tokenizer):
             size.fit(model, _inputs(processor, questions[:1])["input_ids"].shape[1] + TOKENS)
-    for chosen, texts in size.over(range(len(questions)), answered):
-        answers.update(zip(chosen, texts, strict=True))
-        for _ in chosen:
+    for chosen, found in size.over(range(len(questions)), answered):
+        for index, (question, text) in zip(chosen, found, strict=True):
+            verdict = question.judged(text)
+            rows[index] = {"row": index, "answers": [text], "verdicts": [verdict]}
+            apart.setdefault("without" if question.image is None else "with", []).append(verdict)
             on_question()
-    written = [answers[index] for index in range(len(questions))]
-    right = [is_right(text, one.answers) for text, one in zip(written, questions, strict=True)]
-    mean = sum(right) / len(right)
-    rows = tuple(
-        {"row": index, "answers": [text], "verdicts": [{"exact_match": own}]}
-        for index, (text, own) in enumerate(zip(written, right, strict=True))
-    )
-    errors = {"exact_match": standard_error([float(own) for own in right], mean)}
-    return Result("vqa", {"exact_match": mean}, errors, len(rows), 0, rows)
+    kept = tuple(rows[index] for index in range(len(questions)))
+    whole = _counted([row["verdicts"][0] for row in kept])
+    groups = {name: _counted(own) for name, own in sorted(apart.items())}
+    by_image = {"image": groups} if len(groups) > 1 else {}
+    return Result("vqa", whole["metrics"], whole["errors"], len(kept), 0, kept, by_image)
 
 
-def is_right(answer: str, answers: Sequence[str]) -> bool:
-    """Whether an answer is one of the annotators', both written one way."""
-    return written_one_way(answer) in {written_one_way(one) for one in answers}
-
-
-def written_one_way(answer: str) -> str:
-    """Return an answer in lower case, numbers as digits, without articles, punctuation and surplus blanks."""
-    plain = re.sub(r"(?<=\d)[,](?=\d)", "", answer.lower())
-    plain = re.sub(r"(?<!\d)\.|\.(?!\d)|[-;/\[\]\"{}()=+\\_<>@`,?!:*]", " ", plain.replace("'", ""))
-    return " ".join(DIGITS.get(word, word) for word in plain.split() if word not in ARTICLES)
+def _counted(verdicts: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """Return the number of rows, and of every metric the mean and its standard error."""
+    values = {name: [float(one[name]) for one in verdicts] for name in verdicts[0]}
+    means = {name: sum(own) / len(own) for name, own in values.items()}
+    errors = {name: standard_error(own, means[name]) for name, own in values.items()}
+    return {"rows": len(verdicts), "metrics": means, "errors": errors}
 
 
 def _inputs(processor: ProcessorMixin, questions: Sequence[Question]) -> Any:
-    images = [_image(question.image) for question in questions]
-    prompts = [_prompt(processor, question.text) for question in questions]
+    images = [_image(question.image) for question in questions if question.image is not None]
+    prompts = [_prompt(processor, question) for question in questions]
     try:
         first = processor.tokenizer.bos_token
         begun = bool(first) and prompts[0].startswith(first)  # by the template
         special = {"add_special_tokens": False} if begun else {}
-        return processor(images=images, text=prompts, padding=True, return_tensors="pt", **special)
+        return processor(images=images or None, text=prompts, padding=True, return_tensors="pt", **special)
     except (ValueError, TypeError, RuntimeError) as error:
         raise ParedError(
-            f"{type(processor).__name__} cannot ask about {questions[0].image} ({' '.join(str(error).split())[:200]})"
+            f"{type(processor).__name__} cannot ask {questions[0].text[:60]!r} ({' '.join(str(error).split())[:200]})"
         ) from error
 
 
-def _image(path: Path) -> Any:
+def _image(path: Any) -> Any:
     try:
         from PIL import Image
     except ImportError:
         raise ParedError("images are read by pillow; install it with: pip install pillow") from None
+    if isinstance(path, Image.Image):
+        return path.convert("RGB")
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
@@ -191,13 +125,14 @@ def _image(path: Path) -> Any:
         raise ParedError(f"image {path}: not readable ({error})") from None
 
 
-def _prompt(processor: ProcessorMixin, question: str) -> str:
-    asked = f"{question}\n{SHORT}"
+def _prompt(processor: ProcessorMixin, question: Question) -> str:
+    asked = f"{question.text}\n{LETTER if question.by == 'letter' else SHORT}"
+    sees = question.image is not None
     if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}, {"type": "text", "text": asked}]
+        content = [*([{"type": "image"}] if sees else []), {"type": "text", "text": asked}]
         turns = [{"role": "user", "content": content}]
         return str(processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
     token = getattr(processor, "image_token", None)
     if token is None:
         raise ParedError(f"{type(processor).__name__} has neither a chat template nor an image token to ask with")
-    return f"USER: {token}\n{asked} ASSISTANT:"
+    return f"USER: {f'{token}{chr(10)}' if sees else ''}{asked} ASSISTANT:"

@@ -64,7 +64,7 @@ class EvaluationConfig(Config):
     tasks: Annotated[Names | None, Option()] = None
     """Tasks to do, with commas, by the names that `pared eval --help` lists."""
     vqa: Annotated[str | None, Option(path=True)] = None
-    """Questions about images: a .jsonl file of image, question, answers."""
+    """Questions about images: vqav2, textvqa, scienceqa, or a .jsonl file of image, question, answers."""
     fine_tune: Annotated[Names | None, Option()] = None
     """Tasks an encoder is fine-tuned for and scored on, with commas: glue:cola, ner:wnut17."""
     epochs: Annotated[float | None, Option(default="3")] = None

@@ -32,7 +32,9 @@ from pared.cli.commands import app
 from pared.entrypoints.convert import convert
 from pared.entrypoints.export import export_dense
 from pared.evaluation.batch_size import BatchSize
-from pared.evaluation.vqa import answer_questions, is_right, processor_of, questions_of, written_one_way
+from pared.evaluation.questions import is_right, questions_of, written_one_way
+from pared.evaluation.vision_sets import find_questions
+from pared.evaluation.vqa import answer_questions, processor_of
 from pared.models.architecture import is_causal
 from pared.modules import LowRankLinear
 from pared.schema.manifest import Manifest
@@ -306,3 +308,26 @@ def test_answers_do_not_depend_on_the_batch(llava: Path, questions: Path) -> Non
     alone = answer_questions(model, processor, asked, 1)
     for batch in (2, 5, BatchSize("auto")):
         assert answer_questions(model, processor, asked, batch) == alone
+
+
+def test_choices_with_and_without_an_image_are_counted_apart(
+    llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PARED_DATA", str(tmp_path))
+    (tmp_path / "vqa").mkdir()
+    Image.new("RGB", (20, 24), "red").save(tmp_path / "vqa" / "red.png")
+    rows = [{"question": f"w{number}", "choices": ["w3", "w4"], "answer": number % 2,
+             "image": "red.png" if number in (0, 3) else None} for number in range(5)]  # fmt: skip
+    (tmp_path / "vqa" / "scienceqa_test.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+    result = CliRunner().invoke(
+        app, ["eval", str(llava), "--vqa", "scienceqa", "--batch-size", "3", "--json", str(tmp_path / "out.json")]
+    )
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["task"] == "scienceqa"
+    assert found["questions"] == str(tmp_path / "vqa" / "scienceqa_test.jsonl")
+    assert {name: one["rows"] for name, one in found["groups"]["image"].items()} == {"with": 2, "without": 3}
+    assert set(found["metrics"]) == {"acc"}
+    assert "scienceqa by image: with acc" in result.output
+    model, processor, asked = load(llava), processor_of(str(llava)), find_questions("scienceqa")
+    assert answer_questions(model, processor, asked, 1).answers == answer_questions(model, processor, asked, 5).answers

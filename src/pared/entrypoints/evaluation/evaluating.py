@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any
 
@@ -30,8 +30,9 @@ from pared.evaluation.judging import require_permission
 from pared.evaluation.multiple_choice import CHOICES, evaluate_choices, prepare
 from pared.evaluation.protocols import cut_by, protocol_of
 from pared.evaluation.task import examples_of, rows_of
+from pared.evaluation.vision_sets import VISION_SETS, find_questions
 from pared.evaluation.vqa import BATCH as BATCH_OF_IMAGES
-from pared.evaluation.vqa import answer_questions, processor_of, questions_of
+from pared.evaluation.vqa import answer_questions, processor_of
 from pared.io.files import path_of
 from pared.io.record import MANIFEST
 from pared.models.architecture import is_causal
@@ -172,16 +173,19 @@ class Evaluating:
 
     def vqa(self) -> dict[str, Any]:
         """Ask a model about images."""
-        path = path_of(str(self.config.vqa))
-        questions, processor = questions_of(path, self.config.limit), processor_of(self.model)
+        name = str(self.config.vqa)
+        questions, processor = find_questions(name, self.config.limit), processor_of(self.model)
         loaded = self.loaded
         with (
             self._rows_at_a_time(BATCH_OF_IMAGES) as size,
-            self.progress.stage(f"answer {path.name}", len(questions), "question") as advance,
+            self.progress.stage(f"answer {path_of(name).name}", len(questions), "question") as advance,
         ):
             result = answer_questions(loaded, processor, questions, size, advance)
+        named = name in VISION_SETS
+        result = replace(result, task=name if named else result.task)
         self._tell_result(result, loaded.dtype)
-        return {"dtype": str(loaded.dtype), "questions": str(path), **asdict(result)}
+        origin = VISION_SETS[name].data.origin(name) if named else str(path_of(name))
+        return {"dtype": str(loaded.dtype), "questions": origin, **asdict(result)}
 
     def perplexity_and_tasks(self) -> dict[str, Any]:
         """Measure perplexity, then let the model do tasks; what is done is kept."""
