@@ -12,7 +12,7 @@ from pared.importing import when_imported
 from pared.lazy import lazy_package
 
 if TYPE_CHECKING:
-    from pared.checkpoint import load, load_tokenizer, verify
+    from pared.checkpoint import load_tokenizer, verify
     from pared.entrypoints.api import collect_statistics, evaluate, plan, search
     from pared.entrypoints.compare import compare
     from pared.entrypoints.compress import compress
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pared.entrypoints.export import export
     from pared.entrypoints.report import report
     from pared.entrypoints.run import run
+    from pared.entrypoints.slice import load, slice
     from pared.entrypoints.train import tune
     from pared.environment import __version__
     from pared.errors import ParedError
@@ -62,6 +63,7 @@ __all__ = [
     "report",
     "run",
     "search",
+    "slice",
     "tune",
     "verify",
 ]
@@ -69,7 +71,7 @@ __all__ = [
 lazy_package(
     __name__,
     {
-        "pared.checkpoint": ["load", "load_tokenizer", "verify"],
+        "pared.checkpoint": ["load_tokenizer", "verify"],
         "pared.entrypoints.api": ["collect_statistics", "evaluate", "plan", "search"],
         "pared.entrypoints.compare": ["compare"],
         "pared.entrypoints.compress": ["compress"],
@@ -80,6 +82,7 @@ lazy_package(
         "pared.entrypoints.report": ["report"],
         "pared.entrypoints.compression.result": ["Compressed"],
         "pared.entrypoints.run": ["run"],
+        "pared.entrypoints.slice": ["load", "slice"],
         "pared.entrypoints.train": ["tune"],
         "pared.environment": ["__version__"],
         "pared.errors": ["ParedError"],

@@ -45,6 +45,10 @@ COMMANDS = {
         "pared.cli.convert:convert",
         "Store a folder in another form: pivoted (k² fewer parameters, no loss), two factors, plain, or in few bits.",
     ),
+    "slice": (
+        "pared.cli.slice:slice",
+        "Cut a smaller size out of a folder of every size, in seconds and without data, checked by reloading.",
+    ),
     "search": (
         "pared.cli.search:search",
         "Search for the program that allocates sparsity or ranks best.",
@@ -68,7 +72,7 @@ COMMANDS = {
 # heading -> (its commands, an example)
 GROUPS = {
     "Make smaller": (
-        ("compress", "explore", "plan", "search", "diagnose", "demo"),
+        ("compress", "slice", "explore", "plan", "search", "diagnose", "demo"),
         "pared compress MODEL --keep 0.8 --data wikitext2:train --out DIR",
     ),
     "Train": (("tune",), "pared tune DIR --method distill --data wikitext2:train --out BETTER"),

@@ -11,7 +11,7 @@ RECIPE_FILE = "YAML file; options given here win over it."
 SHAPES = ("model", "skip", "blocks", "options", "dtype")
 PLANNED = (
     *SHAPES, "preset", "method", "keep", "keep_bytes", "target_bytes", "rank_fraction", "sparsity", "pattern",
-    "allocation", "structures", "multiple_of", "storage", "quantize",
+    "allocation", "structures", "multiple_of", "storage", "elastic", "quantize",
 )  # fmt: skip
 # What else the time, the memory and the disk of a compression depend on.
 COSTED = (

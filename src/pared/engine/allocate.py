@@ -1,13 +1,14 @@
 """Decisions put together to the plan of a whole model, from shapes alone or from evidence."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
 from transformers import PreTrainedModel
 
 from pared.allocation import Allocator, Budget, Evidence, Unit, allocator_of
+from pared.allocation.ranks.predicted import predicted_loss
 from pared.allocation.sparsity import mixture
 from pared.engine.spec import CompressionSpec, ExpertSpec, LowRankSpec, SparseSpec
 from pared.engine.targets.expert_plan import plan_of_shapes
@@ -160,6 +161,56 @@ def make_plan(
         return plan
     of_bytes = {"keep_bytes": budget.keep} if budget.of_bytes else {}
     return plan.model_copy(update={"keep": min(plan.achieved_keep, 1.0), **of_bytes})
+
+
+@dataclass(frozen=True)
+class Allocated:
+    """A budget spread over a model.
+
+    Attributes:
+        plan: every site's decision.
+        loss: what it is predicted to add to the loss, nats a token.
+    """
+
+    plan: Plan
+    loss: float
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """Every budget of what was decomposed once.
+
+    Attributes:
+        anatomy: of the model.
+        units: what gets a decision.
+        evidence: what is known of them.
+        allocator: that spreads a budget.
+        config: its options.
+        budget: what a rank costs; how much stays is not read.
+        itemsize: bytes of a number of the dtype the model is saved in.
+    """
+
+    anatomy: Anatomy
+    units: Sequence[Unit]
+    evidence: Evidence
+    allocator: Allocator
+    config: Options
+    budget: Budget
+    itemsize: int
+
+    def decide(self, keep: float) -> Allocated:
+        """Spread a budget.
+
+        Args:
+            keep: the fraction of the target parameters that stays, in (0, 1).
+
+        Raises:
+            ParedError: it cannot be met.
+        """
+        budget = replace(self.budget, keep=keep)
+        plan = make_plan(self.anatomy, self.allocator, budget, self.itemsize, self.units, self.evidence, self.config)
+        decisions = {site.name: site.decision for site in plan.sites}
+        return Allocated(plan, predicted_loss(self.units, decisions, budget, self.evidence))
 
 
 def with_form(plan: Plan, form: Form | None) -> Plan:

@@ -11,6 +11,7 @@ from pared.allocation import Evidence
 from pared.calibration.spool import ActivationMemory
 from pared.data.windows import Windows
 from pared.engine.allocate import anatomy_of
+from pared.engine.checks.elastic import require_elastic
 from pared.engine.checks.enough import too_few
 from pared.engine.checks.weights import require_finite_weights
 from pared.engine.families.experts import ExpertWork
@@ -93,6 +94,8 @@ def compress_blocks(
     """
     with evaluating(model), torch.inference_mode(False):
         found = experts_to_open(model, spec)
+        if isinstance(spec, LowRankSpec) and spec.elastic:
+            require_elastic(found, store is not None, processes.count)
         if store is None:
             open_experts(model, found)
         else:
@@ -118,6 +121,9 @@ def compress_blocks(
                     quantize(observer, step, number, work.plan)
                 else:
                     work.run(step)
+            if isinstance(spec, LowRankSpec) and spec.elastic:
+                assert isinstance(work, LowRankWork)
+                result.elastic = work.elastic()
             lines = [*work.report(result), *stacks(observer.anatomy), *remarks(result.plan, result.fallbacks)]
         if observer.windows is not None:
             result.calibration = {**observer.windows.describe(), "dtype": str(observer.dtype)}

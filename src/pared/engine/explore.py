@@ -2,18 +2,16 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pared.allocation import Budget, Evidence
-from pared.allocation.ranks.predicted import predicted_loss
 from pared.allocation.sparsity.loss import pruning_loss
 from pared.allocation.units import Structures
 from pared.data.windows import Windows
-from pared.engine.allocate import anatomy_of, make_plan
+from pared.engine.allocate import Allocated, anatomy_of
 from pared.engine.checks.weights import require_finite_weights
 from pared.engine.families.low_rank import LowRankWork
 from pared.engine.families.pruning import SparseWork
@@ -23,22 +21,9 @@ from pared.engine.spec import CompressionSpec, LowRankSpec, SparseSpec
 from pared.engine.targets.opening import experts_opened
 from pared.modules.narrow import COUNTS
 from pared.progress import Progress
-from pared.schema.plan import Plan, Sparse
+from pared.schema.plan import Sparse
 from pared.structure.probe import evaluating
 from pared.structure.store import ResidentBlocks
-
-
-@dataclass(frozen=True)
-class Allocated:
-    """A budget spread over a model.
-
-    Attributes:
-        plan: every site's decision.
-        loss: what it is predicted to add to the loss, nats a token.
-    """
-
-    plan: Plan
-    loss: float
 
 
 class Curve(Protocol):
@@ -123,31 +108,27 @@ class LowRankCurve:
 
     def __init__(self, model: PreTrainedModel, spec: LowRankSpec, work: LowRankWork) -> None:
         """Take what a work has solved; a spec without heads is given none of them."""
-        self._model, self._spec, self._work = model, spec, work
-        self._anatomy, self._units, evidence = work.evidence()
-        channels = {name: one for name, one in evidence.channels.items() if spec.heads or one.group.unit != "head"}
-        self._evidence: Evidence = replace(evidence, channels=channels)
+        self._model, self._work = model, work
+        found = work.budgets(spec)
+        known = found.evidence.channels
+        channels = {name: one for name, one in known.items() if spec.heads or one.group.unit != "head"}
+        self._budgets = replace(found, evidence=replace(found.evidence, channels=channels))
 
     @property
     def has_channels(self) -> bool:
         """Whether there are widths to decide."""
-        return bool(self._evidence.channels)
+        return bool(self._budgets.evidence.channels)
 
     def decide(self, keep: float) -> Allocated:
         """Spread a budget."""
-        spec = self._spec
-        budget: Budget = replace(spec.budget, keep=keep)
-        made = make_plan(self._anatomy, spec.allocator, budget, self._model.dtype.itemsize, self._units,
-                         self._evidence, spec.allocation_config)  # fmt: skip
-        decisions = {site.name: site.decision for site in made.sites}
-        return Allocated(made, predicted_loss(self._units, decisions, budget, self._evidence))
+        return self._budgets.decide(keep)
 
     @contextmanager
     def installed(self, allocated: Allocated) -> Iterator[None]:
         """Have factors and narrower layers in the model."""
-        put = self._work.installer(allocated.plan)
-        blocks = sorted({site.block for site in self._anatomy.sites})
-        with unchanged(self._model, [site.name for site in self._anatomy.sites]), self._same_counts():
+        put, sites = self._work.installer(allocated.plan), self._budgets.anatomy.sites
+        blocks = sorted({site.block for site in sites})
+        with unchanged(self._model, [site.name for site in sites]), self._same_counts():
             for index in blocks:
                 put(index)
             yield
@@ -155,8 +136,9 @@ class LowRankCurve:
     @contextmanager
     def _same_counts(self) -> Iterator[None]:
         """Have modules count their heads as before, after a ``with`` block."""
-        names = {count.module for one in self._evidence.channels.values() for count in one.group.counts}
-        counted = {count.attribute for one in self._evidence.channels.values() for count in one.group.counts} | {COUNTS}
+        groups = [one.group for one in self._budgets.evidence.channels.values()]
+        names = {count.module for group in groups for count in group.counts}
+        counted = {count.attribute for group in groups for count in group.counts} | {COUNTS}
         modules = [vars(self._model.get_submodule(name)) for name in names]
         before = [{key: value for key, value in own.items() if key in counted} for own in modules]
         try:

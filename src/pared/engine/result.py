@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedModel
 
 from pared.engine.checks.enough import dense_for_want_of_tokens
+from pared.engine.elastic import ElasticFactors
 from pared.engine.spec import CompressionSpec
 from pared.engine.targets.grouping import Comparison
 from pared.names import called
@@ -28,6 +29,7 @@ class CompressedBlocks:
         sharing: for every group that was compared, what it loses with one basis and what with its members' own.
         fallbacks: sites whose weight or statistics say nothing (zero inputs, no gradient), with the rule that decided.
         refined: what training every block came to, in order; empty where none was trained.
+        elastic: what smaller sizes are made of, where the folder is to be one of every size.
         calibration: what was calibrated on; none for a method that needs no data.
         too_few: what is lacking of that text, where it has fewer tokens than its Grams take.
         seconds: by stage.
@@ -41,6 +43,7 @@ class CompressedBlocks:
     shrinkage: dict[str, dict[str, float]] = field(default_factory=dict)
     fallbacks: dict[str, str] = field(default_factory=dict)
     refined: tuple[Refined, ...] = ()
+    elastic: ElasticFactors | None = None
     calibration: dict[str, object] | None = None
     too_few: TooFew | None = None
     seconds: dict[str, float] = field(default_factory=dict)

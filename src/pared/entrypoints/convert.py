@@ -85,7 +85,8 @@ def _convert(folder: Path, out: Path, pivoted: bool, overwrite: bool, form: str 
     lost = {"perplexity_after": None} if form else {}
 
     def converted(reread: Reread) -> Manifest:
-        return manifest.model_copy(update={**reread.recorded, **lost, "plan": stored.plan, "converted": stored.name})
+        return manifest.model_copy(update={**reread.recorded, **lost, "plan": stored.plan, "converted": stored.name,
+                                           "elastic": None})  # fmt: skip
 
     publication = Publication(out, str(folder), overwrite, stored.plan.after.bytes_on_disk, beside=[folder])
     return publication.publish(saver, converted)

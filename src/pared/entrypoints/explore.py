@@ -13,10 +13,11 @@ from pared.arguments import asked_from, name_from, recipe_from, refuse_tokenizer
 from pared.data.handed import text_of
 from pared.data.texts import handed_over
 from pared.data.uses import with_use
+from pared.engine.allocate import Allocated
 from pared.engine.checks.early import require_model as require_named_model
 from pared.engine.checks.early import require_suited, require_texts
 from pared.engine.checks.explorable import recipe_of, require_explorable
-from pared.engine.explore import Allocated, Curve, explored
+from pared.engine.explore import Curve, explored
 from pared.engine.spec import CompressionSpec, resolve_low_rank
 from pared.entrypoints.compression.in_place import require_compressible, where_it_is
 from pared.entrypoints.compression.texts_read import read_texts

@@ -31,6 +31,15 @@ def verify(folder: Path, take_over: bool = False, stream: Stream = "auto") -> fl
     return check(folder, stream=stream)
 
 
+def require_elastic(folder: Path, keep: float) -> None:
+    """Refuse a folder of one size, and a size that a folder does not hold, before anything that takes long is imported.
+
+    Raises:
+        ParedError: says which sizes there are.
+    """
+    Manifest.read(folder).require_size(str(folder), keep)
+
+
 def require_compressed(folder: Path) -> int:
     """Return the bytes of weights in a folder whose weights are not plain.
 

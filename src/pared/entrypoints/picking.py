@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from pared.allocation.curves import Scale
-from pared.engine.explore import Allocated, Curve
+from pared.engine.allocate import Allocated
+from pared.engine.explore import Curve
 from pared.errors import ParedError
 from pared.memory import format_size
 from pared.names import called

@@ -101,6 +101,11 @@ def _remarks(manifest: "Manifest") -> Iterator[str]:
         yield manifest.plan.missed
     if manifest.refined:
         yield refined_line(manifest.refined)
+    if (elastic := manifest.elastic) is not None:
+        yield (
+            f"every size: `pared slice` cuts any keep from {elastic.least:g} to {elastic.most:g} out of the folder, "
+            f"which has {elastic.bytes:,} bytes more for that"
+        )
     if manifest.too_few:
         yield too_few_line(manifest.too_few)
     elif manifest.damping:

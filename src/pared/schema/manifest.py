@@ -12,7 +12,9 @@ from pared.errors import ParedError
 from pared.io.files import path_of, write_whole
 from pared.io.guarded import brief, read_json
 from pared.io.record import MANIFEST, checksum
+from pared.names import called
 from pared.schema.base import Strict
+from pared.schema.elastic import Elastic
 from pared.schema.plan import Plan
 from pared.schema.presets import RECORDED, PresetRecord
 from pared.schema.recipe import Recipe
@@ -198,6 +200,7 @@ class Manifest(Strict):
         self_check: largest difference of the reloaded model from the fingerprint, relative to its largest output.
         converted: in which form `pared convert` stored the weights, if it did; everything measured but
             ``bytes_on_disk`` and ``self_check`` is from before.
+        elastic: how smaller sizes are cut out of the folder, if it is one of every size.
         training: how the model was trained since, one entry a training; perplexity is that of the last.
         inputs: SHA-256 of the local files and folders it was made of, by the last names that the recipe has for them.
         files: SHA-256 of every other file of the folder, by name; none in folders of before they were listed.
@@ -231,6 +234,7 @@ class Manifest(Strict):
     fingerprint: Fingerprint
     self_check: float
     converted: str | None = None
+    elastic: Elastic | None = None
     training: tuple[Training, ...] = ()
     inputs: dict[str, str] = Field(default={})
     files: dict[str, str] = Field(default={})
@@ -249,6 +253,24 @@ class Manifest(Strict):
         stated = self.model_copy(update={"checksum": checksum(json.loads(self.model_dump_json()))})
         write_whole(folder / MANIFEST, stated.model_dump_json(indent=2) + "\n")
         return stated
+
+    def require_size(self, folder: str, keep: float) -> Elastic:
+        """Return how sizes are cut out of a folder.
+
+        Args:
+            folder: whose manifest this is, for messages.
+            keep: of the size that is wanted.
+
+        Raises:
+            ParedError: it holds one size, or no such size.
+        """
+        if self.elastic is None:
+            raise ParedError(f"{folder} holds one size, {self.plan.budget}; a compression with "
+                             f"{called('elastic', 'True')} writes one of every size")  # fmt: skip
+        if not 0 < keep <= self.plan.keep:
+            raise ParedError(f"{folder} holds sizes from keep {self.elastic.least:g} to {self.plan.keep:g}, got keep "
+                             f"{keep:g}; take one of these, or compress to a larger one")  # fmt: skip
+        return self.elastic
 
     @classmethod
     def read(cls, folder: str | Path) -> "Manifest":

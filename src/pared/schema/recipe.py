@@ -154,6 +154,9 @@ class Recipe(FromPreset):
     """What widths of MLPs are multiples of, as processors and kernels are fastest with round numbers."""
     storage: Annotated[Literal["auto", "factors", "pivoted"], Option(default=OWN)] = "auto"
     """How a low-rank weight is stored: as two factors, or pivoted, which needs rank² fewer parameters without loss."""
+    elastic: Annotated[bool, Option()] = False
+    """Write one folder for every size from keep downwards, which `pared slice` cuts out of it in seconds without data:
+    ranks stored as factors, of statistics that are collected once."""
     quantize: Annotated[Form | None, Option()] = None
     """Store the target modules, compressed or not, in few bits: int8 with a scale for every output, or int4 with one
     for every 64 inputs. Without a method or a budget nothing else is done."""

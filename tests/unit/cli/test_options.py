@@ -79,7 +79,7 @@ OTHER_BUDGETS = {
     "--sparsity",
     "--pattern",
 }  # one at a time goes with a recipe
-SWITCHES = {"--refine"}  # take no value
+SWITCHES = {"--refine", "--elastic"}  # take no value
 
 
 def asked(marker: Fields, *words: str) -> Any:

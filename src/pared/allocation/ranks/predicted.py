@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pared.allocation.rank_budget import tail_energy
 from pared.allocation.ranks.composed import Composed
 from pared.allocation.units import Budget, Evidence, Unit
-from pared.schema.plan import Decision, LowRank
+from pared.schema.plan import Decision, LowRank, Shared
 from pared.schema.width import Width
 
 
@@ -24,7 +24,7 @@ def predicted_loss(
     """
     total = 0.0
     for unit in units:
-        if isinstance(decision := decisions[unit.name], LowRank):
+        if isinstance(decision := decisions[unit.name], (LowRank, Shared)):
             total += float(tail_energy(evidence.cost[unit.name])[decision.rank])
     for name, one in evidence.groups(budget).items():
         width = decisions.get(name)

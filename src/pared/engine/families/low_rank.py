@@ -11,9 +11,10 @@ from typing import Any
 from pared.allocation import Evidence, Unit
 from pared.calibration import BlockStatistics
 from pared.data.windows import Windows, require_fits
-from pared.engine.allocate import budget_of, make_plan
+from pared.engine.allocate import Budgets, budget_of, make_plan
 from pared.engine.blocks import visit_blocks
 from pared.engine.checks.enough import dense_for_want_of_tokens
+from pared.engine.elastic import ElasticFactors, collect
 from pared.engine.families.widths import ChannelSolver, widths_of, with_kept
 from pared.engine.observe import Observer
 from pared.engine.refit import Refit, dense_blocks
@@ -146,7 +147,7 @@ class LowRankWork:
             self._spec,
             units,
             self._plan,
-            keep_dense=self._spec.refit != "off" and self._solver is None,
+            keep_dense=self._spec.elastic or (self._spec.refit != "off" and self._solver is None),
             tokens=self._observer.tokens,
             run=self._observer.state,
             prefix=f"pass-{self._number(step)}",
@@ -283,6 +284,17 @@ class LowRankWork:
             units,
             Evidence(kept.spectra, self._influence, notes=solved.fallbacks, channels=channels, rounding=kept.rounding),
         )
+
+    def budgets(self, spec: LowRankSpec) -> Budgets:
+        """Return every budget of what was solved, as a spec spreads it."""
+        anatomy, units, evidence = self.evidence()
+        itemsize = self._model.dtype.itemsize
+        return Budgets(anatomy, units, evidence, spec.allocator, spec.allocation_config, spec.budget, itemsize)
+
+    def elastic(self) -> ElasticFactors:
+        """Return what smaller sizes are made of, once all is decided."""
+        with self._observer.watch("allocate"):
+            return collect(self.budgets(self._spec), self.plan, self._solved.kept, self._observer.progress)
 
     def _allocate(self, order: Order) -> Plan:
         """Decide every site, from what was found if anything was; trials are ordered of all processes."""

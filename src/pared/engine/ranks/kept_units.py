@@ -13,7 +13,7 @@ from pared.engine.state.ledger import Ledger
 from pared.engine.state.pass_record import Record
 from pared.engine.state.solutions import Prices
 from pared.errors import ParedError
-from pared.lowrank import Decomposition
+from pared.lowrank import Decomposition, Factors
 from pared.lowrank.sharing import stacked
 from pared.memory import give_back
 from pared.names import called
@@ -156,6 +156,12 @@ class KeptUnits:
             self.install(of_block.get(index, ()))
 
         return change
+
+    def factors(self, unit: Unit, rank: int) -> Factors:
+        """Return the factors of a unit that is kept here with its dense weight, in the dtype of that."""
+        W_ON = self._ledger.store.weight(unit.name, slice(0, unit.out_features))
+        found = self._ledger.store.get(unit.name, W_ON).factors(rank)
+        return Factors(*(part.to(W_ON.dtype) for part in found))
 
     def owner_of(self, site: str) -> int:
         """Return the rank of the process that keeps the dense weight of a site."""

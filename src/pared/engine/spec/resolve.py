@@ -3,6 +3,7 @@
 from pared.allocation import Budget, ProgramOptions, UnitOptions, allocator_of, allocators_for
 from pared.allocation.dsa.presets import SCORE_TOKENS
 from pared.data.uses import with_use
+from pared.engine.spec.nested import nested, require_nested
 from pared.engine.spec.specs import CompressionSpec, ExpertSpec, LowRankSpec, SparseSpec
 from pared.errors import ParedError
 from pared.lowrank import LowRankMethod
@@ -18,10 +19,10 @@ ZEROS_ONLY = ("sparsity", "pattern")
 FEW_BITS = ("quantize", "rounding")
 BYTES = ("keep_bytes", "target_bytes")
 NOT_OF_EXPERTS = (*FEW_BITS, *BYTES, "rank_fraction", "sparsity", "pattern", "skip", "heads", "multiple_of", "storage",
-                  "statistics", "refit", "dense_path", "refine")  # fmt: skip
+                  "elastic", "statistics", "refit", "dense_path", "refine")  # fmt: skip
 OF_EXPERTS = ("loss",)  # the option of a method of layers that experts have too
-LOW_RANK_ONLY = ("keep", *BYTES, "rank_fraction", "structures", "heads", "multiple_of", "storage", "statistics",
-                 "refit", "dense_path")  # fmt: skip
+LOW_RANK_ONLY = ("keep", *BYTES, "rank_fraction", "structures", "heads", "multiple_of", "storage", "elastic",
+                 "statistics", "refit", "dense_path")  # fmt: skip
 
 
 def resolve(recipe: Recipe) -> CompressionSpec:
@@ -91,13 +92,14 @@ def _takes_experts(recipe: Recipe, method: LowRankMethod) -> bool:
 
 def _resolve_low_rank(recipe: Recipe, method: LowRankMethod) -> LowRankSpec:
     _refuse_fields(recipe, ZEROS_ONLY, "its budget is keep or rank_fraction")
-    statistics = method.statistics(recipe.keep) if recipe.statistics == "auto" else recipe.statistics
-    refit = method.refit(recipe.keep) if recipe.refit == "auto" else recipe.refit
+    asked = nested(recipe) if recipe.elastic else recipe
+    statistics = method.statistics(recipe.keep) if asked.statistics == "auto" else asked.statistics
+    refit = method.refit(recipe.keep) if asked.refit == "auto" else asked.refit
     config = method.configured(recipe.options)
     name = "rank-fraction" if recipe.rank_fraction is not None else _allocation_name(recipe, method)
     allocator = allocator_of(name, "low_rank")
     structures = method.structures(recipe.keep) if recipe.structures == "auto" else recipe.structures
-    pivoted = _is_pivoted(recipe, method)
+    pivoted = _is_pivoted(asked, method)
     spec = LowRankSpec(
         recipe=recipe,
         method=method,
@@ -118,6 +120,8 @@ def _resolve_low_rank(recipe: Recipe, method: LowRankMethod) -> LowRankSpec:
     )
     _require_widths(spec)
     _require_bits(spec)
+    if recipe.elastic:
+        require_nested(spec)
     if recipe.dense_path not in ("auto", 0) and not spec.has_targets:
         raise ParedError(
             f"dense_path {recipe.dense_path:g} needs targets: a {called('refit')}, or sequential statistics of a "

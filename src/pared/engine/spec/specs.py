@@ -160,10 +160,15 @@ class LowRankSpec(_Spec):
         return self.structures != "ranks" and any("gram" in name for name in self.requires([(1, 1)]))
 
     @property
+    def elastic(self) -> bool:
+        """Whether the folder is to hold every smaller size too."""
+        return self.recipe.elastic
+
+    @property
     def solves_first(self) -> bool:
         """Whether all is solved before anything is put in place, whatever the model turns out to be."""
         ordered = self.structures != "ranks"  # which channels stay is known once all are ordered
-        return self.decided_from_data or ordered or self.refit != "off"
+        return self.decided_from_data or ordered or self.refit != "off" or self.elastic
 
     def _widths(self) -> dict[str, object]:
         return {

@@ -9,8 +9,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pared.calibration.spool import ActivationMemory
 from pared.data.windows import Windows
 from pared.engine.checks.early import require_suited
+from pared.engine.checks.elastic import require_elastic
 from pared.engine.checks.weights import require_finite_weights
-from pared.engine.spec import CompressionSpec
+from pared.engine.spec import CompressionSpec, LowRankSpec
 from pared.engine.state.run_state import CompressionRun, spent
 from pared.entrypoints.compression.in_place import Collected, compress_in_place
 from pared.entrypoints.compression.result import Before, Compressed
@@ -72,6 +73,8 @@ def compress_by_name(
         resumed = processes.agreed(None if resumable is None else resumable.streamed)
         reading = reading_of(source, spec, texts, progress, out, resumed)
         chosen = processes.agreed(reading.streamed)
+        if isinstance(spec, LowRankSpec) and spec.elastic:
+            require_elastic((), chosen, processes.count)  # before weights are read
         if source.is_multimodal and not source.processor_files():
             progress.note(f"{source.name} is a vision-language model without files of its image processor: "
                           "the folder will have none either")  # fmt: skip
@@ -147,6 +150,7 @@ def compressed(
         shrinkage=made.shrinkage,
         fallbacks=made.fallbacks,
         refined=made.refined,
+        elastic=made.elastic,
         calibration=made.calibration,
         too_few=made.too_few,
         seconds=seconds,

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any, cast
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.arguments import folder_from
+from pared.checkpoint.elastic import write_elastic
 from pared.checkpoint.format import FORMAT_VERSION
+from pared.engine.elastic import ElasticFactors
 from pared.entrypoints.compression.streamed import StreamedModel, StreamedReload, StreamedSaver
 from pared.entrypoints.evaluation.measure import PerplexityOn
-from pared.entrypoints.publish import Publication, Reread, ResidentSaver, reload_resident
+from pared.entrypoints.publish import Publication, Reread, ResidentSaver, Saver, reload_resident
 from pared.environment import machine, peak_memory_bytes, versions
 from pared.io.inputs import inputs_of
 from pared.models.published import published_facts
@@ -20,7 +22,7 @@ from pared.notebook import watcher_of
 from pared.progress import Progress, Stopwatch
 from pared.report.plan_map import draw_plan
 from pared.report.results import compressed_table
-from pared.schema.manifest import Manifest, Refined, TooFew, WindowsRead
+from pared.schema.manifest import Fingerprint, Manifest, Refined, TooFew, WindowsRead
 from pared.schema.plan import Plan
 from pared.schema.presets import record_of
 from pared.schema.recipe import Recipe
@@ -87,6 +89,7 @@ class Compressed(Shown):
         shrinkage: how far the statistics of every site were drawn towards their mean diagonal, by site and statistic.
         fallbacks: sites whose weight or statistics say nothing (zero inputs, no gradient), with the rule that decided.
         refined: what training every block came to, in order; empty where none was trained.
+        elastic: what smaller sizes are made of, of a recipe with ``elastic``; none of others.
         calibration: what was calibrated on; none for a method that needs no data.
         too_few: what is lacking of that text, where it has fewer tokens than its Grams take.
         seconds: by stage; of all processes, where this one resumed what others began.
@@ -108,6 +111,7 @@ class Compressed(Shown):
     shrinkage: dict[str, dict[str, float]] = field(default_factory=dict)
     fallbacks: dict[str, str] = field(default_factory=dict)
     refined: tuple[Refined, ...] = ()
+    elastic: ElasticFactors | None = None
     calibration: dict[str, object] | None = None
     too_few: TooFew | None = None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -192,20 +196,32 @@ def publish(
         out,
         before.name,
         overwrite,
-        saver.needed if isinstance(saver, StreamedSaver) else result.plan.after.bytes_on_disk,
+        (saver.needed if isinstance(saver, StreamedSaver) else result.plan.after.bytes_on_disk)
+        + (0 if result.elastic is None else result.elastic.record.bytes),
         inputs=inputs_of(asked.model_dump()),
         beside=[] if before.source is None else [Path(before.source.location)],
         watch=watch,
         sealed=sealed,
     )
     manifest = publication.publish(
-        saver,
+        saver if result.elastic is None else _with_factors(saver, result.elastic),
         lambda reread: _manifest(result, reread, asked, watch),
         None if measure is None else lambda model: measure.after(model, streamed.store if streamed else None),
         streamed or reload_resident,
     )
     result.saved = Outcome(out, manifest)
     return result.saved
+
+
+def _with_factors(saver: Saver, elastic: ElasticFactors) -> Saver:
+    """Return what writes a model, and beside it what smaller sizes are made of."""
+
+    def write(folder: Path) -> Fingerprint:
+        fingerprint = saver(folder)
+        write_elastic(folder, elastic.tensors)
+        return fingerprint
+
+    return write
 
 
 def _manifest(result: Compressed, reread: Reread, asked: Recipe, watch: Stopwatch) -> Manifest:
@@ -227,6 +243,7 @@ def _manifest(result: Compressed, reread: Reread, asked: Recipe, watch: Stopwatc
         fallbacks=result.fallbacks,
         sharing=[asdict(one) for one in result.sharing],
         refined=result.refined,
+        elastic=None if result.elastic is None else result.elastic.record,
         calibration=cast("WindowsRead | None", result.calibration),
         too_few=result.too_few,
         evaluation=None if before.measure is None else before.measure.record(before.learned_from),

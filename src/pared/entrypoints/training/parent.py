@@ -115,7 +115,7 @@ class CompressedParent:
         figures = {"perplexity_after": training.perplexity_after} if same else {
             "evaluation": None, "perplexity_before": None, "perplexity_after": None}  # fmt: skip
         chain = (*self._manifest.training, training)
-        return self._manifest.model_copy(update={**measured, **figures, "training": chain})
+        return self._manifest.model_copy(update={**measured, **figures, "training": chain, "elastic": None})
 
 
 class DenseParent:
