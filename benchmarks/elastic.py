@@ -72,7 +72,8 @@ def make(asked: argparse.Namespace, place: Path) -> Line:
     return {
         "seconds": seconds, "stages": stages, "weights": manifest.bytes_on_disk, "dense": manifest.bytes_before,
         "factors": (place / FACTORS_FILE).stat().st_size, "least": manifest.elastic.least,
-        "sizes": len(manifest.elastic.sizes), "dense_sites": sum(s.decision.kind == "dense" for s in manifest.plan.sites),
+        "sizes": len(manifest.elastic.sizes),
+        "dense_sites": sum(site.decision.kind == "dense" for site in manifest.plan.sites),
         "sites": len(manifest.plan.sites), "perplexity": perplexities(pared.load(place), tokenizer, asked),
         "dense_perplexity": perplexities(pared.load(MODEL), tokenizer, asked), "windows": asked.windows,
         "samples": asked.samples, "length": asked.length,
@@ -121,6 +122,7 @@ def render(lines: list[Line]) -> str:
     def seconds(step: str, keep: float) -> str:
         return f"{by[step, keep]['seconds']:,.0f}" if (step, keep) in by else "-"
 
+    largest = ", ".join(f"{text} {value / dense[text]:.4f} x" for text, value in whole["perplexity"].items())
     rows, same = [], []
     for keep in KEEPS:
         if ("slice", keep) not in by:
@@ -144,15 +146,15 @@ def render(lines: list[Line]) -> str:
             "",
             f"`{MODEL}`, `loss-optimal`, largest size keep {LARGEST:g}; calibrated on {whole['samples']} x "
             f"{whole['length']} tokens of wikitext2:train, perplexity on {whole['windows']} windows of "
-            f"{whole['length']} tokens as a multiple of the dense model's: few, as time on two shared cores was scarce, "
-            "so that rows are to be compared with each other and not with other pages.",
+            f"{whole['length']} tokens as a multiple of the dense model's: few, as time on two shared cores was "
+            "scarce, so that rows are to be compared with each other and not with other pages.",
             "",
             f"The folder was made in {whole['seconds']:,.0f} s. Its weights have {whole['weights'] / 1e6:,.0f} MB, and "
             f"spectra and factors of smaller sizes {whole['factors'] / 1e6:,.0f} MB more, as {whole['dense_sites']} of "
             f"{whole['sites']} target modules are dense in the largest size; the dense model has "
             f"{whole['dense'] / 1e6:,.0f} MB, the {len(rows)} sizes below as folders of their own {folders / 1e6:,.0f} "
             f"MB. It holds {whole['sizes']} sizes, from keep {whole['least']:g}. Perplexity of the largest: "
-            f"{', '.join(f'{text} {whole["perplexity"][text] / dense[text]:.4f} x' for text in TEXTS)}.",
+            f"{largest}.",
             "",
             table(header, rows),
             "",
