@@ -37,4 +37,6 @@ def test_every_example_of_the_page_runs(
         "plain",
         "grams",
         "rounded",
+        "elastic",
+        "half",
     }
