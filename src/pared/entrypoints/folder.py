@@ -5,6 +5,7 @@ from pathlib import Path
 
 from pared.errors import ParedError
 from pared.memory import Stream
+from pared.schema.elastic import require_size
 from pared.schema.manifest import Manifest
 
 
@@ -37,7 +38,7 @@ def require_elastic(folder: Path, keep: float) -> None:
     Raises:
         ParedError: says which sizes there are.
     """
-    Manifest.read(folder).require_size(str(folder), keep)
+    require_size(Manifest.read(folder).elastic, str(folder), keep)
 
 
 def require_compressed(folder: Path) -> int:

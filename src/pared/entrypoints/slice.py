@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 
 from pared.arguments import folder_from, name_from
@@ -20,6 +21,7 @@ from pared.models.source import find_model
 from pared.models.trust import trusting
 from pared.notebook import watcher_of
 from pared.progress import Progress, Stopwatch
+from pared.schema.elastic import require_size
 from pared.schema.manifest import Manifest
 from pared.schema.presets import record_of
 
@@ -62,7 +64,7 @@ def slice(
     with trusting(trust_remote_code):
         require_free(out, overwrite, [folder])
         manifest = Manifest.read(folder)
-        manifest.require_size(str(folder), keep)
+        require_size(manifest.elastic, str(folder), keep)
         require_tensors(folder)
         require_recorded(folder)  # else what is damaged would be listed as whole
         with watch("load"):
@@ -81,7 +83,7 @@ def slice(
 
 def load(
     name: str | Path,
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     check: bool = False,
     trust_remote_code: bool = False,
     keep: float | None = None,
@@ -114,7 +116,7 @@ def load(
         raise ParedError(f"model {str(folder)!r}: keep needs a folder of every size on this machine; fetch it first")
     with trusting(trust_remote_code):
         manifest = Manifest.read(folder)
-        manifest.require_size(str(folder), keep)
+        require_size(manifest.elastic, str(folder), keep)
         model = load_whole(folder, dtype, check, trust_remote_code)
         _cut_in_place(model, folder, manifest, keep, watcher_of(None, "pared.load"))
     return model
@@ -122,7 +124,7 @@ def load(
 
 def _cut_in_place(model: PreTrainedModel, folder: Path, manifest: Manifest, keep: float, progress: Progress) -> Cut:
     """Make a model of the largest size one of a smaller, which describes itself."""
-    elastic = manifest.require_size(str(folder), keep)
+    elastic = require_size(manifest.elastic, str(folder), keep)
     stored = StoredFactors(folder, elastic)
     found = cut(elastic, manifest.plan, stored.spectra(), keep)
     install_cut(model, manifest.plan, found.plan, stored.more, progress)
@@ -141,4 +143,5 @@ def _manifest(manifest: Manifest, found: Cut, keep: float, reread: Reread, watch
     return manifest.model_copy(update={
         **reread.recorded, "recipe": asked, "preset": record_of(asked), "plan": found.plan, "elastic": None,
         "perplexity_after": None, "seconds": watch.seconds, "peak_memory_bytes": peak_memory_bytes(),
+        "memory_bound_bytes": 0, "resumed": 0,
     })  # fmt: skip

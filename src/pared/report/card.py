@@ -220,6 +220,9 @@ def _measured_on(manifest: Manifest) -> str:
     if manifest.converted:
         lines.append(f"Converted to {manifest.converted} by `pared convert`, up to rounding the same weights; what "
                      "was measured was measured before.")  # fmt: skip
+    if elastic := manifest.elastic:
+        lines.append(f"This is the largest of many sizes: `pared slice` cuts any keep from {elastic.least:g} to "
+                     f"{elastic.most:g} out of the folder.")  # fmt: skip
     if missed := manifest.plan.missed:
         lines.append(f"{missed[0].upper()}{missed[1:]}.")
     if manifest.plan.uncovered:

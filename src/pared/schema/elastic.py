@@ -4,6 +4,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, FiniteFloat, NonNegativeInt
 
+from pared.errors import ParedError
+from pared.names import called
 from pared.schema.base import Strict
 
 FACTORS_FILE = "elastic/factors.safetensors"  # below the folder, so that nothing which loads the largest size reads it
@@ -87,3 +89,24 @@ class Elastic(Strict):
     def most(self) -> float:
         """The largest keep, that of the folder as it is."""
         return self.sizes[0].keep
+
+
+def require_size(elastic: Elastic | None, folder: str, keep: float) -> Elastic:
+    """Return how sizes are cut out of a folder.
+
+    Args:
+        elastic: what its manifest says of that.
+        folder: its name, for messages.
+        keep: of the size that is wanted.
+
+    Raises:
+        ParedError: it holds one size, or no such size.
+    """
+    if elastic is None:
+        raise ParedError(f"{folder} holds one size; a compression with {called('elastic', 'True')} writes one of every "
+                         "size")  # fmt: skip
+    number = isinstance(keep, (int, float)) and not isinstance(keep, bool)
+    if not number or not 0 < keep <= elastic.most:
+        raise ParedError(f"{folder} holds sizes from keep {elastic.least:g} to {elastic.most:g}, got keep {keep}; take "
+                         "one of these, or compress to a larger one")  # fmt: skip
+    return elastic

@@ -12,7 +12,6 @@ from pared.errors import ParedError
 from pared.io.files import path_of, write_whole
 from pared.io.guarded import brief, read_json
 from pared.io.record import MANIFEST, checksum
-from pared.names import called
 from pared.schema.base import Strict
 from pared.schema.elastic import Elastic
 from pared.schema.plan import Plan
@@ -253,24 +252,6 @@ class Manifest(Strict):
         stated = self.model_copy(update={"checksum": checksum(json.loads(self.model_dump_json()))})
         write_whole(folder / MANIFEST, stated.model_dump_json(indent=2) + "\n")
         return stated
-
-    def require_size(self, folder: str, keep: float) -> Elastic:
-        """Return how sizes are cut out of a folder.
-
-        Args:
-            folder: whose manifest this is, for messages.
-            keep: of the size that is wanted.
-
-        Raises:
-            ParedError: it holds one size, or no such size.
-        """
-        if self.elastic is None:
-            raise ParedError(f"{folder} holds one size, {self.plan.budget}; a compression with "
-                             f"{called('elastic', 'True')} writes one of every size")  # fmt: skip
-        if not 0 < keep <= self.plan.keep:
-            raise ParedError(f"{folder} holds sizes from keep {self.elastic.least:g} to {self.plan.keep:g}, got keep "
-                             f"{keep:g}; take one of these, or compress to a larger one")  # fmt: skip
-        return self.elastic
 
     @classmethod
     def read(cls, folder: str | Path) -> "Manifest":

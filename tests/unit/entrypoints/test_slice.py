@@ -138,6 +138,9 @@ def test_sizes_fall_and_losses_rise(elastic: Any) -> None:
     assert {0.01 * round(100 * keep) for keep in KEEPS} <= {0.01 * round(100 * one.keep) for one in sizes}
     losses = [one.loss for one in sizes]
     assert losses == sorted(losses)
+    shared = Manifest.read(elastic("loss-optimal, shared")).elastic
+    assert shared is not None
+    assert [one.loss for one in shared.sizes] == sorted(one.loss for one in shared.sizes), "shared bases lose too"
     assert Manifest.read(elastic("svd")).elastic.sizes[0].loss is None, "errors of weights are no nats"  # type: ignore[union-attr]
 
 
@@ -184,7 +187,7 @@ def test_a_size_between_hundredths_keeps_its_budget(elastic: Any) -> None:
 def test_what_is_converted_holds_one_size(elastic: Any, tmp_path: Path) -> None:
     made = pared.convert(elastic("svd"), tmp_path / "pivoted")
     assert made.elastic is None
-    with pytest.raises(ParedError, match=r"pivoted holds one size, keep 0\.9; a compression with elastic=True"):
+    with pytest.raises(ParedError, match=r"pivoted holds one size; a compression with elastic=True"):
         pared.slice(tmp_path / "pivoted", tmp_path / "no", keep=0.5)
     with pytest.raises(ParedError, match="holds one size"):
         pared.load(tmp_path / "pivoted", keep=0.5)
@@ -195,6 +198,7 @@ def test_what_is_converted_holds_one_size(elastic: Any, tmp_path: Path) -> None:
     [
         (0.95, r"holds sizes from keep 0\.\d+ to 0\.9, got keep 0\.95"),
         (0, "got keep 0;"),
+        ("half", "got keep half;"),
         (0.0001, "does not buy one rank"),
     ],
 )
@@ -204,6 +208,16 @@ def test_a_size_that_is_not_there_is_refused(keep: float, message: str, elastic:
     assert not (tmp_path / "no").exists()
     if keep == 0.95:
         refused(command("slice", elastic("loss-optimal"), "--keep", keep, "--out", tmp_path / "no"), "got keep 0.95")
+
+
+def test_a_folder_of_every_size_is_replaced_like_any_other(elastic: Any, tmp_path: Path) -> None:
+    shutil.copytree(elastic("svd"), tmp_path / "copy")
+    made = pared.slice(elastic("svd"), tmp_path / "copy", keep=0.5, overwrite=True)
+    assert {path.name for path in made.folder.iterdir()} == {path.name for path in elastic("svd").iterdir()} - {
+        "elastic"
+    }
+    assert "largest of many sizes" in (elastic("svd") / "README.md").read_text()
+    assert "largest of many sizes" not in (made.folder / "README.md").read_text()
 
 
 def test_damaged_factors_are_noticed(elastic: Any, tmp_path: Path) -> None:

@@ -321,7 +321,7 @@ def decomposition_bytes(site: Site, spec: LowRankSpec, itemsize: int) -> int:
     directions = out * out * SINGLE if out <= width else width * width * DOUBLE
     whole = out * min(out, width) if "output_gradient_full" in spec.gradients else out
     weighting = whole * DOUBLE if spec.gradients else 0
-    return directions + weighting + (out * width * itemsize if spec.refit != "off" else 0)
+    return directions + weighting + (out * width * itemsize if spec.refit != "off" or spec.elastic else 0)
 
 
 def _orders(anatomy: Anatomy, spec: LowRankSpec) -> int:
