@@ -153,10 +153,12 @@ class FromPreset(Config):
             default, its[name] = its.get(name), None
             asked[name] = None if asked.get(name) == default else asked[name]
         free = [*NEUTRAL, *preset.requires, *([] if EVALUATION in preset.fields else [EVALUATION])]
+        # A benchmark leaves the method and all that is of it to whoever takes part.
+        bound = list(preset.fields) if "method" not in preset.fields else [*its, *asked]
         return {
             name: {"preset": before, "given": given}
             for name, before, given in side_by_side(its, asked)
-            if before != given and not lies_inside(name, free)
+            if before != given and lies_inside(name, bound) and not lies_inside(name, free)
         }
 
     def as_file(self) -> dict[str, Any]:
@@ -209,8 +211,8 @@ def merged(given: Mapping[str, Any], preset: Preset) -> dict[str, Any]:
     Raises:
         ParedError: another method than the preset's is given.
     """
-    method = preset.fields["method"]
-    if given.get("method", method) != method:
+    method = preset.fields.get("method")  # a benchmark's has none: any goes with it
+    if method is not None and given.get("method", method) != method:
         raise ParedError(f"preset {preset.name} is a protocol of method {method}, got method {given['method']!r} "
                          "beside it; leave one of them out")  # fmt: skip
     fields = left_below(preset.fields, given, preset.command)
@@ -348,7 +350,7 @@ In a YAML file it is `preset: NAME`, in Python `pared.Recipe.of({"preset": NAME}
 presets NAME` prints one. What is given beside a preset wins, and what does not go with it gives way: another budget,
 the options of another allocation, any allocation beside `--rank-fraction`. So does a length that is more than the model
 has positions. Where that changes the protocol it is reported, and `pared.json` holds every field, the preset's name and
-each deviation. Another method beside a preset is refused.
+each deviation. Another method beside a preset is refused, unless the preset is a benchmark's, which names none.
 
 Below, every field of every preset stands beside what the paper or its code says, **bold** where the two are not the
 same, and under the table what no field is of. A preset says what is done, not what comes out: none of the papers'

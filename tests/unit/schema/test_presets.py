@@ -51,7 +51,7 @@ def test_all_protocols_of_the_papers_are_there() -> None:
     assert {"basis-sharing-lora", "basis-sharing-full", "svd-llm-lora", "basel-math", "basel-code", "basel-lm",
             "fwsvd-glue"} == set(TUNINGS)  # fmt: skip
     assert {"basis-sharing-paper", "svd-llm-paper", "fwsvd-paper", "asvd-paper", "wanda-paper", "sparsegpt-paper",
-            "dsa-paper", DEMO} == set(RECIPES)  # fmt: skip
+            "dsa-paper", "lowrankarena", DEMO} == set(RECIPES)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -453,3 +453,16 @@ def test_a_model_in_memory_is_told_of_its_preset_too(tokenizer: PreTrainedTokeni
     assert notes[0].startswith("preset wanda-paper, changed: calibration.text file:")
     with pytest.raises(ParedError, match="preset fwsvd-paper leaves"):
         pared.compress(TINY_MODELS["bert"](), tokenizer, Recipe.of({"preset": "fwsvd-paper"}))
+
+
+def test_a_benchmark_goes_with_any_method_and_holds_it_to_its_own_setting() -> None:
+    for more in ({}, {"method": "svd-llm", "refit": "sequential"}, {"method": "basis-sharing", "keep": 0.8}):
+        asked = Recipe.of({"preset": "lowrankarena", "model": "m", **more})
+        assert asked.method == more.get("method", "loss-optimal")
+        assert asked.deviations() == {}
+        assert resolve(asked).calibration.samples == 256
+    left = Recipe.of({"preset": "lowrankarena", "method": "svd", "keep": 0.6, "quantize": "int8",
+                      "calibration": {"text": "c4:train"}})  # fmt: skip
+    assert {name: one["given"] for name, one in left.deviations().items()} == {
+        "keep": 0.6, "quantize": "int8", "calibration.text": "c4:train"
+    }  # fmt: skip
