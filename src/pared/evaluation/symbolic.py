@@ -68,7 +68,7 @@ class Verifier:
             self._process.stdin.write(json.dumps(message).encode() + b"\n")
         ready, _, _ = select.select([self._process.stdout], [], [], self._patience)
         line = self._process.stdout.readline() if ready else b""
-        if not line:
+        if not line.endswith(b"\n"):  # nothing, or it ended while it wrote
             self._end()
             return None
         found: dict[str, Any] = json.loads(line)
