@@ -60,7 +60,7 @@ def draw(
         few_round_ticks(panel.xaxis)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("added loss, nats a token")
-    panels[-1].legend(fontsize=8, loc="upper right")
+    panels[-1].legend(fontsize=8, loc="best")
     if path is not None:
         save(figure, Path(path))
     return figure

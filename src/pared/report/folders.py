@@ -57,7 +57,7 @@ def _quality(models: Sequence[ComparedModel]) -> Section | None:
         few_round_ticks(panel.xaxis)
         panel.margins(0.15)
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=8, loc="upper right")
+        panel.legend(fontsize=8, loc="best")
         told = "; ".join(f"{one.name}: {size(one):,.0f}, x{ratio:.3g}" for one, ratio in known)
         pictures.append(Picture(inline(figure, f"quality-{name}", f"Perplexity over {label}. {told}"),
                                 f"Perplexity as a multiple of the dense model's, over {label}."))  # fmt: skip

@@ -180,16 +180,17 @@ const contrast = (first, second) => {
 const seen = {width: document.documentElement.scrollWidth, overlaps: [], drawn: [], faint: [], unreachable: []};
 for (const figure of document.querySelectorAll("svg")) {
   const words = [...figure.querySelectorAll("text")].filter((one) => one.textContent.trim());
-  words.forEach((a, i) => words.slice(i + 1).forEach((b) => {
+  const marks = [...figure.querySelectorAll("use")].filter((one) => !one.closest("[id*=tick_]"));
+  const meet = (a, b) => {
     const [x, y] = [box(a), box(b)];
     const wide = Math.min(x.right, y.right) - Math.max(x.left, y.left);
     const high = Math.min(x.bottom, y.bottom) - Math.max(x.top, y.top);
-    if (wide > 1 && high > 1)
-      seen.overlaps.push([a.textContent.trim(), b.textContent.trim()]);
-  }));
+    if (wide > 1 && high > 1) seen.overlaps.push([a.textContent.trim() || a.outerHTML, b.textContent.trim()]);
+  };
+  words.forEach((a, i) => words.slice(i + 1).forEach((b) => meet(a, b)));
+  marks.filter(shown).forEach((a) => words.forEach((b) => meet(a, b)));
   const frame = box(figure);
   const inside = (one) => box(one).left >= frame.left && box(one).right <= frame.right && box(one).top >= frame.top;
-  const marks = [...figure.querySelectorAll("use")].filter((one) => !one.closest("[id*=tick_]"));
   seen.drawn.push(words.length > 2 && marks.filter((one) => shown(one) && inside(one)).length);
 }
 for (const one of document.querySelectorAll("body *")) {
