@@ -16,7 +16,7 @@ API = {
     "Calibration", "Compressed", "Evaluation", "EvaluationConfig", "ExploreConfig", "Explored", "Manifest",
     "ParedError", "Plan", "Recipe", "SearchConfig", "TrainingConfig", "__version__", "collect_statistics", "compare",
     "compress", "convert", "evaluate", "explore", "export", "load", "load_tokenizer", "perplexity", "plan", "report",
-    "run", "search", "tune", "verify",
+    "run", "search", "slice", "tune", "verify",
 }  # fmt: skip
 
 

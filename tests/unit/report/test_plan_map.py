@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from tests.unit.tiny_models import TINY_MODELS
+from tiny_models import TINY_MODELS
 
 import pared
 from pared.report.plan_map import draw_plan
