@@ -9,6 +9,7 @@ below). A line that is there is not made again; folders lie in ``--place`` and a
 """
 
 import argparse
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -59,18 +60,28 @@ def apart(one: Any, other: Any, names: list[str]) -> float:
     return max(found)
 
 
+class Clock:
+    """Seconds since it was made, on the wall and of the processor: on a busy machine they are far apart."""
+
+    def __init__(self) -> None:
+        self._wall, self._processor = time.perf_counter(), time.process_time()
+
+    def read(self) -> dict[str, float]:
+        wall, processor = time.perf_counter() - self._wall, time.process_time() - self._processor
+        return {"seconds": wall, "processor_seconds": processor, "load": os.getloadavg()[0]}
+
+
 def make(asked: argparse.Namespace, place: Path) -> Line:
     """Make the folder."""
-    begun = time.perf_counter()
+    clock = Clock()
     made = pared.compress(MODEL, recipe=recipe(asked, LARGEST, elastic=True))
     made.save(place, overwrite=True)
-    seconds = time.perf_counter() - begun
-    stages = {**made.seconds}
+    taken, stages = clock.read(), {**made.seconds}
     tokenizer = pared.load_tokenizer(place)
     manifest = pared.Manifest.read(place)
     assert manifest.elastic is not None
     return {
-        "seconds": seconds, "stages": stages, "weights": manifest.bytes_on_disk, "dense": manifest.bytes_before,
+        **taken, "stages": stages, "weights": manifest.bytes_on_disk, "dense": manifest.bytes_before,
         "factors": (place / FACTORS_FILE).stat().st_size, "least": manifest.elastic.least,
         "sizes": len(manifest.elastic.sizes),
         "dense_sites": sum(site.decision.kind == "dense" for site in manifest.plan.sites),
@@ -82,24 +93,20 @@ def make(asked: argparse.Namespace, place: Path) -> Line:
 
 def cut(asked: argparse.Namespace, place: Path, keep: float) -> Line:
     """Cut a size out of it, to a folder and in memory."""
-    begun = time.perf_counter()
+    clock = Clock()
     outcome = pared.slice(place, place.parent / f"slice-{keep:g}", keep, overwrite=True)
-    written = time.perf_counter() - begun
-    begun = time.perf_counter()
-    pared.load(place, keep=keep)
-    loaded = time.perf_counter() - begun
-    model, tokenizer = pared.load(outcome.folder), pared.load_tokenizer(outcome.folder)
-    return {"seconds": written, "load_seconds": loaded, "weights": outcome.manifest.bytes_on_disk,
+    written, clock = clock.read(), Clock()
+    model, tokenizer = pared.load(place, keep=keep), pared.load_tokenizer(outcome.folder)
+    return {**written, "loading": clock.read(), "weights": outcome.manifest.bytes_on_disk,
             "parameters": outcome.manifest.plan.after.covered_parameters, "stages": outcome.manifest.seconds,
             "perplexity": perplexities(model, tokenizer, asked)}  # fmt: skip
 
 
 def compress(asked: argparse.Namespace, place: Path, keep: float, **more: Any) -> Line:
     """Compress to a size of its own, and compare with the one that was cut."""
-    begun = time.perf_counter()
+    clock = Clock()
     made = pared.compress(MODEL, recipe=recipe(asked, keep, **more))
-    seconds = time.perf_counter() - begun
-    line = {"seconds": seconds, "parameters": made.plan.after.covered_parameters,
+    line = {**clock.read(), "parameters": made.plan.after.covered_parameters,
             "perplexity": perplexities(made.model, made.tokenizer, asked)}  # fmt: skip
     if more:
         manifest = pared.Manifest.read(place.parent / f"slice-{keep:g}")
@@ -109,34 +116,55 @@ def compress(asked: argparse.Namespace, place: Path, keep: float, **more: Any) -
     return line
 
 
+def took(line: Line | None) -> str:
+    """Return the seconds of a step, those of the processor in brackets."""
+    if line is None:
+        return "-"
+    return f"{line['seconds']:,.0f}" + (f" ({line['processor_seconds']:.1f})" if "processor_seconds" in line else "")
+
+
+def rows_of(by: dict[tuple[str, float], Line], steps: list[str], dense: dict[str, float]) -> list[tuple[str, ...]]:
+    """Return the row of every size that was cut out."""
+    rows = []
+    for keep in KEEPS:
+        if (sliced := by.get(("slice", keep))) is None:
+            continue
+        row = [f"{keep:g}", f"{sliced['weights'] / 1e6:,.0f} MB", took(sliced), took(sliced["loading"])]
+        for step in steps:
+            line = by.get((step, keep))
+            row += [] if step == "slice" else [took(line)]
+            if step == "nested":
+                row.append("-" if line is None or line["apart"] is None else f"{line['apart']:.1g}")
+            row += ["-" if line is None else f"{line['perplexity'][text] / dense[text]:.4f} x" for text in TEXTS]
+        rows.append(tuple(row))
+    return rows
+
+
 def render(lines: list[Line]) -> str:
     """Return the page."""
     by = {(line["step"], line["keep"]): line for line in lines}
     whole = by["elastic", LARGEST]
     dense = whole["dense_perplexity"]
-
-    def times(step: str, keep: float) -> list[str]:
-        line = by.get((step, keep))
-        return ["-" if line is None else f"{line['perplexity'][text] / dense[text]:.4f} x" for text in TEXTS]
-
-    def seconds(step: str, keep: float) -> str:
-        return f"{by[step, keep]['seconds']:,.0f}" if (step, keep) in by else "-"
-
     largest = ", ".join(f"{text} {value / dense[text]:.4f} x" for text, value in whole["perplexity"].items())
-    rows, same = [], []
-    for keep in KEEPS:
-        if ("slice", keep) not in by:
-            continue
-        nested, sliced = by.get(("nested", keep)), by["slice", keep]
-        if nested is not None:
-            same.append(nested["same_plan"])
-        gap = "-" if nested is None or nested["apart"] is None else f"{nested['apart']:.1g}"
-        rows.append((f"{keep:g}", f"{sliced['weights'] / 1e6:,.0f} MB", f"{sliced['seconds']:.1f}",
-                     f"{sliced['load_seconds']:.1f}", seconds("nested", keep), gap, *times("slice", keep),
-                     *times("nested", keep), *times("own", keep)))  # fmt: skip
-    header = ["keep", "weights", "slice, s", "load, s", "compress, s", "weights apart"]
-    header += [f"{name}, {text}" for name in ("slice", "same, apart", "own default") for text in TEXTS]
+    steps = [step for step in ("slice", "nested", "own") if any(line["step"] == step for line in lines)]
+    rows = rows_of(by, steps, dense)
+    header = ["keep", "weights", "slice, s", "load, s"]
+    for step, name in (("slice", "slice"), ("nested", "same"), ("own", "own")):
+        if step in steps:
+            header += [] if step == "slice" else [f"compress ({name}), s"]
+            header += (["weights apart"] if step == "nested" else []) + [f"{name}, {text}" for text in TEXTS]
     folders = sum(by["slice", keep]["weights"] for keep in KEEPS if ("slice", keep) in by)
+    same = [line["same_plan"] for line in lines if line["step"] == "nested"]
+    told = {
+        "nested": f"*same* is a compression of its own to the size, of factors and statistics collected once: the plans "
+        f"of {sum(same)} of {len(same)} are the slices', and *weights apart* is the largest difference of a weight "
+        "(Frobenius, relative), where 4e-3 is one step of bfloat16.",
+        "own": "*own* is what `pared compress` does without `--elastic`: pivots, which hold a higher rank in as many "
+        "parameters, and at 0.7 and below statistics behind what is compressed.",
+    }
+    missing = [f"{name} at keep {keep:g}" for step, name in (("nested", "same"), ("own", "own")) for keep in KEEPS
+               if (step, keep) not in by]  # fmt: skip
+    left = [f"Not measured yet: {', '.join(missing)}.", ""] if missing else []
     return "\n".join(
         [
             "# One folder, every size",
@@ -147,23 +175,23 @@ def render(lines: list[Line]) -> str:
             f"`{MODEL}`, `loss-optimal`, largest size keep {LARGEST:g}; calibrated on {whole['samples']} x "
             f"{whole['length']} tokens of wikitext2:train, perplexity on {whole['windows']} windows of "
             f"{whole['length']} tokens as a multiple of the dense model's: few, as time on two shared cores was "
-            "scarce, so that rows are to be compared with each other and not with other pages.",
+            "scarce, so that figures are to be compared with each other and not with other pages.",
             "",
-            f"The folder was made in {whole['seconds']:,.0f} s. Its weights have {whole['weights'] / 1e6:,.0f} MB, and "
-            f"spectra and factors of smaller sizes {whole['factors'] / 1e6:,.0f} MB more, as {whole['dense_sites']} of "
+            f"The folder was made in {took(whole)} s, of which the allocations of all sizes took "
+            f"{whole['stages']['allocate']:,.0f}. Its weights have {whole['weights'] / 1e6:,.0f} MB, and spectra and "
+            f"factors of smaller sizes {whole['factors'] / 1e6:,.0f} MB more, as {whole['dense_sites']} of "
             f"{whole['sites']} target modules are dense in the largest size; the dense model has "
             f"{whole['dense'] / 1e6:,.0f} MB, the {len(rows)} sizes below as folders of their own {folders / 1e6:,.0f} "
-            f"MB. It holds {whole['sizes']} sizes, from keep {whole['least']:g}. Perplexity of the largest: "
-            f"{largest}.",
+            f"MB. It holds {whole['sizes']} sizes, from keep {whole['least']:g}. Perplexity of the largest: {largest}.",
             "",
             table(header, rows),
             "",
-            f"`same, apart` is a compression of its own to the size, of factors and statistics collected once: the "
-            f"plans of {sum(same)} of {len(same)} are the slices', and *weights apart* is the largest difference of a "
-            "weight (Frobenius, relative), where 4e-3 is one step of bfloat16. `own default` is what `pared compress` "
-            "does without `--elastic`: pivots, which hold a higher rank in as many parameters, and at 0.7 and below "
-            "statistics behind what is compressed. That is what a folder of every size costs.",
+            "Seconds are those of the wall, in brackets those of the processor: the process was one of low priority "
+            f"(load averages up to {max((line.get('load', 0.0) for line in lines)):.1f}). A slice is loaded, cut, "
+            "saved, reloaded and compared; *load* is `pared.load(FOLDER, keep=...)`. "
+            + " ".join(told[step] for step in steps if step in told),
             "",
+            *left,
             signature(lines),
         ]
     )  # fmt: skip
@@ -180,8 +208,7 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     place = asked.place / "elastic"
-    steps = [("elastic", LARGEST), *(("slice", keep) for keep in KEEPS), *(("nested", keep) for keep in KEEPS),
-             *(("own", keep) for keep in KEEPS)]  # fmt: skip
+    steps = [("elastic", LARGEST), *((step, keep) for step in ("slice", "nested", "own") for keep in KEEPS)]
     for step, keep in () if asked.render else steps:
         if (step, keep) in {(line["step"], line["keep"]) for line in read(LINES)}:
             continue
