@@ -67,6 +67,7 @@ class Clock:
         self._wall, self._processor = time.perf_counter(), time.process_time()
 
     def read(self) -> dict[str, float]:
+        """Return both, and how busy the machine is."""
         wall, processor = time.perf_counter() - self._wall, time.process_time() - self._processor
         return {"seconds": wall, "processor_seconds": processor, "load": os.getloadavg()[0]}
 
@@ -156,9 +157,9 @@ def render(lines: list[Line]) -> str:
     folders = sum(by["slice", keep]["weights"] for keep in KEEPS if ("slice", keep) in by)
     same = [line["same_plan"] for line in lines if line["step"] == "nested"]
     told = {
-        "nested": f"*same* is a compression of its own to the size, of factors and statistics collected once: the plans "
-        f"of {sum(same)} of {len(same)} are the slices', and *weights apart* is the largest difference of a weight "
-        "(Frobenius, relative), where 4e-3 is one step of bfloat16.",
+        "nested": "*same* is a compression of its own to the size, of factors and statistics collected once: the "
+        f"plans of {sum(same)} of {len(same)} are the slices', and *weights apart* is the largest difference of a "
+        "weight (Frobenius, relative), where 4e-3 is one step of bfloat16.",
         "own": "*own* is what `pared compress` does without `--elastic`: pivots, which hold a higher rank in as many "
         "parameters, and at 0.7 and below statistics behind what is compressed.",
     }
@@ -187,7 +188,7 @@ def render(lines: list[Line]) -> str:
             table(header, rows),
             "",
             "Seconds are those of the wall, in brackets those of the processor: the process was one of low priority "
-            f"(load averages up to {max((line.get('load', 0.0) for line in lines)):.1f}). A slice is loaded, cut, "
+            f"(load averages up to {max(line.get('load', 0.0) for line in lines):.1f}). A slice is loaded, cut, "
             "saved, reloaded and compared; *load* is `pared.load(FOLDER, keep=...)`. "
             + " ".join(told[step] for step in steps if step in told),
             "",
