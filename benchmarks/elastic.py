@@ -165,6 +165,13 @@ def render(lines: list[Line]) -> str:
     }
     missing = [f"{name} at keep {keep:g}" for step, name in (("nested", "same"), ("own", "own")) for keep in KEEPS
                if (step, keep) not in by]  # fmt: skip
+    seconds = [
+        "Seconds are those of the wall, in brackets those of the processor: the process was one of low priority (load "
+        f"averages up to {max(line.get('load', 0.0) for line in lines):.1f}). A slice is loaded, cut, saved, reloaded "
+        "and compared; *load* is `pared.load(FOLDER, keep=...)`."
+    ]
+    if any("processor_seconds" not in line for line in lines):
+        seconds.append("Those without brackets were taken on a busier machine, before the processor's were recorded.")
     left = [f"Not measured yet: {', '.join(missing)}.", ""] if missing else []
     return "\n".join(
         [
@@ -187,10 +194,7 @@ def render(lines: list[Line]) -> str:
             "",
             table(header, rows),
             "",
-            "Seconds are those of the wall, in brackets those of the processor: the process was one of low priority "
-            f"(load averages up to {max(line.get('load', 0.0) for line in lines):.1f}). A slice is loaded, cut, "
-            "saved, reloaded and compared; *load* is `pared.load(FOLDER, keep=...)`. "
-            + " ".join(told[step] for step in steps if step in told),
+            " ".join([*seconds, *(told[step] for step in steps if step in told)]),
             "",
             *left,
             signature(lines),
