@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 import pared
 from pared import compress
 from pared.allocation import allocators_for
+from pared.engine.checks.enough import STARVED
 from pared.engine.result import remarks
 from pared.lowrank import METHODS
 from pared.schema.plan import Dense, LowRank
@@ -158,8 +159,12 @@ def test_a_degenerate_site_never_ends_a_pruning(method: str, allocation: str, ca
     covered = [site for site in result.plan.sites if not isinstance(site.decision, Dense)]
     kept = sum(site.after for site in covered) / sum(site.before for site in covered)
     rounding = sum(site.out_features for site in covered) / sum(site.before for site in covered)
+    # What experts would have had that are found too few tokens for only behind the pruned blocks is put nowhere else.
+    dense = [site for site in result.plan.sites if isinstance(site.decision, Dense)]
+    starved = sum(site.before for site in dense if site.decision.reason.startswith(STARVED))
+    rounding += starved / sum(site.before for site in covered) / 2
     assert kept <= 0.5 + rounding
-    assert kept >= 0.5 - 1e-6
+    assert kept >= 0.5 - (rounding if starved else 1e-6)
     require_same(weights, run(case, **fields)[1])
 
 

@@ -176,16 +176,32 @@ class SparseWork:
 
     def allocate(self) -> Plan:
         """Decide every site, from the evidence."""
-        spec, evidence = self._spec, self.evidence
-        read = [found for found in (evidence.scores, evidence.losses) if found]
-        units = [unit for unit in self._units if all(unit.name in found for found in read)]
+        spec, (units, evidence) = self._spec, self._decidable()
         with self._observer.watch("allocate"):
             wished = spec.allocator.allocate(units, spec.budget, evidence, spec.allocation_config)
-            unread = {site.name for unit in self._units if unit not in units for site in unit.members}
+            decided = {site.name for unit in units for site in unit.members}
+            unread = {site.name for unit in self._units for site in unit.members} - decided
             anatomy, itemsize = self._anatomy.with_idle(unread), self._model.dtype.itemsize
             plan = plan_zeros(anatomy, spec, units, wished, itemsize, self._starved)
         self._fallbacks |= evidence.notes
         return plan
+
+    def _decidable(self) -> tuple[list[Unit], Evidence]:
+        """Return the units that something is known of, without sites that stay dense, and the evidence by their names.
+
+        A unit is called after its first site, which may be one that stays dense.
+        """
+        scores: dict[str, ScoreHistogram] = {}
+        losses: dict[str, ScoreHistogram] = {}
+        evidence, units = self.evidence, list[Unit]()
+        read = [(own, renamed) for own, renamed in ((evidence.scores, scores), (evidence.losses, losses)) if own]
+        for unit in self._units:
+            left = tuple(site for site in unit.members if site.name not in self._starved)
+            if left and all(unit.name in own for own, _ in read):
+                units.append(Unit(left))
+                for own, renamed in read:
+                    renamed[units[-1].name] = own[unit.name]
+        return units, replace(evidence, scores=scores, losses=losses)
 
     def _prune(self, step: PassSpec) -> None:
         """Prune block by block, each behind the blocks that are pruned already if the method reads anything."""

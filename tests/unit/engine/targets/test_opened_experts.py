@@ -224,9 +224,10 @@ def test_an_expert_that_is_given_fewer_tokens_than_it_has_inputs_stays_dense_and
         assert result.plan.achieved_keep == pytest.approx(METHODS[method]["keep"], abs=0.03)
 
 
+@pytest.mark.parametrize("granularity", ["site", "block"])
 @pytest.mark.parametrize("allocation", ["global", "owl", "dsa", "loss"])
 def test_an_expert_that_stays_dense_has_no_part_in_the_zeros_of_the_others(
-    allocation: str, tokenizer: PreTrainedTokenizerFast, enough: Calibration
+    allocation: str, granularity: str, tokenizer: PreTrainedTokenizerFast, enough: Calibration
 ) -> None:
     """Regression: its scores, of few tokens and small, were given zeros that nothing got: 0.42 in place of 0.5."""
     recipe = Recipe(
