@@ -186,7 +186,7 @@ def render(lines: list[dict[str, Any]]) -> str:
                 f"{', refined' if line.get('refine') else ''}",
                 f"{line['keep']:g}",
                 f"{line['achieved_keep']:.3f}",
-                f"{line.get('samples', SAMPLES)} of {'WikiText-2' if line.get('text', TEXT) == TEXT else 'half C4'}",
+                f"{line['calibration']['windows']} of {'WikiText-2' if line.get('text', TEXT) == TEXT else 'half C4'}",
                 line["statistics"],
                 shrunk,
                 spread,

@@ -170,7 +170,8 @@ def python_source(name: str) -> tuple[list[str], str]:
     """
     library = Path(sysconfig.get_path("stdlib"))
     paths = sorted(path for path in library.rglob("*.py") if not NOT_SOURCE & set(path.relative_to(library).parts))
-    texts = [text for path in paths if len(text := read_text(path, "module")) >= SHORTEST]
+    read = (read_text(path, "module") for path in paths)
+    texts = list(dict.fromkeys(text for text in read if len(text) >= SHORTEST))  # Debian has some of them twice
     if len(texts) < len(STDLIB):
         raise ParedError(f"text {name!r}: no source of Python's standard library in {library}; {OR_A_FILE}")
     return texts[STDLIB.index(name) :: len(STDLIB)], f"the standard library of Python {sysconfig.get_python_version()}"

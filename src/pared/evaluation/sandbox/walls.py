@@ -212,12 +212,13 @@ def _check(result: int) -> None:
 
 
 def _become(users: Sequence[int], folder: str) -> bool:
-    """Be another user for good, who owns this folder: the first of these that there is and may read Python's files."""
+    """Be another user for good, who owns this folder: the first of these that there is and reaches it and Python."""
     for user in users:
         try:
             os.seteuid(user)
             with open(os.__file__, "rb"):
                 pass
+            os.stat(folder)  # which may lie in one of the superuser alone, as TMPDIR says
         except OSError:
             continue
         finally:

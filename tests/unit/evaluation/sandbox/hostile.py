@@ -36,10 +36,13 @@ def started_in(place: str, before: set[int]) -> list[int]:
     return found
 
 
-def run(program: Program | str, limits: Limits = FEW, walls: Sequence[str] = WALLS) -> ExecutionResult:
-    """Run a program and see that no process and no file of it is left."""
+def run(
+    program: Program | str, limits: Limits = FEW, walls: Sequence[str] = WALLS, mode: int = 0o711
+) -> ExecutionResult:
+    """Run a program, in a folder of a mode, and see that no process and no file of it is left."""
     before = processes()
     with tempfile.TemporaryDirectory() as place, patch("tempfile.tempdir", place):  # other tests run programs too
+        os.chmod(place, mode)
         ran = run_program(program, limits, walls)
         assert not started_in(place, before)
         assert not os.listdir(place)

@@ -43,6 +43,14 @@ assert open("d/a").read() == "x"
 
 
 @WALLED
+def test_a_program_in_a_folder_of_the_superuser_alone_is_judged_and_not_failed() -> None:
+    """Regression: another user could not reach it, and every program "ended with status 127"."""
+    ran = run("assert True", walls=LANDLOCKED, mode=0o700)
+    assert ran.passed, ran
+    assert os.geteuid() or "an unprivileged user" in ran.without
+
+
+@WALLED
 def test_modes_times_attributes_and_sockets_outside_its_folder_cannot_be_touched(tmp_path: Path) -> None:
     kept, address = tmp_path / "kept", tmp_path / "socket"
     kept.write_text("mine")
