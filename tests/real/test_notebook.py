@@ -1,7 +1,6 @@
 """The notebook of examples/ runs, and what is committed of it shows what it came to."""
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ def test_every_cell_of_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.Mon
     pytest.importorskip("matplotlib")
     monkeypatch.delenv("PARED_CACHE")  # the converted model is kept between runs
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("tempfile.mkdtemp", lambda *_, **__: os.fspath(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     names: dict[str, Any] = {}
     for cell in code_cells():
         exec(compile(plain(cell), "tour.ipynb", "exec"), names)

@@ -42,7 +42,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "loss-optimal, shared": {"method": "loss-optimal", "options": {"group_size": 2, "sharing": "all"}},
     "gpt2": {"method": "loss-optimal"},
 }
-SELDOM = ("asvd", "svd-llm-v2", "effective-rank", "gpt2")
+SELDOM = ("svd", "fwsvd", "asvd", "svd-llm-v2", "effective-rank", "loss-optimal, shared", "gpt2")
 
 
 @pytest.fixture(scope="module")
@@ -235,6 +235,7 @@ def test_damaged_factors_are_noticed(elastic: Any, tmp_path: Path) -> None:
         pared.load(tmp_path / "copy", keep=0.35)
 
 
+@pytest.mark.slow
 def test_a_killed_compression_resumes_to_the_very_same_factors(
     text_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
