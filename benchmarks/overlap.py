@@ -13,9 +13,8 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -26,7 +25,7 @@ from pared.calibration import BlockStatistics
 from pared.engine.solve import Solver
 from pared.entrypoints.run import run
 from pared.schema.recipe import Recipe
-from record import RESULTS, append, read, spread, table
+from record import RESULTS, alone, append, read, spread, table
 
 LINES, PAGE = RESULTS / "overlap.jsonl", RESULTS / "overlap.md"
 METHODS: dict[str, dict[str, Any]] = {
@@ -139,8 +138,7 @@ def main() -> None:
                          "solving": solving, "round": number, "cores": os.cpu_count()}  # fmt: skip
                 if any(about.items() <= line.items() for line in read(LINES)):
                     continue
-                with ProcessPoolExecutor(1, get_context("spawn")) as alone:
-                    found = alone.submit(measured, recipe, forward, solving).result()
+                found = alone(measured, recipe, forward, solving)
                 append(LINES, {**about, **found})
                 print(method, forward, solving, {name: found[name] for name in ("seconds", "own")}, flush=True)
     if not (lines := read(LINES)):

@@ -10,8 +10,6 @@ perplexity is measured on. Programs that a model writes are run, in the sandbox 
 """
 
 import argparse
-import sys
-import sysconfig
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from typing import Any
 import pared
 from grid import evaluation_texts, signature
 from models import PLACE, folder_of
+from pared.data.corpora import STDLIB
 from pared.entrypoints.evaluate import evaluate
 from pared.schema.evaluate import EvaluationConfig
 from pared.schema.manifest import Manifest
@@ -42,21 +41,7 @@ COMPRESSIONS: dict[str, dict[str, Any]] = {
     "wanda 0.5": {"method": "wanda", "sparsity": 0.5},
 }
 MEASURES = ("WikiText-2", "C4", "Python", "humaneval")
-SHORTEST = 2000  # characters of a module that is a document
-
-
-def python_source() -> tuple[str, str]:
-    """Return the texts that are calibrated on and measured on: half of the standard library's modules each."""
-    library = Path(sysconfig.get_path("stdlib"))
-    texts = [path.read_text(encoding="utf-8", errors="replace") for path in sorted(library.glob("*.py"))]
-    texts = [text for text in texts if len(text) >= SHORTEST]
-    PLACE.mkdir(parents=True, exist_ok=True)
-    names = []
-    for part, own in (("train", texts[::2]), ("test", texts[1::2])):
-        path = PLACE / f"python-{sys.version_info.major}.{sys.version_info.minor}-{part}.txt"
-        path.write_text("\n\n".join(own), encoding="utf-8")
-        names.append(f"file:{path}")
-    return names[0], names[1]
+CALIBRATED_ON, MEASURED_ON = STDLIB  # every second module each
 
 
 def compressed(what: str) -> str:
@@ -66,7 +51,7 @@ def compressed(what: str) -> str:
         return model
     out = PLACE / "real" / f"{MODEL}-{what.replace(' ', '-')}"
     if not (out / "pared.json").exists():
-        calibration = {"text": python_source()[0], "samples": SAMPLES, "length": LENGTH, "batch": 4}
+        calibration = {"text": CALIBRATED_ON, "samples": SAMPLES, "length": LENGTH, "batch": 4}
         recipe = {"model": model, "calibration": calibration, "evaluation": None, "out": str(out), **COMPRESSIONS[what]}
         pared.run(pared.Recipe.model_validate(recipe), progress=True, resume=True)
     return str(out)
@@ -83,7 +68,7 @@ def measure(what: str, name: str) -> Line:
         row |= {"value": found["metrics"]["pass@1"], "error": found["errors"]["pass@1"], "rows": found["rows"],
                 "passed": passed}  # fmt: skip
     else:
-        texts = {**evaluation_texts(), "Python": python_source()[1]}
+        texts = {**evaluation_texts(), "Python": MEASURED_ON}
         model, tokenizer = pared.load(folder), pared.load_tokenizer(folder)
         row |= {"value": pared.perplexity(model, tokenizer, texts[name], LENGTH, WINDOWS).value}
     row |= {"evaluate_seconds": time.perf_counter() - start}

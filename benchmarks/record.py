@@ -5,7 +5,9 @@ import json
 import platform
 import statistics
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,12 @@ def append(path: Path, row: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as lines:
         lines.write(json.dumps({**row, **provenance()}) + "\n")
+
+
+def alone(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a function does in a fresh process."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as one:
+        return one.submit(function, *arguments).result()
 
 
 def read(path: Path) -> list[dict[str, Any]]:

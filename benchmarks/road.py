@@ -16,9 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -35,7 +32,7 @@ from pared.models.source import find_model
 from pared.schema.recipe import Recipe
 from pared.structure import find_anatomy, probe
 from pared.structure.store import ResidentBlocks
-from record import RESULTS, append, provenance, read, spread, table
+from record import RESULTS, alone, append, provenance, read, spread, table
 
 LINES = RESULTS / "road.jsonl"
 PAGE = RESULTS / "road.md"
@@ -98,12 +95,6 @@ def whole_seconds(recipe: Recipe) -> tuple[tuple[float, float], dict[str, float]
         clock = Clock()
         outcome = run(recipe.model_copy(update={"out": f"{folder}/out", "evaluation": None}))
         return clock.read(), outcome.manifest.seconds
-
-
-def alone(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what a function does in a fresh process."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as one:
-        return one.submit(function, *arguments).result()
 
 
 def peak_memory(recipe: Recipe) -> dict[str, float]:

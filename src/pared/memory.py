@@ -85,10 +85,13 @@ def give_back() -> None:
     """
     global _idle_before
     library = _c_library()
-    if library is None or _idle(library) < _idle_before + WORTH_RETURNING:
+    if library is None:
         return
-    library.malloc_trim(0)
-    _idle_before = _idle(library)
+    if not hasattr(library, "mallinfo2"):  # an older library does not say how much is free
+        library.malloc_trim(0)
+    elif _idle(library) >= _idle_before + WORTH_RETURNING:
+        library.malloc_trim(0)
+        _idle_before = _idle(library)
 
 
 _idle_before = -WORTH_RETURNING  # of the last time; the first time memory is returned whatever there is
@@ -99,8 +102,6 @@ def _idle(library: ctypes.CDLL) -> int:
 
     What was returned still counts as free in the library, so that it is the system that is asked.
     """
-    if not hasattr(library, "mallinfo2"):
-        return NO_LIMIT  # of an older library: memory is returned every time
     heap = library.mallinfo2()
     resident, shared = (int(pages) for pages in Path("/proc/self/statm").read_text().split()[1:3])
     return (resident - shared) * os.sysconf("SC_PAGE_SIZE") - heap.uordblks - heap.hblkhd

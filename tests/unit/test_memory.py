@@ -5,6 +5,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -134,3 +135,12 @@ def test_a_batch_as_large_as_the_last_one_takes_no_new_pages_where_what_is_freed
 
     assert pages("kept") < 100 < pages("as it is")
     assert pages("kept", MALLOC_TRIM_THRESHOLD_="0") > 100  # a user's own choice stays
+
+
+def test_an_older_c_library_is_asked_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regression: where it does not say how much is free, memory was returned once and never again."""
+    trimmed: list[int] = []
+    monkeypatch.setattr(memory, "_c_library", lambda: SimpleNamespace(malloc_trim=trimmed.append))
+    for _ in range(3):
+        memory.give_back()
+    assert trimmed == [0, 0, 0]

@@ -26,14 +26,7 @@ def load(
 ) -> PreTrainedModel:
     """Load a model, dense or compressed, in evaluation mode on the CPU.
 
-    Args:
-        name: a folder that pared made, or any name of a model that pared knows.
-        dtype: ``auto`` keeps what is stored, bfloat16 for a quantised ``.gguf`` file; else ``float32``,
-            ``bfloat16`` or ``float16``.
-        check: first, before its configuration or code is read, compare every file of a folder that pared made with
-            its recorded SHA-256; a model of the Hub is fetched whole for that, and one that lists none is refused.
-        trust_remote_code: whether code that lies beside the weights may run. What pared makes of a model of
-            transformers needs none.
+    The arguments are those of :func:`pared.load`; of a folder of every size this is its largest.
 
     Raises:
         ParedError: not a model, truncated, of a newer format version, NaN or infinity in a weight, or not the files

@@ -22,7 +22,7 @@ from pared.lowrank import Factors
 from pared.modules import LowRankLinear, PivotedLinear
 from pared.progress import Progress
 from pared.schema.elastic import Elastic, ElasticSite, ElasticSize, ElasticUnit
-from pared.schema.plan import Dense, LowRank, Plan, Shared, SitePlan
+from pared.schema.plan import Dense, LowRank, Plan, Shared
 from pared.structure import Anatomy, Site
 
 STEPS = 100  # sizes are multiples of a hundredth
@@ -222,12 +222,8 @@ def _held(model: nn.Module, names: Sequence[str], first: int, rank: int, more: F
 def _members(plan: Plan) -> dict[str, list[str]]:
     """Return the names of the sites that every unit with a rank has."""
     found: dict[str, list[str]] = {}
-
-    def note(site: SitePlan) -> None:
+    for site in plan.sites:
         decision = site.decision
         if isinstance(decision, (LowRank, Shared)):
             found.setdefault(decision.owner if isinstance(decision, Shared) else site.name, []).append(site.name)
-
-    for site in plan.sites:
-        note(site)
     return found

@@ -21,8 +21,9 @@ from pared.models.source import find_model
 from pared.models.trust import trusting
 from pared.notebook import watcher_of
 from pared.progress import Progress, Stopwatch
-from pared.schema.elastic import require_size
+from pared.schema.elastic import Elastic, require_size
 from pared.schema.manifest import Manifest
+from pared.schema.plan import Plan
 from pared.schema.presets import record_of
 
 
@@ -64,13 +65,13 @@ def slice(
     with trusting(trust_remote_code):
         require_free(out, overwrite, [folder])
         manifest = Manifest.read(folder)
-        require_size(manifest.elastic, str(folder), keep)
+        elastic = require_size(manifest.elastic, str(folder), keep)
         require_tensors(folder)
         require_recorded(folder)  # else what is damaged would be listed as whole
         with watch("load"):
             model = load_whole(folder)
         with watch("slice"):
-            found = _cut_in_place(model, folder, manifest, keep, watcher)
+            found = _cut_in_place(model, StoredFactors(folder, elastic), elastic, manifest.plan, keep, watcher)
         source = find_model(str(folder))
         saver = ResidentSaver(model, source.tokenizer(), source)
         del model
@@ -116,18 +117,19 @@ def load(
         raise ParedError(f"model {str(folder)!r}: keep needs a folder of every size on this machine; fetch it first")
     with trusting(trust_remote_code):
         manifest = Manifest.read(folder)
-        require_size(manifest.elastic, str(folder), keep)
+        elastic = require_size(manifest.elastic, str(folder), keep)
         model = load_whole(folder, dtype, check, trust_remote_code)
-        _cut_in_place(model, folder, manifest, keep, watcher_of(None, "pared.load"))
+        stored, watcher = StoredFactors(folder, elastic), watcher_of(None, "pared.load")
+        _cut_in_place(model, stored, elastic, manifest.plan, keep, watcher)
     return model
 
 
-def _cut_in_place(model: PreTrainedModel, folder: Path, manifest: Manifest, keep: float, progress: Progress) -> Cut:
+def _cut_in_place(
+    model: PreTrainedModel, stored: StoredFactors, elastic: Elastic, largest: Plan, keep: float, progress: Progress
+) -> Cut:
     """Make a model of the largest size one of a smaller, which describes itself."""
-    elastic = require_size(manifest.elastic, str(folder), keep)
-    stored = StoredFactors(folder, elastic)
-    found = cut(elastic, manifest.plan, stored.spectra(), keep)
-    install_cut(model, manifest.plan, found.plan, stored.more, progress)
+    found = cut(elastic, largest, stored.spectra(), keep)
+    install_cut(model, largest, found.plan, stored.more, progress)
     mark(model)
     if found.short:
         progress.note(f"{len(found.short)} weights have a rank below that of a compression of its own, the first is "
