@@ -3,8 +3,8 @@
     python benchmarks/overlap.py            # measures what is missing, renders docs/results/overlap.md
     python benchmarks/overlap.py --render   # renders only
 
-An experiment, not a feature: a block is decomposed while the next one runs, by a thread that the solver's visit is
-handed to. Every run is a process of its own; ways take turns. One JSON line a run.
+As it does by itself, and with blocks solved in turn. Every run is a process of its own; ways take turns. One JSON line
+a run.
 """
 
 import argparse
@@ -12,17 +12,12 @@ import hashlib
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 
-from pared.calibration import BlockStatistics
-from pared.engine.solve import Solver
 from pared.entrypoints.run import run
 from pared.schema.recipe import Recipe
 from record import RESULTS, alone, append, read, spread, table
@@ -32,48 +27,17 @@ METHODS: dict[str, dict[str, Any]] = {
     "svd-llm": {},
     "loss-optimal": {"options": {"output_weighting": "diagonal"}},
 }
-# Threads of the forward pass, and those of the thread that decomposes; 0: it is not beside, but in turn.
-WAYS = ((1, 0), (2, 0), (1, 1), (2, 1), (2, 2))
+# Threads of the forward pass, and whether a second thread of as many solves beside it.
+WAYS = ((1, False), (1, True), (2, False), (2, True))
 
 
-@contextmanager
-def beside(threads: int) -> Iterator[None]:
-    """Hand every visit of the solver to one thread, which decomposes while the next block runs."""
-    in_turn: Callable[[Solver, BlockStatistics], None] = Solver.visit
-    ordered: Callable[[Solver], None] = Solver.in_order
-    waiting: list[Future[None]] = []
-
-    def wait() -> None:
-        while waiting:
-            waiting.pop().result()
-
-    def visit(solver: Solver, block: BlockStatistics) -> None:
-        wait()
-        waiting.append(one.submit(in_turn, solver, block))
-
-    def in_order(solver: Solver) -> None:
-        wait()
-        ordered(solver)
-
-    with (
-        ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,)) as one,
-        patch.object(Solver, "visit", visit),
-        patch.object(Solver, "in_order", in_order),
-    ):
-        yield
-
-
-def measured(recipe: Recipe, forward: int, solving: int) -> dict[str, Any]:
+def measured(recipe: Recipe, threads: int, beside: bool) -> dict[str, Any]:
     """Time a whole job, in this process, and tell its weights by their digest."""
-    torch.set_num_threads(forward)
-    with tempfile.TemporaryDirectory() as folder:
+    torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as folder, patch("pared.engine.compress.pays", lambda _: beside):
         asked = recipe.model_copy(update={"out": f"{folder}/out", "evaluation": None})
         clock, own = time.perf_counter(), sum(os.times()[:4])
-        if solving:
-            with beside(solving):
-                run(asked)
-        else:
-            run(asked)
+        run(asked)
         seconds, taken = time.perf_counter() - clock, sum(os.times()[:4]) - own
         weights = b"".join(path.read_bytes() for path in sorted(Path(f"{folder}/out").glob("*.safetensors")))
     return {"seconds": seconds, "own": taken, "digest": hashlib.sha256(weights).hexdigest()[:12]}
@@ -81,18 +45,18 @@ def measured(recipe: Recipe, forward: int, solving: int) -> dict[str, Any]:
 
 def render(lines: list[dict[str, Any]]) -> str:
     """Return the page."""
-    groups: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, int, bool], list[dict[str, Any]]] = {}
     for line in lines:
-        groups.setdefault((line["method"], line["forward"], line["solving"]), []).append(line)
+        groups.setdefault((line["method"], line["threads"], line["beside"]), []).append(line)
 
-    def row(key: tuple[str, int, int], own: list[dict[str, Any]]) -> tuple[str, ...]:
-        method, forward, solving = key
-        in_turn = {line["round"]: line["seconds"] for line in groups[method, forward, 0]}
+    def row(key: tuple[str, int, bool], own: list[dict[str, Any]]) -> tuple[str, ...]:
+        method, threads, beside = key
+        in_turn = {line["round"]: line["seconds"] for line in groups[method, threads, False]}
         ratios = [line["seconds"] / in_turn[line["round"]] for line in own]
         return (
             method,
-            str(forward),
-            f"beside, {solving}" if solving else "in turn",
+            str(threads),
+            "beside" if beside else "in turn",
             spread([line["seconds"] for line in own], 1),
             spread([line["own"] / line["seconds"] for line in own]),
             spread(ratios),
@@ -100,8 +64,7 @@ def render(lines: list[dict[str, Any]]) -> str:
         )
 
     last = lines[-1]
-    header = ("method", "threads of the forward pass", "decomposing, threads", "seconds", "cores busy",
-              "of the time in turn", "digest of the weights")  # fmt: skip
+    header = ("method", "threads", "solved", "seconds", "cores busy", "of the time in turn", "digest of the weights")
     return "\n".join([
         "# Decomposing beside the forward pass",
         "",
@@ -133,14 +96,14 @@ def main() -> None:
     for number in [] if asked.render else range(asked.rounds):
         for method in asked.methods:
             recipe = Recipe.of({"model": asked.model, "calibration": calibration, "method": method, **METHODS[method]})
-            for forward, solving in WAYS:
-                about = {"method": method, "model": asked.model, **calibration, "forward": forward,
-                         "solving": solving, "round": number, "cores": os.cpu_count()}  # fmt: skip
+            for threads, beside in WAYS:
+                about = {"method": method, "model": asked.model, **calibration, "threads": threads,
+                         "beside": beside, "round": number, "cores": os.cpu_count()}  # fmt: skip
                 if any(about.items() <= line.items() for line in read(LINES)):
                     continue
-                found = alone(measured, recipe, forward, solving)
+                found = alone(measured, recipe, threads, beside)
                 append(LINES, {**about, **found})
-                print(method, forward, solving, {name: found[name] for name in ("seconds", "own")}, flush=True)
+                print(method, threads, beside, {name: found[name] for name in ("seconds", "own")}, flush=True)
     if not (lines := read(LINES)):
         raise SystemExit(f"{LINES} has no lines; run without --render first")
     PAGE.write_text(render(lines), encoding="utf-8")

@@ -4,10 +4,10 @@
     python benchmarks/road.py --methods basis-sharing    # one of the cases
     python benchmarks/road.py --render                   # renders only
 
-Single-threaded and interleaved (bare, bare with freed memory kept, whole; and again), each in a process of its own; the
-ratios are taken within a pair, of seconds on the clock and of the process's own (user and system), which other work on
-the machine does not lengthen. One JSON line a pair; pairs of the same settings, commit and processor are not measured
-again.
+Single-threaded and interleaved (bare, bare with freed memory kept, whole, whole with a second processor; and again),
+each in a process of its own; the ratios are taken within a pair, of seconds on the clock and of the process's own (user
+and system), which other work on the machine does not lengthen. One JSON line a pair; pairs of the same settings, commit
+and processor are not measured again.
 """
 
 import argparse
@@ -88,9 +88,13 @@ def bare_seconds(recipe: Recipe, kept: bool) -> tuple[float, float]:
     return clock.read()
 
 
-def whole_seconds(recipe: Recipe) -> tuple[tuple[float, float], dict[str, float]]:
-    """Time the whole job, from the model's name to the checked folder, without measuring perplexity."""
+def whole_seconds(recipe: Recipe, processors: int) -> tuple[tuple[float, float], dict[str, float]]:
+    """Time the whole job, from the model's name to the checked folder, without measuring perplexity.
+
+    Where a second processor may be used, blocks are solved beside the run of the next ones, by a thread of their own.
+    """
     torch.set_num_threads(1)
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:processors])
     with tempfile.TemporaryDirectory() as folder:
         clock = Clock()
         outcome = run(recipe.model_copy(update={"out": f"{folder}/out", "evaluation": None}))
@@ -133,11 +137,13 @@ def render(lines: list[dict[str, Any]]) -> str:
         "",
         f"`{last['model']}` calibrated on {last['samples']} x {last['length']} tokens of {last['text']}, keep 0.8 "
         "unless a sparsity is given, from the model's name to the folder reloaded and checked, no perplexity. "
-        "One thread, bare forward pass of the blocks and whole job in turns, in the dtype that is faster on the "
-        "machine; median (least to most); ratios within a pair, of seconds on the clock and of the process's own. "
-        "Where the two differ, other work ran on the machine. A compression keeps memory that it frees for the next "
-        "batch, in place of giving it to the system and taking it again page by page; a bare pass that does so too is "
-        "beside the one that Python starts. The last commit that was measured on each machine.",
+        "One thread on one processor, bare forward pass of the blocks and whole job in turns, in the dtype that is "
+        "faster on the machine; median (least to most); ratios within a pair, of seconds on the clock and of the "
+        "process's own. Where the two differ, other work ran on the machine. A compression keeps memory that it frees "
+        "for the next batch, in place of giving it to the system and taking it again page by page; a bare pass that "
+        "does so too is beside the one that Python starts. *With a second processor* a thread of its own solves each "
+        "block beside the run of the next, where that reads what dense blocks output (not `wanda`); the bare pass has "
+        "one thread all the same. The last commit that was measured on each machine.",
         "",
         table(
             (
@@ -150,6 +156,7 @@ def render(lines: list[dict[str, Any]]) -> str:
                     "whole / bare, clock",
                     "own",
                     "whole / bare with freed memory kept",
+                    "whole with a second processor / bare",
                     "bar",
                     MEMORY,
                 )
@@ -184,6 +191,7 @@ def _summary(name: str, cpu: str, dtype: str, commit: str, lines: list[dict[str,
     ratios = [line["whole"] / line["bare"] for line in _pairs(lines)]
     own = [line["whole_own"] / line["bare_own"] for line in _pairs(lines) if "bare_own" in line]
     kept = [line["whole"] / line["bare_kept"] for line in _pairs(lines) if "bare_kept" in line]
+    beside = [line["beside"] / line["bare"] for line in _pairs(lines) if "beside" in line]
     memory = f"{over[-1]:.2f} x" if over else "-"
     return (
         name,
@@ -194,6 +202,7 @@ def _summary(name: str, cpu: str, dtype: str, commit: str, lines: list[dict[str,
         spread(ratios),
         f"**{spread(own)}**" if own else "-",
         spread(kept) if kept else "-",
+        f"**{spread(beside)}**" if beside else "-",
         f"{bar}",
         memory,
     )
@@ -239,13 +248,16 @@ def main() -> None:
         for number in range(len(_pairs(there)), asked.pairs):
             bare, bare_own = alone(bare_seconds, recipe, False)
             bare_kept, kept_own = alone(bare_seconds, recipe, True)
-            (whole, whole_own), seconds = alone(whole_seconds, recipe)
-            clock = {"bare": bare, "bare_kept": bare_kept, "whole": whole}
+            (whole, whole_own), seconds = alone(whole_seconds, recipe, 1)
+            (beside, _), seconds_beside = alone(whole_seconds, recipe, 2)
+            clock = {"bare": bare, "bare_kept": bare_kept, "whole": whole, "beside": beside}
             own = {"bare_own": bare_own, "bare_kept_own": kept_own, "whole_own": whole_own}
-            append(LINES, {"what": "pair", **about, **clock, **own, "seconds": seconds})
+            append(LINES, {"what": "pair", **about, **clock, **own, "seconds": seconds,
+                           "seconds_beside": seconds_beside})  # fmt: skip
             told = (
                 f"bare {bare:.1f} s, {bare_kept:.1f} s with freed memory kept, whole {whole:.1f} s, "
-                f"{whole / bare:.2f} x, {whole / bare_kept:.2f} x, own {whole_own / bare_own:.2f} x"
+                f"{whole / bare:.2f} x, {whole / bare_kept:.2f} x, own {whole_own / bare_own:.2f} x; with a second "
+                f"processor {beside:.1f} s, {beside / bare:.2f} x"
             )
             print(f"{case} {number + 1}/{asked.pairs}: {told}", flush=True)
         if all(line["what"] != "memory" for line in there):

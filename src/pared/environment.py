@@ -149,6 +149,11 @@ def machine() -> dict[str, str]:
     return {"platform": platform.platform(), "threads": str(torch.get_num_threads()), **gpu}
 
 
+def processors() -> int:
+    """Return how many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def resident_memory_bytes() -> int:
     """Return the resident memory of this process now; 0 where the system does not say (without ``/proc``)."""
     status = Path("/proc/self/status")

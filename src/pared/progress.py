@@ -1,5 +1,6 @@
 """Progress of the pipeline: stages with a length, and the time each took."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -79,6 +80,9 @@ class Pace:
 class Stopwatch:
     """Seconds by stage, summed over visits; what happens in a stage inside another is counted in the inner one alone.
 
+    They are those of the thread that made it, whose stages add up to the time that passes; stages of other threads,
+    which work beside it, are not counted, but what it waits for them in is.
+
     Args:
         clock: returns seconds; the system's by default.
     """
@@ -88,10 +92,14 @@ class Stopwatch:
         self._clock = clock or time.perf_counter
         self._open: list[str] = []
         self._since = 0.0
+        self._thread = threading.get_ident()
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         """Time what happens inside."""
+        if threading.get_ident() != self._thread:
+            yield
+            return
         self._count()
         self._open.append(stage)
         try:
@@ -102,8 +110,11 @@ class Stopwatch:
 
     def so_far(self) -> dict[str, float]:
         """Return the seconds by stage, with those of the stage that is open."""
-        self._count()
-        return dict(self.seconds)
+        found = dict(self.seconds)
+        if self._open:
+            stage = self._open[-1]
+            found[stage] = found.get(stage, 0.0) + self._clock() - self._since
+        return found
 
     def _count(self) -> None:
         """Give the time since the last change of stage to the stage that was open."""

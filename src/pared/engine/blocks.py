@@ -5,6 +5,7 @@ scores. Only one block, or one group of blocks that are changed together, has to
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -28,6 +29,7 @@ from pared.calibration import (
 )
 from pared.calibration.spool import HiddenStates
 from pared.engine.state.pass_record import NoRecord, Record
+from pared.engine.turns import Turn, in_turn
 from pared.memory import give_back
 from pared.structure import Anatomy
 from pared.structure.store import BlockStore
@@ -50,6 +52,7 @@ def run_blocks(
     influence: bool = False,
     observed: Callable[[int], nn.Module] | None = None,
     kept: Record | None = None,
+    turn: Turn = in_turn,
     on_batch: Callable[[], None] = lambda: None,
 ) -> None:
     """Let every block run over all batches, one after the other, and visit it with the statistics of its sites.
@@ -77,6 +80,7 @@ def run_blocks(
         observed: gives a block of the same structure that statistics are of, in place of the one of an index, where
             the compressed one passes on.
         kept: the record of the pass; blocks that it holds only pass on, and are what it restores.
+        turn: when a block is visited and let go; beside the run of the next one, where that reads dense outputs.
         on_batch: called after every batch of every block.
 
     Raises:
@@ -109,15 +113,19 @@ def run_blocks(
                     early_exit=compressed,
                     on_batch=on_batch,
                 )
-            visit(statistics)
-            del statistics
             closes = (index + 1) % group == 0 or index == last
             first = index - index % group if closes else index
-            if compressed:
-                _run_again(store, anatomy, inputs, range(first, index + 1), read, read_again=not closes)
+            gone = range(first, index + 1) if closes else range(0)
+            if not compressed:
+                turn(partial(_visit, visit, statistics, store, gone, changes, kept))
+                del statistics
+                continue
+            visit(statistics)
+            del statistics
+            _run_again(store, anatomy, inputs, range(first, index + 1), read, read_again=not closes)
             if closes:
                 read.clear()
-                _let_go(store, range(first, index + 1), changes, kept)
+            _let_go(store, gone, changes, kept)
 
 
 def run_blocks_backward(
@@ -134,6 +142,7 @@ def run_blocks_backward(
     batches: int | None = None,
     first_window: int = 0,
     kept: Record | None = None,
+    turn: Turn = in_turn,
     on_batch: Callable[[], None] = lambda: None,
 ) -> None:
     """Send the gradient of the summed loss back through the blocks, from the last to the first, and visit each.
@@ -160,6 +169,7 @@ def run_blocks_backward(
         batches: how many batches go forward before they come back; all of them if none is given.
         first_window: number of the first window, on which sampled labels depend.
         kept: the record of the pass; blocks that it holds are what it restores, once they were visited.
+        turn: when a block is visited and let go; beside the way back through the one before, if visits change nothing.
         on_batch: called after every block of every batch went back.
 
     Raises:
@@ -190,10 +200,9 @@ def run_blocks_backward(
                     waiting[index] = own
                     store.release(index)
                     continue
-                visit(BlockStatistics(index, own))
+                gone = range(index, min(index + group, last + 1)) if index % group == 0 else range(0)
+                turn(partial(_visit, visit, BlockStatistics(index, own), store, gone, changes, kept))
                 del own
-                if index % group == 0:
-                    _let_go(store, range(index, min(index + group, last + 1)), changes, kept)
 
 
 def _record(store: BlockStore, anatomy: Anatomy, trail: Trail) -> None:
@@ -293,6 +302,14 @@ def _hand_on(
     store.release(index)
     if hand_on == "dense":
         kept.restore(index)
+
+
+def _visit(
+    visit: Visit, statistics: BlockStatistics, store: BlockStore, gone: range, changes: bool, kept: Record
+) -> None:
+    """Visit a block, and let go of those of its group, if it is the last of them."""
+    visit(statistics)
+    _let_go(store, gone, changes, kept)
 
 
 def _let_go(store: BlockStore, members: range, changes: bool, kept: Record) -> None:

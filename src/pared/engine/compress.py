@@ -14,6 +14,7 @@ from pared.engine.allocate import anatomy_of
 from pared.engine.checks.elastic import require_elastic
 from pared.engine.checks.enough import too_few
 from pared.engine.checks.weights import require_finite_weights
+from pared.engine.cost.beside import pays
 from pared.engine.families.experts import ExpertWork
 from pared.engine.families.low_rank import LowRankWork, Trial
 from pared.engine.families.pruning import SparseWork
@@ -182,6 +183,7 @@ def _observe(
         streamed = not isinstance(store, ResidentBlocks)
         require_finite_weights(store.model, anatomy, streamed)
         observer.probe(anatomy, read=spec.calibrated)
+        observer.beside = pays(observer)
     if spec.calibrated:
         observer.read(windows)
     return observer

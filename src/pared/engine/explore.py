@@ -13,6 +13,7 @@ from pared.allocation.units import Structures
 from pared.data.windows import Windows
 from pared.engine.allocate import Allocated, anatomy_of
 from pared.engine.checks.weights import require_finite_weights
+from pared.engine.cost.beside import pays
 from pared.engine.families.low_rank import LowRankWork
 from pared.engine.families.pruning import SparseWork
 from pared.engine.install import unchanged
@@ -74,6 +75,7 @@ def explored(
         def observer(spec: CompressionSpec) -> Observer:
             made = Observer(ResidentBlocks(model, anatomy), tokenizer, spec, progress)
             made.probe(anatomy)
+            made.beside = pays(made)
             made.read(windows)
             return made
 

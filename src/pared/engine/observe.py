@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -27,6 +28,7 @@ from pared.engine.blocks import Needs, Visit, run_blocks, run_blocks_backward, v
 from pared.engine.spec import CompressionSpec, PassSpec
 from pared.engine.state.records import Kept, Records, is_done
 from pared.engine.state.run_state import CompressionRun
+from pared.engine.turns import Beside, Turn, in_turn
 from pared.engine.windows import LEAST_TO_TRAIN, windows_to_read
 from pared.environment import choose_dtype, device_of
 from pared.memory import keep_freed
@@ -54,6 +56,8 @@ class Observer:
         dtype: what the blocks compute in, once anything ran.
         backward_tokens: of those, how many went through the backward pass.
         memory: what hidden states share.
+        beside: visit a block beside the run of the next one, where that reads what dense blocks output; see
+            :func:`pared.engine.cost.beside.pays`.
         processes: that observe together: each runs a part of the windows, and all are given what all have seen.
     """
 
@@ -69,6 +73,7 @@ class Observer:
     backward_tokens: int = 0
     memory: ActivationMemory = field(default_factory=ActivationMemory)
     processes: Processes = ALONE
+    beside: bool = False
 
     def __post_init__(self) -> None:
         self.model = self.store.model
@@ -182,7 +187,7 @@ class Observer:
         observed: Callable[[int], nn.Module] | None = None,
         kept: Kept | None = None,
     ) -> None:
-        """Visit every block with statistics of the forward pass.
+        """Visit every block with statistics of the forward pass, beside that of the next block if it may.
 
         Args:
             inputs: of the first block; overwritten.
@@ -198,7 +203,12 @@ class Observer:
         if is_done(kept):
             return
         visit = self._of_all(visit, inputs)
-        with self._stage(f"{name} ({inputs.dtype})", inputs) as advance, self.watch("walk"):
+        beside = self.beside and step.hand_on == "dense"
+        with (
+            self._stage(f"{name} ({inputs.dtype})", inputs) as advance,
+            self.watch("walk"),
+            self._turn(beside) as turn,
+        ):
             run_blocks(
                 self.store,
                 self.anatomy,
@@ -212,6 +222,7 @@ class Observer:
                 influence=influence,
                 observed=observed,
                 kept=kept,
+                turn=turn,
                 on_batch=advance,
             )
 
@@ -252,7 +263,11 @@ class Observer:
             of_sites = gradient_accumulators(self.anatomy.sites_of(index), names, inputs.device) if names else {}
             return of_sites | expert_accumulators(self.anatomy.mixtures_of(index), inputs.device)
 
-        with self._stage(f"gradients ({inputs.dtype})", inputs) as advance, self.watch("backward"):
+        with (
+            self._stage(f"gradients ({inputs.dtype})", inputs) as advance,
+            self.watch("backward"),
+            self._turn(self.beside and not changes) as turn,
+        ):
             run_blocks_backward(
                 self.store,
                 self.anatomy,
@@ -266,8 +281,12 @@ class Observer:
                 batches=_batches_at_once(inputs),
                 kept=kept,
                 first_window=own.start,
+                turn=turn,
                 on_batch=advance,
             )
+
+    def _turn(self, beside: bool) -> AbstractContextManager[Turn]:
+        return Beside(lambda: self.watch("solve")) if beside else nullcontext(in_turn)
 
     def without_data(self, visit: Visit, changes: bool, kept: Kept | None = None) -> None:
         """Visit every block without running anything."""

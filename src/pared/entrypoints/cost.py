@@ -8,8 +8,8 @@ from pared.engine.cost.channels import groups_by_shape, with_widths
 from pared.engine.cost.measured import Measured
 from pared.engine.cost.needs import Tokens
 from pared.engine.cost.published import MACHINES, Published
-from pared.engine.cost.rates import Rates, total
-from pared.engine.cost.stages import Work, stages_of
+from pared.engine.cost.rates import Rates
+from pared.engine.cost.stages import Work, seconds_of
 from pared.engine.spec import CompressionSpec, ExpertSpec
 from pared.engine.targets.opening import opened_shapes, shapes_of
 from pared.entrypoints.compression.streamed import with_limits
@@ -132,11 +132,6 @@ def predict(
             *notes,
             f"widths are taken to be uniform, of {len(groups)} channel groups that are told by their shapes",
         )
-    work = Work(skeleton, anatomy, spec, plan, calibrated, evaluated, dtype)
-    found, unknown = stages_of(work)
-    seconds = {stage: total(rates, operations) for stage, operations in found.items()}
-    if isinstance(rates, Measured):
-        rates.keep()
     if isinstance(rates, Published):
         notes = (*notes, f"rates: {rates.source}; assumed: {rates.assumptions}")
     available = rates.memory if isinstance(rates, Published) else available_memory()
@@ -145,6 +140,10 @@ def predict(
     streamed = recipe.stream == "on" or (recipe.stream == "auto" and bool(needs[False].too_much(available)))
     if streamed and (problem := needs[True].too_much(available)):
         notes = (*notes, f"it does not fit: {problem}")
+    work = Work(skeleton, anatomy, spec, plan, calibrated, evaluated, dtype, resident=not streamed)
+    seconds, unknown = seconds_of(work, rates)
+    if isinstance(rates, Measured):
+        rates.keep()
     return Cost(
         machine=rates.machine,
         computed=rates.computed,

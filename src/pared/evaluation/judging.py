@@ -1,12 +1,12 @@
 """A model does a task, and what it wrote is judged: mathematics by its answer, code by running it."""
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from pared.environment import processors
 from pared.errors import ParedError
 from pared.evaluation import symbolic
 from pared.evaluation.pass_at_k import mean_pass_at_k
@@ -160,11 +160,6 @@ def _verified(
     with symbolic.Verifier() as verifier:
         for (row, text), verdict in zip(pairs, verdicts, strict=True):
             yield {**verdict, symbolic.METRIC: verifier.same(right(row), text)}
-
-
-def processors() -> int:
-    """Return how many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _judged(task: Task, row: Row, text: str, limits: Limits | None) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import json
 import math
 import platform
 import statistics
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,12 +14,15 @@ from typing import Any
 import torch
 
 from pared.engine.cost.primitives import LIMITS, SLOWEST, prepared
-from pared.environment import choose_dtype, machine, versions
+from pared.environment import choose_dtype, machine, processors, versions
 from pared.io.files import cache_folder, write_whole
 from pared.operations import Operation
 
 WEEK = 7 * 24 * 3600  # seconds after which a machine is measured again
 ENOUGH = 0.04  # seconds that one operation is repeated for, at least twice; one that takes longer ten times runs once
+# What is done at once to see how much slower two threads are than one: what blocks do most, and what solving does.
+AT_ONCE = (Operation("product", (1024, 1024, 1024), "float32"), Operation("eigh", (576,), "float64"))
+LONG_ENOUGH, BESIDE = 0.5, "beside"  # seconds of it, and the name of what is found
 LEAST, MOST = 0.75, 1.15  # exponents of time against operations; outside of it is noise
 
 
@@ -71,6 +75,37 @@ class Measured:
             exponent = math.log(self._measured(large) / self._measured(small)) / math.log(ratio)
         exponent = min(max(exponent, LEAST), MOST)
         return self._measured(large) * (_amount(once) / _amount(large)) ** exponent * operation.times
+
+    def slowdown(self) -> float | None:
+        """Return how much longer a matrix product and an eigenproblem take at once than each alone."""
+        if self.device.type != "cpu" or processors() < 2 or self._clock is not time.perf_counter:
+            return None  # two threads take as much processor time at once as in turn
+        if BESIDE not in self._known:
+            self._known[BESIDE] = min(max(self._slowdown(), 1.0), 2.0)
+            self._new += 1
+        return self._known[BESIDE]
+
+    def _slowdown(self) -> float:
+        runs, solves = (prepared(operation, self.device) for operation in AT_ONCE)
+        alone, ended, done = self._time(runs) * self._time(solves), threading.Event(), [0]
+
+        def solve_on() -> None:
+            torch.set_num_threads(threads)
+            while not ended.is_set():
+                solves()
+                done[0] += 1
+
+        threads, other = torch.get_num_threads(), threading.Thread(target=solve_on)
+        start, count = time.perf_counter(), 0
+        other.start()
+        while time.perf_counter() - start < LONG_ENOUGH:
+            runs()
+            count += 1
+        runs_alone = time.perf_counter() - start
+        ended.set()
+        other.join()
+        solves_alone = time.perf_counter() - start
+        return math.sqrt(runs_alone / count * solves_alone / done[0] / alone)
 
     def compute_dtype(self, asked: str, model_dtype: str) -> str:
         """Return what blocks compute in here."""

@@ -199,6 +199,13 @@ def needs_of(
     return Needs(memory, disk, bound)
 
 
+def beside_bytes(anatomy: Anatomy, spec: CompressionSpec) -> int:
+    """Return what solving a block beside the run of the next one takes more than solving it in turn, in bytes."""
+    blocks = {site.block for site in anatomy.sites}
+    statistics = max((sum(_accumulators(anatomy, spec, block)) for block in blocks), default=0)
+    return statistics + max((_solving(site, spec) for site in anatomy.sites), default=0)
+
+
 def _weights(
     model: PreTrainedModel, anatomy: Anatomy, spec: CompressionSpec, streamed: bool, itemsize: int
 ) -> dict[str, int]:

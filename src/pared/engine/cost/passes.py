@@ -36,6 +36,7 @@ class Work:
         tokens: that are calibrated on; none where nothing is.
         evaluated: what perplexity is measured on; none where it is not.
         dtype: name of what blocks compute in.
+        resident: whether the blocks are in memory all the time.
     """
 
     model: PreTrainedModel
@@ -45,6 +46,7 @@ class Work:
     tokens: Tokens | None
     evaluated: Tokens | None
     dtype: str
+    resident: bool = True
 
     @property
     def model_dtype(self) -> str:

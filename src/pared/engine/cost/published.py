@@ -58,6 +58,9 @@ class Published:
         once = max(operation.flops / peak, operation.bytes / (self.bandwidth * self.streamed), self.call)
         return once * operation.times
 
+    def slowdown(self) -> None:
+        """Return None: a GPU runs one thing at a time."""
+
     def compute_dtype(self, asked: str, model_dtype: str) -> str:
         """Return what blocks compute in: bfloat16, where it is free to choose."""
         return asked if asked in ITEMSIZE else ("bfloat16" if model_dtype == "float32" else model_dtype)

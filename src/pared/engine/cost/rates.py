@@ -23,6 +23,13 @@ class Rates(Protocol):
         """Return the seconds that an operation takes, as often as it happens."""
         ...
 
+    def slowdown(self) -> float | None:
+        """Return how much longer two threads take for two pieces of work than each alone; None if never at once.
+
+        From 1, where they are not in each other's way, to 2, where nothing is gained.
+        """
+        ...
+
     def compute_dtype(self, asked: str, model_dtype: str) -> str:
         """Return what blocks compute in there, where ``auto`` is asked for."""
         ...
@@ -31,3 +38,18 @@ class Rates(Protocol):
 def total(rates: Rates, operations: Iterable[Operation]) -> float:
     """Return the seconds that operations take one after the other."""
     return sum(rates.seconds(operation) for operation in operations)
+
+
+def beside(runs: float, solves: float, slowdown: float) -> tuple[float, float]:
+    """Return the seconds that blocks run, and those that solving is waited for, where both are done at once.
+
+    Both are slower until the shorter is done.
+
+    Args:
+        runs: seconds that blocks run, alone.
+        solves: seconds that they are solved, alone.
+        slowdown: of both, see :meth:`Rates.slowdown`.
+    """
+    shorter = min(runs, solves)
+    whole = slowdown * shorter + max(runs, solves) - shorter
+    return (whole, 0.0) if runs >= solves else (slowdown * runs, whole - slowdown * runs)

@@ -21,7 +21,8 @@ from pared.engine.cost.needs import Tokens
 from pared.engine.cost.passes import compressed
 from pared.engine.cost.primitives import LIMITS, prepared
 from pared.engine.cost.published import H100
-from pared.engine.cost.stages import Stages, Work, stages_of
+from pared.engine.cost.rates import beside
+from pared.engine.cost.stages import Stages, Work, seconds_of, stages_of
 from pared.engine.cost.traced import trace
 from pared.engine.spec import resolve
 from pared.errors import ParedError
@@ -52,11 +53,15 @@ def model() -> transformers.PreTrainedModel:
 
 
 def stages(model: transformers.PreTrainedModel, tokens: Tokens = TOKENS, **fields: Any) -> tuple[Stages, list[str]]:
+    return stages_of(work_of(model, tokens, **fields))
+
+
+def work_of(model: transformers.PreTrainedModel, tokens: Tokens = TOKENS, **fields: Any) -> Work:
     recipe = Recipe(**fields)
     spec, anatomy = resolve(recipe), probe_shapes(model, anatomy_of(model, recipe))
     plan = with_widths(plan_from_shapes(model, spec), anatomy, spec, groups_by_shape(anatomy, spec))
     calibrated = tokens if spec.calibrated else None
-    return stages_of(Work(model, anatomy, spec, plan, calibrated, None, "bfloat16"))
+    return Work(model, anatomy, spec, plan, calibrated, None, "bfloat16")
 
 
 def flops(operations: Any, *kinds: str) -> float:
@@ -343,3 +348,70 @@ def test_a_published_machine_takes_the_slower_of_arithmetic_and_memory() -> None
     moved = Operation("stream", (10**9,), "bfloat16", times=3)
     assert H100.seconds(moved) == pytest.approx(3 * 2e9 / (3.35e12 * H100.streamed))
     assert H100.computed
+
+
+class Slowed:
+    """Rates by which everything takes a second a gigaflop, and two things at once take longer."""
+
+    machine, computed = "no machine", True
+
+    def __init__(self, slowdown: float | None) -> None:
+        self._slowdown = slowdown
+
+    def seconds(self, operation: Operation) -> float:
+        return operation.flops * operation.times / 1e9
+
+    def slowdown(self) -> float | None:
+        return self._slowdown
+
+    def compute_dtype(self, asked: str, model_dtype: str) -> str:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(("runs", "solves"), [(3.0, 1.0), (1.0, 3.0), (2.0, 2.0), (2.0, 0.0)])
+def test_what_is_done_at_once_takes_from_the_longer_to_the_sum_of_both(runs: float, solves: float) -> None:
+    assert sum(beside(runs, solves, 1.0)) == max(runs, solves)
+    assert sum(beside(runs, solves, 2.0)) == runs + solves
+    running, waiting = beside(runs, solves, 1.5)
+    assert running >= runs
+    assert waiting >= 0
+    assert running + waiting == (max(runs, solves) + runs + solves) / 2
+
+
+def test_blocks_in_memory_are_solved_beside_the_next_ones_run_where_two_things_can_be_done_at_once(
+    model: transformers.PreTrainedModel,
+) -> None:
+    work = work_of(model, method="svd-llm", keep=0.8)
+    in_turn, _ = seconds_of(work, Slowed(None))
+    streamed, _ = seconds_of(dataclasses.replace(work, resident=False), Slowed(1.0))
+    at_once, _ = seconds_of(work, Slowed(1.0))
+    assert in_turn == streamed
+    runs, solves = in_turn["walk"], in_turn["solve"]
+    assert at_once["walk"] + at_once["solve"] == pytest.approx(max(runs, solves))
+    assert {**at_once, "walk": runs, "solve": solves} == in_turn
+
+
+def test_behind_compressed_blocks_nothing_is_done_at_once(model: transformers.PreTrainedModel) -> None:
+    work = work_of(model, method="wanda", sparsity=0.5)
+    assert seconds_of(work, Slowed(1.0)) == seconds_of(work, Slowed(None))
+
+
+def test_two_threads_take_as_much_processor_time_at_once_as_in_turn(clock: Callable[[], float]) -> None:
+    assert Measured(clock=clock, fresh=True).slowdown() is None
+    assert H100.slowdown() is None
+
+
+def test_how_much_slower_two_things_are_at_once_is_measured_where_there_are_two_processors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measured, "AT_ONCE", (product(64, 64, 64), Operation("eigh", (32,))))
+    monkeypatch.setattr(measured, "LONG_ENOUGH", 0.05)
+    monkeypatch.setattr(measured, "processors", lambda: 1)
+    assert Measured(folder=tmp_path).slowdown() is None
+    monkeypatch.setattr(measured, "processors", lambda: 2)
+    here = Measured(folder=tmp_path)
+    found = here.slowdown()
+    assert found is not None
+    assert 1 <= found <= 2
+    here.keep()
+    assert Measured(folder=tmp_path).slowdown() == found

@@ -118,6 +118,7 @@ def test_the_grams_of_a_block_are_not_in_memory_while_one_is_solved(
     pared.run(recipe.model_copy(update={**asked, "activation_memory": "1MB"}))
     assert held == [before] * 21
     held.clear()
+    monkeypatch.setattr("pared.engine.compress.pays", lambda _: False)  # those of the next block would be there too
     pared.run(recipe.model_copy(update={**asked, "stream": "off", "out": f"{recipe.out}-whole"}))
     assert held[:7] == [before + left for left in (10, 9, 8, 5, 4, 3, 0)]  # of seven of outputs and four of inputs
 
