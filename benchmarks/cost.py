@@ -126,8 +126,8 @@ def shapes() -> None:
     from pared.engine.allocate import plan_from_shapes
     from pared.engine.checks.early import require_possible
     from pared.engine.cost.measured import Measured
-    from pared.engine.cost.needs import Tokens
     from pared.engine.cost.published import MACHINES
+    from pared.engine.cost.sizes import Tokens
     from pared.entrypoints.cost import predict
 
     here = Measured("cpu", time.process_time if torch.get_num_threads() == 1 else time.perf_counter)

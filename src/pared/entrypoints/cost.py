@@ -6,9 +6,9 @@ from transformers import PreTrainedModel
 from pared.engine.allocate import anatomy_of
 from pared.engine.cost.channels import groups_by_shape, with_widths
 from pared.engine.cost.measured import Measured
-from pared.engine.cost.needs import Tokens
 from pared.engine.cost.published import MACHINES, Published
 from pared.engine.cost.rates import Rates
+from pared.engine.cost.sizes import Tokens
 from pared.engine.cost.stages import Work, seconds_of
 from pared.engine.spec import CompressionSpec, ExpertSpec
 from pared.engine.targets.opening import opened_shapes, shapes_of

@@ -1,6 +1,6 @@
 """Whether a block is solved beside the run of the next one: only time and memory depend on it."""
 
-from pared.engine.cost.needs import beside_bytes
+from pared.engine.cost.sizes import beside_bytes
 from pared.engine.observe import Observer
 from pared.environment import device_of, processors
 from pared.memory import available_memory

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from pared.calibration.statistics import CROSS, backward_data_fraction, statistic_kind
 from pared.engine.cost.channels import groups_by_shape, narrow
-from pared.engine.cost.needs import Tokens
+from pared.engine.cost.sizes import Tokens
 from pared.engine.cost.traced import ModelTrace, Trace, trace
 from pared.engine.spec import CompressionSpec, LowRankSpec, PassSpec
 from pared.operations import Operation, product

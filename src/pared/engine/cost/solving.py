@@ -5,8 +5,8 @@ from dataclasses import replace
 
 from pared.calibration.statistics import statistic_kind
 from pared.engine.cost.channels import cut, order
-from pared.engine.cost.needs import decomposition_bytes
 from pared.engine.cost.passes import Shapes, Work, update_kind
+from pared.engine.cost.sizes import decomposition_bytes
 from pared.engine.spec import CompressionSpec, LowRankSpec, PassSpec
 from pared.engine.targets.grouping import candidate_units
 from pared.lowrank.operations import factors

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from pared.engine.cost.needs import Tokens
 from pared.engine.cost.passes import Passes, Work, compressed
 from pared.engine.cost.rates import Rates, beside, total
+from pared.engine.cost.sizes import Tokens
 from pared.engine.cost.solving import NotDeclaredError, realize, refit, solve
 from pared.engine.cost.traced import trace
 from pared.engine.spec import LowRankSpec, PassSpec, SparseSpec

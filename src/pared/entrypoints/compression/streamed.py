@@ -16,7 +16,8 @@ from pared.checkpoint.shards import save_streamed
 from pared.checkpoint.streamed import StreamedBlocks
 from pared.checkpoint.verify import take_fingerprint
 from pared.engine.allocate import anatomy_of, plan_from_shapes
-from pared.engine.cost.needs import Needs, Tokens, needs_of
+from pared.engine.cost.needs import Needs, needs_of
+from pared.engine.cost.sizes import Tokens
 from pared.engine.spec import CompressionSpec
 from pared.engine.targets.opening import opened_shapes
 from pared.entrypoints.compression.resume import KIND

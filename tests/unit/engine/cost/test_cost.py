@@ -17,11 +17,11 @@ from pared.engine.allocate import anatomy_of, plan_from_shapes
 from pared.engine.cost import measured
 from pared.engine.cost.channels import groups_by_shape, with_widths
 from pared.engine.cost.measured import WEEK, Measured
-from pared.engine.cost.needs import Tokens
 from pared.engine.cost.passes import compressed
 from pared.engine.cost.primitives import LIMITS, prepared
 from pared.engine.cost.published import H100
 from pared.engine.cost.rates import beside
+from pared.engine.cost.sizes import Tokens
 from pared.engine.cost.stages import Stages, Work, seconds_of, stages_of
 from pared.engine.cost.traced import trace
 from pared.engine.spec import resolve

@@ -10,7 +10,8 @@ import transformers
 from tiny_models import TINY_MODELS
 
 from pared.engine.allocate import anatomy_of
-from pared.engine.cost.needs import Needs, Tokens, needs_of
+from pared.engine.cost.needs import Needs, needs_of
+from pared.engine.cost.sizes import Tokens
 from pared.engine.spec import resolve
 from pared.errors import ParedError
 from pared.io.output_dir import RESERVE
