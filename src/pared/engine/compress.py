@@ -16,8 +16,9 @@ from pared.engine.checks.enough import too_few
 from pared.engine.checks.weights import require_finite_weights
 from pared.engine.cost.beside import pays
 from pared.engine.families.experts import ExpertWork
-from pared.engine.families.low_rank import LowRankWork, Trial
+from pared.engine.families.low_rank import LowRankWork
 from pared.engine.families.pruning import SparseWork
+from pared.engine.families.trials import Trial
 from pared.engine.observe import Observer
 from pared.engine.quantize import quantize
 from pared.engine.refine import refine

@@ -1,21 +1,19 @@
 """The low-rank family at work: decompose, decide the ranks, install factors, refit them."""
 
-import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from importlib.metadata import version as pared_version
 from pathlib import Path
 from typing import Any
 
 from pared.allocation import Evidence, Unit
 from pared.calibration import BlockStatistics
-from pared.data.windows import Windows, require_fits
 from pared.engine.allocate import Budgets, budget_of, make_plan
 from pared.engine.blocks import visit_blocks
 from pared.engine.checks.enough import dense_for_want_of_tokens
 from pared.engine.elastic import ElasticFactors, collect
-from pared.engine.families.widths import ChannelSolver, widths_of, with_kept
+from pared.engine.families.trials import Trial, with_trials
+from pared.engine.families.widths import ChannelSolver, channels_to_take_out, widths_of, with_kept
 from pared.engine.observe import Observer
 from pared.engine.refit import Refit, dense_blocks
 from pared.engine.result import CompressedBlocks
@@ -25,19 +23,12 @@ from pared.engine.state.records import Order, is_done
 from pared.engine.state.solutions import DecompositionStore
 from pared.engine.statistics.of_method import MethodStatistics, Saved
 from pared.engine.targets.grouping import candidate_units, told
-from pared.engine.windows import trial_windows
 from pared.errors import ParedError
-from pared.io.digests import model_digest
 from pared.lowrank.registry import mean_gram
 from pared.modules.opened import opened_experts
 from pared.names import called
 from pared.schema.plan import Decision, Plan
 from pared.structure import Anatomy
-from pared.structure.channels import find_channels
-from pared.structure.groups import ChannelGroup
-from pared.structure.store import ResidentBlocks
-
-Trial = Callable[[Windows], float]  # measures the model as it is on windows; less is better
 
 
 class LowRankWork:
@@ -68,7 +59,7 @@ class LowRankWork:
         if spec.method.shares:
             self._units = candidate_units(self._anatomy, spec.group_size, spec.sharing)
         grouped = any(len(unit.members) > 1 for unit in self._units)
-        self._groups = self._find_channels() if spec.structures != "ranks" else ()
+        self._groups = channels_to_take_out(observer, spec) if spec.structures != "ranks" else ()
         if spec.structures == "widths":
             self._units = []  # no rank is decided
         # What the probe's few tokens did not reach the text may not reach either, or give too few tokens, as it may any
@@ -167,28 +158,6 @@ class LowRankWork:
             tokens=observer.tokens,
             processes=observer.processes,
         )
-
-    def _find_channels(self) -> tuple[ChannelGroup, ...]:
-        """Return the channel groups of the model, each proved.
-
-        Raises:
-            ParedError: there are none, and nothing else is to be decided.
-        """
-        observer = self._observer
-        blocks, heads = self._anatomy.blocks(self._model), self._spec.heads
-        with observer.watch("probe"), observer.store.running():
-            found = find_channels(blocks, self._anatomy, observer.calls, heads)
-        if self._spec.recipe.heads == "on" and not any(one.unit == "head" for one in found.groups):
-            told = next((f"; {name}: {why}" for name, why in found.reasons.items() if "heads" in why), "")
-            observer.progress.note(f"no heads were found that can be taken out{told}")
-        if found.groups:
-            return found.groups
-        name, why = next(reversed(found.reasons.items()))
-        text = f"no channels were found that can be taken out; {name}: {why}"
-        if self._spec.structures == "widths":
-            raise ParedError(f"structures widths: {text}; take ranks")
-        observer.progress.note(f"{text}; ranks alone are decided")
-        return ()
 
     def _number(self, step: PassSpec) -> int:
         return self.passes.index(step) + 1
@@ -304,9 +273,7 @@ class LowRankWork:
             return make_plan(self._anatomy, spec.allocator, budget, itemsize, config=config)
         anatomy, units, evidence = self.evidence()
         if spec.tries:
-            trials = trial_windows(spec.recipe, self._observer.tokenizer, self._model.config)
-            require_fits(self._model.config, trials)
-            evidence = replace(evidence, trial=self._trial_on(trials, order), key=self._key(trials))
+            evidence = with_trials(evidence, self._observer, spec, self._solved.kept, self._trial, order)
         with self._observer.watch("allocate"):
             try:
                 return make_plan(anatomy, spec.allocator, budget, itemsize, units, evidence, config)
@@ -320,35 +287,6 @@ class LowRankWork:
         """Take part in a trial of the first process, which measures."""
         with self._solved.kept.installed(decisions):
             pass
-
-    def _trial_on(self, windows: Windows, order: Order) -> Callable[[Mapping[str, Decision]], float]:
-        """Return what measures decisions, on tokens that are not calibrated on."""
-        units, trial, store = self._solved.kept, self._trial, self._observer.store
-        if trial is None:
-            raise ParedError(
-                f"allocation {self._spec.allocator.name} tries what it proposes; give what measures a model"
-            )
-        if self._observer.processes.count > 1 and not isinstance(store, ResidentBlocks):
-            raise ParedError(
-                f"allocation {self._spec.allocator.name} tries what it proposes, which several processes cannot do on "
-                "a model that is read block by block; start one, or keep the model in memory "
-                f"({called('stream', 'off')})"
-            )
-
-        def measure(decisions: Mapping[str, Decision]) -> float:
-            order(decisions)
-            with units.installed(decisions, store):
-                return trial(windows)
-
-        return measure
-
-    def _key(self, trials: Windows) -> str:
-        """Return what a trial's result depends on, but for the decisions tried."""
-        spec, windows = self._spec, self._observer.windows
-        calibrated = None if windows is None else windows.digest
-        digest = model_digest(self._model, self._observer.store.tensors())
-        asked = [spec.method.name, spec.config.model_dump(), spec.budget.pivoted, spec.calibration.model_dump()]
-        return json.dumps([digest, trials.digest, calibrated, *asked, pared_version("pared")])
 
     def _install(self, step: PassSpec) -> None:
         """Put in place what was decomposed, and make narrower what was ordered."""

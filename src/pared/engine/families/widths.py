@@ -11,6 +11,7 @@ from pared.allocation.units import Channels as Candidate
 from pared.calibration import CROSS, BlockStatistics
 from pared.engine.checks.enough import why_dense
 from pared.engine.install import Narrowed, count, factors_of, narrow, put
+from pared.engine.observe import Observer
 from pared.engine.ranks.decompose import lacking
 from pared.engine.ranks.kept_units import ranks_of_narrow
 from pared.engine.ranks.narrow import composes, energies, rest
@@ -25,6 +26,7 @@ from pared.processes import ALONE, Processes
 from pared.schema.plan import Plan
 from pared.schema.width import Width, ranges_of
 from pared.structure import Site, weight_of
+from pared.structure.channels import find_channels
 from pared.structure.groups import ChannelGroup, Producer
 from pared.widths import Channels, GroupLayers, Maker
 
@@ -237,6 +239,32 @@ class ChannelSolver:
 
     def _dense(self, site: Site) -> torch.Tensor:
         return weight_of(self._model.get_submodule(site.name)).detach()
+
+
+def channels_to_take_out(observer: Observer, spec: LowRankSpec) -> tuple[ChannelGroup, ...]:
+    """Return the channel groups of a model, each proved.
+
+    Args:
+        observer: that has probed the model.
+        spec: of the compression.
+
+    Raises:
+        ParedError: there are none, and nothing else is to be decided.
+    """
+    anatomy, heads = observer.anatomy, spec.heads
+    with observer.watch("probe"), observer.store.running():
+        found = find_channels(anatomy.blocks(observer.model), anatomy, observer.calls, heads)
+    if spec.recipe.heads == "on" and not any(one.unit == "head" for one in found.groups):
+        told = next((f"; {name}: {why}" for name, why in found.reasons.items() if "heads" in why), "")
+        observer.progress.note(f"no heads were found that can be taken out{told}")
+    if found.groups:
+        return found.groups
+    name, why = next(reversed(found.reasons.items()))
+    text = f"no channels were found that can be taken out; {name}: {why}"
+    if spec.structures == "widths":
+        raise ParedError(f"structures widths: {text}; take ranks")
+    observer.progress.note(f"{text}; ranks alone are decided")
+    return ()
 
 
 def widths_of(plan: Plan) -> dict[str, int]:
