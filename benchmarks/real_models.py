@@ -26,6 +26,7 @@ from record import RESULTS, Line, append, read, table
 LINES, PAGE = RESULTS / "real_models.jsonl", RESULTS / "real_models.md"
 MODEL = "qwen2.5-coder-0.5b"
 SAMPLES, LENGTH, WINDOWS = 96, 512, 10
+GENERAL = "wikitext2:train"
 DIAGONAL = {"output_weighting": "diagonal"}
 # Few tokens for Grams of 4,864 features: both are shrunk.
 MIXED = {"method": "loss-optimal", "keep": 0.8, "structures": "mixed", "options": {
@@ -39,6 +40,13 @@ COMPRESSIONS: dict[str, dict[str, Any]] = {
     "svd-llm 0.8": {"method": "svd-llm", "keep": 0.8},
     "basis-sharing 0.8": {"method": "basis-sharing", "keep": 0.8},
     "wanda 0.5": {"method": "wanda", "sparsity": 0.5},
+    "mixed 0.9": {**MIXED, "keep": 0.9},
+    "mixed 0.8, general text": {**MIXED, "calibration": {"text": GENERAL}},
+    "int8": {"quantize": "int8"},
+    "int4": {"quantize": "int4"},
+    "keep bytes 0.45": {"keep_bytes": 0.45},
+    "keep bytes 0.35": {"keep_bytes": 0.35},
+    "mixed 0.8, int8": {**MIXED, "quantize": "int8"},
 }
 MEASURES = ("WikiText-2", "C4", "Python", "humaneval")
 CALIBRATED_ON, MEASURED_ON = STDLIB  # every second module each
@@ -49,10 +57,12 @@ def compressed(what: str) -> str:
     model = folder_of(MODEL)
     if what == "dense":
         return model
-    out = PLACE / "real" / f"{MODEL}-{what.replace(' ', '-')}"
+    out = PLACE / "real" / f"{MODEL}-{what.replace(',', '').replace(' ', '-')}"
     if not (out / "pared.json").exists():
+        fields = COMPRESSIONS[what]
         calibration = {"text": CALIBRATED_ON, "samples": SAMPLES, "length": LENGTH, "batch": 4}
-        recipe = {"model": model, "calibration": calibration, "evaluation": None, "out": str(out), **COMPRESSIONS[what]}
+        recipe = {"model": model, "evaluation": None, "out": str(out), **fields}
+        recipe["calibration"] = calibration | fields.get("calibration", {})
         pared.run(pared.Recipe.model_validate(recipe), progress=True, resume=True)
     return str(out)
 
@@ -106,9 +116,10 @@ def render(lines: list[Line]) -> str:
         "Made by `python benchmarks/real_models.py`; raw figures in [real_models.jsonl](real_models.jsonl).",
         "",
         f"Qwen2.5-Coder-0.5B-Instruct in bfloat16, calibrated on {SAMPLES} x {LENGTH} tokens of Python source (every "
-        "second module of the standard library); `refined`: every block was trained on the same tokens to output what "
-        "the dense one does, the others without training; `mixed`: both Grams shrunk by 0.1. Perplexity on "
-        f"{WINDOWS} windows of {LENGTH} tokens each; *Python* is the modules that were not calibrated on. HumanEval: "
+        f"second module of the standard library; *general text*: {GENERAL}); `refined`: every block was trained on the "
+        "same tokens to output what the dense one does, the others without training; `mixed`: both Grams shrunk by "
+        f"0.1. Perplexity on {WINDOWS} windows of {LENGTH} tokens each; *Python* is the modules that were not "
+        "calibrated on. HumanEval: "
         "all rows, the likeliest token, no examples. *bytes* is of the weights on disk, dense being 1. The machine was "
         "shared by other work, so minutes say little.",
         "",

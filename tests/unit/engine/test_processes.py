@@ -91,7 +91,7 @@ def compressed(name: str, processes: Processes, state: CompressionRun | None = N
     recipe = pared.Recipe.model_validate({"calibration": calibration, "evaluation": None, **fields})
     on = trial(model)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pared.engine.families.low_rank.trial_windows", lambda *_: windows(4))
+        patch.setattr("pared.engine.families.trials.trial_windows", lambda *_: windows(4))
         result = compress_blocks(
             model,
             None,  # type: ignore[arg-type] # texts are cut already
