@@ -68,6 +68,11 @@ class Length:
         """
         if self.tokens <= available:
             return self.tokens
+        if available == 0:  # where files of a tokenizer are missing, transformers makes one without words
+            raise TextTooShortError(
+                f"the tokenizer makes no tokens of {text_called(text)}; if the folder lacks its files "
+                "(tokenizer.json, tokenizer_config.json), put them there, else use a longer text"
+            )
         if not self.is_default or available < 2:
             raise TextTooShortError(
                 f"{text_called(text)} has {available} token{'s' * (available != 1)}, fewer than one window of "

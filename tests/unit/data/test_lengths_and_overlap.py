@@ -26,6 +26,15 @@ from pared.report import comparison
 TOKENIZER = tiny_tokenizer(64)
 
 
+def test_a_folder_without_tokenizer_files_is_named_and_not_the_text(tmp_path: Path) -> None:
+    """Regression: a long text "has 0 tokens ... use a longer text", where the model had no tokenizer files."""
+    TINY_MODELS["qwen3"]().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("a long text " * 500)
+    with pytest.raises(ParedError, match=r"makes no tokens of .* lacks its files"):
+        pared.run(pared.Recipe(model=str(tmp_path / "model"), method="svd-llm", out=str(tmp_path / "out"),
+                               calibration=pared.Calibration(text=f"file:{tmp_path}/text.txt", length=16)))  # fmt: skip
+
+
 def words(count: int, seed: int = 0) -> str:
     draw = random.Random(seed)
     return "\n".join(" ".join(f"w{draw.randrange(3, 64)}" for _ in range(10)) for _ in range(count // 10))
