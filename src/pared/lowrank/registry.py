@@ -332,6 +332,7 @@ METHODS: dict[str, LowRankMethod] = {
             dense_path=DENSE_PATH,
             input_gram="mean_gram",
             widths=deferred("pared.widths.rules:both_sides"),
+            structures=lambda _: "mixed",
             experts=deferred("pared.widths.rules:experts"),
         ),
     )

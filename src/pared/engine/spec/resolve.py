@@ -1,5 +1,7 @@
 """From a recipe to a spec, once: every name looked up, every ``auto`` resolved, what is impossible refused."""
 
+from dataclasses import replace
+
 from pared.allocation import Budget, ProgramOptions, UnitOptions, allocator_of, allocators_for
 from pared.allocation.dsa.presets import SCORE_TOKENS
 from pared.data.uses import with_use
@@ -98,7 +100,8 @@ def _resolve_low_rank(recipe: Recipe, method: LowRankMethod) -> LowRankSpec:
     config = method.configured(recipe.options)
     name = "rank-fraction" if recipe.rank_fraction is not None else _allocation_name(recipe, method)
     allocator = allocator_of(name, "low_rank")
-    structures = method.structures(recipe.keep) if recipe.structures == "auto" else recipe.structures
+    is_own = asked.structures == "auto"
+    structures = method.structures(recipe.keep) if is_own else asked.structures
     pivoted = _is_pivoted(asked, method)
     spec = LowRankSpec(
         recipe=recipe,
@@ -118,6 +121,9 @@ def _resolve_low_rank(recipe: Recipe, method: LowRankMethod) -> LowRankSpec:
         refit=refit,  # type: ignore[arg-type]
         dense_path=method.dense_path if recipe.dense_path == "auto" else recipe.dense_path,
     )
+    # What a method would make narrower of itself it does not where the rest of the recipe is of ranks.
+    if is_own and structures == "mixed" and (allocator.name != method.allocation or _why_no_widths(spec)):
+        spec = replace(spec, budget=replace(spec.budget, structures="ranks"))
     _require_widths(spec)
     _require_bits(spec)
     if recipe.elastic:
@@ -149,8 +155,6 @@ def _require_bits(spec: LowRankSpec) -> None:
         having = [name for name, one in allocators_for("low_rank").items() if one.bits]
         raise ParedError(f"{recipe.budget} needs an allocation that decides bits, got {spec.allocator.name}; those "
                          f"that do: {', '.join(having)}")  # fmt: skip
-    if spec.structures != "ranks":
-        raise ParedError(f"{recipe.budget} decides ranks and bits, got structures {spec.structures}; take ranks")
 
 
 def _is_pivoted(recipe: Recipe, method: LowRankMethod) -> bool:
@@ -216,23 +220,31 @@ def _require_widths(spec: LowRankSpec) -> None:
             raise ParedError(f"heads are taken out with widths, and here ranks are decided: give "
                              f"{called('structures', 'mixed')} too")  # fmt: skip
         return
+    if why := _why_no_widths(spec):
+        raise ParedError(why)
+
+
+def _why_no_widths(spec: LowRankSpec) -> str:
+    """Return why a budget with widths does not go with the rest of a recipe; nothing where it does."""
+    recipe, structures = spec.recipe, spec.budget.structures
     if spec.method.widths is None:
         having = [name for name, one in methods_of("low_rank").items()
                   if getattr(one, "widths", None) and (structures == "widths" or one.solve is not None)]  # fmt: skip
-        raise ParedError(f"method {recipe.method} has ranks alone, got structures {structures}; those with widths: "
-                         f"{', '.join(having)}")  # fmt: skip
+        return (f"method {recipe.method} has ranks alone, got structures {structures}; those with widths: "
+                f"{', '.join(having)}")  # fmt: skip
     if not spec.allocator.widths:
         having = [name for name, one in allocators_for("low_rank").items() if one.widths]
-        raise ParedError(f"allocation {spec.allocator.name} decides ranks alone, got structures {structures}; those "
-                         f"that decide widths: {', '.join(having)}")  # fmt: skip
+        return (f"allocation {spec.allocator.name} decides ranks alone, got structures {structures}; those that decide "
+                f"widths: {', '.join(having)}")  # fmt: skip
     if spec.group_size > 1 and spec.sharing != "none":
-        raise ParedError(f"structures {structures} and bases that blocks share cannot be in one budget; leave out "
-                         f"group_size, or take {called('structures', 'ranks')}")  # fmt: skip
+        return (f"structures {structures} and bases that blocks share cannot be in one budget; leave out group_size, "
+                f"or take {called('structures', 'ranks')}")  # fmt: skip
     if spec.refit != "off":
-        raise ParedError(
-            f"refit {spec.refit} fits factors, got structures {structures}, whose weights are fitted as they are made; "
-            f"take sequential statistics ({called('statistics', 'sequential')}) without a refit"
-        )
+        return (f"refit {spec.refit} fits factors, got structures {structures}, whose weights are fitted as they are "
+                f"made; take sequential statistics ({called('statistics', 'sequential')}) without a refit")  # fmt: skip
+    if recipe.of_bytes:
+        return f"{recipe.budget} decides ranks and bits, got structures {structures}; take ranks"
+    return ""
 
 
 def _resolve_sparse(recipe: Recipe, method: PruningMethod) -> SparseSpec:
