@@ -161,6 +161,8 @@ def require_searchable(recipe: Recipe) -> CompressionSpec:
         if recipe.pattern is not None:
             raise ParedError(f"a search needs a sparsity ({called('sparsity', '0.7')}); pattern {recipe.pattern} "
                              "leaves no zeros to spread")  # fmt: skip
+    elif recipe.structures == "auto":
+        recipe = recipe.model_copy(update={"structures": "ranks"})
     spec = resolve(recipe)
     if isinstance(spec, ExpertSpec):
         raise ParedError(f"a search finds ranks or zeros, got structures experts; take {called('structures', 'ranks')}")

@@ -195,11 +195,11 @@ class LossOptimal(GradientOptions, SharingOptions):
     input_shrinkage: Annotated[
         Annotated[float, Field(ge=0, le=1)] | Literal["auto"],
         Field(description="how far the input Gram is drawn towards its mean diagonal: 0 to 1, or auto, by the tokens"),
-    ] = 0.0
+    ] = "auto"
     output_shrinkage: Annotated[
         Annotated[float, Field(ge=0, le=1)] | Literal["auto"],
         Field(description="how far the output gradients' moments are drawn towards their mean: 0 to 1, or auto"),
-    ] = 0.0
+    ] = "auto"
 
 
 def either_gram(shapes: Shapes, _: Options | None = None) -> frozenset[str]:

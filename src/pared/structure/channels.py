@@ -137,10 +137,17 @@ def _laid_out(prover: Prover, consumer: Site, moved: Sequence[Site]) -> tuple[Pr
 
 
 def _follows(prover: Prover, consumer: Site, producers: Sequence[Producer], signed: bool) -> bool:
-    """Whether input j changes where the outputs of channel j do (unless they are negative), and nowhere else."""
+    """Whether input j changes where the outputs of channel j do (unless they are negative), and nowhere else.
+
+    Raises:
+        RefusedError: it reads other tokens than its producers output.
+    """
     width = consumer.in_features
     base = {one.site.name: prover.numbers(one.site, signed) for one in producers}
     before = prover.input(consumer, base)
+    for one in producers:
+        if (rows := base[one.site.name].numel() // one.site.out_features) != len(before):
+            raise RefusedError(f"it reads {len(before)} of the {rows} tokens that {one.site.name} outputs")
     patterns, count = torch.stack(list(every_bit(width))), len(before)  # as many at once as there are tokens
     for start in range(0, len(patterns), count):
         expected = torch.zeros(count, width, dtype=torch.bool)

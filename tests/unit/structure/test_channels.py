@@ -86,6 +86,8 @@ class Between(nn.Module):
             h = h.view(*x.shape[:-1], 48)
         if self.kind == "scale":
             h = h * self.scale
+        if self.kind == "fewer tokens":
+            return torch.cat([self.down_proj(h[:, :3]), x[:, 3:]], dim=1)
         y = self.down_proj(h)
         if self.kind == "read twice":
             y = y + gate.mean(dim=-1, keepdim=True)
@@ -102,6 +104,7 @@ class Between(nn.Module):
         ("view", "does not run with fewer channels"),
         ("scale", "does not run with fewer channels"),
         ("read twice", "something besides it reads what"),
+        ("fewer tokens", "it reads 3 of the "),
         ("counted", "its block computes something else with fewer channels"),
     ],
 )

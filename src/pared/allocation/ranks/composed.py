@@ -62,8 +62,7 @@ class Composed:
 
     def __init__(self, one: Channels, budget: Budget, evidence: Evidence) -> None:
         assert one.cost is not None
-        step = -(-one.group.channels // (MOST_WIDTHS * budget.multiple_of)) * budget.multiple_of
-        self.widths = range(step, one.group.channels, step)
+        self.widths = self.widths_of(one, budget)
         index_W = torch.tensor(list(self.widths), dtype=torch.long)
         self._losses_W = tail_energy(one.cost).cpu()[index_W]
         self._costs: dict[str, torch.Tensor] = {}
@@ -73,6 +72,12 @@ class Composed:
             left_W = (energy_G.double().cumsum(0) / energy_G.double().sum().clamp(min=1e-300)).cpu()[index_W - 1]
             tail_K = tail_energy(evidence.cost[site.name]).cpu()[1:]
             self._costs[site.name], self._losses[site.name] = _tables(one, site, self.widths, left_W, tail_K, budget)
+
+    @staticmethod
+    def widths_of(one: Channels, budget: Budget) -> range:
+        """Return the widths that are looked at, rising; none where the least is all channels."""
+        step = -(-one.group.channels // (MOST_WIDTHS * budget.multiple_of)) * budget.multiple_of
+        return range(step, one.group.channels, step)
 
     def best(self, t: float) -> tuple[float, int, dict[str, int]]:
         """Return the least ``loss + t · cost``, the width that has it, and the candidate of each layer, by index."""

@@ -89,8 +89,11 @@ class _Candidates:
             if one.cost is not None and all(site.name in self.units for site in one.group.sites)
         }
         self.groups = {name: _widths(one, budget) for name, one in self._channels.items()}
-        both = {name: one for name, one in self._channels.items() if one.energies and budget.structures == "mixed"}
-        self._composed = {name: Composed(one, budget, evidence) for name, one in both.items()}
+        self._composed = {
+            name: Composed(one, budget, evidence)
+            for name, one in self._channels.items()
+            if one.energies and budget.structures == "mixed" and Composed.widths_of(one, budget)
+        }
         self._members = {name: [site.name for site in one.group.sites] for name, one in self._channels.items()}
         inside = {site for members in self._members.values() for site in members}
         self._alone = [name for name in self.units if name not in inside]

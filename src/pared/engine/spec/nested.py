@@ -5,7 +5,7 @@ from pared.errors import ParedError
 from pared.names import called
 from pared.schema.recipe import Recipe
 
-NESTED = {"structures": "ranks", "storage": "factors", "statistics": "once", "refit": "off"}  # what ``auto`` stands for
+NESTED = {"storage": "factors", "statistics": "once", "refit": "off"}  # what ``auto`` stands for
 KNOWN = frozenset({"cost"})  # the evidence of an allocation that is stored with the factors
 
 

@@ -100,8 +100,8 @@ def _resolve_low_rank(recipe: Recipe, method: LowRankMethod) -> LowRankSpec:
     config = method.configured(recipe.options)
     name = "rank-fraction" if recipe.rank_fraction is not None else _allocation_name(recipe, method)
     allocator = allocator_of(name, "low_rank")
-    is_own = asked.structures == "auto"
-    structures = method.structures(recipe.keep) if is_own else asked.structures
+    is_own = recipe.structures == "auto"
+    structures = method.structures(recipe.keep) if is_own else recipe.structures
     pivoted = _is_pivoted(asked, method)
     spec = LowRankSpec(
         recipe=recipe,
@@ -122,7 +122,8 @@ def _resolve_low_rank(recipe: Recipe, method: LowRankMethod) -> LowRankSpec:
         dense_path=method.dense_path if recipe.dense_path == "auto" else recipe.dense_path,
     )
     # What a method would make narrower of itself it does not where the rest of the recipe is of ranks.
-    if is_own and structures == "mixed" and (allocator.name != method.allocation or _why_no_widths(spec)):
+    ranks_alone = recipe.elastic or allocator.name != method.allocation
+    if is_own and structures == "mixed" and (ranks_alone or _why_no_widths(spec)):
         spec = replace(spec, budget=replace(spec.budget, structures="ranks"))
     _require_widths(spec)
     _require_bits(spec)

@@ -219,7 +219,7 @@ def test_widths_are_put_in_order_once_for_every_mlp_and_run_narrower(model: tran
     assert [one.sizes for one in found["solve"] if one.kind == "channels"] == [(WIDTH, INNER, 0)] * BLOCKS
     alone, _ = stages(model, method="loss-optimal", keep=0.9, structures="widths", multiple_of=16)
     assert not [one for one in alone["solve"] if one.kind in ("eigh", "plain eigh")]
-    ranks, _ = stages(model, method="loss-optimal", keep=0.8)
+    ranks, _ = stages(model, method="loss-optimal", keep=0.8, structures="ranks")
     assert _all(found["solve"]) > _all(ranks["solve"])
 
 

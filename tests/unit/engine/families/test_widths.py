@@ -15,11 +15,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 import pared
 from pared import ParedError
 from pared.data.windows import Windows, digest_of
+from pared.engine.spec import resolve
 from pared.modules import NarrowConv1D, NarrowLinear
 from pared.schema.plan import Dense, LowRank
 from pared.schema.width import Width, channels_of
 from pared.structure import weight_of
 
+UNSHRUNK = {"input_shrinkage": 0, "output_shrinkage": 0}
 TOKENS = torch.randint(1, 64, (8, 24), generator=torch.Generator().manual_seed(3))
 
 
@@ -78,7 +80,7 @@ def inputs_of(model: nn.Module, name: str, tokens: torch.Tensor) -> torch.Tensor
 def test_what_reads_the_channels_is_the_least_squares_weight(compressed: Callable[..., Any]):
     dense = TINY_MODELS["llama"]()
     windows = Windows(TOKENS, digest_of(TOKENS), "words", "a test", stand_in=True)
-    result = compressed("llama", structures="widths", windows=windows)
+    result = compressed("llama", structures="widths", windows=windows, options=UNSHRUNK)
     for site in result.plan.sites:
         if not (isinstance(site.decision, Width) and site.decision.side == "in"):
             continue
@@ -209,3 +211,36 @@ def test_widths_of_their_own_need_the_loader(compressed: Callable[..., Any]):
     assert len(set(widths(result))) > 1
     assert result.model.config.quantization_config.modules
     assert result.model.config.intermediate_size == 48
+
+
+def test_an_mlp_that_is_narrower_than_one_step_of_widths_is_given_ranks(compressed: Callable[..., Any]):
+    """It ended in an IndexError, of a table of no width."""
+    mixed, ranks = (
+        compressed("llama", structures=one, multiple_of=step) for one, step in (("mixed", 64), ("ranks", None))
+    )
+    assert [site.decision for site in mixed.plan.sites] == [site.decision for site in ranks.plan.sites]
+
+
+@pytest.mark.parametrize(
+    ("fields", "structures"),
+    [
+        ({}, "mixed"),
+        ({"keep": 0.5}, "mixed"),
+        ({"structures": "ranks"}, "ranks"),
+        ({"allocation": "uniform"}, "ranks"),
+        ({"allocation": "effective-rank"}, "ranks"),
+        ({"refit": "update"}, "ranks"),
+        ({"options": {"group_size": 2}}, "ranks"),
+        ({"elastic": True}, "ranks"),
+        ({"keep": None, "keep_bytes": 0.4}, "ranks"),
+        ({"keep": None, "rank_fraction": 0.4}, "ranks"),
+        ({"method": "svd-llm"}, "ranks"),
+        ({"multiple_of": 32}, "mixed"),
+    ],
+    ids=str,
+)
+def test_by_itself_the_default_decides_ranks_and_widths_in_one_budget_where_that_goes(
+    fields: dict[str, Any], structures: str
+):
+    given = {name: value for name, value in fields.items() if value is not None}
+    assert resolve(pared.Recipe.of(given)).structures == structures
