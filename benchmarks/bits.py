@@ -18,7 +18,7 @@ from grid import measured as perplexities
 from grid import plot, ratios, require_disjoint, signature
 from low_rank import statistics
 from pared.calibration import BlockStatistics, saved_blocks
-from record import RESULTS, Line, append, read, table
+from record import RESULTS, Line, append, ranks_alone, read, table
 
 LINES, PAGE, PLOT = RESULTS / "bits.jsonl", RESULTS / "bits.md", RESULTS / "bits.svg"
 MODEL, TEXTS = "embedded:smollm2-135m", ("WikiText-2", "C4")
@@ -40,8 +40,8 @@ CELLS: dict[str, tuple[str, dict[str, Any]]] = {
     "int8, to the nearest": (UNIFORM, {"quantize": "int8", "rounding": "nearest"}),
     "keep bytes 0.3": (MIXED, {"keep_bytes": 0.3}),
     "keep bytes 0.8": (MIXED, {"keep_bytes": 0.8}),
-    "loss-optimal 0.8, int8": (RANKS, {"method": "loss-optimal", "keep": 0.8, "quantize": "int8"}),
-    "loss-optimal 0.8, int4": (RANKS, {"method": "loss-optimal", "keep": 0.8, "quantize": "int4"}),
+    "loss-optimal 0.8, int8": (RANKS, {**ranks_alone(), "keep": 0.8, "quantize": "int8"}),
+    "loss-optimal 0.8, int4": (RANKS, {**ranks_alone(), "keep": 0.8, "quantize": "int4"}),
 }
 
 

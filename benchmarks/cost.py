@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from record import RESULTS, append, read, table
+from record import RESULTS, append, ranks_alone, read, table
 
 LINES, PAGE = RESULTS / "cost.jsonl", RESULTS / "cost.md"
 EMBEDDED = "embedded:smollm2-135m"
@@ -34,12 +34,12 @@ DIAGONAL = {"output_weighting": "diagonal"}
 RUNS: dict[str, dict[str, Any]] = {
     "svd-llm": {"method": "svd-llm", "keep": 0.8},
     "basis-sharing": {"method": "basis-sharing", "keep": 0.8},
-    "loss-optimal, full": {"method": "loss-optimal", "keep": 0.8},
-    "loss-optimal, diagonal": {"method": "loss-optimal", "keep": 0.8, "options": DIAGONAL},
+    "loss-optimal, full": {**ranks_alone(), "keep": 0.8},
+    "loss-optimal, diagonal": {**ranks_alone(**DIAGONAL), "keep": 0.8},
     "wanda": {"method": "wanda", "sparsity": 0.5},
     "sparsegpt": {"method": "sparsegpt", "sparsity": 0.5},
     "basis-sharing, refit": {"method": "basis-sharing", "keep": 0.5},
-    "loss-optimal, sequential": {"method": "loss-optimal", "keep": 0.6},
+    "loss-optimal, sequential": {**ranks_alone(), "keep": 0.6},
     "fwsvd": {"method": "fwsvd", "keep": 0.8},
     "svd": {"method": "svd", "keep": 0.8},
 }

@@ -25,7 +25,7 @@ from pared.cli.from_schema import named_values
 from pared.engine import collect
 from pared.engine.spec import resolve_low_rank
 from pared.lowrank import METHODS
-from record import RESULTS, append, read, table
+from record import RESULTS, UNSHRUNK, append, read, table
 
 LINES = RESULTS / "low_rank.jsonl"
 PAGE = RESULTS / "low_rank.md"
@@ -102,14 +102,19 @@ def stages(line: dict[str, Any]) -> tuple[str, str, float | None]:
     return line["statistics"], refit, line.get("dense_path", 0.0) if has_targets else None
 
 
+def options_of(line: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a cell; on this page statistics are not shrunk unless it says so."""
+    return {name: value for name, value in line.get("options", {}).items() if UNSHRUNK.get(name) != value}
+
+
 def usual(line: dict[str, Any]) -> bool:
     """Whether a cell is what `auto` gives its method."""
     if line["method"] == "dense":
         return True
-    recipe = pared.Recipe(method=line["method"], keep=line["keep"])
+    recipe = pared.Recipe(method=line["method"], keep=line["keep"], structures="ranks")
     spec = resolve_low_rank(recipe)
     asked = {"statistics": spec.statistics, "refit": spec.refit, "dense_path": spec.dense_path}
-    return stages(line) == stages(line | asked) and not line.get("options")
+    return stages(line) == stages(line | asked) and not options_of(line)
 
 
 def key_of(line: dict[str, Any]) -> tuple[object, ...]:
@@ -117,13 +122,13 @@ def key_of(line: dict[str, Any]) -> tuple[object, ...]:
     if line["method"] == "dense":
         return line["model"], "dense"
     named = tuple(line[name] for name in ("model", "method", "keep", "text", "samples"))
-    return (*named, *stages(line), *sorted(line.get("options", {}).items()))
+    return (*named, *stages(line), *sorted(options_of(line).items()))
 
 
 def told(line: dict[str, Any]) -> str:
     """Return in words what a cell asks for."""
     statistics, refit, share = stages(line)
-    words = [f"statistics {statistics}", f"refit {refit}", *(f"{k} {v}" for k, v in line.get("options", {}).items())]
+    words = [f"statistics {statistics}", f"refit {refit}", *(f"{k} {v}" for k, v in options_of(line).items())]
     return ", ".join(words if share is None else [*words, f"dense path {share:g}"])
 
 
@@ -220,7 +225,9 @@ def main() -> None:
             if method == "dense":
                 cells.append((row, None))
                 continue
-            recipe = pared.Recipe(method=method, keep=keep, calibration=calibration, **beside)
+            own = UNSHRUNK if method == "loss-optimal" else {}
+            options = {"options": {**own, **beside["options"]}, "structures": "ranks"}
+            recipe = pared.Recipe(method=method, keep=keep, calibration=calibration, **{**beside, **options})
             spec = resolve_low_rank(recipe)
             stage = {"statistics": spec.statistics, "refit": spec.refit, "options": recipe.options}
             cells.append((row | stage | {"dense_path": spec.dense_path}, recipe))

@@ -20,12 +20,12 @@ import torch
 
 from pared.entrypoints.run import run
 from pared.schema.recipe import Recipe
-from record import RESULTS, alone, append, read, spread, table
+from record import RESULTS, alone, append, ranks_alone, read, spread, table
 
 LINES, PAGE = RESULTS / "overlap.jsonl", RESULTS / "overlap.md"
 METHODS: dict[str, dict[str, Any]] = {
     "svd-llm": {},
-    "loss-optimal": {"options": {"output_weighting": "diagonal"}},
+    "loss-optimal": ranks_alone(output_weighting="diagonal"),
 }
 # Threads of the forward pass, and whether a second thread of as many solves beside it.
 WAYS = ((1, False), (1, True), (2, False), (2, True))

@@ -15,8 +15,18 @@ import torch
 import transformers
 
 Line = dict[str, Any]  # one cell of a page, as it is in the file
+UNSHRUNK = {"input_shrinkage": 0.0, "output_shrinkage": 0.0}
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
+
+
+def ranks_alone(**options: Any) -> dict[str, Any]:
+    """Return the fields of ``loss-optimal`` with ranks alone and statistics as they are, which pages call by that name.
+
+    Args:
+        options: others of the method.
+    """
+    return {"method": "loss-optimal", "structures": "ranks", "options": {**UNSHRUNK, **options}}
 
 
 def provenance() -> dict[str, Any]:

@@ -16,7 +16,7 @@ from grid import LENGTH, SAMPLES, WINDOWS, measured, ratios, require_disjoint, s
 from pared import tune
 from pared.schema.manifest import Manifest
 from pared.schema.training import TrainingConfig
-from record import RESULTS, append, read, table
+from record import RESULTS, append, ranks_alone, read, table
 
 LINES, PAGE = RESULTS / "recovery.jsonl", RESULTS / "recovery.md"
 CALIBRATION = "wikitext2:train"
@@ -46,7 +46,7 @@ def compressed(model: str, keep: float) -> Path:
     if not (out / "pared.json").exists():
         calibration = {"text": CALIBRATION, "samples": SAMPLES, "length": LENGTH}
         pared.run(pared.Recipe.model_validate({
-            "model": model, "method": "loss-optimal", "keep": keep, "calibration": calibration, "evaluation": None,
+            "model": model, **ranks_alone(), "keep": keep, "calibration": calibration, "evaluation": None,
             "out": str(out),
         }))  # fmt: skip
     return out

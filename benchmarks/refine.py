@@ -24,15 +24,15 @@ from pared.engine.refine import refine
 from pared.engine.spec import PassSpec
 from pared.schema.manifest import Refined
 from pared.structure.store import DenseBlocks
-from record import RESULTS, Line, append, read, table
+from record import RESULTS, Line, append, ranks_alone, read, table
 
 LINES, PAGE = RESULTS / "refine.jsonl", RESULTS / "refine.md"
 FORWARD_WINDOWS = 8  # of the calibration text, on which a forward pass is timed
 BEFORE, CPU = "before it is refined", "seconds of the processor"  # names in the state of a run
 
 CELLS: dict[str, dict[str, Any]] = {
-    "loss-optimal-0.6": {"method": "loss-optimal", "keep": 0.6, "options": {"output_weighting": "diagonal"}},
-    "loss-optimal-0.8": {"method": "loss-optimal", "keep": 0.8, "options": {"output_weighting": "diagonal"}},
+    "loss-optimal-0.6": {**ranks_alone(output_weighting="diagonal"), "keep": 0.6},
+    "loss-optimal-0.8": {**ranks_alone(output_weighting="diagonal"), "keep": 0.8},
     "wanda-0.5": {"method": "wanda", "sparsity": 0.5},
     "basis-sharing-0.8": {"method": "basis-sharing", "keep": 0.8},
 }

@@ -32,7 +32,7 @@ from pared.models.source import find_model
 from pared.schema.recipe import Recipe
 from pared.structure import find_anatomy, probe
 from pared.structure.store import ResidentBlocks
-from record import RESULTS, alone, append, provenance, read, spread, table
+from record import RESULTS, alone, append, provenance, ranks_alone, read, spread, table
 
 LINES = RESULTS / "road.jsonl"
 PAGE = RESULTS / "road.md"
@@ -40,7 +40,7 @@ PAGE = RESULTS / "road.md"
 CASES: dict[str, tuple[dict[str, Any], float]] = {
     "svd-llm": ({"method": "svd-llm"}, 1.5),
     "basis-sharing": ({"method": "basis-sharing", "options": {"group_size": 2}}, 1.5),
-    "loss-optimal": ({"method": "loss-optimal", "options": {"output_weighting": "diagonal"}}, 4.0),
+    "loss-optimal": (ranks_alone(output_weighting="diagonal"), 4.0),
     "wanda": ({"method": "wanda", "sparsity": 0.5}, 2.1),
     "mixed": ({"method": "loss-optimal", "structures": "mixed", "options": {"output_weighting": "diagonal"}}, 4.5),
 }

@@ -25,7 +25,7 @@ from grid import signature
 from pared.entrypoints.export import export_dense
 from pared.evaluation.multiple_choice import evaluate_choices, prepare
 from pared.progress import Silent
-from record import RESULTS, Line, append, read, table
+from record import RESULTS, Line, append, ranks_alone, read, table
 
 LINES, PAGE = RESULTS / "tasks.jsonl", RESULTS / "tasks.md"
 PLACE = Path(os.environ.get("PARED_CACHE", "~/.cache/pared")).expanduser() / "benchmarks" / "tasks"
@@ -36,8 +36,8 @@ FOUND = {"allocation": "dsa", "allocation_options": {"program": "found-wanda-0.7
 MODELS: dict[str, dict[str, Any]] = {
     "svd-llm 0.8": {"method": "svd-llm", "keep": 0.8},
     "basis-sharing 0.8": {"method": "basis-sharing", "keep": 0.8},
-    "loss-optimal 0.8": {"method": "loss-optimal", "keep": 0.8},
-    "loss-optimal 0.6": {"method": "loss-optimal", "keep": 0.6},
+    "loss-optimal 0.8": {**ranks_alone(), "keep": 0.8},
+    "loss-optimal 0.6": {**ranks_alone(), "keep": 0.6},
     "wanda 0.5": {"method": "wanda", "sparsity": 0.5},
     "wanda 0.6": {"method": "wanda", "sparsity": 0.6},
     "wanda 0.6, dsa-found": {"method": "wanda", "sparsity": 0.6, **FOUND},
