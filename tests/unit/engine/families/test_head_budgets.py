@@ -17,7 +17,7 @@ from pared.data.windows import Windows, digest_of
 from pared.progress import Silent
 from pared.schema.width import Width, channels_of
 from pared.structure import weight_of
-from unit.engine.families.test_widths import inputs_of
+from unit.engine.families.test_widths import UNSHRUNK, inputs_of
 
 TOKENS = torch.randint(1, 64, (8, 24), generator=torch.Generator().manual_seed(3))
 WINDOWS = Windows(TOKENS, digest_of(TOKENS), "words", "a test", stand_in=True)
@@ -28,6 +28,7 @@ def compressed(tokenizer: PreTrainedTokenizerFast, calibration: pared.Calibratio
     def compress(model: str | PreTrainedModel, **fields: Any) -> Any:
         model = TINY_MODELS[model]() if isinstance(model, str) else model
         asked = {"keep": 0.6, "structures": "widths", "heads": "on", "multiple_of": 4, "statistics": "once"}
+        asked["options"] = UNSHRUNK
         return pared.compress(model, tokenizer, calibration=calibration, evaluation=None, **{**asked, **fields})
 
     return compress
