@@ -25,7 +25,7 @@ from record import RESULTS, Line, append, read, table
 LINES, PAGE = RESULTS / "elastic.jsonl", RESULTS / "elastic.md"
 MODEL = "embedded:smollm2-135m"
 LARGEST, KEEPS = 0.9, (0.85, 0.8, 0.7, 0.6, 0.5)
-NESTED = {"storage": "factors", "statistics": "once"}
+NESTED = {"structures": "ranks", "storage": "factors", "statistics": "once"}
 TEXTS = {"WikiText-2": "wikitext2:test", "C4": "c4:validation"}
 
 

@@ -139,9 +139,8 @@ def _cut_in_place(
 
 def _manifest(manifest: Manifest, found: Cut, keep: float, reread: Reread, watch: Stopwatch) -> Manifest:
     """Return the record of a slice: what was measured of the largest size goes."""
-    asked = manifest.recipe.model_copy(
-        update={"keep": keep, "elastic": False, "storage": "factors", "statistics": "once", "refit": "off"}
-    )
+    nested = {"structures": "ranks", "storage": "factors", "statistics": "once", "refit": "off"}
+    asked = manifest.recipe.model_copy(update={"keep": keep, "elastic": False, **nested})
     return manifest.model_copy(update={
         **reread.recorded, "recipe": asked, "preset": record_of(asked), "plan": found.plan, "elastic": None,
         "perplexity_after": None, "seconds": watch.seconds, "peak_memory_bytes": peak_memory_bytes(),

@@ -52,7 +52,8 @@ def test_every_planned_site_is_replaced_within_the_budget(
     allocation = "uniform" if (family, METHODS[method].allocation) == ("bert", "swift") else "auto"
     # An expert of fewer tokens than inputs would stay dense, and examples are told apart by batches of one there.
     given = {"calibration": calibration.model_copy(update={"samples": 24, "batch": 1})} if family == "qwen2_moe" else {}
-    result = compress(model, method=method, keep=0.6, options=options, allocation=allocation, **given)
+    asked = {"method": method, "keep": 0.6, "structures": "ranks", "options": options, "allocation": allocation}
+    result = compress(model, **{**asked, **given})
     assert result.model is model
     for name, experts in opened_experts(model).items():
         open_by_layout(dense, name, experts.layout)

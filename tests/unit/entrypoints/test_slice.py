@@ -29,7 +29,7 @@ LARGEST = 0.9
 KEEPS = (0.85, 0.7, 0.65, 0.5, 0.35)
 TOKENS = torch.randint(0, VOCAB, (2, 16), generator=torch.Generator().manual_seed(1))
 # What --elastic stands for where a recipe leaves it open.
-NESTED = {"storage": "factors", "statistics": "once", "refit": "off"}
+NESTED = {"structures": "ranks", "storage": "factors", "statistics": "once", "refit": "off"}
 METHODS: dict[str, dict[str, Any]] = {
     "svd": {"method": "svd"},
     "fwsvd": {"method": "fwsvd"},
