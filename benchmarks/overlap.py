@@ -47,7 +47,7 @@ def render(lines: list[dict[str, Any]]) -> str:
     """Return the page."""
     groups: dict[tuple[str, int, bool], list[dict[str, Any]]] = {}
     for line in lines:
-        groups.setdefault((line["method"], line["threads"], line["beside"]), []).append(line)
+        groups.setdefault((line["method"], line["computing"], line["beside"]), []).append(line)
 
     def row(key: tuple[str, int, bool], own: list[dict[str, Any]]) -> tuple[str, ...]:
         method, threads, beside = key
@@ -97,7 +97,7 @@ def main() -> None:
         for method in asked.methods:
             recipe = Recipe.of({"model": asked.model, "calibration": calibration, "method": method, **METHODS[method]})
             for threads, beside in WAYS:
-                about = {"method": method, "model": asked.model, **calibration, "threads": threads,
+                about = {"method": method, "model": asked.model, **calibration, "computing": threads,
                          "beside": beside, "round": number, "cores": os.cpu_count()}  # fmt: skip
                 if any(about.items() <= line.items() for line in read(LINES)):
                     continue
