@@ -21,13 +21,14 @@ from pared.data.corpora import STDLIB
 from pared.entrypoints.evaluate import evaluate
 from pared.schema.evaluate import EvaluationConfig
 from pared.schema.manifest import Manifest
-from record import RESULTS, Line, append, read, table
+from record import RESULTS, Line, append, ranks_alone, read, table
 
 LINES, PAGE = RESULTS / "real_models.jsonl", RESULTS / "real_models.md"
 MODEL = "qwen2.5-coder-0.5b"
 SAMPLES, LENGTH, WINDOWS = 96, 512, 10
 GENERAL = "wikitext2:train"
 DIAGONAL = {"output_weighting": "diagonal"}
+RANKS = {**ranks_alone(**DIAGONAL), "keep": 0.8}
 # Few tokens for Grams of 4,864 features: both are shrunk.
 MIXED = {"method": "loss-optimal", "keep": 0.8, "structures": "mixed", "options": {
     **DIAGONAL, "input_shrinkage": 0.1, "output_shrinkage": 0.1,
@@ -35,8 +36,8 @@ MIXED = {"method": "loss-optimal", "keep": 0.8, "structures": "mixed", "options"
 COMPRESSIONS: dict[str, dict[str, Any]] = {
     "mixed 0.8": MIXED,
     "mixed 0.8 refined": {**MIXED, "refine": {}},
-    "ranks 0.8": {"method": "loss-optimal", "keep": 0.8, "structures": "ranks", "options": DIAGONAL},
-    "widths 0.8": {"method": "loss-optimal", "keep": 0.8, "structures": "widths", "options": DIAGONAL},
+    "ranks 0.8": RANKS,
+    "widths 0.8": {**RANKS, "structures": "widths"},
     "svd-llm 0.8": {"method": "svd-llm", "keep": 0.8},
     "basis-sharing 0.8": {"method": "basis-sharing", "keep": 0.8},
     "wanda 0.5": {"method": "wanda", "sparsity": 0.5},

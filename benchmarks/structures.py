@@ -32,12 +32,12 @@ from pared.calibration import BlockStatistics, saved_blocks
 from pared.data import find_text
 from pared.engine.refine import refine
 from pared.schema.width import Width
-from record import RESULTS, append, read, table
+from record import RESULTS, UNSHRUNK, append, read, table
 
 LINES, PAGE = RESULTS / "structures.jsonl", RESULTS / "structures.md"
 STRUCTURES = ("ranks", "widths", "mixed")
 SHRINKAGE: dict[str, dict[str, float | str]] = {
-    "none": {"input_shrinkage": 0.0, "output_shrinkage": 0.0},
+    "none": dict(UNSHRUNK),
     "fixed": {"input_shrinkage": 0.03, "output_shrinkage": 0.1},
     "auto": {"input_shrinkage": "auto", "output_shrinkage": "auto"},
 }

@@ -14,6 +14,9 @@ from pared.schema.recipe import Recipe
 from pared.structure import Anatomy
 from pared.structure.store import ResidentBlocks
 
+# Options of `loss-optimal`: its statistics as they are, of which identities are.
+UNSHRUNK = {"input_shrinkage": 0, "output_shrinkage": 0}
+
 
 def walk(
     model: PreTrainedModel,

@@ -102,7 +102,7 @@ def _widest(specs: Mapping[str, LowRankSpec]) -> LowRankSpec:
     one = specs.get(only, one)
     heads = "on" if any(spec.structures != "ranks" and spec.heads for spec in specs.values()) else "auto"
     recipe = one.recipe.model_copy(update={"heads": heads}) if only != "ranks" else one.recipe
-    return replace(one, recipe=recipe, budget=replace(one.budget, structures=only), statistics="once")
+    return replace(one.with_structures(only), recipe=recipe, statistics="once")
 
 
 class LowRankCurve:

@@ -203,11 +203,10 @@ class Observer:
         if is_done(kept):
             return
         visit = self._of_all(visit, inputs)
-        beside = self.beside and step.hand_on == "dense"
         with (
             self._stage(f"{name} ({inputs.dtype})", inputs) as advance,
             self.watch("walk"),
-            self._turn(beside) as turn,
+            self._turn(step.beside) as turn,
         ):
             run_blocks(
                 self.store,
@@ -266,7 +265,7 @@ class Observer:
         with (
             self._stage(f"gradients ({inputs.dtype})", inputs) as advance,
             self.watch("backward"),
-            self._turn(self.beside and not changes) as turn,
+            self._turn(not changes) as turn,
         ):
             run_blocks_backward(
                 self.store,
@@ -285,8 +284,8 @@ class Observer:
                 on_batch=advance,
             )
 
-    def _turn(self, beside: bool) -> AbstractContextManager[Turn]:
-        return Beside(lambda: self.watch("solve")) if beside else nullcontext(in_turn)
+    def _turn(self, may_go_beside: bool) -> AbstractContextManager[Turn]:
+        return Beside(lambda: self.watch("solve")) if self.beside and may_go_beside else nullcontext(in_turn)
 
     def without_data(self, visit: Visit, changes: bool, kept: Kept | None = None) -> None:
         """Visit every block without running anything."""

@@ -161,12 +161,12 @@ def require_searchable(recipe: Recipe) -> CompressionSpec:
         if recipe.pattern is not None:
             raise ParedError(f"a search needs a sparsity ({called('sparsity', '0.7')}); pattern {recipe.pattern} "
                              "leaves no zeros to spread")  # fmt: skip
-    elif recipe.structures == "auto":
-        recipe = recipe.model_copy(update={"structures": "ranks"})
     spec = resolve(recipe)
     if isinstance(spec, ExpertSpec):
         raise ParedError(f"a search finds ranks or zeros, got structures experts; take {called('structures', 'ranks')}")
     if isinstance(spec, LowRankSpec):
+        if recipe.structures == "auto" and spec.structures == "mixed":  # by itself; a program finds ranks
+            spec = spec.with_structures("ranks")
         require_rankable(spec)
     if isinstance(spec.config, Wanda) and spec.config.variant:
         raise ParedError("Wanda's variant chooses zeros row by row from all scores; search without it")

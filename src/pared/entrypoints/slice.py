@@ -12,6 +12,7 @@ from pared.checkpoint.load import require_recorded
 from pared.checkpoint.save import mark
 from pared.checkpoint.verify import require_tensors
 from pared.engine.elastic import Cut, cut, install_cut
+from pared.engine.spec.nested import NESTED
 from pared.entrypoints.compression.result import Outcome
 from pared.entrypoints.publish import Publication, Reread, ResidentSaver
 from pared.environment import peak_memory_bytes
@@ -139,8 +140,7 @@ def _cut_in_place(
 
 def _manifest(manifest: Manifest, found: Cut, keep: float, reread: Reread, watch: Stopwatch) -> Manifest:
     """Return the record of a slice: what was measured of the largest size goes."""
-    nested = {"structures": "ranks", "storage": "factors", "statistics": "once", "refit": "off"}
-    asked = manifest.recipe.model_copy(update={"keep": keep, "elastic": False, **nested})
+    asked = manifest.recipe.model_copy(update={"keep": keep, "elastic": False, "structures": "ranks", **NESTED})
     return manifest.model_copy(update={
         **reread.recorded, "recipe": asked, "preset": record_of(asked), "plan": found.plan, "elastic": None,
         "perplexity_after": None, "seconds": watch.seconds, "peak_memory_bytes": peak_memory_bytes(),

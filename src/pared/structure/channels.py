@@ -110,6 +110,8 @@ def _of_channels(prover: Prover, consumer: Site, candidates: Sequence[Site], sit
                 f"its {consumer.in_features} inputs are not made one by one by the {one.out_features} outputs of "
                 f"{one.name}"
             )
+        if (rows := base[one.name].numel() // one.out_features) != len(before):
+            raise RefusedError(f"it reads {len(before)} of the {rows} tokens that {one.name} outputs")
     group = ChannelGroup(consumer, _laid_out(prover, consumer, moved))
     prover.require_read_once(consumer, group.producers)
     prover.require_removable(group, torch.arange(0, consumer.in_features, 2))
@@ -137,17 +139,10 @@ def _laid_out(prover: Prover, consumer: Site, moved: Sequence[Site]) -> tuple[Pr
 
 
 def _follows(prover: Prover, consumer: Site, producers: Sequence[Producer], signed: bool) -> bool:
-    """Whether input j changes where the outputs of channel j do (unless they are negative), and nowhere else.
-
-    Raises:
-        RefusedError: it reads other tokens than its producers output.
-    """
+    """Whether input j changes where the outputs of channel j do (unless they are negative), and nowhere else."""
     width = consumer.in_features
     base = {one.site.name: prover.numbers(one.site, signed) for one in producers}
     before = prover.input(consumer, base)
-    for one in producers:
-        if (rows := base[one.site.name].numel() // one.site.out_features) != len(before):
-            raise RefusedError(f"it reads {len(before)} of the {rows} tokens that {one.site.name} outputs")
     patterns, count = torch.stack(list(every_bit(width))), len(before)  # as many at once as there are tokens
     for start in range(0, len(patterns), count):
         expected = torch.zeros(count, width, dtype=torch.bool)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from passes import UNSHRUNK
 from tiers import quick_first
 from tiny_models import TINY_MODELS
 from transformers import PreTrainedTokenizerFast
@@ -29,7 +30,6 @@ SITES = [
     Site(name=f"{i}.q", block=i, kind="q", out_features=40, in_features=40, has_bias=False, reads=f"{i}.q", idle=False)
     for i in range(3)
 ]
-UNSHRUNK = {"input_shrinkage": 0, "output_shrinkage": 0}
 TRIED = {"swift", "sensitivity"}  # decide by perplexities of the spectra's own factors; swift once is enough
 
 

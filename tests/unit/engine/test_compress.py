@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from passes import UNSHRUNK
 from tiers import crossed
 from tiny_models import FAMILIES, TINY_MODELS, VOCAB
 from torch import nn
@@ -17,8 +18,9 @@ from pared.data.texts import find_text
 from pared.data.windows import cut
 from pared.engine.install import install, put
 from pared.lowrank import METHODS
-from pared.modules import LowRankLinear, PivotedLinear
+from pared.modules import LowRankLinear, NarrowConv1D, NarrowLinear, PivotedLinear
 from pared.modules.opened import open_by_layout, opened_experts
+from pared.schema.width import Width
 from pared.structure import bias_of, find_anatomy, weight_of
 
 TOKENS = torch.randint(0, VOCAB, (2, 16), generator=torch.Generator().manual_seed(1))
@@ -52,12 +54,12 @@ def test_every_planned_site_is_replaced_within_the_budget(
     allocation = "uniform" if (family, METHODS[method].allocation) == ("bert", "swift") else "auto"
     # An expert of fewer tokens than inputs would stay dense, and examples are told apart by batches of one there.
     given = {"calibration": calibration.model_copy(update={"samples": 24, "batch": 1})} if family == "qwen2_moe" else {}
-    asked = {"method": method, "keep": 0.6, "structures": "ranks", "options": options, "allocation": allocation}
-    result = compress(model, **{**asked, **given})
+    result = compress(model, method=method, keep=0.6, options=options, allocation=allocation, **given)
     assert result.model is model
     for name, experts in opened_experts(model).items():
         open_by_layout(dense, name, experts.layout)
-    replaced = {name for name, module in model.named_modules() if isinstance(module, (LowRankLinear, PivotedLinear))}
+    kinds = (LowRankLinear, PivotedLinear, NarrowLinear, NarrowConv1D)
+    replaced = {name for name, module in model.named_modules() if isinstance(module, kinds)}
     assert replaced == {site.name for site in result.plan.sites if site.decision.kind != "dense"}
     stayed = {site.name for site in result.plan.sites} - replaced
     assert replaced
@@ -67,6 +69,11 @@ def test_every_planned_site_is_replaced_within_the_budget(
         if site.name not in replaced:
             continue
         module, before = model.get_submodule(site.name), dense.get_submodule(site.name)
+        if isinstance(site.decision, Width):
+            narrow = site.decision.shape(site.out_features, site.in_features)
+            assert (module.out_features, module.in_features) == narrow != tuple(weight_of(before).shape)
+            assert getattr(module, "rank", None) == site.decision.rank
+            continue
         assert (module.out_features, module.in_features) == tuple(weight_of(before).shape)
         assert module.rank == site.decision.rank
         shared = site.decision.kind == "shared"
@@ -301,7 +308,7 @@ def test_output_weighting_none_and_uniform_ranks_is_svd_llm(
 ) -> None:
     monkeypatch.setattr("pared.lowrank.loss_optimal.DAMPING", 0.0)
     ours, theirs = TINY_MODELS["llama"](), TINY_MODELS["llama"]()
-    options = {"output_weighting": "none", "input_shrinkage": 0}
+    options = {"output_weighting": "none", **UNSHRUNK}
     compress(ours, method="loss-optimal", allocation="uniform", storage="factors", keep=0.8, options=options)
     compress(theirs, method="svd-llm", keep=0.8)
     assert torch.allclose(logits(ours), logits(theirs), atol=1e-3)

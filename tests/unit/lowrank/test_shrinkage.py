@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from passes import UNSHRUNK
 
 from pared.calibration.statistics import MeanGram, OutputGradient
 from pared.calibration.statistics.features import Energy
@@ -180,7 +181,7 @@ def test_an_amount_is_what_was_chosen_or_the_rules_and_none_is_none() -> None:
 @pytest.mark.parametrize("shape", [(6, 9), (9, 6)])
 def test_without_shrinkage_the_decomposition_is_what_it_was_bit_for_bit(shape: tuple[int, int]) -> None:
     W_ON, A_NN, B_OO = draw(*shape), seen(correlated(50, shape[1])).value, seen(correlated(50, shape[0], 1)).value
-    options = {"input_shrinkage": 0, "output_shrinkage": 0}
+    options = UNSHRUNK
     assert set(LOSS_OPTIMAL.shrinkage(LOSS_OPTIMAL.configured(options)).values()) == {0}
     found = LOSS_OPTIMAL.decompose(W_ON, {"mean_gram": A_NN, "output_gradient_full": B_OO}, options)
     before = loss_optimal.decompose(W_ON, A_NN, B_OO)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from passes import walk
+from passes import UNSHRUNK, walk
 from tiny_models import REPEATED, TINY_MODELS, VOCAB
 from torch import nn
 from transformers import AlbertForMaskedLM, PreTrainedConfig, PreTrainedModel
@@ -310,7 +310,7 @@ def test_a_block_that_runs_several_times_costs_the_sum_over_its_runs_once(
         return allocate(self, *order)
 
     monkeypatch.setattr(LowRankWork, "_allocate", spy)
-    options = {"output_weighting": "diagonal", "input_shrinkage": 0, "output_shrinkage": 0}
+    options = {"output_weighting": "diagonal", **UNSHRUNK}
     compress(model, method="loss-optimal", options=options, statistics="once")
     for name, W_ON in dense.items():
         runs = len(x[name]) // windows.tokens.numel()

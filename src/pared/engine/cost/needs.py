@@ -139,7 +139,7 @@ def needs_of(
     memory, disk = weight_bytes(model, anatomy, spec, streamed, itemsize if tokens else 0), dict[str, int]()
     spooled = streamed and activation_memory is not None
     memory["statistics"] = statistics = statistic_bytes(anatomy, spec, spooled)
-    solving = max((solving_bytes(site, spec) for site in anatomy.sites), default=0)
+    solving = solving_bytes(anatomy, spec)
     if spooled and is_set_aside(spec):  # one Gram is read at a time
         disk["statistics"] = statistics
         solving = max(solving + largest_statistic(anatomy, spec) - statistics, 0)

@@ -45,9 +45,13 @@ class Tokens:
 
 def beside_bytes(anatomy: Anatomy, spec: CompressionSpec) -> int:
     """Return what solving a block beside the run of the next one takes more than solving it in turn, in bytes."""
+    return _of_one_block(anatomy, spec) + solving_bytes(anatomy, spec)
+
+
+def _of_one_block(anatomy: Anatomy, spec: CompressionSpec) -> int:
+    """Return what the statistics of the block with the most take."""
     blocks = {site.block for site in anatomy.sites}
-    statistics = max((sum(_accumulators(anatomy, spec, block)) for block in blocks), default=0)
-    return statistics + max((solving_bytes(site, spec) for site in anatomy.sites), default=0)
+    return max((sum(_accumulators(anatomy, spec, block)) for block in blocks), default=0)
 
 
 def weight_bytes(
@@ -95,12 +99,11 @@ def finished_bytes(
 def statistic_bytes(anatomy: Anatomy, spec: CompressionSpec, spooled: bool) -> int:
     """Return what statistics take: of the blocks that are solved together, and what is kept of all until then."""
     blocks = sorted({site.block for site in anatomy.sites})
-    now = max((sum(_accumulators(anatomy, spec, block)) for block in blocks), default=0)
     runs = [step.runs for step in spec.passes() if step.action == "solve"]
     # Gradients wait for the forward pass that collects the rest, and for a second one behind compressed blocks.
     kept = not spooled and ("backward, then forward" in runs or (spec.gradients and len(runs) > 1))
     waiting = sum(sum(_sizes(anatomy, block, lambda _: spec.gradients)) for block in blocks) if kept else 0
-    return min(spec.group_size, len(blocks)) * now + waiting
+    return min(spec.group_size, len(blocks)) * _of_one_block(anatomy, spec) + waiting
 
 
 def is_set_aside(spec: CompressionSpec) -> bool:
@@ -133,7 +136,12 @@ def _sizes(anatomy: Anatomy, block: int, needs: Callable[[Shapes], frozenset[str
     return [tensor.nbytes for tensor in tensors.values()]
 
 
-def solving_bytes(site: Site, spec: CompressionSpec) -> int:
+def solving_bytes(anatomy: Anatomy, spec: CompressionSpec) -> int:
+    """Return what solving for the weight that needs most takes."""
+    return max((_solving(site, spec) for site in anatomy.sites), default=0)
+
+
+def _solving(site: Site, spec: CompressionSpec) -> int:
     """Return what solving for a weight takes: its products in float64, and an eigenproblem or an inverse."""
     out, width = site.out_features, site.in_features
     if not isinstance(spec, LowRankSpec):

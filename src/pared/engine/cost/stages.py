@@ -124,14 +124,9 @@ def _done(work: Work, step: PassSpec, unknown: list[str]) -> Iterator[Part]:
         unknown.append(f"quantize (rounding to {spec.recipe.quantize} does not declare its operations)")
     else:
         try:
-            yield Part("solve", solve(work, step), _beside(step))
+            yield Part("solve", solve(work, step), step.beside)
         except NotDeclaredError:
             unknown.append(f"solve (method {spec.method.name} does not declare its operations)")
-
-
-def _beside(step: PassSpec) -> bool:
-    """Whether a block may be solved beside the run of another: see :func:`pared.engine.blocks.run_blocks`."""
-    return step.runs != "nothing" and (step.hand_on == "dense" if step.runs.endswith("forward") else not step.changes)
 
 
 def _perplexity(work: Work, evaluated: Tokens) -> Iterator[Part]:

@@ -33,6 +33,13 @@ class PassSpec:
         return self.installs or self.action in ("install", "refit", "refine", "quantize")
 
     @property
+    def beside(self) -> bool:
+        """Whether a block may be visited beside the run of another: on the way back, if that changes nothing."""
+        if self.runs == "backward":
+            return not self.changes
+        return self.runs.endswith("forward") and self.hand_on == "dense"
+
+    @property
     def replaces(self) -> bool:
         """Whether every block is fitted behind the fitted ones, by itself, in place of what the pass before made."""
         return self.action in ("refit", "refine", "quantize") and self.hand_on == "compressed"

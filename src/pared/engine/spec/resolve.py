@@ -1,7 +1,5 @@
 """From a recipe to a spec, once: every name looked up, every ``auto`` resolved, what is impossible refused."""
 
-from dataclasses import replace
-
 from pared.allocation import Budget, ProgramOptions, UnitOptions, allocator_of, allocators_for
 from pared.allocation.dsa.presets import SCORE_TOKENS
 from pared.data.uses import with_use
@@ -86,10 +84,14 @@ def _takes_experts(recipe: Recipe, method: LowRankMethod) -> bool:
     Raises:
         ParedError: the method does nothing else, and something else is asked for.
     """
-    structures = method.structures(recipe.keep) if recipe.structures == "auto" else recipe.structures
+    structures = _structures(recipe, method)
     if method.experts is not None and method.solve is None and method.widths is None and structures != "experts":
         raise ParedError(f"method {recipe.method} takes whole experts out, got structures {structures}; leave it out")
     return structures == "experts"
+
+
+def _structures(recipe: Recipe, method: LowRankMethod) -> str:
+    return method.structures(recipe.keep) if recipe.structures == "auto" else recipe.structures
 
 
 def _resolve_low_rank(recipe: Recipe, method: LowRankMethod) -> LowRankSpec:
@@ -100,8 +102,6 @@ def _resolve_low_rank(recipe: Recipe, method: LowRankMethod) -> LowRankSpec:
     config = method.configured(recipe.options)
     name = "rank-fraction" if recipe.rank_fraction is not None else _allocation_name(recipe, method)
     allocator = allocator_of(name, "low_rank")
-    is_own = recipe.structures == "auto"
-    structures = method.structures(recipe.keep) if is_own else recipe.structures
     pivoted = _is_pivoted(asked, method)
     spec = LowRankSpec(
         recipe=recipe,
@@ -113,7 +113,7 @@ def _resolve_low_rank(recipe: Recipe, method: LowRankMethod) -> LowRankSpec:
             recipe.keep,
             pivoted,
             recipe.rank_fraction,
-            structures=structures,  # type: ignore[arg-type]
+            structures=_structures(recipe, method),  # type: ignore[arg-type]
             multiple_of=recipe.multiple_of or MULTIPLE_OF,
             form=recipe.quantize,
         ),
@@ -121,10 +121,10 @@ def _resolve_low_rank(recipe: Recipe, method: LowRankMethod) -> LowRankSpec:
         refit=refit,  # type: ignore[arg-type]
         dense_path=method.dense_path if recipe.dense_path == "auto" else recipe.dense_path,
     )
-    # What a method would make narrower of itself it does not where the rest of the recipe is of ranks.
+    # A method that would decide widths too by itself leaves them where the rest of the recipe is of ranks.
     ranks_alone = recipe.elastic or allocator.name != method.allocation
-    if is_own and structures == "mixed" and (ranks_alone or _why_no_widths(spec)):
-        spec = replace(spec, budget=replace(spec.budget, structures="ranks"))
+    if recipe.structures == "auto" and spec.structures == "mixed" and (ranks_alone or _why_no_widths(spec)):
+        spec = spec.with_structures("ranks")
     _require_widths(spec)
     _require_bits(spec)
     if recipe.elastic:

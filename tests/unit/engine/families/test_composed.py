@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from passes import UNSHRUNK
 from tiny_models import TINY_MODELS
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -17,7 +18,6 @@ from pared.schema.width import Width, channels_of
 from pared.structure.groups import ChannelGroup
 
 TOKENS = torch.randint(1, 64, (8, 24), generator=torch.Generator().manual_seed(3))
-UNSHRUNK = {"input_shrinkage": 0, "output_shrinkage": 0}  # what is expected is of the statistics as they are
 WINDOWS = Windows(TOKENS, digest_of(TOKENS), "words", "a test", stand_in=True)
 
 

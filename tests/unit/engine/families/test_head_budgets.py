@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from passes import UNSHRUNK
 from tiers import crossed
 from tiny_models import FAMILIES, TINY_MODELS
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -17,7 +18,7 @@ from pared.data.windows import Windows, digest_of
 from pared.progress import Silent
 from pared.schema.width import Width, channels_of
 from pared.structure import weight_of
-from unit.engine.families.test_widths import UNSHRUNK, inputs_of
+from unit.engine.families.test_widths import inputs_of
 
 TOKENS = torch.randint(1, 64, (8, 24), generator=torch.Generator().manual_seed(3))
 WINDOWS = Windows(TOKENS, digest_of(TOKENS), "words", "a test", stand_in=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from passes import UNSHRUNK
 from tiers import crossed
 from tiny_models import FAMILIES, TINY_MODELS
 from torch import nn
@@ -21,7 +22,6 @@ from pared.schema.plan import Dense, LowRank
 from pared.schema.width import Width, channels_of
 from pared.structure import weight_of
 
-UNSHRUNK = {"input_shrinkage": 0, "output_shrinkage": 0}
 TOKENS = torch.randint(1, 64, (8, 24), generator=torch.Generator().manual_seed(3))
 
 
