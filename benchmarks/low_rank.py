@@ -50,17 +50,28 @@ PASS_OF = {
 }
 
 
-def statistics(model_name: str, method: str, calibration: pared.Calibration, dtype: str = "auto") -> Path:
-    """Return the folder with the statistics a method reads, of a model in a dtype, collected if they are not there."""
+def statistics(
+    model_name: str, method: str, calibration: pared.Calibration, dtype: str = "auto", **drawn: float
+) -> Path:
+    """Return the folder with the statistics a method reads, collected if they are not there.
+
+    Args:
+        model_name: of the model.
+        method: that reads them.
+        calibration: on what text.
+        dtype: of the model.
+        drawn: options of the method that say how gradients are taken; the usual ones if there are none.
+    """
     wanted = PASS_OF.get(method, "forward")
     by, names = PASSES[wanted]
     key = f"{model_name} {calibration.text} {calibration.samples}x{calibration.length} {wanted}"
     key += "" if dtype == "auto" else f" {dtype}"
+    key += "".join(f" {name} {value:g}" for name, value in sorted(drawn.items()))
     folder = Path(platformdirs.user_cache_dir("pared")) / "benchmarks" / key.replace("/", "_").replace(":", "_")
     model = pared.load(model_name, dtype=dtype)
     if len(list(folder.glob("block-*.safetensors"))) < model.config.num_hidden_layers:
         start = time.perf_counter()
-        recipe = pared.Recipe(method=by, calibration=calibration)
+        recipe = pared.Recipe(method=by, calibration=calibration, options=drawn)
         collect(model, pared.load_tokenizer(model_name), recipe, frozenset(names), folder)
         print(f"collected {', '.join(sorted(names))} in {time.perf_counter() - start:.0f} s", flush=True)
     return folder

@@ -41,6 +41,7 @@ SHRINKAGE: dict[str, dict[str, float | str]] = {
     "fixed": {"input_shrinkage": 0.03, "output_shrinkage": 0.1},
     "auto": {"input_shrinkage": "auto", "output_shrinkage": "auto"},
 }
+DRAWN: dict[str, float] = {"labels_per_token": 1, "gradient_clip": 0.0}
 TEXT, MIX = "wikitext2:train", "mix"
 HALVES = ("c4:train", "wikitext2:train")  # of the mix
 MIXED_CHARACTERS = 15_000  # of every window, more than it takes
@@ -68,6 +69,11 @@ def text_of(name: str, samples: int = SAMPLES) -> str:
     return f"file:{path}"
 
 
+def drawn_of(options: dict[str, Any]) -> dict[str, float]:
+    """Return which of some options say how gradients are taken, where that is not the usual way."""
+    return {name: options[name] for name, usual in DRAWN.items() if options.get(name, usual) != usual}
+
+
 def recipe_of(
     structures: str, keep: float, when: str, allocation: str, shrinkage: str, given: argparse.Namespace
 ) -> pared.Recipe:
@@ -79,7 +85,7 @@ def recipe_of(
         heads=given.heads,
         statistics=when,
         allocation=allocation,
-        options=SHRINKAGE[shrinkage],
+        options=SHRINKAGE[shrinkage] | drawn_of(vars(given)),
         calibration=pared.Calibration(text=text_of(given.text, given.samples), samples=given.samples, length=LENGTH),
         evaluation=None,
         refine=given.refine,
@@ -95,7 +101,7 @@ def measure(model_name: str, recipe: pared.Recipe | None, text: str, before_too:
         return [row | measured(model, tokenizer)]
 
     def collected() -> Iterator[BlockStatistics]:
-        return saved_blocks(statistics(model_name, recipe.method, recipe.calibration))
+        return saved_blocks(statistics(model_name, recipe.method, recipe.calibration, **drawn_of(recipe.options)))
 
     collected()  # before the clock starts
     before: dict[str, Any] = {}
@@ -179,7 +185,9 @@ def render(lines: list[dict[str, Any]]) -> str:
         def told(line: dict[str, Any], dense: dict[str, Any] = dense) -> tuple[str, ...]:
             widths = line["widths"]
             spread = f"{len(widths)}: {min(widths):,} to {max(widths):,}" if widths else "none"
-            shrunk = next((name for name, one in SHRINKAGE.items() if one == line["options"]), str(line["options"]))
+            drawn = drawn_of(line["options"])
+            amounts = {name: value for name, value in line["options"].items() if name not in drawn}
+            shrunk = next((name for name, one in SHRINKAGE.items() if one == amounts), str(amounts))
             return (
                 f"{line['structures']}{'' if line['allocation'] == 'auto' else ', ' + line['allocation']}"
                 f"{'' if line['heads'] == 'auto' else ', heads ' + line['heads']}"
@@ -188,14 +196,14 @@ def render(lines: list[dict[str, Any]]) -> str:
                 f"{line['achieved_keep']:.3f}",
                 f"{line['calibration']['windows']} of {'WikiText-2' if line.get('text', TEXT) == TEXT else 'half C4'}",
                 line["statistics"],
-                shrunk,
+                shrunk + "".join(f", {name.replace('_', ' ')} {value:g}" for name, value in drawn.items()),
                 spread,
                 str(line["low_rank"]),
                 f"{line['cpu_seconds']:,.0f}",
                 *ratios(line, dense),
             )
 
-        header = ("structures", "keep", "achieved", "calibrated on", "statistics", "shrinkage", "MLPs narrowed: widths",
+        header = ("structures", "keep", "achieved", "calibrated on", "statistics", "shrinkage, gradients", "MLPs narrowed: widths",
                   "weights of low rank", "CPU seconds", *dense["perplexity"])  # fmt: skip
         whole = ("dense", "1", "1", "", "", "", "", "", "", *ratios(dense, dense))
         parts += [f"## {model}\n", table(header, [whole, *map(told, cells)]), ""]
@@ -208,7 +216,9 @@ def render(lines: list[dict[str, Any]]) -> str:
         "`once`: statistics of the dense model; `sequential`: collected again behind the compressed prefix, with a "
         "quarter of the dense model's outputs in the targets. Shrinkage `fixed`: the input Gram by "
         f"{SHRINKAGE['fixed']['input_shrinkage']}, that of output gradients by "
-        f"{SHRINKAGE['fixed']['output_shrinkage']}; `auto`: both by their rule. CPU seconds "
+        f"{SHRINKAGE['fixed']['output_shrinkage']}; `auto`: both by their rule. `labels per token`: so many were sampled "
+        "and sent back, each by itself; `gradient clip`: no token's gradient was longer at the head than so many times "
+        "the median of its window. CPU seconds "
         "are those of the compression and of refining, without the statistics of the dense model, which all rows of a "
         "text share.\n",
         *parts,
@@ -248,6 +258,8 @@ def main() -> None:
     parser.add_argument("--shrinkage", nargs="+", default=["fixed"], choices=list(SHRINKAGE), help="of both Grams")
     parser.add_argument("--text", default=TEXT, choices=(TEXT, MIX), help="that is calibrated on")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="windows that are calibrated on")
+    parser.add_argument("--labels-per-token", type=int, default=DRAWN["labels_per_token"])
+    parser.add_argument("--gradient-clip", type=float, default=DRAWN["gradient_clip"])
     parser.add_argument("--refine", action="store_true", help="train every block afterwards, and measure before it too")
     parser.add_argument("--render", action="store_true", help="only render the page")
     given = parser.parse_args()

@@ -1,6 +1,6 @@
 """Passes over the blocks of a model, as tests want them: what was visited as a list."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import PreTrainedModel
@@ -57,18 +57,19 @@ def backward(
     inputs: BlockInputs,
     tokens: torch.Tensor,
     wants: Wants,
-    labels: Labels,
+    labels: Labels | Sequence[Labels],
     on_batch: Callable[[], None] = lambda: None,
     batches: int | None = None,
+    clip: float = 0.0,
 ) -> None:
     """Fill accumulators of the whole model, by site name and statistic name."""
 
     def of_block(index: int) -> Wants:
         return {site.name: wants[site.name] for site in anatomy.sites_of(index) if site.name in wants}
 
-    store = ResidentBlocks(model, anatomy)
+    store, every = ResidentBlocks(model, anatomy), labels if isinstance(labels, Sequence) else [labels]
     run_blocks_backward(
-        store, anatomy, inputs, tokens, labels, of_block, lambda _: None, batches=batches, on_batch=on_batch
+        store, anatomy, inputs, tokens, every, of_block, lambda _: None, clip=clip, batches=batches, on_batch=on_batch
     )
 
 

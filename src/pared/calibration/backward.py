@@ -1,6 +1,6 @@
 """The backward pass, piece by piece: blocks forward, the head, and blocks back, with one block's graph at a time."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,7 +46,8 @@ class Trail:
     Attributes:
         inputs: of the batches; the calls of their blocks.
         reads: what every run of a block reads, by run and by batch; a block that runs several times has as many runs.
-        gradients: of the loss with respect to what the last run that is left outputs, by batch.
+        gradients: of the loss with respect to what the last run that is left outputs, by batch: those of every draw
+            of labels, one after the other, ``(draws · windows, tokens, width)``.
     """
 
     inputs: BlockInputs
@@ -90,7 +91,13 @@ def record(block: nn.Module, index: int, anatomy: Anatomy, trail: Trail) -> None
 
 
 def from_head(
-    model: PreTrainedModel, anatomy: Anatomy, trail: Trail, tokens: torch.Tensor, first_window: int, labels: Labels
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    trail: Trail,
+    tokens: torch.Tensor,
+    first_window: int,
+    labels: Sequence[Labels],
+    clip: float = 0.0,
 ) -> None:
     """Begin the way back: the gradient of the summed loss with respect to what the last block outputs.
 
@@ -100,7 +107,8 @@ def from_head(
         trail: after the last block ran forward; it is given its ``gradients``.
         tokens: the windows of its batches ``(windows, length)``.
         first_window: number of the first of them, on which sampled labels depend.
-        labels: where the labels come from.
+        labels: where the labels come from, of every draw.
+        clip: as for :func:`pared.calibration.head.clipped`.
 
     Raises:
         ParedError: the model has no head that predicts classes, or the labels do not fit.
@@ -109,7 +117,7 @@ def from_head(
     parts = torch.split(tokens, [shape[0] for shape in inputs.hidden.shapes])
     for batch, part in enumerate(parts):
         calls, beside, hidden = inputs.calls[batch], inputs.beside[batch], inputs.hidden[batch]
-        trail.gradients.append(through_head(model, anatomy, calls, hidden, part, beside, window, labels))
+        trail.gradients.append(through_head(model, anatomy, calls, hidden, part, beside, window, labels, clip))
         window += len(part)
 
 
@@ -159,13 +167,16 @@ def _back(
     mask: torch.Tensor | None,
     state: KeptState,
 ) -> torch.Tensor:
-    """Recompute the runs of a block, the last one first, and send a gradient of its output back to its input.
+    """Recompute the runs of a block, the last one first, and send gradients of its output back to its input.
 
-    The statistics of the sites are updated on the way.
+    The statistics of the sites are updated on the way. Of several draws of labels every run is recomputed once.
     """
     shape = runs[0][1].shape
+    draws = torch.split(gradient, shape[0])
     taps = [
-        _GradientHook(site, wants[site.name], shape, mask) for site in anatomy.sites_of(index) if site.name in wants
+        _GradientHook(site, wants[site.name], shape, mask, len(draws))
+        for site in anatomy.sites_of(index)
+        if site.name in wants
     ]
     experts = [
         ExpertTap(Placed(one, worker, anatomy.block_name(index)), statistic)
@@ -176,13 +187,16 @@ def _back(
         leaf = hidden.detach().requires_grad_()
         with torch.enable_grad(), hooks(_hooked(worker, anatomy, taps, experts)):
             output = call.run(worker, leaf.clone())  # a leaf must not be changed in place
-            (gradient,) = torch.autograd.grad(output, leaf, gradient)
+            draws = tuple(
+                torch.autograd.grad(output, leaf, one, retain_graph=number < len(draws) - 1)[0]
+                for number, one in enumerate(draws)
+            )
         state.restore()
     for tap in reversed(taps):  # the one nearest to the loss is where it began
         tap.finish()
     for mixture in experts:
         mixture.finish(mask)
-    return gradient
+    return torch.cat(draws) if len(draws) > 1 else draws[0]
 
 
 def _hooked(
@@ -203,8 +217,9 @@ class _GradientHook:
         wanted: Mapping[str, Statistic],
         shape: torch.Size,
         mask_BT: torch.Tensor | None,
+        draws: int,
     ) -> None:
-        self.site, self.mask_BT = site, mask_BT
+        self.site, self.mask_BT, self.draws = site, mask_BT, draws
         # What is collected of an input is shared by the sites that read it; only the first of them updates it.
         first = site.reads == site.name
         self.statistics = [statistic for statistic in wanted.values() if first or statistic.of != "input"]
@@ -217,11 +232,17 @@ class _GradientHook:
         x = args[0].detach()
         version = x._version
         examples = self._examples(x.numel() // x.shape[-1])
+        drawn: list[torch.Tensor] = []  # what labels of every draw make of the output
 
         def receive(g: torch.Tensor) -> None:
             if x._version != version:
                 raise ParedError(f"site {self.site.name}: its input is changed in place after it was read")
-            x_BTN, g_BTO = (tensor.reshape(examples, -1, tensor.shape[-1]) for tensor in (x, g.detach()))
+            drawn.append(g.detach())
+            if len(drawn) < self.draws:
+                return
+            x_BTN = x.reshape(examples, -1, x.shape[-1])
+            together = drawn[0] if self.draws == 1 else torch.cat([one.reshape(-1, one.shape[-1]) for one in drawn], -1)
+            g_BTO = together.reshape(examples, -1, together.shape[-1])  # draws side by side
             self._update(x_BTN, g_BTO, self.mask_BT, by_example=False)
             if self.by_example:
                 self.calls.append((x_BTN, g_BTO))

@@ -1,7 +1,7 @@
 """From what the last block outputs through a model's own head and loss, and back: a part of the tokens at a time."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from transformers import PreTrainedModel
@@ -23,9 +23,12 @@ def through_head(
     tokens_BT: torch.Tensor,
     beside: Mapping[str, torch.Tensor],
     window: int,
-    labels: Labels,
+    labels: Sequence[Labels],
+    clip: float = 0.0,
 ) -> torch.Tensor:
-    """Return the gradient of the loss with respect to the last block's output ``(windows, tokens, width)``.
+    """Return the gradient of the loss with respect to the last block's output, ``(draws · windows, tokens, width)``.
+
+    Of several draws of labels those of the first come first; the logits are computed once for all.
 
     One window at a time. Of a large vocabulary the logits of a window take more memory than many a model's blocks:
     those of a part of the tokens are computed at a time, where the model's own code can be told which. The parts depend
@@ -39,13 +42,14 @@ def through_head(
         tokens_BT: the windows of the batch.
         beside: what else the model is given, as for :func:`pared.structure.probe.call_model`.
         window: number of the first window.
-        labels: where the labels come from.
+        labels: where the labels come from, of every draw.
+        clip: as for :func:`clipped`.
 
     Raises:
         ParedError: the model has no head that predicts classes, or the labels do not fit.
     """
     blocks, leaf = anatomy.blocks(model), hidden_BTH[:0]
-    gradients: list[torch.Tensor] = []
+    gradients: list[list[torch.Tensor]] = [[] for _ in labels]
     with (
         torch.enable_grad(),
         replaced_output(blocks, calls, lambda own: leaf.to(own), anatomy.block_name),
@@ -54,17 +58,56 @@ def through_head(
             more = {name: tensor[offset : offset + 1] for name, tensor in beside.items()}
             mask = more.get("attention_mask")
             mask_T = None if mask is None else mask[0].bool()
-            total: torch.Tensor | None = None
+            totals: list[torch.Tensor] = []
             for rows in _parts(model, len(tokens_T)):
                 leaf = hidden_BTH[offset : offset + 1].detach().requires_grad_()
                 kept = {} if rows is None else {"logits_to_keep": torch.arange(rows.start, rows.stop)}
                 logits = _logits(model, tokens_T.unsqueeze(0), {**more, **kept})
-                gradient = logit_gradient(logits, window + offset, tokens_T, labels, mask_T, rows)
-                (found,) = torch.autograd.grad(logits, leaf, gradient)
-                total = found if total is None else total.add_(found)  # a part leaves the other tokens at zero
-            assert total is not None
-            gradients.append(total)
-    return torch.cat(gradients)
+                found = [
+                    _sent_back(logits, leaf, window + offset, tokens_T, own, mask_T, rows, keep=own is not labels[-1])
+                    for own in labels
+                ]
+                # A part leaves the other tokens at zero.
+                totals = [one.add_(more) for one, more in zip(totals, found, strict=True)] if totals else found
+            for one, total in zip(gradients, totals, strict=True):
+                one.append(clipped(total, clip))
+    return torch.cat([total for one in gradients for total in one])
+
+
+def _sent_back(
+    logits: torch.Tensor,
+    leaf: torch.Tensor,
+    window: int,
+    tokens_T: torch.Tensor,
+    labels: Labels,
+    mask_T: torch.Tensor | None,
+    rows: range | None,
+    keep: bool,
+) -> torch.Tensor:
+    """Return the gradient of the loss of one draw of labels with respect to what the head reads."""
+    gradient = logit_gradient(logits, window, tokens_T, labels, mask_T, rows)
+    (found,) = torch.autograd.grad(logits, leaf, gradient, retain_graph=keep)
+    return found
+
+
+def clipped(gradient_1TH: torch.Tensor, clip: float) -> torch.Tensor:
+    """Return the gradient of a window, none of its tokens' longer than a number of times the median of them.
+
+    A token whose label was unlikely has a gradient many times as long as others, and second moments are made of its
+    square. Tokens without a gradient (padding, or no label) are not counted.
+
+    Args:
+        gradient_1TH: of one window.
+        clip: how many times the median length; 0 for no limit, which gives the very tensor.
+    """
+    if not clip:
+        return gradient_1TH
+    length_1T1 = torch.linalg.vector_norm(gradient_1TH, dim=-1, keepdim=True, dtype=torch.float32)
+    there = length_1T1[length_1T1 > 0]
+    if not len(there):
+        return gradient_1TH
+    limit = clip * there.median()
+    return (gradient_1TH * (limit / length_1T1).clamp(max=1).nan_to_num(nan=1.0)).to(gradient_1TH.dtype)
 
 
 def _parts(model: PreTrainedModel, tokens: int) -> list[range] | list[None]:

@@ -43,10 +43,12 @@ class Sampled:
     Attributes:
         seed: of the draws.
         like: labels of a data set; where those have none, none is drawn.
+        draw: its number, where a token is given several labels.
     """
 
     seed: int
     like: torch.Tensor | None = None
+    draw: int = 0
     _first: dict[bytes, int] = field(default_factory=dict, compare=False, repr=False)
 
     def pass_over(self, tokens: torch.Tensor, mask: torch.Tensor | None = None) -> None:
@@ -68,7 +70,7 @@ class Sampled:
         ``torch.multinomial`` draws a number for every class, which takes longer than a large part of the model.
         """
         number = self._first.setdefault(tokens_T.cpu().numpy().tobytes(), window)
-        generator = torch.Generator().manual_seed(1_000_003 * self.seed + number)
+        generator = _generator(self.seed, number, self.draw)
         uniform_R1 = torch.rand(len(p_RC if rows is None else tokens_T), 1, generator=generator)
         drawn_R = _first_above(p_RC, _of(rows, uniform_R1).to(p_RC.device))
         if self.like is None:
@@ -128,10 +130,12 @@ class Scores:
         given: ``(windows,)``, NaN where there is none. Without them scores are drawn from what the head predicts, with
             the Gaussian whose negative log-likelihood the squared error is, of variance ½: the true Fisher.
         seed: of the draws.
+        draw: its number, where a window is given several scores.
     """
 
     given: torch.Tensor | None = None
     seed: int = 0
+    draw: int = 0
 
     def __call__(
         self,
@@ -142,7 +146,7 @@ class Scores:
     ) -> torch.Tensor:
         """Return the scores ``(R,)`` of one window from its number and the scores predicted ``(R, 1)``."""
         if self.given is None:
-            generator = torch.Generator().manual_seed(1_000_003 * self.seed + window)
+            generator = _generator(self.seed, window, self.draw)
             drawn_R = torch.randn(len(p_RC), generator=generator).to(p_RC.device)
             return p_RC[:, 0] + math.sqrt(0.5) * drawn_R
         if window >= len(self.given):
@@ -151,7 +155,11 @@ class Scores:
 
 
 def choose_labels(
-    model: PreTrainedModel, loss: Literal["sampled", "labels"], seed: int, given: torch.Tensor | None = None
+    model: PreTrainedModel,
+    loss: Literal["sampled", "labels"],
+    seed: int,
+    given: torch.Tensor | None = None,
+    draw: int = 0,
 ) -> Labels:
     """Return the labels for a model's loss.
 
@@ -161,6 +169,7 @@ def choose_labels(
         loss: ``sampled`` from the model's predictions, or the ``labels`` given, for a language model the next token.
         seed: for sampling.
         given: ``(windows,)`` or ``(windows, length)``, -100 where there is none; none is sampled there either.
+        draw: number of a sample, of which a token may be given several; each number has labels of its own.
 
     Raises:
         ParedError: the head predicts something else, or labels are needed and none were given.
@@ -178,9 +187,9 @@ def choose_labels(
                 f"{type(model).__name__} predicts a score, and the text holds none: calibrate on scored examples "
                 "(glue:stsb:train, file:PATH), or use scores sampled from its predictions"
             )
-        return Scores(given if loss == "labels" else None, seed)
+        return Scores(given if loss == "labels" else None, seed, draw)
     if loss == "sampled":
-        return Sampled(seed, given)
+        return Sampled(seed, given, draw)
     if given is not None:
         return Given(given)
     if not model.can_generate():
@@ -258,6 +267,11 @@ def _score_gradient(logits: torch.Tensor, window: int, tokens_T: torch.Tensor, s
 def _of(rows: range | None, values_T: torch.Tensor) -> torch.Tensor:
     """Return the entries of some tokens; all if none are named."""
     return values_T if rows is None else values_T[rows.start : rows.stop]
+
+
+def _generator(seed: int, window: int, draw: int) -> torch.Generator:
+    """Return what the labels of a window are drawn with, of its own for every seed, window and draw."""
+    return torch.Generator().manual_seed(1_000_003 * seed + window + 2_654_435_761 * draw)  # of which 32 bits count
 
 
 def _first_above(p_RC: torch.Tensor, uniform_R1: torch.Tensor) -> torch.Tensor:

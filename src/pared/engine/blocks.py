@@ -4,7 +4,7 @@ All that is done to a model block by block is a *visit* here: to solve, to solve
 scores. Only one block, or one group of blocks that are changed together, has to be in memory at a time.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
@@ -133,10 +133,11 @@ def run_blocks_backward(
     anatomy: Anatomy,
     inputs: BlockInputs,
     tokens: torch.Tensor,
-    labels: Labels,
+    labels: Sequence[Labels],
     wants: Callable[[int], Wants],
     visit: Visit,
     *,
+    clip: float = 0.0,
     changes: bool = False,
     group: int = 1,
     batches: int | None = None,
@@ -161,9 +162,10 @@ def run_blocks_backward(
         inputs: of the first block; not changed, so that this can go before a forward pass. Tokens that their attention
             mask leaves out are in no statistic and have no label.
         tokens: the windows ``(windows, length)``.
-        labels: where the labels come from.
+        labels: where the labels come from, of every draw; each goes back by itself through what is recomputed once.
         wants: makes the accumulators of a block, by site name and statistic name.
         visit: is given every block's statistics, the last block's first; it may change blocks of the open group.
+        clip: how many times the median length of its window a token's gradient may have at the head; 0: no limit.
         changes: whether visits change blocks, so that each is committed when its group is complete.
         group: how many neighbouring blocks are changed together, when the first of them is visited.
         batches: how many batches go forward before they come back; all of them if none is given.
@@ -185,7 +187,7 @@ def run_blocks_backward(
         _record(store, anatomy, trail)
         there = tokens[window - first_window :][: sum(shape[0] for shape in trail.inputs.hidden.shapes)]
         with frozen(store.model):
-            from_head(store.model, anatomy, trail, there, window, labels)
+            from_head(store.model, anatomy, trail, there, window, labels, clip)
         window += len(there)
         give_back()  # pieces of logits, which the blocks would have no use for
         with store.without_embeddings():

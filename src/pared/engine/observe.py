@@ -253,9 +253,13 @@ class Observer:
         if self.processes.count > 1:  # a share is of the first windows, which are divided again
             inputs = self._captured(windows, own)
         self.backward_tokens = windows.real_tokens
-        labels = choose_labels(self.model, self.spec.loss, self.spec.calibration.seed, windows.labels)
-        if isinstance(labels, Sampled):
-            labels.pass_over(windows.tokens[: own.start], windows.mask)
+        labels = [
+            choose_labels(self.model, self.spec.loss, self.spec.calibration.seed, windows.labels, draw)
+            for draw in range(self.spec.labels_per_token)
+        ]
+        for one in labels:
+            if isinstance(one, Sampled):
+                one.pass_over(windows.tokens[: own.start], windows.mask)
         visit = self._of_all(visit, inputs)
 
         def wants(index: int) -> Wants:
@@ -275,6 +279,7 @@ class Observer:
                 labels,
                 wants,
                 visit,
+                clip=self.spec.gradient_clip,
                 changes=changes,
                 group=self.spec.group_size,
                 batches=_batches_at_once(inputs),

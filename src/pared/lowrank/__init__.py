@@ -6,14 +6,14 @@ from pared.lazy import lazy_package
 
 if TYPE_CHECKING:
     from pared.lowrank.decomposition import Decomposition, Factors
-    from pared.lowrank.registry import METHODS, GradientOptions, LowRankMethod, SharingOptions
+    from pared.lowrank.registry import METHODS, DrawnOptions, GradientOptions, LowRankMethod, SharingOptions
 
-__all__ = ["METHODS", "Decomposition", "Factors", "GradientOptions", "LowRankMethod", "SharingOptions"]
+__all__ = ["METHODS", "Decomposition", "DrawnOptions", "Factors", "GradientOptions", "LowRankMethod", "SharingOptions"]
 
 lazy_package(
     __name__,
     {
         "pared.lowrank.decomposition": ["Decomposition", "Factors"],
-        "pared.lowrank.registry": ["METHODS", "GradientOptions", "LowRankMethod", "SharingOptions"],
+        "pared.lowrank.registry": ["METHODS", "DrawnOptions", "GradientOptions", "LowRankMethod", "SharingOptions"],
     },
 )

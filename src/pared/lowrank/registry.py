@@ -32,6 +32,18 @@ class GradientOptions(Options):
     ] = "sampled"
 
 
+class DrawnOptions(GradientOptions):
+    """Options of a method that weighs by second moments of gradients, of labels that are drawn."""
+
+    labels_per_token: Annotated[
+        int, Field(ge=1, le=64, description="sampled labels of every token, each sent back by itself; 1 or more")
+    ] = 1
+    gradient_clip: Annotated[
+        float,
+        Field(ge=0, description="how many times the median of its window a token's gradient may be; 0 for no limit"),
+    ] = 0.0
+
+
 class SharingOptions(Options):
     """Options of a method that lets the same weight of neighbouring blocks share a basis."""
 
@@ -185,7 +197,7 @@ class BasisSharing(SharingOptions):
     group_size: Annotated[int, Field(ge=1, description="at least 1 block, as many as may share a basis")] = 2
 
 
-class LossOptimal(GradientOptions, SharingOptions):
+class LossOptimal(DrawnOptions, SharingOptions):
     """Options of ``loss-optimal``."""
 
     output_weighting: Annotated[

@@ -58,7 +58,8 @@ class Statistic(StatisticView, Protocol):
         Args:
             x: what the site reads ``(..., in)``; outputs ``(..., out)``, for ``output``; reads on the dense path, for
                 ``input_pair``.
-            grad: with respect to what the site outputs, ``(..., out)``, read by ``output_grad`` and ``weight_grad``
+            grad: with respect to what the site outputs, ``(..., out)``, of several draws of labels side by side where
+                the statistic is an ``output_grad``; read by ``output_grad`` and ``weight_grad``
                 alone, so that a statistic of inputs may be collected in a backward pass; what the site reads on its
                 own path, for ``input_pair``.
         """

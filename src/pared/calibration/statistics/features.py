@@ -26,6 +26,15 @@ class Energy(Moments):
             self._sum += energy_N
             self.fourth += norm(squares_TN).square()
 
+    def update_drawn(self, x_TDN: torch.Tensor) -> None:
+        """Add tokens of several draws each, ``(T, D, features)``: the mean over its draws is what a token adds."""
+        self.tokens += len(x_TDN)
+        draws = x_TDN.shape[1]
+        for rows_TDN in torch.split(x_TDN, max(SUM_ROWS // draws, 1)):
+            squares_RN, energy_N = squares(rows_TDN.flatten(0, 1))
+            self._sum += energy_N / draws
+            self.fourth += norm(squares_RN.reshape(-1, draws, self.features).mean(dim=1)).square()
+
     def _sum_of_squares(self) -> torch.Tensor:
         return self._sum.square().sum()
 

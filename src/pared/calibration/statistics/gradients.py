@@ -66,9 +66,16 @@ class OutputGradient:
         return 0.0 if self.form == "scalar" else self._sum.shrinkage
 
     def update(self, x_BTN: torch.Tensor, g_BTO: torch.Tensor | None = None) -> None:  # noqa: ARG002 - the protocol's
-        """Add one batch."""
+        """Add one batch; gradients of several draws of labels come side by side, ``(B, T, D · O)``.
+
+        What a token adds is then the mean over its draws, so that how well the Gram is known is told by tokens, which
+        are what is independent, and not by draws.
+        """
         assert g_BTO is not None
-        self._sum.update(g_BTO)
+        if g_BTO.shape[-1] == self.features:
+            self._sum.update(g_BTO)
+        else:
+            self._sum.update_drawn(g_BTO.reshape(-1, g_BTO.shape[-1] // self.features, self.features))
 
     def merge(self, other: Statistic) -> None:
         """Add what another of the same form has seen."""

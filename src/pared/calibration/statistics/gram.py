@@ -179,6 +179,17 @@ class GradientGram(Gram, Moments):
         super()._add(x_TN)
         self.fourth += norm(x_TN, dim=-1).pow(4).sum()
 
+    def update_drawn(self, x_TDN: torch.Tensor) -> None:
+        """Add tokens of several draws each, ``(T, D, features)``: the mean over its draws is what a token adds."""
+        self.tokens += len(x_TDN)
+        self.dtype = x_TDN.dtype
+        draws = x_TDN.shape[1]
+        with exact_products(torch.float32):
+            for rows in torch.split(x_TDN, max(PRODUCT_ROWS // draws, 1)):
+                rows_TDN = rows.float() * draws**-0.5
+                super()._add(rows_TDN.flatten(0, 1))
+                self.fourth += norm(rows_TDN @ rows_TDN.mT).square()
+
     def _sum_of_squares(self) -> torch.Tensor:
         upper = [2 * strip.triu(1).square().sum() + strip.diagonal().square().sum() for _, strip in self._strips()]
         return torch.stack(upper).sum()

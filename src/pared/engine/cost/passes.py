@@ -125,11 +125,15 @@ class Passes:
         found: list[Operation] = []
         for index, block in enumerate(self._traced.blocks):
             found += _times([*block.forward, *block.back], batches)
+            found += _times(_left(block.back, block.forward), batches * (spec.labels_per_token - 1))
             found += _times(self._statistics(index, lambda _: names), batches)
             found += _times(self._cast(index), 2)
         logits = self._batch * self._tokens.length * self._work.vocabulary
         # Probabilities, the labels drawn from them, and the gradient of the logits.
-        found += _times([*self._traced.head.back, Operation("stream", (10 * logits,), "float32")], batches)
+        head = self._traced.head
+        found += _times([*head.back, Operation("stream", (10 * logits,), "float32")], batches)
+        found += _times([*_left(head.back, head.forward), Operation("stream", (10 * logits,), "float32")],
+                        batches * (spec.labels_per_token - 1))  # fmt: skip
         return found
 
     def _names(self, step: PassSpec) -> Names:
@@ -212,6 +216,18 @@ def _rows(forward: Sequence[Operation]) -> int:
 
 def _times(operations: Sequence[Operation], times: float) -> list[Operation]:
     return [replace(one, times=one.times * times) for one in operations]
+
+
+def _left(found: Sequence[Operation], gone: Sequence[Operation]) -> list[Operation]:
+    """Return operations without as many that are equal to some: of a way back, without what it recomputes."""
+    left = Counter(gone)
+    kept = list[Operation]()
+    for one in found:
+        if left[one]:
+            left[one] -= 1
+        else:
+            kept.append(one)
+    return kept
 
 
 def _without(found: Sequence[Operation], gone: Mapping[tuple[int, ...], int]) -> list[Operation]:

@@ -171,7 +171,8 @@ def hidden_sets(spec: CompressionSpec, runs: int) -> int:
     if any(step.hand_on == "compressed" for step in spec.passes()):
         forward += max(spec.group_size, 1)
     forward += _has_reference(spec)
-    backward = runs + 2 if spec.backward or "losses" in spec.allocator.requires else 0  # what every block reads
+    # What every block reads, what the last one outputs, and its gradients.
+    backward = runs + 1 + spec.labels_per_token if spec.backward or "losses" in spec.allocator.requires else 0
     return max(forward, backward)
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 from pared.allocation import Allocator
 from pared.data.uses import use_in_words
 from pared.engine.spec.passes import REFINE, PassSpec, Runs
-from pared.lowrank import GradientOptions, SharingOptions
+from pared.lowrank import DrawnOptions, GradientOptions, SharingOptions
 from pared.methods import Method
 from pared.schema.options import Options
 from pared.schema.recipe import Calibration, Recipe, Refinement
@@ -54,6 +54,16 @@ class Spec:
     def loss(self) -> Literal["sampled", "labels"]:
         """How the labels of a backward pass are chosen."""
         return self.config.loss if isinstance(self.config, GradientOptions) else "sampled"
+
+    @property
+    def labels_per_token(self) -> int:
+        """How many labels a token is given in a backward pass."""
+        return self.config.labels_per_token if isinstance(self.config, DrawnOptions) else 1
+
+    @property
+    def gradient_clip(self) -> float:
+        """How many times the median of its window the gradient of a token may be long; 0 for no limit."""
+        return self.config.gradient_clip if isinstance(self.config, DrawnOptions) else 0.0
 
     @property
     def method_calibrated(self) -> bool:

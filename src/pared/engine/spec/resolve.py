@@ -20,7 +20,7 @@ FEW_BITS = ("quantize", "rounding")
 BYTES = ("keep_bytes", "target_bytes")
 NOT_OF_EXPERTS = (*FEW_BITS, *BYTES, "rank_fraction", "sparsity", "pattern", "skip", "heads", "multiple_of", "storage",
                   "elastic", "statistics", "refit", "dense_path", "refine")  # fmt: skip
-OF_EXPERTS = ("loss",)  # the option of a method of layers that experts have too
+OF_EXPERTS = ("loss", "labels_per_token", "gradient_clip")  # options of a method of layers that experts have too
 LOW_RANK_ONLY = ("keep", *BYTES, "rank_fraction", "structures", "heads", "multiple_of", "storage", "elastic",
                  "statistics", "refit", "dense_path")  # fmt: skip
 
@@ -127,6 +127,7 @@ def _resolve_low_rank(recipe: Recipe, method: LowRankMethod) -> LowRankSpec:
         spec = spec.with_structures("ranks")
     _require_widths(spec)
     _require_bits(spec)
+    _require_drawn(spec)
     if recipe.elastic:
         require_nested(spec)
     if recipe.dense_path not in ("auto", 0) and not spec.has_targets:
@@ -196,7 +197,20 @@ def _resolve_experts(recipe: Recipe, method: LowRankMethod) -> ExpertSpec:
             raise ParedError(f"option {option} of method {recipe.method} is of layers, got structures experts, which "
                              f"read {' and '.join(OF_EXPERTS)} alone; leave it out")  # fmt: skip
     allocator = allocator_of(name, "low_rank")
-    return ExpertSpec(recipe, method, config, allocator, allocator.configured(recipe.allocation_options))
+    spec = ExpertSpec(recipe, method, config, allocator, allocator.configured(recipe.allocation_options))
+    _require_drawn(spec)
+    return spec
+
+
+def _require_drawn(spec: LowRankSpec | ExpertSpec) -> None:
+    """Refuse several labels a token where labels are not drawn.
+
+    Raises:
+        ParedError: they are the text's own.
+    """
+    if spec.labels_per_token > 1 and spec.loss == "labels":
+        raise ParedError(f"option labels_per_token of method {spec.method.name}: got {spec.labels_per_token} with loss "
+                         "labels, and the text has one label a token; take loss sampled, or leave it out")  # fmt: skip
 
 
 def _require_widths(spec: LowRankSpec) -> None:
