@@ -203,8 +203,8 @@ def render(lines: list[dict[str, Any]]) -> str:
                 *ratios(line, dense),
             )
 
-        header = ("structures", "keep", "achieved", "calibrated on", "statistics", "shrinkage, gradients", "MLPs narrowed: widths",
-                  "weights of low rank", "CPU seconds", *dense["perplexity"])  # fmt: skip
+        header = ("structures", "keep", "achieved", "calibrated on", "statistics", "shrinkage, gradients",
+                  "MLPs narrowed: widths", "weights of low rank", "CPU seconds", *dense["perplexity"])  # fmt: skip
         whole = ("dense", "1", "1", "", "", "", "", "", "", *ratios(dense, dense))
         parts += [f"## {model}\n", table(header, [whole, *map(told, cells)]), ""]
     return "\n".join([
@@ -216,9 +216,9 @@ def render(lines: list[dict[str, Any]]) -> str:
         "`once`: statistics of the dense model; `sequential`: collected again behind the compressed prefix, with a "
         "quarter of the dense model's outputs in the targets. Shrinkage `fixed`: the input Gram by "
         f"{SHRINKAGE['fixed']['input_shrinkage']}, that of output gradients by "
-        f"{SHRINKAGE['fixed']['output_shrinkage']}; `auto`: both by their rule. `labels per token`: so many were sampled "
-        "and sent back, each by itself; `gradient clip`: no token's gradient was longer at the head than so many times "
-        "the median of its window. CPU seconds "
+        f"{SHRINKAGE['fixed']['output_shrinkage']}; `auto`: both by their rule. `labels per token`: so many were "
+        "sampled and sent back, each by itself; `gradient clip`: no token's gradient was longer at the head than so "
+        "many times the median of its window. CPU seconds "
         "are those of the compression and of refining, without the statistics of the dense model, which all rows of a "
         "text share.\n",
         *parts,
