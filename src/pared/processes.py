@@ -8,8 +8,9 @@ import functools
 import io
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -257,26 +258,57 @@ def launched(device: str) -> Iterator[Processes]:
     rank, ours = int(os.environ["RANK"]), not distributed.is_initialized()
     if rank:
         logging.getLogger("pared").setLevel(logging.ERROR)  # the first one tells
-    if ours:
-        backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
-        try:
-            distributed.init_process_group(backend, timeout=PATIENCE)
-        except (RuntimeError, ValueError) as error:
-            raise ParedError(
-                f"the {count} processes of this job cannot reach each other: {_line(error)}; start "
-                "them with torchrun or accelerate launch"
-            ) from error
+    store = _join(count, where) if ours else None
+    failed = False
     try:
         yield Processes(distributed.get_rank(), distributed.get_world_size(), where)
         if ours:
             with together():
                 distributed.barrier()
     except BaseException:
+        failed = True
         speaks()  # before others notice closed connections
         raise
     finally:
         if ours:
             distributed.destroy_process_group()
+        if failed and store is not None and rank == 0:
+            _await_others(store, count)
+
+
+def _join(count: int, where: "torch.device") -> Any:
+    """Let this process be one of the job's, and return the store that they share; that of the first lives as long.
+
+    Raises:
+        ParedError: the others cannot be reached.
+    """
+    from torch import distributed
+    from torch.distributed.rendezvous import rendezvous
+
+    backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        raise ParedError(
+            f"the {count} processes of this job cannot reach each other: {_line(error)}; start "
+            "them with torchrun or accelerate launch"
+        ) from error
+    return store
+
+
+def _await_others(store: Any, count: int) -> None:
+    """Wait until all of a number of processes have failed, but not long: those that are slow ask this one's store."""
+    until = time.monotonic() + REACHED.total_seconds()
+    with suppress(RuntimeError):
+        while store.add(_failures(), 0) < count and time.monotonic() < until:
+            time.sleep(0.05)
+
+
+def _failures() -> str:
+    """Return the name under which the store of this job counts the processes that failed."""
+    job = os.environ.get("TORCHELASTIC_RUN_ID", ""), os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
+    return "/".join(("pared", *job, "failed"))
 
 
 def is_told_here() -> bool:
@@ -296,8 +328,7 @@ def speaks() -> bool:
 
     try:
         store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=REACHED)
-        job = os.environ.get("TORCHELASTIC_RUN_ID", ""), os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
-        return bool(store.add("/".join(("pared", *job, "failed")), 1) == 1)
+        return bool(store.add(_failures(), 1) == 1)
     except (KeyError, RuntimeError, ValueError):
         return True  # the store is gone with the process that held it: told twice is better than not at all
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from processes import launch
 from safetensors.torch import load_file
 
 import pared
+from pared import processes
 from pared.calibration import BlockStatistics
 from pared.engine.solve import Solver
 from pared.schema.manifest import Manifest
@@ -71,7 +73,19 @@ def test_the_error_of_one_process_is_told_once_and_ends_all(place: Path, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+def be_late_with_an_error(rank: int) -> None:
+    real = processes.speaks
+
+    def speaks() -> bool:
+        time.sleep(2)
+        return real()
+
+    if rank == 1:
+        processes.speaks = speaks  # type: ignore[assignment]
+
+
 def test_an_error_of_all_processes_is_told_once(place: Path, tmp_path: Path) -> None:
-    ended = launch(2, words_of(place, tmp_path / "out", "--length", "4000"), tmp_path)
+    """Regression: on a busy machine the process that holds the store was gone before the other asked it."""
+    ended = launch(2, words_of(place, tmp_path / "out", "--length", "4000"), tmp_path, be_late_with_an_error)
     assert [code for code, _ in ended] == [2, 2]
     assert sum(told.count("error:") for _, told in ended) == 1
