@@ -106,7 +106,11 @@ def _widest(specs: Mapping[str, LowRankSpec]) -> LowRankSpec:
 
 
 class LowRankCurve:
-    """Ranks, widths or both. Satisfies :class:`Curve`."""
+    """Ranks, widths or both. Satisfies :class:`Curve`.
+
+    Attributes:
+        budgets: what is known of every unit, and how a budget is spread over them.
+    """
 
     def __init__(self, model: PreTrainedModel, spec: LowRankSpec, work: LowRankWork) -> None:
         """Take what a work has solved; a spec without heads is given none of them."""
@@ -114,21 +118,21 @@ class LowRankCurve:
         found = work.budgets(spec)
         known = found.evidence.channels
         channels = {name: one for name, one in known.items() if spec.heads or one.group.unit != "head"}
-        self._budgets = replace(found, evidence=replace(found.evidence, channels=channels))
+        self.budgets = replace(found, evidence=replace(found.evidence, channels=channels))
 
     @property
     def has_channels(self) -> bool:
         """Whether there are widths to decide."""
-        return bool(self._budgets.evidence.channels)
+        return bool(self.budgets.evidence.channels)
 
     def decide(self, keep: float) -> Allocated:
         """Spread a budget."""
-        return self._budgets.decide(keep)
+        return self.budgets.decide(keep)
 
     @contextmanager
     def installed(self, allocated: Allocated) -> Iterator[None]:
         """Have factors and narrower layers in the model."""
-        put, sites = self._work.installer(allocated.plan), self._budgets.anatomy.sites
+        put, sites = self._work.installer(allocated.plan), self.budgets.anatomy.sites
         blocks = sorted({site.block for site in sites})
         with unchanged(self._model, [site.name for site in sites]), self._same_counts():
             for index in blocks:
@@ -138,7 +142,7 @@ class LowRankCurve:
     @contextmanager
     def _same_counts(self) -> Iterator[None]:
         """Have modules count their heads as before, after a ``with`` block."""
-        groups = [one.group for one in self._budgets.evidence.channels.values()]
+        groups = [one.group for one in self.budgets.evidence.channels.values()]
         names = {count.module for group in groups for count in group.counts}
         counted = {count.attribute for group in groups for count in group.counts} | {COUNTS}
         modules = [vars(self._model.get_submodule(name)) for name in names]
