@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import pared
 from grid import LENGTH, SAMPLES, WINDOWS, measured, ratios, require_disjoint, signature
 from low_rank import statistics
+from models import source_of
 from pared.calibration import BlockStatistics, saved_blocks
 from pared.schema.width import Width
 from record import RESULTS, append, read, table
@@ -60,7 +61,7 @@ PROTOCOLS = {
 def measure(model_name: str, cell: str, keep: float, name: str) -> dict[str, Any]:
     """Compress the model one way (or not at all) and measure it on every text of a protocol."""
     protocol = PROTOCOLS[name]
-    model, tokenizer = pared.load(model_name), pared.load_tokenizer(model_name)
+    model, tokenizer = pared.load(source_of(model_name)), pared.load_tokenizer(source_of(model_name))
     row: dict[str, Any] = {"model": model_name, "protocol": name, "cell": cell, "keep": keep}
     if cell != "dense":
         calibration = pared.Calibration(text=TEXT, samples=protocol.samples, length=protocol.length)

@@ -20,6 +20,7 @@ import torch
 
 import pared
 from grid import LENGTH, SAMPLES, WINDOWS, measured, plot, ratios, require_disjoint, signature
+from models import source_of
 from pared.calibration import BlockStatistics, saved_blocks
 from pared.cli.from_schema import named_values
 from pared.engine import collect
@@ -30,6 +31,8 @@ from record import RESULTS, UNSHRUNK, append, read, table
 LINES = RESULTS / "low_rank.jsonl"
 PAGE = RESULTS / "low_rank.md"
 PLOT = RESULTS / "low_rank.svg"
+PICTURE = f"![Perplexity over keep]({PLOT.name})"
+MODEL = "embedded:smollm2-135m"
 
 # What is collected together, by the method whose option `loss` says how labels are chosen.
 PASSES = {
@@ -68,18 +71,19 @@ def statistics(
     key += "" if dtype == "auto" else f" {dtype}"
     key += "".join(f" {name} {value:g}" for name, value in sorted(drawn.items()))
     folder = Path(platformdirs.user_cache_dir("pared")) / "benchmarks" / key.replace("/", "_").replace(":", "_")
-    model = pared.load(model_name, dtype=dtype)
+    source = source_of(model_name)
+    model = pared.load(source, dtype=dtype)
     if len(list(folder.glob("block-*.safetensors"))) < model.config.num_hidden_layers:
         start = time.perf_counter()
         recipe = pared.Recipe(method=by, calibration=calibration, options=drawn)
-        collect(model, pared.load_tokenizer(model_name), recipe, frozenset(names), folder)
+        collect(model, pared.load_tokenizer(source), recipe, frozenset(names), folder)
         print(f"collected {', '.join(sorted(names))} in {time.perf_counter() - start:.0f} s", flush=True)
     return folder
 
 
 def measure(model_name: str, recipe: pared.Recipe | None) -> dict[str, Any]:
     """Compress the model one way (or not at all) and measure it on every text."""
-    model, tokenizer = pared.load(model_name), pared.load_tokenizer(model_name)
+    model, tokenizer = pared.load(source_of(model_name)), pared.load_tokenizer(source_of(model_name))
     row: dict[str, Any] = {"model": model_name, "method": "dense", "keep": 1.0}
     if recipe is not None:
         asked = recipe.calibration
@@ -143,8 +147,8 @@ def told(line: dict[str, Any]) -> str:
     return ", ".join(words if share is None else [*words, f"dense path {share:g}"])
 
 
-def render(lines: list[dict[str, Any]]) -> str:
-    """Return the page."""
+def tables(lines: list[dict[str, Any]]) -> list[str]:
+    """Return the tables of one model."""
     dense = next(line for line in lines if line["method"] == "dense")
     texts = list(dense["perplexity"])
     order = {method: number for number, method in enumerate(METHODS)}
@@ -167,14 +171,25 @@ def render(lines: list[dict[str, Any]]) -> str:
         )
 
     header = ("method", "keep", "parameters", "bytes", *texts)
-    last = lines[-1]
-    calibrated = next((line for line in lines if line.get("calibration")), {"text": "-", "calibration": {}})
     samples = [
-        "## More and fewer calibration samples",
+        "### More and fewer calibration samples",
         "",
         table(("samples", *header), [(str(line["samples"]), *cells(line)) for line in others]),
         "",
     ]
+    return [table(header, [cells(line) for line in grid]), "", *(samples if others else ())]
+
+
+def render(lines: list[dict[str, Any]]) -> str:
+    """Return the page."""
+    models = dict.fromkeys(line["model"] for line in lines)
+    calibrated = next((line for line in lines if line.get("calibration")), {"text": "-", "calibration": {}})
+    parts = [
+        part
+        for name in models
+        for part in (f"## {name}", "", *((PICTURE, "") if name == MODEL else ()),
+                     *tables([line for line in lines if line["model"] == name]))
+    ]  # fmt: skip
     return "\n".join(
         [
             "# Low-rank methods",
@@ -182,18 +197,14 @@ def render(lines: list[dict[str, Any]]) -> str:
             "Made by `python benchmarks/low_rank.py`; raw figures in [low_rank.jsonl](low_rank.jsonl). Do not edit. "
             "What they say is summarised in [low_rank.md](../low_rank.md#what-was-measured).",
             "",
-            f"`{last['model']}`, float32; calibrated on {SAMPLES} x {LENGTH} tokens of {calibrated['text']}; "
+            f"Models in the dtype they come in; calibrated on {SAMPLES} x {LENGTH} tokens of {calibrated['text']}; "
             f"perplexity on the first {WINDOWS} windows of {LENGTH} tokens of each text, no beginning-of-sequence "
             "token, in brackets as a multiple of the dense model's. `keep` counts the linear layers inside the blocks; "
             "parameters and bytes are the whole model's, the order of pivots included. Every method with what `auto` "
             "gives it: allocation, storage, statistics, refit and dense path; a row that differs says how in brackets. "
             "C4 and the speeches (State of the Union addresses, 1945 to 2006) were never calibrated on.",
             "",
-            f"![Perplexity over keep]({PLOT.name})",
-            "",
-            table(header, [cells(line) for line in grid]),
-            "",
-            *(samples if others else ()),
+            *parts,
             signature(lines),
         ]
     )
@@ -201,6 +212,7 @@ def render(lines: list[dict[str, Any]]) -> str:
 
 def curves(lines: list[dict[str, Any]]) -> dict[str, dict[str, list[tuple[float, float]]]]:
     """Return multiples of the dense perplexity over keep, by text and method."""
+    lines = [line for line in lines if line["model"] == MODEL]
     dense = next(line for line in lines if line["method"] == "dense")["perplexity"]
     shown = [line for line in lines if line.get("samples") == SAMPLES and usual(line)]
     return {
@@ -213,7 +225,7 @@ def curves(lines: list[dict[str, Any]]) -> dict[str, dict[str, list[tuple[float,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="embedded:smollm2-135m")
+    parser.add_argument("--model", default=MODEL)
     parser.add_argument("--methods", nargs="+", default=["dense", *METHODS])
     parser.add_argument("--keep", nargs="+", type=float, default=[0.8, 0.6, 0.5, 0.7, 0.9])
     parser.add_argument("--text", default="wikitext2:train")

@@ -37,6 +37,11 @@ PACKAGED = {
 }
 
 
+def source_of(name: str) -> str:
+    """Return what a model is loaded by: its folder, made once, where it comes as a package."""
+    return folder_of(name) if name in PACKAGED else name
+
+
 def folder_of(name: str) -> str:
     """Return the folder of a model, made once.
 

@@ -28,6 +28,7 @@ import pared
 import pared.engine.compress as engine
 from grid import LENGTH, SAMPLES, WINDOWS, measured, ratios, require_disjoint, signature
 from low_rank import statistics
+from models import source_of
 from pared.calibration import BlockStatistics, saved_blocks
 from pared.data import find_text
 from pared.engine.refine import refine
@@ -94,7 +95,7 @@ def recipe_of(
 
 def measure(model_name: str, recipe: pared.Recipe | None, text: str, before_too: bool) -> list[dict[str, Any]]:
     """Compress the model one way (or not at all) and measure it on every text; before it is refined, too, if asked."""
-    model, tokenizer = pared.load(model_name), pared.load_tokenizer(model_name)
+    model, tokenizer = pared.load(source_of(model_name)), pared.load_tokenizer(source_of(model_name))
     if recipe is None:
         parameters = sum(parameter.numel() for parameter in model.parameters())
         row = {"model": model_name, "structures": "dense", "keep": 1.0, "model_parameters": parameters}
