@@ -175,8 +175,11 @@ class ModelSource:
         Raises:
             ParedError: the checkpoint is missing, truncated, or lacks weights the model needs.
         """
+        from pared.models.stored import require_listed
         from pared.models.weights import require_none_missing, warn_of_unused
 
+        if (folder := Path(self.location)).is_dir():
+            require_listed(folder, self.name)
         kind, chosen = architecture(self.config(), self.name, self.location), dtype_of(dtype) or "auto"
         self.require_files()
         asked: dict[str, Any] = {"dtype": chosen, "trust_remote_code": trusted(), "output_loading_info": True}

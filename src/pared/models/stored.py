@@ -99,6 +99,24 @@ def weight_files(location: str, name: str) -> list[Path]:
     )
 
 
+def require_listed(folder: Path, name: str) -> None:
+    """Refuse a folder whose index of weights cannot be read, or lists a file that is not there.
+
+    Args:
+        folder: of the model.
+        name: of it, for messages.
+
+    Raises:
+        ParedError: it is one; names the file.
+    """
+    for single, index in FORMS:
+        if (folder / single).exists():
+            return
+        if (folder / index).exists():
+            _listed(str(folder), folder / index, name)
+            return
+
+
 def _listed(location: str, index: Path, name: str) -> list[Path]:
     listed = read_json(index, "index of the weights", unique=False)
     weight_map = listed.get("weight_map") if isinstance(listed, dict) else None

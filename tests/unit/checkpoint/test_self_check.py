@@ -164,3 +164,19 @@ def test_a_class_that_cannot_be_loaded_is_told_by_the_line_that_fails(
     monkeypatch.setattr(job, "save", save_and_break)
     with pytest.raises(ParedError, match=r"IndexError: tuple index out of range, in test_self_check\.py, line"):
         pared.run(recipe)
+
+
+def test_a_model_that_cannot_run_with_a_cache_is_checked_without(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: Granite's hybrid without attention ended with a traceback, as its cache has no length."""
+    forward = LlamaForCausalLM.forward
+
+    def needs_no_cache(self: LlamaForCausalLM, *args: Any, use_cache: bool | None = None, **more: Any) -> Any:
+        if use_cache is not False:
+            raise ValueError("`get_seq_length` can only be called on attention layers")
+        return forward(self, *args, use_cache=use_cache, **more)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", needs_no_cache)
+    pared.compress(TINY_MODELS["llama"](), tokenizer, method="svd", keep=0.6, evaluation=None).save(tmp_path / "out")
+    assert pared.verify(tmp_path / "out") == 0

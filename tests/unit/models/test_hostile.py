@@ -423,3 +423,11 @@ def test_any_program_file_is_read_or_told(fields: Any, tmp_path: Path) -> None:
 def test_the_readers_are_the_ones_that_are_used(folder: Path) -> None:
     assert Manifest.read(folder).format_version == 1
     assert read_config(str(folder)).model_type == "llama"
+
+
+def test_a_shard_that_the_index_lists_and_is_missing_is_named(tmp_path: Path) -> None:
+    """Regression: in memory the user read of a FileNotFoundError in modeling_utils.py."""
+    TINY_MODELS["llama"]().save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    next((tmp_path / "model").glob("model-00002-of-*.safetensors")).unlink()
+    with pytest.raises(ParedError, match=r"model-00002-of-\d+\.safetensors, which its index lists, is missing"):
+        pared.load(tmp_path / "model")
