@@ -17,12 +17,14 @@ from typing import Any
 
 import torch
 import transformers
+from torch.profiler import ProfilerActivity, profile
 
 import pared
 from grid import signature
 from pared.checkpoint import mark, save
 from pared.engine import plan_from_shapes, resolve
 from pared.evaluation.speed import Settings, bench, parse_case
+from pared.evaluation.speed.worker import run
 from pared.modules import LowRankLinear, PivotedLinear, replace_module
 from pared.schema.plan import LowRank
 from record import RESULTS, Line, append, read, spread, table
@@ -32,6 +34,7 @@ PLACE = Path(os.environ.get("PARED_CACHE", "~/.cache/pared")).expanduser() / "be
 MODELS = {"embedded": "embedded:smollm2-135m", "wide": str(PLACE / "wide")}
 CASES = ("prefill:1x512", "decode:1x32+32", "decode:8x32+16")
 KEEPS, STORAGES, REPEATS = (0.8, 0.5), ("factors", "pivoted", "widths"), 5
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")  # of the profiler's events
 BAR, WIDTHS_BAR = 0.85, 0.95  # of the ideal ratio: of low rank in decoding, of narrower layers
 HIDDEN, INTERMEDIATE, MULTIPLE = 2048, 5632, 64  # of the wide model, and what widths are rounded to
 
@@ -125,15 +128,39 @@ def missed(lines: list[Line]) -> str:
     return f"Missed: {'; '.join(below)}: {why} ([pivot_speed](pivot_speed.md))." if below else "It is reached."
 
 
-def missed_by_widths(lines: list[Line]) -> str:
+def products(model: str, dtype: str) -> list[Line]:
+    """Return, for every case, which share of the dense model's time on the processor its products take."""
+    loaded = pared.load(MODELS[model], dtype=dtype)
+    found = []
+    for case in map(parse_case, CASES):
+        ids = torch.randint(0, 4096, (case.batch, case.length), generator=torch.Generator().manual_seed(0))
+        run(loaded, case, ids)
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            run(loaded, case, ids)
+        seconds = {event.key: event.self_cpu_time_total for event in profiled.key_averages()}
+        share = sum(seconds.get(name, 0.0) for name in PRODUCTS) / sum(seconds.values())
+        found.append({"model": model, "dtype": dtype, "case": str(case), "products": share})
+    return found
+
+
+def bound(line: Line, shares: list[Line]) -> str:
+    """Return the share of the ideal that is left if products alone become faster, where their share is known."""
+    for one in shares:
+        if all(one[name] == line[name] for name in ("model", "dtype", "case")):
+            faster = 1 / (1 - one["products"] + one["products"] / line["ideal"])
+            return f"; products take {one['products']:.2f} of the dense time, which allows {faster / line['ideal']:.2f}"
+    return ""
+
+
+def missed_by_widths(lines: list[Line], shares: list[Line]) -> str:
     """Say where narrower layers stay below their bar."""
     asked = [line for line in lines if line["storage"] == "widths"]
     below = [
-        f"{line['model']}, {line['dtype']}, {line['case']} ({share_of_ideal(line):.2f})"
+        f"{line['model']}, {line['dtype']}, {line['case']} ({share_of_ideal(line):.2f}{bound(line, shares)})"
         for line in asked
         if round(share_of_ideal(line), 2) < WIDTHS_BAR
     ]
-    return f"Missed: {'; '.join(below)}." if below else "It is reached." if asked else "Not measured yet."
+    return f"Missed: {', '.join(below)}." if below else "It is reached." if asked else "Not measured yet."
 
 
 def row_of(line: Line) -> tuple[Any, ...]:
@@ -153,6 +180,7 @@ def row_of(line: Line) -> tuple[Any, ...]:
 
 def render(lines: list[Line]) -> str:
     """Return the page."""
+    shares, lines = [one for one in lines if "products" in one], [one for one in lines if "ratios" in one]
     parts = [
         "# Speed of low rank and of narrower layers",
         "",
@@ -166,7 +194,7 @@ def render(lines: list[Line]) -> str:
         "",
         "*widths* are MLPs that lost channels, dense as they were: of the embedded model what `--structures widths` "
         f"makes, of the wide one all MLPs equally narrow, in multiples of {MULTIPLE}. Both are meant to reach "
-        f"{WIDTHS_BAR} of the ideal, in both dtypes. {missed_by_widths(lines)}",
+        f"{WIDTHS_BAR} of the ideal, in both dtypes. {missed_by_widths(lines, shares)}",
         "",
     ]  # fmt: skip
     header = (
@@ -192,11 +220,16 @@ def main() -> None:
     parser.add_argument("--keeps", nargs="+", type=float, default=list(KEEPS))
     parser.add_argument("--storages", nargs="+", default=list(STORAGES), choices=STORAGES)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--products", action="store_true", help="measure products' share of the dense time instead")
     parser.add_argument("--render", action="store_true")
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    if not asked.render:
-        make_wide()
+    make_wide()
+    if asked.products:
+        for model in asked.models:
+            for line in products(model, asked.dtype):
+                append(LINES, line)
+    elif not asked.render:
         for model in asked.models:
             for keep in asked.keeps:
                 for storage in asked.storages:
