@@ -301,6 +301,8 @@ def test_what_cannot_be_searched_for_is_refused(recipe: Any, tokenizer: Any, tmp
         (recipe(options={"variant": True}), CONFIG, "a", "search without it"),
         (recipe("basis-sharing", keep=0.8), CONFIG, "a", "search with svd-llm"),
         (recipe("svd-llm", rank_fraction=0.3), CONFIG, "a", "rank_fraction fixes"),
+        (recipe("flap", keep=0.8), CONFIG, "a", "a search finds ranks, got structures widths"),
+        (recipe("reap", keep=0.8), CONFIG, "a", "a search finds ranks or zeros, got structures experts"),
         (recipe(), CONFIG, "full", "holds something other than a search"),
         (recipe(), SearchConfig(windows=5000, length=16), "a", "fewer than the 5000 requested"),
     ):
