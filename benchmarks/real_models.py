@@ -68,12 +68,12 @@ def compressed(what: str) -> str:
     return str(out)
 
 
-def measure(what: str, name: str) -> Line:
-    """Return one figure of one compression, and what the folder holds."""
+def measure(what: str, name: str, batch_size: int) -> Line:
+    """Return one figure of one compression, and what the folder holds; programs are written so many at a time."""
     folder, start = compressed(what), time.perf_counter()
     row: Line = {"model": MODEL, "what": what, "measure": name}
     if name == "humaneval":
-        config = EvaluationConfig(tasks=["humaneval"], allow_code_execution=True)
+        config = EvaluationConfig(tasks=["humaneval"], allow_code_execution=True, batch_size=batch_size)
         (found,) = evaluate(folder, config, tell=lambda told: print(told, flush=True))["tasks"]
         passed = [any(verdict["pass"] for verdict in one["verdicts"]) for one in found["answers"]]
         row |= {"value": found["metrics"]["pass@1"], "error": found["errors"]["pass@1"], "rows": found["rows"],
@@ -134,13 +134,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--what", nargs="+", default=["dense", *COMPRESSIONS], choices=["dense", *COMPRESSIONS])
     parser.add_argument("--measures", nargs="+", default=list(MEASURES), choices=MEASURES)
+    parser.add_argument("--batch-size", type=int, default=8, help="programs that are written at a time")
     parser.add_argument("--render", action="store_true")
     asked = parser.parse_args()
     for what in () if asked.render else asked.what:
         for name in asked.measures:
             key = {"model": MODEL, "what": what, "measure": name}
             if not any(key.items() <= line.items() for line in read(LINES)):
-                append(LINES, measure(what, name))
+                append(LINES, measure(what, name, asked.batch_size))
                 print(key, read(LINES)[-1]["value"], flush=True)
     PAGE.write_text(render(read(LINES)), encoding="utf-8")
 
