@@ -108,16 +108,18 @@ def render(lines: list[Line]) -> str:
     tried = [
         (told(line), f"{line['keep']:g}", *(f"{value:.4f}" for value in line["held_out"].values())) for line in lines
     ]
+    source = "Made by `python benchmarks/multipliers.py`; raw figures in [multipliers.jsonl](multipliers.jsonl)."
     return "\n".join([
         "# Losses multiplied",
         "",
-        "Made by `python benchmarks/multipliers.py`; raw figures in [multipliers.jsonl](multipliers.jsonl). Do not edit.",
+        f"{source} Do not edit.",
         "",
         f"`{MODEL}`, `loss-optimal`, mixed, {CALIBRATION.samples} x {CALIBRATION.length} tokens of "
-        f"{CALIBRATION.text}, decomposed once. Every loss is multiplied by a factor of the weight's kind and by e to a power that falls or "
-        "rises with depth (from half of it below to half of it above), and the one budget is spread over the result. "
-        f"Factors are kept, one after the other, where the loss on {WINDOWS} windows of {LENGTH} tokens each of "
-        f"{' and '.join(HELD_OUT.values())} falls. What was found is measured as in [ranks and widths](structures.md):",
+        f"{CALIBRATION.text}, decomposed once. Every loss is multiplied by a factor of the weight's kind and by e to a "
+        "power that falls or rises with depth (from half of it below to half of it above), and the one budget is "
+        "spread over the result. Factors are kept, one after the other, where the loss on "
+        f"{WINDOWS} windows of {LENGTH} tokens each of {' and '.join(HELD_OUT.values())} falls. What was found is "
+        "measured as in [ranks and widths](structures.md):",
         "",
         table(("multipliers", "keep", *HELD_OUT, "speeches"),
               [(told(line), f"{line['keep']:g}", *ratios(line, dense)) for line in reported]),
