@@ -22,6 +22,7 @@ from pared.engine.state.records import Kept, is_done
 from pared.errors import ParedError
 from pared.modules import SparseLinear, replace_parameter
 from pared.modules.shared import DOWN, BasisHolder
+from pared.names import called
 from pared.schema.manifest import Refined
 from pared.schema.recipe import Refinement
 from pared.structure import Anatomy
@@ -31,6 +32,9 @@ from pared.structure.store import DenseBlocks
 HELD_OUT = 8  # of so many batches one is never trained on
 PATIENCE = 2  # epochs that bring nothing, one after the other, end a training
 WARM_UP = 0.1  # of the steps, in which Adam comes to know the gradients
+SLOWER = 8.0  # a block that gained nothing is trained again from where it began, at a rate so many times lower
+TRIES = 3  # rates in all
+DIVERGED = 1.5  # times the error of before, after an epoch: this rate will not gain
 State = dict[str, torch.Tensor]  # by the name of a parameter in its block
 
 
@@ -68,6 +72,13 @@ def refine(observer: Observer, step: PassSpec, number: int, dense: DenseBlocks) 
         return _in_order(found)
     with observer.watch("refine"), observer.progress.stage("refine", len(observer.store), "block") as advance:
         _run(observer, step, config, dense, kept, found, advance)
+    wrong = [one for one in found.values() if one.before > 0]
+    if wrong and not any(one.epochs for one in wrong):
+        observer.progress.note(
+            f"refining made no block better on what was held out, at learning rates from {config.lr:g} to "
+            f"{config.lr / SLOWER ** (TRIES - 1):g}: blocks are as they were compressed; give more text "
+            f"({called('samples')}), or leave refine out"
+        )
     return _in_order(found)
 
 
@@ -208,18 +219,32 @@ class BlockTraining:
     def run(self, name: str) -> tuple[State, Refined]:
         """Train, and return the parameters that are best on what was held out, as stored; none if those of before are.
 
+        At a rate that is too high for it a block becomes worse: it is trained again at lower ones.
+
         Raises:
             ParedError: the block, or the dense one, outputs NaN or infinity.
         """
-        before = best = self._measure()
+        before = self._measure()
         if not math.isfinite(before):
             raise ParedError(f"block {name} outputs NaN or infinity, or the dense one does; check its weights")
+        start = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+        for attempt in range(TRIES if before > 0 else 0):
+            state, best, epochs = self._run_at(self._config.lr / SLOWER**attempt, before)
+            if state:
+                return state, Refined(name=name, before=before, after=best, epochs=epochs)
+            with torch.no_grad():
+                for own, parameter in self._parameters.items():
+                    parameter.copy_(start[own])
+        return {}, Refined(name=name, before=before, after=before, epochs=0)
+
+    def _run_at(self, rate: float, before: float) -> tuple[State, float, int]:
+        """Train at a learning rate; return the best parameters, if better than before, their error and their epoch."""
         state: State = {}
-        epochs = idle = 0
+        best, epochs, idle = before, 0, 0
         order, steps = torch.Generator().manual_seed(self._seed), self._config.epochs * len(self._train)
-        adam = torch.optim.Adam(self._parameters.values(), lr=self._config.lr)
+        adam = torch.optim.Adam(self._parameters.values(), lr=rate)
         schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: _share_of_step(step, steps))
-        for epoch in range(self._config.epochs if before > 0 else 0):
+        for epoch in range(self._config.epochs):
             for place in torch.randperm(len(self._train), generator=order).tolist():
                 self._step(adam, self._train[place])
                 schedule.step()
@@ -227,9 +252,9 @@ class BlockTraining:
             now = self._measured_with(rounded)
             if now < best:
                 best, state, epochs, idle = now, rounded, epoch + 1, 0
-            elif (idle := idle + 1) == PATIENCE or not math.isfinite(now):
+            elif (idle := idle + 1) == PATIENCE or not now < DIVERGED * before:
                 break
-        return state, Refined(name=name, before=before, after=best, epochs=epochs)
+        return state, best, epochs
 
     def _step(self, adam: torch.optim.Optimizer, number: int) -> None:
         adam.zero_grad(set_to_none=True)

@@ -18,6 +18,7 @@ from pared.engine.refine import BlockTraining, trained_names
 from pared.engine.spec import resolve
 from pared.modules import LowRankLinear, SparseLinear
 from pared.modules.narrow import narrowed
+from pared.progress import Silent
 from pared.schema.recipe import Refinement
 from pared.structure import find_anatomy, probe
 
@@ -56,6 +57,31 @@ def test_no_block_is_worse_than_it_began_and_some_are_better(family: str, compre
     assert parameters(result.model) == parameters(without.model)
     assert result.plan == without.plan
     assert without.refined == ()
+
+
+def test_a_rate_that_is_too_high_for_a_block_is_lowered(compress: Compress, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regression: of a model of half a billion parameters no block was improved, after an hour and without a word."""
+    asked: dict[str, Any] = {"method": "svd-llm", "keep": 0.6, "refine": {"lr": 1.0, "batch": 4}}
+    assert any(one.after < one.before for one in compress("llama", **asked).refined)
+    monkeypatch.setattr("pared.engine.refine.TRIES", 1)
+    assert not any(one.epochs for one in compress("llama", **asked).refined)
+
+
+def test_a_refinement_that_made_nothing_better_says_so(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pared.engine.refine.SLOWER", 1.0)
+    recipe = Recipe(method="svd-llm", keep=0.6, refine=Refinement(lr=1.0), calibration={"dtype": "float32"})
+    told: list[str] = []
+
+    class Noting(Silent):
+        def note(self, text: str) -> None:
+            told.append(text)
+
+    model = TINY_MODELS["llama"]()
+    result = pared.compress(model, tokenizer, recipe, windows=windows(), progress=Noting())
+    assert not any(one.epochs for one in result.refined)
+    assert any("refining made no block better" in text for text in told)
 
 
 @pytest.mark.parametrize("family", REPEATED)
