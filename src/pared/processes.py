@@ -272,7 +272,8 @@ def launched(device: str) -> Iterator[Processes]:
     finally:
         if ours:
             distributed.destroy_process_group()
-        if failed and store is not None and rank == 0:
+        # The store of torchrun outlives this process, and its agent would interrupt it while it waits.
+        if failed and store is not None and rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             _await_others(store, count)
 
 
