@@ -90,6 +90,7 @@ def folder_of(model: str, keep: float, storage: str) -> Path:
 
 def measure(model: str, keep: float, storage: str, dtype: str) -> list[Line]:
     """Time a compression against its dense model, in turns."""
+    make_wide()
     settings = Settings(tuple(map(parse_case, CASES)), REPEATS, 1, dtype, "cpu")
     found = bench([str(folder_of(model, keep, storage)), MODELS[model]], settings)
     small, dense = found.models
@@ -130,6 +131,7 @@ def missed(lines: list[Line]) -> str:
 
 def products(model: str, dtype: str) -> list[Line]:
     """Return, for every case, which share of the dense model's time on the processor its products take."""
+    make_wide()
     loaded = pared.load(MODELS[model], dtype=dtype)
     found = []
     for case in map(parse_case, CASES):
@@ -224,7 +226,6 @@ def main() -> None:
     parser.add_argument("--render", action="store_true")
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    make_wide()
     if asked.products:
         for model in asked.models:
             for line in products(model, asked.dtype):

@@ -20,6 +20,7 @@ from pared.io.fingerprint import require_same
 # 1 held values, which nothing can be added to; 2 not what they were collected of; 3 no fourth moments; 4 no parts
 VERSION = 5
 FILES = "block-*.safetensors"
+DRAWN = {"labels_per_token": 1, "gradient_clip": 0.0}  # of gradients that were saved before either was told
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,8 @@ def require_fits(blocks: Iterable[BlockStatistics], source: Mapping[str, Any]) -
     """
     count, seen = source["blocks"], 0
     for block in blocks:
-        there = {name: block.source[name] for name in source if name in block.source}
+        told = {**(DRAWN if "loss" in block.source else {}), **block.source}
+        there = {name: told[name] for name in source if name in told}
         now = {name: value for name, value in source.items() if name in there}
         advice = "collect statistics of this model on these tokens"
         require_same(there, now, "the collected statistics are of something else", advice)

@@ -63,31 +63,16 @@ def through_head(
                 leaf = hidden_BTH[offset : offset + 1].detach().requires_grad_()
                 kept = {} if rows is None else {"logits_to_keep": torch.arange(rows.start, rows.stop)}
                 logits = _logits(model, tokens_T.unsqueeze(0), {**more, **kept})
-                found = [
-                    _sent_back(logits, leaf, window + offset, tokens_T, own, mask_T, rows, keep=own is not labels[-1])
-                    for own in labels
-                ]
-                # A part leaves the other tokens at zero.
-                totals = [one.add_(more) for one, more in zip(totals, found, strict=True)] if totals else found
+                for draw, own in enumerate(labels):
+                    gradient = logit_gradient(logits, window + offset, tokens_T, own, mask_T, rows)
+                    (found,) = torch.autograd.grad(logits, leaf, gradient, retain_graph=draw < len(labels) - 1)
+                    if len(totals) == draw:
+                        totals.append(found)
+                    else:
+                        totals[draw].add_(found)  # a part leaves the other tokens at zero
             for one, total in zip(gradients, totals, strict=True):
                 one.append(clipped(total, clip))
     return torch.cat([total for one in gradients for total in one])
-
-
-def _sent_back(
-    logits: torch.Tensor,
-    leaf: torch.Tensor,
-    window: int,
-    tokens_T: torch.Tensor,
-    labels: Labels,
-    mask_T: torch.Tensor | None,
-    rows: range | None,
-    keep: bool,
-) -> torch.Tensor:
-    """Return the gradient of the loss of one draw of labels with respect to what the head reads."""
-    gradient = logit_gradient(logits, window, tokens_T, labels, mask_T, rows)
-    (found,) = torch.autograd.grad(logits, leaf, gradient, retain_graph=keep)
-    return found
 
 
 def clipped(gradient_1TH: torch.Tensor, clip: float) -> torch.Tensor:

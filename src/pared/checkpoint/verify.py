@@ -25,7 +25,7 @@ from pared.models.source import find_model
 from pared.models.trust import trusted, trusting
 from pared.schema.manifest import Fingerprint, Manifest
 from pared.structure import weight_of
-from pared.structure.probe import call_model, hooks
+from pared.structure.probe import hooks, without_cache
 
 TOKENS, SAMPLES = 16, 64
 LAYERS, LAYER_SAMPLES = 64, 8  # the most of those the tokens do not reach, and of their outputs
@@ -291,7 +291,7 @@ def _outputs(model: PreTrainedModel, tokens: list[int], store: StreamedBlocks | 
     beside = {"decoder_input_ids": ids} if getattr(model.config, "is_encoder_decoder", False) else {}
     was_training = model.training
     with nullcontext() if store is None else store.running():
-        output = call_model(model.eval(), ids, beside)  # a cache of layers without attention cannot say how long it is
+        output = model.eval()(input_ids=ids, **beside, **without_cache(model))
     model.train(was_training)
     first = output[0]
     return (first[0, -1] if first.ndim == 3 else first[0]).float().cpu()

@@ -198,6 +198,7 @@ class BlockTraining:
         seed: int,
         half: bool = False,
     ) -> None:
+        self._block = block
         self._stored = {name: block.get_parameter(name).dtype for name in trained}
         self._worker = copy_block(block).to(device=inputs.device, dtype=inputs.dtype).requires_grad_(False)
         self._parameters = {name: self._worker.get_parameter(name).requires_grad_() for name in trained}
@@ -227,14 +228,13 @@ class BlockTraining:
         before = self._measure()
         if not math.isfinite(before):
             raise ParedError(f"block {name} outputs NaN or infinity, or the dense one does; check its weights")
-        start = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
         for attempt in range(TRIES if before > 0 else 0):
             state, best, epochs = self._run_at(self._config.lr / SLOWER**attempt, before)
             if state:
                 return state, Refined(name=name, before=before, after=best, epochs=epochs)
             with torch.no_grad():
                 for own, parameter in self._parameters.items():
-                    parameter.copy_(start[own])
+                    parameter.copy_(self._block.get_parameter(own))
         return {}, Refined(name=name, before=before, after=before, epochs=0)
 
     def _run_at(self, rate: float, before: float) -> tuple[State, float, int]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pared.allocation.dsa import SCORE_TOKENS
 from pared.data.lengths import Length
 from pared.data.windows import Windows, cut, require_fits
-from pared.engine.spec import CompressionSpec, ExpertSpec, LowRankSpec, SparseSpec, method_of, resolve
+from pared.engine.spec import CompressionSpec, ExpertSpec, LowRankSpec, SparseSpec, method_of, resolve, resolve_low_rank
 from pared.engine.targets.opening import experts_opened
 from pared.entrypoints.compression.in_place import where_it_is
 from pared.entrypoints.search_found import FOUND, JOURNAL, TRACE, Found, write_found
@@ -166,7 +166,7 @@ def require_searchable(recipe: Recipe) -> CompressionSpec:
         raise ParedError(f"a search finds ranks or zeros, got structures experts; take {called('structures', 'ranks')}")
     if isinstance(spec, LowRankSpec):
         if recipe.structures == "auto" and spec.structures == "mixed":  # by itself; a program finds ranks
-            spec = spec.with_structures("ranks")
+            spec = resolve_low_rank(recipe.model_copy(update={"structures": "ranks"}))
         require_rankable(spec)
     if isinstance(spec.config, Wanda) and spec.config.variant:
         raise ParedError("Wanda's variant chooses zeros row by row from all scores; search without it")

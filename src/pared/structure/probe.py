@@ -44,6 +44,11 @@ def run_model(model: PreTrainedModel, tokens: torch.Tensor, beside: Mapping[str,
         call_model(model, tokens, beside)
 
 
+def without_cache(model: PreTrainedModel) -> dict[str, bool]:
+    """Return the argument that lets a model run without a cache: one of layers without attention cannot be filled."""
+    return {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+
+
 def call_model(model: PreTrainedModel, tokens: torch.Tensor, beside: Mapping[str, torch.Tensor] | None = None) -> Any:
     """Return what the model outputs for ``tokens (batch, length)``, without a cache.
 
@@ -58,8 +63,7 @@ def call_model(model: PreTrainedModel, tokens: torch.Tensor, beside: Mapping[str
     """
     device = model.get_input_embeddings().weight.device
     more: dict[str, Any] = {name: tensor.to(device) for name, tensor in (beside or {}).items()}
-    if hasattr(model.config, "use_cache"):
-        more["use_cache"] = False
+    more |= without_cache(model)
     try:
         return model(input_ids=tokens.to(device), **more)
     except (StopForwardError, ParedError):

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from pared import ParedError, Recipe
 from pared.calibration import (
+    BlockStatistics,
     Labels,
     OutputGradient,
     Sampled,
@@ -19,10 +20,14 @@ from pared.calibration import (
     choose_labels,
     gradient_accumulators,
 )
+from pared.calibration.cache import require_fits
 from pared.calibration.head import clipped
 from pared.calibration.statistics.accumulators import expert_accumulators
 from pared.engine.blocks import run_blocks_backward
+from pared.engine.cost.passes import _again
+from pared.engine.cost.traced import Trace
 from pared.engine.spec import resolve
+from pared.operations import Operation
 from pared.structure import find_anatomy, probe
 from pared.structure.store import ResidentBlocks
 from unit.calibration.test_backward import relative
@@ -169,3 +174,21 @@ def test_a_head_of_one_row_a_window_is_not_clipped() -> None:
     found, free = (collected(model, draws(model, 1), clip=clip) for clip in (1.0, 0.0))
     for site, statistics in found.items():
         assert relative(statistics[NAMES[1]].value, free[site][NAMES[1]].value) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["labels_per_token", "gradient_clip"])
+def test_saved_statistics_of_other_draws_are_refused(name: str) -> None:
+    """Regression: what only one side told was not compared, so that statistics of four labels served for one."""
+    usual = {"blocks": 1, "loss": "sampled", "labels_per_token": 1, "gradient_clip": 0.0}
+    other, before = usual | {name: 4}, {"blocks": 1, "loss": "sampled"}  # what earlier versions wrote
+    for saved, needed in ((other, usual), (usual, other), (before, other)):
+        with pytest.raises(ParedError, match=name):
+            require_fits([BlockStatistics(0, {}, source=saved)], needed)
+    for saved in (usual, before):
+        require_fits([BlockStatistics(0, {}, source=saved)], usual)
+
+
+def test_another_gradient_costs_no_more_than_its_way_back() -> None:
+    forward = (Operation("product", (8, 4, 6), "float32", times=2.0), Operation("stream", (48,), "float32"))
+    back = (replace(forward[0], times=6.0), forward[1])  # equal products are told once, with how often
+    assert [(one.kind, one.times) for one in _again(Trace(forward, back))] == [("product", 4.0), ("stream", 1.0)]

@@ -301,6 +301,8 @@ def test_what_cannot_be_searched_for_is_refused(recipe: Any, tokenizer: Any, tmp
         (recipe(options={"variant": True}), CONFIG, "a", "search without it"),
         (recipe("basis-sharing", keep=0.8), CONFIG, "a", "search with svd-llm"),
         (recipe("svd-llm", rank_fraction=0.3), CONFIG, "a", "rank_fraction fixes"),
+        (recipe("loss-optimal", keep=0.8, multiple_of=32), CONFIG, "a", "multiple_of 32 is of widths"),
+        (recipe("loss-optimal", keep=0.8, heads="on"), CONFIG, "a", "heads are taken out with widths"),
         (recipe("flap", keep=0.8), CONFIG, "a", "a search finds ranks, got structures widths"),
         (recipe("reap", keep=0.8), CONFIG, "a", "a search finds ranks or zeros, got structures experts"),
         (recipe(), CONFIG, "full", "holds something other than a search"),

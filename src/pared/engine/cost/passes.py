@@ -125,14 +125,14 @@ class Passes:
         found: list[Operation] = []
         for index, block in enumerate(self._traced.blocks):
             found += _times([*block.forward, *block.back], batches)
-            found += _times(_left(block.back, block.forward), batches * (spec.labels_per_token - 1))
+            found += _times(_again(block), batches * (spec.labels_per_token - 1))
             found += _times(self._statistics(index, lambda _: names), batches)
             found += _times(self._cast(index), 2)
         logits = self._batch * self._tokens.length * self._work.vocabulary
         # Probabilities, the labels drawn from them, and the gradient of the logits.
         head = self._traced.head
         found += _times([*head.back, Operation("stream", (10 * logits,), "float32")], batches)
-        found += _times([*_left(head.back, head.forward), Operation("stream", (10 * logits,), "float32")],
+        found += _times([*_again(head), Operation("stream", (10 * logits,), "float32")],
                         batches * (spec.labels_per_token - 1))  # fmt: skip
         return found
 
@@ -218,16 +218,13 @@ def _times(operations: Sequence[Operation], times: float) -> list[Operation]:
     return [replace(one, times=one.times * times) for one in operations]
 
 
-def _left(found: Sequence[Operation], gone: Sequence[Operation]) -> list[Operation]:
-    """Return operations without as many that are equal to some: of a way back, without what it recomputes."""
-    left = Counter(gone)
-    kept = list[Operation]()
-    for one in found:
-        if left[one]:
-            left[one] -= 1
-        else:
-            kept.append(one)
-    return kept
+def _again(one: Trace) -> list[Operation]:
+    """Return what one more gradient takes on its way back: what is recomputed is there already."""
+    recomputed = Counter[tuple[int, ...]]()
+    for done in one.forward:
+        if done.kind == "product":
+            recomputed[done.sizes] += round(done.times)
+    return _without(one.back, recomputed)
 
 
 def _without(found: Sequence[Operation], gone: Mapping[tuple[int, ...], int]) -> list[Operation]:

@@ -104,8 +104,5 @@ def source_of(observer: Observer, gradients: bool) -> dict[str, Any]:
         found["loss"] = spec.loss
         if spec.loss == "sampled":
             found["seed"] = spec.calibration.seed  # of the labels
-        if spec.labels_per_token > 1:
-            found["labels_per_token"] = spec.labels_per_token
-        if spec.gradient_clip:
-            found["gradient_clip"] = spec.gradient_clip
+        found |= {"labels_per_token": spec.labels_per_token, "gradient_clip": spec.gradient_clip}
     return found
