@@ -71,7 +71,8 @@ def test_every_planned_site_is_replaced_within_the_budget(
         module, before = model.get_submodule(site.name), dense.get_submodule(site.name)
         if isinstance(site.decision, Width):
             narrow = site.decision.shape(site.out_features, site.in_features)
-            assert (module.out_features, module.in_features) == narrow != tuple(weight_of(before).shape)
+            sizes = ("nf", "nx") if isinstance(module, Conv1D) else ("out_features", "in_features")
+            assert tuple(getattr(module, size) for size in sizes) == narrow != tuple(weight_of(before).shape)
             assert getattr(module, "rank", None) == site.decision.rank
             continue
         assert (module.out_features, module.in_features) == tuple(weight_of(before).shape)
