@@ -179,7 +179,7 @@ def _back(
         if site.name in wants
     ]
     experts = [
-        ExpertTap(Placed(one, worker, anatomy.block_name(index)), statistic)
+        ExpertTap(Placed(one, worker, anatomy.block_name(index)), statistic, len(draws))
         for one in anatomy.mixtures_of(index)
         if isinstance(statistic := wants.get(one.name, {}).get(EXPERTS), ExpertLoss)
     ]

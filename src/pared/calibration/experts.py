@@ -1,6 +1,6 @@
 """What taking an expert out does to a token: what the router picks in its place, and what the loss makes of that.
 
-Legend of the shape suffixes: T tokens, N features, E experts, P those that a token is given to.
+Legend of the shape suffixes: T tokens, N features, E experts, P those that a token is given to, D draws of labels.
 """
 
 from collections.abc import Iterator
@@ -27,11 +27,11 @@ class ExpertTap:
     Args:
         placed: the mixture in the block that runs.
         statistic: that is updated.
-        backward: whether gradients will come by; without them only norms are taken in.
+        draws: how many gradients will come by, one for every draw of labels; of none only norms are taken in.
     """
 
-    def __init__(self, placed: Placed, statistic: ExpertLoss, backward: bool = True) -> None:
-        self._placed, self._statistic, self._backward = placed, statistic, backward
+    def __init__(self, placed: Placed, statistic: ExpertLoss, draws: int) -> None:
+        self._placed, self._statistic, self._draws = placed, statistic, draws
         self._root: RootCall = ((), {})
         self._finishing = False  # experts run again then, under the same hooks
         self._calls: list[tuple[RootCall, Routed, torch.Tensor | None]] = []
@@ -49,11 +49,14 @@ class ExpertTap:
             return
         with _as_proved(self._placed.mixture.name):
             root, routed = self._root, Routed.seen(_detached(args), _detached(kwargs))
+        drawn: list[torch.Tensor] = []
 
         def receive(g_TN: torch.Tensor) -> None:
-            self._calls.append((root, routed, g_TN.detach().reshape(len(routed.picks[0]), -1)))
+            drawn.append(g_TN.detach().reshape(len(routed.picks[0]), -1))
+            if len(drawn) == self._draws:  # the experts run once for all
+                self._calls.append((root, routed, torch.stack(drawn)))
 
-        if not self._backward:
+        if not self._draws:
             self._calls.append((root, routed, None))
         elif output.requires_grad:
             output.register_hook(receive)  # type: ignore[no-untyped-call]
@@ -69,10 +72,10 @@ class ExpertTap:
             ParedError: it is NaN or infinite, or the router picks more or fewer than when it was proved.
         """
         name, self._finishing = self._placed.mixture.name, True
-        for root, routed, g_TN in self._calls:
+        for root, routed, g_DTN in self._calls:
             with _as_proved(name):
-                u_TE, norm_TE = _changes(self._placed, root, routed, g_TN)
-            both = (drop_padding(one, mask_BT, name) for one in (u_TE, norm_TE))
+                u_TDE, norm_TE = _changes(self._placed, root, routed, g_DTN)
+            both = (drop_padding(one, mask_BT, name) for one in (u_TDE.flatten(1), norm_TE))
             self._statistic.update(*(one.reshape(-1, one.shape[-1]) for one in both))
         self._calls.clear()
         self._finishing = False
@@ -99,11 +102,11 @@ def _as_proved(name: str) -> Iterator[None]:
 
 
 def _changes(
-    placed: Placed, root: RootCall, routed: Routed, g_TN: torch.Tensor | None
+    placed: Placed, root: RootCall, routed: Routed, g_DTN: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what taking out every expert changes the loss by, to first order, and norms as :class:`ExpertLoss` has it.
 
-    Without gradients the former is zero.
+    The former is ``(T, D, E)``; without gradients it is zero.
 
     What an expert makes of a token is computed once, whichever is gone: the outputs differ in which are summed up, and
     with which weights.
@@ -116,7 +119,7 @@ def _changes(
     index_TP, experts, device = index_TP.long(), mixture.experts, index_TP.device
     picked_TE = torch.zeros(len(index_TP), experts, dtype=torch.bool, device=device).scatter_(1, index_TP, True)
     wanted_TE, without = picked_TE.clone(), dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]()
-    for j in range(experts) if g_TN is not None else ():
+    for j in range(experts) if g_DTN is not None else ():
         rows_R = (torch.ones_like(picked_TE[:, j]) if mixture.rescales else picked_TE[:, j]).nonzero()[:, 0]
         if len(rows_R):
             kept_K = torch.tensor([one for one in range(experts) if one != j])
@@ -124,13 +127,18 @@ def _changes(
             _require_picks(other_TP, mixture.picked, f" without expert {j}")
             without[j] = rows_R, other_TP[rows_R], others_TP[rows_R].double()
             wanted_TE[rows_R] |= torch.zeros_like(wanted_TE[rows_R]).scatter_(1, other_TP[rows_R], True)
-    slope_TE, norm_TE = _made(placed, routed, g_TN, wanted_TE)
-    before_T = (weights_TP.double() * slope_TE.gather(1, index_TP)).sum(dim=1)
-    u_TE = torch.zeros_like(slope_TE)
+    slope_DTE, norm_TE = _made(placed, routed, g_DTN, wanted_TE)
+    before_DT = _summed(slope_DTE, index_TP, weights_TP.double())
+    u_DTE = torch.zeros_like(slope_DTE)
     for j, (rows_R, other_RP, others_RP) in without.items():
-        u_TE[rows_R, j] = (others_RP * slope_TE[rows_R].gather(1, other_RP)).sum(dim=1) - before_T[rows_R]
+        u_DTE[:, rows_R, j] = _summed(slope_DTE[:, rows_R], other_RP, others_RP) - before_DT[:, rows_R]
     share_TE = torch.full_like(norm_TE, torch.nan).scatter_(1, index_TP, weights_TP.to(norm_TE.dtype))
-    return u_TE, share_TE * norm_TE
+    return u_DTE.transpose(0, 1), share_TE * norm_TE
+
+
+def _summed(slope_DTE: torch.Tensor, index_TP: torch.Tensor, weights_TP: torch.Tensor) -> torch.Tensor:
+    """Return, of the experts that a token is given to, the sum with their weights, ``(D, T)``."""
+    return (weights_TP * slope_DTE.gather(2, index_TP.expand(len(slope_DTE), -1, -1))).sum(dim=2)
 
 
 def _require_picks(index_TP: torch.Tensor, picked: int, where: str) -> None:
@@ -139,19 +147,20 @@ def _require_picks(index_TP: torch.Tensor, picked: int, where: str) -> None:
 
 
 def _made(
-    placed: Placed, routed: Routed, g_TN: torch.Tensor | None, wanted_TE: torch.Tensor
+    placed: Placed, routed: Routed, g_DTN: torch.Tensor | None, wanted_TE: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return, for tokens and experts that are wanted, ``gᵀf`` and the norm of what an expert makes of a token, f."""
-    slope_TE = torch.zeros(wanted_TE.shape, dtype=torch.float64, device=wanted_TE.device)
-    norm_TE, hidden_TN = torch.zeros_like(slope_TE), routed[routed.hidden]
+    norm_TE = torch.zeros(wanted_TE.shape, dtype=torch.float64, device=wanted_TE.device)
+    slope_DTE = norm_TE.new_zeros(1 if g_DTN is None else len(g_DTN), *wanted_TE.shape)
+    hidden_TN = routed[routed.hidden]
     for part in torch.split(wanted_TE.nonzero(), PAIRS):
         token_R, expert_R = part.unbind(dim=1)
         ones = torch.ones(len(part), 1, dtype=routed.picks[1].dtype, device=part.device)
         made_RN = routed.run(placed.experts, hidden_TN[token_R], expert_R[:, None], ones).float()
-        if g_TN is not None:
+        for slope_TE, g_TN in zip(slope_DTE, () if g_DTN is None else g_DTN, strict=False):
             slope_TE[token_R, expert_R] = (made_RN.double() * g_TN[token_R].double()).sum(dim=1)
         norm_TE[token_R, expert_R] = made_RN.double().norm(dim=1)
-    return slope_TE, norm_TE
+    return slope_DTE, norm_TE
 
 
 def _detached(value: Any) -> Any:

@@ -106,7 +106,7 @@ def observe(
     mixtures = anatomy.mixtures_of(index)
     of_experts = {one.name: ExpertLoss(one.experts, inputs.device) for one in mixtures}
     placed = (Placed(one, worker, anatomy.block_name(index)) for one in mixtures)
-    experts = [ExpertTap(one, of_experts[one.mixture.name], backward=False) for one in placed]
+    experts = [ExpertTap(one, of_experts[one.mixture.name], draws=0) for one in placed]
 
     def end_of_batch() -> None:
         for tap in experts:

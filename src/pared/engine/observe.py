@@ -282,7 +282,7 @@ class Observer:
                 clip=self.spec.gradient_clip,
                 changes=changes,
                 group=self.spec.group_size,
-                batches=_batches_at_once(inputs),
+                batches=_batches_at_once(inputs, len(labels)),
                 kept=kept,
                 first_window=own.start,
                 turn=turn,
@@ -306,14 +306,14 @@ class Observer:
         return self.progress.stage(name, len(self.store) * len(inputs.calls), "batch")
 
 
-def _batches_at_once(inputs: BlockInputs) -> int | None:
+def _batches_at_once(inputs: BlockInputs, draws: int) -> int | None:
     """Return how many batches may go backward together; None for all.
 
-    What all blocks read of them is in memory at once; where that is not all there are, the statistics of all blocks
-    are, in its place.
+    What all blocks read of them, what the last one outputs and a gradient for every draw are in memory at once; where
+    that is not all there are, the statistics of all blocks are, in its place.
     """
     if inputs.hidden.memory.limit is not None or not inputs.calls:
         return None  # what does not fit lies on the disk; other processes may have all batches
     itemsize = inputs.dtype.itemsize
-    largest = max(shape.numel() * itemsize for shape in inputs.hidden.shapes) * (len(inputs.calls[0]) + 1)
+    largest = max(shape.numel() * itemsize for shape in inputs.hidden.shapes) * (len(inputs.calls[0]) + 1 + draws)
     return None if largest * len(inputs.calls) <= TRAIL_BYTES else max(1, TRAIL_BYTES // largest)

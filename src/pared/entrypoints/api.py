@@ -257,7 +257,8 @@ def collect_statistics(
         tokenizer: of the model; that of a model by name is loaded with it.
         folder: where one file a block is written.
         statistics: their names: of inputs (``gram``, ``mean_gram``, ``magnitude``), or of gradients.
-        recipe: its calibration is read, and the option ``loss`` of its method where gradients are among the names.
+        recipe: its calibration is read, and the options ``loss``, ``labels_per_token`` and ``gradient_clip`` of its
+            method where gradients are among the names.
         progress: what reports progress, or whether bars are shown; by default in a notebook only.
         data: as for :func:`pared.compress`.
         trust_remote_code: whether code that lies beside the weights of a model by name may run.

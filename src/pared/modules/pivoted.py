@@ -1,7 +1,23 @@
+from typing import Any
+
 import torch
 from torch import nn
 
 from pared.modules.shared import BasisHolder
+
+
+class _Ordered(torch.autograd.Function):
+    """Features in another order; the gradient is put back by the inverse order, where torch would add up one by one."""
+
+    @staticmethod
+    def forward(ctx: Any, x_RN: torch.Tensor, order_N: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(order_N)
+        return x_RN.index_select(1, order_N)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (order_N,) = ctx.saved_tensors
+        return _Ordered.apply(upstream[0], order_N.argsort()), None  # type: ignore[no-untyped-call]
 
 
 class PivotedLinear(BasisHolder):
@@ -51,7 +67,10 @@ class PivotedLinear(BasisHolder):
     def _in_order(self, x: torch.Tensor) -> torch.Tensor:
         """Put the pivots first and the other features after them, ``(..., in)``."""
         # On a CPU index_select over the last of two dimensions is nearly a copy; of three it is several times slower.
-        return x.reshape(-1, self.in_features).index_select(1, self.order).view_as(x)
+        x_RN = x.reshape(-1, self.in_features)
+        to_train = torch.is_grad_enabled() and x.requires_grad
+        ordered_RN = _Ordered.apply(x_RN, self.order) if to_train else x_RN.index_select(1, self.order)  # type: ignore[no-untyped-call]
+        return ordered_RN.view_as(x)
 
     @property
     def weight(self) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,10 +24,13 @@ from pared.calibration import (
 from pared.calibration.cache import require_fits
 from pared.calibration.head import clipped
 from pared.calibration.statistics.accumulators import expert_accumulators
+from pared.calibration.statistics.experts import ExpertLoss
 from pared.engine.blocks import run_blocks_backward
 from pared.engine.cost.passes import _again
+from pared.engine.cost.sizes import Tokens, batch_bytes
 from pared.engine.cost.traced import Trace
 from pared.engine.spec import resolve
+from pared.engine.statistics.collect import collect
 from pared.operations import Operation
 from pared.structure import find_anatomy, probe
 from pared.structure.store import ResidentBlocks
@@ -115,9 +119,9 @@ def test_what_experts_cost_is_the_mean_over_draws() -> None:
     anatomy, calls = probe(model, find_anatomy(model))
     anatomy = replace(anatomy, mixtures=tuple(mixtures(model)))
 
-    def moments(labels: Sequence[Labels]) -> list[torch.Tensor]:
+    def moments(labels: Sequence[Labels]) -> list[ExpertLoss]:
         inputs = capture(model, anatomy, TOKENS, 2, calls, torch.float32, CPU)
-        seen: list[torch.Tensor] = []
+        seen: list[ExpertLoss] = []
         run_blocks_backward(
             ResidentBlocks(model, anatomy),
             anatomy,
@@ -125,13 +129,16 @@ def test_what_experts_cost_is_the_mean_over_draws() -> None:
             TOKENS,
             labels,
             lambda index: expert_accumulators(anatomy.mixtures_of(index), CPU),
-            lambda block: seen.extend(one["experts"].value for one in block.statistics.values()),
+            lambda block: seen.extend(one["experts"] for one in block.statistics.values()),
         )
         return seen
 
     together, apart = moments(draws(model, 2)), [moments([one]) for one in draws(model, 2)]
     for found, one, other in zip(together, *apart, strict=True):
-        assert relative(found, (one + other) / 2) < 1e-5
+        assert relative(found.value, (one.value + other.value) / 2) < 1e-5
+        assert found.tokens == one.tokens  # experts run once for all draws, and count a token once
+        assert torch.equal(found.picks, one.picks)
+        assert relative(found.weighted, one.weighted) < 1e-6
 
 
 def test_several_labels_of_a_text_that_has_one_are_refused() -> None:
@@ -141,6 +148,31 @@ def test_several_labels_of_a_text_that_has_one_are_refused() -> None:
     with pytest.raises(ParedError, match="labels_per_token"):
         resolve(Recipe(keep=0.8, structures="experts", options=options))
     assert resolve(Recipe(keep=0.8, options={"labels_per_token": 4})).labels_per_token == 4
+
+
+@pytest.mark.parametrize("options", [{"labels_per_token": 4}, {"gradient_clip": 3}])
+def test_options_of_gradients_are_refused_where_there_are_none(options: dict[str, Any]) -> None:
+    ((option, given),) = options.items()
+    with pytest.raises(ParedError, match=f"option {option} of method loss-optimal is of gradients, got {given},"):
+        resolve(Recipe(keep=0.8, options={"output_weighting": "none", **options}))
+    resolve(Recipe(keep=0.8, options=options))
+
+
+def test_gradients_of_weights_are_not_collected_of_several_draws(tmp_path: Path) -> None:
+    model = TINY_MODELS["llama"]()
+    recipe = Recipe(keep=0.8, options={"labels_per_token": 2})
+    with pytest.raises(ParedError, match=r"statistic fisher is of the gradient of a weight.*got labels_per_token 2"):
+        collect(model, None, recipe, frozenset({"fisher"}), tmp_path)  # type: ignore[arg-type]
+
+
+def test_memory_and_time_of_several_labels_are_told() -> None:
+    """Gradients of all sites are held for every draw, and every draw adds to the Grams."""
+    model = TINY_MODELS["llama"]()
+    anatomy = find_anatomy(model)
+    tokens = Tokens(8, 16, 4)
+    sizes = [batch_bytes(model, anatomy, tokens, 4, True, count) for count in (1, 2, 3)]
+    widest = max(sum(s.out_features for s in anatomy.sites_of(b)) for b in {s.block for s in anatomy.sites})
+    assert sizes[1] - sizes[0] == sizes[2] - sizes[1] == 4 * 16 * 4 * 2 * widest
 
 
 def test_no_gradient_is_longer_than_the_limit_and_others_stay_as_they_are() -> None:

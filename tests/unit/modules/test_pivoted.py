@@ -167,6 +167,7 @@ def test_the_parts_are_linear_layers_and_take_gradients():
     assert not any(name.endswith("up_proj") for name, _ in layer.named_modules())
     x = torch.randn(5, 16, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(layer, (x,))
+    assert torch.autograd.gradgradcheck(layer, (x,))
     layer(x).sum().backward()
     assert {name for name, p in layer.named_parameters() if p.grad is not None} == {
         "down.weight",

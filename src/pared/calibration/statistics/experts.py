@@ -37,15 +37,17 @@ class ExpertLoss(Summed):
         """Add one batch.
 
         Args:
-            x: ``u`` of every token and expert ``(T, E)``.
+            x: ``u`` of every token and expert ``(T, E)``; of several draws of labels side by side, ``(T, D · E)``, of
+                which a token adds the mean.
             grad: the norm of what an expert makes of a token, times its weight ``(T, E)``; NaN where it is not picked.
         """
         assert grad is not None
-        u_TE, norm_TE = x.double(), grad.double()
-        self._sum += u_TE.T @ u_TE
+        norm_TE = grad.double()
+        u_RE = x.double().reshape(-1, norm_TE.shape[1])  # a row for every draw
+        self._sum += u_RE.T @ u_RE * (len(norm_TE) / max(len(u_RE), 1))
         self.weighted += norm_TE.nansum(dim=0)
         self.picks += (~norm_TE.isnan()).sum(dim=0)
-        self.tokens += len(u_TE)
+        self.tokens += len(norm_TE)
 
     @property
     def value(self) -> torch.Tensor:

@@ -126,7 +126,7 @@ class Passes:
         for index, block in enumerate(self._traced.blocks):
             found += _times([*block.forward, *block.back], batches)
             found += _times(_again(block), batches * (spec.labels_per_token - 1))
-            found += _times(self._statistics(index, lambda _: names), batches)
+            found += _times(self._statistics(index, lambda _: names, draws=spec.labels_per_token), batches)
             found += _times(self._cast(index), 2)
         logits = self._batch * self._tokens.length * self._work.vocabulary
         # Probabilities, the labels drawn from them, and the gradient of the logits.
@@ -164,8 +164,8 @@ class Passes:
         return _without(block.forward, Counter((_rows(block.forward), one.in_features, one.out_features)
                                                for one in last))  # fmt: skip
 
-    def _statistics(self, index: int, names: Names, cross: bool = False) -> list[Operation]:
-        """Return one batch's updates of what is collected in a block."""
+    def _statistics(self, index: int, names: Names, cross: bool = False, draws: int = 1) -> list[Operation]:
+        """Return one batch's updates of what is collected in a block, of so many gradients a token."""
         rows, dtype, found = self._batch * self._tokens.length, self._work.dtype, list[Operation]()
         for together in self._work.readers(index):
             shapes = [(site.out_features, site.in_features) for site in together]
@@ -177,7 +177,8 @@ class Passes:
                     continue
                 outputs = of in ("output", "output_grad")
                 features = [out for out, _ in shapes] if outputs else [shapes[0][1]]
-                found += [Operation(update_kind(name), (rows, one), dtype) for one in features]
+                seen = rows * draws if of == "output_grad" else rows
+                found += [Operation(update_kind(name), (seen, one), dtype) for one in features]
         return found
 
 

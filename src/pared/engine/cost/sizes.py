@@ -193,10 +193,13 @@ def order_bytes(anatomy: Anatomy, spec: LowRankSpec) -> int:
     return sum(site.in_features**2 * SINGLE for site in anatomy.sites if readers[site.reads] == 1)
 
 
-def batch_bytes(model: nn.Module, anatomy: Anatomy, tokens: Tokens, itemsize: int, gradients: bool) -> int:
+def batch_bytes(
+    model: nn.Module, anatomy: Anatomy, tokens: Tokens, itemsize: int, gradients: bool, draws: int = 1
+) -> int:
     """Return what a block makes of one batch on its way: outputs of its widest layers; with gradients, of all.
 
-    Experts make something of the tokens that they are given.
+    Of several draws of labels the gradients of what all sites output are held until the last has come by, and again
+    side by side. Experts make something of the tokens that they are given.
     """
     shares = {
         f"{name}.{number}": one.picked / one.count
@@ -206,7 +209,8 @@ def batch_bytes(model: nn.Module, anatomy: Anatomy, tokens: Tokens, itemsize: in
     blocks = {site.block for site in anatomy.sites}
     sizes = [[(s.out_features + s.in_features) * shares.get(s.parent, 1) for s in anatomy.sites_of(b)] for b in blocks]
     widest = max(sum(own) if gradients else max(own) for own in sizes)
-    return math.ceil(tokens.batch * tokens.length * itemsize * 3 * widest)
+    drawn = max(sum(s.out_features * shares.get(s.parent, 1) for s in anatomy.sites_of(b)) for b in blocks)
+    return math.ceil(tokens.batch * tokens.length * itemsize * (3 * widest + 2 * drawn * (draws - 1)))
 
 
 def embedding_bytes(model: PreTrainedModel) -> int:

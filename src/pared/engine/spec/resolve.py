@@ -6,7 +6,7 @@ from pared.data.uses import with_use
 from pared.engine.spec.nested import nested, require_nested
 from pared.engine.spec.specs import CompressionSpec, ExpertSpec, LowRankSpec, SparseSpec
 from pared.errors import ParedError
-from pared.lowrank import LowRankMethod
+from pared.lowrank import DrawnOptions, LowRankMethod
 from pared.methods import METHODS, Method, methods_of
 from pared.names import called
 from pared.schema.options import Options
@@ -203,11 +203,17 @@ def _resolve_experts(recipe: Recipe, method: LowRankMethod) -> ExpertSpec:
 
 
 def _require_drawn(spec: LowRankSpec | ExpertSpec) -> None:
-    """Refuse several labels a token where labels are not drawn.
+    """Refuse several labels a token where labels are not drawn, and options of gradients where there are none.
 
     Raises:
-        ParedError: they are the text's own.
+        ParedError: says what.
     """
+    gradients = spec.method.gradients(spec.config) if isinstance(spec.config, DrawnOptions) else frozenset()
+    for option in () if gradients else DrawnOptions.__annotations__:
+        given = getattr(spec.config, option, None)
+        if given != getattr(type(spec.config)(), option, None):
+            raise ParedError(f"option {option} of method {spec.method.name} is of gradients, got {given:g}, and there "
+                             "are none with output_weighting none; leave it out, or weigh outputs")  # fmt: skip
     if spec.labels_per_token > 1 and spec.loss == "labels":
         raise ParedError(f"option labels_per_token of method {spec.method.name}: got {spec.labels_per_token} with loss "
                          "labels, and the text has one label a token; take loss sampled, or leave it out")  # fmt: skip

@@ -34,7 +34,8 @@ def collect(
     Args:
         model: dense; unchanged.
         tokenizer: of the model.
-        recipe: its calibration is read, and the option ``loss`` of its method where gradients are among the names.
+        recipe: its calibration is read, and the options ``loss``, ``labels_per_token`` and ``gradient_clip`` of its
+            method where gradients are among the names.
         names: of statistics of inputs (``gram``, ``mean_gram``, ``magnitude``) and of gradients.
         folder: where one file a block is written; read by :func:`pared.calibration.saved_blocks`.
         progress: what reports progress; nothing by default.
@@ -69,6 +70,10 @@ def _collect(
             f"method {recipe.method} has no option loss, which says whose gradients {', '.join(sorted(names))} are of; "
             f"collect them with a recipe of {' or '.join(having)}"
         )
+    summed = sorted(name for name in names if statistic_kind(name).of == "weight_grad")
+    if summed and spec.labels_per_token > 1:
+        raise ParedError(f"statistic {summed[0]} is of the gradient of a weight, which does not tell draws of labels "
+                         f"apart, got labels_per_token {spec.labels_per_token}; collect it with 1")  # fmt: skip
     work.probe(anatomy)
     work.read()
     source = source_of(work, gradients)
