@@ -1,24 +1,27 @@
-"""What `pared explore` predicts of every budget against what is measured, on the embedded model.
+"""What `pared explore` predicts of every budget against what is measured.
 
-    PARED_DATA=/path/to/data python benchmarks/explore.py            # all structures, one after the other
-    python benchmarks/explore.py --render                            # renders the page only
+    PARED_DATA=/path/to/data python benchmarks/explore.py                          # all structures, one after the other
+    python benchmarks/explore.py --model qwen2.5-coder-0.5b --texts stdlib:train stdlib:test --structures ranks mixed
+    python benchmarks/explore.py --render                                          # renders the page only
 
-One JSON line a structure, which holds the whole record; a structure that is there is not explored again.
+One JSON line a model and structure, which holds the whole record; one that is there is not explored again.
 """
 
 import argparse
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import pared
 from grid import signature
+from models import source_of
 from pared.report.curves import draw
 from pared.schema.explore import STRUCTURES, Exploration, Point
 from record import RESULTS, append, read, table
 
-LINES, PAGE, PLOT = RESULTS / "explore.jsonl", RESULTS / "explore.md", RESULTS / "explore.svg"
+LINES, PAGE = RESULTS / "explore.jsonl", RESULTS / "explore.md"
 MODEL = "embedded:smollm2-135m"
 ENOUGH = 0.95  # of the rank correlation
 NEAR = 0.05  # of the knees
@@ -57,8 +60,13 @@ def cells(point: Point, loss: float) -> tuple[str, ...]:
     return (point.structure, f"{point.keep:g}", *sizes, f"{point.loss:.3f}", f"{loss:.3f}", f"x{math.exp(loss):.3g}")
 
 
-def render(lines: list[dict[str, Any]]) -> str:
-    """Return the page."""
+def plot_of(model: str) -> Path:
+    """Return where the curves of a model are drawn."""
+    return RESULTS / f"explore_{model.rpartition(':')[2].replace('.', '_')}.svg"
+
+
+def section(model: str, lines: list[dict[str, Any]]) -> list[str]:
+    """Return what the page says of one model."""
     whole, names = merged(lines), [line["structure"] for line in lines]
     assert whole.calibration is not None
     assert whole.evaluation is not None
@@ -74,35 +82,52 @@ def render(lines: list[dict[str, Any]]) -> str:
         points += [cells(point, loss) for point in one.points if (loss := one.measured_loss(point)) is not None]
     first, second = losses(whole)
     cal, on = whole.calibration, whole.evaluation
-    return "\n".join(
-        [
-            "# Every budget from one calibration",
-            "",
-            "Made by `python benchmarks/explore.py`; raw figures in [explore.jsonl](explore.jsonl). Do not edit. "
-            "What `pared explore` does is described in [explore](../explore.md).",
-            "",
-            f"`{whole.model}`, {', '.join(names)}; calibrated on {cal['windows']} x {cal['length']} tokens of "
-            f"{cal['text']}, perplexity on {on['windows']} windows of {on['length']} tokens of {on['text']}: few, as "
-            "time on two shared cores was scarce. Losses are nats a token above the dense model's.",
-            "",
-            f"![Loss over size]({PLOT.name})",
-            "",
-            table(("structure", "budgets", "rank correlation", "knee predicted", "knee measured", "apart", "seconds"),
-                  rows),
-            "",
-            f"Over all structures together the rank correlation is {correlation(first, second):.3f} of {len(first)} "
-            f"budgets. Asked for were {ENOUGH:g} or more, and knees at most {NEAR:g} apart.",
-            "",
-            table(("structure", "keep", "parameters", "weights", "ideal speed", "predicted", "measured", "perplexity"),
-                  points),
-            "",
-            signature(lines),
-        ]
-    )  # fmt: skip
+    return [
+        f"## {model}",
+        "",
+        f"{', '.join(names)}; calibrated on {cal['windows']} x {cal['length']} tokens of "
+        f"{cal['text']}, perplexity on {on['windows']} windows of {on['length']} tokens of {on['text']}: few, as "
+        "time on two shared cores was scarce. Losses are nats a token above the dense model's.",
+        "",
+        f"![Loss over size]({plot_of(model).name})",
+        "",
+        table(("structure", "budgets", "rank correlation", "knee predicted", "knee measured", "apart", "seconds"),
+              rows),
+        "",
+        f"Over all structures together the rank correlation is {correlation(first, second):.3f} of {len(first)} "
+        f"budgets. Asked for were {ENOUGH:g} or more, and knees at most {NEAR:g} apart.",
+        "",
+        table(("structure", "keep", "parameters", "weights", "ideal speed", "predicted", "measured", "perplexity"),
+              points),
+        "",
+    ]  # fmt: skip
+
+
+def render(lines: list[dict[str, Any]]) -> str:
+    """Return the page."""
+    sections = [section(model, own) for model, own in by_model(lines).items()]
+    return "\n".join([
+        "# Every budget from one calibration",
+        "",
+        "Made by `python benchmarks/explore.py`; raw figures in [explore.jsonl](explore.jsonl). Do not edit. "
+        "What `pared explore` does is described in [explore](../explore.md).",
+        "",
+        *(line for own in sections for line in own),
+        signature(lines),
+    ])  # fmt: skip
+
+
+def by_model(lines: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Return the lines of every model."""
+    names = dict.fromkeys(line["model"] for line in lines)
+    return {name: [line for line in lines if line["model"] == name] for name in names}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=MODEL, help="a model that pared loads, or one of benchmarks/models.py")
+    texts = ["wikitext2:train", "wikitext2:test"]
+    parser.add_argument("--texts", nargs=2, default=texts, help="calibrated on, measured on")
     parser.add_argument("--structures", nargs="+", default=["ranks", "mixed", "widths", "zeros"], choices=STRUCTURES)
     parser.add_argument(
         "--keep", nargs="+", type=float, default=[0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5]
@@ -115,22 +140,23 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     for structure in () if asked.render else asked.structures:
-        if structure in {line["structure"] for line in read(LINES)}:
+        if (asked.model, structure) in {(line["model"], line["structure"]) for line in read(LINES)}:
             continue
         found = pared.explore(
-            MODEL,
+            source_of(asked.model),
             recipe={
-                "calibration": {"text": "wikitext2:train", "samples": asked.samples, "length": asked.length},
-                "evaluation": {"text": "wikitext2:test", "length": asked.length, "windows": asked.windows},
+                "calibration": {"text": asked.texts[0], "samples": asked.samples, "length": asked.length, "batch": 4},
+                "evaluation": {"text": asked.texts[1], "length": asked.length, "windows": asked.windows},
             },
             structures=structure,
             keep=tuple(asked.keep),
             measure=len(asked.keep),
         )
-        append(LINES, {"structure": structure, "exploration": found.model_dump(mode="json")})
+        append(LINES, {"model": asked.model, "structure": structure, "exploration": found.model_dump(mode="json")})
         print(found, flush=True)
     lines = read(LINES)
-    draw(merged(lines), PLOT)
+    for model, own in by_model(lines).items():
+        draw(merged(own), plot_of(model))
     PAGE.write_text(render(lines), encoding="utf-8")
     print(PAGE.read_text(encoding="utf-8"))
 
