@@ -15,7 +15,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from pared.checkpoint.format import NOTICE, QUANT_METHOD, ParedConfig, module_type
-from pared.checkpoint.portable import IS_COPY, with_remote_code
+from pared.checkpoint.portable import IS_COPY, module_map, with_remote_code
 from pared.modules.adapters import teach_peft
 from pared.modules.narrow import NarrowConv1D, NarrowLinear, set_counts
 from pared.modules.opened import Layout, open_by_layout
@@ -43,6 +43,7 @@ class ParedQuantizer(HfQuantizer):
             model._keys_to_ignore_on_load_unexpected = {*known, rf"^{NOTICE}$", rf"(^|\.){re.escape(guard)}$"}
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: object) -> None:
+        require_shapes(model)
         for module in model.modules():
             if isinstance(module, SparseLinear) and not module.values.is_meta:  # what is offloaded stays packed
                 module.unpack_()
@@ -139,6 +140,19 @@ def _require_fit(name: str, old: Any, entry: dict[str, Any]) -> None:
         fits = sorted(shape) == sorted(told)
     if not fits:
         raise ValueError(f"map entry {name}: shape {sorted(shape)} in the model, {entry} in the map")
+
+
+def require_shapes(model: nn.Module) -> None:
+    """Refuse stored tensors that have not the shapes that the map says; transformers 5.19 takes them as they are.
+
+    Raises:
+        ValueError: one has not; names it.
+    """
+    for name, entry in module_map(model).items():
+        expected = {key: one.shape for key, one in empty_module(entry, device="meta").state_dict().items()}
+        for key, one in model.get_submodule(name).state_dict().items():
+            if one.shape != expected.get(key, one.shape):
+                raise ValueError(f"{name}.{key} is {tuple(one.shape)}, the map says {tuple(expected[key])}")
 
 
 def tie(model: nn.Module, shared: dict[str, str]) -> None:
