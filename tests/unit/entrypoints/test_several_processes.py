@@ -1,7 +1,10 @@
 """``pared compress`` in several processes: one folder, one table, one error, and a run that another number resumes."""
 
 import os
+import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -89,3 +92,19 @@ def test_an_error_of_all_processes_is_told_once(place: Path, tmp_path: Path) -> 
     ended = launch(2, words_of(place, tmp_path / "out", "--length", "4000"), tmp_path, be_late_with_an_error)
     assert [code for code, _ in ended] == [2, 2]
     assert sum(told.count("error:") for _, told in ended) == 1
+
+
+@pytest.mark.slow
+def test_by_torchrun_an_error_of_all_three_processes_is_told_once(place: Path, tmp_path: Path) -> None:
+    """Regression: its agent interrupted the first process, which waited for the others, so that nothing was told."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
+    words = words_of(place, tmp_path / "out", "--length", "4000")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        [*torchrun, "-m", "pared.cli.main", *words], capture_output=True, text=True, env=environment, check=False
+    )
+    told = ended.stdout + ended.stderr
+    assert ended.returncode != 0
+    assert len(re.findall(r"^error: .*4000", told, flags=re.M)) == 1, told[-3000:]
+    assert not re.search(r'File ".*/pared/', told), "the only traceback is torchrun's own"
+    assert not (tmp_path / "out").exists()
