@@ -1,7 +1,8 @@
 """What a compression hands back, whatever the method."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -16,28 +17,22 @@ from pared.schema.recipe import Recipe
 from pared.structure import Anatomy
 
 
-@dataclass
-class CompressedBlocks:
-    """A compressed model and how it came about.
+@dataclass(kw_only=True)
+class Findings:
+    """What a compression came upon beside its plan.
 
     Attributes:
-        model: the model, changed in place; plain ``save_pretrained`` writes a folder that loads again.
-        spec: the resolved compression.
-        plan: what was decided, with what calibration taught.
         damping: sites whose Gram was rank-deficient, with the relative damping used.
         shrinkage: how far the statistics of every site were drawn towards their mean diagonal, by site and statistic.
         sharing: for every group that was compared, what it loses with one basis and what with its members' own.
         fallbacks: sites whose weight or statistics say nothing (zero inputs, no gradient), with the rule that decided.
         refined: what training every block came to, in order; empty where none was trained.
-        elastic: what smaller sizes are made of, where the folder is to be one of every size.
+        elastic: what smaller sizes are made of, of a recipe with ``elastic``; none of others.
         calibration: what was calibrated on; none for a method that needs no data.
         too_few: what is lacking of that text, where it has fewer tokens than its Grams take.
         seconds: by stage.
     """
 
-    model: PreTrainedModel
-    spec: CompressionSpec
-    plan: Plan = field(init=False)
     sharing: tuple[Comparison, ...] = ()
     damping: dict[str, float] = field(default_factory=dict)
     shrinkage: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -47,6 +42,26 @@ class CompressedBlocks:
     calibration: dict[str, object] | None = None
     too_few: TooFew | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def findings(self) -> dict[str, Any]:
+        """All of these by name, as another result takes them."""
+        return {one.name: getattr(self, one.name) for one in fields(Findings)}
+
+
+@dataclass
+class CompressedBlocks(Findings):
+    """A compressed model and how it came about.
+
+    Attributes:
+        model: the model, changed in place; plain ``save_pretrained`` writes a folder that loads again.
+        spec: the resolved compression.
+        plan: what was decided, with what calibration taught.
+    """
+
+    model: PreTrainedModel
+    spec: CompressionSpec
+    plan: Plan = field(init=False)
 
     @property
     def recipe(self) -> Recipe:

@@ -1,7 +1,7 @@
 """What a compression hands back to Python: the model, how it came about, and the way to a folder."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,6 +11,7 @@ from pared.arguments import folder_from
 from pared.checkpoint.elastic import write_elastic
 from pared.checkpoint.format import FORMAT_VERSION
 from pared.engine.elastic import ElasticFactors
+from pared.engine.result import Findings
 from pared.entrypoints.compression.streamed import StreamedModel, StreamedReload, StreamedSaver
 from pared.entrypoints.evaluation.measure import PerplexityOn
 from pared.entrypoints.publish import Publication, Reread, ResidentSaver, Saver, reload_resident
@@ -22,7 +23,7 @@ from pared.notebook import watcher_of
 from pared.progress import Progress, Stopwatch
 from pared.report.plan_map import draw_plan
 from pared.report.results import compressed_table
-from pared.schema.manifest import Fingerprint, Manifest, Refined, TooFew, WindowsRead
+from pared.schema.manifest import Fingerprint, Manifest, WindowsRead
 from pared.schema.plan import Plan
 from pared.schema.presets import record_of
 from pared.schema.recipe import Recipe
@@ -73,8 +74,11 @@ class Before:
 
 
 @dataclass(repr=False)
-class Compressed(Shown):
+class Compressed(Findings, Shown):
     """A compressed model and how it came about; shown as the table that the command line prints.
+
+    What it came upon beside its plan are the attributes of :class:`~pared.engine.result.Findings`; ``seconds`` are
+    those of all processes, where this one resumed what others began.
 
     Attributes:
         model: the model, changed in place; plain ``save_pretrained`` writes a folder that loads again. Where it is read
@@ -84,15 +88,6 @@ class Compressed(Shown):
         settled: what ``auto`` stood for in it.
         plan: what was decided, with what calibration taught.
         before: the dense model, and its perplexity if that was measured.
-        sharing: for every group that was compared, what it loses with one basis and what with its members' own.
-        damping: sites whose Gram was rank-deficient, with the relative damping used.
-        shrinkage: how far the statistics of every site were drawn towards their mean diagonal, by site and statistic.
-        fallbacks: sites whose weight or statistics say nothing (zero inputs, no gradient), with the rule that decided.
-        refined: what training every block came to, in order; empty where none was trained.
-        elastic: what smaller sizes are made of, of a recipe with ``elastic``; none of others.
-        calibration: what was calibrated on; none for a method that needs no data.
-        too_few: what is lacking of that text, where it has fewer tokens than its Grams take.
-        seconds: by stage; of all processes, where this one resumed what others began.
         resumed: how many processes were at it before this one.
         earlier_peak_bytes: the highest memory that one of those took.
         memory_bound_bytes: what a streamed compression is to keep to; 0 for none.
@@ -106,15 +101,6 @@ class Compressed(Shown):
     settled: Mapping[str, Any]
     plan: Plan
     before: Before
-    sharing: tuple[Any, ...] = ()
-    damping: dict[str, float] = field(default_factory=dict)
-    shrinkage: dict[str, dict[str, float]] = field(default_factory=dict)
-    fallbacks: dict[str, str] = field(default_factory=dict)
-    refined: tuple[Refined, ...] = ()
-    elastic: ElasticFactors | None = None
-    calibration: dict[str, object] | None = None
-    too_few: TooFew | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
     saved: Outcome | None = None
     streamed: StreamedModel | None = None
     resumed: int = 0
