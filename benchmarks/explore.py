@@ -4,7 +4,8 @@
     python benchmarks/explore.py --model qwen2.5-coder-0.5b --texts stdlib:train stdlib:test --structures ranks mixed
     python benchmarks/explore.py --render                                          # renders the page only
 
-One JSON line a model and structure, which holds the whole record; one that is there is not explored again.
+One JSON line a model, structure and number of tokens, which holds the whole record; one that is there is not explored
+again. Of several of one structure the last is drawn.
 """
 
 import argparse
@@ -46,7 +47,8 @@ def losses(found: Exploration) -> tuple[list[float], list[float]]:
 
 
 def merged(lines: list[dict[str, Any]]) -> Exploration:
-    """Return the explorations of all structures as one."""
+    """Return the explorations of all structures as one, the last of each."""
+    lines = [*{line["structure"]: line for line in lines}.values()]
     every = [Exploration.model_validate(line["exploration"]) for line in lines]
     knees = {name: keep for one in every for name, keep in one.knees.items()}
     measured = {name: keep for one in every for name, keep in one.measured_knees.items()}
@@ -67,32 +69,34 @@ def plot_of(model: str) -> Path:
 
 def section(model: str, lines: list[dict[str, Any]]) -> list[str]:
     """Return what the page says of one model."""
-    whole, names = merged(lines), [line["structure"] for line in lines]
-    assert whole.calibration is not None
+    whole, names = merged(lines), dict.fromkeys(line["structure"] for line in lines)
     assert whole.evaluation is not None
-    rows, points = [], []
+    rows = []
     for line in lines:
         one, name = Exploration.model_validate(line["exploration"]), line["structure"]
         first, second = losses(one)
         knee, measured = one.knees.get(name), one.measured_knees.get(name)
         gap = "-" if knee is None or measured is None else f"{abs(knee - measured):.2f}"
         told = ["-" if value is None else f"{value:g}" for value in (knee, measured)]
-        rows.append((name, len(first), f"{correlation(first, second):.3f}", *told, gap,
+        assert one.calibration is not None
+        read = f"{one.calibration['windows']} x {one.calibration['length']}"
+        rows.append((name, read, len(first), f"{correlation(first, second):.3f}", *told, gap,
                      f"{sum(one.seconds.values()):,.0f}"))  # fmt: skip
-        points += [cells(point, loss) for point in one.points if (loss := one.measured_loss(point)) is not None]
+    points = [cells(point, loss) for point in whole.points if (loss := whole.measured_loss(point)) is not None]
     first, second = losses(whole)
-    cal, on = whole.calibration, whole.evaluation
+    assert whole.calibration is not None
+    on = whole.evaluation
     return [
         f"## {model}",
         "",
-        f"{', '.join(names)}; calibrated on {cal['windows']} x {cal['length']} tokens of "
-        f"{cal['text']}, perplexity on {on['windows']} windows of {on['length']} tokens of {on['text']}: few, as "
-        "time on two shared cores was scarce. Losses are nats a token above the dense model's.",
+        f"{', '.join(names)}; calibrated on {whole.calibration['text']}, perplexity on {on['windows']} windows of "
+        f"{on['length']} tokens of {on['text']}: few, as time on two shared cores was scarce. Losses are nats a token "
+        "above the dense model's.",
         "",
         f"![Loss over size]({plot_of(model).name})",
         "",
-        table(("structure", "budgets", "rank correlation", "knee predicted", "knee measured", "apart", "seconds"),
-              rows),
+        table(("structure", "tokens", "budgets", "rank correlation", "knee predicted", "knee measured", "apart",
+               "seconds"), rows),
         "",
         f"Over all structures together the rank correlation is {correlation(first, second):.3f} of {len(first)} "
         f"budgets. Asked for were {ENOUGH:g} or more, and knees at most {NEAR:g} apart.",
@@ -123,6 +127,13 @@ def by_model(lines: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return {name: [line for line in lines if line["model"] == name] for name in names}
 
 
+def is_of(line: dict[str, Any], asked: argparse.Namespace, structure: str) -> bool:
+    """Whether a line is of a model, a structure and a number of tokens."""
+    read = line["exploration"]["calibration"]
+    found = line["model"], line["structure"], read["windows"], read["length"]
+    return found == (asked.model, structure, asked.samples, asked.length)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=MODEL, help="a model that pared loads, or one of benchmarks/models.py")
@@ -140,7 +151,7 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     for structure in () if asked.render else asked.structures:
-        if (asked.model, structure) in {(line["model"], line["structure"]) for line in read(LINES)}:
+        if any(is_of(line, asked, structure) for line in read(LINES)):
             continue
         found = pared.explore(
             source_of(asked.model),
