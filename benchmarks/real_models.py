@@ -45,6 +45,7 @@ COMPRESSIONS: dict[str, dict[str, Any]] = {
     "wanda 0.5": {"method": "wanda", "sparsity": 0.5},
     "mixed 0.9": {**MIXED, "keep": 0.9},
     "mixed 0.8, general text": {**MIXED, "calibration": {"text": GENERAL}},
+    "mixed 0.8, 384 windows": {**MIXED, "calibration": {"samples": 384}},
     "int8": {"quantize": "int8"},
     "int4": {"quantize": "int4"},
     "keep bytes 0.45": {"keep_bytes": 0.45},
