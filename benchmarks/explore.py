@@ -80,10 +80,13 @@ def section(model: str, lines: list[dict[str, Any]]) -> list[str]:
         told = ["-" if value is None else f"{value:g}" for value in (knee, measured)]
         assert one.calibration is not None
         read = f"{one.calibration['windows']} x {one.calibration['length']}"
-        rows.append((name, read, len(first), f"{correlation(first, second):.3f}", *told, gap,
+        times = sorted(measured / predicted for predicted, measured in zip(first, second, strict=True) if predicted > 0)
+        rows.append((name, read, len(first), f"{times[0]:.2f} to {times[-1]:.2f}", *told, gap,
                      f"{sum(one.seconds.values()):,.0f}"))  # fmt: skip
     points = [cells(point, loss) for point in whole.points if (loss := whole.measured_loss(point)) is not None]
     first, second = losses(whole)
+    taken = [1 - point.keep for point in whole.points if whole.measured_loss(point) is not None]
+    far = [name for name, keep in whole.knees.items() if abs(keep - whole.measured_knees.get(name, keep)) > NEAR + 1e-9]
     assert whole.calibration is not None
     on = whole.evaluation
     return [
@@ -95,16 +98,22 @@ def section(model: str, lines: list[dict[str, Any]]) -> list[str]:
         "",
         f"![Loss over size]({plot_of(model).name})",
         "",
-        table(("structure", "tokens", "budgets", "rank correlation", "knee predicted", "knee measured", "apart",
+        table(("structure", "tokens", "budgets", "measured over predicted", "knee predicted", "knee measured", "apart",
                "seconds"), rows),
         "",
-        f"Over all structures together the rank correlation is {correlation(first, second):.3f} of {len(first)} "
-        f"budgets. Asked for were {ENOUGH:g} or more, and knees at most {NEAR:g} apart.",
+        f"Rank correlation of predicted and measured losses over all {len(first)} budgets: "
+        f"{correlation(first, second):.3f}; of how much is taken away and measured losses "
+        f"{correlation(taken, second):.3f}. (Within one structure both rise with what is taken away.) Asked for were "
+        f"{ENOUGH:g}, and knees at most {NEAR:g} apart, which {_missed(far)}.",
         "",
         table(("structure", "keep", "parameters", "weights", "ideal speed", "predicted", "measured", "perplexity"),
               points),
         "",
     ]  # fmt: skip
+
+
+def _missed(names: list[str]) -> str:
+    return f"{', '.join(names)} missed" if names else "all meet"
 
 
 def render(lines: list[dict[str, Any]]) -> str:
@@ -128,10 +137,13 @@ def by_model(lines: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def is_of(line: dict[str, Any], asked: argparse.Namespace, structure: str) -> bool:
-    """Whether a line is of a model, a structure and a number of tokens."""
-    read = line["exploration"]["calibration"]
-    found = line["model"], line["structure"], read["windows"], read["length"]
-    return found == (asked.model, structure, asked.samples, asked.length)
+    """Whether a line is of a model, a structure, and the texts, tokens and budgets that are asked for."""
+    read, on = line["exploration"]["calibration"], line["exploration"]["evaluation"]
+    found = [line["model"], line["structure"], read["text"], read["windows"], on["text"], on["windows"], read["length"]]
+    budgets = [one["keep"] for one in line["exploration"]["points"] if one["structure"] == structure]
+    calibrated, measured = asked.texts
+    wanted = [asked.model, structure, calibrated, asked.samples, measured, asked.windows, asked.length]
+    return found == wanted and sorted(budgets) == sorted(asked.keep)
 
 
 def main() -> None:

@@ -96,7 +96,7 @@ def measure(what: str, name: str, batch_size: int) -> Line:
     row |= {"evaluate_seconds": time.perf_counter() - start}
     if what != "dense":
         made = Manifest.read(Path(folder))
-        trained = sum(sum(one.seconds.values()) for one in made.training)
+        trained = sum(sum(one.seconds.values()) for one in made.training)  # of a killed training its last try alone
         seconds = {**made.seconds, "training": trained}
         row |= {"made": {"seconds": seconds, "bytes": made.bytes_on_disk, "bytes_before": made.bytes_before,
                          "parameters": made.plan.model_parameters, "keep": made.plan.achieved_keep}}  # fmt: skip
@@ -132,7 +132,7 @@ def render(lines: list[Line]) -> str:
         f"Qwen2.5-Coder-0.5B-Instruct in bfloat16, calibrated on {SAMPLES} x {LENGTH} tokens of Python source (every "
         f"second module of the standard library; *general text*: {GENERAL}); `refined`: every block was trained on the "
         f"same tokens to output what the dense one does; `distilled`: trained on {DISTILLED['tokens']:,} tokens of the "
-        "same source, as `pared tune` does unless told otherwise but a window a step; the others without training. "
+        "same source, with the defaults of `pared tune`, but one window a step; the others without training. "
         f"`mixed`: both Grams shrunk by 0.1. Perplexity on {WINDOWS} windows of {LENGTH} tokens each; *Python* is the "
         "modules that were not "
         "calibrated on. HumanEval: "

@@ -143,7 +143,9 @@ def _require_fit(name: str, old: Any, entry: dict[str, Any]) -> None:
 
 
 def require_shapes(model: nn.Module) -> None:
-    """Refuse stored tensors that have not the shapes that the map says; transformers 5.19 takes them as they are.
+    """Refuse stored tensors whose shapes differ from the map's; transformers 5.19 takes them as they are.
+
+    A tensor that is offloaded to the disk is not seen.
 
     Raises:
         ValueError: one has not; names it.

@@ -17,9 +17,9 @@ from pared.schema.recipe import Recipe
 from pared.structure import Anatomy
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, repr=False)
 class Findings:
-    """What a compression came upon beside its plan.
+    """What a compression found besides its plan.
 
     Attributes:
         damping: sites whose Gram was rank-deficient, with the relative damping used.
@@ -43,11 +43,6 @@ class Findings:
     too_few: TooFew | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
-    @property
-    def findings(self) -> dict[str, Any]:
-        """All of these by name, as another result takes them."""
-        return {one.name: getattr(self, one.name) for one in fields(Findings)}
-
 
 @dataclass
 class CompressedBlocks(Findings):
@@ -67,6 +62,11 @@ class CompressedBlocks(Findings):
     def recipe(self) -> Recipe:
         """What was asked for."""
         return self.spec.recipe
+
+
+def found_by(result: Findings) -> dict[str, Any]:
+    """Return what a result found, by name, as another result takes it."""
+    return {one.name: getattr(result, one.name) for one in fields(Findings)}
 
 
 def stacks(anatomy: Anatomy) -> Iterator[str]:

@@ -9,15 +9,35 @@ from pared.modules.shared import BasisHolder
 class _Ordered(torch.autograd.Function):
     """Features in another order; the gradient is put back by the inverse order, where torch would add up one by one."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x_RN: torch.Tensor, order_N: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(order_N)
+    def forward(x_RN: torch.Tensor, order_N: torch.Tensor) -> torch.Tensor:
         return x_RN.index_select(1, order_N)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, torch.Tensor], output: torch.Tensor) -> None:  # noqa: ARG004 - torch's
+        ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor, None]:
         (order_N,) = ctx.saved_tensors
         return _Ordered.apply(upstream[0], order_N.argsort()), None  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: torch.Tensor) -> torch.Tensor:
+        (order_N,) = ctx.saved_tensors
+        return _Ordered.apply(tangents[0], order_N)  # type: ignore[no-untyped-call]
+
+
+def _is_trained(x: torch.Tensor) -> bool:
+    """Whether a gradient will come back to this, and no graph is made of the code, which would lose it."""
+    if not isinstance(x, torch.Tensor) or torch.compiler.is_compiling():
+        return False
+    if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+        return False
+    return torch.is_grad_enabled() and x.requires_grad
 
 
 class PivotedLinear(BasisHolder):
@@ -68,9 +88,9 @@ class PivotedLinear(BasisHolder):
         """Put the pivots first and the other features after them, ``(..., in)``."""
         # On a CPU index_select over the last of two dimensions is nearly a copy; of three it is several times slower.
         x_RN = x.reshape(-1, self.in_features)
-        to_train = torch.is_grad_enabled() and x.requires_grad
-        ordered_RN = _Ordered.apply(x_RN, self.order) if to_train else x_RN.index_select(1, self.order)  # type: ignore[no-untyped-call]
-        return ordered_RN.view_as(x)
+        if _is_trained(x):
+            return _Ordered.apply(x_RN, self.order).view_as(x)  # type: ignore[no-untyped-call]
+        return x_RN.index_select(1, self.order).view_as(x)
 
     @property
     def weight(self) -> torch.Tensor:

@@ -90,8 +90,8 @@ class Refinement(Config):
     """How every block is trained once its weights are replaced, to output what the dense block does."""
 
     epochs: Annotated[Whole, Field(ge=1, le=1000, strict=True), Option("--refine-epochs")] = 2
-    """How often every block is trained on the calibration windows, and as often again at each of two lower rates where
-    it gains nothing on those held out, every eighth batch; two epochs in a row that bring nothing end it."""
+    """How often every block is trained on the calibration windows; two epochs in a row that bring nothing on those held
+    out, every eighth batch, end it. If none brings anything, it starts again at 1/8, and then at 1/64, of the rate."""
     lr: Annotated[float, Field(gt=0, le=1), Option("--refine-lr")] = 3e-4
     """Highest learning rate of Adam; it rises over a tenth of the steps, and falls to 0."""
     batch: Annotated[Whole, Field(ge=1, strict=True), Option("--refine-batch")] = 1

@@ -27,7 +27,6 @@ from pared.calibration.statistics.accumulators import expert_accumulators
 from pared.calibration.statistics.experts import ExpertLoss
 from pared.engine.blocks import run_blocks_backward
 from pared.engine.cost.passes import _again
-from pared.engine.cost.sizes import Tokens, batch_bytes
 from pared.engine.cost.traced import Trace
 from pared.engine.spec import resolve
 from pared.engine.statistics.collect import collect
@@ -150,10 +149,10 @@ def test_several_labels_of_a_text_that_has_one_are_refused() -> None:
     assert resolve(Recipe(keep=0.8, options={"labels_per_token": 4})).labels_per_token == 4
 
 
-@pytest.mark.parametrize("options", [{"labels_per_token": 4}, {"gradient_clip": 3}])
+@pytest.mark.parametrize("options", [{"labels_per_token": 4}, {"gradient_clip": 3.0}, {"loss": "labels"}])
 def test_options_of_gradients_are_refused_where_there_are_none(options: dict[str, Any]) -> None:
     ((option, given),) = options.items()
-    with pytest.raises(ParedError, match=f"option {option} of method loss-optimal is of gradients, got {given},"):
+    with pytest.raises(ParedError, match=f"option {option} of method loss-optimal applies to gradients, got {given},"):
         resolve(Recipe(keep=0.8, options={"output_weighting": "none", **options}))
     resolve(Recipe(keep=0.8, options=options))
 
@@ -163,16 +162,6 @@ def test_gradients_of_weights_are_not_collected_of_several_draws(tmp_path: Path)
     recipe = Recipe(keep=0.8, options={"labels_per_token": 2})
     with pytest.raises(ParedError, match=r"statistic fisher is of the gradient of a weight.*got labels_per_token 2"):
         collect(model, None, recipe, frozenset({"fisher"}), tmp_path)  # type: ignore[arg-type]
-
-
-def test_memory_and_time_of_several_labels_are_told() -> None:
-    """Gradients of all sites are held for every draw, and every draw adds to the Grams."""
-    model = TINY_MODELS["llama"]()
-    anatomy = find_anatomy(model)
-    tokens = Tokens(8, 16, 4)
-    sizes = [batch_bytes(model, anatomy, tokens, 4, True, count) for count in (1, 2, 3)]
-    widest = max(sum(s.out_features for s in anatomy.sites_of(b)) for b in {s.block for s in anatomy.sites})
-    assert sizes[1] - sizes[0] == sizes[2] - sizes[1] == 4 * 16 * 4 * 2 * widest
 
 
 def test_no_gradient_is_longer_than_the_limit_and_others_stay_as_they_are() -> None:

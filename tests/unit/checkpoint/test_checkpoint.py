@@ -24,7 +24,6 @@ import pared
 from pared import ParedError, Recipe
 from pared.checkpoint import is_compressed, mark, module_map, read_config, record, require_tensors
 from pared.checkpoint.format import ParedConfig
-from pared.checkpoint.loader import require_shapes
 from pared.checkpoint.portable import PortableMixin
 from pared.entrypoints.export import export_dense, make_dense
 from pared.modules import LowRankLinear
@@ -492,8 +491,9 @@ def test_a_stored_tensor_that_is_taken_as_it_is_must_have_the_shape_of_the_map(f
     model = pared.load(str(folder))
     layer = model.get_submodule("model.layers.1.mlp.up_proj")
     layer.rank -= 1
+    quantizer = model.hf_quantizer
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.down\.weight is .* the map says"):
-        require_shapes(model)
+        quantizer._process_model_after_weight_loading(model)
 
 
 def test_a_wrong_shape_in_the_map_is_refused_by_module(folder: Path) -> None:

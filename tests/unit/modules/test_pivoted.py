@@ -176,6 +176,54 @@ def test_the_parts_are_linear_layers_and_take_gradients():
     }
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
+def test_it_is_differentiated_by_every_means_of_torch():
+    """Regression: an autograd function of the old form broke torch.func, and lost gradients where code is compiled."""
+    layer = pivoted_layer(random_factors(24, 16, 7), torch.float64)
+    x = torch.randn(5, 16, dtype=torch.float64, requires_grad=True)
+    expected = torch.ones(5, 24, dtype=torch.float64) @ layer.weight.detach()
+    ways = {
+        "grad": torch.func.grad(lambda one: layer(one).sum())(x),
+        "vmap of grad": torch.func.vmap(torch.func.grad(lambda one: layer(one).sum()))(x),
+        "compiled": torch.autograd.grad(torch.compile(layer, backend="aot_eager", fullgraph=True)(x).sum(), x)[0],
+        "traced": torch.autograd.grad(torch.jit.trace(layer, x)(x).sum(), x)[0],
+        "fx": torch.autograd.grad(torch.fx.symbolic_trace(layer)(x).sum(), x)[0],
+    }
+    for way, found in ways.items():
+        torch.testing.assert_close(found, expected, msg=way)
+    torch.testing.assert_close(torch.func.jacfwd(layer)(x[0]), layer.weight.detach())
+    with torch.autograd.forward_ad.dual_level():
+        dual = layer(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+        tangent = torch.autograd.forward_ad.unpack_dual(dual).tangent
+    torch.testing.assert_close(tangent, torch.ones_like(x) @ layer.weight.T)
+
+
+def test_an_exported_model_of_it_is_trained_as_the_model_is():
+    """Regression: what stands before it had no gradient, and no error said so."""
+    model = nn.Sequential(nn.Linear(16, 16), pivoted_layer(random_factors(24, 16, 7), torch.float32))
+    x = torch.randn(5, 16, requires_grad=True)
+    exported = torch.export.export(model, (x,), strict=True).module()
+    found = dict(exported.named_parameters())["0.weight"]
+    (gradient,) = torch.autograd.grad(exported(x).square().sum(), found)
+    (expected,) = torch.autograd.grad(model(x).square().sum(), model[0].weight)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_gradients_of_gradients_are_the_same_where_it_is_compiled():
+    """Regression: they were smaller by what goes through the layer, and no error said so."""
+    layer = pivoted_layer(random_factors(16, 16, 7), torch.float64)
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return (x * x + layer(x).tanh()).sum()
+
+    def second(function: object) -> torch.Tensor:
+        x = torch.linspace(-1, 1, 80, dtype=torch.float64).view(5, 16).requires_grad_()
+        (first,) = torch.autograd.grad(function(x), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), x)[0]
+
+    torch.testing.assert_close(second(torch.compile(model, backend="eager")), second(model))
+
+
 def test_both_parts_are_called_as_modules():
     layer = pivoted_layer(random_factors(24, 16, 7), torch.float32)
     called = []

@@ -148,7 +148,8 @@ def needs_of(
     if tokens is not None:
         held = tokens.windows * tokens.length * width
         activations = held * itemsize * hidden_sets(spec, runs_of(model, anatomy))
-        batch = batch_bytes(model, anatomy, tokens, itemsize, spec.backward, spec.labels_per_token)
+        draws = spec.labels_per_token if spec.gradients else 1  # of what experts add up nothing of a site is held
+        batch = batch_bytes(model, anatomy, tokens, itemsize, spec.backward, draws)
         if spec.refine is not None:  # in float32: what blocks read on both paths, and the graph of a batch
             activations = max(activations, held * SINGLE * 2)
             batch = max(batch, batch_bytes(model, anatomy, replace(tokens, batch=spec.refine.batch), SINGLE, True))

@@ -13,7 +13,7 @@ from pared.calibration.statistics import CROSS, backward_data_fraction, statisti
 from pared.engine.cost.channels import groups_by_shape, narrow
 from pared.engine.cost.sizes import Tokens
 from pared.engine.cost.traced import ModelTrace, Trace, trace
-from pared.engine.spec import CompressionSpec, LowRankSpec, PassSpec
+from pared.engine.spec import CompressionSpec, LowRankSpec, PassSpec, SparseSpec
 from pared.operations import Operation, product
 from pared.schema.plan import LowRank, Plan, Shared
 from pared.schema.width import Width
@@ -115,10 +115,10 @@ class Passes:
     def backward(self, step: PassSpec) -> list[Operation]:
         """Return a pass forward that keeps what blocks read, the head, and the way back."""
         spec = self._spec
-        names = spec.gradients if isinstance(spec, LowRankSpec) else frozenset({"output_gradient_diagonal"})
+        names = frozenset({"output_gradient_diagonal"}) if isinstance(spec, SparseSpec) else spec.gradients
         share = spec.gradient_share if isinstance(spec, LowRankSpec) else backward_data_fraction(names)
         batches = math.ceil(share * math.ceil(self._tokens.windows / self._batch))
-        if not isinstance(spec, LowRankSpec):
+        if isinstance(spec, SparseSpec):
             names |= {"energy"}
         elif step.runs == "backward" or (step.hand_on == "dense" and share == 1):
             names |= spec.requires([(1, 1)])

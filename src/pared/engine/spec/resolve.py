@@ -208,12 +208,11 @@ def _require_drawn(spec: LowRankSpec | ExpertSpec) -> None:
     Raises:
         ParedError: says what.
     """
-    gradients = spec.method.gradients(spec.config) if isinstance(spec.config, DrawnOptions) else frozenset()
-    for option in () if gradients else DrawnOptions.__annotations__:
-        given = getattr(spec.config, option, None)
-        if given != getattr(type(spec.config)(), option, None):
-            raise ParedError(f"option {option} of method {spec.method.name} is of gradients, got {given:g}, and there "
-                             "are none with output_weighting none; leave it out, or weigh outputs")  # fmt: skip
+    idle = isinstance(spec.config, DrawnOptions) and not spec.method.gradients(spec.config)
+    for option, field in DrawnOptions.model_fields.items() if idle else ():
+        if (given := getattr(spec.config, option)) != field.default:
+            raise ParedError(f"option {option} of method {spec.method.name} applies to gradients, got {given}, and "
+                             "output_weighting none computes none; leave it out, or weigh outputs")  # fmt: skip
     if spec.labels_per_token > 1 and spec.loss == "labels":
         raise ParedError(f"option labels_per_token of method {spec.method.name}: got {spec.labels_per_token} with loss "
                          "labels, and the text has one label a token; take loss sampled, or leave it out")  # fmt: skip

@@ -11,6 +11,7 @@ from pared.data.windows import Windows
 from pared.engine.checks.early import require_suited
 from pared.engine.checks.elastic import require_elastic
 from pared.engine.checks.weights import require_finite_weights
+from pared.engine.result import found_by
 from pared.engine.spec import CompressionSpec, LowRankSpec
 from pared.engine.state.run_state import CompressionRun, spent
 from pared.entrypoints.compression.in_place import Collected, compress_in_place
@@ -145,7 +146,7 @@ def compressed(
         settled={**spec.describe(), "device": str(device_of(spec.recipe.device))},
         plan=made.plan,
         before=before,
-        **{**made.findings, "seconds": seconds},
+        **{**found_by(made), "seconds": seconds},
         resumed=len(earlier),
         earlier_peak_bytes=peak,
         streamed=streamed,

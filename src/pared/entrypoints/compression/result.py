@@ -77,7 +77,7 @@ class Before:
 class Compressed(Findings, Shown):
     """A compressed model and how it came about; shown as the table that the command line prints.
 
-    What it came upon beside its plan are the attributes of :class:`~pared.engine.result.Findings`; ``seconds`` are
+    What it found besides its plan are the attributes of :class:`~pared.engine.result.Findings`; ``seconds`` are
     those of all processes, where this one resumed what others began.
 
     Attributes:

@@ -17,7 +17,7 @@ from pared.engine.allocate import anatomy_of, plan_from_shapes
 from pared.engine.cost import measured
 from pared.engine.cost.channels import groups_by_shape, with_widths
 from pared.engine.cost.measured import WEEK, Measured
-from pared.engine.cost.passes import compressed
+from pared.engine.cost.passes import Passes, compressed
 from pared.engine.cost.primitives import LIMITS, prepared
 from pared.engine.cost.published import H100
 from pared.engine.cost.rates import beside
@@ -268,6 +268,15 @@ def test_a_quarter_of_the_windows_goes_back_where_a_method_needs_no_more(model: 
     assert products[0] == pytest.approx(products[1] / 4)
     assert "walk" not in full  # its Grams are collected on the way back
     assert "walk" in diagonal
+
+
+def test_every_draw_of_labels_adds_to_the_grams_of_gradients_alone(model: transformers.PreTrainedModel) -> None:
+    def updated(draws: int) -> float:
+        found = Passes(work_of(model, keep=0.8, options={"labels_per_token": draws}))
+        return flops(found.backward(found._spec.passes()[0]), "gram")
+
+    assert updated(3) - updated(2) == pytest.approx(updated(2) - updated(1)) != 0
+    assert updated(2) - updated(1) < updated(1)
 
 
 def test_what_needs_no_data_runs_nothing(model: transformers.PreTrainedModel) -> None:

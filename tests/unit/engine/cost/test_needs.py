@@ -164,3 +164,13 @@ def test_a_refusal_says_what_takes_most_and_what_would_take_less(model: transfor
     told = found.too_much(Available(2**30, "a limit"))
     assert told.startswith("about 3.0 GiB of memory needed (hidden states 3.0 GiB, blocks 1.0 MiB), 1.0 GiB left by a")
     assert "activation_memory" in told
+
+
+def test_gradients_of_every_draw_of_labels_are_held_where_sites_read_them(model: transformers.PreTrainedModel) -> None:
+    def held(draws: int) -> int:
+        found = needs(model, long, method="loss-optimal", keep=0.8, options={"labels_per_token": draws})
+        return found.memory["a batch in a block"]
+
+    long = replace(TOKENS, batch=32)
+    outputs = 4 * WIDTH + 2 * INNER + WIDTH  # of a block's sites
+    assert held(3) - held(2) == held(2) - held(1) == 32 * TOKENS.length * 2 * 2 * outputs
