@@ -190,7 +190,7 @@ class _Job:
                 put_back(ready, state_in_shards, str(state))
             with self.watch(stage.name):
                 trained = ready.finish()
-            went.reached, went.notes = ready.reached, ready.notes
+            went.reached, went.notes = ready.reached, [*went.notes, *ready.notes]
             for note in went.notes:
                 self.progress.note(note)
             with self.watch("save"), staged(folder, True, self.parent.bytes_needed, ours=True) as staging:

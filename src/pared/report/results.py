@@ -65,7 +65,8 @@ def training_lines(training: "Training") -> Iterator[str]:
         for note in stage.get("notes", ()):
             yield f"  note: {note}"
         if stage["validation"]:
-            measured = ", ".join(f"{loss:.4f} (step {step})" for step, loss in stage["validation"][-3:])
+            start, *rest = stage["validation"]
+            measured = ", ".join(f"{loss:.4f} (step {step})" for step, loss in (start, *rest[-2:]))
             yield f"  loss on rows never trained on: {measured}"
     if training.perplexity_before is not None and training.perplexity_after is not None and training.evaluation:
         before, after, on = training.perplexity_before, training.perplexity_after, training.evaluation

@@ -55,8 +55,8 @@ class TrainingConfig(FromPreset):
     """Largest norm of a step's gradient; a larger one is scaled down to it."""
     weight_decay: Annotated[float, Field(ge=0), Option()] = 0.0
     """Weight decay of AdamW."""
-    evaluate_every: Annotated[Positive | None, Option(default="at the end")] = None
-    """Steps between two measurements of the validation loss."""
+    evaluate_every: Annotated[Positive | None, Option(default="at the ends")] = None
+    """Steps between two measurements of the validation loss, which is measured before the first step and at the end."""
     patience: Annotated[Positive | None, Option()] = None
     """Stop after so many measurements without a smaller loss, and keep the best."""
     checkpoint_every: Annotated[Positive, Option()] = 100

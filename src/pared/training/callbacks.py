@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from pared.data.windows import NO_LABEL
 from pared.io.files import write_whole
+from pared.names import called
 from pared.processes import Processes
 from pared.progress import Advance, Progress
 from pared.schema.training import TrainingConfig
@@ -110,7 +111,9 @@ HISTORY, BEST = "validation.jsonl", "best.safetensors"
 
 
 class Validation(TrainerCallback):
-    """Measures every so many steps and at the end; with patience, the best state is kept and training stops.
+    """Measures before the first step, every so many and at the end; with patience, the best state is kept.
+
+    Where the model is made smaller on the way nothing is measured before, as that was of a larger one.
 
     Attributes:
         history: (step, loss).
@@ -130,7 +133,7 @@ class Validation(TrainerCallback):
     ) -> None:
         self.agreed = agreed
         self.rows, self.tuning, self.precision, self.state, self.folder = rows, tuning, precision, state, folder
-        self.patience = tuning.patience if patient else None
+        self.patient, self.patience = patient, tuning.patience if patient else None
         self.history: list[tuple[int, float]] = []
         self.log: Callable[[dict[str, float]], None] = lambda _: None
 
@@ -140,10 +143,11 @@ class Validation(TrainerCallback):
         file = self.folder / BEST
         return file if self.patience is not None and file.exists() else None
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
-        """Recall what was measured before a crash."""
-        del args
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
+        """Recall what was measured before a crash, or measure what training begins with."""
         self.recall(state.global_step)
+        if self.patient and self.rows and state.global_step == 0 and not self.history:
+            self._measure(args, state, kwargs["model"])
 
     def recall(self, step: int) -> None:
         """Recall what was measured up to a step."""
@@ -166,15 +170,30 @@ class Validation(TrainerCallback):
         due = every is not None and state.global_step % every == 0
         if not self.rows or not (due or state.global_step == state.max_steps):
             return
-        loss = self.agreed(mean_loss(kwargs["model"], self.rows, self.tuning.batch, args.device, self.precision))
+        self._measure(args, state, kwargs["model"])
+        if self.exhausted:
+            control.should_training_stop = True
+
+    def _measure(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
+        loss = self.agreed(mean_loss(model, self.rows, self.tuning.batch, args.device, self.precision))
         earlier = min((value for _, value in self.history), default=float("inf"))
         self.history.append((state.global_step, loss))
         self.log({"validation_loss": loss})
         best = self.state() if loss < earlier and self.patience is not None else None  # gathered from all processes
         if state.is_world_process_zero:
             self._write(best)
-        if self.exhausted:
-            control.should_training_stop = True
+
+    @property
+    def worse(self) -> Iterator[str]:
+        """Say that the state that is kept has a larger loss than what training began with, if it has."""
+        if self.patience is not None or not self.history:
+            return
+        (step, before), (_, after) = self.history[0], self.history[-1]
+        if step == 0 and after > before:
+            yield (
+                f"the loss on rows never trained on rose from {before:.4f} to {after:.4f}: train at a lower "
+                f"{called('learning_rate')}, on more or other data, or keep the best state with {called('patience')}"
+            )
 
     def _write(self, best: Mapping[str, torch.Tensor] | None) -> None:
         text = "".join(json.dumps(entry) + "\n" for entry in self.history)

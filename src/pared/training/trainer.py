@@ -235,7 +235,9 @@ def train(
     processes.wait()
     state = _best_state(prepared, validation, processes)
     prepared.model.eval()
-    return StageResult(stage.name, done, watch.tokens, count, watch.losses(), validation.history), state
+    went = StageResult(stage.name, done, watch.tokens, count, watch.losses(), validation.history)
+    went.notes += validation.worse
+    return went, state
 
 
 def _arguments(

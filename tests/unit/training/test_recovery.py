@@ -340,6 +340,32 @@ def test_patience_keeps_the_best_state(folder: Folder, tmp_path: Path, text_file
     assert again == pytest.approx(min(losses), rel=1e-3)
 
 
+def test_a_training_that_makes_it_worse_says_so(folder: Folder, tmp_path: Path, text_file: Path) -> None:
+    """Regression: a rate that was too high for a model handed back a worse one, without a word."""
+    told = {}
+    for rate in (1.0, 1e-3):
+        made = tune(asked(folder("factors"), tmp_path / f"{rate}", text_file, method="full", learning_rate=rate))
+        (stage,) = made.manifest.training[-1].stages
+        (first, before), (_, after) = stage["validation"][0], stage["validation"][-1]
+        assert first == 0
+        told[after > before] = " ".join(stage["notes"])
+    assert "the loss on rows never trained on rose from" in told[True]
+    assert told[False] == ""
+
+
+def test_patience_keeps_what_training_began_with_where_nothing_is_better(
+    folder: Folder, tmp_path: Path, text_file: Path
+) -> None:
+    made = tune(asked(
+        folder("factors"), tmp_path / "out", text_file, method="full", learning_rate=1.0, tokens=4 * 16 * 20,
+        evaluate_every=1, patience=3, warmup=0.0,
+    ))  # fmt: skip
+    (stage,) = made.manifest.training[-1].stages
+    assert min(stage["validation"], key=lambda one: one[1])[0] == 0
+    before, after = (parameters(load(path)) for path in (folder("factors"), tmp_path / "out"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def _validation_rows(text_file: Path, tmp_path: Path) -> list[torch.Tensor]:
     from pared.checkpoint import load_tokenizer
     from pared.training.dataset import find_rows
