@@ -3,8 +3,8 @@
     python benchmarks/tutorial.py               # clones what is committed, runs everything, renders the page
     python benchmarks/tutorial.py --render      # renders the page only
 
-One JSON line a run. The shell has an empty home and nothing of this environment but the path of its Python; what pip
-takes from an index is fetched anew.
+One JSON line a run. The shell has an empty home and nothing of this environment but the path of its Python and where
+pip looks for packages, which are fetched anew.
 """
 
 import argparse
@@ -61,8 +61,11 @@ def run(place: Path) -> Line:
     (home := place / "home").mkdir()
     path = os.pathsep.join([str(Path(sys.base_prefix) / "bin"), "/usr/local/bin", "/usr/bin", "/bin"])
     start, load = time.time(), os.getloadavg()[0]
-    done = subprocess.run(["bash", "-c", shell], env={"HOME": str(home), "PATH": path}, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True, check=False)  # fmt: skip
+    environment = {"HOME": str(home), "PATH": path}
+    if (settings := Path("~/.config/pip/pip.conf").expanduser()).is_file():
+        environment["PIP_CONFIG_FILE"] = str(settings)
+    done = subprocess.run(["bash", "-c", shell], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          text=True, check=False)  # fmt: skip
     print(done.stdout)
     if done.returncode:
         raise ValueError(f"a command of {TUTORIAL} failed: {done.stdout[-2000:]}")
