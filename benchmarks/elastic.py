@@ -160,8 +160,8 @@ def render(lines: list[Line]) -> str:
         "nested": "*same* is a compression of its own to the size, of factors and statistics collected once: the "
         f"plans of {sum(same)} of {len(same)} are the slices', and *weights apart* is the largest difference of a "
         "weight (Frobenius, relative), where 4e-3 is one step of bfloat16.",
-        "own": "*own* is what `pared compress` does without `--elastic`: pivots, which hold a higher rank in as many "
-        "parameters, and at 0.7 and below statistics behind what is compressed.",
+        "own": "*own* is what `pared compress` does without `--elastic`: widths beside ranks, pivots, which hold a "
+        "higher rank in as many parameters, and at 0.7 and below statistics behind what is compressed.",
     }
     missing = [f"{name} at keep {keep:g}" for step, name in (("nested", "same"), ("own", "own")) for keep in KEEPS
                if (step, keep) not in by]  # fmt: skip
