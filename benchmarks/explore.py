@@ -168,7 +168,7 @@ def main() -> None:
         found = pared.explore(
             source_of(asked.model),
             recipe={
-                "calibration": {"text": asked.texts[0], "samples": asked.samples, "length": asked.length, "batch": 4},
+                "calibration": {"text": asked.texts[0], "samples": asked.samples, "length": asked.length},
                 "evaluation": {"text": asked.texts[1], "length": asked.length, "windows": asked.windows},
             },
             structures=structure,

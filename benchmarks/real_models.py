@@ -70,12 +70,13 @@ def compressed(what: str) -> str:
     if what == "dense":
         return model
     out = PLACE / "real" / f"{MODEL}-{what.replace(',', '').replace(' ', '-')}"
+    if (out / "pared.json").exists():
+        return str(out)
     if what in TUNED:
         parent, training = TUNED[what]
-        if not (out / "pared.json").exists():
-            own = {**training, "model": compressed(parent), "evaluation": None, "out": str(out), "checkpoint_every": 50}
-            tune(TrainingConfig.of(own), progress=True, resume=True)
-    elif not (out / "pared.json").exists():
+        own = {**training, "model": compressed(parent), "evaluation": None, "out": str(out), "checkpoint_every": 50}
+        tune(TrainingConfig.of(own), progress=True, resume=True)
+    else:
         fields = COMPRESSIONS[what]
         calibration = {"text": CALIBRATED_ON, "samples": SAMPLES, "length": LENGTH, "batch": 4}
         recipe = {"model": model, "evaluation": None, "out": str(out), **fields}

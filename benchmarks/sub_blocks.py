@@ -75,12 +75,12 @@ class PartTraining(refine.BlockTraining):
         self._by_parts = False
         read = type(self).read if index else None
         read = [hidden.clone() for hidden in inputs.hidden] if read is None else read
-        self._wanted = [self._dense_outputs(number, hidden) for number, hidden in enumerate(read)]
+        dense = refine.copy_block(type(self).dense[index]).to(dtype=inputs.dtype)
+        self._wanted = [self._dense_outputs(dense, number, hidden) for number, hidden in enumerate(read)]
         type(self).read = [target.clone() for target in targets]
 
     @torch.no_grad()
-    def _dense_outputs(self, number: int, hidden: torch.Tensor) -> Outputs:
-        block = refine.copy_block(type(self).dense[self._index]).to(dtype=hidden.dtype)
+    def _dense_outputs(self, block: nn.Module, number: int, hidden: torch.Tensor) -> Outputs:
         with seen(block, self.parts) as found:
             for call in self._inputs.calls_of(number, self._index):
                 call.run(block, hidden.clone())
@@ -92,16 +92,11 @@ class PartTraining(refine.BlockTraining):
     def _loss(self, number: int) -> torch.Tensor:
         if not self._by_parts or not torch.is_grad_enabled():  # what is held out is measured by the block
             return super()._loss(number)
-        hidden = self._inputs.hidden[number].clone()
         with seen(self._worker, self.parts) as found:
-            for call in self._inputs.calls_of(number, self._index):
-                hidden = call.run(self._worker, hidden)
-                self._state.restore()
-        errors = []
-        for part, target in self._wanted[number].items():
-            size = target.square().mean(-1, keepdim=True).clamp(min=torch.finfo(target.dtype).tiny)
-            errors.append(((found[part] - target).square().mean(-1, keepdim=True) / size).mean())
-        return torch.stack(errors).sum()
+            self._output(number)
+        wanted = self._wanted[number].items()
+        alike = torch.ones_like(self._weights)
+        return torch.stack([refine.relative_error(found[part], one, alike).mean() for part, one in wanted]).sum()
 
     def run(self, name: str) -> tuple[refine.State, Refined]:
         """Train as the way says."""
@@ -113,8 +108,9 @@ class PartTraining(refine.BlockTraining):
         self._config = whole.model_copy(update={"epochs": 1})
         first, one = super().run(name)
         with torch.no_grad():
-            for own, values in first.items():
+            for own, values in first.items():  # where a lower rate begins again, too
                 self._parameters[own].copy_(values)
+                refine.replace_parameter(self._block, own, values)
         self._by_parts = False
         second, other = super().run(name)
         return second or first, Refined(name=name, before=one.before, after=min(one.after, other.after),

@@ -54,8 +54,8 @@ def run(place: Path) -> Line:
     Raises:
         ValueError: a command failed; with the end of what it printed.
     """
-    script = ["set -e", f"cd {place}"]
-    for name, lines in sections(TUTORIAL.read_text(encoding="utf-8")).items():
+    script, wanted = ["set -e", f"cd {place}"], sections(TUTORIAL.read_text(encoding="utf-8"))
+    for name, lines in wanted.items():
         script += [*lines, f"echo; echo '{MARK}' $(date +%s.%N) '{name}'"]
     shell = "\n".join(script).replace("git clone URL", f"git clone --quiet {ROOT}")
     (home := place / "home").mkdir()
@@ -72,7 +72,7 @@ def run(place: Path) -> Line:
     seconds: dict[str, float] = {}
     for stamp, name in re.findall(rf"^{MARK} (\S+) (.*)$", done.stdout, flags=re.M):
         seconds[name] = float(stamp) - start - sum(seconds.values())
-    if list(seconds) != list(sections(TUTORIAL.read_text(encoding="utf-8"))):
+    if list(seconds) != list(wanted):
         raise ValueError(f"not every section of {TUTORIAL} was timed: {', '.join(seconds)}")
     return {"seconds": seconds, "cores": os.cpu_count(), "load_before": load}
 

@@ -270,15 +270,17 @@ class BlockTraining:
 
     def _loss(self, number: int) -> torch.Tensor:
         """Return the mean over tokens of the squared error of a batch, relative to the target's mean square."""
+        error = relative_error(self._output(number), self._targets[number], self._weights)
+        mask = self._inputs.mask(number)
+        return error.mean() if mask is None else error[mask].mean()
+
+    def _output(self, number: int) -> torch.Tensor:
+        """Return what the block makes of a batch."""
         hidden = self._inputs.hidden[number].clone()  # a block may change its input in place
         for call in self._inputs.calls_of(number, self._index):
             hidden = call.run(self._worker, hidden)
             self._state.restore()
-        target = self._targets[number]
-        size = target.square().mean(-1, keepdim=True).clamp(min=torch.finfo(target.dtype).tiny)
-        error = ((hidden - target).square() * self._weights).mean(-1, keepdim=True) / size
-        mask = self._inputs.mask(number)
-        return error.mean() if mask is None else error[mask].mean()
+        return hidden
 
     @torch.no_grad()
     def _measure(self) -> float:
@@ -303,6 +305,18 @@ class BlockTraining:
         for name, parameter in self._parameters.items():
             parameter.copy_(own[name])
         return found
+
+
+def relative_error(found: torch.Tensor, target: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Return the squared error of every token, relative to its target's mean square, ``(..., 1)``.
+
+    Args:
+        found: ``(..., width)``.
+        target: of the same shape.
+        weights: of the features ``(width,)``.
+    """
+    size = target.square().mean(-1, keepdim=True).clamp(min=torch.finfo(target.dtype).tiny)
+    return ((found - target).square() * weights).mean(-1, keepdim=True) / size
 
 
 def _share_of_step(step: int, steps: int) -> float:
